@@ -1,0 +1,1 @@
+"""Who runs what, where, in which order: commands, run files, Ray."""
