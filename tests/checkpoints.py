@@ -1,7 +1,7 @@
 """Builds tiny random checkpoints and LLaVA data sets on disk, offline, for the tests.
 
-The models are real ones (`LlavaForConditionalGeneration`, `Qwen2ForCausalLM`) with a few thousand weights; each
-builder returns a folder that `from_pretrained` reads. Equal arguments give equal weights.
+The models are real ones (`LlavaForConditionalGeneration`, `Qwen2ForCausalLM`) of at most 100,000 weights;
+each builder returns a folder that `from_pretrained` reads. Equal arguments give equal weights.
 """
 
 import json
@@ -54,7 +54,7 @@ CHAT_TEMPLATE_WITHOUT_GENERATION = re.sub(r"\{%- (end)?generation -%\}", "", CHA
 _TOKENIZER_TEXT = (
     "USER: What is the color of the square? ASSISTANT: The square is red.",
     "USER: Describe the image. ASSISTANT: A blue circle is left of a green triangle.",
-    "USER: Which caption fits the image? A: a red square above a blue circle B: a blue square above a red circle",
+    "USER: Which caption fits the image? A: a red square above a blue circle B: a blue square",
     "USER: Answer with A or B. ASSISTANT: A",
 )
 
@@ -145,7 +145,7 @@ def make_tiny_lm(
 ) -> Path:
     """A student's language model with the tokenizer of the checkpoint `tokenizer_from`.
 
-    `vocab_size` is the number of output rows: by default one a token; fewer cut the last ids, more are padding.
+    `vocab_size` is the number of output rows: one a token by default; fewer cut the last ids, more only pad.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
     config = Qwen2Config(

@@ -1,0 +1,95 @@
+"""Decodes the bytes of an image: bounded in size, of a few known formats, or refused with a named reason."""
+
+import io
+import struct
+import zlib
+from typing import Final, Literal
+
+from PIL import Image
+
+from storage.errors import UserError
+
+ImageFault = Literal["broken_image", "image_too_large", "unsupported_image"]
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS: Final = 50_000_000
+
+_DECODER_ERRORS: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    TypeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+
+class BadImage(UserError):
+    """An image that is not used; `reason` is the ledger's word for it, `detail` says what was found."""
+
+    def __init__(self, reason: ImageFault, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason: ImageFault = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The RGB image in `data`, its pixels as stored and its metadata dropped.
+
+    Orientation in EXIF is not applied: LLaVA's own preprocessing does not, and region annotations refer to
+    the stored pixels. Because the metadata is dropped, no later library call can apply it either.
+    Transparency is dropped, not blended; of an animation the first frame is taken.
+
+    Args:
+        data: a whole JPEG, PNG or WebP file.
+        max_pixels: width times height above which the image is refused, judged from its header before any
+            pixel is decoded. Pillow's own limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
+
+    Raises:
+        BadImage: `unsupported_image` for another format, `image_too_large`, or `broken_image` for a file that
+            is empty, truncated or damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImage(
+                    "image_too_large",
+                    f"{image.width}x{image.height} pixels, at most {max_pixels} are decoded; "
+                    "shrink the image or raise the limit",
+                )
+            image.load()
+            return _to_plain_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # The warning arrives as an exception where warnings are errors.
+        raise BadImage("image_too_large", str(error)) from error
+    except _DECODER_ERRORS as error:
+        if not _has_known_signature(data):
+            raise BadImage("unsupported_image", f"{_opening(data)}; expected JPEG, PNG or WebP") from error
+        raise BadImage("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
+
+
+def _to_plain_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert(
+            "RGBA"
+        )  # the same colours, without Pillow's warning on palettes with transparency
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _has_known_signature(data: bytes) -> bool:
+    return (
+        not data
+        or data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    )
+
+
+def _opening(data: bytes) -> str:
+    return f"a file that begins with {data[:8]!r}"
