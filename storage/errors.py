@@ -14,4 +14,4 @@ class CorruptData(UserError):
 
 
 class TooManySkipped(UserError):
-    """More samples were unusable than `max_skipped_fraction` allows; the ledger names each with its reason."""
+    """More samples were unusable than `max_skipped_fraction` allows; the ledger names each and why."""

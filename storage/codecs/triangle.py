@@ -1,0 +1,72 @@
+"""Which entries of a map are stored, and in which order.
+
+Letters: N image tokens, E stored entries of one map.
+A causal map is zero above its diagonal, so its lower triangle is stored, row by row: entry (i, j) lies at
+i*(i+1)/2 + j, as in 00 10 11 20 21 22. Models whose image tokens attend both ways (Gemma 3) store the square.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def num_entries(num_tokens: int, causal: bool) -> int:
+    """E: N(N+1)/2 for a causal map, N*N otherwise."""
+    return num_tokens * (num_tokens + 1) // 2 if causal else num_tokens * num_tokens
+
+
+def pack_entries(maps: Tensor, causal: bool) -> Tensor:
+    """The stored entries of maps.
+
+    Args:
+        maps: `[..., N, N]`, rows are queries.
+        causal: Whether only the lower triangle with its diagonal is kept.
+
+    Returns:
+        `[..., E]`, same dtype and device.
+
+    Raises:
+        ValueError: If the last two sizes differ.
+    """
+    if maps.ndim < 2 or maps.shape[-1] != maps.shape[-2]:
+        raise ValueError(f"maps are {tuple(maps.shape)}, expected [..., N, N] with equal last sizes")
+    flat = maps.flatten(-2)
+    if not causal:
+        return flat
+    return flat.index_select(-1, _triangle_index(maps.shape[-1], maps.device))
+
+
+def unpack_entries(entries: Tensor, num_tokens: int, causal: bool) -> Tensor:
+    """The inverse of `pack_entries`: zeros above the diagonal of a causal map.
+
+    Args:
+        entries: `[..., E]`.
+        num_tokens: N.
+        causal: As given to `pack_entries`.
+
+    Returns:
+        `[..., N, N]`, same dtype and device.
+
+    Raises:
+        ValueError: If E does not belong to N.
+    """
+    expected = num_entries(num_tokens, causal)
+    if entries.shape[-1] != expected:
+        raise ValueError(
+            f"{entries.shape[-1]} entries cannot fill a {'causal' if causal else 'full'} map of {num_tokens} "
+            f"tokens, expected {expected}; check `causal` and the number of image tokens"
+        )
+    shape = (*entries.shape[:-1], num_tokens, num_tokens)
+    if not causal:
+        return entries.reshape(shape)
+    flat = entries.new_zeros((*entries.shape[:-1], num_tokens * num_tokens))
+    return flat.index_copy(-1, _triangle_index(num_tokens, entries.device), entries).view(shape)
+
+
+@lru_cache(maxsize=16)
+def _triangle_index(num_tokens: int, device: torch.device) -> Tensor:
+    """Positions of the lower triangle in a flattened square, in row order."""
+    rows, columns = torch.tril_indices(num_tokens, num_tokens, device=device)
+    index: Tensor = rows * num_tokens + columns
+    return index

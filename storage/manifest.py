@@ -1,0 +1,189 @@
+"""What a target store was made from, and the refusal to mix it with anything else."""
+
+import json
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.codecs.maps import MapCodecConfig
+from storage.digests import canonical_json, digest_of
+from storage.errors import CorruptData, FingerprintMismatch, UserError
+from storage.stores import Store
+
+MANIFEST_PATH = "manifest.json"
+FORMAT_VERSION = 1
+"""Version of the target store's layout; `FORMAT.md` has a paragraph for each."""
+
+_SHOWN_CHARS = 60
+
+
+class Fingerprint(BaseModel):
+    """Everything that decides which bytes an extraction writes. No field has a default: nothing is unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher_weights: str
+    """Digest of the teacher's weights."""
+    teacher_config: dict[str, Any]
+    """The teacher's model config."""
+    processor: dict[str, Any]
+    """The image processor's and processor's settings."""
+    chat_template: str
+    """The template's text."""
+    tokenizer: str
+    """Digest of the tokenizer's files."""
+    layers: tuple[int, ...]
+    """Captured teacher layers, counted from 0, in stored order."""
+    windows: tuple[tuple[int, ...], ...]
+    """Teacher layers of each standard window; the order of the stored sink masks."""
+    map_codec: MapCodecConfig
+    """How attention maps are coded."""
+    top_k: int = Field(ge=1)
+    """Kept log-probabilities of each answer row."""
+    dtype: str
+    """The teacher's compute type, such as `bfloat16`."""
+    max_length: int = Field(ge=1)
+    """Tokens after which a sample is cut."""
+    image_backend: str
+    """What made the pixels: PIL and torchvision differ, and the processor's settings do not say which ran."""
+    samples: str
+    """Digest of the sample index."""
+    capture_version: int
+    """Raised when the capture code changes what it computes."""
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of all fields."""
+        return digest_of(self.model_dump(mode="json"))
+
+    def differences(self, other: Self) -> list[str]:
+        """Names of the fields that differ, sorted; entries of dicts as `teacher_config.num_hidden_layers`."""
+        return sorted(_differences(self.model_dump(mode="json"), other.model_dump(mode="json")))
+
+
+class Manifest(BaseModel):
+    """The head of a target store: its format, fingerprint and sizes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    """Layout of the store, see FORMAT.md."""
+    fingerprint: Fingerprint
+    """What the targets were made from."""
+    num_layers: int = Field(ge=1)
+    """Decoder layers of the teacher, captured or not."""
+    vocab_size: int = Field(ge=1)
+    """Width of the teacher's logits."""
+    hidden_size: int = Field(ge=1)
+    """Width of the teacher's decoder, which the adapter writes."""
+    num_shards: int = Field(ge=0)
+    """Sample shards, and so target shards when extraction is complete."""
+
+    @property
+    def num_kept(self) -> int:
+        """K: log-probabilities stored for each answer row."""
+        return min(self.fingerprint.top_k, self.vocab_size)
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes: canonical JSON with a digest of all else."""
+        fields = self.model_dump(mode="json")
+        return canonical_json({**fields, "digest": digest_of(fields)})
+
+    @classmethod
+    def load(cls, store: Store) -> Self:
+        """Read `manifest.json`.
+
+        Raises:
+            UserError: When there is none, or it has a format this version does not read.
+            CorruptData: When its bytes are not what was written.
+        """
+        where = f"{store.url}/{MANIFEST_PATH}"
+        try:
+            data = store.read(MANIFEST_PATH)
+        except FileNotFoundError:
+            raise UserError(
+                f"{where} does not exist: {store.url} is no target store; run `cdp extract-teacher`"
+            ) from None
+        fields = parse_record(data, where, FORMAT_VERSION)
+        digest = fields.pop("digest", None)
+        try:
+            manifest = cls.model_validate(fields)
+        except ValidationError as error:
+            raise CorruptData(f"{where} is no manifest: {error}; restore it or extract again") from error
+        if manifest.to_bytes() != data:
+            found = digest_of(fields)
+            raise CorruptData(
+                f"{where} has digest {found[:12]}, it says {str(digest)[:12]}; restore it or extract again"
+            )
+        return manifest
+
+
+def parse_record(data: bytes, where: str, format_version: int) -> dict[str, Any]:
+    """The fields of a stored JSON record, once its format version is known to be ours.
+
+    Raises:
+        CorruptData: If it is no JSON object with a format version.
+        UserError: If the version is another one.
+    """
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise CorruptData(f"{where} is not JSON ({error}); restore it or run `cdp verify`") from error
+    if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
+        raise CorruptData(f"{where} has no format_version; restore it or run `cdp verify`")
+    found = fields["format_version"]
+    if found != format_version:
+        todo = "upgrade compodistill" if found > format_version else "make it again with this version"
+        raise UserError(f"{where} has format version {found}, this version reads {format_version}; {todo}")
+    return fields
+
+
+def create_or_check(store: Store, manifest: Manifest) -> None:
+    """Write the manifest of a new store, or make sure that an existing one is the same.
+
+    Raises:
+        FingerprintMismatch: Naming each differing field with both values; the store is left as it is.
+    """
+    if store.create(MANIFEST_PATH, manifest.to_bytes()):
+        return
+    stored = Manifest.load(store)
+    if stored == manifest:
+        return
+    ours, theirs = manifest.model_dump(mode="json"), stored.model_dump(mode="json")
+    names = sorted(_differences(theirs, ours))
+    lines = [
+        f"  {name.removeprefix('fingerprint.')}: stored {_shown(theirs, name)}, this run {_shown(ours, name)}"
+        for name in names
+    ]
+    raise FingerprintMismatch(
+        f"targets at {store.url} were made from something else than this run names; it differs in:\n"
+        + "\n".join(lines)
+        + "\nUse the settings they were made with, or extract into a new folder; nothing was changed"
+    )
+
+
+def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key in left.keys() | right.keys():
+        ours, theirs = left.get(key, _ABSENT), right.get(key, _ABSENT)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            names += _differences(ours, theirs, f"{prefix}{key}.")
+        elif canonical_json([ours]) != canonical_json([theirs]):
+            names.append(f"{prefix}{key}")
+    return names
+
+
+_ABSENT = "(absent)"
+
+
+def _shown(fields: dict[str, Any], dotted: str) -> str:
+    value: Any = fields
+    rest = dotted
+    while rest:
+        # Keys of a model's config may hold dots themselves.
+        key = rest if rest in value else next((k for k in value if rest.startswith(f"{k}.")), None)
+        if key is None:
+            return _ABSENT
+        value, rest = value[key], rest.removeprefix(key).removeprefix(".")
+    text = canonical_json(value).decode()
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"

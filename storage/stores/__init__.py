@@ -1,0 +1,43 @@
+"""Where bytes lie: a local folder or an object-store prefix, behind one small protocol."""
+
+import re
+from pathlib import Path
+
+from storage.errors import UserError
+from storage.stores.base import PARTIAL, ExpectedFiles, Store, relative_path
+from storage.stores.local import LocalStore
+from storage.stores.objects import SCHEMES, ObjectStore
+
+__all__ = [
+    "PARTIAL",
+    "ExpectedFiles",
+    "LocalStore",
+    "ObjectStore",
+    "Store",
+    "open_store",
+    "relative_path",
+]
+
+
+def open_store(url: str | Path) -> Store:
+    """The store at `url`: a folder (path or `file://`), or `s3://`, `gs://`, `az://`, `memory://`.
+
+    Nothing is read, created or connected here; an object store connects on first use, in the process that
+    uses it.
+
+    Raises:
+        UserError: For any other scheme.
+    """
+    if isinstance(url, Path):
+        return LocalStore(url)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    if scheme is None:
+        return LocalStore(Path(url))
+    if scheme[1] == "file":
+        return LocalStore(Path(url.removeprefix("file://")))
+    if scheme[1] in SCHEMES:
+        return ObjectStore(url)
+    raise UserError(
+        f"cannot open {url}: scheme {scheme[1]}:// is unknown; "
+        f"use a folder or one of {', '.join(f'{name}://' for name in SCHEMES)}"
+    )

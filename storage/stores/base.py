@@ -1,0 +1,71 @@
+"""The protocol every store keeps, and which paths it accepts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+PARTIAL = ".partial"
+"""Suffix of what is still being written; readers never see such a file, `clean_partials` removes it."""
+
+ExpectedFiles = Mapping[str, tuple[int, str]]
+"""Path relative to what is fetched ("" for a file itself) -> (bytes, sha256)."""
+
+
+class Store(Protocol):
+    """A folder of files, local or remote. Paths are relative, with `/` between their parts.
+
+    A store can be pickled and opened in another process: it holds its address, not a connection.
+    """
+
+    @property
+    def url(self) -> str:
+        """What `open_store` takes to open the same store again."""
+
+    def read(self, path: str) -> bytes:
+        """All bytes of a file; FileNotFoundError when it is absent."""
+
+    def exists(self, path: str) -> bool:
+        """Whether a file of this name exists."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Create or replace a file; readers see the old bytes or the new ones, never a part."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Create a file unless it exists; of several callers exactly one gets True."""
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Sorted paths of all files below the folder `prefix` ("": the whole store), partial ones left out."""
+
+    def local(self, path: str, expect: ExpectedFiles | None = None) -> Path:
+        """A local file or folder that holds `path`; a remote one is downloaded whole, once.
+
+        Args:
+            path: A file or a folder of the store.
+            expect: Sizes and digests; a download that differs raises CorruptData and is not kept.
+                A local folder is not read for this: compare what matters when it is opened.
+        """
+
+    def staging(self, name: str) -> Path:
+        """A new, empty local folder from which `put_tree` is cheap; its name ends with `.partial`."""
+
+    def put_tree(self, local_dir: Path, path: str) -> None:
+        """Move `local_dir` to the folder `path`; one with the same content is left alone."""
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a folder and all below it; nothing happens when it is absent."""
+
+    def remove_partials(self) -> int:
+        """Remove what dead writers left half-written, and tell how many such files and folders there were."""
+
+
+def relative_path(path: str) -> str:
+    """`path` itself, when it names something inside a store.
+
+    Raises:
+        ValueError: For absolute paths, `..`, `.`, empty parts, backslashes and control characters.
+    """
+    parts = path.split("/")
+    bad = any(part in {"", ".", ".."} for part in parts)
+    if bad or "\\" in path or any(ord(char) < 32 for char in path):
+        raise ValueError(f"path {path!r} does not stay inside its store: give a relative one without '..'")
+    return path
