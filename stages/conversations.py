@@ -41,8 +41,8 @@ _TEXT_KEYS: Final = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "offset_mapping"}
 )
 
-# The library keeps the spans of a template's generation blocks in the compiled template, which threads share.
-_GENERATION_BLOCKS = threading.Lock()
+# The library collects the spans of generation blocks in the compiled template, which all threads share.
+_RENDERING = threading.Lock()
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -69,7 +69,7 @@ class EncodedConversation:
     answer_mask: Tensor
     """`[T]` bool: token t is part of an answer, the end token included; it is predicted at t-1."""
     pixel_inputs: dict[str, Tensor]
-    """The image processor's outputs: `pixel_values`, for some families sizes or grids. Empty without images."""
+    """The image processor's outputs: `pixel_values`, for some families sizes too. Empty without images."""
     image_positions: Tensor
     """`[N]` int64, increasing: where `token_ids` holds the image token."""
 
@@ -89,8 +89,8 @@ class ConversationEncoder:
     def __init__(self, processor: Any, image_token_id: int, max_length: int) -> None:
         if not processor.tokenizer.is_fast:
             raise UserError(
-                f"{type(processor.tokenizer).__name__} is a slow tokenizer, which cannot tell the characters of "
-                "a token; convert it to a fast one (tokenizer.json) first"
+                f"{type(processor.tokenizer).__name__} is a slow tokenizer, which cannot tell the "
+                "characters of a token; convert it to a fast one (tokenizer.json) first"
             )
         self.processor = processor
         self.image_token_id = image_token_id
@@ -106,7 +106,8 @@ class ConversationEncoder:
         """The turns (`from`, `value`) of one sample as tokens, cut at `max_length`.
 
         The cut may fall inside an answer, of which the tokens before it are kept; it may not fall before or
-        inside the image tokens, nor before the first answer token.
+        inside the image tokens, nor before the first answer token. Text never becomes an image token; other
+        special tokens written in it are read as such, as by the processor's own template.
 
         Raises:
             UnusableConversation: with its reason.
@@ -161,21 +162,21 @@ class ConversationEncoder:
     ) -> tuple[str, list[Span]]:
         """What `processor.apply_chat_template` renders; with `track`, also the spans of generation blocks."""
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=track,
-                add_generation_prompt=add_generation_prompt,
-                **self.processor.tokenizer.special_tokens_map,
-            )
+            with _RENDERING:
+                texts, spans = render_jinja_template(
+                    conversations=[messages],
+                    chat_template=self._template,
+                    return_assistant_tokens_mask=track,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.processor.tokenizer.special_tokens_map,
+                )
         except (jinja2.TemplateError, TypeError) as error:
             raise UnusableConversation("refused_by_template", str(error)) from error
         return texts[0], spans[0] if track else []
 
     def _render_with_answers(self, messages: list[Message]) -> tuple[str, list[Span]]:
         if self._has_generation_blocks:
-            with _GENERATION_BLOCKS:
-                return self._render_tracked(messages, track=True)
+            return self._render_tracked(messages, track=True)
         return self._render_by_prefixes(messages)
 
     def _render_by_prefixes(self, messages: list[Message]) -> tuple[str, list[Span]]:

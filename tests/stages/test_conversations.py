@@ -335,8 +335,14 @@ def test_a_beginning_token_written_by_the_template_is_not_added_again(processor:
 def test_threads_may_share_an_encoder(encoder: ConversationEncoder) -> None:
     conversation, pictures = _with_images("several turns")
     expected = encoder.encode(conversation, pictures).answer_mask
+
+    def encode(number: int) -> torch.Tensor:
+        if number % 2:
+            encoder.encode_prompt("What color?", pictures)
+        return encoder.encode(conversation, pictures).answer_mask
+
     with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(lambda _: encoder.encode(conversation, pictures).answer_mask, range(64)):
+        for found in pool.map(encode, range(64)):
             torch.testing.assert_close(found, expected)
 
 
