@@ -1,0 +1,9 @@
+"""LLaVA 1.5 and its kin: any vision tower, `Linear -> GELU -> Linear`, any causal decoder."""
+
+from stages.families.family import Family
+
+FAMILY = Family(
+    vision_prefixes=("model.vision_tower.", "model.multi_modal_projector."),
+    causal_image_tokens=True,
+    pixel_inputs=("pixel_values",),
+)

@@ -1,0 +1,72 @@
+"""Which decoder layers take part in attention transfer, and which teacher layers each student layer is matched with.
+
+Source: METHOD, "Layer matching"; layer numbers count from 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from storage.errors import UserError
+
+MATCHED_LAYERS = 7  # S of the published models
+_PUBLISHED_SPANS = {24: (8, 8), 28: (9, 9), 32: (11, 9), 40: (13, 11)}  # depth -> (first layer, number of layers)
+
+
+def visual_understanding_layers(num_layers: int) -> range:
+    """The middle third of a decoder: the published span where there is one, else first = round(depth / 3).
+
+    >>> list(visual_understanding_layers(8))
+    [3, 4, 5]
+    """
+    if num_layers < 1:
+        raise UserError(f"a decoder of {num_layers} layers has no middle third; expected at least 1 layer")
+    first, count = _PUBLISHED_SPANS.get(num_layers, (round(num_layers / 3), max(1, round(num_layers / 3))))
+    first = min(first, num_layers - 1)
+    return range(first, min(first + count, num_layers))
+
+
+def default_num_matched(teacher_layers: int, student_layers: int | None = None) -> int:
+    """S: 7, or as many as the shallower model's middle third holds."""
+    counts = [len(visual_understanding_layers(d)) for d in (teacher_layers, student_layers) if d is not None]
+    return min(MATCHED_LAYERS, *counts)
+
+
+def student_layers(num_layers: int, num_matched: int) -> tuple[int, ...]:
+    """The student's S layers: from the first layer of its middle third on, moved down if they would not fit."""
+    if num_matched > num_layers:
+        raise UserError(
+            f"the student has {num_layers} layers but {num_matched} are to be matched; set fewer matched layers"
+        )
+    first = min(visual_understanding_layers(num_layers).start, num_layers - num_matched)
+    return tuple(range(first, first + num_matched))
+
+
+def sliding_windows(captured: tuple[int, ...], num_matched: int) -> tuple[tuple[int, ...], ...]:
+    """Group matching: S windows of g = T - S + 1 consecutive captured layers, the i-th starting at the i-th layer.
+
+    >>> sliding_windows((3, 4, 5), 2)
+    ((3, 4), (4, 5))
+    """
+    if not 1 <= num_matched <= len(captured):
+        raise UserError(
+            f"{num_matched} matched layers need at least as many captured teacher layers, found {len(captured)}: "
+            f"{list(captured)}"
+        )
+    width = len(captured) - num_matched + 1
+    return tuple(captured[i : i + width] for i in range(num_matched))
+
+
+def window_means(
+    maps_LNN: Tensor, layers: Sequence[int], windows: Sequence[Sequence[int]]
+) -> Tensor:
+    """`[W, N, N]` mean map of each window of teacher layers.
+
+    Args:
+        maps_LNN: maps of `layers`, in that order; any leading shape after L.
+        layers: teacher layer numbers of the first axis.
+        windows: teacher layer numbers of each window.
+    """
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    return torch.stack([maps_LNN[[row_of[layer] for layer in window]].mean(0) for window in windows])

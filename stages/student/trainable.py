@@ -1,0 +1,38 @@
+"""Which parameters of a student learn in a stage, and folding LoRA away afterwards."""
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from stages.student.build import Student
+from stages.student.config import LoraSettings, StageConfig
+
+_DECODER_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def prepare_for_stage(student: Student, stage: StageConfig, lora: LoraSettings) -> PeftModel | None:
+    """Freezes all but what the stage trains; puts LoRA into `student` in place when it trains that.
+
+    `requires_grad` is not part of a checkpoint, so this runs after every load.
+
+    Returns:
+        The peft wrapper that can merge the updates, None without LoRA.
+    """
+    wrapper = None
+    student.requires_grad_(False)
+    if stage.trains == "lora":
+        settings = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_DECODER_LINEARS, bias="none"
+        )
+        wrapper = get_peft_model(student, settings)
+    elif stage.trains == "full":
+        student.model.language_model.requires_grad_(True)
+        student.lm_head.requires_grad_(True)
+    student.model.post_connector.requires_grad_(True)
+    return wrapper
+
+
+def merge_lora(wrapper: PeftModel | None, student: Student) -> Student:
+    """The student as a plain model: LoRA updates added to the weights they adapt."""
+    if wrapper is None:
+        return student
+    merged: Student = wrapper.merge_and_unload()
+    return merged

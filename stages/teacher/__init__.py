@@ -1,0 +1,1 @@
+"""The teacher: loading it, and what it says of a sample."""

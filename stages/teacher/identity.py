@@ -1,0 +1,143 @@
+"""Which teacher it is and what is kept of what it sees; known from its folder without loading the weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
+
+from stages.attention import CAPTURE_VERSION
+from stages.checkpoints import resolve_checkpoint, tokenizer_digest, weights_digest
+from stages.conversations import image_processor_backend
+from stages.families import family_of
+from stages.families.family import Family
+from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
+from storage.codecs.maps import MapCodecConfig
+from storage.errors import UserError
+from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest
+
+
+class TeacherConfig(BaseModel):
+    """Which teacher, and what is kept of what it sees."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str
+    """Folder or hub id of the teacher."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+    max_length: int = Field(default=1536, ge=8)
+    """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples of one forward pass; more is faster until memory ends."""
+    layers: tuple[int, ...] | None = None
+    """Captured decoder layers, consecutive, counted from 0; None takes the middle third."""
+    num_matched: int | None = Field(default=None, ge=1)
+    """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
+    map_codec: Literal["float16", "sqrt8"] = "sqrt8"
+    """How attention maps are stored: 2 bytes an entry, exact to float16, or 1 byte an entry."""
+    top_k: int = Field(default=64, ge=1)
+    """Log-probabilities kept of each answer row; the mass outside them is kept as one exact number."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """A teacher's folder, read but for its weights; `identify_teacher` makes one."""
+
+    folder: Path
+    settings: TeacherConfig
+    config: PreTrainedConfig
+    processor: ProcessorMixin
+    family: Family
+    codec: MapCodecConfig
+    layers: tuple[int, ...]
+    windows: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    weights: str
+
+    def manifest(self, samples_digest: str, num_shards: int) -> Manifest:
+        """What a target store made by this teacher from these samples is."""
+        text_config = self.config.get_text_config()
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            fingerprint=Fingerprint(
+                teacher_weights=self.weights,
+                teacher_config=_portable(self.config.to_dict()),
+                processor=_portable(self.processor.to_dict()),
+                chat_template=_template(self.processor),
+                tokenizer=tokenizer_digest(self.processor.tokenizer),
+                layers=self.layers,
+                windows=self.windows,
+                map_codec=self.codec,
+                top_k=self.settings.top_k,
+                dtype=str(self.dtype).removeprefix("torch."),
+                max_length=self.settings.max_length,
+                image_backend=image_processor_backend(self.processor),
+                samples=samples_digest,
+                capture_version=CAPTURE_VERSION,
+            ),
+            num_layers=text_config.num_hidden_layers,
+            vocab_size=text_config.vocab_size,
+            hidden_size=text_config.hidden_size,
+            num_shards=num_shards,
+        )
+
+
+def identify_teacher(settings: TeacherConfig, *, on_gpu: bool) -> TeacherIdentity:
+    """Reads config and processor and digests the weight files.
+
+    Args:
+        settings: which teacher and what is kept.
+        on_gpu: whether it will run on a GPU; decides what dtype "auto" means.
+
+    Raises:
+        UserError: no such checkpoint, an unknown family, or layers that the decoder does not have.
+    """
+    folder = resolve_checkpoint(settings.checkpoint)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    family = family_of(config.model_type)
+    num_layers = config.get_text_config().num_hidden_layers
+    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
+    if layers != tuple(range(layers[0], layers[-1] + 1)) or not 0 <= layers[0] <= layers[-1] < num_layers:
+        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
+    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
+    dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+    return TeacherIdentity(
+        folder=folder,
+        settings=settings,
+        config=config,
+        processor=AutoProcessor.from_pretrained(folder, trust_remote_code=settings.trust_remote_code),
+        family=family,
+        codec=MapCodecConfig(name=settings.map_codec, causal=family.causal_image_tokens),
+        layers=layers,
+        windows=sliding_windows(layers, num_matched),
+        dtype=getattr(torch, dtype),
+        weights=weights_digest(folder),
+    )
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what depends on where and by which library version it was loaded."""
+    local = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
+    return {
+        key: _portable(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in local and _is_json(value)
+    }
+
+
+def _is_json(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list | tuple | dict)
+
+
+def _template(processor: ProcessorMixin) -> str:
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        raise UserError(
+            f"{type(processor).__name__} has no chat template; add chat_template.jinja to the checkpoint folder"
+        )
+    return template
