@@ -1,0 +1,1 @@
+"""LLaVA data to sample shards: read, validate, group by image, pack."""

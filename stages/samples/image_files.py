@@ -1,0 +1,65 @@
+"""Reads image files of one folder: never outside it, never too large, each distinct one decoded once."""
+
+from pathlib import Path
+
+from stages.images import BadImage, decode_image
+from stages.samples.ledger import UnusableSample
+from storage.errors import UserError
+
+
+class ImageFolder:
+    """The images a data file names, by path relative to `root`."""
+
+    def __init__(self, root: Path, max_pixels: int, max_bytes: int) -> None:
+        """`max_pixels` bounds width times height, `max_bytes` the file; larger ones are unusable."""
+        if not root.is_dir():
+            raise UserError(f"no image folder at {root}; give the folder that image paths are relative to")
+        self._root = root.resolve()
+        self._max_pixels = max_pixels
+        self._max_bytes = max_bytes
+        self._verdicts: dict[str, UnusableSample | None] = {}
+
+    def read(self, relative: str) -> bytes:
+        """The file's bytes as they are, after it has been decoded once in full.
+
+        Raises:
+            UnusableSample: `path_leaves_folder`, `missing_image`, `image_too_large`, or what decoding found.
+            UserError: the file is there and cannot be read.
+        """
+        verdict = self._verdicts.get(relative)
+        if verdict is not None:
+            raise verdict
+        try:
+            data = self._read_bytes(relative)
+            if relative not in self._verdicts:
+                decode_image(data, self._max_pixels)
+        except UnusableSample as why:
+            self._verdicts[relative] = why
+            raise
+        except BadImage as bad:
+            why = UnusableSample(bad.reason, f"{relative}: {bad.detail}")
+            self._verdicts[relative] = why
+            raise why from bad
+        self._verdicts[relative] = None
+        return data
+
+    def _read_bytes(self, relative: str) -> bytes:
+        try:
+            path = (self._root / relative).resolve()
+            if not path.is_relative_to(self._root):
+                raise UnusableSample(
+                    "path_leaves_folder", f"{relative} is a link to a place outside the folder"
+                )
+            # Also keeps out pipes and devices, which would block or never end.
+            if not path.is_file():
+                raise UnusableSample("missing_image", f"{relative} is not a file of the image folder")
+            num_bytes = path.stat().st_size
+            if num_bytes > self._max_bytes:
+                raise UnusableSample("image_too_large", f"{relative} has {num_bytes:,} bytes")
+            return path.read_bytes()
+        except RuntimeError as error:  # a loop of symbolic links
+            raise UnusableSample("missing_image", f"{relative} is a link to itself") from error
+        except OSError as error:
+            raise UserError(
+                f"image {relative} in {self._root} cannot be read: {error.strerror}; mend that and run again"
+            ) from error

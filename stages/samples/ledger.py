@@ -1,0 +1,85 @@
+"""The ledger of skipped samples: each with its reason, and the refusal when there are too many."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from storage.errors import TooManySkipped
+
+NUM_EXAMPLES = 5
+
+
+class UnusableSample(Exception):  # noqa: N818 - a finding about data, always turned into a ledger line
+    """One sample cannot be used: `reason` is a word to count by, `detail` what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class SkippedSample(BaseModel):
+    """One line of the ledger."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ordinal: int
+    """The record's place in the source file, from 0."""
+    id: str | None
+    """The record's own id; null when the record is too broken to have one."""
+    reason: str
+    """A word to count by."""
+    detail: str
+    """What was found."""
+
+
+class Ledger:
+    """Collects skipped samples while a data set is packed."""
+
+    def __init__(self) -> None:
+        self._skipped: list[SkippedSample] = []
+
+    def __len__(self) -> int:
+        return len(self._skipped)
+
+    def skip(self, ordinal: int, sample_id: str | None, why: UnusableSample) -> None:
+        """Enter one sample."""
+        self._skipped.append(
+            SkippedSample(ordinal=ordinal, id=sample_id, reason=why.reason, detail=why.detail)
+        )
+
+    def num_by_reason(self) -> dict[str, int]:
+        """Counts, most frequent reason first, then by name."""
+        counts = Counter(skipped.reason for skipped in self._skipped)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def write(self, path: Path) -> None:
+        """One JSON line a skipped sample, by ordinal; an empty file when nothing was skipped."""
+        lines = [json.dumps(skipped.model_dump()) + "\n" for skipped in self._in_order()]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)
+
+    def exceeds(self, num_records: int, max_fraction: float) -> bool:
+        """Whether more than `max_fraction` of `num_records` were skipped."""
+        return len(self._skipped) > max_fraction * num_records
+
+    def refusal(self, num_records: int, max_fraction: float, path: Path) -> TooManySkipped:
+        """The error to raise: counts by reason, first examples, where the ledger is, how to allow them."""
+        counts = ", ".join(f"{reason} {num}" for reason, num in self.num_by_reason().items())
+        examples = "".join(
+            f"\n  record {skipped.ordinal} (id {skipped.id}): {skipped.reason}: {skipped.detail}"
+            for skipped in self._in_order()[:NUM_EXAMPLES]
+        )
+        fraction = len(self._skipped) / num_records
+        way_out = f", or set max_skipped_fraction to at least {fraction:.6f}" if fraction < 1 else ""
+        return TooManySkipped(
+            f"{len(self._skipped)} of {num_records} samples ({fraction:.4%}) cannot be used, "
+            f"max_skipped_fraction is {max_fraction:.4%}; by reason: {counts}; first ones:{examples}\n"
+            f"all of them are in {path}; mend the data{way_out}"
+        )
+
+    def _in_order(self) -> list[SkippedSample]:
+        return sorted(self._skipped, key=lambda skipped: skipped.ordinal)

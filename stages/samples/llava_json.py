@@ -1,0 +1,134 @@
+"""Reads the records of a LLaVA data file, one JSON list or JSON lines, in order and one by one again."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from stages.samples.ledger import UnusableSample
+from storage.errors import UserError
+
+MAX_JSON_BYTES = 4 * 2**30
+"""A JSON list is held in memory while it is packed; LLaVA-665k is 1 GB. Larger files come as JSON lines."""
+
+MAX_LINE_BYTES = 16 * 2**20
+"""Bound on one JSON line: a file without line ends must not be read as one line."""
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class LlavaRecords(Protocol):
+    """A data file read twice: once through to learn what is in it, then record by record in another order."""
+
+    def positions(self) -> Iterator[int]:
+        """Where each record lies, in file order; a record's ordinal is its place in this sequence."""
+
+    def load(self, position: int) -> object:
+        """The record at `position`, not validated.
+
+        Raises:
+            UnusableSample: the bytes there are not JSON.
+        """
+
+
+def open_llava_records(source: Path) -> LlavaRecords:
+    """The records of `source`: JSON lines when its name ends in .jsonl or .ndjson, one JSON list otherwise.
+
+    Raises:
+        UserError: no such file, too large a JSON list, or a file that is not a JSON list in UTF-8.
+    """
+    if not source.is_file():
+        raise UserError(f"no data file at {source}; expected a LLaVA .json list or .jsonl file")
+    if source.suffix.lower() in JSONL_SUFFIXES:
+        return JsonLines(source)
+    return JsonList(source)
+
+
+class JsonList:
+    """One JSON list, held in memory; positions are indices."""
+
+    def __init__(self, source: Path) -> None:
+        num_bytes = source.stat().st_size
+        if num_bytes > MAX_JSON_BYTES:
+            raise UserError(
+                f"{source} has {num_bytes:,} bytes; a JSON list is read whole and may have "
+                f"{MAX_JSON_BYTES:,}; write one record a line and name the file .jsonl: those are streamed"
+            )
+        try:
+            value: object = json.loads(source.read_bytes().removeprefix(_BOM).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
+                "convert it"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{source} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+                "if it holds one record a line, name it .jsonl"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source} is not JSON that can be read: {error}") from error
+        if not isinstance(value, list):
+            raise UserError(
+                f"{source} holds one {type(value).__name__}, expected a list of LLaVA records; "
+                "if it holds one record a line, name it .jsonl"
+            )
+        self._records: list[object] = value
+
+    def positions(self) -> Iterator[int]:
+        """The indices of the list."""
+        return iter(range(len(self._records)))
+
+    def load(self, position: int) -> object:
+        """The list's item."""
+        return self._records[position]
+
+
+class JsonLines:
+    """One JSON record a line, read from the disk each time; positions are byte offsets.
+
+    Blank lines are no records.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+
+    def positions(self) -> Iterator[int]:
+        """The byte offset of each line that is not blank."""
+        with self._source.open("rb") as lines:
+            offset = len(_BOM) if lines.read(len(_BOM)) == _BOM else 0
+            lines.seek(offset)
+            while piece := lines.readline(MAX_LINE_BYTES):
+                start, blank = offset, not piece.strip()
+                offset += len(piece)
+                while piece and not piece.endswith(b"\n"):
+                    piece = lines.readline(MAX_LINE_BYTES)
+                    offset += len(piece)
+                    blank = blank and not piece.strip()
+                if not blank:
+                    yield start
+
+    def load(self, position: int) -> object:
+        """The record that begins at byte `position`.
+
+        Raises:
+            UnusableSample: `line_too_long`, `not_utf8` or `bad_json_line`.
+        """
+        with self._source.open("rb") as lines:
+            lines.seek(position)
+            line = lines.readline(MAX_LINE_BYTES + 1)
+        if len(line) > MAX_LINE_BYTES:
+            raise UnusableSample("line_too_long", f"over {MAX_LINE_BYTES:,} bytes at byte {position}")
+        try:
+            value: object = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UnusableSample("not_utf8", f"at byte {position + error.start}") from error
+        except json.JSONDecodeError as error:
+            raise UnusableSample(
+                "bad_json_line", f"{error.msg} at byte {position}, column {error.colno}"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UnusableSample("bad_json_line", f"{error} at byte {position}") from error
+        return value

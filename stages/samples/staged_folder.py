@@ -1,0 +1,77 @@
+"""An output folder that appears complete or not at all, and is never mixed from two data sets."""
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from storage.errors import UserError
+
+INDEX = "index.json"
+SHARDS = "samples-*.tar"
+STAGING = "packing.partial"
+LEDGER = "skipped.jsonl"
+REPORT = "pack-report.json"
+
+
+class StagedFolder:
+    """Files are written into `path`, a folder inside `out`, and moved to `out` by `publish`, the index last.
+
+    While `path` exists a run has not ended; shards beside it without an index are leftovers of a killed one.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out / STAGING
+
+    def __enter__(self) -> Self:
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out} is a file; name a folder to write sample shards to")
+        if self.out.is_dir() and not self.holds_index:
+            self._clear_leftovers()
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path)
+
+    @property
+    def holds_index(self) -> bool:
+        """Whether `out` already holds a finished data set."""
+        return (self.out / INDEX).exists()
+
+    @property
+    def ledger_of_refusal(self) -> Path:
+        """Where a refused run leaves its ledger: never in place of the one of a finished data set."""
+        return self.out / ("skipped.refused.jsonl" if self.holds_index else LEDGER)
+
+    def publish(self) -> None:
+        """Move everything to `out`.
+
+        Raises:
+            UserError: `out` holds another data set; nothing is changed.
+        """
+        # The index has every shard's sha256: equal indices, equal data. Moving then also mends lost shards.
+        if self.holds_index and (self.out / INDEX).read_bytes() != (self.path / INDEX).read_bytes():
+            raise UserError(
+                f"{self.out} already holds another data set ({INDEX} differs); "
+                "pack into a new folder, or remove it"
+            )
+        for path in sorted(self.path.iterdir(), key=lambda path: (path.name == INDEX, path.name)):
+            path.replace(self.out / path.name)
+
+    def _clear_leftovers(self) -> None:
+        leftovers = list(self.out.glob(SHARDS)) if self.path.exists() else []
+        known = {path.name for path in leftovers} | {STAGING, LEDGER, REPORT}
+        foreign = sorted(path.name for path in self.out.iterdir() if path.name not in known)
+        if foreign:
+            raise UserError(
+                f"{self.out} holds files that are not of this data set ({', '.join(foreign[:5])}); "
+                "name a new or empty folder"
+            )
+        for path in leftovers:
+            path.unlink()
+        if self.path.exists():
+            shutil.rmtree(self.path)
