@@ -18,7 +18,7 @@ _SHOWN_CHARS = 60
 
 
 class Fingerprint(BaseModel):
-    """Everything that decides which bytes an extraction writes. No field has a default: nothing is unknown."""
+    """All that decides which bytes an extraction writes; no default, so nothing is unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -34,7 +34,7 @@ class Store(Protocol):
         """Create a file unless it exists; of several callers exactly one gets True."""
 
     def list(self, prefix: str = "") -> list[str]:
-        """Sorted paths of all files below the folder `prefix` ("": the whole store), partial ones left out."""
+        """Sorted paths of all files below the folder `prefix` ("": all files), partial ones left out."""
 
     def local(self, path: str, expect: ExpectedFiles | None = None) -> Path:
         """A local file or folder that holds `path`; a remote one is downloaded whole, once.

@@ -1,0 +1,126 @@
+"""Reading samples of one tar in any order, by the offsets of the index."""
+
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from storage.digests import file_sha256
+from storage.errors import CorruptData
+from storage.samples.index import SampleShardEntry
+from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
+from storage.stores import Store
+
+_IMAGE_NAME = re.compile(r"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.(jpg|png|webp)")
+
+
+class SampleShard:
+    """An open tar: `read(row)` costs one `pread` a member, wherever it lies."""
+
+    def __init__(self, path: Path, entry: SampleShardEntry) -> None:
+        self._path, self._entry = path, entry
+        self._file = path.open("rb")
+
+    @classmethod
+    def open(cls, store: Store, entry: SampleShardEntry) -> Self:
+        """Open a shard; its size must be the index's (its digest is checked by `verify`, or when it is
+        downloaded).
+
+        Raises:
+            CorruptData: If the file is missing or has another size.
+        """
+        try:
+            path = store.local(entry.name, {"": (entry.bytes, entry.sha256)})
+        except FileNotFoundError as error:
+            raise CorruptData(
+                f"sample shard {store.url}/{entry.name} is missing; restore it or pack the samples again"
+            ) from error
+        found = path.stat().st_size
+        if found != entry.bytes:
+            raise CorruptData(
+                f"sample shard {path} has {found} bytes, the index says {entry.bytes}; "
+                "restore it or pack the samples again"
+            )
+        return cls(path, entry)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The samples' keys in tar order."""
+        return tuple(members.key for members in self._entry.members)
+
+    def __len__(self) -> int:
+        return self._entry.num_samples
+
+    def read(self, row: int) -> StoredSample:
+        """The sample at position `row`.
+
+        Raises:
+            IndexError: If there is no such row.
+            CorruptData: If the tar does not hold the sample's members where the index says.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self._path}, which has {len(self)} samples")
+        key, spans, crc32 = self._entry.members[row]
+        json_name, record = self._member(key, *spans[0])
+        if json_name != f"{key}.json":
+            raise self._corrupt(key, f"member {json_name!r} instead of {key}.json")
+        images = []
+        for number, span in enumerate(spans[1:]):
+            name, data = self._member(key, *span)
+            match = _IMAGE_NAME.fullmatch(name)
+            wanted = str(number) if len(spans) > 2 else None
+            if match is None or match["key"] != key or match["number"] != wanted:
+                raise self._corrupt(key, f"member {name!r} instead of image {number}")
+            images.append(data)
+        if zlib.crc32(b"".join([record, *images])) != crc32:
+            raise self._corrupt(key, "other bytes than were packed (crc32)")
+        try:
+            fields = json.loads(record)
+        except ValueError as error:
+            raise self._corrupt(key, f"no JSON in {json_name} ({error})") from error
+        if not isinstance(fields, dict):
+            raise self._corrupt(key, f"{json_name} holds no JSON object")
+        return StoredSample(key, fields, tuple(images))
+
+    def verify(self) -> None:
+        """Compare the file's size and sha256 with the index.
+
+        Raises:
+            CorruptData: If either differs.
+        """
+        found_bytes, found = self._path.stat().st_size, file_sha256(self._path)
+        if (found_bytes, found) != (self._entry.bytes, self._entry.sha256):
+            raise CorruptData(
+                f"sample shard {self._path} has {found_bytes} bytes and sha256 {found[:12]}, the index says "
+                f"{self._entry.bytes} and {self._entry.sha256[:12]}; restore it or pack the samples again"
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _member(self, key: str, offset: int, num_bytes: int) -> tuple[str, bytes]:
+        """Name and data; the header before the data must be byte for byte the one our writer makes."""
+        block = os.pread(self._file.fileno(), BLOCK_BYTES + num_bytes, offset - BLOCK_BYTES)
+        found, data = block[:BLOCK_BYTES], block[BLOCK_BYTES:]
+        name = found[:100].rstrip(b"\0").decode("ascii", errors="replace")
+        if not is_key(name.partition(".")[0]) or found != header(name, num_bytes) or len(data) != num_bytes:
+            raise self._corrupt(key, f"no regular member of {num_bytes} bytes at offset {offset}")
+        return name, data
+
+    def _corrupt(self, key: str, found: str) -> CorruptData:
+        return CorruptData(
+            f"sample shard {self._path}, sample {key}: found {found}; "
+            "the tar is damaged or not the one of this index: run `cdp verify`, restore it or pack again"
+        )

@@ -1,0 +1,143 @@
+"""Writing sample shards: one pass, groups kept together, the index last."""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from storage.errors import UserError
+from storage.samples.index import INDEX_PATH, SampleIndex, SampleMembers, SampleShardEntry
+from storage.samples.members import BLOCK_BYTES, Member, StoredSample, header, members_of, padding
+from storage.stores import PARTIAL, LocalStore
+
+_END = bytes(2 * BLOCK_BYTES)
+
+
+class SampleShardWriter:
+    """Writes `samples-000000.tar`, ... and, on a clean exit, `index.json`.
+
+    Equal samples in equal order give equal bytes. After an exception no index exists and the shard being
+    written is gone; running again starts over. Without the index the folder is no sample set.
+
+    Args:
+        out: Folder to write to; created if need be.
+        max_samples: Most samples in one shard.
+        max_bytes: Most bytes in one shard; one larger sample still gets a shard of its own.
+    """
+
+    def __init__(self, out: Path, max_samples: int, max_bytes: int) -> None:
+        if max_samples < 1 or max_bytes < 1:
+            raise ValueError(
+                f"limits are {max_samples} samples and {max_bytes} bytes, both must be at least 1"
+            )
+        self._out = Path(out)
+        self._max_samples, self._max_bytes = max_samples, max_bytes
+        self._keys: set[str] = set()
+        self._entries: list[SampleShardEntry] = []
+        self._tar: _Tar | None = None
+
+    def __enter__(self) -> Self:
+        self._out.mkdir(parents=True, exist_ok=True)
+        if (self._out / INDEX_PATH).exists():
+            raise UserError(
+                f"{self._out} already holds a finished sample set; "
+                f"choose another folder, or remove {INDEX_PATH} there to pack again"
+            )
+        for left_over in [*self._out.glob("samples-*.tar"), *self._out.glob(f"samples-*{PARTIAL}")]:
+            left_over.unlink()
+        return self
+
+    def add_group(self, samples: Sequence[StoredSample]) -> None:
+        """Append conversations about one image; they share a shard unless they alone exceed a limit.
+
+        Raises:
+            ValueError: For a repeated key, an unsafe key or an unknown kind of image; nothing of the group
+            is kept.
+        """
+        group = [(sample.key, members_of(sample)) for sample in samples]
+        keys = [key for key, _ in group]
+        if len(set(keys)) < len(keys) or not self._keys.isdisjoint(keys):
+            twice = next(key for key in keys if key in self._keys or keys.count(key) > 1)
+            raise ValueError(f"sample key {twice!r} comes twice; keys must be unique in a sample set")
+        self._keys.update(keys)
+        group_bytes = sum(member.tar_bytes for _, members in group for member in members)
+        if self._tar and not self._tar.has_room(len(group), group_bytes, self._max_samples, self._max_bytes):
+            self._finish_shard()
+        for key, members in group:
+            num_bytes = sum(member.tar_bytes for member in members)
+            if self._tar and not self._tar.has_room(1, num_bytes, self._max_samples, self._max_bytes):
+                self._finish_shard()
+            if self._tar is None:
+                self._tar = _Tar(self._out / f"samples-{len(self._entries):06d}.tar")
+            self._tar.add(key, members)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            if self._tar:
+                self._tar.abandon()
+            return
+        if self._tar:
+            self._finish_shard()
+        LocalStore(self._out).write(INDEX_PATH, SampleIndex(shards=tuple(self._entries)).to_bytes())
+
+    def _finish_shard(self) -> None:
+        assert self._tar is not None
+        self._entries.append(self._tar.finish())
+        self._tar = None
+
+
+class _Tar:
+    """One tar being written beside its final name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f"{path.name}{PARTIAL}")
+        self._file: BinaryIO = self._partial.open("wb")
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+        self._samples: list[SampleMembers] = []
+
+    def has_room(self, num_samples: int, num_bytes: int, max_samples: int, max_bytes: int) -> bool:
+        """Whether so much more stays within the limits."""
+        total_bytes = self._num_bytes + num_bytes + len(_END)
+        return len(self._samples) + num_samples <= max_samples and total_bytes <= max_bytes
+
+    def add(self, key: str, members: list[Member]) -> None:
+        """Append a sample."""
+        spans = []
+        crc32 = zlib.crc32(b"".join(member.data for member in members))
+        for member in members:
+            self._write(header(member.name, len(member.data)))
+            spans.append((self._num_bytes, len(member.data)))
+            self._write(member.data + bytes(padding(len(member.data))))
+        self._samples.append(SampleMembers(key, tuple(spans), crc32))
+
+    def finish(self) -> SampleShardEntry:
+        """Close the tar and give it its name."""
+        self._write(_END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)
+        return SampleShardEntry(
+            name=self._path.name,
+            num_samples=len(self._samples),
+            bytes=self._num_bytes,
+            sha256=self._digest.hexdigest(),
+            members=tuple(self._samples),
+        )
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._num_bytes += len(data)
