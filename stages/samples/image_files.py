@@ -32,16 +32,18 @@ class ImageFolder:
         try:
             data = self._read_bytes(relative)
             if relative not in self._verdicts:
-                decode_image(data, self._max_pixels)
+                self._check(relative, data)
         except UnusableSample as why:
             self._verdicts[relative] = why
             raise
-        except BadImage as bad:
-            why = UnusableSample(bad.reason, f"{relative}: {bad.detail}")
-            self._verdicts[relative] = why
-            raise why from bad
         self._verdicts[relative] = None
         return data
+
+    def _check(self, relative: str, data: bytes) -> None:
+        try:
+            decode_image(data, self._max_pixels)
+        except BadImage as bad:
+            raise UnusableSample(bad.reason, f"{relative}: {bad.detail}") from bad
 
     def _read_bytes(self, relative: str) -> bytes:
         try:

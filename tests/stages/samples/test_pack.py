@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.samples import pack
+from stages.samples import image_files, pack
 from stages.samples.pack import PackConfig, PackReport, pack_samples
 from storage.errors import TooManySkipped, UserError
 from storage.samples import SampleIndex, SampleShard, StoredSample
@@ -20,8 +20,8 @@ def read_shards(out: Path) -> list[list[StoredSample]]:
     store = open_store(str(out))
     shards = []
     for entry in SampleIndex.load(store).shards:
-        shard = SampleShard.open(store, entry)
-        shards.append([shard.read(row) for row in range(len(shard))])
+        with SampleShard.open(store, entry) as shard:
+            shards.append([shard.read(row) for row in range(len(shard))])
     return shards
 
 
@@ -213,8 +213,6 @@ def test_an_image_file_larger_than_a_shard_is_too_large(llava: LlavaFolder, tmp_
 def test_an_image_is_decoded_once_however_many_samples_share_it(
     llava: LlavaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.samples import image_files
-
     decoded: list[bytes] = []
     monkeypatch.setattr(image_files, "decode_image", lambda data, max_pixels: decoded.append(data))
     images = ["a.jpg", "b.png", "a.jpg", ["a.jpg", "b.png"]]
