@@ -3,6 +3,7 @@
 Letters: R answer rows, V vocabulary, K kept tokens a row (k, or V if that is smaller).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,27 @@ class AnswerLogits:
 
     def __len__(self) -> int:
         return len(self.ids_RK)
+
+    def rows(self, start: int, stop: int) -> "AnswerLogits":
+        """Rows `start` to `stop`."""
+        return AnswerLogits(*(tensor[start:stop] for tensor in self._tensors()))
+
+    def to(self, device: torch.device | str) -> "AnswerLogits":
+        """On `device`."""
+        return AnswerLogits(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+
+    @staticmethod
+    def cat(parts: "Sequence[AnswerLogits]") -> "AnswerLogits":
+        """All rows one after another; none for no parts."""
+        if not parts:
+            empty_R = torch.zeros(0)
+            return AnswerLogits(
+                torch.zeros(0, 0, dtype=torch.int32), torch.zeros(0, 0).half(), empty_R, empty_R
+            )
+        return AnswerLogits(*map(torch.cat, zip(*(part._tensors() for part in parts), strict=True)))
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.ids_RK, self.logprobs_RK, self.tail_logmass_R, self.log_partition_R
 
 
 def top_k_logprobs(logits_RV: Tensor, k: int) -> AnswerLogits:

@@ -1,0 +1,106 @@
+"""The arrays of one shard: names, types, chunks and codecs. FORMAT.md says the same in words.
+
+Letters: S samples, T tokens of all samples, R answer rows of all samples, K kept tokens, M maps, W windows,
+L captured layers, C stored codes of one layer of all maps, B packed mask bytes of one window of all maps.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore as ZarrFolder
+
+TOKENS_A_CHUNK = 65_536
+ROWS_A_CHUNK = 256
+"""Answer rows decoded at least when one sample is read: at k = 64 about 100 kB of ids and log-probabilities.
+"""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the group."""
+
+    name: str
+    dtype: str
+    """Zarr v3 data type."""
+    letters: str
+    """Its dimensions, one letter each; `S+1` are offsets."""
+    sharded: bool = False
+    """Many inner chunks in one file, for reading a part; otherwise the array is one chunk."""
+
+
+ARRAYS = (
+    ArraySpec("sample_keys", "uint8", "U"),
+    ArraySpec("sample_key_offsets", "int64", "S+1"),
+    ArraySpec("token_ids", "int32", "T"),
+    ArraySpec("answer_mask", "bool", "T"),
+    ArraySpec("token_offsets", "int64", "S+1"),
+    ArraySpec("map_rows", "int64", "S"),
+    ArraySpec("logit_ids", "int32", "RK", sharded=True),
+    ArraySpec("logit_logprobs", "float16", "RK", sharded=True),
+    ArraySpec("logit_tail_logmass", "float32", "R"),
+    ArraySpec("logit_log_partition", "float32", "R"),
+    ArraySpec("logit_offsets", "int64", "S+1"),
+    ArraySpec("map_num_tokens", "int32", "M"),
+    ArraySpec("map_caps", "float32", "LM"),
+    ArraySpec("map_codes", "(codec)", "LC", sharded=True),
+    ArraySpec("map_code_offsets", "int64", "M+1"),
+    ArraySpec("keep_masks", "uint8", "WB", sharded=True),
+    ArraySpec("keep_mask_offsets", "int64", "M+1"),
+)
+"""`map_codes` is uint8 or float16, as the manifest's codec says."""
+
+
+def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
+    """Write all arrays of a shard, each in one call (a sharded array written row by row is rewritten each
+    time).
+
+    Args:
+        folder: An empty local folder.
+        arrays: One array for each name of `ARRAYS`.
+        attributes: Attributes of the group.
+    """
+    assert set(arrays) == {spec.name for spec in ARRAYS}
+    group = zarr.create_group(ZarrFolder(folder), attributes=attributes)
+    for spec in ARRAYS:
+        data = arrays[spec.name]
+        chunks = _inner_chunks(spec, arrays)
+        array = group.create_array(
+            spec.name,
+            shape=data.shape,
+            dtype=data.dtype,
+            chunks=chunks,
+            shards=_whole_array(data.shape, chunks) if spec.sharded else None,
+            compressors=(ZstdCodec(level=1), Crc32cCodec()),
+            filters=None,
+            fill_value=0,
+            # Without this a chunk of zeros is no file, and so cannot be told from a lost one.
+            config={"write_empty_chunks": True},
+        )
+        if data.size:
+            array[...] = data
+
+
+def _inner_chunks(spec: ArraySpec, arrays: dict[str, np.ndarray[Any, Any]]) -> tuple[int, ...]:
+    """Sharded: one layer (or window) of one map, a block of answer rows. Otherwise the whole array."""
+    shape = arrays[spec.name].shape
+    if spec.name == "map_codes":
+        return (1, _largest_step(arrays["map_code_offsets"]))
+    if spec.name == "keep_masks":
+        return (1, _largest_step(arrays["keep_mask_offsets"]))
+    if spec.sharded:
+        return (max(1, min(ROWS_A_CHUNK, shape[0])), max(1, shape[1]))
+    return tuple(max(1, size) for size in shape)
+
+
+def _largest_step(offsets: np.ndarray[Any, Any]) -> int:
+    """Maps of a shard mostly have one size; of several the largest: a map spans two chunks at most."""
+    return max(1, int(np.diff(offsets).max(initial=0)))
+
+
+def _whole_array(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """The smallest multiple of the inner chunk that holds the array: one file."""
+    return tuple(max(1, -(-size // chunk)) * chunk for size, chunk in zip(shape, chunks, strict=True))

@@ -1,0 +1,267 @@
+"""Reading target shards: what was committed, or an error that names what is missing.
+
+Letters as in `layout.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+import zarr
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore as ZarrFolder
+from zarr.storage import WrapperStore
+
+from storage.codecs.answer_logits import AnswerLogits
+from storage.digests import file_sha256
+from storage.errors import CorruptData, FingerprintMismatch, UserError
+from storage.manifest import Manifest
+from storage.records import MapTargets, SampleTargets
+from storage.stores import Store, open_store
+from storage.targets.commits import CommitRecord, read_commits
+from storage.targets.layout import ARRAYS
+
+_Array = np.ndarray[Any, Any]
+_Result = TypeVar("_Result")
+_LARGE = {spec.name for spec in ARRAYS if spec.sharded}
+
+
+class TargetStore:
+    """A target store as it was when opened: its manifest and its committed shards. May be sent to workers."""
+
+    def __init__(self, store: Store, manifest: Manifest, commits: dict[int, CommitRecord]) -> None:
+        self.store, self.manifest, self.commits = store, manifest, commits
+
+    @classmethod
+    def open(cls, url: str | Path | Store) -> Self:
+        """Read the manifest and all commit records.
+
+        Raises:
+            UserError: If there is no manifest, or one of another format version.
+            CorruptData: If the manifest or a record is damaged.
+            FingerprintMismatch: If a shard was committed by a run with another fingerprint.
+        """
+        store = open_store(url) if isinstance(url, str | Path) else url
+        manifest = Manifest.load(store)
+        commits = read_commits(store)
+        wanted = manifest.fingerprint.digest
+        for record in commits.values():
+            if record.fingerprint != wanted:
+                raise FingerprintMismatch(
+                    f"shard {record.shard} of {store.url} has fingerprint {record.fingerprint[:12]}, "
+                    f"the manifest has {wanted[:12]}; remove its commit record and extract it again"
+                )
+        return cls(store, manifest, commits)
+
+    def shard(self, index: int) -> "TargetShard":
+        """Open a committed shard.
+
+        Raises:
+            UserError: If it was not committed.
+            CorruptData: If a file of it is missing or damaged.
+        """
+        if index not in self.commits:
+            raise UserError(
+                f"shard {index} of {self.store.url} is not committed (it has {len(self.commits)} of "
+                f"{self.manifest.num_shards}); run `cdp extract-teacher` to finish it"
+            )
+        return TargetShard(self.store, self.manifest, self.commits[index])
+
+
+class TargetShard:
+    """One shard: keys, tokens, offsets and small arrays in memory; logits and maps are read by row."""
+
+    def __init__(self, store: Store, manifest: Manifest, record: CommitRecord) -> None:
+        self.record, self._manifest = record, manifest
+        self._where = f"shard {record.shard} of {store.url} ({record.path})"
+        try:
+            self._folder = store.local(record.path, record.files)
+        except FileNotFoundError as error:
+            raise self._corrupt("its folder", "nothing", "a committed shard") from error
+        self._check_files()
+        self._arrays = self._guarded("zarr.json", self._open_arrays)
+        self._small = {
+            spec.name: self._guarded(spec.name, self._reading(spec.name, ...))
+            for spec in ARRAYS
+            if spec.name not in _LARGE
+        }
+        self._check_lengths()
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The samples' keys, in the tar's order."""
+        data, ends = self._small["sample_keys"].tobytes(), self._small["sample_key_offsets"]
+        return tuple(data[a:b].decode() for a, b in pairwise(ends.tolist()))
+
+    def __len__(self) -> int:
+        return self.record.num_samples
+
+    @property
+    def map_num_tokens(self) -> tuple[int, ...]:
+        """N of each stored map."""
+        return tuple(self._small["map_num_tokens"].tolist())
+
+    def row_of(self, key: str) -> int | None:
+        """The row of a sample, None if it has no targets here."""
+        return self._rows.get(key)
+
+    def read(
+        self, row: int, with_maps: bool = True, layers: Sequence[int] | None = None
+    ) -> tuple[SampleTargets, MapTargets | None]:
+        """The targets of one sample.
+
+        Args:
+            row: Position in `keys`.
+            with_maps: False leaves the attention maps unread (None is returned for them).
+            layers: Teacher layers to read, in this order; None means all captured ones.
+
+        Returns:
+            The sample's targets and its maps, None for a sample without an image. `codes_LE` and `caps_L`
+            have the asked layers; `keep_masks` has all windows.
+
+        Raises:
+            IndexError: If there is no such row.
+            UserError: If a layer was not captured.
+            CorruptData: If stored bytes are missing or damaged.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {self._where}, which has {len(self)} samples")
+        small = self._small
+        tokens, rows = self._span("token_offsets", row), self._span("logit_offsets", row)
+        map_row = int(small["map_rows"][row])
+        logits = AnswerLogits(
+            ids_RK=torch.from_numpy(self._large("logit_ids", rows)),
+            logprobs_RK=torch.from_numpy(self._large("logit_logprobs", rows)),
+            tail_logmass_R=torch.from_numpy(small["logit_tail_logmass"][rows].copy()),
+            log_partition_R=torch.from_numpy(small["logit_log_partition"][rows].copy()),
+        )
+        sample = SampleTargets(
+            key=self.keys[row],
+            token_ids=torch.from_numpy(small["token_ids"][tokens].copy()),
+            answer_mask=torch.from_numpy(small["answer_mask"][tokens].copy()),
+            map_row=map_row if map_row >= 0 else None,
+            logits=logits,
+        )
+        return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
+
+    def read_map(self, map_row: int, layers: Sequence[int] | None = None) -> MapTargets:
+        """The maps number `map_row`; arguments and errors as for `read`."""
+        if not 0 <= map_row < self.record.num_maps:
+            raise IndexError(f"map {map_row} of {self._where}, which has {self.record.num_maps} maps")
+        rows = self._layer_rows(layers)
+        codes, masks = self._span("map_code_offsets", map_row), self._span("keep_mask_offsets", map_row)
+        caps_L: _Array = self._small["map_caps"][rows, map_row]
+        return MapTargets(
+            num_tokens=int(self._small["map_num_tokens"][map_row]),
+            codes_LE=torch.from_numpy(self._large("map_codes", (rows, codes))),
+            caps_L=torch.from_numpy(caps_L.copy()),
+            keep_masks=torch.from_numpy(self._large("keep_masks", (slice(None), masks))),
+        )
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys)}
+
+    def _layer_rows(self, layers: Sequence[int] | None) -> slice | list[int]:
+        captured = self._manifest.fingerprint.layers
+        if layers is None:
+            return slice(None)
+        if missing := sorted(set(layers) - set(captured)):
+            raise UserError(
+                f"teacher layers {missing} were not captured, {self._where} has {list(captured)}; "
+                "choose layers among these, or extract again"
+            )
+        rows = [captured.index(layer) for layer in layers]
+        first = rows[0] if rows else 0
+        contiguous = rows == list(range(first, first + len(rows)))
+        return slice(first, first + len(rows)) if contiguous else rows
+
+    def _span(self, offsets: str, row: int) -> slice:
+        start, stop = self._small[offsets][row : row + 2].tolist()
+        return slice(start, stop)
+
+    def _large(self, name: str, selection: Any) -> _Array:
+        return self._guarded(name, self._reading(name, selection))
+
+    def _reading(self, name: str, selection: Any) -> Callable[[], _Array]:
+        def read() -> _Array:
+            array = self._arrays[name]
+            chosen = array.oindex[selection] if isinstance(selection, tuple) else array[selection]
+            return np.ascontiguousarray(chosen)
+
+        return read
+
+    def _open_arrays(self) -> dict[str, zarr.Array[Any]]:
+        folder = _NothingMissing(ZarrFolder(self._folder, read_only=True))
+        return {spec.name: zarr.open_array(folder, path=spec.name, mode="r") for spec in ARRAYS}
+
+    def _guarded(self, name: str, action: Callable[[], _Result]) -> _Result:
+        """Run a read; whatever zarr and its codecs raise means that bytes are not what was committed."""
+        try:
+            return action()
+        except (CorruptData, MemoryError):
+            raise
+        except Exception as error:
+            raise self._corrupt(name, f"{type(error).__name__}: {error}", "readable chunks") from error
+
+    def _check_files(self) -> None:
+        """Presence and size of every file; the sha256 of metadata, which no checksum inside Zarr covers."""
+        for name, (num_bytes, sha256) in self.record.files.items():
+            file = self._folder / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != num_bytes:
+                raise self._corrupt(
+                    name, "no file" if found is None else f"{found} bytes", f"{num_bytes} bytes"
+                )
+            if file.name == "zarr.json" and file_sha256(file) != sha256:
+                raise self._corrupt(name, "other bytes", f"sha256 {sha256[:12]}")
+
+    def _check_lengths(self) -> None:
+        record, fingerprint = self.record, self._manifest.fingerprint
+        small = self._small
+        sizes = {
+            "S": record.num_samples,
+            "T": record.num_tokens,
+            "R": record.num_answer_rows,
+            "K": self._manifest.num_kept,
+            "M": record.num_maps,
+            "L": len(fingerprint.layers),
+            "W": len(fingerprint.windows),
+            "U": int(small["sample_key_offsets"][-1]),
+            "C": int(small["map_code_offsets"][-1]),
+            "B": int(small["keep_mask_offsets"][-1]),
+        }
+        for spec in ARRAYS:
+            if "+" in spec.letters:
+                expected: tuple[int, ...] = (sizes[spec.letters[0]] + 1,)
+            else:
+                expected = tuple(sizes[letter] for letter in spec.letters)
+            found = self._arrays[spec.name].shape
+            if found != expected:
+                raise self._corrupt(spec.name, f"shape {found}", f"shape {expected}")
+        for name, end in (("token_offsets", "T"), ("logit_offsets", "R")):
+            if int(small[name][-1]) != sizes[end]:
+                raise self._corrupt(name, f"end {int(small[name][-1])}", f"end {sizes[end]}")
+
+    def _corrupt(self, name: str, found: str, expected: str) -> CorruptData:
+        return CorruptData(
+            f"{self._where}: {name}: found {found}, expected {expected}; run `cdp verify` on the store, "
+            "restore the file or extract this shard again"
+        )
+
+
+class _NothingMissing(WrapperStore[ZarrFolder]):
+    """A Zarr store in which a missing chunk is an error: Zarr itself reads one as the fill value."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is None and "/c/" in f"/{key}":
+            raise FileNotFoundError(f"chunk {key} is missing")
+        return found

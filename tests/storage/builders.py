@@ -1,0 +1,144 @@
+"""Small manifests, samples and targets that the storage tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage.codecs import (
+    MapCodecConfig,
+    encode_maps,
+    pack_mask,
+    sink_keep_mask,
+    top_k_logprobs,
+)
+from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.records import MapTargets, SampleTargets, SkippedSample
+from storage.samples import SampleIndex, SampleShardWriter, StoredSample
+from storage.stores import Store, open_store
+from storage.targets import CommitRecord, write_shard
+
+VOCAB = 50
+PNG = b"\x89PNG\r\n\x1a\n"
+JPG = b"\xff\xd8\xff\xe0"
+
+
+def fingerprint(**changes: Any) -> Fingerprint:
+    fields: dict[str, Any] = {
+        "teacher_weights": "w" * 64,
+        "teacher_config": {"model_type": "llava", "text_config": {"num_hidden_layers": 6}},
+        "processor": {"size": {"height": 48, "width": 48}},
+        "chat_template": "{% for m in messages %}{{ m }}{% endfor %}",
+        "tokenizer": "t" * 64,
+        "layers": (2, 3, 4),
+        "windows": ((2, 3), (3, 4)),
+        "map_codec": MapCodecConfig(name="sqrt8"),
+        "top_k": 8,
+        "dtype": "float32",
+        "max_length": 128,
+        "image_backend": "pil",
+        "samples": "s" * 64,
+        "capture_version": 1,
+    }
+    return Fingerprint(**{**fields, **changes})
+
+
+def manifest(num_shards: int = 1, **changes: Any) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint(**changes),
+        num_layers=6,
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_shards=num_shards,
+    )
+
+
+def random_maps(num_layers: int, num_tokens: int, seed: int, causal: bool = True) -> torch.Tensor:
+    """`[L, N, N]` float32 attention with a sink column and rows that sum to less than 1."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(num_layers, num_tokens, num_tokens + 3, generator=generator) * 2
+    scores[:, :, 3] += 3
+    if causal:
+        future = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
+        scores[:, :, 3:].masked_fill_(future, -torch.inf)
+    return scores.softmax(-1)[:, :, 3:].contiguous()
+
+
+def map_targets(made_for: Manifest, num_tokens: int, seed: int) -> MapTargets:
+    codec = made_for.fingerprint.map_codec
+    layers = made_for.fingerprint.layers
+    maps_LNN = random_maps(len(layers), num_tokens, seed, codec.causal)
+    windows = [
+        maps_LNN[[layers.index(layer) for layer in window]].mean(0) for window in made_for.fingerprint.windows
+    ]
+    encoded = encode_maps(codec, maps_LNN)
+    masks = pack_mask(sink_keep_mask(torch.stack(windows)), codec.causal)
+    return MapTargets(num_tokens, encoded.codes_LE, encoded.caps_L, masks)
+
+
+def sample_targets(
+    made_for: Manifest, key: str, num_tokens: int, num_answers: int, map_row: int | None, seed: int
+) -> SampleTargets:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(num_tokens, dtype=torch.bool)
+    mask[num_tokens - num_answers :] = True
+    logits_RV = torch.randn(num_answers, made_for.vocab_size, generator=generator) * 3
+    token_ids = torch.randint(0, made_for.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32)
+    return SampleTargets(key, token_ids, mask, map_row, top_k_logprobs(logits_RV, made_for.fingerprint.top_k))
+
+
+def shard_content(
+    made_for: Manifest, keys: list[str], seed: int = 0, sizes: tuple[int, ...] = (9, 9, 6)
+) -> tuple[list[SampleTargets], list[MapTargets]]:
+    """One sample a key: two samples share each map, every fifth has no image, every fourth no answer."""
+    samples: list[SampleTargets] = []
+    maps: list[MapTargets] = []
+    for row, key in enumerate(keys):
+        map_row = None
+        if row % 5 != 4:
+            if row % 2 == 0 or not maps:
+                maps.append(map_targets(made_for, sizes[len(maps) % len(sizes)], seed * 1000 + row))
+            map_row = len(maps) - 1
+        answers = 0 if row % 4 == 3 else 1 + row % 3
+        samples.append(sample_targets(made_for, key, 5 + row % 7, answers, map_row, seed * 1000 + row))
+    return samples, maps
+
+
+def stored_samples(keys: list[str]) -> list[StoredSample]:
+    images = [(PNG + key.encode() * 9,) if row % 5 != 4 else () for row, key in enumerate(keys)]
+    return [
+        StoredSample(key, {"id": f"id-{key}", "conversations": [{"from": "human", "value": "é?"}]}, image)
+        for key, image in zip(keys, images, strict=True)
+    ]
+
+
+def pack(out: Path, shard_sizes: tuple[int, ...]) -> SampleIndex:
+    """A sample set with one shard of each size."""
+    # Groups as large as the limit: each fills a shard of its own.
+    with SampleShardWriter(out, max_samples=max(shard_sizes), max_bytes=10**9) as writer:
+        for shard, size in enumerate(shard_sizes):
+            writer.add_group(stored_samples([f"s{shard}-{row}" for row in range(size)]))
+            writer._finish_shard()
+    return SampleIndex.load(open_store(out))
+
+
+def extract(
+    samples: SampleIndex, store: Store, skip: tuple[str, ...] = (), **changes: Any
+) -> list[CommitRecord]:
+    """Targets for a whole sample set, without a teacher."""
+    made_for = manifest(len(samples.shards), samples=samples.digest, **changes)
+    create_or_check(store, made_for)
+    records = []
+    for number, entry in enumerate(samples.shards):
+        keys = [members.key for members in entry.members]
+        used, maps = shard_content(made_for, [key for key in keys if key not in skip], seed=number)
+        skipped = [SkippedSample(key, f"id-{key}", "too_long", "200 tokens") for key in keys if key in skip]
+        records.append(write_shard(store, number, made_for, entry.name, used, maps, skipped))
+    return records
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
