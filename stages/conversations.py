@@ -148,6 +148,8 @@ class ConversationEncoder:
         """A template for plain strings would print the parts of a turn as Python lists, without an error."""
         probe = [{"role": role, "content": [_text(f"probe of {role}")]} for role in ("user", "assistant")]
         text = self._render(probe)
+        # Undoes truncation and padding saved in tokenizer.json: a change of them while threads encode raises.
+        self.processor.tokenizer(text)
         if not all(f"probe of {role}" in text for role in ("user", "assistant")) or "'text'" in text:
             raise UserError(
                 f"the chat template renders a turn made of parts as {text!r:.200}; it must go through "

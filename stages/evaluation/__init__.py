@@ -1,0 +1,1 @@
+"""Compositional evaluation of a checkpoint: which of two captions fits an image."""

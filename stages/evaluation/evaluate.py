@@ -1,0 +1,89 @@
+"""Evaluates a model on a suite of caption pairs."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.conversations import ConversationEncoder, image_processor_backend
+from stages.evaluation.intervals import wilson_interval
+from stages.evaluation.pairs import CaptionPair
+from stages.evaluation.report import EvaluationReport, KindResult
+from stages.evaluation.rows import RowReader
+from stages.evaluation.scoring import (
+    NO_LIMIT,
+    EvaluationConfig,
+    Progress,
+    count_pairs,
+    letter_scores,
+    likelihood_scores,
+    share_of_first_letter,
+)
+from storage.errors import UserError
+
+
+def evaluate_pairs(
+    model: Any,
+    processor: Any,
+    pairs: Mapping[str, Sequence[CaptionPair]],
+    config: EvaluationConfig,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Scores all pairs and sums up by kind.
+
+    Args:
+        model: any model of `AutoModelForImageTextToText`, on its device; it is left in the mode it came in.
+        processor: the processor of its checkpoint.
+        pairs: kind to pairs, as from `load_pairs`.
+        config: how to score.
+        progress: called with the number of pairs finished since the last call.
+
+    Raises:
+        UserError: a kind without pairs, a pair that cannot be encoded, a model that cannot be read row by
+            row, or scores that are not finite.
+    """
+    if empty := [kind for kind, of_kind in pairs.items() if not of_kind]:
+        raise UserError(f"no pairs of kind {', '.join(empty)}")
+    if not pairs:
+        raise UserError("no pairs to evaluate")
+    encoder = ConversationEncoder(processor, model.config.image_token_id, NO_LIMIT)
+    score = likelihood_scores if config.scoring == "likelihood" else letter_scores
+    was_training = model.training
+    model.eval()
+    start = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            RowReader(model, encoder.image_token_id).check_head(encoder.encode_prompt(config.prompt, []))
+            results = {
+                kind: _sum_up(score(model, encoder, of_kind, config, progress))
+                for kind, of_kind in pairs.items()
+            }
+    finally:
+        model.train(was_training)
+    seconds = time.perf_counter() - start
+    num_pairs = sum(result.num_pairs for result in results.values())
+    return EvaluationReport(
+        model=model.name_or_path,
+        dtype=str(model.dtype).removeprefix("torch."),
+        image_backend=image_processor_backend(processor),
+        scoring=config.scoring,
+        prompt=config.prompt if config.scoring == "likelihood" else config.letter_prompt,
+        kinds=results,
+        average=sum(result.accuracy for result in results.values()) / len(results),
+        num_pairs=num_pairs,
+        seconds=seconds,
+        pairs_per_s=num_pairs / seconds,
+    )
+
+
+def _sum_up(scores: Tensor) -> KindResult:
+    """The result on one kind from `[P, 2]` or `[P, 2, 2]` scores."""
+    counted_P = count_pairs(scores)
+    return KindResult(
+        num_pairs=len(counted_P),
+        accuracy=float(counted_P.mean()),
+        interval_95=wilson_interval(float(counted_P.sum()), len(counted_P)),
+        first_letter_share=share_of_first_letter(scores) if scores.ndim == 3 else None,
+    )

@@ -1,0 +1,51 @@
+"""What an evaluation found, as numbers and as JSON."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class KindResult(BaseModel):
+    """The result on one kind of pairs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_pairs: int
+    """Pairs scored."""
+    accuracy: float
+    """Mean of what the pairs count, within 0 and 1; a guess has 0.5."""
+    interval_95: tuple[float, float]
+    """Wilson's 95 % interval of the accuracy; a pair is one trial, also where asked in two orders."""
+    first_letter_share: float | None
+    """How often the model preferred A over both orders; only for letters."""
+
+
+class EvaluationReport(BaseModel):
+    """The result on a suite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """Name or folder the model was loaded from."""
+    dtype: str
+    """The weights' dtype, such as `bfloat16`."""
+    image_backend: str
+    """Class that made the pixels."""
+    scoring: Literal["likelihood", "letters"]
+    """How captions were compared."""
+    prompt: str
+    """The question asked; with `{a}` and `{b}` for letters."""
+    kinds: dict[str, KindResult]
+    """Results by kind."""
+    average: float
+    """Unweighted mean of the kinds' accuracies."""
+    num_pairs: int
+    """Pairs scored, over all kinds."""
+    seconds: float
+    """Wall-clock time of scoring, images decoded included and the model's loading not."""
+    pairs_per_s: float
+    """Pairs scored a second."""
+
+    def to_json(self) -> str:
+        """The report as indented JSON with a newline at its end."""
+        return self.model_dump_json(indent=2) + "\n"

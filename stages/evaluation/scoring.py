@@ -1,0 +1,242 @@
+"""Scores pairs of captions, by likelihood and by letter.
+
+*Likelihood.* Each caption is the model's answer to one fixed prompt about the image; its score is the sum of
+the log-probabilities of its tokens, the end token included. The pair counts 1 if the fitting caption scores
+higher, 1/2 for equal scores, else 0.
+
+*Letters.* The prompt shows both captions as A and B and asks for the letter; the score of a letter is its
+log-probability as the answer's next token. Each pair is asked in both orders and counts the mean of the two:
+1 where the fitting caption's letter scores higher, 1/2 for equal scores, else 0. So a model that always
+answers A has accuracy 1/2.
+
+Shape letters: P pairs, R rows; a last axis of 2 is (fitting caption, negative caption).
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, Final, Literal
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
+from stages.evaluation.pairs import CaptionPair
+from stages.evaluation.rows import RowReader
+from stages.images import MAX_PIXELS, BadImage, decode_image
+from storage.errors import UserError
+
+Progress = Callable[[int], None]
+
+NO_LIMIT: Final = 2**31
+"""Length at which nothing is cut: half a caption must not be compared with a whole one."""
+
+
+class EvaluationConfig(BaseModel):
+    """How pairs are scored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scoring: Literal["likelihood", "letters"] = "likelihood"
+    """`likelihood` compares the captions as answers, `letters` lets the model choose A or B."""
+    prompt: str = "Describe the image."
+    """The question whose answer a caption is; only for `likelihood`."""
+    letter_prompt: str = "Which caption fits the image?\nA: {a}\nB: {b}\nAnswer with A or B."
+    """The question that shows both captions, in place of `{a}` and `{b}`; only for `letters`."""
+    batch_size: int = Field(default=8, ge=1)
+    """Pairs that go through the model together; each makes two sequences."""
+    max_length: int = Field(default=2048, ge=1)
+    """Tokens of the longest sequence the model takes; a longer one is an error, never cut."""
+    num_threads: int = Field(default=2, ge=1)
+    """Threads that decode images and tokenize while the model works."""
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    """Width times height above which an image is refused."""
+
+    @field_validator("letter_prompt")
+    @classmethod
+    def _shows_both_captions(cls, value: str) -> str:
+        if sorted(name for _, name, _, _ in Formatter().parse(value) if name is not None) != ["a", "b"]:
+            raise ValueError(f"expected {{a}} and {{b}}, each once, in {value!r}; write other braces twice")
+        return value
+
+
+@dataclass(frozen=True)
+class LetterTokens:
+    """How a prompt goes on to the answers A and B."""
+
+    lead: Tensor
+    """int64: what both answers begin with, such as a space that is a token of its own; often empty."""
+    letters: tuple[int, int]
+    """The tokens in which the answers differ."""
+
+
+def likelihood_scores(
+    model: Any,
+    encoder: ConversationEncoder,
+    pairs: Sequence[CaptionPair],
+    config: EvaluationConfig,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Scores of both captions of each pair as answers to `config.prompt`.
+
+    Args:
+        model: any model of `AutoModelForImageTextToText`, in eval mode.
+        encoder: of the model's processor, with `max_length` too large to cut a caption.
+        pairs: what to score.
+        config: prompt, batching and bounds.
+        progress: called with the number of pairs finished since the last call.
+
+    Returns:
+        `[P, 2]` float64: summed log-probability of the fitting and of the negative caption.
+
+    Raises:
+        UserError: a pair that cannot be encoded, or scores that are not finite.
+    """
+
+    def encode(pair: CaptionPair) -> list[EncodedConversation]:
+        image = _decode(pair, config)
+        captions = (pair.caption, pair.negative_caption)
+        return [_fitting(encoder.encode_pair(config.prompt, text, [image]), config) for text in captions]
+
+    reader = RowReader(model, encoder.image_token_id)
+    scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for first, groups in _encoded_batches(pairs, encode, config):
+        items = [item for group in groups for item in group]
+        answers = [item.answer_mask.nonzero()[:, 0] for item in items]
+        hidden_RH = reader.hidden(groups, [positions - 1 for positions in answers])
+        tokens_R = torch.cat([item.token_ids[at] for item, at in zip(items, answers, strict=True)])
+        log_probs_R = reader.log_probs(hidden_RH, tokens_R[:, None])[:, 0].double()
+        sums = [part.sum() for part in torch.split(log_probs_R, [len(at) for at in answers])]
+        scores[first : first + len(groups)] = torch.stack(sums).view(-1, 2)
+        if progress is not None:
+            progress(len(groups))
+    _check_finite(scores, pairs)
+    return scores
+
+
+def letter_scores(
+    model: Any,
+    encoder: ConversationEncoder,
+    pairs: Sequence[CaptionPair],
+    config: EvaluationConfig,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Scores of the letters of both captions of each pair, in both orders.
+
+    Arguments and errors are those of `likelihood_scores`.
+
+    Returns:
+        `[P, 2, 2]` float64: log-probability of the letter of the fitting and of the negative caption (last
+        axis), where the fitting caption is A and where it is B (middle axis).
+    """
+    tokens = letter_tokens(encoder)
+
+    def encode(pair: CaptionPair) -> list[EncodedConversation]:
+        image = _decode(pair, config)
+        orders = [(pair.caption, pair.negative_caption), (pair.negative_caption, pair.caption)]
+        prompts = [config.letter_prompt.format(a=a, b=b) for a, b in orders]
+        return [_fitting(_prompt(encoder, prompt, image, tokens), config) for prompt in prompts]
+
+    reader = RowReader(model, encoder.image_token_id)
+    scores = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
+    for first, groups in _encoded_batches(pairs, encode, config):
+        last_rows = [torch.tensor([len(item.token_ids) - 1]) for group in groups for item in group]
+        hidden_RH = reader.hidden(groups, last_rows)
+        letters_R2 = torch.tensor(tokens.letters).expand(len(last_rows), 2)
+        by_letter = reader.log_probs(hidden_RH, letters_R2).double().view(-1, 2, 2)
+        # Where the fitting caption is B, the letters come as (negative, fitting).
+        scores[first : first + len(groups), 0] = by_letter[:, 0]
+        scores[first : first + len(groups), 1] = by_letter[:, 1].flip(-1)
+        if progress is not None:
+            progress(len(groups))
+    _check_finite(scores, pairs)
+    return scores
+
+
+def count_pairs(scores: Tensor) -> Tensor:
+    """`[P]` float64 of what each pair counts, from `[P, 2]` or `[P, 2, 2]` scores; ties count half."""
+    fitting, negative = scores.unbind(-1)
+    won = (fitting > negative).double() + 0.5 * (fitting == negative).double()
+    return won.flatten(1).mean(1) if won.ndim > 1 else won
+
+
+def share_of_first_letter(scores_P22: Tensor) -> float:
+    """How often A was preferred over both orders; a model without a preference for a place has 1/2."""
+    fitting_is_a, fitting_is_b = scores_P22.unbind(1)
+    chose_a = torch.cat([count_pairs(fitting_is_a), 1 - count_pairs(fitting_is_b)])
+    return float(chose_a.mean())
+
+
+def letter_tokens(encoder: ConversationEncoder) -> LetterTokens:
+    """The tokens that tell answer A from answer B after a prompt.
+
+    Raises:
+        UserError: the chat template does not put the answer right after the prompt for it.
+    """
+    prompt = encoder.encode_prompt("A or B?", []).token_ids.tolist()
+    answers = [encoder.encode_pair("A or B?", letter, []).token_ids.tolist() for letter in "AB"]
+    split = next((at for at, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), 0)
+    if split < len(prompt) or answers[0][: len(prompt)] != prompt:
+        raise UserError(
+            "the chat template's generation prompt is not what comes before an answer in it, so letters "
+            "cannot be scored; use scoring 'likelihood'"
+        )
+    return LetterTokens(torch.tensor(answers[0][len(prompt) : split]), (answers[0][split], answers[1][split]))
+
+
+def _prompt(
+    encoder: ConversationEncoder, prompt: str, image: Image.Image, tokens: LetterTokens
+) -> EncodedConversation:
+    encoded = encoder.encode_prompt(prompt, [image])
+    token_ids = torch.cat([encoded.token_ids, tokens.lead.long()])
+    return dataclasses.replace(encoded, token_ids=token_ids, answer_mask=torch.zeros_like(token_ids).bool())
+
+
+def _decode(pair: CaptionPair, config: EvaluationConfig) -> Image.Image:
+    return decode_image(pair.image.read_bytes(), config.max_pixels)
+
+
+def _fitting(encoded: EncodedConversation, config: EvaluationConfig) -> EncodedConversation:
+    if len(encoded.token_ids) > config.max_length:
+        raise UserError(f"{len(encoded.token_ids)} tokens, max_length is {config.max_length}; raise it")
+    return encoded
+
+
+def _encoded_batches(
+    pairs: Sequence[CaptionPair],
+    encode: Callable[[CaptionPair], list[EncodedConversation]],
+    config: EvaluationConfig,
+) -> Iterator[tuple[int, list[list[EncodedConversation]]]]:
+    """Batches of encoded pairs with the number of their first, encoded in threads one batch ahead."""
+
+    def encode_or_name(pair: CaptionPair) -> list[EncodedConversation]:
+        try:
+            return encode(pair)
+        except (BadImage, UnusableConversation, UserError, OSError) as error:
+            raise UserError(f"pair {pair.key!r} of {pair.kind}, image {pair.image}: {error}") from error
+
+    pending: deque[Future[list[EncodedConversation]]] = deque()
+    with ThreadPoolExecutor(config.num_threads) as pool:
+        waiting = iter(pairs)
+        for first in range(0, len(pairs), config.batch_size):
+            for pair in waiting:
+                pending.append(pool.submit(encode_or_name, pair))
+                if len(pending) == 2 * config.batch_size:
+                    break
+            num_ready = min(config.batch_size, len(pairs) - first)
+            yield first, [pending.popleft().result() for _ in range(num_ready)]
+
+
+def _check_finite(scores: Tensor, pairs: Sequence[CaptionPair]) -> None:
+    broken = ~scores.flatten(1).isfinite().all(1)
+    if broken.any():
+        pair = pairs[int(broken.nonzero()[0])]
+        raise UserError(
+            f"the model gives scores that are not finite for {int(broken.sum())} of {len(pairs)} pairs, "
+            f"first pair {pair.key!r} of {pair.kind}; is the checkpoint damaged, or its dtype too narrow?"
+        )

@@ -1,0 +1,96 @@
+"""How alike a student's visual attention is to the teacher's cached maps.
+
+The similarity of two maps is the cosine over their causal entries below the sink threshold of either side. The
+pooled vectors that the loss compares are alike for any two models; the raw maps separate better.
+
+Shape letters: B samples, N image tokens, W matched pairs.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from stages.student.batches import Batch, capture_for, decode_windows
+from stages.student.build import Student
+from stages.student.losses import below_sink_threshold, pooled_cosine_loss
+from stages.student.matching import LayerMatching
+
+
+class AttentionSimilarity(BaseModel):
+    """Means over samples, for each matched pair of layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    student_layers: tuple[int, ...]
+    windows: tuple[tuple[int, ...], ...]
+    num_samples: int
+    similarity: tuple[float, ...]
+    """Cosine of the raw maps without sinks, 1 is equal."""
+    alignment_loss: tuple[float, ...]
+    """What the attention loss says of the pair, 0 is aligned."""
+
+    @property
+    def mean(self) -> float:
+        """Mean similarity over the matched pairs."""
+        return sum(self.similarity) / len(self.similarity)
+
+
+@torch.inference_mode()
+def attention_similarity(
+    student: Student,
+    batches: Iterable[Batch],
+    matching: LayerMatching,
+    progress: Callable[[int], None] | None = None,
+) -> AttentionSimilarity:
+    """Runs the student over `batches` and compares its maps with the stored ones.
+
+    Args:
+        student: with capture enabled.
+        batches: from the collator; samples without an image do not count.
+        matching: which layers are compared.
+        progress: called with the number of samples finished since the last call.
+    """
+    student.eval()
+    device = student.device
+    similarity_W = torch.zeros(len(matching.student_layers), dtype=torch.float64)
+    loss_W = torch.zeros_like(similarity_W)
+    count = 0
+    for cpu_batch in batches:
+        batch = cpu_batch.to(device, student.dtype)
+        if batch.num_with_image:
+            capture = capture_for(batch, matching.student_layers, device)
+            student.model(**batch.inputs, capture=capture, use_cache=False)
+            targets = decode_windows(
+                batch.maps,
+                matching.codec,
+                matching.captured_layers,
+                matching.windows,
+                stored_masks=matching.stored_masks,
+                device=device,
+            )
+            has_image_B = targets.num_tokens_B > 0
+            for w, layer in enumerate(matching.student_layers):
+                maps = capture.maps[layer], targets.maps_WBNN[w], targets.keep_WBNN[w], targets.num_tokens_B
+                similarity_W[w] += float(map_similarity(*maps)[has_image_B].sum())
+                loss_W[w] += float(pooled_cosine_loss(*maps).sum())
+            count += batch.num_with_image
+        if progress is not None:
+            progress(len(batch.keys))
+    return AttentionSimilarity(
+        student_layers=matching.student_layers,
+        windows=matching.windows,
+        num_samples=count,
+        similarity=tuple((similarity_W / max(count, 1)).tolist()),
+        alignment_loss=tuple((loss_W / max(count, 1)).tolist()),
+    )
+
+
+def map_similarity(
+    student_BNN: Tensor, teacher_BNN: Tensor, teacher_keep_BNN: Tensor, num_tokens_B: Tensor
+) -> Tensor:
+    """`[B]` cosine over the entries that neither side's sink threshold drops."""
+    keep_BNN = teacher_keep_BNN & below_sink_threshold(student_BNN, num_tokens_B)
+    flat = [(maps * keep_BNN).flatten(1) for maps in (student_BNN, teacher_BNN)]
+    return torch.cosine_similarity(*flat, dim=-1)
