@@ -1,0 +1,92 @@
+"""What a target store holds, from its manifest and commit records alone; no shard is opened."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.manifest import Manifest
+from storage.targets import CommitRecord, TargetStore
+
+_HALF_BYTES = 2
+"""Raw sizes are those of 16-bit floats."""
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """Counts and sizes of a target store."""
+
+    url: str
+    num_planned: int
+    """Shards of a finished extraction."""
+    num_committed: int
+    num_samples: int
+    num_tokens: int
+    num_answer_rows: int
+    num_skipped: int
+    skipped_by_reason: dict[str, int]
+    num_maps: int
+    """Stored maps, each of all captured layers."""
+    num_map_references: int
+    """Samples with a map: without sharing, so many would be stored."""
+    array_bytes: dict[str, int]
+    """Array name -> bytes on disk, its metadata included; `(group)` is the groups' own."""
+    total_bytes: int
+    raw_square_bytes: int
+    """The maps of every sample as 16-bit squares, not shared."""
+    raw_triangle_bytes: int
+    """The same as lower triangles."""
+    raw_logit_bytes: int
+    """16-bit logits of the whole vocabulary at the answer rows."""
+    fingerprint_digest: str
+    fingerprint: dict[str, Any]
+
+    @property
+    def ratio(self) -> float:
+        """Raw squares and logits over what is stored; 0 for an empty store."""
+        raw = self.raw_square_bytes + self.raw_logit_bytes
+        return raw / self.total_bytes if self.total_bytes else 0.0
+
+
+def summarize(targets_url: str | Path) -> StoreSummary:
+    """Add up the commit records of a store.
+
+    Raises:
+        UserError, CorruptData, FingerprintMismatch: As `TargetStore.open`.
+    """
+    targets = TargetStore.open(targets_url)
+    return summary_of(targets.store.url, targets.manifest, list(targets.commits.values()))
+
+
+def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> StoreSummary:
+    """The summary of these records."""
+    array_bytes: Counter[str] = Counter()
+    for record in records:
+        for path, (num_bytes, _) in record.files.items():
+            name, _, below = path.partition("/")
+            array_bytes[name if below else "(group)"] += num_bytes
+    reasons = Counter(sample.reason for record in records for sample in record.skipped)
+    num_layers = len(manifest.fingerprint.layers)
+    squares = sum(record.num_referenced_squares for record in records)
+    tokens = sum(record.num_referenced_tokens for record in records)
+    num_answer_rows = sum(record.num_answer_rows for record in records)
+    return StoreSummary(
+        url=url,
+        num_planned=manifest.num_shards,
+        num_committed=len(records),
+        num_samples=sum(record.num_samples for record in records),
+        num_tokens=sum(record.num_tokens for record in records),
+        num_answer_rows=num_answer_rows,
+        num_skipped=reasons.total(),
+        skipped_by_reason=dict(sorted(reasons.items())),
+        num_maps=sum(record.num_maps for record in records),
+        num_map_references=sum(record.num_map_references for record in records),
+        array_bytes=dict(sorted(array_bytes.items())),
+        total_bytes=array_bytes.total(),
+        raw_square_bytes=squares * num_layers * _HALF_BYTES,
+        # N(N+1)/2 entries a map.
+        raw_triangle_bytes=(squares + tokens) // 2 * num_layers * _HALF_BYTES,
+        raw_logit_bytes=num_answer_rows * manifest.vocab_size * _HALF_BYTES,
+        fingerprint_digest=manifest.fingerprint.digest,
+        fingerprint=manifest.fingerprint.model_dump(mode="json"),
+    )
