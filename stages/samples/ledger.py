@@ -1,6 +1,7 @@
 """The ledger of skipped samples: each with its reason, and the refusal when there are too many."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -74,7 +75,8 @@ class Ledger:
             for skipped in self._in_order()[:NUM_EXAMPLES]
         )
         fraction = len(self._skipped) / num_records
-        way_out = f", or set max_skipped_fraction to at least {fraction:.6f}" if fraction < 1 else ""
+        enough = math.ceil(fraction * 1e6) / 1e6
+        way_out = f", or set max_skipped_fraction to at least {enough:.6f}" if fraction < 1 else ""
         return TooManySkipped(
             f"{len(self._skipped)} of {num_records} samples ({fraction:.4%}) cannot be used, "
             f"max_skipped_fraction is {max_fraction:.4%}; by reason: {counts}; first ones:{examples}\n"

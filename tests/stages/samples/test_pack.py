@@ -1,5 +1,9 @@
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +282,16 @@ def test_too_many_skipped_says_how_many_which_where_and_what_to_do_and_leaves_on
     assert pack_samples(source, llava.images, out, PackConfig(max_skipped_fraction=0.5)).num_samples == 2
 
 
+def test_the_fraction_that_the_refusal_names_is_enough(llava: LlavaFolder, tmp_path: Path) -> None:
+    source = llava.write_json([record("x", "a.jpg"), {}, record("t")])
+    with pytest.raises(TooManySkipped) as refused:
+        pack_samples(source, llava.images, tmp_path / "out")
+    named = re.search(r"at least ([0-9.]+)", str(refused.value))
+    assert named
+    config = PackConfig(max_skipped_fraction=float(named[1]))
+    assert pack_samples(source, llava.images, tmp_path / "out", config).num_samples == 2
+
+
 def test_when_nothing_is_left_to_pack_it_fails_whatever_is_allowed(
     llava: LlavaFolder, tmp_path: Path
 ) -> None:
@@ -352,6 +366,50 @@ def test_a_run_killed_while_it_published_is_finished_by_the_next(llava: LlavaFol
     for number in range(3):
         (out / f"samples-{number:06d}.tar").write_bytes(b"left behind")
     pack_samples(source, llava.images, out)
+    assert data_bytes(out) == data_bytes(tmp_path / "whole")
+
+
+KILLED_WHEN = {
+    "the second group is packed": """
+def stop(done, total, num_bytes):
+    if total and done == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+pack_samples(source, images, out, config, stop)
+""",
+    "two files are published": """
+published = []
+replace = Path.replace
+def stop(self, target):
+    if Path(target).parent == out:
+        published.append(target)
+    if len(published) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+Path.replace = stop
+pack_samples(source, images, out, config)
+""",
+}
+
+
+@pytest.mark.parametrize("moment", KILLED_WHEN)
+def test_after_a_kill_the_same_command_gives_the_bytes_of_an_undisturbed_run(
+    moment: str, llava: LlavaFolder, tmp_path: Path
+) -> None:
+    source = llava.write_json([record("x", "a.jpg"), record("y", "b.png"), record("t")])
+    out, config = tmp_path / "out", PackConfig(max_samples_per_shard=1)
+    prelude = f"""
+import os, signal
+from pathlib import Path
+from stages.samples.pack import PackConfig, pack_samples
+source, images, out = map(Path, {[str(source), str(llava.images), str(out)]!r})
+config = PackConfig(max_samples_per_shard=1)
+"""
+    killed = subprocess.run([sys.executable, "-c", prelude + KILLED_WHEN[moment]], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "index.json").exists()
+
+    pack_samples(source, llava.images, out, config)
+    pack_samples(source, llava.images, tmp_path / "whole", config)
     assert data_bytes(out) == data_bytes(tmp_path / "whole")
 
 
