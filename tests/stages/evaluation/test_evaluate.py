@@ -1,4 +1,5 @@
 import json
+import math
 from typing import Any
 
 import pytest
@@ -48,6 +49,12 @@ def test_the_model_is_left_in_the_mode_it_came_in(
     model.eval()
     evaluate_pairs(model, processor, {"swap_obj": pairs[:1]}, EvaluationConfig())
     assert not model.training
+
+
+def test_a_damaged_model_is_named_as_such(model: Any, processor: Any, pairs: list[CaptionPair]) -> None:
+    model.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="not finite for 5 of 5 pairs"):
+        evaluate_pairs(model, processor, {"swap_obj": pairs}, EvaluationConfig())
 
 
 @pytest.mark.parametrize("by_kind", [{}, {"swap_obj": []}])

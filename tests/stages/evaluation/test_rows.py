@@ -11,6 +11,10 @@ from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.evaluation import rows as rows_module
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
+from stages.student.modeling_compodistill import (
+    CompoDistillStudentConfig,
+    CompoDistillStudentForConditionalGeneration,
+)
 from storage.errors import UserError
 
 
@@ -173,3 +177,31 @@ def test_a_family_with_grids_and_positions_in_three_axes_is_read_as_well() -> No
         types = (one.token_ids == image_token_id).int()[None]
         logits = model(input_ids=one.token_ids[None], mm_token_type_ids=types, **one.pixel_inputs).logits
         torch.testing.assert_close(model.lm_head(hidden_H), logits[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_whose_vocabulary_ends_before_the_image_token_is_read_as_well(
+    encoder: ConversationEncoder, pairs: list[CaptionPair], model: Any
+) -> None:
+    config = CompoDistillStudentConfig(
+        vision_config=model.config.vision_config.to_dict(),
+        text_config={**model.config.text_config.to_dict(), "hidden_size": 24},
+        adapter_hidden_size=32,
+        image_token_index=10_000,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = CompoDistillStudentForConditionalGeneration(config).eval()
+    groups = groups_of(encoder, pairs[:2])
+    for group in groups:
+        for item in group:
+            item.token_ids[item.image_positions] = 10_000
+    items = [item for group in groups for item in group]
+    rows = [torch.tensor([len(item.token_ids) - 1]) for item in items]
+    reader = RowReader(student, 10_000)
+    reader.check_head(items[0])
+    expected_RV = torch.stack([full_logits(student, item)[-1] for item in items])
+    torch.testing.assert_close(
+        student.lm_head(reader.hidden(groups, rows)), expected_RV, rtol=1e-4, atol=1e-4
+    )
