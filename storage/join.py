@@ -14,8 +14,8 @@ def joined_rows(index: SampleIndex, targets: TargetShard) -> tuple[SampleShardEn
     record = targets.record
     if record.shard >= len(index.shards) or index.shards[record.shard].name != record.sample_shard:
         raise CorruptData(
-            f"target shard {record.shard} ({record.path}) was made from {record.sample_shard}, not from shard "
-            f"{record.shard} of the {len(index.shards)} in the sample index; extract it again"
+            f"target shard {record.shard} ({record.path}) was made from {record.sample_shard}, not from "
+            f"shard {record.shard} of the {len(index.shards)} in the sample index; extract it again"
         )
     entry = index.shards[record.shard]
     skipped = {sample.key for sample in record.skipped}
@@ -24,6 +24,6 @@ def joined_rows(index: SampleIndex, targets: TargetShard) -> tuple[SampleShardEn
     if [key for _, key in usable] != list(targets.keys) or not skipped <= set(tar_keys):
         raise CorruptData(
             f"target shard {record.shard} ({record.path}) has {len(targets)} samples and {len(skipped)} "
-            f"skipped ones, whose keys are not the {len(tar_keys)} of {entry.name} in its order; extract it again"
+            f"skipped ones, which are not the {len(tar_keys)} of {entry.name} in its order; extract it again"
         )
     return entry, [row for row, _ in usable]

@@ -82,7 +82,7 @@ class ObjectStore:
     def local(self, path: str, expect: ExpectedFiles | None = None) -> Path:
         """Download an object, or all objects below a folder, into the cache."""
         obstore, client = self._connect()
-        objects = self._objects(path)
+        objects = self._objects(relative_path(path))
         if not objects:
             try:
                 meta = obstore.head(client, self._key(path))
@@ -126,7 +126,7 @@ class ObjectStore:
     def remove_tree(self, path: str) -> None:
         """Delete every object below the folder."""
         obstore, client = self._connect()
-        if keys := [self._key(name) for name, _, _ in self._objects(path)]:
+        if keys := [self._key(name) for name, _, _ in self._objects(relative_path(path))]:
             obstore.delete(client, keys)
 
     def remove_partials(self) -> int:

@@ -1,0 +1,174 @@
+"""Sample shards: what is written is read, in groups, deterministically, or refused."""
+
+import tarfile
+
+import pytest
+
+from storage.errors import CorruptData, UserError
+from storage.samples import SampleIndex, SampleShard, SampleShardWriter, StoredSample, image_suffix
+from storage.stores import open_store
+from tests.storage.builders import JPG, PNG, files_of, stored_samples
+
+WEBP = b"RIFF\x10\x00\x00\x00WEBPVP8 "
+
+
+def group(*keys: str, images: tuple[bytes, ...] = (PNG + b"pixels",)) -> list[StoredSample]:
+    return [StoredSample(key, {"id": key, "conversations": []}, images) for key in keys]
+
+
+def test_samples_round_trip_in_any_order(tmp_path):
+    samples = [*stored_samples([f"k{n}" for n in range(7)]), *group("several", images=(JPG, PNG, WEBP))]
+    with SampleShardWriter(tmp_path, 4, 10**6) as writer:
+        for sample in samples:
+            writer.add_group([sample])
+    store = open_store(tmp_path)
+    index = SampleIndex.load(store)
+    assert [entry.num_samples for entry in index.shards] == [4, 4]
+    assert index.num_samples == 8
+    found = {}
+    for entry in index.shards:
+        with SampleShard.open(store, entry) as shard:
+            shard.verify()
+            assert len(shard) == len(shard.keys)
+            for row in reversed(range(len(shard))):
+                found[shard.keys[row]] = shard.read(row)
+    assert [found[sample.key] for sample in samples] == samples
+
+
+def test_the_tar_is_plain_webdataset_with_deterministic_headers(tmp_path):
+    for out in ("a", "b"):
+        with SampleShardWriter(tmp_path / out, 9, 10**6) as writer:
+            writer.add_group(group("one") + group("two", images=(JPG, PNG)) + group("none", images=()))
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    with tarfile.open(tmp_path / "a" / "samples-000000.tar") as tar:
+        assert tar.getnames() == ["one.json", "one.png", "two.json", "two.0.jpg", "two.1.png", "none.json"]
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.isreg()) for m in tar} == {(0, 0, 0, 0o644, True)}
+
+
+def test_a_group_is_split_only_when_it_alone_is_too_large(tmp_path):
+    with SampleShardWriter(tmp_path, 4, 10**6) as writer:
+        writer.add_group(group("a1", "a2", "a3"))
+        writer.add_group(group("b1", "b2"))
+        writer.add_group(group("c1", "c2", "c3", "c4", "c5"))
+    index = SampleIndex.load(open_store(tmp_path))
+    keys = [[members.key for members in entry.members] for entry in index.shards]
+    assert keys == [["a1", "a2", "a3"], ["b1", "b2"], ["c1", "c2", "c3", "c4"], ["c5"]]
+
+
+def test_shards_stay_below_their_bytes(tmp_path):
+    with SampleShardWriter(tmp_path, 100, 8000) as writer:
+        for number in range(10):
+            writer.add_group(group(f"k{number}"))
+    index = SampleIndex.load(open_store(tmp_path))
+    assert len(index.shards) > 1
+    assert all(entry.bytes <= 8000 for entry in index.shards)
+
+
+def test_an_exception_leaves_no_index_and_nothing_half_written(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), SampleShardWriter(tmp_path, 1, 10**6) as writer:
+        writer.add_group(group("a"))
+        writer.add_group(group("b"))
+        raise RuntimeError("stop")
+    assert sorted(files_of(tmp_path)) == ["samples-000000.tar"]
+    with pytest.raises(UserError, match="no finished sample set"):
+        SampleIndex.load(open_store(tmp_path))
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group("a"))
+    assert sorted(files_of(tmp_path)) == ["index.json", "samples-000000.tar"]
+    with pytest.raises(UserError, match="already holds"), SampleShardWriter(tmp_path, 9, 10**6):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (group("a.b"), "no safe member name"),
+        (group("../a"), "no safe member name"),
+        (group(""), "no safe member name"),
+        (group("x", "x"), "comes twice"),
+        (group("x", images=(b"GIF89a",)), "not JPEG, PNG or WebP"),
+    ],
+)
+def test_unsafe_samples_are_refused(tmp_path, bad, message):
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        with pytest.raises(ValueError, match=message):
+            writer.add_group(bad)
+        writer.add_group(group("good"))
+    assert SampleIndex.load(open_store(tmp_path)).num_samples == 1
+
+
+def test_every_flipped_byte_of_a_sample_is_seen_when_it_is_read(tmp_path):
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group("a"))
+    store = open_store(tmp_path)
+    (entry,) = SampleIndex.load(store).shards
+    path = tmp_path / entry.name
+    clean = path.read_bytes()
+    last_offset, last_bytes = entry.members[0].spans[-1]
+    padding = {
+        i
+        for offset, size in entry.members[0].spans
+        for i in range(offset + size, -(-(offset + size) // 512) * 512)
+    }
+    for position in range(0, last_offset + last_bytes, 7):
+        if position in padding:
+            continue
+        path.write_bytes(clean[:position] + bytes([clean[position] ^ 1]) + clean[position + 1 :])
+        with SampleShard.open(store, entry) as shard:
+            with pytest.raises(CorruptData, match="sample a"):
+                shard.read(0)
+            with pytest.raises(CorruptData, match="sha256"):
+                shard.verify()
+
+
+def test_a_truncated_or_missing_tar_is_an_error(tmp_path):
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group("a", "b"))
+    store = open_store(tmp_path)
+    (entry,) = SampleIndex.load(store).shards
+    path = tmp_path / entry.name
+    path.write_bytes(path.read_bytes()[:1024])
+    with pytest.raises(CorruptData, match="1024 bytes, the index says"):
+        SampleShard.open(store, entry)
+    path.unlink()
+    with pytest.raises(CorruptData, match="is missing"):
+        SampleShard.open(store, entry)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        (b'"format_version":1', b'"format_version":2', UserError),
+        (b"samples-000000.tar", b"../../etc/passwd.t", CorruptData),
+        (b'"num_samples":1', b'"num_samples":2', CorruptData),
+        (b'"num_samples":1', b'"num_sampled":1', CorruptData),
+        (b"[[512", b"[[513", CorruptData),
+        (b"{", b"[", CorruptData),
+    ],
+)
+def test_an_index_that_is_not_ours_is_refused(tmp_path, old, new, error):
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group("a"))
+    data = (tmp_path / "index.json").read_bytes()
+    assert old in data
+    (tmp_path / "index.json").write_bytes(data.replace(old, new, 1))
+    with pytest.raises(error):
+        SampleIndex.load(open_store(tmp_path))
+
+
+def test_the_digest_follows_the_data(tmp_path):
+    for name, key in (("a", "k"), ("b", "k"), ("c", "other")):
+        with SampleShardWriter(tmp_path / name, 9, 10**6) as writer:
+            writer.add_group(group(key))
+    a, b, c = (SampleIndex.load(open_store(tmp_path / name)).digest for name in "abc")
+    assert a == b != c
+
+
+def test_image_suffixes_come_from_the_first_bytes():
+    assert [image_suffix(data) for data in (JPG, PNG, WEBP, b"GIF89a", b"")] == [
+        "jpg",
+        "png",
+        "webp",
+        None,
+        None,
+    ]
