@@ -75,7 +75,7 @@ def _sdpa_with_capture(
     capture: AttentionCapture | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layer = getattr(module, "layer_idx", None)
     if capture is not None and capture.num_keys and layer in capture.layers:
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5

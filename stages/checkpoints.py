@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from storage.errors import UserError
@@ -31,9 +31,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
     if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} holds no *.safetensors weights; pickled weights are not loaded, convert them first"
-        )
+        raise UserError(f"{folder} holds no *.safetensors weights; pickled weights are not loaded, convert them first")
     return folder
 
 

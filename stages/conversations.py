@@ -37,9 +37,7 @@ ConversationFault = Literal[
 ]
 
 _ROLES: Final = {"human": "user", "gpt": "assistant", "system": "system"}
-_TEXT_KEYS: Final = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "offset_mapping"}
-)
+_TEXT_KEYS: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "offset_mapping"})
 
 # The library collects the spans of generation blocks in the compiled template, which all threads share.
 _RENDERING = threading.Lock()
@@ -100,9 +98,7 @@ class ConversationEncoder:
         self._has_generation_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
         self._check_template()
 
-    def encode(
-        self, conversations: Sequence[Mapping[str, str]], images: Sequence[Image.Image]
-    ) -> EncodedConversation:
+    def encode(self, conversations: Sequence[Mapping[str, str]], images: Sequence[Image.Image]) -> EncodedConversation:
         """The turns (`from`, `value`) of one sample as tokens, cut at `max_length`.
 
         The cut may fall inside an answer, of which the tokens before it are kept; it may not fall before or
@@ -216,9 +212,7 @@ class ConversationEncoder:
         token_ids = outputs["input_ids"][0]
         replacements = self._replacements(outputs) if images else []
         image_positions = (token_ids == self.image_token_id).nonzero()[:, 0]
-        num_expected = sum(
-            replacement["replacement"].count(self._image_token) for replacement in replacements
-        )
+        num_expected = sum(replacement["replacement"].count(self._image_token) for replacement in replacements)
         if len(image_positions) != num_expected or len(replacements) != len(images):
             raise UnusableConversation(
                 "image_count_mismatch",
@@ -229,9 +223,7 @@ class ConversationEncoder:
             token_ids=token_ids,
             answer_mask=_mask_of_spans(spans, replacements, outputs["offset_mapping"][0]),
             pixel_inputs={
-                key: value
-                for key, value in outputs.items()
-                if key not in _TEXT_KEYS and isinstance(value, Tensor)
+                key: value for key, value in outputs.items() if key not in _TEXT_KEYS and isinstance(value, Tensor)
             },
             image_positions=image_positions,
         )
@@ -309,9 +301,7 @@ def _messages(conversations: Sequence[Mapping[str, str]], num_images: int) -> li
     """LLaVA's turns as chat messages: an optional system turn, then user and assistant in alternation."""
     messages: list[Message] = []
     for number, turn in enumerate(conversations):
-        if not (
-            isinstance(turn, Mapping) and isinstance(turn.get("value"), str) and turn.get("from") in _ROLES
-        ):
+        if not (isinstance(turn, Mapping) and isinstance(turn.get("value"), str) and turn.get("from") in _ROLES):
             raise UnusableConversation(
                 "malformed_conversation",
                 f"turn {number} is {turn!r:.200}; expected 'from' human, gpt or system and a string 'value'",
@@ -357,9 +347,7 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _mask_of_spans(
-    spans: Sequence[Span], replacements: Sequence[Mapping[str, Any]], offsets_T2: Tensor
-) -> Tensor:
+def _mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any]], offsets_T2: Tensor) -> Tensor:
     """`[T]` bool: the tokens that overlap a span of the text as it was before image placeholders grew."""
     starts_T, ends_T = offsets_T2.unbind(-1)
     mask_T = torch.zeros(len(offsets_T2), dtype=torch.bool)

@@ -75,9 +75,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _to_plain_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert(
-            "RGBA"
-        )  # the same colours, without Pillow's warning on palettes with transparency
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning on palettes with transparency
     rgb = image.convert("RGB")
     rgb.info = {}
     return rgb

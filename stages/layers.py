@@ -11,7 +11,12 @@ from torch import Tensor
 from storage.errors import UserError
 
 MATCHED_LAYERS = 7  # S of the published models
-_PUBLISHED_SPANS = {24: (8, 8), 28: (9, 9), 32: (11, 9), 40: (13, 11)}  # depth -> (first layer, number of layers)
+_PUBLISHED_SPANS = {
+    24: (8, 8),
+    28: (9, 9),
+    32: (11, 9),
+    40: (13, 11),
+}  # depth -> (first layer, number of layers)
 
 
 def visual_understanding_layers(num_layers: int) -> range:
@@ -58,9 +63,7 @@ def sliding_windows(captured: tuple[int, ...], num_matched: int) -> tuple[tuple[
     return tuple(captured[i : i + width] for i in range(num_matched))
 
 
-def window_means(
-    maps_LNN: Tensor, layers: Sequence[int], windows: Sequence[Sequence[int]]
-) -> Tensor:
+def window_means(maps_LNN: Tensor, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
     """`[W, N, N]` mean map of each window of teacher layers.
 
     Args:

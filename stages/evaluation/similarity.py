@@ -92,5 +92,5 @@ def map_similarity(
 ) -> Tensor:
     """`[B]` cosine over the entries that neither side's sink threshold drops."""
     keep_BNN = teacher_keep_BNN & below_sink_threshold(student_BNN, num_tokens_B)
-    flat = [(maps * keep_BNN).flatten(1) for maps in (student_BNN, teacher_BNN)]
-    return torch.cosine_similarity(*flat, dim=-1)
+    student_BE, teacher_BE = ((maps * keep_BNN).flatten(1) for maps in (student_BNN, teacher_BNN))
+    return torch.cosine_similarity(student_BE, teacher_BE, dim=-1)

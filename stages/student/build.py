@@ -38,7 +38,7 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, dtype: t
     config = student_config(teacher_config.to_dict(), language_model.config.to_dict())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = Student(config).to(dtype)
+        student: Student = Student(config).to(dtype)
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
@@ -111,5 +111,5 @@ def check_same_tokens(processor: ProcessorMixin, decoder_folder: Path) -> None:
         example = f", for example {differing[0]!r}" if differing else ""
         raise UserError(
             f"the tokenizer of {decoder_folder} is not the teacher's: of {len(student_ids)} tokens {shared} are shared "
-            f"and {len(differing)} of those have another id{example}; choose a student of the teacher's tokenizer family"
+            f"and {len(differing)} of those have another id{example}; choose a student of the teacher's family"
         )

@@ -40,7 +40,12 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, position: Position, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, keep: int
+    folder: Path,
+    position: Position,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    keep: int,
 ) -> Path:
     """Writes `folder/step-N` and removes all but the newest `keep`."""
     target = folder / f"step-{position.step:08d}"

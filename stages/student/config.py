@@ -4,8 +4,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from stages.student.objective import LossWeights
-
 StageName = Literal["dpt", "dft", "sft"]
 
 
@@ -23,18 +21,22 @@ class LoraSettings(BaseModel):
 
 
 class StageConfig(BaseModel):
-    """One stage of training."""
+    """One stage of training; its subclasses hold the published settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trains: Literal["post_connector", "lora", "full"]
     """What learns: the post-connector alone, LoRA on the decoder with it, or the whole decoder with it."""
-    losses: LossWeights
-    """Weight of each loss."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak of the cosine schedule."""
     batch_size: int = Field(ge=1)
     """Samples of an optimizer step, over all ranks and accumulation steps."""
+    lm_weight: float = Field(default=1.0, ge=0)
+    """Weight of the next-token cross entropy on the answers."""
+    kd_weight: float = Field(default=1.0, ge=0)
+    """Weight of the cross entropy under the teacher's answer distribution; 0 leaves it out."""
+    attention_weight: float = Field(default=1.0, ge=0)
+    """Weight of the alignment with the teacher's visual attention; 0 leaves it out, and the maps unread."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak of the cosine schedule."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the samples."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -47,18 +49,40 @@ class StageConfig(BaseModel):
     """Target store of this stage, when not that of the run."""
 
 
+class DistilledPretraining(StageConfig):
+    """DPT: captions, post-connector only, LM + KD."""
+
+    trains: Literal["post_connector", "lora", "full"] = "post_connector"
+    batch_size: int = Field(default=256, ge=1)
+    attention_weight: float = Field(default=0.0, ge=0)
+
+
+class DistilledFinetuning(StageConfig):
+    """DFT: instructions, LoRA, LM + KD + attention."""
+
+    trains: Literal["post_connector", "lora", "full"] = "lora"
+    batch_size: int = Field(default=128, ge=1)
+
+
+class SupervisedFinetuning(StageConfig):
+    """SFT: instructions, LoRA, LM."""
+
+    trains: Literal["post_connector", "lora", "full"] = "lora"
+    batch_size: int = Field(default=192, ge=1)
+    kd_weight: float = Field(default=0.0, ge=0)
+    attention_weight: float = Field(default=0.0, ge=0)
+
+
 class TrainConfig(BaseModel):
     """Everything about a training run but its places, which are given beside it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dpt: StageConfig = StageConfig(
-        trains="post_connector", losses=LossWeights(attention=0.0), batch_size=256
-    )
+    dpt: DistilledPretraining = DistilledPretraining()
     """Distilled pre-training."""
-    dft: StageConfig = StageConfig(trains="lora", losses=LossWeights(), batch_size=128)
+    dft: DistilledFinetuning = DistilledFinetuning()
     """Distilled fine-tuning."""
-    sft: StageConfig = StageConfig(trains="lora", losses=LossWeights(kd=0.0, attention=0.0), batch_size=192)
+    sft: SupervisedFinetuning = SupervisedFinetuning()
     """Supervised fine-tuning."""
     lora: LoraSettings = LoraSettings()
     """Used by stages that train LoRA."""

@@ -7,7 +7,7 @@ Shape letters: L matched layers, B samples, N image tokens, R answer rows, V voc
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from storage.codecs.answer_logits import AnswerLogits
 
@@ -95,6 +95,7 @@ def stored_logit_distillation_loss(student_RV: Tensor, stored: AnswerLogits) -> 
     known_RK = ids_RK < student_RV.shape[1]
     logprobs_RK = stored.logprobs_RK.float().masked_fill(~known_RK, -torch.inf)
     kept_R1 = torch.logaddexp(logprobs_RK.logsumexp(-1), stored.tail_logmass_R.float())[:, None]
+    # Stored values are rounded, so the kept mass and the tail need not sum to exactly 1.
     teacher_RK = (logprobs_RK - kept_R1).exp()
     tail_R = (stored.tail_logmass_R.float() - kept_R1[:, 0]).exp()
 

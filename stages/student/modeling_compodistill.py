@@ -108,4 +108,9 @@ def register() -> None:
     )
 
 
-__all__ = ["CompoDistillStudentConfig", "CompoDistillStudentForConditionalGeneration", "CompoDistillStudentModel", "register"]
+__all__ = [
+    "CompoDistillStudentConfig",
+    "CompoDistillStudentForConditionalGeneration",
+    "CompoDistillStudentModel",
+    "register",
+]

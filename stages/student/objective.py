@@ -6,37 +6,13 @@ Shape letters: B samples, R answer rows, V vocabulary, W windows, N image tokens
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from stages.student.batches import Batch, WindowTargets, capture_for, decode_windows
 from stages.student.build import Student
+from stages.student.config import StageConfig
 from stages.student.losses import next_token_loss, pooled_cosine_loss, stored_logit_distillation_loss
-from storage.codecs.maps import MapCodecConfig
-
-
-class LossWeights(BaseModel):
-    """Weight of each loss; one with weight 0 is neither computed nor read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lm: float = Field(default=1.0, ge=0)
-    """Next-token cross entropy on the answers."""
-    kd: float = Field(default=1.0, ge=0)
-    """Cross entropy under the teacher's answer distribution."""
-    attention: float = Field(default=1.0, ge=0)
-    """Alignment of visual attention with the teacher's."""
-
-
-@dataclass(frozen=True)
-class LayerMatching:
-    """Which student layer learns from which teacher layers, and how the stored maps are coded."""
-
-    student_layers: tuple[int, ...]
-    captured_layers: tuple[int, ...]
-    windows: tuple[tuple[int, ...], ...]
-    stored_masks: bool
-    codec: MapCodecConfig
+from stages.student.matching import LayerMatching
 
 
 @dataclass(frozen=True)
@@ -50,10 +26,10 @@ class BatchTotals:
 class DistillationObjective(nn.Module):
     """Wraps the student, so that one `forward` computes a microbatch's share of the loss (and DDP sees one module)."""
 
-    def __init__(self, student: Student, weights: LossWeights, matching: LayerMatching | None) -> None:
+    def __init__(self, student: Student, stage: StageConfig, matching: LayerMatching | None) -> None:
         super().__init__()
         self.student = student
-        self.weights = weights
+        self.weights = {"lm": stage.lm_weight, "kd": stage.kd_weight, "attention": stage.attention_weight}
         self.matching = matching
 
     def forward(self, batch: Batch, totals: BatchTotals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,7 +39,7 @@ class DistillationObjective(nn.Module):
         attention as the sum over matched layers, mean over the samples with an image.
         """
         device = batch.answer_R.device
-        align = self.matching is not None and self.weights.attention > 0 and batch.num_with_image > 0
+        align = self.matching is not None and self.weights["attention"] > 0 and batch.num_with_image > 0
         capture = capture_for(batch, self.matching.student_layers, device) if align and self.matching else None
         hidden_BTd = self.student.model(**batch.inputs, capture=capture, use_cache=False).last_hidden_state
         # Vocabulary logits at answer rows only: image and question positions predict nothing that is scored.
@@ -71,7 +47,7 @@ class DistillationObjective(nn.Module):
 
         rows = max(totals.answer_rows, 1)
         terms = {"lm": next_token_loss(logits_RV, batch.answer_R).sum() / rows}
-        if self.weights.kd > 0:
+        if self.weights["kd"] > 0:
             terms["kd"] = stored_logit_distillation_loss(logits_RV, batch.logits).sum() / rows
         if capture is not None and self.matching is not None:
             matching = self.matching
@@ -86,8 +62,7 @@ class DistillationObjective(nn.Module):
             student_maps = [capture.maps[layer] for layer in matching.student_layers]
             loss_B = alignment_loss_B(student_maps, targets)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
-        weights = self.weights.model_dump()
-        loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         return loss, {name: value.detach() for name, value in terms.items()}
 
 

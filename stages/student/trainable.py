@@ -20,7 +20,11 @@ def prepare_for_stage(student: Student, stage: StageConfig, lora: LoraSettings) 
     student.requires_grad_(False)
     if stage.trains == "lora":
         settings = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_DECODER_LINEARS, bias="none"
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=_DECODER_LINEARS,
+            bias="none",
         )
         wrapper = get_peft_model(student, settings)
     elif stage.trains == "full":

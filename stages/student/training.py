@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention import enable_capture
-from stages.layers import default_num_matched, sliding_windows, student_layers
 from stages.student.batches import Batch, Collator
 from stages.student.build import Student, build_student, load_processor, load_student
 from stages.student.checkpoint import Position, list_checkpoints, load_checkpoint, save_checkpoint
 from stages.student.config import HARMLESS_ON_RESUME, StageConfig, StageName, TrainConfig
+from stages.student.matching import match_layers
 from stages.student.metrics import MetricsLog
-from stages.student.objective import BatchTotals, DistillationObjective, LayerMatching
+from stages.student.objective import BatchTotals, DistillationObjective
 from stages.student.trainable import merge_lora, prepare_for_stage
 from storage.errors import FingerprintMismatch, UserError
 from storage.stores import Store, open_store
-from storage.stream import StreamConfig, num_batches, target_stream
+from storage.stream import StreamConfig, num_steps, shard_sizes, target_stream
 from storage.targets import TargetStore
 
 
@@ -116,7 +116,11 @@ class _StageLoop:
         self.peft = prepare_for_stage(self.student, stage, config.lora)
         enable_capture(self.student)
         self.notes: list[str] = []
-        matching = self._matching() if stage.losses.attention > 0 else None
+        matching = None
+        if stage.attention_weight > 0:
+            depth = self.student.config.text_config.num_hidden_layers
+            fingerprint = run.targets.manifest.fingerprint
+            matching, self.notes = match_layers(depth, fingerprint, config.student_layers, config.num_matched)
         self.collator = Collator(
             load_processor(teacher_folder),
             self.student.config.image_token_id,
@@ -132,11 +136,11 @@ class _StageLoop:
                 f"{config.microbatch_size} x {ranks} processes; change one of them"
             )
         self.accumulation = stage.batch_size // (config.microbatch_size * ranks)
-        self.batches_per_epoch = num_batches(run.targets, self.stream, world_size=ranks)
+        self.batches_per_epoch = num_steps(shard_sizes(run.targets), config.microbatch_size, ranks)
         self.steps_per_epoch = -(-self.batches_per_epoch // self.accumulation)
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
-        objective = DistillationObjective(self.student, stage.losses, matching)
+        objective = DistillationObjective(self.student, stage, matching)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
         self.scheduler = get_cosine_schedule_with_warmup(
@@ -171,35 +175,21 @@ class _StageLoop:
                 self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
             if step % config.checkpoint_every == 0 and step < self.num_steps and self.accelerator.is_main_process:
                 save_checkpoint(
-                    self.checkpoints, self.position, self.student, self.optimizer, self.scheduler, config.keep_checkpoints
+                    self.checkpoints,
+                    self.position,
+                    self.student,
+                    self.optimizer,
+                    self.scheduler,
+                    config.keep_checkpoints,
                 )
         log.close()
         return self._finish(recent, waited)
-
-    def _matching(self) -> LayerMatching:
-        """Student layers and teacher windows; the stored sink masks hold for the store's own windows."""
-        config, fingerprint = self.run_config.config, self.run_config.targets.manifest.fingerprint
-        depth = self.student.config.text_config.num_hidden_layers
-        layers = config.student_layers
-        if layers is None:
-            wanted = config.num_matched or min(len(fingerprint.windows), default_num_matched(depth))
-            layers = student_layers(depth, wanted)
-        if layers[-1] >= depth:
-            raise UserError(f"student layers {list(layers)} were asked for, but the decoder has {depth} layers")
-        windows = sliding_windows(fingerprint.layers, len(layers))
-        stored_masks = windows == fingerprint.windows
-        if not stored_masks:
-            self.notes.append(
-                f"{len(layers)} matched layers, but the targets hold exact sink masks for {len(fingerprint.windows)}: "
-                "masks are made from decoded maps"
-            )
-        return LayerMatching(layers, fingerprint.layers, windows, stored_masks, fingerprint.map_codec)
 
     def _batches(self) -> Iterator[Batch]:
         """Microbatches of this rank from the current position on, over all remaining epochs."""
         run = self.run_config
         start = self.position.epoch_step * self.accumulation
-        with_maps = run.stage.losses.attention > 0
+        with_maps = run.stage.attention_weight > 0
         for epoch in range(self.position.epoch, run.stage.epochs):
             stream = target_stream(
                 run.samples,
@@ -210,9 +200,9 @@ class _StageLoop:
                 epoch=epoch,
                 start_batch=start,
                 with_maps=with_maps,
-            ).map(self.collator)
+            )
             # Not prepared by accelerate, which would deal the stream out a second time.
-            yield from DataLoader(stream, batch_size=None, num_workers=run.config.num_workers)
+            yield from DataLoader(stream, batch_size=None, collate_fn=self.collator, num_workers=run.config.num_workers)
             start = 0
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -254,7 +244,11 @@ class _StageLoop:
 
     def _totals(self, group: list[Batch]) -> BatchTotals:
         counts = torch.tensor(
-            [sum(b.num_answer_rows for b in group), sum(b.num_with_image for b in group), sum(len(b.keys) for b in group)],
+            [
+                sum(b.num_answer_rows for b in group),
+                sum(b.num_with_image for b in group),
+                sum(len(b.keys) for b in group),
+            ],
             device=self.accelerator.device,
         )
         rows, images, self.samples_in_step = self.accelerator.reduce(counts, reduction="sum").tolist()
@@ -265,9 +259,7 @@ class _StageLoop:
         epoch, epoch_step = position.epoch, position.epoch_step + 1
         if epoch_step == self.steps_per_epoch:
             epoch, epoch_step = epoch + 1, 0
-        self.position = Position(
-            position.step + 1, epoch, epoch_step, position.samples + self.samples_in_step, seconds
-        )
+        self.position = Position(position.step + 1, epoch, epoch_step, position.samples + self.samples_in_step, seconds)
 
     def _finish(self, recent: list[dict[str, float]], waited: float) -> StageReport:
         run = self.run_config
@@ -328,4 +320,3 @@ def _claim_output(run: StageRun) -> None:
             f"{run.output} was begun with other settings (differs in: {', '.join(sorted(differing))}); "
             "train into a new folder, or use the settings of its run.yaml to resume"
         )
-

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorM
 
 from stages.attention import CAPTURE_VERSION
 from stages.checkpoints import resolve_checkpoint, tokenizer_digest, weights_digest
-from stages.conversations import image_processor_backend
+from stages.conversations import chat_template, image_processor_backend
 from stages.families import family_of
 from stages.families.family import Family
 from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
@@ -68,7 +68,7 @@ class TeacherIdentity:
                 teacher_weights=self.weights,
                 teacher_config=_portable(self.config.to_dict()),
                 processor=_portable(self.processor.to_dict()),
-                chat_template=_template(self.processor),
+                chat_template=chat_template(self.processor),
                 tokenizer=tokenizer_digest(self.processor.tokenizer),
                 layers=self.layers,
                 windows=self.windows,
@@ -122,7 +122,14 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool) -> TeacherIdentit
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what depends on where and by which library version it was loaded."""
-    local = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
+    local = {
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "_attn_implementation",
+    }
     return {
         key: _portable(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -132,12 +139,3 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_json(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool | list | tuple | dict)
-
-
-def _template(processor: ProcessorMixin) -> str:
-    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    if not isinstance(template, str):
-        raise UserError(
-            f"{type(processor).__name__} has no chat template; add chat_template.jinja to the checkpoint folder"
-        )
-    return template

@@ -1,6 +1,7 @@
 """What the teacher says of the samples of one shard: tokens, attention maps, answer logits.
 
-Shape letters: B samples of a batch, T tokens, L captured layers, W windows, N image tokens, R answer rows, V vocabulary.
+Shape letters: B samples of a batch, T tokens, L captured layers, W windows, N image tokens, R answer rows,
+V vocabulary.
 """
 
 import hashlib
@@ -85,9 +86,7 @@ def observe_shard(
     return result
 
 
-def _encode(
-    teacher: Teacher, samples: Iterable[StoredSample], skipped: list[SkippedSample]
-) -> Iterator[_Pending]:
+def _encode(teacher: Teacher, samples: Iterable[StoredSample], skipped: list[SkippedSample]) -> Iterator[_Pending]:
     for sample in samples:
         try:
             images = [decode_image(data) for data in sample.images]
@@ -95,7 +94,10 @@ def _encode(
         except (BadImage, UnusableConversation) as error:
             skipped.append(
                 SkippedSample(
-                    key=sample.key, id=str(sample.record.get("id", "")), reason=error.reason, detail=error.detail
+                    key=sample.key,
+                    id=str(sample.record.get("id", "")),
+                    reason=error.reason,
+                    detail=error.detail,
                 )
             )
             continue
@@ -135,25 +137,39 @@ def _observe_batch(teacher: Teacher, batch: Sequence[_Pending], maps: dict[str, 
     hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
     answers = [item.encoded.answer_mask.nonzero()[:, 0] for item in batch]
     hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
-    logits = answer_logits(teacher, hidden_Rd)
+    logits, finite_R = answer_logits(teacher, hidden_Rd)
     start = 0
     for row, item in enumerate(batch):
         stop = start + len(answers[row])
-        item.logits = logits.rows(start, stop)
+        # Left at None when not finite, and so are maps: the sample is then skipped with that reason.
+        if bool(finite_R[start:stop].all()):
+            item.logits = logits.rows(start, stop)
         start = stop
         if item.owns_map and item.map_key is not None:
             num_tokens = len(item.encoded.image_positions)
-            stacked = torch.stack([capture.maps[layer][row, :num_tokens, :num_tokens] for layer in teacher.identity.layers])
-            # Left at None when not finite: every sample that shares the map is then skipped.
+            stacked = torch.stack(
+                [capture.maps[layer][row, :num_tokens, :num_tokens] for layer in teacher.identity.layers]
+            )
             if bool(torch.isfinite(stacked).all()):
                 maps[item.map_key] = encode_targets(teacher, stacked)
 
 
-def answer_logits(teacher: Teacher, hidden_Rd: Tensor) -> AnswerLogits:
-    """Top-k log-probabilities at answer rows, a bounded number of rows of vocabulary logits at a time."""
+def answer_logits(teacher: Teacher, hidden_Rd: Tensor) -> tuple[AnswerLogits, Tensor]:
+    """Top-k log-probabilities at answer rows, a bounded number of rows of vocabulary logits at a time.
+
+    Returns:
+        The log-probabilities on the CPU, and `[R]` bool: whether all logits of the row were finite (what is stored
+        of a row that is not means nothing).
+    """
     head = teacher.model.get_output_embeddings()
-    parts = [top_k_logprobs(head(rows).float(), teacher.identity.settings.top_k).cpu() for rows in hidden_Rd.split(LOGIT_ROWS)]
-    return AnswerLogits.cat(parts)
+    parts, finite = [], []
+    for rows_Rd in torch.split(hidden_Rd, LOGIT_ROWS):
+        logits_RV = head(rows_Rd).float()
+        finite_R = torch.isfinite(logits_RV).all(-1)
+        logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
+        parts.append(top_k_logprobs(logits_RV, teacher.identity.settings.top_k).to("cpu"))
+        finite.append(finite_R.cpu())
+    return AnswerLogits.cat(parts), torch.cat(finite)
 
 
 def encode_targets(teacher: Teacher, maps_LNN: Tensor) -> MapTargets:
@@ -183,9 +199,8 @@ def _assemble(finished: Sequence[_Pending], maps: dict[str, MapTargets | None], 
     """Rows in tar order; maps numbered by first use; what is not finite goes to the ledger."""
     map_rows: dict[str, int] = {}
     for item in finished:
-        assert item.logits is not None
         targets = maps[item.map_key] if item.map_key is not None else None
-        if not _finite(item.logits) or (item.map_key is not None and targets is None):
+        if item.logits is None or (item.map_key is not None and targets is None):
             result.skipped.append(
                 SkippedSample(
                     key=item.sample.key,
@@ -208,10 +223,6 @@ def _assemble(finished: Sequence[_Pending], maps: dict[str, MapTargets | None], 
             )
         )
     result.skipped.sort(key=lambda skipped: skipped.key)
-
-
-def _finite(logits: AnswerLogits) -> bool:
-    return bool(torch.isfinite(logits.log_partition_R).all())
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -26,7 +26,9 @@ def capturing_model(checkpoint: Path) -> LlavaForConditionalGeneration:
     return model
 
 
-def make_inputs(model: LlavaForConditionalGeneration, lengths: list[int], starts: list[int], side: str) -> dict[str, Tensor]:
+def make_inputs(
+    model: LlavaForConditionalGeneration, lengths: list[int], starts: list[int], side: str
+) -> dict[str, Tensor]:
     """Rows of random text with 16 image tokens from `starts` on (counted without padding), padded on `side`."""
     generator = torch.Generator().manual_seed(3)
     width = max(lengths)

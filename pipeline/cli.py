@@ -1,0 +1,246 @@
+"""The `cdp` command line: parse, load the settings, call one function, print its report.
+
+The only file that imports typer. Heavy libraries are imported inside the commands, so that `cdp --help` is instant.
+"""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from storage.errors import UserError
+
+app = typer.Typer(
+    help="Offline distillation of multimodal LLMs: run the teacher once, then train any number of students.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="Run file (YAML) with any setting.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; wins over the run file.")]
+SamplesOption = Annotated[str | None, typer.Option("--samples", help="Sample shards: folder or object-store URL.")]
+TargetsOption = Annotated[str | None, typer.Option("--targets", help="Target store: folder or object-store URL.")]
+
+
+class Stages(StrEnum):
+    """What `--stage` takes."""
+
+    ALL = "all"
+    DPT = "dpt"
+    DFT = "dft"
+    SFT = "sft"
+
+
+class Scoring(StrEnum):
+    """What `--scoring` takes."""
+
+    LIKELIHOOD = "likelihood"
+    LETTERS = "letters"
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for all that the demo makes.")] = Path("demo"),
+    images: Annotated[int, typer.Option(help="Training images; fewer is faster and teaches less.")] = 1200,
+    steps: Annotated[int | None, typer.Option(help="Steps of each student's longest stage.")] = None,
+    variant: Annotated[str, typer.Option(help="shapes, or digits: handwritten digits instead.")] = "shapes",
+) -> None:
+    """The whole pipeline on the bundled example: pack, extract, train, evaluate, compare."""
+    from pipeline.demo import DemoConfig, run_demo
+
+    run_demo(output, DemoConfig(num_images=images, steps=steps, variant=variant))
+
+
+@app.command("pack-samples")
+def pack_samples(
+    source: Annotated[Path, typer.Argument(help="LLaVA JSON or JSONL.", metavar="JSON")],
+    images: Annotated[Path, typer.Argument(help="Folder that the records' image paths start from.")],
+    output: Annotated[Path, typer.Argument(help="New folder of sample shards.", metavar="OUT")],
+    samples_per_shard: Annotated[int, typer.Option(help="Most samples of a shard.")] = 512,
+    shard_bytes: Annotated[int, typer.Option(help="Most bytes of a shard.")] = 256 * 2**20,
+    max_skipped_fraction: Annotated[float, typer.Option(help="Samples that may be unusable.")] = 0.0,
+) -> None:
+    """LLaVA JSON and images -> sample shards; same-image conversations side by side."""
+    from pipeline.progress import add_bar, bars
+    from pipeline.tables import print_pack_report
+    from stages.samples.pack import PackConfig
+    from stages.samples.pack import pack_samples as pack
+
+    config = PackConfig(
+        max_samples_per_shard=samples_per_shard,
+        max_shard_bytes=shard_bytes,
+        max_skipped_fraction=max_skipped_fraction,
+    )
+    with bars() as progress:
+        bar = add_bar(progress, "pack")
+        report = pack(
+            source,
+            images,
+            output,
+            config,
+            lambda done, total, size: progress.update(bar, completed=done, total=total, note=f"{size / 1e6:,.1f} MB"),
+        )
+    print_pack_report(report, output)
+
+
+@app.command("extract-teacher")
+def extract_teacher(
+    teacher: Annotated[str | None, typer.Option(help="Teacher checkpoint: folder or hub id.")] = None,
+    samples: SamplesOption = None,
+    targets: TargetsOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster; none starts one on this machine.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Teachers side by side; none is one a GPU or core.")] = None,
+) -> None:
+    """Teacher over sample shards -> targets, as a Ray job; run again, it makes what is missing."""
+    from pipeline.extraction import extract
+    from pipeline.progress import ExtractionBar, bars
+    from pipeline.run_file import load_run_file
+    from pipeline.tables import print_extraction_report
+
+    flags = {
+        "teacher.checkpoint": teacher,
+        "samples": samples,
+        "targets": targets,
+        "extract.ray_address": ray_address,
+        "extract.workers": workers,
+    }
+    run = load_run_file(config, settings or [], flags)
+    if run.teacher is None:
+        raise UserError("--teacher is missing; give the flag or set teacher.checkpoint in the run file")
+    places = _need(run.samples, "--samples"), _need(run.targets, "--targets")
+    with bars() as progress:
+        report = extract(run.teacher, *places, run.extract, ExtractionBar(progress))
+    print_extraction_report(report, places[1])
+
+
+@app.command("train-student")
+def train_student(
+    samples: SamplesOption = None,
+    targets: TargetsOption = None,
+    student: Annotated[str | None, typer.Option(help="The student's decoder: folder or hub id.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    stage: Annotated[Stages, typer.Option(help="One stage, or all three in a row.")] = Stages.ALL,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Student from cached targets, one stage or the three in a row; resumes. Never loads the teacher."""
+    from pipeline.progress import bars
+    from pipeline.run_file import load_run_file
+    from pipeline.tables import TrainingBars, print_training_reports
+    from pipeline.training import STAGES, train
+
+    flags = {"samples": samples, "targets": targets, "student": student, "output": output}
+    run = load_run_file(config, settings or [], flags)
+    names = [name for name in STAGES if stage in (Stages.ALL, name)]
+    with bars() as progress:
+        reports = train(run, names, TrainingBars(progress))
+    print_training_reports(reports, Path(_need(run.output, "--output")))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint: a folder, a training run, or a hub id.")],
+    pairs: Annotated[Path, typer.Option(help="Folder of KIND.json files in SugarCrepe's layout.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; none is PAIRS/images.")] = None,
+    scoring: Annotated[Scoring, typer.Option(help="By likelihood, or by the letter answered.")] = Scoring.LIKELIHOOD,
+    limit: Annotated[int | None, typer.Option(help="Pairs of each kind.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where to save the report as JSON.")] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Compositional suites on a checkpoint: accuracy of each kind with its 95 % interval."""
+    from pipeline.evaluation import evaluate_checkpoint
+    from pipeline.progress import bars
+    from pipeline.run_file import load_run_file
+    from pipeline.tables import print_evaluation
+
+    run = load_run_file(config, settings or [], {"evaluate.scoring": scoring.value})
+    with bars() as progress:
+        result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress)
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(result.to_json())
+    print_evaluation({Path(model).name: result})
+
+
+@app.command("compare-attention")
+def compare_attention(
+    model: Annotated[str, typer.Argument(help="Student checkpoint or training run.")],
+    samples: SamplesOption = None,
+    targets: TargetsOption = None,
+    limit: Annotated[int, typer.Option(help="Samples to compare on.")] = 64,
+    report: Annotated[Path | None, typer.Option(help="Where to save the numbers as JSON.")] = None,
+) -> None:
+    """How alike a student's visual attention is to the teacher's cached maps, layer by layer."""
+    from pipeline.evaluation import compare_with_targets
+    from pipeline.progress import bars
+    from pipeline.tables import print_similarity
+
+    with bars() as progress:
+        result = compare_with_targets(model, _need(samples, "--samples"), _need(targets, "--targets"), limit, progress)
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(result.model_dump_json(indent=1))
+    print_similarity(result)
+
+
+@app.command()
+def inspect(
+    targets: Annotated[str, typer.Argument(help="Target store: folder or object-store URL.")],
+) -> None:
+    """What a target store holds: shards, samples, maps, bytes by array, fingerprint."""
+    from pipeline.tables import print_store_summary
+    from storage.inspect import summarize
+
+    print_store_summary(summarize(targets))
+
+
+@app.command()
+def verify(
+    targets: Annotated[str, typer.Argument(help="Target store: folder or object-store URL.")],
+    samples: SamplesOption = None,
+) -> None:
+    """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
+    from pipeline.progress import add_bar, bars
+    from pipeline.tables import print_verify_report
+    from storage.verify import verify as verify_store
+
+    with bars() as progress:
+        bar = add_bar(progress, "verify", unit="shards")
+        report = verify_store(
+            targets, samples, lambda done, total, _: progress.update(bar, completed=done, total=total)
+        )
+    print_verify_report(report)
+    if report.findings:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, an interruption says how to go on."""
+    try:
+        app()
+    except UserError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command again to go on from here")
+        sys.exit(130)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _need(value: str | None, flag: str) -> str:
+    if value is None:
+        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
+    return value
+
+
+if __name__ == "__main__":
+    main()

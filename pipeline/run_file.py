@@ -1,0 +1,99 @@
+"""The run file: every setting of a run in one YAML document, and how flags and `--set` change it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.extraction import ExtractConfig
+from stages.evaluation.scoring import EvaluationConfig
+from stages.student.config import TrainConfig
+from stages.teacher.identity import TeacherConfig
+from storage.errors import UserError
+
+
+class RunFile(BaseModel):
+    """All settings; a command uses the sections it needs. Unknown keys fail."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: str | None = None
+    """Sample shards: a folder or an object-store URL."""
+    targets: str | None = None
+    """Target store: a folder or an object-store URL."""
+    student: str | None = None
+    """The student's pretrained decoder: a folder or hub id."""
+    output: str | None = None
+    """Folder of the training run."""
+    teacher: TeacherConfig | None = None
+    """Which teacher, and what is kept of what it sees."""
+    extract: ExtractConfig = Field(default_factory=ExtractConfig)
+    """How extraction runs."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """How students are trained."""
+    evaluate: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """How checkpoints are evaluated."""
+
+
+def load_run_file(path: Path | None, settings: list[str], flags: dict[str, Any]) -> RunFile:
+    """The run file with `--set section.field=value` applied, then the flags that were given.
+
+    Args:
+        path: a YAML file, or None for the defaults.
+        settings: `a.b=value` strings; values are read as YAML.
+        flags: dotted names to values; None means the flag was not given.
+
+    Raises:
+        UserError: unreadable YAML, an unknown key, or a value out of range; names the place.
+    """
+    document = _read_yaml(path) if path is not None else {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise UserError(f"--set {setting}: expected section.field=value")
+        _assign(document, name.strip(), _parse(text, f"--set {setting}"))
+    for name, value in flags.items():
+        if value is not None:
+            _assign(document, name, value)
+    try:
+        return RunFile.model_validate(document)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()]
+        raise UserError(f"{path or 'the settings'}:\n" + "\n".join(lines)) from error
+
+
+def save_run_file(run: RunFile, path: Path) -> None:
+    """Writes the resolved settings, so that the run can be repeated from them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"run file {path} cannot be read: {error}") from error
+    document = _parse(text, str(path)) or {}
+    if not isinstance(document, dict):
+        raise UserError(f"run file {path} holds a {type(document).__name__}, expected sections of settings")
+    return document
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{place} is not YAML: {error}") from error
+
+
+def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, field = dotted.split(".")
+    for section in sections:
+        inner = document.get(section)
+        if inner is None:
+            inner = document[section] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{dotted}: {section} is a value, not a section")
+        document = inner
+    document[field] = value

@@ -1,0 +1,195 @@
+"""What the commands print: reports as tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from pipeline.extraction import ExtractionReport
+from pipeline.progress import add_bar
+from stages.evaluation.report import EvaluationReport
+from stages.evaluation.similarity import AttentionSimilarity
+from stages.samples.pack import PackReport
+from stages.student.training import StageReport, StepProgress
+from storage.inspect import StoreSummary
+from storage.verify import VerifyReport
+
+output = Console()
+"""Results, on standard output."""
+
+
+class TrainingBars:
+    """One bar a stage, with its newest losses."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, step: StepProgress) -> None:
+        """Shows one optimizer step."""
+        if stage not in self._bars:
+            self._bars[stage] = add_bar(self._progress, stage, step.num_steps, unit="steps")
+        shown = [f"{name} {step.losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in step.losses]
+        self._progress.update(self._bars[stage], completed=step.step, note=" ".join(shown))
+
+
+def print_pack_report(report: PackReport, folder: Path) -> None:
+    """Samples, shards, what was left out."""
+    table = _plain("samples", str(folder))
+    table.add_row("samples", f"{report.num_samples:,} ({report.num_text_only:,} without an image)")
+    table.add_row("distinct images", f"{report.num_images:,}")
+    table.add_row("shards", f"{report.num_shards:,}, {_size(report.num_bytes)}")
+    table.add_row("skipped", _reasons(report.num_skipped))
+    table.add_row("time", f"{report.seconds:.1f} s")
+    output.print(table)
+
+
+def print_extraction_report(report: ExtractionReport, folder: str) -> None:
+    """Samples, maps, bytes, rate."""
+    table = _plain("targets", folder)
+    table.add_row("samples", f"{report.samples:,}")
+    table.add_row("skipped", _reasons(report.skipped))
+    table.add_row("maps", f"{report.maps:,}")
+    table.add_row("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)")
+    table.add_row("size", f"{_size(report.bytes)}, {_size(report.bytes / max(report.samples, 1))} a sample")
+    table.add_row("time", f"{report.seconds:.1f} s on {report.workers} workers, {report.samples_per_s:.1f} samples/s")
+    output.print(table)
+
+
+def print_training_reports(reports: list[StageReport], folder: Path) -> None:
+    """A line a stage."""
+    table = Table(title=f"student in {escape(str(folder))}")
+    for column in (
+        "stage",
+        "steps",
+        "samples",
+        "trained parameters",
+        "samples/s",
+        "waiting",
+        "LM",
+        "KD",
+        "attention",
+    ):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for report in reports:
+        losses = [f"{report.losses[name]:.3f}" if name in report.losses else "-" for name in ("lm", "kd", "attention")]
+        table.add_row(
+            report.stage,
+            f"{report.steps:,}",
+            f"{report.samples:,}",
+            f"{report.trained_parameters:,}",
+            f"{report.samples_per_s:.1f}",
+            f"{report.wait_share:.1%}",
+            *losses,
+        )
+    output.print(table)
+    for note in {note for report in reports for note in report.notes}:
+        output.print(f"note: {escape(note)}")
+
+
+def print_evaluation(reports: Mapping[str, EvaluationReport]) -> None:
+    """Accuracy of each kind in percent, models side by side; half the width of the 95 % interval behind it."""
+    first = next(iter(reports.values()))
+    table = Table(title=f"accuracy in percent ({first.scoring}, 95 % interval)")
+    table.add_column("kind")
+    table.add_column("pairs", justify="right")
+    for name in reports:
+        table.add_column(escape(name), justify="right")
+    for kind, result in first.kinds.items():
+        cells = []
+        for report in reports.values():
+            low, high = report.kinds[kind].interval_95
+            cells.append(f"{report.kinds[kind].accuracy:.1%} [{low:.0%}, {high:.0%}]".replace("%", ""))
+        table.add_row(kind, str(result.num_pairs), *cells)
+    averages = [f"{100 * report.average:.1f}" for report in reports.values()]
+    table.add_section()
+    table.add_row("average", str(first.num_pairs), *averages, style="bold")
+    output.print(table)
+
+
+def print_similarity(result: AttentionSimilarity) -> None:
+    """A line for each matched pair of layers."""
+    table = Table(title=f"attention similarity over {result.num_samples} samples")
+    for column in ("student layer", "teacher layers", "similarity", "alignment loss"):
+        table.add_column(column, justify="right")
+    rows = zip(result.student_layers, result.windows, result.similarity, result.alignment_loss, strict=True)
+    for layer, window, similarity, loss in rows:
+        table.add_row(str(layer), ", ".join(map(str, window)), f"{similarity:.3f}", f"{loss:.4f}")
+    table.add_section()
+    table.add_row("mean", "", f"{result.mean:.3f}", "", style="bold")
+    output.print(table)
+
+
+def print_store_summary(summary: StoreSummary) -> None:
+    """What a target store holds."""
+    table = _plain("target store", summary.url)
+    table.add_row("shards", f"{summary.num_committed:,} of {summary.num_planned:,}")
+    table.add_row("samples", f"{summary.num_samples:,}")
+    table.add_row("skipped", _reasons(summary.skipped_by_reason))
+    table.add_row("answer rows", f"{summary.num_answer_rows:,}")
+    table.add_row("maps", f"{summary.num_maps:,} for {summary.num_map_references:,} samples with an image")
+    table.add_row("size", _size(summary.total_bytes))
+    table.add_row(
+        "raw fp16 maps",
+        f"{_size(summary.raw_square_bytes)} square, {_size(summary.raw_triangle_bytes)} triangle",
+    )
+    table.add_row("raw fp16 logits", _size(summary.raw_logit_bytes))
+    table.add_row("ratio to raw", f"{summary.ratio:.1f} times smaller")
+    table.add_row("fingerprint", summary.fingerprint_digest)
+    for name in (
+        "teacher_weights",
+        "tokenizer",
+        "layers",
+        "windows",
+        "map_codec",
+        "top_k",
+        "dtype",
+        "max_length",
+    ):
+        table.add_row(f"  {name}", escape(str(summary.fingerprint[name])))
+    output.print(table)
+    arrays = Table(title="bytes by array")
+    arrays.add_column("array")
+    arrays.add_column("bytes", justify="right")
+    arrays.add_column("share", justify="right")
+    for name, size in sorted(summary.array_bytes.items(), key=lambda item: -item[1]):
+        arrays.add_row(name, f"{size:,}", f"{size / max(summary.total_bytes, 1):.1%}")
+    output.print(arrays)
+
+
+def print_verify_report(report: VerifyReport) -> None:
+    """Every finding, or that there is none."""
+    amount = f"{report.num_files:,} files, {_size(report.num_bytes)}, {report.num_samples:,} samples"
+    if report.ok:
+        output.print(f"[green]whole[/]: {report.num_committed} of {report.num_planned} shards, {amount} checked")
+        return
+    table = Table(title=f"{len(report.findings)} findings in {amount}")
+    for column in ("shard", "file", "found", "expected"):
+        table.add_column(column, overflow="fold")
+    for finding in report.findings:
+        table.add_row(*map(escape, (finding.shard, finding.file, finding.found, finding.expected)))
+    output.print(table)
+
+
+def _plain(title: str, place: str) -> Table:
+    table = Table(title=f"{title}: {escape(place)}", show_header=False)
+    table.add_column()
+    table.add_column()
+    return table
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return "none"
+    return f"{sum(counts.values()):,} (" + ", ".join(f"{reason}: {count:,}" for reason, count in counts.items()) + ")"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"

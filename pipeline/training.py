@@ -1,0 +1,80 @@
+"""Training runs: the stages one after another, each from the student the one before left."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from pipeline.run_file import RunFile, save_run_file
+from stages.student.config import StageName
+from stages.student.training import StageReport, StageRun, StepProgress, train_stage
+from storage.errors import UserError
+from storage.stores import open_store
+from storage.targets import TargetStore
+
+STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
+
+
+def train(
+    run: RunFile,
+    stages: Sequence[StageName],
+    progress: Callable[[StageName, StepProgress], None] | None = None,
+) -> list[StageReport]:
+    """Trains the named stages in their order, each in its folder `output/STAGE`.
+
+    A stage starts from the student of the last earlier stage that this run folder holds, the first from the bare
+    decoder. Finished stages are not run again, an interrupted one goes on from its newest checkpoint.
+
+    Raises:
+        UserError: a missing place, or what `train_stage` raises.
+    """
+    output = Path(_given(run.output, "--output"))
+    decoder = _given(run.student, "--student")
+    accelerator = Accelerator(mixed_precision=run.train.precision)
+    if accelerator.is_main_process:
+        save_run_file(run, output / "run.yaml")
+    reports = []
+    initial: Path | None = None
+    for name in STAGES:
+        folder = output / name
+        if name in stages:
+            config = run.train.stage(name)
+            stage = StageRun(
+                name=name,
+                config=run.train,
+                decoder=decoder,
+                initial=initial,
+                samples=open_store(config.samples or _given(run.samples, "--samples")),
+                targets=TargetStore.open(config.targets or _given(run.targets, "--targets")),
+                output=folder,
+            )
+            reports.append(train_stage(stage, accelerator, _for_stage(progress, name)))
+        if (folder / "report.json").is_file():
+            initial = folder / "student"
+    if accelerator.is_main_process:
+        summary = {report.stage: report.model_dump() for report in reports}
+        open_store(output).write("summary.json", json.dumps(summary, indent=1).encode())
+    return reports
+
+
+def last_student(output: Path) -> Path:
+    """The student of the last finished stage of a run folder."""
+    for name in reversed(STAGES):
+        if (output / name / "report.json").is_file():
+            return output / name / "student"
+    raise UserError(f"{output} holds no finished stage; run `cdp train-student --output {output}`")
+
+
+def _given(value: str | None, flag: str) -> str:
+    if value is None:
+        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
+    return value
+
+
+def _for_stage(
+    progress: Callable[[StageName, StepProgress], None] | None, name: StageName
+) -> Callable[[StepProgress], None] | None:
+    if progress is None:
+        return None
+    return lambda step: progress(name, step)
