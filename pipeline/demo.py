@@ -1,0 +1,201 @@
+"""The demo: the whole pipeline on the bundled example, ending in one table of what attention distillation did.
+
+Every number is measured in the run that prints it; the settings are run files in `examples/scenes`.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+import examples.scenes
+from examples.scenes.dataset import write_dataset
+from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
+from pipeline.extraction import extract
+from pipeline.progress import ExtractionBar, add_bar, bars
+from pipeline.run_file import RunFile, load_run_file
+from pipeline.tables import TrainingBars, output
+from pipeline.training import train
+from stages.evaluation.report import EvaluationReport
+from stages.samples.pack import PackConfig, pack_samples
+from stages.student.config import StageName
+from storage.errors import UserError
+from storage.inspect import StoreSummary, summarize
+from storage.stores import open_store
+
+SCENES = Path(examples.scenes.__file__).parent
+TEACHER, STUDENT_LM = SCENES / "teacher", SCENES / "student_lm"
+STUDENTS = ("sft", "logits", "compodistill")
+STAGES: tuple[StageName, ...] = ("dpt", "dft")
+COMPARED_SAMPLES = 256
+
+
+class DemoConfig(BaseModel):
+    """How large the demo is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_images: int = 1500
+    """Training images; about two conversations each."""
+    num_pairs: int = 100
+    """Held-out caption pairs of each kind."""
+    steps: int | None = None
+    """Steps of each student's fine-tuning stage; None leaves the run files' number."""
+    variant: str = "shapes"
+    """shapes, or digits."""
+    students: tuple[str, ...] = STUDENTS
+    """Run files in `examples/scenes/students`."""
+    seed: int = 0
+
+
+class StudentResult(BaseModel):
+    """One student of the demo."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    evaluation: EvaluationReport
+    similarity: float
+    """Mean attention similarity to the teacher over the matched layers."""
+    seconds: float
+    """Training time."""
+
+
+class DemoReport(BaseModel):
+    """What the demo measured; saved as `report.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: DemoConfig
+    seconds: dict[str, float]
+    """Of each part."""
+    target_bytes: int
+    raw_bytes: int
+    """The same maps and logits uncoded in fp16."""
+    teacher: EvaluationReport
+    students: dict[str, StudentResult]
+
+
+def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
+    """Packs scenes, extracts with the bundled teacher through Ray, trains students, evaluates all.
+
+    A finished or interrupted demo in `folder` goes on from there; with other settings it is refused.
+    """
+    _claim(folder, config)
+    clock = _Clock()
+    samples, targets = folder / "samples", folder / "targets"
+    with bars() as progress:
+        with clock.part("draw scenes"):
+            if not (folder / "scenes" / "train.json").is_file():
+                shutil.rmtree(folder / "scenes", ignore_errors=True)
+                write_dataset(folder / "scenes", config.num_images, config.seed, config.variant, config.num_pairs)
+        with clock.part("pack samples"):
+            if not (samples / "index.json").is_file():
+                bar = add_bar(progress, "pack")
+                pack_samples(
+                    folder / "scenes" / "train.json",
+                    folder / "scenes",
+                    samples,
+                    PackConfig(max_samples_per_shard=256),
+                    lambda done, total, _: progress.update(bar, completed=done, total=total),
+                )
+        with clock.part("extract teacher"):
+            run = load_run_file(SCENES / "extract.yaml", [], {"teacher.checkpoint": str(TEACHER)})
+            assert run.teacher is not None
+            extract(run.teacher, str(samples), str(targets), run.extract, ExtractionBar(progress))
+        pairs = folder / "scenes" / "pairs"
+        with clock.part("evaluate teacher"):
+            teacher = evaluate_checkpoint(str(TEACHER), pairs, None, run.evaluate, None, progress)
+        students = {}
+        for name in config.students:
+            student_run = _student_run(folder, name, config)
+            with clock.part(f"train {name}"):
+                reports = train(student_run, STAGES, TrainingBars(progress, name))
+            with clock.part(f"evaluate {name}"):
+                model = str(folder / "students" / name)
+                students[name] = StudentResult(
+                    evaluation=evaluate_checkpoint(model, pairs, None, run.evaluate, None, progress),
+                    similarity=compare_with_targets(
+                        model, str(samples), str(targets), COMPARED_SAMPLES, progress
+                    ).mean,
+                    seconds=sum(report.seconds for report in reports),
+                )
+    stored = summarize(targets)
+    report = DemoReport(
+        config=config,
+        seconds=clock.seconds,
+        target_bytes=stored.total_bytes,
+        raw_bytes=stored.raw_square_bytes + stored.raw_logit_bytes,
+        teacher=teacher,
+        students=students,
+    )
+    open_store(folder).write("report.json", report.model_dump_json(indent=1).encode())
+    _print(report, stored)
+    return report
+
+
+class _Clock:
+    """Seconds of each part of the demo."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def _claim(folder: Path, config: DemoConfig) -> None:
+    store = open_store(folder)
+    wanted = json.loads(config.model_dump_json())
+    if not store.exists("demo.json"):
+        store.write("demo.json", json.dumps(wanted, indent=1).encode())
+    found = json.loads(store.read("demo.json"))
+    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
+        raise UserError(
+            f"{folder} holds a demo with other settings (differs in: {', '.join(differing)}); "
+            "remove the folder or name another with --output"
+        )
+
+
+def _student_run(folder: Path, name: str, config: DemoConfig) -> RunFile:
+    flags = {
+        "samples": str(folder / "samples"),
+        "targets": str(folder / "targets"),
+        "student": str(STUDENT_LM),
+        "output": str(folder / "students" / name),
+        "train.seed": config.seed,
+        "train.dft.max_steps": config.steps,
+    }
+    return load_run_file(SCENES / "students" / f"{name}.yaml", [], flags)
+
+
+def _print(report: DemoReport, stored: StoreSummary) -> None:
+    models = {"teacher": report.teacher} | {name: s.evaluation for name, s in report.students.items()}
+    table = Table(title="accuracy on held-out caption pairs, in percent; a guess is right in 50")
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right")
+    for kind in report.teacher.kinds:
+        table.add_row(kind, *(f"{100 * model.kinds[kind].accuracy:.1f}" for model in models.values()))
+    table.add_row("average", *(f"{100 * model.average:.1f}" for model in models.values()), style="bold")
+    table.add_section()
+    similarities = (f"{student.similarity:.3f}" for student in report.students.values())
+    table.add_row("attention similarity", "1.000", *similarities)
+    table.add_row("training, s", "", *(f"{student.seconds:.0f}" for student in report.students.values()))
+    output.print(table)
+    low, high = report.teacher.kinds[next(iter(report.teacher.kinds))].interval_95
+    pairs = report.config.num_pairs
+    output.print(f"{pairs} pairs a kind: a 95 % interval of one kind is up to {100 * (high - low):.0f} points wide or more")
+    output.print(
+        f"targets: {stored.num_samples:,} samples, {stored.num_maps:,} maps, {report.target_bytes / 1e6:.1f} MB "
+        f"({report.raw_bytes / report.target_bytes:.1f} times smaller than raw fp16)"
+    )
+    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report.seconds.items())
+    output.print(f"seconds: {parts}; {sum(report.seconds.values()):.0f} in all")
