@@ -69,11 +69,9 @@ def map_targets(made_for: Manifest, num_tokens: int, seed: int) -> MapTargets:
     codec = made_for.fingerprint.map_codec
     layers = made_for.fingerprint.layers
     maps_LNN = random_maps(len(layers), num_tokens, seed, codec.causal)
-    windows = [
-        maps_LNN[[layers.index(layer) for layer in window]].mean(0) for window in made_for.fingerprint.windows
-    ]
+    windows = [maps_LNN[[layers.index(layer) for layer in window]].mean(0) for window in made_for.fingerprint.windows]
     encoded = encode_maps(codec, maps_LNN)
-    masks = pack_mask(sink_keep_mask(torch.stack(windows)), codec.causal)
+    masks = pack_mask(sink_keep_mask(torch.stack(windows) if windows else maps_LNN[:0]), codec.causal)
     return MapTargets(num_tokens, encoded.codes_LE, encoded.caps_L, masks)
 
 
@@ -123,9 +121,7 @@ def pack(out: Path, shard_sizes: tuple[int, ...]) -> SampleIndex:
     return SampleIndex.load(open_store(out))
 
 
-def extract(
-    samples: SampleIndex, store: Store, skip: tuple[str, ...] = (), **changes: Any
-) -> list[CommitRecord]:
+def extract(samples: SampleIndex, store: Store, skip: tuple[str, ...] = (), **changes: Any) -> list[CommitRecord]:
     """Targets for a whole sample set, without a teacher."""
     made_for = manifest(len(samples.shards), samples=samples.digest, **changes)
     create_or_check(store, made_for)
@@ -139,6 +135,4 @@ def extract(
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

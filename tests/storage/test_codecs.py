@@ -23,9 +23,7 @@ from storage.codecs import (
 from storage.codecs.answer_logits import renormalized
 from tests.storage.builders import random_maps
 
-CODECS = [
-    MapCodecConfig(name=name, causal=causal) for name in ("float16", "sqrt8") for causal in (True, False)
-]
+CODECS = [MapCodecConfig(name=name, causal=causal) for name in ("float16", "sqrt8") for causal in (True, False)]
 
 
 def test_the_triangle_is_stored_row_by_row():

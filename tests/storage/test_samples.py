@@ -106,9 +106,7 @@ def test_every_flipped_byte_of_a_sample_is_seen_when_it_is_read(tmp_path):
     clean = path.read_bytes()
     last_offset, last_bytes = entry.members[0].spans[-1]
     padding = {
-        i
-        for offset, size in entry.members[0].spans
-        for i in range(offset + size, -(-(offset + size) // 512) * 512)
+        i for offset, size in entry.members[0].spans for i in range(offset + size, -(-(offset + size) // 512) * 512)
     }
     for position in range(0, last_offset + last_bytes, 7):
         if position in padding:

@@ -102,9 +102,7 @@ def test_a_damaged_download_is_refused_and_not_kept(tmp_path, monkeypatch):
     store.write("tar", b"abc")
     with pytest.raises(CorruptData, match="arrived with 3 bytes"):
         store.local("tar", {"": (3, "0" * 64)})
-    assert [
-        path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"
-    ] == []
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
     assert store.local("tar").read_bytes() == b"abc"
 
 

@@ -1,0 +1,89 @@
+"""A store is never mixed: each difference is named and nothing is changed."""
+
+import json
+
+import pytest
+
+from storage.codecs import MapCodecConfig
+from storage.errors import CorruptData, FingerprintMismatch, UserError
+from storage.manifest import Fingerprint, Manifest, create_or_check
+from storage.stores import open_store
+from tests.storage.builders import files_of, fingerprint, manifest
+
+
+def test_a_manifest_round_trips_and_is_accepted_again(tmp_path):
+    store = open_store(tmp_path)
+    create_or_check(store, manifest())
+    create_or_check(store, manifest())
+    assert Manifest.load(store) == manifest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"chat_template": "other " * 50}, "chat_template: stored"),
+        ({"teacher_config": {"model_type": "llava", "text_config": {"num_hidden_layers": 7}}}, "teacher_config.text_config.num_hidden_layers: stored 6, this run 7"),
+        ({"processor": {}}, "processor.size: stored"),
+        ({"map_codec": MapCodecConfig(name="float16")}, 'map_codec.name: stored "sqrt8", this run "float16"'),
+        ({"layers": (2, 3)}, r"layers: stored \[2,3,4\], this run \[2,3\]"),
+        ({"tokenizer": "x", "top_k": 9}, r"tokenizer: .*\n.*top_k: stored 8, this run 9"),
+    ],
+)  # fmt: skip
+def test_another_fingerprint_is_refused_by_naming_the_fields(tmp_path, changes, named):
+    store = open_store(tmp_path)
+    create_or_check(store, manifest())
+    before = files_of(tmp_path)
+    with pytest.raises(FingerprintMismatch, match=named) as caught:
+        create_or_check(store, manifest(**changes))
+    assert files_of(tmp_path) == before
+    assert len(str(caught.value)) < 900
+
+
+def test_another_number_of_shards_is_refused(tmp_path):
+    store = open_store(tmp_path)
+    create_or_check(store, manifest(num_shards=1))
+    with pytest.raises(FingerprintMismatch, match="num_shards: stored 1, this run 2"):
+        create_or_check(store, manifest(num_shards=2))
+
+
+def test_differences_are_names_of_fields():
+    assert fingerprint().differences(fingerprint()) == []
+    other = fingerprint(dtype="float16", processor={"size": {"height": 1, "width": 48}, "a.b": 1})
+    assert fingerprint().differences(other) == ["dtype", "processor.a.b", "processor.size.height"]
+    assert fingerprint().digest == fingerprint().digest != other.digest
+
+
+@pytest.mark.parametrize("field", list(Fingerprint.model_fields))
+def test_no_field_of_the_fingerprint_has_a_default(field):
+    fields = fingerprint().model_dump()
+    del fields[field]
+    with pytest.raises(ValueError, match=field):
+        Fingerprint.model_validate(fields)
+
+
+def test_an_unknown_format_version_says_what_to_do(tmp_path):
+    store = open_store(tmp_path)
+    create_or_check(store, manifest())
+    fields = json.loads(store.read("manifest.json"))
+    for version, todo in ((2, "upgrade compodistill"), (0, "make it again")):
+        store.write("manifest.json", json.dumps({**fields, "format_version": version}).encode())
+        with pytest.raises(UserError, match=todo):
+            Manifest.load(store)
+
+
+def test_every_flipped_byte_of_a_manifest_is_seen(tmp_path):
+    store = open_store(tmp_path)
+    create_or_check(store, manifest())
+    clean = store.read("manifest.json")
+    for position in range(0, len(clean), 11):
+        store.write("manifest.json", clean[:position] + bytes([clean[position] ^ 1]) + clean[position + 1 :])
+        with pytest.raises(UserError):
+            Manifest.load(store)
+    store.write("manifest.json", b"\xff")
+    with pytest.raises(CorruptData, match="not JSON"):
+        Manifest.load(store)
+
+
+def test_a_folder_without_a_manifest_is_no_target_store(tmp_path):
+    with pytest.raises(UserError, match="is no target store"):
+        Manifest.load(open_store(tmp_path))

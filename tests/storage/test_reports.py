@@ -1,0 +1,77 @@
+"""Verification with samples, and the summary of a store."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.errors import UserError
+from storage.inspect import summarize
+from storage.manifest import Manifest
+from storage.stores import open_store
+from storage.verify import verify
+from tests.storage.builders import VOCAB, extract, pack
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    extract(pack(tmp_path / "samples", (7, 3)), open_store(tmp_path / "targets"), skip=("s0-2", "s1-0"))
+    return tmp_path
+
+
+def test_an_undamaged_store_has_no_findings(root):
+    report = verify(root / "targets", root / "samples")
+    assert report.ok
+    assert (report.num_committed, report.num_planned, report.num_samples) == (2, 2, 8)
+    stored = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "commits"]
+    assert report.num_files == len([path for path in stored if path.suffix == ".tar" or "shards" in path.parts])
+    assert report.num_bytes > 0
+
+
+def test_a_damaged_tar_is_found(root):
+    path = root / "samples/samples-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"\1")
+    assert verify(root / "targets").ok
+    (finding,) = verify(root / "targets", root / "samples").findings
+    assert finding.shard == "samples-000001.tar"
+    path.unlink()
+    (finding,) = verify(root / "targets", root / "samples").findings
+    assert "is missing" in finding.found
+
+
+def test_other_samples_are_found(root, tmp_path):
+    pack(tmp_path / "other", (2, 2))
+    files = {finding.file for finding in verify(root / "targets", tmp_path / "other").findings}
+    assert "index.json" in files
+
+
+def test_verify_needs_a_target_store(tmp_path):
+    with pytest.raises(UserError, match="is no target store"):
+        verify(tmp_path)
+
+
+def test_a_damaged_manifest_is_a_finding(root):
+    path = root / "targets/manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"float32"', b'"dtype":"float31"'))
+    (finding,) = verify(root / "targets").findings
+    assert finding.file == "manifest.json"
+
+
+def test_the_summary_adds_up(root):
+    summary = summarize(root / "targets")
+    made_for = Manifest.load(open_store(root / "targets"))
+    on_disk = sum(path.stat().st_size for path in (root / "targets/shards").rglob("*") if path.is_file())
+    assert summary.total_bytes == sum(summary.array_bytes.values()) == on_disk
+    assert (summary.num_committed, summary.num_planned) == (2, 2)
+    assert (summary.num_samples, summary.num_skipped) == (8, 2)
+    assert summary.skipped_by_reason == {"too_long": 2}
+    assert summary.num_map_references == 7
+    assert summary.num_maps < summary.num_map_references
+    assert summary.raw_logit_bytes == summary.num_answer_rows * VOCAB * 2
+    # Every map here has 9 image tokens, and 3 layers of it are captured.
+    squares = summary.raw_square_bytes // (3 * 2)
+    assert squares == 7 * 81
+    assert summary.raw_triangle_bytes == 7 * 45 * 3 * 2
+    assert summary.fingerprint_digest == made_for.fingerprint.digest
+    assert summary.fingerprint["layers"] == [2, 3, 4]
+    assert summary.ratio > 0
