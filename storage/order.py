@@ -57,9 +57,7 @@ def num_steps(sizes: Mapping[int, int], batch_size: int, world_size: int) -> int
     return -(-sum(sizes.values()) // (batch_size * world_size))
 
 
-def rank_batch(
-    order: NDArray[np.int64], number: int, batch_size: int, rank: int, world_size: int
-) -> NDArray[np.int64]:
+def rank_batch(order: NDArray[np.int64], number: int, batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
     """Microbatch `number` of one rank.
 
     Global batch g is the slice of `batch_size * world_size` samples at g times that; rank r gets its r-th

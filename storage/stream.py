@@ -146,8 +146,7 @@ class _Join:
         try:
             for batch in batches:
                 yield [
-                    self._shard(shard, opened).read(row, self._layers, self._with_maps)
-                    for shard, row in batch.tolist()
+                    self._shard(shard, opened).read(row, self._layers, self._with_maps) for shard, row in batch.tolist()
                 ]
         finally:
             for joined in opened.values():

@@ -126,9 +126,7 @@ class _Run:
         if self._progress:
             self._progress(self._num_done, self.num_to_do, self.num_bytes)
 
-    def check_shard(
-        self, manifest: Manifest | None, number: int, path: str, index: SampleIndex | None
-    ) -> None:
+    def check_shard(self, manifest: Manifest | None, number: int, path: str, index: SampleIndex | None) -> None:
         """One commit record, its files, and all that they decode to."""
         shard, store = str(number), self.store
         record = self.guarded(shard, path, lambda: CommitRecord.parse(store.read(path), path, number))

@@ -42,9 +42,7 @@ class AnswerLogits:
         """All rows one after another; none for no parts."""
         if not parts:
             empty_R = torch.zeros(0)
-            return AnswerLogits(
-                torch.zeros(0, 0, dtype=torch.int32), torch.zeros(0, 0).half(), empty_R, empty_R
-            )
+            return AnswerLogits(torch.zeros(0, 0, dtype=torch.int32), torch.zeros(0, 0).half(), empty_R, empty_R)
         return AnswerLogits(*map(torch.cat, zip(*(part._tensors() for part in parts), strict=True)))
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

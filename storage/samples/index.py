@@ -43,9 +43,7 @@ class SampleShardEntry(BaseModel):
     @model_validator(mode="after")
     def _spans_lie_in_the_file(self) -> Self:
         if len(self.members) != self.num_samples:
-            raise ValueError(
-                f"{self.name} lists {len(self.members)} samples, num_samples is {self.num_samples}"
-            )
+            raise ValueError(f"{self.name} lists {len(self.members)} samples, num_samples is {self.num_samples}")
         end = 0
         for key, spans, _ in self.members:
             if not is_key(key) or not spans:

@@ -68,9 +68,7 @@ def members_of(sample: StoredSample) -> list[Member]:
     for number, image in enumerate(sample.images):
         suffix = image_suffix(image)
         if suffix is None:
-            raise ValueError(
-                f"image {number} of sample {sample.key} starts with {image[:8]!r}: not JPEG, PNG or WebP"
-            )
+            raise ValueError(f"image {number} of sample {sample.key} starts with {image[:8]!r}: not JPEG, PNG or WebP")
         middle = f".{number}" if len(sample.images) > 1 else ""
         members.append(Member(f"{sample.key}{middle}.{suffix}", image))
     return members

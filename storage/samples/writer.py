@@ -30,9 +30,7 @@ class SampleShardWriter:
 
     def __init__(self, out: Path, max_samples: int, max_bytes: int) -> None:
         if max_samples < 1 or max_bytes < 1:
-            raise ValueError(
-                f"limits are {max_samples} samples and {max_bytes} bytes, both must be at least 1"
-            )
+            raise ValueError(f"limits are {max_samples} samples and {max_bytes} bytes, both must be at least 1")
         self._out = Path(out)
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._keys: set[str] = set()

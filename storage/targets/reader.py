@@ -215,9 +215,7 @@ class TargetShard:
             file = self._folder / name
             found = file.stat().st_size if file.is_file() else None
             if found != num_bytes:
-                raise self._corrupt(
-                    name, "no file" if found is None else f"{found} bytes", f"{num_bytes} bytes"
-                )
+                raise self._corrupt(name, "no file" if found is None else f"{found} bytes", f"{num_bytes} bytes")
             if file.name == "zarr.json" and file_sha256(file) != sha256:
                 raise self._corrupt(name, "other bytes", f"sha256 {sha256[:12]}")
 
@@ -258,9 +256,7 @@ class TargetShard:
 class _NothingMissing(WrapperStore[ZarrFolder]):
     """A Zarr store in which a missing chunk is an error: Zarr itself reads one as the fill value."""
 
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         found = await super().get(key, prototype, byte_range)
         if found is None and "/c/" in f"/{key}":
             raise FileNotFoundError(f"chunk {key} is missing")

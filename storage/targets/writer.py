@@ -91,13 +91,9 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
         "token_ids": _joined([sample.token_ids for sample in samples], (0,), torch.int32),
         "answer_mask": _joined([sample.answer_mask for sample in samples], (0,), torch.bool),
         "token_offsets": _offsets([len(sample.token_ids) for sample in samples]),
-        "map_rows": np.array(
-            [-1 if sample.map_row is None else sample.map_row for sample in samples], dtype=np.int64
-        ),
+        "map_rows": np.array([-1 if sample.map_row is None else sample.map_row for sample in samples], dtype=np.int64),
         "logit_ids": _joined([rows.ids_RK for rows in logits], (0, manifest.num_kept), torch.int32),
-        "logit_logprobs": _joined(
-            [rows.logprobs_RK for rows in logits], (0, manifest.num_kept), torch.float16
-        ),
+        "logit_logprobs": _joined([rows.logprobs_RK for rows in logits], (0, manifest.num_kept), torch.float16),
         "logit_tail_logmass": _joined([rows.tail_logmass_R for rows in logits], (0,), torch.float32),
         "logit_log_partition": _joined([rows.log_partition_R for rows in logits], (0,), torch.float32),
         "logit_offsets": _offsets([len(rows) for rows in logits]),
@@ -141,34 +137,22 @@ def _check_samples(
 ) -> None:
     keys = [sample.key for sample in samples] + [sample.key for sample in skipped]
     if len(set(keys)) < len(keys):
-        raise ValueError(
-            f"sample key {max(keys, key=keys.count)!r} comes twice among samples and skipped ones"
-        )
+        raise ValueError(f"sample key {max(keys, key=keys.count)!r} comes twice among samples and skipped ones")
     used = {sample.map_row for sample in samples} - {None}
     if used != set(range(len(maps))):
-        raise ValueError(
-            f"samples use map rows {sorted(map(str, used))[:5]}..., expected each of {len(maps)} maps"
-        )
+        raise ValueError(f"samples use map rows {sorted(map(str, used))[:5]}..., expected each of {len(maps)} maps")
     for sample in samples:
         mask, rows = sample.answer_mask, sample.logits
         if mask.shape != sample.token_ids.shape or mask.ndim != 1:
-            raise ValueError(
-                f"sample {sample.key}: mask {tuple(mask.shape)}, ids {tuple(sample.token_ids.shape)}"
-            )
+            raise ValueError(f"sample {sample.key}: mask {tuple(mask.shape)}, ids {tuple(sample.token_ids.shape)}")
         num_rows = int(mask.sum())
         shape = (num_rows, manifest.num_kept)
         if not (tuple(rows.ids_RK.shape) == tuple(rows.logprobs_RK.shape) == shape):
-            raise ValueError(
-                f"sample {sample.key}: logits {tuple(rows.ids_RK.shape)}, expected {shape} by its mask"
-            )
+            raise ValueError(f"sample {sample.key}: logits {tuple(rows.ids_RK.shape)}, expected {shape} by its mask")
         if not (tuple(rows.tail_logmass_R.shape) == tuple(rows.log_partition_R.shape) == (num_rows,)):
-            raise ValueError(
-                f"sample {sample.key}: tail or partition is not one value for each of {num_rows} rows"
-            )
+            raise ValueError(f"sample {sample.key}: tail or partition is not one value for each of {num_rows} rows")
         if len(mask) and bool(mask[0]):
-            raise ValueError(
-                f"sample {sample.key}: its first token is an answer token, which nothing predicts"
-            )
+            raise ValueError(f"sample {sample.key}: its first token is an answer token, which nothing predicts")
         if bool(rows.logprobs_RK.isnan().any() | rows.tail_logmass_R.isnan().any()) or not bool(
             rows.log_partition_R.isfinite().all()
         ):

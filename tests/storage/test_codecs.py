@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.codecs import (
@@ -36,6 +36,7 @@ def test_the_triangle_is_stored_row_by_row():
     ]
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.booleans(), st.integers(0, 3))
 def test_packing_entries_round_trips(num_tokens, causal, num_leading):
     maps = random_maps(max(1, num_leading), num_tokens, seed=num_tokens, causal=causal)
@@ -102,7 +103,7 @@ def test_maps_that_are_no_probabilities_are_refused(value):
 
 
 def test_a_causal_codec_refuses_maps_that_attend_both_ways():
-    with pytest.raises(ValueError, match="set map_codec.causal to false"):
+    with pytest.raises(ValueError, match=r"set map_codec\.causal to false"):
         encode_maps(MapCodecConfig(name="float16"), random_maps(1, 4, seed=0, causal=False))
 
 
@@ -122,6 +123,7 @@ def test_the_keep_mask_is_the_textbook_one_in_float64(num_tokens):
     assert torch.equal(sink_keep_mask(maps[2]), sink_keep_mask(maps)[2])
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.booleans(), st.integers(0, 2**32 - 1))
 def test_packing_masks_round_trips(num_tokens, causal, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -158,7 +160,7 @@ def test_log_probabilities_agree_with_float64(k):
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 4.0, 8.0])
 def test_kept_and_tail_mass_sum_to_one_within_the_stated_bound(scale):
-    logits_RV = torch.randn(200, 2000, generator=torch.Generator().manual_seed(0)) * scale
+    logits_RV = torch.randn(100, 2000, generator=torch.Generator().manual_seed(0)) * scale
     kept = top_k_logprobs(logits_RV, 64)
     stored = kept.logprobs_RK.double()
     total = stored.exp().sum(-1) + kept.tail_logmass_R.double().exp()

@@ -18,17 +18,20 @@ def test_a_manifest_round_trips_and_is_accepted_again(tmp_path):
     assert Manifest.load(store) == manifest()
 
 
+OTHER_DEPTH = {"model_type": "llava", "text_config": {"num_hidden_layers": 7}}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"chat_template": "other " * 50}, "chat_template: stored"),
-        ({"teacher_config": {"model_type": "llava", "text_config": {"num_hidden_layers": 7}}}, "teacher_config.text_config.num_hidden_layers: stored 6, this run 7"),
+        ({"teacher_config": OTHER_DEPTH}, "teacher_config.text_config.num_hidden_layers: stored 6, this run 7"),
         ({"processor": {}}, "processor.size: stored"),
         ({"map_codec": MapCodecConfig(name="float16")}, 'map_codec.name: stored "sqrt8", this run "float16"'),
         ({"layers": (2, 3)}, r"layers: stored \[2,3,4\], this run \[2,3\]"),
         ({"tokenizer": "x", "top_k": 9}, r"tokenizer: .*\n.*top_k: stored 8, this run 9"),
     ],
-)  # fmt: skip
+)
 def test_another_fingerprint_is_refused_by_naming_the_fields(tmp_path, changes, named):
     store = open_store(tmp_path)
     create_or_check(store, manifest())

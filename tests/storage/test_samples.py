@@ -65,10 +65,14 @@ def test_shards_stay_below_their_bytes(tmp_path):
 
 
 def test_an_exception_leaves_no_index_and_nothing_half_written(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), SampleShardWriter(tmp_path, 1, 10**6) as writer:
-        writer.add_group(group("a"))
-        writer.add_group(group("b"))
-        raise RuntimeError("stop")
+    def die() -> None:
+        with SampleShardWriter(tmp_path, 1, 10**6) as writer:
+            writer.add_group(group("a"))
+            writer.add_group(group("b"))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        die()
     assert sorted(files_of(tmp_path)) == ["samples-000000.tar"]
     with pytest.raises(UserError, match="no finished sample set"):
         SampleIndex.load(open_store(tmp_path))

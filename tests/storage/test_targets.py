@@ -56,7 +56,7 @@ def assert_equal(left, right):
     ],
     ids=["sqrt8", "float16", "square", "all-logits", "no-windows"],
 )
-@pytest.mark.parametrize("sizes", [(9,), (9, 9, 6), (1, 20, 3)])
+@pytest.mark.parametrize("sizes", [(9,), (1, 20, 3)])
 def test_targets_round_trip(tmp_path, changes, sizes):
     record, samples, maps = write(open_store(tmp_path), sizes=sizes, skipped=SKIPPED, **changes)
     targets = TargetStore.open(tmp_path)
@@ -205,7 +205,7 @@ def test_a_shard_of_another_fingerprint_or_not_committed_is_refused(tmp_path):
     with pytest.raises(FingerprintMismatch, match="shard 1"):
         TargetStore.open(tmp_path)
     (tmp_path / "commits/000001.json").unlink()
-    with pytest.raises(UserError, match="shard 1 .* is not committed"):
+    with pytest.raises(UserError, match=r"shard 1 .* is not committed"):
         TargetStore.open(tmp_path).shard(1)
 
 
@@ -244,17 +244,17 @@ from pathlib import Path
 from storage.stores import local, open_store
 from tests.storage.test_targets import write
 print("ready", flush=True)
-for index in range(4):
+for index in range(3):
     write(open_store(Path(sys.argv[1])), index=index, seed=index)
 """
 
 
 def test_kill_at_any_moment_then_rerun_gives_the_same_bytes(tmp_path):
     whole = open_store(tmp_path / "whole")
-    for index in range(4):
+    for index in range(3):
         write(whole, index=index, seed=index)
     killed = tmp_path / "killed"
-    for delay_s in (0.1, 0.3):
+    for delay_s in (0.05, 0.2):
         process = subprocess.Popen([sys.executable, "-c", _KILLED, str(killed)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
@@ -266,7 +266,7 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_bytes(tmp_path):
             TargetStore.open(killed)
     store = open_store(killed)
     clean_partials(store)
-    for index in range(4):
+    for index in range(3):
         write(store, index=index, seed=index)
     assert files_of(killed) == files_of(tmp_path / "whole")
 
@@ -287,13 +287,14 @@ def test_dying_before_any_fsync_leaves_a_store_that_a_rerun_completes(tmp_path, 
     write(open_store(tmp_path / "whole"))
     whole, num_steps = files_of(tmp_path / "whole"), done[0]
     assert num_steps > 40
-    for step in (1, 2, 20, *range(num_steps - 4, num_steps + 1)):
+    for step in (1, 20, *range(num_steps - 3, num_steps + 1)):
         root = tmp_path / f"killed{step}"
         done[0], last[0] = 0, step
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            # A killed process cleans nothing up.
+        # A killed process cleans nothing up.
+        with monkeypatch.context() as patch:
             patch.setattr("storage.targets.writer.shutil.rmtree", lambda *_, **__: None)
-            write(open_store(root))
+            with pytest.raises(Killed):
+                write(open_store(root))
         last[0] = 10**9
         TargetStore.open(root)
         clean_partials(open_store(root))
