@@ -91,7 +91,8 @@ class ShardExtractor:
         from stages.teacher.observe import observe_shard
 
         entry = self.index.shards[shard]
-        seen = observe_shard(self.teacher, SampleShard.open(self.samples, entry), progress)
+        with SampleShard.open(self.samples, entry) as samples:
+            seen = observe_shard(self.teacher, samples, progress)
         self.save_teacher_vision()
         return write_shard(self.targets, shard, self.manifest, entry.name, seen.samples, seen.maps, seen.skipped)
 

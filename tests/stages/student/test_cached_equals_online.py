@@ -1,0 +1,231 @@
+"""Losses and gradients from stored targets equal those with the teacher in the loop.
+
+The online side is an independent one: eager attention of both models, whole vocabularies, the dense definitions,
+one sample at a time, no padding.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from stages.attention import enable_capture
+from stages.conversations import ConversationEncoder
+from stages.images import decode_image
+from stages.layers import window_means
+from stages.student.batches import Collator
+from stages.student.build import Student, build_student, load_processor
+from stages.student.config import DistilledFinetuning
+from stages.student.losses import attention_alignment_loss, logit_distillation_loss
+from stages.student.matching import LayerMatching, match_layers
+from stages.student.objective import BatchTotals, DistillationObjective
+from storage.stores import open_store
+from storage.stream import StreamConfig, StreamedSample, target_stream
+from storage.targets import TargetStore
+from tests.stages.distilled import TinyData, extract_here, make_tiny_data
+
+LAYERS = [2, 3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def whole_vocabulary(data: TinyData) -> int:
+    processor = AutoProcessor.from_pretrained(data.teacher)
+    return len(processor.tokenizer) + 100
+
+
+@pytest.fixture(scope="module")
+def store16(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> TargetStore:
+    out = tmp_path_factory.mktemp("targets16")
+    return extract_here(
+        data, out / "t", map_codec="float16", top_k=whole_vocabulary(data), layers=LAYERS, num_matched=3, batch_size=4
+    )
+
+
+@pytest.fixture(scope="module")
+def store8(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> TargetStore:
+    out = tmp_path_factory.mktemp("targets8")
+    return extract_here(
+        data, out / "t", map_codec="sqrt8", top_k=whole_vocabulary(data), layers=LAYERS, num_matched=3, batch_size=4
+    )
+
+
+def new_student(data: TinyData, store: TargetStore) -> Student:
+    student = build_student(store.store.local("teacher"), data.student_lm, seed=0)
+    student.requires_grad_(False)
+    student.model.language_model.requires_grad_(True)
+    student.model.post_connector.requires_grad_(True)
+    student.lm_head.requires_grad_(True)
+    return student
+
+
+def streamed(data: TinyData, store: TargetStore, count: int = 10) -> list[StreamedSample]:
+    config = StreamConfig(seed=0, shuffle_shards=0, batch_size=count)
+    stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
+    return next(iter(stream))
+
+
+def cached(
+    data: TinyData, store: TargetStore, samples: list[StreamedSample]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss terms and gradients of one batch from stored targets."""
+    student = new_student(data, store)
+    enable_capture(student)
+    matching, notes = match_layers(6, store.manifest.fingerprint, num_matched=3)
+    assert not notes
+    collator = Collator(load_processor(store.store.local("teacher")), student.config.image_token_id, 10_000)
+    batch = collator(samples)
+    objective = DistillationObjective(student, DistilledFinetuning(), matching)
+    loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    loss.backward()
+    return {**terms, "loss": loss.detach()}, gradients(student)
+
+
+def gradients(student: Student) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+def online(
+    data: TinyData, store: TargetStore, samples: list[StreamedSample], matching: LayerMatching
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same with the teacher in the loop, by the textbook."""
+    teacher = LlavaForConditionalGeneration.from_pretrained(
+        data.teacher, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    student = new_student(data, store)
+    student.set_attn_implementation("eager")
+    encoder = ConversationEncoder(AutoProcessor.from_pretrained(data.teacher), teacher.config.image_token_id, 1536)
+    lm: list[Tensor] = []
+    kd: list[Tensor] = []
+    attention: list[Tensor] = []
+    for sample in samples:
+        images = [decode_image(image) for image in sample.images]
+        encoded = encoder.encode(sample.record["conversations"], images)
+        inputs: dict[str, Any] = {"input_ids": encoded.token_ids[None], **encoded.pixel_inputs}
+        with torch.no_grad():
+            seen = teacher(**inputs, output_attentions=True)
+        own = student(**inputs, output_attentions=True)
+        answers = encoded.answer_mask.nonzero()[:, 0]
+        lm.append(F.cross_entropy(own.logits[0, answers - 1], encoded.token_ids[answers], reduction="sum"))
+        kd.append(logit_distillation_loss(own.logits[0, answers - 1], seen.logits[0, answers - 1]) * len(answers))
+        p = encoded.image_positions
+        if len(p):
+            teacher_maps = torch.stack([seen.attentions[layer][0].mean(0)[p][:, p] for layer in LAYERS])
+            student_maps = torch.stack([own.attentions[layer][0].mean(0)[p][:, p] for layer in matching.student_layers])
+            windows = window_means(teacher_maps, LAYERS, matching.windows)
+            attention.append(attention_alignment_loss(student_maps[:, None], windows[:, None]))
+    rows = sum(int(s.targets.answer_mask.sum()) for s in samples)
+    terms = {
+        "lm": torch.stack(lm).sum() / rows,
+        "kd": torch.stack(kd).sum() / rows,
+        "attention": torch.stack(attention).mean(),
+    }
+    loss = torch.stack(list(terms.values())).sum()
+    loss.backward()
+    return {name: value.detach() for name, value in {**terms, "loss": loss}.items()}, gradients(student)
+
+
+def worst_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of a gradient, relative to its norm; those that are zero but for rounding are left out."""
+    assert found.keys() == expected.keys()
+    scale = max(float(gradient.norm()) for gradient in expected.values())
+    large = {name for name, gradient in expected.items() if gradient.norm() > 1e-4 * scale}
+    assert len(large) > 20
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in large)
+
+
+def test_the_batch_has_text_only_samples_several_turns_and_shared_images(data: TinyData, store16: TargetStore) -> None:
+    samples = streamed(data, store16)
+    assert any(not s.images for s in samples)
+    assert any(len(s.record["conversations"]) > 2 for s in samples)
+    assert len({s.images[0] for s in samples if s.images}) < sum(bool(s.images) for s in samples)
+
+
+def test_sixteen_bit_targets_give_the_losses_and_gradients_of_the_teacher_in_the_loop(
+    data: TinyData, store16: TargetStore
+) -> None:
+    samples = streamed(data, store16)
+    matching, _ = match_layers(6, store16.manifest.fingerprint, num_matched=3)
+    terms, grads = cached(data, store16, samples)
+    expected_terms, expected_grads = online(data, store16, samples, matching)
+    for name, value in expected_terms.items():
+        assert float(terms[name]) == pytest.approx(float(value), rel=1e-3), name
+    assert worst_difference(grads, expected_grads) < 1e-3
+
+
+def test_eight_bit_targets_give_them_to_five_parts_in_a_thousand(data: TinyData, store8: TargetStore) -> None:
+    samples = streamed(data, store8)
+    matching, _ = match_layers(6, store8.manifest.fingerprint, num_matched=3)
+    terms, grads = cached(data, store8, samples)
+    expected_terms, expected_grads = online(data, store8, samples, matching)
+    for name, value in expected_terms.items():
+        assert float(terms[name]) == pytest.approx(float(value), rel=5e-3), name
+    assert worst_difference(grads, expected_grads) < 5e-3
+
+
+def test_microbatches_of_uneven_answer_lengths_sum_to_the_whole_batch(data: TinyData, store16: TargetStore) -> None:
+    samples = streamed(data, store16)
+    whole_terms, whole = cached(data, store16, samples)
+    student = new_student(data, store16)
+    enable_capture(student)
+    matching, _ = match_layers(6, store16.manifest.fingerprint, num_matched=3)
+    collator = Collator(load_processor(store16.store.local("teacher")), student.config.image_token_id, 10_000)
+    objective = DistillationObjective(student, DistilledFinetuning(), matching)
+    batches = [collator(samples[start : start + 3]) for start in range(0, len(samples), 3)]
+    assert len({batch.num_answer_rows for batch in batches}) > 1
+    totals = BatchTotals(sum(b.num_answer_rows for b in batches), sum(b.num_with_image for b in batches))
+    total = torch.zeros(())
+    for batch in batches:
+        loss, _ = objective(batch, totals)
+        loss.backward()
+        total += loss.detach()
+    assert float(total) == pytest.approx(float(whole_terms["loss"]), rel=1e-5)
+    assert worst_difference(gradients(student), whole) < 1e-4
+
+
+def test_the_teachers_eyes_in_the_student_are_those_of_the_teacher(data: TinyData, store16: TargetStore) -> None:
+    teacher = LlavaForConditionalGeneration.from_pretrained(data.teacher, dtype=torch.float32)
+    student = new_student(data, store16)
+    state = student.state_dict()
+    for name, value in teacher.state_dict().items():
+        if "vision_tower" in name or "multi_modal_projector" in name:
+            assert torch.equal(state[name], value), name
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = teacher.model.get_image_features(pixel_values=pixels).pooler_output[0]
+        own = student.model.get_image_features(pixel_values=pixels).pooler_output[0]
+    torch.testing.assert_close(own, student.model.post_connector(seen))
+
+
+def test_a_grey_image_is_read_like_the_teacher_reads_it(data: TinyData) -> None:
+    processor = AutoProcessor.from_pretrained(data.teacher)
+    grey = Image.new("L", (40, 20), 90)
+    pixels = processor.image_processor(images=[grey.convert("RGB")], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+
+
+def test_targets_do_not_depend_on_the_batch_size_but_for_rounding(data: TinyData, tmp_path: Path) -> None:
+    one, four = (
+        extract_here(data, tmp_path / str(size), map_codec="float16", batch_size=size, max_length=200)
+        for size in (1, 4)
+    )
+    for shard in one.commits:
+        a, b = one.shard(shard), four.shard(shard)
+        assert a.keys == b.keys
+        for row in range(len(a)):
+            (left, left_maps), (right, right_maps) = a.read(row), b.read(row)
+            assert torch.equal(left.token_ids, right.token_ids)
+            assert torch.equal(left.answer_mask, right.answer_mask)
+            assert torch.equal(left.logits.ids_RK[:, 0], right.logits.ids_RK[:, 0])
+            torch.testing.assert_close(left.logits.logprobs_RK, right.logits.logprobs_RK, atol=1e-2, rtol=1e-2)
+            assert (left_maps is None) == (right_maps is None)
+            if left_maps is not None and right_maps is not None:
+                torch.testing.assert_close(left_maps.codes_LE, right_maps.codes_LE, atol=1e-4, rtol=1e-3)
