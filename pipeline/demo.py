@@ -119,9 +119,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
                 model = str(folder / "students" / name)
                 students[name] = StudentResult(
                     evaluation=evaluate_checkpoint(model, pairs, None, run.evaluate, None, progress),
-                    similarity=compare_with_targets(
-                        model, str(samples), str(targets), COMPARED_SAMPLES, progress
-                    ).mean,
+                    similarity=compare_with_targets(model, str(samples), str(targets), COMPARED_SAMPLES, progress).mean,
                     seconds=sum(report.seconds for report in reports),
                 )
     stored = summarize(targets)
@@ -192,7 +190,9 @@ def _print(report: DemoReport, stored: StoreSummary) -> None:
     output.print(table)
     low, high = report.teacher.kinds[next(iter(report.teacher.kinds))].interval_95
     pairs = report.config.num_pairs
-    output.print(f"{pairs} pairs a kind: a 95 % interval of one kind is up to {100 * (high - low):.0f} points wide or more")
+    output.print(
+        f"{pairs} pairs a kind: a 95 % interval of one kind is up to {100 * (high - low):.0f} points wide or more"
+    )
     output.print(
         f"targets: {stored.num_samples:,} samples, {stored.num_maps:,} maps, {report.target_bytes / 1e6:.1f} MB "
         f"({report.raw_bytes / report.target_bytes:.1f} times smaller than raw fp16)"

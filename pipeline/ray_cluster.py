@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.queue import Queue
 
 from storage.errors import UserError
@@ -86,22 +86,24 @@ def run_tasks(
         tasks: task numbers, started in this order.
         num_workers: actors; those the cluster has no room for wait for it to grow.
         gpus_per_worker: GPUs an actor holds.
-        max_attempts: tries of one task, crashes and exceptions counted alike.
-        on_progress: called with (task, units of work) as workers report them.
+        max_attempts: tries of one task, crashes and exceptions counted alike; also how many workers in a row may
+            fail to start before no more are started.
+        on_progress: called with (task, units of work) as workers report them; with a negative number when an
+            attempt failed, so that the sum over a task is what its successful attempt reported.
         on_result: called with (task, result) as tasks finish.
     """
-    reports = Queue()
+    # Without a slot of its own: on a cluster whose every core holds a worker it would wait for ever.
+    reports = Queue(actor_options={"num_cpus": 0})
     actor_class = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=0)(_Actor)
-    pool = _Pool(lambda: actor_class.remote(make_worker, reports), tasks, max_attempts)
+    pool = _Pool(lambda: actor_class.remote(make_worker, reports), tasks, max_attempts, on_progress, on_result)
     try:
         for _ in range(min(num_workers, len(tasks))):
-            pool.start_next()
+            pool.start_worker()
         while pool.running:
             done, _ = ray.wait(list(pool.running), timeout=POLL_S)
-            _drain(reports, on_progress)
+            _drain(reports, pool.progress)
             for reference in done:
-                pool.finish(reference, on_result)
-        _drain(reports, on_progress)
+                pool.finish(reference)
     finally:
         pool.close()
         reports.shutdown(force=True)
@@ -112,11 +114,15 @@ class _Actor:
     """Holds one worker for its lifetime, so that what it loaded is loaded once."""
 
     def __init__(self, make_worker: Callable[[], Work], reports: Queue) -> None:
-        self._work = make_worker()
+        self._make_worker = make_worker
         self._reports = reports
 
-    def run(self, task: int) -> Any:
-        return self._work(task, lambda amount: self._reports.put((task, amount)))
+    def start(self) -> None:
+        # Not in the constructor: of an exception there ray keeps the text only.
+        self._work = self._make_worker()
+
+    def run(self, task: int, attempt: int) -> Any:
+        return self._work(task, lambda amount: self._reports.put((task, attempt, amount)))
 
 
 class _Pool:
@@ -125,43 +131,84 @@ class _Pool:
     Not ray.util.ActorPool: that one ends without an error when its last actor dies with work left.
     """
 
-    def __init__(self, new_actor: Callable[[], Any], tasks: list[int], max_attempts: int) -> None:
+    def __init__(
+        self,
+        new_actor: Callable[[], Any],
+        tasks: list[int],
+        max_attempts: int,
+        on_progress: Callable[[int, int], None],
+        on_result: Callable[[int, Any], None],
+    ) -> None:
         self._new_actor = new_actor
         self._waiting = deque(tasks)
         self._attempts: dict[int, int] = {}
+        self._reported: dict[int, int] = {}
+        self._failed_starts = 0
         self._max_attempts = max_attempts
-        self.running: dict[Any, tuple[Any, int]] = {}
+        self._on_progress, self._on_result = on_progress, on_result
+        self._actors: list[Any] = []
+        self.running: dict[Any, tuple[Any, int | None]] = {}
+        """What each pending call is: the actor, and its task, or None while it starts."""
         self.outcome = Outcome()
 
-    def start_next(self, actor: Any = None) -> None:
-        """Gives the next waiting task to `actor`, or to a new one."""
-        if not self._waiting:
-            if actor is not None:
-                ray.kill(actor)
-            return
-        actor = actor if actor is not None else self._new_actor()
-        task = self._waiting.popleft()
-        self._attempts[task] = self._attempts.get(task, 0) + 1
-        self.running[actor.run.remote(task)] = (actor, task)
+    def start_worker(self) -> None:
+        """Starts an actor; it gets its first task when it is ready."""
+        actor = self._new_actor()
+        self._actors.append(actor)
+        self.running[actor.start.remote()] = (actor, None)
 
-    def finish(self, reference: Any, on_result: Callable[[int, Any], None]) -> None:
+    def finish(self, reference: Any) -> None:
         """Takes a result, or puts the task back when its actor died or raised."""
         actor, task = self.running.pop(reference)
         try:
             result = ray.get(reference)
-        except RayActorError as error:
-            _raise_user_error(error)
-            self._failed(task, f"its worker died: {_last_line(error)}")
-            self.start_next()
         except RayTaskError as error:
-            self._failed(task, _last_line(error))
-            self.start_next(actor)
+            if task is not None:
+                self._failed(task, _last_line(error))
+                self._give(actor)
+            elif isinstance(error.cause, UserError):
+                # It would be the same in every other worker.
+                raise error.cause from None
+            else:
+                self._failed_start(actor, _last_line(error))
+        except RayError as error:
+            if task is not None:
+                self._failed(task, f"its worker process died: {_cause_of_death(error)}")
+                self._remove(actor)
+                self._replace()
+            else:
+                self._failed_start(actor, f"its process died: {_cause_of_death(error)}")
         else:
-            self.outcome.results[task] = result
-            on_result(task, result)
-            self.start_next(actor)
+            if task is None:
+                self._failed_starts = 0
+            else:
+                self.outcome.results[task] = result
+                self._on_result(task, result)
+            self._give(actor)
+
+    def progress(self, task: int, attempt: int, amount: int) -> None:
+        """Passes on what a worker reported, unless that attempt was given up meanwhile."""
+        if attempt == self._attempts[task] and task not in self.outcome.failures and task not in self._waiting:
+            self._reported[task] = self._reported.get(task, 0) + amount
+            self._on_progress(task, amount)
+
+    def close(self) -> None:
+        """Ends the actors that still run, so that no work goes on unseen."""
+        for actor in list(self._actors):
+            self._remove(actor)
+
+    def _give(self, actor: Any) -> None:
+        if not self._waiting:
+            self._remove(actor)
+            return
+        task = self._waiting.popleft()
+        self._attempts[task] = self._attempts.get(task, 0) + 1
+        self.running[actor.run.remote(task, self._attempts[task])] = (actor, task)
 
     def _failed(self, task: int, why: str) -> None:
+        # What is done again must not be counted twice.
+        if reported := self._reported.pop(task, 0):
+            self._on_progress(task, -reported)
         if self._attempts[task] < self._max_attempts:
             logger.warning("task %d failed (%s); trying again", task, why)
             # At the end of the line: the tasks behind it must not wait for one that may never succeed.
@@ -169,27 +216,38 @@ class _Pool:
         else:
             self.outcome.failures[task] = f"{why} (after {self._attempts[task]} attempts)"
 
-    def close(self) -> None:
-        """Ends the actors that still run, so that no work goes on unseen."""
-        for actor, _ in self.running.values():
-            ray.kill(actor)
+    def _failed_start(self, actor: Any, why: str) -> None:
+        """Bounded, so that a cluster where no worker can start is not tried for ever."""
+        self._remove(actor)
+        self._failed_starts += 1
+        if self._failed_starts < self._max_attempts:
+            logger.warning("a worker could not start (%s); starting another", why)
+            self._replace()
+        elif not self.running:
+            while self._waiting:
+                task = self._waiting.popleft()
+                self.outcome.failures[task] = f"no worker could start: {why} (after {self._failed_starts} attempts)"
+
+    def _replace(self) -> None:
+        if self._waiting:
+            self.start_worker()
+
+    def _remove(self, actor: Any) -> None:
+        self._actors.remove(actor)
+        ray.kill(actor)
 
 
-def _drain(reports: Queue, on_progress: Callable[[int, int], None]) -> None:
+def _drain(reports: Queue, on_report: Callable[[int, int, int], None]) -> None:
     with contextlib.suppress(queue.Empty, RayActorError):
-        for task, amount in reports.get_nowait_batch(min(reports.qsize(), 1000)):
-            on_progress(task, amount)
+        while waiting := reports.qsize():
+            for task, attempt, amount in reports.get_nowait_batch(waiting):
+                on_report(task, attempt, amount)
 
 
-def _raise_user_error(error: RayActorError) -> None:
-    """An actor that could not start for a user's mistake would fail the same way each time."""
-    cause = getattr(error, "cause", None) or error.__cause__
-    if isinstance(cause, UserError):
-        raise cause
-    text = str(error)
-    for line in text.splitlines():
-        if "storage.errors." in line and ": " in line:
-            raise UserError(line.split(": ", 1)[1])
+def _cause_of_death(error: RayError) -> str:
+    """The sentence of ray's page of text that says what happened."""
+    _, found, detail = str(error).partition("Worker exit detail: ")
+    return detail.splitlines()[0].split(" Some common causes")[0] if found else _last_line(error)
 
 
 def _last_line(error: Exception) -> str:

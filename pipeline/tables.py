@@ -32,7 +32,9 @@ class TrainingBars:
     def __call__(self, stage: str, step: StepProgress) -> None:
         """Shows one optimizer step."""
         if stage not in self._bars:
-            self._bars[stage] = add_bar(self._progress, f"{self._student} {stage}".strip(), step.num_steps, unit="steps")
+            self._bars[stage] = add_bar(
+                self._progress, f"{self._student} {stage}".strip(), step.num_steps, unit="steps"
+            )
         shown = [f"{name} {step.losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in step.losses]
         self._progress.update(self._bars[stage], completed=step.step, note=" ".join(shown))
 

@@ -127,9 +127,7 @@ def make_tiny_llava(
 
 def make_tiny_llava_without_generation_block(folder: Path, *, seed: int = 0, num_layers: int = 6) -> Path:
     """The same LLaVA, its chat template lacking `{% generation %}`: what most published checkpoints ship."""
-    return make_tiny_llava(
-        folder, seed=seed, num_layers=num_layers, chat_template=CHAT_TEMPLATE_WITHOUT_GENERATION
-    )
+    return make_tiny_llava(folder, seed=seed, num_layers=num_layers, chat_template=CHAT_TEMPLATE_WITHOUT_GENERATION)
 
 
 def make_tiny_lm(

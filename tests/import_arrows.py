@@ -30,9 +30,7 @@ def arrow_violations(root: Path) -> list[str]:
     for path in python_files(root, *LAYERS):
         place = path.relative_to(root).as_posix()
         modules = list(imported_modules(path, root))
-        found += [
-            f"{place}:{line}: {name}: {why}" for line, name in modules if (why := _forbidden(place, name))
-        ]
+        found += [f"{place}:{line}: {name}: {why}" for line, name in modules if (why := _forbidden(place, name))]
         for library in ONE_FILE:
             if any(_within(name, library) for _, name in modules):
                 users[library].append(place)

@@ -57,8 +57,7 @@ def evaluate_pairs(
         with torch.inference_mode():
             RowReader(model, encoder.image_token_id).check_head(encoder.encode_prompt(config.prompt, []))
             results = {
-                kind: _sum_up(score(model, encoder, of_kind, config, progress))
-                for kind, of_kind in pairs.items()
+                kind: _sum_up(score(model, encoder, of_kind, config, progress)) for kind, of_kind in pairs.items()
             }
     finally:
         model.train(was_training)

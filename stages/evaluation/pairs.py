@@ -48,9 +48,7 @@ def load_pairs(
     images = folder / "images" if images is None else images
     for path in (folder, images):
         if not path.is_dir():
-            raise UserError(
-                f"{path} is not a folder; expected KIND.json files in it and the images in images/"
-            )
+            raise UserError(f"{path} is not a folder; expected KIND.json files in it and the images in images/")
     found = {path.stem: path for path in sorted(folder.glob("*.json"))}
     if not found:
         raise UserError(f"{folder} holds no KIND.json file")
@@ -75,9 +73,7 @@ def _read_kind(kind: str, path: Path, images: Path) -> Iterator[CaptionPair]:
             raise UserError(f"{path}, pair {key!r}: {entry!r:.200}; expected strings {', '.join(_FIELDS)}")
         image = root / entry["filename"]
         if not image.resolve().is_relative_to(root):
-            raise UserError(
-                f"{path}, pair {key!r}: file name {entry['filename']!r} leaves the folder {images}"
-            )
+            raise UserError(f"{path}, pair {key!r}: file name {entry['filename']!r} leaves the folder {images}")
         if not image.is_file():
             raise UserError(
                 f"{path}, pair {key!r}: no image {entry['filename']!r} in {images}; name the folder of images"

@@ -76,9 +76,7 @@ class RowReader:
         for _, alike in groupby(groups, key=_pixel_shapes):
             chunk = list(alike)
             outputs = self.model.base_model(**self._inputs(chunk), use_cache=False)
-            parts += [
-                hidden_TH[next(rows_left).to(hidden_TH.device)] for hidden_TH in outputs.last_hidden_state
-            ]
+            parts += [hidden_TH[next(rows_left).to(hidden_TH.device)] for hidden_TH in outputs.last_hidden_state]
         return torch.cat(parts)
 
     def log_probs(self, hidden_RH: Tensor, token_ids_RK: Tensor) -> Tensor:
@@ -124,9 +122,7 @@ class RowReader:
         inputs: dict[str, Tensor] = {}
         for name in items[0].pixel_inputs:
             values = torch.cat([item.pixel_inputs[name] for item in items])
-            inputs[name] = values.to(
-                self.model.device, self.model.dtype if values.is_floating_point() else None
-            )
+            inputs[name] = values.to(self.model.device, self.model.dtype if values.is_floating_point() else None)
         return inputs
 
 

@@ -189,9 +189,7 @@ def letter_tokens(encoder: ConversationEncoder) -> LetterTokens:
     return LetterTokens(torch.tensor(answers[0][len(prompt) : split]), (answers[0][split], answers[1][split]))
 
 
-def _prompt(
-    encoder: ConversationEncoder, prompt: str, image: Image.Image, tokens: LetterTokens
-) -> EncodedConversation:
+def _prompt(encoder: ConversationEncoder, prompt: str, image: Image.Image, tokens: LetterTokens) -> EncodedConversation:
     encoded = encoder.encode_prompt(prompt, [image])
     token_ids = torch.cat([encoded.token_ids, tokens.lead.long()])
     return dataclasses.replace(encoded, token_ids=token_ids, answer_mask=torch.zeros_like(token_ids).bool())

@@ -87,9 +87,7 @@ def attention_similarity(
     )
 
 
-def map_similarity(
-    student_BNN: Tensor, teacher_BNN: Tensor, teacher_keep_BNN: Tensor, num_tokens_B: Tensor
-) -> Tensor:
+def map_similarity(student_BNN: Tensor, teacher_BNN: Tensor, teacher_keep_BNN: Tensor, num_tokens_B: Tensor) -> Tensor:
     """`[B]` cosine over the entries that neither side's sink threshold drops."""
     keep_BNN = teacher_keep_BNN & below_sink_threshold(student_BNN, num_tokens_B)
     student_BE, teacher_BE = ((maps * keep_BNN).flatten(1) for maps in (student_BNN, teacher_BNN))

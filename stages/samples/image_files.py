@@ -49,9 +49,7 @@ class ImageFolder:
         try:
             path = (self._root / relative).resolve()
             if not path.is_relative_to(self._root):
-                raise UnusableSample(
-                    "path_leaves_folder", f"{relative} is a link to a place outside the folder"
-                )
+                raise UnusableSample("path_leaves_folder", f"{relative} is a link to a place outside the folder")
             # Also keeps out pipes and devices, which would block or never end.
             if not path.is_file():
                 raise UnusableSample("missing_image", f"{relative} is not a file of the image folder")

@@ -12,7 +12,7 @@ from storage.errors import TooManySkipped
 NUM_EXAMPLES = 5
 
 
-class UnusableSample(Exception):  # noqa: N818 - a finding about data, always turned into a ledger line
+class UnusableSample(Exception):
     """One sample cannot be used: `reason` is a word to count by, `detail` what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -47,9 +47,7 @@ class Ledger:
 
     def skip(self, ordinal: int, sample_id: str | None, why: UnusableSample) -> None:
         """Enter one sample."""
-        self._skipped.append(
-            SkippedSample(ordinal=ordinal, id=sample_id, reason=why.reason, detail=why.detail)
-        )
+        self._skipped.append(SkippedSample(ordinal=ordinal, id=sample_id, reason=why.reason, detail=why.detail))
 
     def num_by_reason(self) -> dict[str, int]:
         """Counts, most frequent reason first, then by name."""

@@ -60,8 +60,7 @@ class JsonList:
             value: object = json.loads(source.read_bytes().removeprefix(_BOM).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; "
-                "convert it"
+                f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it"
             ) from error
         except json.JSONDecodeError as error:
             raise UserError(
@@ -126,9 +125,7 @@ class JsonLines:
         except UnicodeDecodeError as error:
             raise UnusableSample("not_utf8", f"at byte {position + error.start}") from error
         except json.JSONDecodeError as error:
-            raise UnusableSample(
-                "bad_json_line", f"{error.msg} at byte {position}, column {error.colno}"
-            ) from error
+            raise UnusableSample("bad_json_line", f"{error.msg} at byte {position}, column {error.colno}") from error
         except (ValueError, RecursionError) as error:
             raise UnusableSample("bad_json_line", f"{error} at byte {position}") from error
         return value

@@ -111,9 +111,7 @@ def _parse_images(found: object) -> tuple[str, ...]:
 
 def _parse_path(found: object) -> str:
     if not isinstance(found, str) or not found.strip():
-        raise UnusableSample(
-            "bad_image_field", f"image is {_shorten(found)}, expected a path or a list of paths"
-        )
+        raise UnusableSample("bad_image_field", f"image is {_shorten(found)}, expected a path or a list of paths")
     if not _is_unicode(found) or "\0" in found:
         raise UnusableSample("bad_image_field", f"image is {_shorten(found)}, which no file can be named")
     path = PurePosixPath(found)

@@ -155,18 +155,14 @@ class _Ids:
             raise UnusableSample("duplicate_id", f"record {first_ordinal} has this id already")
         digest = sha256(json.dumps(record.as_json()).encode()).digest()
         if digest in self._records:
-            raise UnusableSample(
-                "duplicate_id", f"id, image and conversation are those of record {first_ordinal}"
-            )
+            raise UnusableSample("duplicate_id", f"id, image and conversation are those of record {first_ordinal}")
         self._records.add(digest)
 
 
 class _Packer:
     """The second pass: reads each group's images and records and hands them to the shard writer."""
 
-    def __init__(
-        self, records: LlavaRecords, folder: ImageFolder, ledger: Ledger, config: PackConfig
-    ) -> None:
+    def __init__(self, records: LlavaRecords, folder: ImageFolder, ledger: Ledger, config: PackConfig) -> None:
         self._records = records
         self._folder = folder
         self._ledger = ledger
@@ -180,9 +176,7 @@ class _Packer:
         total = sum(len(group.rows) for group in groups)
         num_records = total + len(self._ledger)
         done = num_bytes = 0
-        with SampleShardWriter(
-            staged.path, self._config.max_samples_per_shard, self._config.max_shard_bytes
-        ) as writer:
+        with SampleShardWriter(staged.path, self._config.max_samples_per_shard, self._config.max_shard_bytes) as writer:
             for group in groups:
                 images = self._read_images(group)
                 # Past the limit nothing more is written; the rest is still looked at, for the ledger.
@@ -194,9 +188,7 @@ class _Packer:
                 progress(done, total, num_bytes)
             if self._over_limit(num_records) or not self.num_samples:
                 self._ledger.write(staged.ledger_of_refusal)
-                raise self._ledger.refusal(
-                    num_records, self._config.max_skipped_fraction, staged.ledger_of_refusal
-                )
+                raise self._ledger.refusal(num_records, self._config.max_skipped_fraction, staged.ledger_of_refusal)
 
     def _over_limit(self, num_records: int) -> bool:
         return self._ledger.exceeds(num_records, self._config.max_skipped_fraction)

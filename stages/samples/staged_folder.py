@@ -56,8 +56,7 @@ class StagedFolder:
         # The index has every shard's sha256: equal indices, equal data. Moving then also mends lost shards.
         if self.holds_index and (self.out / INDEX).read_bytes() != (self.path / INDEX).read_bytes():
             raise UserError(
-                f"{self.out} already holds another data set ({INDEX} differs); "
-                "pack into a new folder, or remove it"
+                f"{self.out} already holds another data set ({INDEX} differs); pack into a new folder, or remove it"
             )
         for path in sorted(self.path.iterdir(), key=lambda path: (path.name == INDEX, path.name)):
             path.replace(self.out / path.name)

@@ -89,9 +89,7 @@ def test_both_ways_of_finding_answers_give_the_same_mask(
     conversation, num_images = CONVERSATIONS[name]
     by_blocks = encoder.encode(conversation, images(num_images))
     processor.chat_template = CHAT_TEMPLATE_WITHOUT_GENERATION
-    by_prefixes = ConversationEncoder(processor, processor.image_token_id, 512).encode(
-        conversation, images(num_images)
-    )
+    by_prefixes = ConversationEncoder(processor, processor.image_token_id, 512).encode(conversation, images(num_images))
     torch.testing.assert_close(by_blocks.token_ids, by_prefixes.token_ids)
     torch.testing.assert_close(by_blocks.answer_mask, by_prefixes.answer_mask)
 
@@ -127,9 +125,7 @@ def test_tokens_mask_and_pixels_are_those_of_the_processors_chat_template(
         torch.testing.assert_close(encoded.pixel_inputs["pixel_values"], expected["pixel_values"])
 
 
-def test_answers_include_their_end_token_and_nothing_else(
-    encoder: ConversationEncoder, processor: Any
-) -> None:
+def test_answers_include_their_end_token_and_nothing_else(encoder: ConversationEncoder, processor: Any) -> None:
     encoded = encoder.encode(*_with_images("several turns"))
     assert answers(processor, encoded.token_ids, encoded.answer_mask) == [
         " A red square.<|endoftext|>",
@@ -174,9 +170,7 @@ def test_image_positions_hold_the_image_token(encoder: ConversationEncoder) -> N
         assert not encoded.answer_mask[encoded.image_positions].any()
 
 
-def test_a_cut_inside_an_answer_keeps_its_tokens_before_the_cut(
-    encoder: ConversationEncoder, processor: Any
-) -> None:
+def test_a_cut_inside_an_answer_keeps_its_tokens_before_the_cut(encoder: ConversationEncoder, processor: Any) -> None:
     whole = encoder.encode(*_with_images("several turns"))
     last = int(whole.answer_mask.nonzero()[-1])
     for length in range(last - 3, last + 1):

@@ -40,9 +40,7 @@ def test_equal_captions_are_a_tie_in_likelihood(model: Any, processor: Any, pair
     assert report.average == 0.5
 
 
-def test_the_model_is_left_in_the_mode_it_came_in(
-    model: Any, processor: Any, pairs: list[CaptionPair]
-) -> None:
+def test_the_model_is_left_in_the_mode_it_came_in(model: Any, processor: Any, pairs: list[CaptionPair]) -> None:
     model.train()
     evaluate_pairs(model, processor, {"swap_obj": pairs[:1]}, EvaluationConfig())
     assert model.training

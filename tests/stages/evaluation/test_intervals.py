@@ -8,9 +8,7 @@ from stages.evaluation.intervals import wilson_interval
     ("successes", "num_trials", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_intervals_are_those_of_the_textbook(
-    successes: int, num_trials: int, low: float, high: float
-) -> None:
+def test_intervals_are_those_of_the_textbook(successes: int, num_trials: int, low: float, high: float) -> None:
     assert wilson_interval(successes, num_trials) == pytest.approx((low, high), abs=5e-5)
 
 

@@ -202,6 +202,4 @@ def test_a_student_whose_vocabulary_ends_before_the_image_token_is_read_as_well(
     reader = RowReader(student, 10_000)
     reader.check_head(items[0])
     expected_RV = torch.stack([full_logits(student, item)[-1] for item in items])
-    torch.testing.assert_close(
-        student.lm_head(reader.hidden(groups, rows)), expected_RV, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(student.lm_head(reader.hidden(groups, rows)), expected_RV, rtol=1e-4, atol=1e-4)

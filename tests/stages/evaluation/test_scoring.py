@@ -81,9 +81,7 @@ def test_letters_equal_the_unbatched_float64_reference_in_both_orders(
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=2e-4)
 
 
-def test_bfloat16_models_are_scored_too(
-    model: Any, encoder: ConversationEncoder, pairs: list[CaptionPair]
-) -> None:
+def test_bfloat16_models_are_scored_too(model: Any, encoder: ConversationEncoder, pairs: list[CaptionPair]) -> None:
     exact = likelihood_scores(model, encoder, pairs, EvaluationConfig())
     rough = likelihood_scores(model.bfloat16(), encoder, pairs, EvaluationConfig())
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=1.0)

@@ -24,21 +24,14 @@ def bomb_png(width: int = 60_000, height: int = 60_000) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0"))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
-def record(
-    sample_id: Any, image: Any = None, question: str = "What is it?", answer: str = "A cube."
-) -> dict[str, Any]:
+def record(sample_id: Any, image: Any = None, question: str = "What is it?", answer: str = "A cube.") -> dict[str, Any]:
     """A good record; one placeholder for each image."""
     num_images = len(image) if isinstance(image, list) else int(image is not None)
     made = {"id": sample_id, "conversations": turns("<image>\n" * num_images + question, answer)}

@@ -225,9 +225,7 @@ def test_an_image_is_decoded_once_however_many_samples_share_it(
     assert len(decoded) == 2
 
 
-def test_bad_lines_and_bad_records_are_in_the_ledger_in_file_order(
-    llava: LlavaFolder, tmp_path: Path
-) -> None:
+def test_bad_lines_and_bad_records_are_in_the_ledger_in_file_order(llava: LlavaFolder, tmp_path: Path) -> None:
     good = json.dumps(record("x", "a.jpg")).encode()
     unanswered = json.dumps({"id": "q", "conversations": turns("q")}).encode()
     source = llava.write_lines([b"{", good, b'"caf\xe9"', unanswered])
@@ -292,9 +290,7 @@ def test_the_fraction_that_the_refusal_names_is_enough(llava: LlavaFolder, tmp_p
     assert pack_samples(source, llava.images, tmp_path / "out", config).num_samples == 2
 
 
-def test_when_nothing_is_left_to_pack_it_fails_whatever_is_allowed(
-    llava: LlavaFolder, tmp_path: Path
-) -> None:
+def test_when_nothing_is_left_to_pack_it_fails_whatever_is_allowed(llava: LlavaFolder, tmp_path: Path) -> None:
     with pytest.raises(TooManySkipped, match="1 of 1"):
         pack_samples(llava.write_json([{}]), llava.images, tmp_path / "out", LENIENT)
     with pytest.raises(UserError, match="no records"):
