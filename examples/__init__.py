@@ -1,0 +1,1 @@
+"""Bundled examples: data sets and models that the commands can be tried on."""

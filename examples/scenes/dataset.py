@@ -25,7 +25,7 @@ from examples.scenes.scoring import TRAIN_STREAM, sample_pairs
 from examples.scenes.world import Thing, Variant, generator, sample_scenes
 
 _CHUNK = 500
-_DATASET_STAGE = 2  # 0 and 1 are the stages of the teacher's own training
+_DATASET_STAGE = 3  # 0 to 2 are the stages of the teacher's own training
 _TEXT_ONLY_SHARE = 0.03
 _MULTI_TURN_SHARE = 0.35
 _MIX: dict[QuestionKind, float] = {
@@ -55,9 +55,7 @@ def conversation(exchanges: list[Exchange]) -> list[dict[str, str]]:
     return turns
 
 
-def draw_exchanges(
-    rng: np.random.Generator, things: list[Thing], variant: Variant, num: int
-) -> list[Exchange]:
+def draw_exchanges(rng: np.random.Generator, things: list[Thing], variant: Variant, num: int) -> list[Exchange]:
     """`num` different questions about one image."""
     kinds, weights = list(_MIX), np.array(list(_MIX.values()))
     share = np.cumsum(weights) / weights.sum()
@@ -145,9 +143,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def main() -> None:
     """Parse the command line and write one data set."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)

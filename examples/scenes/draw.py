@@ -41,9 +41,7 @@ def _ink_of_shape(kind: int, u: NDArray[np.float32], v: NDArray[np.float32]) -> 
         case "diamond":
             return (1.05 - np.abs(u) - np.abs(v)) * 0.7
         case "cross":
-            return np.minimum(
-                _LINE - np.minimum(np.abs(u), np.abs(v)), 1.0 - np.maximum(np.abs(u), np.abs(v))
-            )
+            return np.minimum(_LINE - np.minimum(np.abs(u), np.abs(v)), 1.0 - np.maximum(np.abs(u), np.abs(v)))
         case _:  # ring
             return 0.22 - np.abs(np.hypot(u, v) - 0.76)
 

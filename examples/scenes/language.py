@@ -49,9 +49,7 @@ class Phrase:
     def fits(self, thing: Thing) -> bool:
         """Whether the phrase is true of an object."""
         return (
-            self.colour == thing.colour
-            and self.noun == thing.noun
-            and (self.size is None or self.size == thing.size)
+            self.colour == thing.colour and self.noun == thing.noun and (self.size is None or self.size == thing.size)
         )
 
 
@@ -135,9 +133,7 @@ def _falsify(rng: np.random.Generator, true: Caption, kind: PairKind, variant: V
         # With equal nouns, swapped colours would read as swapped objects.
         if first.colour == second.colour or first.noun == second.noun:
             return None
-        return Caption(
-            replace(first, colour=second.colour), true.relation, replace(second, colour=first.colour)
-        )
+        return Caption(replace(first, colour=second.colour), true.relation, replace(second, colour=first.colour))
     if kind == "replace_rel":
         wrong = OPPOSITE[true.relation] if rng.random() < 0.6 else _other(rng, RELATIONS, true.relation)
         return replace(true, relation=wrong)
@@ -226,9 +222,7 @@ def ask_relation(rng: np.random.Generator, things: list[Thing], variant: Variant
     if rng.random() < 0.5:
         caption, answer = true_caption(rng, things), "yes"
     else:
-        pair = hard_negative(
-            rng, things, "swap_obj" if rng.random() < 0.5 else "replace_rel", variant, tries=2
-        )
+        pair = hard_negative(rng, things, "swap_obj" if rng.random() < 0.5 else "replace_rel", variant, tries=2)
         if pair is None:
             return None
         caption, answer = pair[1], "no"
@@ -283,9 +277,7 @@ QuestionKind = Literal[
 ]
 
 
-def ask(
-    rng: np.random.Generator, kind: QuestionKind, things: list[Thing], variant: Variant
-) -> Exchange | None:
+def ask(rng: np.random.Generator, kind: QuestionKind, things: list[Thing], variant: Variant) -> Exchange | None:
     """One exchange of the given kind; None when the scene does not allow an unambiguous one (draw again)."""
     match kind:
         case "attribute":

@@ -78,13 +78,16 @@ def _write_grid(model: LlavaForConditionalGeneration) -> None:
     """Start the tower's position embeddings from row and column codes, so that no place has to be learnt."""
     table_PD = model.model.vision_tower.embeddings.position_embedding.weight
     place = torch.arange(GRID * GRID)
-    codes = []
-    for at in (place // GRID, place % GRID):
-        u = (at + 0.5) / GRID
-        codes += [2 * u - 1]
-        codes += [wave(math.pi * n * u) for n in (1, 2, 3) for wave in (torch.sin, torch.cos)]
+    codes = place_code(torch.stack([place % GRID, place // GRID], dim=1).add(0.5).div(GRID))
     table_PD.normal_(std=0.02)
-    table_PD[:, : len(codes)] = torch.stack(codes, dim=1)
+    table_PD[:, : codes.shape[1]] = codes
+
+
+def place_code(at: torch.Tensor) -> torch.Tensor:
+    """Each of the last axis's coordinates, 0..1, as a line and three waves: `[..., 2]` to `[..., 14]`."""
+    codes = [2 * at - 1]
+    codes += [wave(math.pi * n * at) for n in (1, 2, 3) for wave in (torch.sin, torch.cos)]
+    return torch.cat(codes, dim=-1)
 
 
 def build_student_lm(seed: int) -> Qwen2ForCausalLM:

@@ -4,7 +4,7 @@ A row is `USER: <image>x36 \n` followed by segments `question ASSISTANT: answer<
 prefix and itself only and counts its positions from the prefix's end, as if it stood alone.
 Letters in shapes: B images, T tokens of a row, R answer rows (positions that predict an answer token).
 """
-# ruff: noqa: N815  # shape letters
+# shape letters
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from examples.scenes.world import COLOURS, DIGITS, IMAGE_SIZE, RELATIONS, SHAPES
 PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
 SPECIAL = (PAD, EOS, UNKNOWN, IMAGE)
 _SPACE = "▁"
-_PUNCTUATION = (".", "?", ":", "\n")
+_PUNCTUATION = (".", "?", ":")
+_LINE = "\n"
 _WORDS = (
     *SHAPES, *DIGITS, *COLOURS, *SIZES, *RELATIONS,
     "USER", "ASSISTANT", "A", "B", "Answer", "Describe", "How", "Is", "What", "Where", "Which",
@@ -26,7 +27,15 @@ _WORDS = (
     "image", "in", "is", "many", "middle", "no", "not", "number", "object", "objects", "of", "opposite", "or",
     "shape", "the", "there", "top", "with", "yes",
 )  # fmt: skip
-VOCABULARY = (*SPECIAL, _SPACE, *_PUNCTUATION, *(_SPACE + word for word in (*_PUNCTUATION, *_WORDS)))
+VOCABULARY = (
+    *SPECIAL,
+    _SPACE,
+    *_PUNCTUATION,
+    _SPACE + _LINE,
+    *(_SPACE + mark for mark in _PUNCTUATION),
+    _LINE,
+    *(_SPACE + word for word in _WORDS),
+)
 
 CHAT_TEMPLATE = """\
 {%- macro said(content) -%}
@@ -50,11 +59,9 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; words carry their leading space, so that decoding gives the text back."""
-    tokenizer = Tokenizer(
-        models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN)
-    )
-    # The word after a line break is the same word: give it a space too.
-    tokenizer.normalizer = normalizers.Replace("\n", "\n ")
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    # A line break is a word like any other, and so is the word after it.
+    tokenizer.normalizer = normalizers.Replace("\n", " \n ")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always"),
@@ -98,6 +105,4 @@ _INDEX = {token: index for index, token in enumerate(VOCABULARY)}
 @lru_cache(maxsize=1 << 16)
 def word_ids(text: str) -> tuple[int, ...]:
     """What the tokenizer gives for a text within the scenes' language, only faster."""
-    return tuple(
-        _INDEX[part if part in _PUNCTUATION else _SPACE + part] for part in re.findall(r"[.?:\n]|\w+", text)
-    )
+    return tuple(_INDEX[part if part in _PUNCTUATION else _SPACE + part] for part in re.findall(r"[.?:\n]|\w+", text))

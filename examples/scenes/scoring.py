@@ -62,9 +62,9 @@ def caption_scores(
     scores = []
     for start in range(0, len(captions), batch_size):
         text = [f"{prompt} {c}{tokenizer.eos_token}" for c in captions[start : start + batch_size]]
-        inputs = processor(
-            images=images[start : start + batch_size], text=text, padding=True, return_tensors="pt"
-        ).to(model.device)
+        inputs = processor(images=images[start : start + batch_size], text=text, padding=True, return_tensors="pt").to(
+            model.device
+        )
         logits = model(**inputs).logits[:, num_prompt - 1 : -1].float()
         target = inputs["input_ids"][:, num_prompt:]
         logprob = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]

@@ -69,9 +69,7 @@ def text_batch(config: TextConfig, step: int) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     """Parse the command line, train, save in half precision, write TRAINING.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the language model")
     parser.add_argument("--seed", type=int, default=TextConfig.seed)
     parser.add_argument("--steps", type=int, default=TextConfig.steps)

@@ -83,9 +83,7 @@ class Log:
         if (step + 1) % self.every and step + 1 != num_steps:
             return
         means = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in sorted(self.sums.items()))
-        print(
-            f"{time.monotonic() - self.started:6.0f} s  {stage} {step + 1}/{num_steps}  {means}", flush=True
-        )
+        print(f"{time.monotonic() - self.started:6.0f} s  {stage} {step + 1}/{num_steps}  {means}", flush=True)
         self.sums.clear()
 
 

@@ -3,7 +3,7 @@
 Everything else in this example (drawing, captions, questions, labels) is a function of `Scenes`.
 Letters in shapes: B scenes, K = 3 object slots; positions end in (x, y), in pixels, y grows downwards.
 """
-# ruff: noqa: N815  # shape letters
+# shape letters
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def encode_maps(config: MapCodecConfig, maps_LNN: Tensor) -> EncodedMaps:
         caps_L = torch.ones(len(maps_LNN), dtype=torch.float32, device=maps_LNN.device)
         return EncodedMaps(entries_LE.half(), caps_L)
     mean_L, std_L = map_mean_std(maps_LNN)
-    limit_L = (config.cap_sigmas * (mean_L + std_L)).float()
+    limit_L = (mean_L + config.cap_sigmas * std_L).float()
     largest_L = entries_LE.amax(-1) if entries_LE.shape[-1] else torch.zeros_like(limit_L)
     caps_L = torch.minimum(largest_L, limit_L)
     # A map of zeros has cap 0; any divisor gives the code 0.
