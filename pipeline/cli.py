@@ -65,15 +65,17 @@ def pack_samples(
 ) -> None:
     """LLaVA JSON and images -> sample shards; same-image conversations side by side."""
     from pipeline.progress import add_bar, bars
+    from pipeline.run_file import validated
     from pipeline.tables import print_pack_report
     from stages.samples.pack import PackConfig
     from stages.samples.pack import pack_samples as pack
 
-    config = PackConfig(
-        max_samples_per_shard=samples_per_shard,
-        max_shard_bytes=shard_bytes,
-        max_skipped_fraction=max_skipped_fraction,
-    )
+    flags = {
+        "max_samples_per_shard": samples_per_shard,
+        "max_shard_bytes": shard_bytes,
+        "max_skipped_fraction": max_skipped_fraction,
+    }
+    config = validated(PackConfig, flags, "the flags of pack-samples")
     with bars() as progress:
         bar = add_bar(progress, "pack")
         report = pack(
@@ -148,7 +150,7 @@ def evaluate(
     pairs: Annotated[Path, typer.Option(help="Folder of KIND.json files in SugarCrepe's layout.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; none is PAIRS/images.")] = None,
     scoring: Annotated[Scoring, typer.Option(help="By likelihood, or by the letter answered.")] = Scoring.LIKELIHOOD,
-    limit: Annotated[int | None, typer.Option(help="Pairs of each kind.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Pairs of each kind.", min=1)] = None,
     report: Annotated[Path | None, typer.Option(help="Where to save the report as JSON.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -173,7 +175,7 @@ def compare_attention(
     model: Annotated[str, typer.Argument(help="Student checkpoint or training run.")],
     samples: SamplesOption = None,
     targets: TargetsOption = None,
-    limit: Annotated[int, typer.Option(help="Samples to compare on.")] = 64,
+    limit: Annotated[int, typer.Option(help="Samples to compare on.", min=1)] = 64,
     report: Annotated[Path | None, typer.Option(help="Where to save the numbers as JSON.")] = None,
 ) -> None:
     """How alike a student's visual attention is to the teacher's cached maps, layer by layer."""

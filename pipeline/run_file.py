@@ -1,7 +1,7 @@
 """The run file: every setting of a run in one YAML document, and how flags and `--set` change it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,6 +11,8 @@ from stages.evaluation.scoring import EvaluationConfig
 from stages.student.config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class RunFile(BaseModel):
@@ -56,11 +58,20 @@ def load_run_file(path: Path | None, settings: list[str], flags: dict[str, Any])
     for name, value in flags.items():
         if value is not None:
             _assign(document, name, value)
+    return validated(RunFile, document, str(path or "the settings"))
+
+
+def validated(model: type[Settings], values: dict[str, Any], place: str) -> Settings:
+    """The settings in `values`; `place` says in an error where they come from.
+
+    Raises:
+        UserError: an unknown key or a value out of range; names each.
+    """
     try:
-        return RunFile.model_validate(document)
+        return model.model_validate(values)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()]
-        raise UserError(f"{path or 'the settings'}:\n" + "\n".join(lines)) from error
+        raise UserError(f"{place}:\n" + "\n".join(lines)) from error
 
 
 def save_run_file(run: RunFile, path: Path) -> None:

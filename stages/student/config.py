@@ -96,7 +96,7 @@ class TrainConfig(BaseModel):
     """Gradients are scaled down to this norm."""
     precision: Literal["no", "bf16"] = "no"
     """Automatic mixed precision of the forward pass; parameters stay float32."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the sample order and of new weights."""
     shuffle_shards: int = Field(default=8, ge=0)
     """Shards whose samples are mixed together; 0 keeps the stored order."""

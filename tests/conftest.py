@@ -1,0 +1,86 @@
+"""Data shared by all tests: a tiny teacher and student, packed samples, extracted targets, one Ray cluster."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Hidden devices and one thread: the same bytes on any machine.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+NUM_SAMPLES = 24
+SAMPLES_PER_SHARD = 4
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """Folders of one small data set and the models for it."""
+
+    teacher: Path
+    student_lm: Path
+    data: Path
+    images: Path
+    samples: Path
+    pairs: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    """Made once; tests read it and write elsewhere."""
+    from stages.samples.pack import PackConfig, pack_samples
+    from tests.checkpoints import make_llava_data, make_tiny_llava, make_tiny_lm
+
+    folder = tmp_path_factory.mktemp("tiny")
+    teacher = make_tiny_llava(folder / "teacher", num_layers=8)
+    student_lm = make_tiny_lm(folder / "student_lm", tokenizer_from=teacher)
+    data, images = make_llava_data(folder / "data", NUM_SAMPLES)
+    pack_samples(data, images, folder / "samples", PackConfig(max_samples_per_shard=SAMPLES_PER_SHARD))
+    pairs = _make_pairs(folder / "pairs", 4)
+    return TinyWorld(teacher, student_lm, data, images, folder / "samples", pairs)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """Address of the one Ray cluster of the test session; this process is connected to it as well."""
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def targets(tiny: TinyWorld, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target store of the tiny data, made by an undisturbed run; tests read it and write elsewhere."""
+    from pipeline.extraction import ExtractConfig, extract
+    from stages.teacher.identity import TeacherConfig
+
+    assert ray_address
+    folder = tmp_path_factory.mktemp("targets") / "store"
+    teacher = TeacherConfig(checkpoint=str(tiny.teacher), batch_size=4)
+    extract(teacher, str(tiny.samples), str(folder), ExtractConfig(workers=2))
+    return folder
+
+
+def _make_pairs(folder: Path, num_pairs: int) -> Path:
+    from tests.checkpoints import draw_random_image
+
+    rng = random.Random(1)
+    (folder / "images").mkdir(parents=True)
+    for kind in ("replace_att", "swap_obj"):
+        pairs = {}
+        for number in range(num_pairs):
+            name = f"{kind}-{number}.png"
+            draw_random_image(rng).save(folder / "images" / name)
+            pairs[str(number)] = {
+                "filename": name,
+                "caption": "A red square is left of a blue circle.",
+                "negative_caption": "A blue circle is left of a red square.",
+            }
+        (folder / f"{kind}.json").write_text(json.dumps(pairs))
+    return folder
