@@ -9,13 +9,12 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    SpinnerColumn,
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
@@ -26,35 +25,38 @@ console = Console(stderr=True)
 class _RateColumn(ProgressColumn):
     """Units a second, from the recent past."""
 
+    max_refresh = 0.5
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        unit = task.fields.get("unit", "samples")
-        return Text(f"{speed:,.1f} {unit}/s" if speed else "", style="progress.data.speed")
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
 
 
 @contextmanager
 def bars() -> Iterator[Progress]:
     """Bars on standard error; where that is no terminal only their last state is printed."""
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", table_column=_one_line()),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=_one_line()),
+        _RateColumn(table_column=_one_line()),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=_one_line()),
+        # Last, because a narrow terminal cuts it.
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
     # transformers draws bars of its own for each checkpoint it reads, through these.
     transformers_logging.disable_progress_bar()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, expand=True) as progress:
         yield progress
 
 
 def add_bar(progress: Progress, description: str, total: float | None = None, unit: str = "samples") -> TaskID:
     """A bar whose note can be changed with `progress.update(bar, note=...)`."""
     return progress.add_task(description, total=total, unit=unit, note="")
+
+
+def _one_line() -> Column:
+    return Column(no_wrap=True)
 
 
 class ExtractionBar:
