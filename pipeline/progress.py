@@ -1,5 +1,6 @@
 """Progress bars of the commands: rate, amount and time left of anything that takes longer than seconds."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,10 @@ from rich.table import Column
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-console = Console(stderr=True)
+is_main_process = os.environ.get("RANK", "0") == "0"
+"""False in all but one of the processes that torchrun or accelerate starts: those stay silent."""
+
+console = Console(stderr=True, quiet=not is_main_process)
 """Progress and messages; results go to standard output."""
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from pipeline.run_file import RunFile, save_run_file
@@ -31,7 +32,8 @@ def train(
     """
     output = Path(_given(run.output, "--output"))
     decoder = _given(run.student, "--student")
-    accelerator = Accelerator(mixed_precision=run.train.precision)
+    # Said outright, or Accelerate would run torchrun's processes on a machine without a GPU side by side, unjoined.
+    accelerator = Accelerator(mixed_precision=run.train.precision, cpu=not torch.cuda.is_available())
     if accelerator.is_main_process:
         save_run_file(run, output / "run.yaml")
     reports = []

@@ -1,5 +1,8 @@
 """Which parameters of a student learn in a stage, and folding LoRA away afterwards."""
 
+import warnings
+
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from stages.student.build import Student
@@ -8,10 +11,10 @@ from stages.student.config import LoraSettings, StageConfig
 _DECODER_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def prepare_for_stage(student: Student, stage: StageConfig, lora: LoraSettings) -> PeftModel | None:
+def prepare_for_stage(student: Student, stage: StageConfig, lora: LoraSettings, seed: int) -> PeftModel | None:
     """Freezes all but what the stage trains; puts LoRA into `student` in place when it trains that.
 
-    `requires_grad` is not part of a checkpoint, so this runs after every load.
+    `requires_grad` is not part of a checkpoint, so this runs after every load; new weights follow from `seed`.
 
     Returns:
         The peft wrapper that can merge the updates, None without LoRA.
@@ -26,7 +29,11 @@ def prepare_for_stage(student: Student, stage: StageConfig, lora: LoraSettings) 
             target_modules=_DECODER_LINEARS,
             bias="none",
         )
-        wrapper = get_peft_model(student, settings)
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft asks transformers by a name that it renamed; nothing for the user to do.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            torch.manual_seed(seed)
+            wrapper = get_peft_model(student, settings)
     elif stage.trains == "full":
         student.model.language_model.requires_grad_(True)
         student.lm_head.requires_grad_(True)

@@ -113,7 +113,7 @@ class _StageLoop:
         config, stage = run.config, run.stage
         teacher_folder = run.targets.store.local("teacher")
         self.student = _load(run, teacher_folder)
-        self.peft = prepare_for_stage(self.student, stage, config.lora)
+        self.peft = prepare_for_stage(self.student, stage, config.lora, config.seed)
         enable_capture(self.student)
         self.notes: list[str] = []
         matching = None

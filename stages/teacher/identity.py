@@ -1,5 +1,6 @@
 """Which teacher it is and what is kept of what it sees; known from its folder without loading the weights."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +122,15 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool) -> TeacherIdentit
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what depends on where and by which library version it was loaded."""
+    """A config without what depends on where and by which library version it was loaded.
+
+    As JSON gives it back: with tuples or numbers as keys it would never be equal to the one that was stored.
+    """
+    portable: dict[str, Any] = json.loads(json.dumps(_without_local(config)))
+    return portable
+
+
+def _without_local(config: dict[str, Any]) -> dict[str, Any]:
     local = {
         "_name_or_path",
         "name_or_path",
@@ -131,7 +140,7 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
         "_attn_implementation",
     }
     return {
-        key: _portable(value) if isinstance(value, dict) else value
+        key: _without_local(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in local and _is_json(value)
     }
