@@ -9,7 +9,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from pipeline.extraction import ExtractionReport
-from pipeline.progress import add_bar
+from pipeline.progress import add_bar, is_main_process
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.similarity import AttentionSimilarity
 from stages.samples.pack import PackReport
@@ -17,7 +17,7 @@ from stages.student.training import StageReport, StepProgress
 from storage.inspect import StoreSummary
 from storage.verify import VerifyReport
 
-output = Console()
+output = Console(quiet=not is_main_process)
 """Results, on standard output."""
 
 
@@ -69,7 +69,7 @@ def print_training_reports(reports: list[StageReport], folder: Path) -> None:
         "stage",
         "steps",
         "samples",
-        "trained parameters",
+        "trained",
         "samples/s",
         "waiting",
         "LM",
@@ -84,7 +84,7 @@ def print_training_reports(reports: list[StageReport], folder: Path) -> None:
             f"{report.steps:,}",
             f"{report.samples:,}",
             f"{report.trained_parameters:,}",
-            f"{report.samples_per_s:.1f}",
+            f"{report.samples_per_s:.1f}/s",
             f"{report.wait_share:.1%}",
             *losses,
         )

@@ -1,5 +1,6 @@
 """A store that is a local (or network-mounted) folder."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -86,11 +87,6 @@ class LocalStore:
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Fsync every file, then rename the folder into place."""
         target = self._at(path)
-        if target.is_dir():
-            if _same_tree(local_dir, target):
-                shutil.rmtree(local_dir)
-                return
-            self.remove_tree(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if local_dir.stat().st_dev != target.parent.stat().st_dev:
             nearer = _partial(target)
@@ -101,14 +97,24 @@ class LocalStore:
             for name in files:
                 _fsync(Path(folder) / name)
             _fsync(Path(folder))
-        try:
-            local_dir.rename(target)
-        except OSError:
-            # Another writer of the same content was a moment earlier.
-            if not (target.is_dir() and _same_tree(local_dir, target)):
-                raise
-            shutil.rmtree(local_dir)
-        _fsync(target.parent)
+        while True:
+            try:
+                local_dir.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            else:
+                _fsync(target.parent)
+                return
+            try:
+                equal = _same_tree(local_dir, target)
+            except FileNotFoundError:
+                # Another writer of this content lost its race and is removing it: the name is free in a moment.
+                continue
+            if equal:
+                shutil.rmtree(local_dir)
+                return
+            self.remove_tree(path)
 
     def remove_tree(self, path: str) -> None:
         """Rename the folder away first, so that no half of it is ever seen under its name."""
@@ -116,7 +122,10 @@ class LocalStore:
         if not target.is_dir():
             return
         doomed = _partial(target)
-        target.rename(doomed)
+        try:
+            target.rename(doomed)
+        except FileNotFoundError:
+            return
         shutil.rmtree(doomed)
 
     def remove_partials(self) -> int:
