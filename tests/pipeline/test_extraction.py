@@ -1,0 +1,297 @@
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pipeline.extraction
+from pipeline.extraction import ExtractConfig, ExtractionReport, ShardExtractor, extract
+from stages.samples.pack import PackConfig, pack_samples
+from stages.teacher.identity import TeacherConfig
+from storage.errors import FingerprintMismatch, TooManySkipped, UserError
+from storage.records import SkippedSample
+from storage.targets import CommitRecord, TargetStore
+from storage.verify import verify
+from tests.checkpoints import make_llava_data, make_tiny_llava
+from tests.conftest import NUM_SAMPLES, TinyWorld
+from tests.pipeline.processes import kill_when, start_cdp, tree
+
+pytestmark = pytest.mark.usefixtures("ray_address")
+
+LASTING = ("manifest.json", "teacher/", "shards/", "commits/")
+
+
+def run(
+    tiny: TinyWorld, store: Path, samples: Path | None = None, counting: "Counting | None" = None, **settings: Any
+) -> ExtractionReport:
+    """Extracts the tiny data; `settings` are those of `TeacherConfig` and `ExtractConfig`."""
+    ours = {name: settings.pop(name) for name in list(settings) if name in ExtractConfig.model_fields}
+    teacher = TeacherConfig(**{"checkpoint": str(tiny.teacher), "batch_size": 4} | settings)
+    config = ExtractConfig(**{"workers": 1} | ours)
+    return extract(teacher, str(samples or tiny.samples), str(store), config, counting)
+
+
+def same_targets(found: Path, expected: Path) -> bool:
+    """Byte for byte, but for reports."""
+    return tree(found, *LASTING) == tree(expected, *LASTING)
+
+
+class Counting:
+    """What a progress bar would show."""
+
+    def __init__(self) -> None:
+        self.total = self.done = self.shards = 0
+
+    def start(self, total_samples: int, done_samples: int, workers: int) -> None:
+        self.total, self.done = total_samples, done_samples
+
+    def advance(self, samples: int) -> None:
+        self.done += samples
+
+    def shard_done(self, stored_bytes: int) -> None:
+        assert stored_bytes > 0
+        self.shards += 1
+
+
+def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny: TinyWorld, targets: Path) -> None:
+    checked = verify(targets, tiny.samples)
+    assert checked.ok
+    assert checked.num_samples == NUM_SAMPLES
+    report = ExtractionReport.model_validate_json((targets / "reports/extraction.json").read_text())
+    assert (report.samples, report.skipped, report.failures) == (NUM_SAMPLES, {}, {})
+    assert report.shards == report.shards_made_now == len(TargetStore.open(targets).commits)
+
+
+def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(targets, store)
+    counting = Counting()
+    report = run(tiny, store, counting=counting)
+    assert report.shards_made_now == 0
+    assert report.samples == counting.done == NUM_SAMPLES
+    assert same_targets(store, targets)
+
+
+def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_sample(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(targets, store)
+    for shard in (1, 4):
+        (store / f"commits/{shard:06d}.json").unlink()
+    shutil.rmtree(next((store / "shards").glob("000004-*")))
+    (store / "shards/000002.zarr.left.partial").mkdir()
+    counting = Counting()
+    report = run(tiny, store, counting=counting, workers=2)
+    assert report.shards_made_now == 2
+    assert counting.total == counting.done == NUM_SAMPLES
+    assert counting.shards == 2
+    assert same_targets(store, targets)
+
+
+def test_a_driver_killed_in_the_middle_leaves_nothing_that_a_rerun_does_not_mend(
+    tiny: TinyWorld, targets: Path, ray_address: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    _kill_a_driver(tiny, store, "--ray-address", ray_address)
+    committed = len(list((store / "commits").glob("*.json")))
+    assert committed > 0
+    report = run(tiny, store)
+    assert report.samples == NUM_SAMPLES
+    assert same_targets(store, targets)
+
+
+@pytest.mark.slow
+def test_a_driver_killed_together_with_its_own_local_cluster_can_be_run_again(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    _kill_a_driver(tiny, store)
+    assert run(tiny, store).samples == NUM_SAMPLES
+    assert same_targets(store, targets)
+
+
+def _kill_a_driver(tiny: TinyWorld, store: Path, *flags: str) -> None:
+    places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", store, "--workers", 1)
+    driver = start_cdp("extract-teacher", *places, "--set", "teacher.batch_size=4", *flags)
+    assert kill_when(driver, lambda: any((store / "commits").glob("*.json")))
+
+
+class KilledOnce(ShardExtractor):
+    """A worker whose process is killed at a point of its first shard."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.mark = Path(self.targets.url + ".killed")
+
+    def die_once(self) -> None:
+        if not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledBeforeWriting(KilledOnce):
+    """The teacher has seen the shard, nothing of it is stored."""
+
+    def save_teacher_vision(self) -> None:
+        self.die_once()
+        super().save_teacher_vision()
+
+
+class KilledBeforeCommitting(KilledOnce):
+    """The shard's folder is in place, its commit record is not."""
+
+    def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord:
+        create = self.targets.create
+        self.targets.create = lambda path, data: (self.die_once(), create(path, data))[1]  # type: ignore[method-assign]
+        try:
+            return super().__call__(shard, progress)
+        finally:
+            self.targets.create = create  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("worker", [KilledBeforeWriting, KilledBeforeCommitting])
+def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced_and_the_bytes_are_the_same(
+    worker: type[KilledOnce], tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", worker)
+    counting = Counting()
+    store = tmp_path / "store"
+    report = run(tiny, store, counting=counting)
+    assert (tmp_path / "store.killed").exists()
+    assert report.samples == counting.total == counting.done == NUM_SAMPLES
+    assert same_targets(store, targets)
+
+
+class FailsOnShardTwo(ShardExtractor):
+    """One shard is poison; each attempt leaves a file."""
+
+    def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord:
+        if shard == 2:
+            progress(1)
+            attempts = Path(self.targets.url + ".attempts")
+            attempts.mkdir(exist_ok=True)
+            (attempts / str(len(list(attempts.iterdir())))).touch()
+            raise RuntimeError("this shard is poison")
+        return super().__call__(shard, progress)
+
+
+def test_a_shard_that_always_fails_is_reported_after_its_attempts_and_the_others_are_stored(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.extraction, "ShardExtractor", FailsOnShardTwo)
+        with pytest.raises(UserError, match=r"1 of \d+ shards could not be made(.|\n)*shard 2: .*this shard is poison"):
+            run(tiny, store, max_attempts=2)
+    assert len(list((tmp_path / "store.attempts").iterdir())) == 2
+    opened = TargetStore.open(store)
+    assert opened.commits.keys() == set(range(opened.manifest.num_shards)) - {2}
+    report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
+    assert "poison" in report.failures[2]
+    assert run(tiny, store).shards_made_now == 1
+    assert same_targets(store, targets)
+
+
+def test_a_worker_that_sees_another_teacher_than_the_driver_ends_the_run(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", OtherLength)
+    with pytest.raises(FingerprintMismatch, match=r"differs in: max_length\); give all machines the same files"):
+        run(tiny, tmp_path / "store")
+    assert not (tmp_path / "store/commits").exists()
+
+
+class OtherLength(ShardExtractor):
+    """A worker on a machine where things differ."""
+
+    def __init__(self, teacher: TeacherConfig, *arguments: Any) -> None:
+        super().__init__(teacher.model_copy(update={"max_length": 99}), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"max_length": 100}, "max_length: stored 1536, this run 100"),
+        ({"map_codec": "float16"}, "map_codec"),
+        ({"top_k": 8}, "top_k: stored 64, this run 8"),
+        ({"layers": (2, 3)}, "layers"),
+        ({"dtype": "bfloat16"}, 'dtype: stored "float32", this run "bfloat16"'),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_name_and_changes_nothing(
+    change: dict[str, Any], field: str, tiny: TinyWorld, targets: Path
+) -> None:
+    before = tree(targets)
+    with pytest.raises(FingerprintMismatch) as caught:
+        run(tiny, targets, **change)
+    assert field in str(caught.value)
+    assert tree(targets) == before
+
+
+def test_resuming_with_another_teacher_or_other_samples_is_refused_by_name_and_changes_nothing(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    before = tree(targets)
+    other = make_tiny_llava(tmp_path / "teacher", num_layers=8, seed=5)
+    with pytest.raises(FingerprintMismatch, match="teacher_weights: stored"):
+        run(tiny, targets, checkpoint=str(other))
+    data, images = make_llava_data(tmp_path / "data", 5, seed=9)
+    pack_samples(data, images, tmp_path / "samples", PackConfig())
+    with pytest.raises(FingerprintMismatch, match="samples: stored"):
+        run(tiny, targets, samples=tmp_path / "samples")
+    assert tree(targets) == before
+
+
+def test_too_long_conversations_are_in_the_ledger_and_fail_the_command_unless_allowed(
+    tiny: TinyWorld, tmp_path: Path
+) -> None:
+    data, images = make_llava_data(tmp_path / "data", 10)
+    records = json.loads(data.read_text())
+    records[0]["conversations"][0]["value"] = "<image>\n" + "What is this? " * 200
+    data.write_text(json.dumps(records))
+    pack_samples(data, images, tmp_path / "samples", PackConfig(max_samples_per_shard=5))
+    store = tmp_path / "store"
+    with pytest.raises(TooManySkipped, match=r"1 of 10 samples could not be used \(no_answer_within_max_length: 1\)"):
+        run(tiny, store, samples=tmp_path / "samples", max_length=128)
+    opened = TargetStore.open(store)
+    assert [(s.id, s.reason) for s in _ledger(opened)] == [("sample-000000", "no_answer_within_max_length")]
+    assert sum(commit.num_samples for commit in opened.commits.values()) == 9
+    before = tree(store, *LASTING)
+    report = run(tiny, store, samples=tmp_path / "samples", max_length=128, max_skipped_fraction=0.1)
+    assert (report.samples, report.skipped) == (9, {"no_answer_within_max_length": 1})
+    assert report.shards_made_now == 0
+    assert tree(store, *LASTING) == before
+    assert verify(store, tmp_path / "samples").ok
+
+
+def test_samples_for_which_the_teacher_gives_nan_are_in_the_ledger_and_all_others_are_stored(
+    tiny: TinyWorld, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny.teacher, teacher)
+    weights = load_file(teacher / "model.safetensors")
+    # Everything that goes through the adapter becomes NaN, samples without an image do not.
+    name = next(name for name in weights if name.endswith("multi_modal_projector.linear_2.bias"))
+    weights[name] = torch.full_like(weights[name], float("nan"))
+    save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    store = tmp_path / "store"
+    with pytest.raises(TooManySkipped, match="not_finite"):
+        run(tiny, store, checkpoint=str(teacher))
+    opened = TargetStore.open(store)
+    skipped = _ledger(opened)
+    text_only = NUM_SAMPLES // 5
+    assert {sample.reason for sample in skipped} == {"not_finite"}
+    assert len(skipped) == NUM_SAMPLES - text_only
+    assert sum(commit.num_samples for commit in opened.commits.values()) == text_only
+    assert verify(store, tiny.samples).ok
+
+
+def _ledger(store: TargetStore) -> list[SkippedSample]:
+    return [sample for commit in store.commits.values() for sample in commit.skipped]

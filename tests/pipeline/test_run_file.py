@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.run_file import RunFile, load_run_file, save_run_file, validated
+from stages.samples.pack import PackConfig
+from storage.errors import UserError
+
+YAML = """\
+samples: from-yaml
+output: out
+teacher:
+  checkpoint: teacher-from-yaml
+  max_length: 100
+train:
+  seed: 3
+  dft:
+    learning_rate: 1.0e-3
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(YAML)
+    return file
+
+
+def test_flags_win_over_set_and_set_wins_over_the_file(path: Path) -> None:
+    run = load_run_file(
+        path,
+        ["teacher.max_length=200", "train.seed=5", "samples=from-set", "extract.workers=4"],
+        {"samples": "from-flag", "teacher.checkpoint": None, "extract.workers": 2},
+    )
+    assert run.samples == "from-flag"
+    assert run.extract.workers == 2
+    assert run.train.seed == 5
+    assert run.output == "out"
+    assert run.teacher is not None
+    assert (run.teacher.checkpoint, run.teacher.max_length) == ("teacher-from-yaml", 200)
+    assert run.train.dft.learning_rate == 1e-3
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    assert load_run_file(None, [], {}) == RunFile()
+    assert load_run_file(None, [], {}).train.dft.batch_size == 128
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing yet\n")
+    assert load_run_file(tmp_path / "run.yaml", [], {}) == RunFile()
+
+
+def test_values_of_set_are_read_as_yaml() -> None:
+    run = load_run_file(
+        None, ["train.student_layers=[2, 3]", "train.dpt.max_steps=null", "teacher.checkpoint=a=b", "train.seed=7"], {}
+    )
+    assert run.train.student_layers == (2, 3)
+    assert run.train.dpt.max_steps is None
+    assert run.teacher is not None
+    assert run.teacher.checkpoint == "a=b"
+
+
+def test_a_saved_run_file_says_everything_and_loads_to_the_same_settings(path: Path, tmp_path: Path) -> None:
+    run = load_run_file(path, ["train.student_layers=[2, 3]", "teacher.layers=[2, 3, 4]"], {})
+    saved = tmp_path / "new" / "run.yaml"
+    save_run_file(run, saved)
+    assert load_run_file(saved, [], {}) == run
+    assert "microbatch_size: 8" in saved.read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.dft.lerning_rate=1", "train.dft.lerning_rate: Extra inputs are not permitted"),
+        ("nonsense=1", "nonsense: Extra inputs"),
+        ("train.seed=abc", "train.seed: .*integer.*found 'abc'"),
+        ("train.seed=-1", "train.seed: .*greater than or equal to 0"),
+        ("extract.workers=0", "extract.workers: .*greater than or equal to 1"),
+        ("train.dpt.trains=everything", "train.dpt.trains: .*'post_connector', 'lora' or 'full'"),
+        ("train=5", "train: "),
+        ("train.seed", "expected section.field=value"),
+        ("train.seed=[1", "--set train.seed=.* is not YAML"),
+        ("samples.folder=x", "samples is a value, not a section"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_that_names_it(setting: str, message: str, path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_run_file(path, [setting], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [unclosed", "is not YAML"),
+        ("- a\n- b\n", "holds a list, expected sections"),
+        ("train:\n  sed: 3\n", "train.sed: Extra inputs are not permitted"),
+        ("!!python/object/apply:os.system ['echo']", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_message_that_names_it(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_run_file(file, [], {})
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_run_file(tmp_path / "none.yaml", [], {})
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_run_file(tmp_path / "binary.yaml", [], {})
+
+
+def test_settings_of_other_models_are_checked_the_same_way() -> None:
+    assert validated(PackConfig, {"max_skipped_fraction": 0.5}, "the flags").max_skipped_fraction == 0.5
+    with pytest.raises(UserError, match=r"the flags:\n  max_skipped_fraction: .*less than or equal to 1 \(found 2.0\)"):
+        validated(PackConfig, {"max_skipped_fraction": 2.0}, "the flags")

@@ -1,0 +1,206 @@
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.run_file import RunFile, load_run_file
+from pipeline.training import STAGES, last_student, train
+from stages.student.config import StageName
+from stages.student.objective import DistillationObjective
+from stages.student.training import StageReport, StepProgress
+from storage.errors import FingerprintMismatch, UserError
+from tests.conftest import TinyWorld
+from tests.pipeline.processes import cdp, kill_when, start_cdp, tree
+
+SETTINGS = (
+    "train.microbatch_size=4",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+    "train.lora={rank: 4, alpha: 8, dropout: 0.1}",
+    "train.dpt={batch_size: 4, max_steps: 5}",
+    "train.dft={batch_size: 8, epochs: 2, max_steps: 5, learning_rate: 1.0e-3}",
+    "train.sft={batch_size: 8, max_steps: 3}",
+)
+"""A few steps of each stage; dft crosses an epoch's end and accumulates."""
+
+
+def run_file(tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> RunFile:
+    places = {"samples": tiny.samples, "targets": targets, "student": tiny.student_lm, "output": output}
+    return load_run_file(None, [*SETTINGS, *settings], {name: str(place) for name, place in places.items()})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all three stages in one go."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(run_file(tiny, targets, output), STAGES)
+    return output
+
+
+def same_students(found: Path, expected: Path) -> bool:
+    """Whether all stages ended with the same files, weights included, to the bit."""
+    return all(
+        tree(found / stage / "student").keys() == tree(expected / stage / "student").keys()
+        and weights(found / stage) == weights(expected / stage)
+        for stage in STAGES
+    )
+
+
+def weights(stage: Path) -> bytes:
+    return (stage / "student" / "model.safetensors").read_bytes()
+
+
+def test_each_stage_leaves_a_student_metrics_a_report_and_the_resolved_run_file(
+    undisturbed: Path, tiny: TinyWorld, targets: Path
+) -> None:
+    for stage in STAGES:
+        report = StageReport.model_validate_json((undisturbed / stage / "report.json").read_text())
+        lines = (undisturbed / stage / "metrics.jsonl").read_text().splitlines()
+        assert report.steps == len(lines) > 0
+        assert json.loads(lines[-1])["step"] == report.steps
+        assert (undisturbed / stage / "student" / "config.json").is_file()
+    assert load_run_file(undisturbed / "run.yaml", [], {}) == run_file(tiny, targets, undisturbed)
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert list(summary) == list(STAGES)
+    assert "attention" in summary["dft"]["losses"]
+    assert "kd" not in summary["sft"]["losses"]
+    assert last_student(undisturbed) == undisturbed / "sft" / "student"
+
+
+def test_the_teachers_eyes_stay_as_they_were_and_each_stage_trains_what_it_says(
+    undisturbed: Path, targets: Path
+) -> None:
+    eyes = load_file(targets / "teacher" / "model.safetensors")
+    dpt, dft, sft = (load_file(undisturbed / stage / "student" / "model.safetensors") for stage in STAGES)
+    for student in (dpt, dft, sft):
+        assert eyes.keys() <= student.keys()
+        assert all(torch.equal(student[name], eyes[name]) for name in eyes)
+    changed = {name for name in dpt if not torch.equal(dpt[name], dft[name])}
+    assert any("language_model.layers" in name for name in changed)
+    assert all("language_model.layers" in name or "post_connector" in name for name in changed)
+
+
+def test_finished_stages_are_not_trained_again(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    steps: list[object] = []
+    reports = train(run_file(tiny, targets, output), STAGES, lambda *step: steps.append(step))
+    assert steps == []
+    assert [report.stage for report in reports] == list(STAGES)
+    assert {stage: tree(output / stage) for stage in STAGES} == {stage: tree(undisturbed / stage) for stage in STAGES}
+
+
+class Stopped(Exception):
+    """The test's own interruption."""
+
+
+def stop_at(stage: StageName, step: int) -> Callable[[StageName, StepProgress], None]:
+    def progress(name: StageName, done: StepProgress) -> None:
+        if (name, done.step) == (stage, step):
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize(("stage", "step"), [("dpt", 1), ("dpt", 3), ("dft", 1), ("dft", 4)])
+def test_a_stopped_stage_goes_on_to_the_same_weights(
+    stage: StageName, step: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run")
+    with pytest.raises(Stopped):
+        train(run, STAGES, stop_at(stage, step))
+    # Whatever drew random numbers since must not matter.
+    torch.rand(17)
+    first: dict[str, int] = {}
+    train(run, STAGES, lambda name, done: first.setdefault(name, done.step))
+    assert first[stage] == step // 2 * 2 + 1
+    assert same_students(tmp_path / "run", undisturbed)
+
+
+def test_stages_one_by_one_end_with_the_same_weights(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run")
+    for stage in STAGES:
+        train(run, [stage])
+    assert same_students(tmp_path / "run", undisturbed)
+
+
+def test_bookkeeping_may_change_between_a_stop_and_its_resume(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(run_file(tiny, targets, output), STAGES, stop_at("dpt", 3))
+    train(run_file(tiny, targets, output, "train.checkpoint_every=1", "train.keep_checkpoints=5"), STAGES)
+    assert same_students(output, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [("train.dpt.learning_rate=0.5", "dpt.learning_rate"), ("train.seed=9", "seed"), ("train.lora.rank=2", "lora")],
+)
+def test_going_on_with_other_settings_is_refused_by_name_and_changes_nothing(
+    setting: str, field: str, tiny: TinyWorld, targets: Path, undisturbed: Path
+) -> None:
+    before = tree(undisturbed)
+    with pytest.raises(FingerprintMismatch, match=rf"differs in: {field}\)"):
+        train(run_file(tiny, targets, undisturbed, setting), STAGES)
+    assert tree(undisturbed) == before
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = DistillationObjective.forward
+
+    def broken(self: DistillationObjective, batch: Any, totals: Any) -> Any:
+        loss, terms = forward(self, batch, totals)
+        return loss * float("nan"), terms
+
+    monkeypatch.setattr(DistillationObjective, "forward", broken)
+    with pytest.raises(UserError, match=r"loss is nan at step 1; the batch holds samples \d{9}, \d{9}, \d{9}, \d{9}\."):
+        train(run_file(tiny, targets, tmp_path / "run"), ["dpt"])
+
+
+def test_a_huge_learning_rate_ends_in_a_message_not_in_a_student(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run", "train.dpt.learning_rate=1.0e+38", "train.dpt.max_steps=6")
+    with pytest.raises(UserError, match="Lower the learning rate"):
+        train(run, ["dpt"])
+    assert not (tmp_path / "run/dpt/student").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_killed_at_any_moment_of_a_stage_ends_with_the_same_weights(
+    stage: StageName, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    places = ("--samples", tiny.samples, "--targets", targets, "--student", tiny.student_lm, "--output", output)
+    command = ("train-student", *places, *(word for setting in SETTINGS for word in ("--set", setting)))
+    wanted = random.Random(stage).randint(1, 3)
+
+    def reached() -> bool:
+        metrics = output / stage / "metrics.jsonl"
+        return metrics.is_file() and metrics.read_text().count("\n") >= wanted
+
+    kill_when(start_cdp(*command), reached)
+    done = cdp(*command)
+    assert done.code == 0, done.err
+    assert same_students(output, undisturbed)
