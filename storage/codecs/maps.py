@@ -3,8 +3,7 @@
 Letters: L layers, N image tokens, E stored entries of one map (`triangle.py`).
 
 The cosine loss averages hundreds of entries of each key, so cheap values do no harm; which entries count as
-sinks must be exact, and is stored apart (`sinks.py`). Values above the cap are sinks: cutting them changes
-nothing.
+sinks must be exact, and is stored apart (`sinks.py`). Values above the cap are sinks in almost any window.
 """
 
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ class MapCodecConfig(BaseModel):
     1e-4."""
     causal: bool = True
     """Store the lower triangle only; False for models whose image tokens attend in both directions."""
-    cap_sigmas: float = Field(default=3.0, gt=0, allow_inf_nan=False)
-    """sqrt8 only: values are cut at mean + cap_sigmas * std of their map. Below 1, kept entries would be cut
-    too."""
+    cap_factor: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    """sqrt8 only: values are cut at this many times the sink threshold (mean + std) of their map. 1 would be too
+    low: a window averages several layers, and one of them may lie above its threshold where the mean does not."""
 
     @property
     def bits(self) -> int:
@@ -63,7 +62,7 @@ def encode_maps(config: MapCodecConfig, maps_LNN: Tensor) -> EncodedMaps:
     """Code the maps of one image.
 
     float16 keeps a value A within max(A * 2**-11, 2**-25). sqrt8 stores round(255 * sqrt(min(A, cap) /
-    cap)) with cap = min(max A, mean + cap_sigmas * std) of each map over its whole square; below the cap
+    cap)) with cap = min(max A, cap_factor * (mean + std)) of each map over its whole square; below the cap
     the error is at most cap * (2 * sqrt(A / cap) * r + r * r) with r = 0.5 / 255, so never more than
     0.00393 cap.
 
@@ -85,7 +84,7 @@ def encode_maps(config: MapCodecConfig, maps_LNN: Tensor) -> EncodedMaps:
         caps_L = torch.ones(len(maps_LNN), dtype=torch.float32, device=maps_LNN.device)
         return EncodedMaps(entries_LE.half(), caps_L)
     mean_L, std_L = map_mean_std(maps_LNN)
-    limit_L = (mean_L + config.cap_sigmas * std_L).float()
+    limit_L = (config.cap_factor * (mean_L + std_L)).float()
     largest_L = entries_LE.amax(-1) if entries_LE.shape[-1] else torch.zeros_like(limit_L)
     caps_L = torch.minimum(largest_L, limit_L)
     # A map of zeros has cap 0; any divisor gives the code 0.

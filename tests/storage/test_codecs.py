@@ -71,10 +71,10 @@ def test_decoded_maps_are_within_the_stated_bound(config, num_tokens):
     assert bool(((decoded - exact).abs() <= bound).all())
 
 
-def test_the_cap_is_mean_plus_three_deviations_of_the_whole_square():
+def test_the_cap_is_three_times_the_sink_threshold_of_the_whole_square():
     maps = random_maps(3, 40, seed=1)
     flat = maps.double().flatten(1)
-    limit = flat.mean(1) + 3 * flat.std(1, correction=1)
+    limit = 3 * (flat.mean(1) + flat.std(1, correction=1))
     caps = encode_maps(MapCodecConfig(name="sqrt8"), maps).caps_L
     assert torch.allclose(caps.double(), limit.minimum(flat.amax(1)), rtol=1e-6)
     assert bool((flat.amax(1) > limit).any())
