@@ -28,6 +28,8 @@ from storage.targets.layout import ARRAYS
 
 _Array = np.ndarray[Any, Any]
 _Result = TypeVar("_Result")
+READ_WHOLE_BYTES = 8 * 2**20
+"""A read costs about a millisecond before the first byte; for arrays this small that is more than all their bytes."""
 _LARGE = {spec.name for spec in ARRAYS if spec.sharded}
 
 
@@ -91,6 +93,7 @@ class TargetShard:
             if spec.name not in _LARGE
         }
         self._check_lengths()
+        self._whole: dict[str, _Array] = {}
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -186,6 +189,11 @@ class TargetShard:
         return slice(start, stop)
 
     def _large(self, name: str, selection: Any) -> _Array:
+        """Rows of a large array; one that is small in this shard is read whole the first time it is needed."""
+        if name not in self._whole and self._arrays[name].nbytes <= READ_WHOLE_BYTES:
+            self._whole[name] = self._guarded(name, self._reading(name, ...))
+        if name in self._whole:
+            return np.array(self._whole[name][selection], order="C")
         return self._guarded(name, self._reading(name, selection))
 
     def _reading(self, name: str, selection: Any) -> Callable[[], _Array]:
