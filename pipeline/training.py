@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 
 from pipeline.run_file import RunFile, save_run_file
 from stages.student.config import StageName
-from stages.student.training import StageReport, StageRun, StepProgress, train_stage
+from stages.student.training import StageReport, StageRun, StepProgress, check_output, train_stage
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.targets import TargetStore
@@ -34,26 +35,20 @@ def train(
     decoder = _given(run.student, "--student")
     # Said outright, or Accelerate would run torchrun's processes on a machine without a GPU side by side, unjoined.
     accelerator = Accelerator(mixed_precision=run.train.precision, cpu=not torch.cuda.is_available())
+    runs = {name: _stage_run(run, name, decoder, output) for name in STAGES if name in stages}
+    # All of them before anything is written: a refusal changes nothing.
+    for stage in runs.values():
+        check_output(stage)
     if accelerator.is_main_process:
         save_run_file(run, output / "run.yaml")
     reports = []
     initial: Path | None = None
     for name in STAGES:
-        folder = output / name
-        if name in stages:
-            config = run.train.stage(name)
-            stage = StageRun(
-                name=name,
-                config=run.train,
-                decoder=decoder,
-                initial=initial,
-                samples=open_store(config.samples or _given(run.samples, "--samples")),
-                targets=TargetStore.open(config.targets or _given(run.targets, "--targets")),
-                output=folder,
-            )
+        if name in runs:
+            stage = replace(runs[name], initial=initial)
             reports.append(train_stage(stage, accelerator, _for_stage(progress, name)))
-        if (folder / "report.json").is_file():
-            initial = folder / "student"
+        if (output / name / "report.json").is_file():
+            initial = output / name / "student"
     if accelerator.is_main_process:
         summary = {report.stage: report.model_dump() for report in reports}
         open_store(output).write("summary.json", json.dumps(summary, indent=1).encode())
@@ -66,6 +61,19 @@ def last_student(output: Path) -> Path:
         if (output / name / "report.json").is_file():
             return output / name / "student"
     raise UserError(f"{output} holds no finished stage; run `cdp train-student --output {output}`")
+
+
+def _stage_run(run: RunFile, name: StageName, decoder: str, output: Path) -> StageRun:
+    config = run.train.stage(name)
+    return StageRun(
+        name=name,
+        config=run.train,
+        decoder=decoder,
+        initial=None,
+        samples=open_store(config.samples or _given(run.samples, "--samples")),
+        targets=TargetStore.open(config.targets or _given(run.targets, "--targets")),
+        output=output / name,
+    )
 
 
 def _given(value: str | None, flag: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from storage.errors import FingerprintMismatch, UserError
 from storage.stores import Store, open_store
 from storage.stream import StreamConfig, num_steps, shard_sizes, target_stream
 from storage.targets import TargetStore
+
+STAGE_FILE = "stage.json"
 
 
 class StageReport(BaseModel):
@@ -100,7 +102,10 @@ def train_stage(
     report_path = run.output / "report.json"
     if report_path.is_file():
         return StageReport.model_validate_json(report_path.read_text())
-    return _StageLoop(run, accelerator, progress).run()
+    with torch.random.fork_rng(devices=[]):
+        # Dropout draws from torch's own generator; seeded, it draws the same whatever ran before in this process.
+        torch.manual_seed(run.config.seed)
+        return _StageLoop(run, accelerator, progress).run()
 
 
 class _StageLoop:
@@ -155,34 +160,33 @@ class _StageLoop:
     def run(self) -> StageReport:
         """Trains to the last step and saves the student."""
         run, config = self.run_config, self.run_config.config
-        log = MetricsLog(run.output, enabled=self.accelerator.is_main_process)
         recent: list[dict[str, float]] = []
         waited = 0.0
         self.student.train()
         started = time.perf_counter() - self.position.seconds
         batches = self._batches()
-        while self.position.step < self.num_steps:
-            before = time.perf_counter()
-            group = self._next_group(batches)
-            waited += time.perf_counter() - before
-            losses = self._step(group)
-            self._advance(time.perf_counter() - started)
-            recent = [*recent, losses][-max(1, self.num_steps // 10) :]
-            step = self.position.step
-            if step % config.log_every == 0 or step == self.num_steps:
-                log.write(step, {**losses, "samples": self.position.samples, "seconds": self.position.seconds})
-            if self.progress is not None:
-                self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
-            if step % config.checkpoint_every == 0 and step < self.num_steps and self.accelerator.is_main_process:
-                save_checkpoint(
-                    self.checkpoints,
-                    self.position,
-                    self.student,
-                    self.optimizer,
-                    self.scheduler,
-                    config.keep_checkpoints,
-                )
-        log.close()
+        with closing(MetricsLog(run.output, enabled=self.accelerator.is_main_process)) as log:
+            while self.position.step < self.num_steps:
+                before = time.perf_counter()
+                group = self._next_group(batches)
+                waited += time.perf_counter() - before
+                losses = self._step(group)
+                self._advance(time.perf_counter() - started)
+                recent = [*recent, losses][-max(1, self.num_steps // 10) :]
+                step = self.position.step
+                if step % config.log_every == 0 or step == self.num_steps:
+                    log.write(step, {**losses, "samples": self.position.samples, "seconds": self.position.seconds})
+                if self.progress is not None:
+                    self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
+                if step % config.checkpoint_every == 0 and step < self.num_steps and self.accelerator.is_main_process:
+                    save_checkpoint(
+                        self.checkpoints,
+                        self.position,
+                        self.student,
+                        self.optimizer,
+                        self.scheduler,
+                        config.keep_checkpoints,
+                    )
         return self._finish(recent, waited)
 
     def _batches(self) -> Iterator[Batch]:
@@ -202,7 +206,14 @@ class _StageLoop:
                 with_maps=with_maps,
             )
             # Not prepared by accelerate, which would deal the stream out a second time.
-            yield from DataLoader(stream, batch_size=None, collate_fn=self.collator, num_workers=run.config.num_workers)
+            yield from DataLoader(
+                stream,
+                batch_size=None,
+                collate_fn=self.collator,
+                num_workers=run.config.num_workers,
+                # Without its own it draws from the generator of dropout, once more after each resume.
+                generator=torch.Generator().manual_seed(run.config.seed),
+            )
             start = 0
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -226,20 +237,21 @@ class _StageLoop:
             total_loss += loss.detach()
             for name, value in shares.items():
                 terms[name] = terms.get(name, torch.zeros_like(value)) + value
-        if not bool(torch.isfinite(total_loss)):
-            keys = ", ".join(key for batch in group for key in batch.keys)
-            raise UserError(
-                f"the loss is {total_loss.item()} at step {self.position.step + 1}; the batch holds samples {keys}. "
-                "Lower the learning rate, or look at these samples"
-            )
         norm = self.accelerator.clip_grad_norm_(self.trained, self.run_config.config.max_grad_norm)
+        assert norm is not None
+        for name, value in (("loss", total_loss), ("gradient", norm)):
+            if not bool(torch.isfinite(value)):
+                keys = ", ".join(key for batch in group for key in batch.keys)
+                raise UserError(
+                    f"the {name} is {value.item()} at step {self.position.step + 1}; the batch holds samples {keys}. "
+                    "Lower the learning rate, or look at these samples"
+                )
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         summed = self.accelerator.reduce(torch.stack([total_loss, *terms.values()]), reduction="sum").tolist()
         names = ["loss", *terms]
-        assert norm is not None
         return {**dict(zip(names, summed, strict=True)), "learning_rate": rate, "grad_norm": float(norm)}
 
     def _totals(self, group: list[Batch]) -> BatchTotals:
@@ -298,21 +310,16 @@ def _load(run: StageRun, teacher_folder: Path) -> Student:
     return build_student(teacher_folder, run.decoder, run.config.seed)
 
 
-def _claim_output(run: StageRun) -> None:
-    """Writes what the stage is, or compares it with what the folder was begun with."""
-    settings = run.config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | set(HARMLESS_ON_RESUME))
-    stage: dict[str, Any] = {
-        "stage": run.name,
-        "settings": settings,
-        **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json").items()},
-        "decoder": run.decoder,
-        "targets": run.targets.manifest.fingerprint.digest,
-    }
+def check_output(run: StageRun) -> None:
+    """Compares what the stage is with what its folder was begun with; changes nothing.
+
+    Raises:
+        FingerprintMismatch: the folder was begun with other settings; names them.
+    """
     store = open_store(run.output)
-    if not store.exists("stage.json"):
-        store.write("stage.json", json.dumps(stage, indent=1).encode())
+    if not store.exists(STAGE_FILE):
         return
-    found = json.loads(store.read("stage.json"))
+    stage, found = _description(run), json.loads(store.read(STAGE_FILE))
     flat_found, flat_wanted = ({**s, **s["settings"]} for s in (found, stage))
     differing = [k for k in flat_wanted if k != "settings" and flat_found.get(k) != flat_wanted[k]]
     if differing:
@@ -320,3 +327,21 @@ def _claim_output(run: StageRun) -> None:
             f"{run.output} was begun with other settings (differs in: {', '.join(sorted(differing))}); "
             "train into a new folder, or use the settings of its run.yaml to resume"
         )
+
+
+def _claim_output(run: StageRun) -> None:
+    check_output(run)
+    store = open_store(run.output)
+    if not store.exists(STAGE_FILE):
+        store.write(STAGE_FILE, json.dumps(_description(run), indent=1).encode())
+
+
+def _description(run: StageRun) -> dict[str, Any]:
+    """All that decides the weights a stage ends with."""
+    return {
+        "stage": run.name,
+        "settings": run.config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | set(HARMLESS_ON_RESUME)),
+        **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json").items()},
+        "decoder": run.decoder,
+        "targets": run.targets.manifest.fingerprint.digest,
+    }
