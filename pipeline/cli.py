@@ -177,17 +177,23 @@ def compare_attention(
     targets: TargetsOption = None,
     limit: Annotated[int, typer.Option(help="Samples to compare on.", min=1)] = 64,
     report: Annotated[Path | None, typer.Option(help="Where to save the numbers as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Where to save an HTML page with pictures.")] = None,
 ) -> None:
-    """How alike a student's visual attention is to the teacher's cached maps, layer by layer."""
-    from pipeline.evaluation import compare_with_targets
+    """How alike a student's visual attention is to the teacher's cached maps: numbers and pictures."""
+    from pipeline.evaluation import compare_with_targets, gaze_pictures
+    from pipeline.page import render_page
     from pipeline.progress import bars
-    from pipeline.tables import print_similarity
+    from pipeline.tables import print_similarity, similarity_table
 
     with bars() as progress:
         result = compare_with_targets(model, _need(samples, "--samples"), _need(targets, "--targets"), limit, progress)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(result.model_dump_json(indent=1))
+    if page is not None:
+        pictures = gaze_pictures({Path(model).name: model}, str(samples), str(targets), count=8)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(render_page(f"Attention of {model}", [similarity_table(result)], pictures), encoding="utf-8")
     print_similarity(result)
 
 

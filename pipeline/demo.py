@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
 
 import examples.scenes
 from examples.scenes.dataset import write_dataset
-from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
+from pipeline.evaluation import compare_with_targets, evaluate_checkpoint, gaze_pictures
 from pipeline.extraction import extract
+from pipeline.page import PageTable, render_page
 from pipeline.progress import ExtractionBar, add_bar, bars
 from pipeline.run_file import RunFile, load_run_file
-from pipeline.tables import TrainingBars, output
+from pipeline.tables import TrainingBars, output, print_page_table
 from pipeline.training import train
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
@@ -33,6 +33,7 @@ TEACHER, STUDENT_LM = SCENES / "teacher", SCENES / "student_lm"
 STUDENTS = ("sft", "logits", "compodistill")
 STAGES: tuple[StageName, ...] = ("dpt", "dft")
 COMPARED_SAMPLES = 256
+PICTURES = 8
 
 
 class DemoConfig(BaseModel):
@@ -132,7 +133,15 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
         students=students,
     )
     open_store(folder).write("report.json", report.model_dump_json(indent=1).encode())
-    _print(report, stored)
+    models = {name: str(folder / "students" / name) for name in config.students}
+    pictures = gaze_pictures(models, str(samples), str(targets), PICTURES)
+    table = accuracy_table(report)
+    page = render_page("cdp demo: what attention distillation did", [table], pictures)
+    open_store(folder).write("report.html", page.encode())
+    print_page_table(table)
+    for line in summary_lines(report, stored):
+        output.print(line)
+    output.print(f"pictures: {folder / 'report.html'}")
     return report
 
 
@@ -174,28 +183,30 @@ def _student_run(folder: Path, name: str, config: DemoConfig) -> RunFile:
     return load_run_file(SCENES / "students" / f"{name}.yaml", [], flags)
 
 
-def _print(report: DemoReport, stored: StoreSummary) -> None:
+def accuracy_table(report: DemoReport) -> PageTable:
+    """Accuracy of each kind, models side by side, then what else differs between them."""
     models = {"teacher": report.teacher} | {name: s.evaluation for name, s in report.students.items()}
-    table = Table(title="accuracy on held-out caption pairs, in percent; a guess is right in 50")
-    table.add_column("")
-    for name in models:
-        table.add_column(name, justify="right")
-    for kind in report.teacher.kinds:
-        table.add_row(kind, *(f"{100 * model.kinds[kind].accuracy:.1f}" for model in models.values()))
-    table.add_row("average", *(f"{100 * model.average:.1f}" for model in models.values()), style="bold")
-    table.add_section()
-    similarities = (f"{student.similarity:.3f}" for student in report.students.values())
-    table.add_row("attention similarity", "1.000", *similarities)
-    table.add_row("training, s", "", *(f"{student.seconds:.0f}" for student in report.students.values()))
-    output.print(table)
-    low, high = report.teacher.kinds[next(iter(report.teacher.kinds))].interval_95
-    pairs = report.config.num_pairs
-    output.print(
-        f"{pairs} pairs a kind: a 95 % interval of one kind is up to {100 * (high - low):.0f} points wide or more"
-    )
-    output.print(
-        f"targets: {stored.num_samples:,} samples, {stored.num_maps:,} maps, {report.target_bytes / 1e6:.1f} MB "
-        f"({report.raw_bytes / report.target_bytes:.1f} times smaller than raw fp16)"
-    )
+    students = report.students.values()
+    rows = [
+        [kind, *(f"{100 * model.kinds[kind].accuracy:.1f}" for model in models.values())]
+        for kind in report.teacher.kinds
+    ]
+    rows += [
+        ["average", *(f"{100 * model.average:.1f}" for model in models.values())],
+        ["attention similarity", "1.000", *(f"{student.similarity:.3f}" for student in students)],
+        ["training, seconds", "", *(f"{student.seconds:.0f}" for student in students)],
+    ]
+    title = f"accuracy on {report.config.num_pairs} held-out caption pairs a kind, in percent (guessing: 50)"
+    return PageTable(title, ["", *models], rows)
+
+
+def summary_lines(report: DemoReport, stored: StoreSummary) -> list[str]:
+    """Size of the targets, time of each part."""
     parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report.seconds.items())
-    output.print(f"seconds: {parts}; {sum(report.seconds.values()):.0f} in all")
+    return [
+        (
+            f"targets: {stored.num_samples:,} samples, {stored.num_maps:,} maps, {report.target_bytes / 1e6:.1f} MB "
+            f"({report.raw_bytes / report.target_bytes:.1f} times smaller than raw fp16)"
+        ),
+        f"seconds: {parts}; {sum(report.seconds.values()):.0f} in all",
+    ]

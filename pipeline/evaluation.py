@@ -1,29 +1,37 @@
 """Evaluating checkpoints: finding the model, scoring it, comparing its attention with cached targets."""
 
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from pipeline.page import PageSample
 from pipeline.progress import add_bar
 from pipeline.training import STAGES, last_student
 from stages.attention import enable_capture
 from stages.checkpoints import resolve_checkpoint
 from stages.evaluation.evaluate import evaluate_pairs
 from stages.evaluation.pairs import load_pairs
+from stages.evaluation.pictures import enlarged, gaze, overlay
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity, attention_similarity
+from stages.images import decode_image
 from stages.student.batches import Collator
-from stages.student.build import is_student, load_processor, load_student
-from stages.student.matching import match_layers
+from stages.student.build import Student, is_student, load_processor, load_student
+from stages.student.matching import LayerMatching, match_layers
 from stages.student.modeling_compodistill import register
 from storage.errors import UserError
 from storage.stores import open_store
-from storage.stream import StreamConfig, target_stream
+from storage.stream import StreamConfig, StreamedSample, target_stream
 from storage.targets import TargetStore
 
 BATCH_SIZE = 16
@@ -62,18 +70,84 @@ def evaluate_checkpoint(
     return evaluate_pairs(loaded, processor, suite, config, lambda amount: progress.advance(bar, amount))
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """A student ready to be compared with a store's maps."""
+
+    student: Student
+    matching: LayerMatching
+    collator: Collator
+
+
 def compare_with_targets(model: str, samples: str, targets: str, limit: int, progress: Progress) -> AttentionSimilarity:
     """Compares a student's attention with the cached maps of the first `limit` samples of a store."""
+    store = TargetStore.open(targets)
+    compared = _open_student(model, store)
+    loader = DataLoader(_stream(samples, store, limit), batch_size=None, collate_fn=compared.collator)
+    batches = islice(loader, -(-limit // BATCH_SIZE))
+    bar = add_bar(progress, f"compare {Path(model).name}", limit)
+    return attention_similarity(
+        compared.student, batches, compared.matching, lambda amount: progress.advance(bar, amount)
+    )
+
+
+def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[PageSample]:
+    """The first `count` images of a store: each image, where the teacher looked, where each student looks.
+
+    Args:
+        models: shown name to student checkpoint or training run.
+        samples: sample shards.
+        targets: target store.
+        count: images at most; those whose tokens form no square grid are left out.
+    """
+    store = TargetStore.open(targets)
+    with closing(iter(_stream(samples, store, 8 * count))) as stream:
+        shown = _distinct_images([sample for batch in islice(stream, 8 * count) for sample in batch], count)
+    if not shown:
+        return []
+    images = [decode_image(sample.images[0]) for sample in shown]
+    pictures: list[list[tuple[str, Image.Image | None]]] = [[("image", enlarged(image))] for image in images]
+    for name, model in models.items():
+        compared = _open_student(model, store)
+        seen = gaze(
+            compared.student, compared.collator(shown).to(compared.student.device, torch.float32), compared.matching
+        )
+        for row, image in enumerate(images):
+            n = int(seen.num_tokens_B[row])
+            if len(pictures[row]) == 1:
+                pictures[row].append(("teacher", overlay(image, seen.teacher_BN[row, :n])))
+            pictures[row].append((name, overlay(image, seen.student_BN[row, :n])))
+    return [
+        PageSample(_first_turns(sample), [(name, picture) for name, picture in row if picture is not None])
+        for sample, row in zip(shown, pictures, strict=True)
+    ]
+
+
+def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     if not is_student(folder):
         raise UserError(f"{folder} is no student of this project; its maps cannot be matched with the teacher's")
     student = load_student(folder)
     enable_capture(student)
-    store = TargetStore.open(targets)
-    matching, _ = match_layers(student.config.text_config.num_hidden_layers, store.manifest.fingerprint)
-    collator = Collator(load_processor(folder), student.config.image_token_id, student.config.text_config.vocab_size)
+    text_config = student.config.text_config
+    matching, _ = match_layers(text_config.num_hidden_layers, store.manifest.fingerprint)
+    collator = Collator(load_processor(folder), student.config.image_token_id, text_config.vocab_size)
+    return _Compared(student, matching, collator)
+
+
+def _stream(samples: str, store: TargetStore, limit: int) -> Any:
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=min(BATCH_SIZE, limit))
-    stream = target_stream(open_store(samples), store, config, rank=0, world_size=1, epoch=0)
-    batches = islice(DataLoader(stream, batch_size=None, collate_fn=collator), -(-limit // config.batch_size))
-    bar = add_bar(progress, f"compare {Path(model).name}", limit)
-    return attention_similarity(student, batches, matching, lambda amount: progress.advance(bar, amount))
+    return target_stream(open_store(samples), store, config, rank=0, world_size=1, epoch=0)
+
+
+def _distinct_images(streamed: list[StreamedSample], count: int) -> list[StreamedSample]:
+    found: dict[bytes, StreamedSample] = {}
+    for sample in streamed:
+        if len(sample.images) == 1 and sample.maps is not None:
+            found.setdefault(sample.images[0], sample)
+    return list(found.values())[:count]
+
+
+def _first_turns(sample: StreamedSample) -> str:
+    question, answer = (turn["value"] for turn in sample.record["conversations"][:2])
+    return f"{question.replace('<image>', '').strip()} {answer}"

@@ -9,6 +9,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from pipeline.extraction import ExtractionReport
+from pipeline.page import PageTable
 from pipeline.progress import add_bar, is_main_process
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.similarity import AttentionSimilarity
@@ -113,17 +114,33 @@ def print_evaluation(reports: Mapping[str, EvaluationReport]) -> None:
     output.print(table)
 
 
-def print_similarity(result: AttentionSimilarity) -> None:
-    """A line for each matched pair of layers."""
-    table = Table(title=f"attention similarity over {result.num_samples} samples")
-    for column in ("student layer", "teacher layers", "similarity", "alignment loss"):
-        table.add_column(column, justify="right")
-    rows = zip(result.student_layers, result.windows, result.similarity, result.alignment_loss, strict=True)
-    for layer, window, similarity, loss in rows:
-        table.add_row(str(layer), ", ".join(map(str, window)), f"{similarity:.3f}", f"{loss:.4f}")
-    table.add_section()
-    table.add_row("mean", "", f"{result.mean:.3f}", "", style="bold")
+def similarity_table(result: AttentionSimilarity) -> PageTable:
+    """A line for each matched pair of layers, and their mean."""
+    pairs = zip(result.student_layers, result.windows, result.similarity, result.alignment_loss, strict=True)
+    rows = [
+        [str(layer), ", ".join(map(str, window)), f"{similarity:.3f}", f"{loss:.4f}"]
+        for layer, window, similarity, loss in pairs
+    ]
+    return PageTable(
+        f"attention similarity over {result.num_samples} samples",
+        ["student layer", "teacher layers", "similarity", "alignment loss"],
+        [*rows, ["average", "", f"{result.mean:.3f}", ""]],
+    )
+
+
+def print_page_table(content: PageTable) -> None:
+    """The same table on the terminal."""
+    table = Table(title=content.title)
+    for number, name in enumerate(content.header):
+        table.add_column(escape(name), justify="right" if number else "left")
+    for row in content.rows:
+        table.add_row(*map(escape, row), style="bold" if row[0] == "average" else None)
     output.print(table)
+
+
+def print_similarity(result: AttentionSimilarity) -> None:
+    """How alike student and teacher look."""
+    print_page_table(similarity_table(result))
 
 
 def print_store_summary(summary: StoreSummary) -> None:
