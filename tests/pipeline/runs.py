@@ -1,0 +1,22 @@
+"""One tiny training run that several tests start, stop and compare."""
+
+from pathlib import Path
+
+from pipeline.run_file import RunFile, load_run_file
+from tests.conftest import TinyWorld
+
+SETTINGS = (
+    "train.microbatch_size=4",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+    "train.lora={rank: 4, alpha: 8, dropout: 0.1}",
+    "train.dpt={batch_size: 4, max_steps: 5}",
+    "train.dft={batch_size: 8, epochs: 2, max_steps: 5, learning_rate: 1.0e-3}",
+    "train.sft={batch_size: 8, max_steps: 3}",
+)
+"""A few steps of each stage; dft crosses an epoch's end and accumulates."""
+
+
+def run_file(tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> RunFile:
+    places = {"samples": tiny.samples, "targets": targets, "student": tiny.student_lm, "output": output}
+    return load_run_file(None, [*SETTINGS, *settings], {name: str(place) for name, place in places.items()})
