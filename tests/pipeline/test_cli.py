@@ -151,6 +151,8 @@ def test_verify_ends_with_1_and_names_the_flipped_byte(
     assert "map_codes" in ended.out.replace("\n", "")
 
 
+TRAIN = "train-student --samples {samples} --targets {targets} --student {lm} --output {new}"
+
 MISTAKES = {
     "pack: fraction above 1": (
         "pack-samples {data} {images} {new} --max-skipped-fraction 2",
@@ -218,11 +220,11 @@ MISTAKES = {
         "{images}",
     ),
     "train: batches that do not divide": (
-        "train-student --samples {samples} --targets {targets} --student {lm} --output {new} --set train.dpt.batch_size=9",
+        TRAIN + " --set train.dpt.batch_size=9",
         "no multiple of microbatch_size",
     ),
     "train: layers the student lacks": (
-        "train-student --samples {samples} --targets {targets} --student {lm} --output {new} --set train.student_layers=[9]",
+        TRAIN + " --set train.student_layers=[9]",
         "layer",
     ),
     "train: negative seed": ("train-student --set train.seed=-1", "train.seed"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.run_file import RunFile, load_run_file
+from pipeline.run_file import load_run_file
 from pipeline.training import STAGES, last_student, train
 from stages.student.config import StageName
 from stages.student.objective import DistillationObjective
@@ -17,36 +17,12 @@ from stages.student.training import StageReport, StepProgress
 from storage.errors import FingerprintMismatch, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp, kill_when, start_cdp, tree
-
-SETTINGS = (
-    "train.microbatch_size=4",
-    "train.checkpoint_every=2",
-    "train.log_every=1",
-    "train.lora={rank: 4, alpha: 8, dropout: 0.1}",
-    "train.dpt={batch_size: 4, max_steps: 5}",
-    "train.dft={batch_size: 8, epochs: 2, max_steps: 5, learning_rate: 1.0e-3}",
-    "train.sft={batch_size: 8, max_steps: 3}",
-)
-"""A few steps of each stage; dft crosses an epoch's end and accumulates."""
-
-
-def run_file(tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> RunFile:
-    places = {"samples": tiny.samples, "targets": targets, "student": tiny.student_lm, "output": output}
-    return load_run_file(None, [*SETTINGS, *settings], {name: str(place) for name, place in places.items()})
+from tests.pipeline.runs import SETTINGS, run_file
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of all three stages in one go."""
-    torch.set_num_threads(1)
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(run_file(tiny, targets, output), STAGES)
-    return output
 
 
 def same_students(found: Path, expected: Path) -> bool:
