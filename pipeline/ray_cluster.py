@@ -6,6 +6,7 @@ The only file that imports ray. It knows nothing of what a task is.
 import contextlib
 import logging
 import queue
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ Work = Callable[[int, Callable[[int], None]], Any]
 """A worker's work on one task: gets the task's number and a function to report progress with."""
 
 POLL_S = 0.2
+CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Cluste
         if address is None:
             options |= {"num_cpus": num_cpus, "include_dashboard": False, "address": "local"}
         else:
+            _check_reachable(address)
             options["address"] = address
         try:
             ray.init(**options)
@@ -67,6 +70,17 @@ def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Cluste
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes where nothing listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
 
 
 def run_tasks(

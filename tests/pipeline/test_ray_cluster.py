@@ -153,3 +153,10 @@ def test_connecting_inside_a_connected_process_uses_its_cluster_and_leaves_it_ru
     with connect(None) as cluster:
         assert (cluster.cpus, cluster.gpus) == (2, 0)
     assert ray.is_initialized()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_nothing_listens_is_one_message_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(UserError, match=f"no Ray cluster at {address}: .*; check --ray-address"), connect(address):
+        pass
