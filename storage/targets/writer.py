@@ -4,7 +4,7 @@ Letters as in `layout.py`.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from storage.codecs.sinks import packed_mask_bytes
+from storage.errors import CorruptData
 from storage.manifest import Manifest
 from storage.records import MapTargets, SampleTargets, SkippedSample
 from storage.stores import Store
@@ -67,19 +68,34 @@ def write_shard(
         arrays = {**_sample_arrays(manifest, samples), **_map_arrays(manifest, maps)}
         attributes = {"shard": index, "sample_shard": sample_shard_name, **counts}
         write_group(staged, arrays, {"compodistill": attributes})
+        files = measure_files(staged)
+        _check_whole(files, arrays)
         record = CommitRecord.build(
             shard=index,
             sample_shard=sample_shard_name,
             **counts,
             num_referenced_tokens=sum(sizes),
             num_referenced_squares=sum(size * size for size in sizes),
-            files=measure_files(staged),
+            files=files,
             skipped=tuple(skipped),
             fingerprint=manifest.fingerprint.digest,
         )
         return publish(store, Path(staged), record)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _check_whole(files: Mapping[str, object], arrays: Mapping[str, _Array]) -> None:
+    """Another driver's clean-up may have removed the staging folder while it was written."""
+    with_data = {path.split("/")[0] for path in files if "/c/" in path}
+    lost = [
+        name for name, a in arrays.items() if f"{name}/zarr.json" not in files or (a.size and name not in with_data)
+    ]
+    if lost or "zarr.json" not in files:
+        raise CorruptData(
+            f"the staged shard lost {lost or 'its group'} while it was written, as when a second extraction starts on "
+            "the same store and cleans up; run one driver at a time"
+        )
 
 
 def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict[str, _Array]:

@@ -367,3 +367,23 @@ def test_targets_that_contradict_themselves_are_not_written(tmp_path, what, mess
     with pytest.raises(ValueError, match=message):
         write_shard(store, 0, manifest(), "samples-000000.tar", samples, maps, [])
     assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("lost", ["map_codes", "map_codes/c", "zarr.json"])
+def test_a_shard_whose_staging_was_cleaned_by_another_driver_is_not_committed(tmp_path, monkeypatch, lost):
+    from storage.targets import writer
+
+    def measure_after_cleaning(folder):
+        path = folder / lost
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return measured(folder)
+
+    measured = writer.measure_files
+    monkeypatch.setattr(writer, "measure_files", measure_after_cleaning)
+    store = open_store(tmp_path)
+    made_for = manifest()
+    create_or_check(store, made_for)
+    samples, maps = shard_content(made_for, ["a", "b", "c"], sizes=(9,))
+    with pytest.raises(CorruptData, match="second extraction"):
+        write_shard(store, 0, made_for, "samples-000000.tar", samples, maps, [])
+    assert not TargetStore.open(tmp_path).commits
