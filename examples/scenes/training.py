@@ -54,13 +54,13 @@ class Optimizers:
             ),
         ]  # fmt: skip
 
-    def step(self, number: int, progress: float) -> None:
+    def step(self, number: int, progress: float, lr_scale: float = 1.0) -> None:
         """Take step `number`, at `progress` in 0..1 of the stage, and clear the gradients."""
         c = self.schedule
         factor = min(1.0, (number + 1) / c.warmup_steps, max(0.01, (1 - progress) / (1 - c.decay_from)))
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = factor * group["scale"] * optimizer.defaults["lr"]
+                group["lr"] = lr_scale * factor * group["scale"] * optimizer.defaults["lr"]
                 nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
