@@ -211,10 +211,17 @@ class _StageLoop:
                 batch_size=None,
                 collate_fn=self.collator,
                 num_workers=run.config.num_workers,
+                multiprocessing_context=self._worker_context(),
                 # Without its own it draws from the generator of dropout, once more after each resume.
                 generator=torch.Generator().manual_seed(run.config.seed),
             )
             start = 0
+
+    def _worker_context(self) -> str | None:
+        """Object stores cannot be used in a forked worker once this process has opened one."""
+        run = self.run_config
+        remote = "://" in run.samples.url or "://" in run.targets.store.url
+        return "spawn" if remote and run.config.num_workers else None
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
         """The microbatches of one optimizer step; fewer at an epoch's end."""
