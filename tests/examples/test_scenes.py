@@ -168,9 +168,7 @@ def test_digit_drawings_of_training_and_evaluation_are_disjoint() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equal_arguments_write_equal_bytes_and_another_seed_others(
-    tmp_path: Path, variant: world.Variant
-) -> None:
+def test_equal_arguments_write_equal_bytes_and_another_seed_others(tmp_path: Path, variant: world.Variant) -> None:
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         write_dataset(tmp_path / name, num_images=20, seed=seed, variant=variant, num_pairs=4)
     one, two, other = (digest(tmp_path / name) for name in ("one", "two", "other"))
@@ -314,7 +312,7 @@ def test_the_bundled_teacher_is_a_small_stock_llava(teacher: tuple) -> None:
     assert chat.tokenizer.get_vocab() == processor.build_tokenizer().get_vocab()
 
 
-@pytest.mark.parametrize(("variant", "floor"), [("shapes", 0.9), ("digits", 0.75)])
+@pytest.mark.parametrize(("variant", "floor"), [("shapes", 0.8), ("digits", 0.8)])
 def test_the_bundled_teacher_tells_captions_from_hard_negatives(
     teacher: tuple, variant: world.Variant, floor: float
 ) -> None:
@@ -342,9 +340,7 @@ def test_the_bundled_student_language_model_shares_the_teachers_vocabulary() -> 
     assert 2 * model.config.hidden_size == teacher_config["text_config"]["hidden_size"]
     assert tokenizer.get_vocab() == processor.build_tokenizer().get_vocab()
     fresh = build_student_lm(seed=0)
-    ids = tokenizer(
-        "USER: Describe the image. ASSISTANT: a red circle left of a blue square<eos>", return_tensors="pt"
-    )
+    ids = tokenizer("USER: Describe the image. ASSISTANT: a red circle left of a blue square<eos>", return_tensors="pt")
     with torch.inference_mode():
         trained, untrained = (m.float()(**ids, labels=ids["input_ids"]).loss for m in (model, fresh))
     assert trained < 0.5 * untrained
