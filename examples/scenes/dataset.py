@@ -27,10 +27,10 @@ from examples.scenes.world import Thing, Variant, generator, sample_scenes
 _CHUNK = 500
 _DATASET_STAGE = 3  # 0 to 2 are the stages of the teacher's own training
 _TEXT_ONLY_SHARE = 0.03
-_MULTI_TURN_SHARE = 0.35
+_MAX_TURNS = 8
 _MIX: dict[QuestionKind, float] = {
-    "caption": 3, "choice": 2, "direction": 1.5, "relation": 1.5, "neighbour": 1.5,
-    "attribute": 1, "presence": 1, "place": 0.7, "count": 0.5,
+    "attribute": 3, "place": 3, "direction": 2, "caption": 2, "neighbour": 1, "presence": 0.5, "relation": 0.5,
+    "count": 0.5,
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def write_dataset(
             _write_image(out / name, pixels[index])
             captions.append(_sample(f"caption-{number:06d}", [ask_caption(rng, things)], name))
             for part in range(1 + int(rng.integers(0, 3))):  # two conversations an image on average
-                num_turns = 2 + int(rng.integers(0, 2)) if rng.random() < _MULTI_TURN_SHARE else 1
+                num_turns = 1 + int(rng.integers(0, _MAX_TURNS))
                 exchanges = draw_exchanges(rng, things, variant, num_turns)
                 instructions.append(_sample(f"{number:06d}-{part}", exchanges, name))
     rng = generator(seed, TRAIN_STREAM, _DATASET_STAGE, 2)
