@@ -44,7 +44,7 @@ class Scoring(StrEnum):
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for all that the demo makes.")] = Path("demo"),
-    images: Annotated[int, typer.Option(help="Training images; fewer is faster and teaches less.")] = 1200,
+    images: Annotated[int, typer.Option(help="Training images; fewer is faster and teaches less.")] = 1500,
     steps: Annotated[int | None, typer.Option(help="Steps of each student's longest stage.")] = None,
     variant: Annotated[str, typer.Option(help="shapes, or digits: handwritten digits instead.")] = "shapes",
 ) -> None:

@@ -339,8 +339,16 @@ def check_output(run: StageRun) -> None:
 def _claim_output(run: StageRun) -> None:
     check_output(run)
     store = open_store(run.output)
+    start = run.initial.parent.name if run.initial is not None else "decoder"
     if not store.exists(STAGE_FILE):
-        store.write(STAGE_FILE, json.dumps(_description(run), indent=1).encode())
+        store.write(STAGE_FILE, json.dumps({**_description(run), "starts_from": start}, indent=1).encode())
+    begun_from = json.loads(store.read(STAGE_FILE))["starts_from"]
+    if begun_from != start:
+        # A checkpoint holds what was trained only; on another base it would be another student.
+        raise FingerprintMismatch(
+            f"{run.output} was begun from {begun_from}, now it would start from {start}, a stage trained since; "
+            "train it in a new folder"
+        )
 
 
 def _description(run: StageRun) -> dict[str, Any]:

@@ -341,7 +341,7 @@ def test_the_bundled_student_language_model_shares_the_teachers_vocabulary() -> 
     assert 2 * model.config.hidden_size == teacher_config["text_config"]["hidden_size"]
     assert tokenizer.get_vocab() == processor.build_tokenizer().get_vocab()
     fresh = build_student_lm(seed=0)
-    ids = tokenizer("USER: Describe the image. ASSISTANT: a red circle left of a blue square<eos>", return_tensors="pt")
+    ids = tokenizer("a red circle left of a blue square<eos>", return_tensors="pt")
     with torch.inference_mode():
         trained, untrained = (m.float()(**ids, labels=ids["input_ids"]).loss for m in (model, fresh))
     assert trained < 0.5 * untrained

@@ -117,6 +117,15 @@ def test_stages_one_by_one_end_with_the_same_weights(
     assert same_students(tmp_path / "run", undisturbed)
 
 
+def test_a_stage_does_not_go_on_from_another_start(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    run = run_file(tiny, targets, tmp_path / "run")
+    with pytest.raises(Stopped):
+        train(run, ["dft"], stop_at("dft", 3))
+    train(run, ["dpt"])
+    with pytest.raises(FingerprintMismatch, match="begun from decoder, now it would start from dpt"):
+        train(run, ["dft"])
+
+
 def test_bookkeeping_may_change_between_a_stop_and_its_resume(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
