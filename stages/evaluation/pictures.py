@@ -46,14 +46,7 @@ def gaze(student: Student, batch: Batch, matching: LayerMatching) -> Gaze:
     student.eval()
     capture = capture_for(batch, matching.student_layers, student.device)
     student.model(**batch.inputs, capture=capture, use_cache=False)
-    targets = decode_windows(
-        batch.maps,
-        matching.codec,
-        matching.captured_layers,
-        matching.windows,
-        stored_masks=matching.stored_masks,
-        device=student.device,
-    )
+    targets = decode_windows(batch.maps, matching, student.device)
     counts_B = targets.num_tokens_B
     own = [capture.maps[layer] for layer in matching.student_layers]
     student_BN = torch.stack([pool_keys(m, below_sink_threshold(m, counts_B) & (m > 0)) for m in own]).mean(0)

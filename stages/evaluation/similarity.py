@@ -62,14 +62,7 @@ def attention_similarity(
         if batch.num_with_image:
             capture = capture_for(batch, matching.student_layers, device)
             student.model(**batch.inputs, capture=capture, use_cache=False)
-            targets = decode_windows(
-                batch.maps,
-                matching.codec,
-                matching.captured_layers,
-                matching.windows,
-                stored_masks=matching.stored_masks,
-                device=device,
-            )
+            targets = decode_windows(batch.maps, matching, device)
             has_image_B = targets.num_tokens_B > 0
             for w, layer in enumerate(matching.student_layers):
                 maps = capture.maps[layer], targets.maps_WBNN[w], targets.keep_WBNN[w], targets.num_tokens_B

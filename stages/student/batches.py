@@ -13,8 +13,9 @@ from transformers import ProcessorMixin
 from stages.attention import AttentionCapture
 from stages.images import decode_image
 from stages.layers import window_means
+from stages.student.matching import LayerMatching
 from storage.codecs.answer_logits import AnswerLogits
-from storage.codecs.maps import MapCodecConfig, decode_maps
+from storage.codecs.maps import decode_maps
 from storage.codecs.sinks import sink_keep_mask, unpack_mask
 from storage.errors import UserError
 from storage.stream import StreamedSample
@@ -136,39 +137,30 @@ class WindowTargets:
     num_tokens_B: Tensor
 
 
-def decode_windows(
-    maps: Sequence[MapTargets | None],
-    codec: MapCodecConfig,
-    layers: Sequence[int],
-    windows: Sequence[Sequence[int]],
-    *,
-    stored_masks: bool,
-    device: torch.device,
-) -> WindowTargets:
+def decode_windows(maps: Sequence[MapTargets | None], matching: LayerMatching, device: torch.device) -> WindowTargets:
     """Decodes stored maps on `device` and averages them into the windows.
 
     Args:
         maps: stored maps of each sample; None gives zeros.
-        codec: how they were coded.
-        layers: the captured layers, in stored order.
-        windows: teacher layers of each matched student layer.
-        stored_masks: whether the stored sink masks belong to `windows`; else they are made from the decoded maps.
+        matching: windows, codec, and whether the stored sink masks belong to these windows; where they do not, masks
+            are made from the decoded maps.
         device: where to decode.
     """
     counts = [0 if m is None else m.num_tokens for m in maps]
     width = max(counts, default=0)
-    maps_WBNN = torch.zeros(len(windows), len(maps), width, width, device=device)
+    maps_WBNN = torch.zeros(len(matching.windows), len(maps), width, width, device=device)
     keep_WBNN = torch.zeros(maps_WBNN.shape, dtype=torch.bool, device=device)
     for row, stored in enumerate(maps):
         if stored is None:
             continue
         n = stored.num_tokens
-        decoded_LNN = decode_maps(codec, stored.codes_LE.to(device), stored.caps_L.to(device), n)
-        windows_WNN = window_means(decoded_LNN, layers, windows)
+        decoded_LNN = decode_maps(matching.codec, stored.codes_LE.to(device), stored.caps_L.to(device), n)
+        windows_WNN = window_means(decoded_LNN, matching.captured_layers, matching.windows)
         maps_WBNN[:, row, :n, :n] = windows_WNN
-        keep_WBNN[:, row, :n, :n] = (
-            unpack_mask(stored.keep_masks.to(device), n, codec.causal) if stored_masks else sink_keep_mask(windows_WNN)
-        )
+        if matching.stored_masks:
+            keep_WBNN[:, row, :n, :n] = unpack_mask(stored.keep_masks.to(device), n, matching.codec.causal)
+        else:
+            keep_WBNN[:, row, :n, :n] = sink_keep_mask(windows_WNN)
     return WindowTargets(maps_WBNN, keep_WBNN, torch.tensor(counts, device=device))
 
 

@@ -38,9 +38,12 @@ class DistillationObjective(nn.Module):
         Summed over all microbatches of the global batch the shares give: LM and KD as means over answer rows,
         attention as the sum over matched layers, mean over the samples with an image.
         """
+        if not batch.keys:
+            return self._nothing(batch.answer_R.device)
         device = batch.answer_R.device
-        align = self.matching is not None and self.weights["attention"] > 0 and batch.num_with_image > 0
-        capture = capture_for(batch, self.matching.student_layers, device) if align and self.matching else None
+        matching = self.matching if self.weights["attention"] > 0 else None
+        align = matching is not None and batch.num_with_image > 0
+        capture = capture_for(batch, matching.student_layers, device) if matching is not None and align else None
         hidden_BTd = self.student.model(**batch.inputs, capture=capture, use_cache=False).last_hidden_state
         # Vocabulary logits at answer rows only: image and question positions predict nothing that is scored.
         logits_RV = self.student.lm_head(hidden_BTd[batch.row_index_R, batch.row_position_R])
@@ -49,21 +52,22 @@ class DistillationObjective(nn.Module):
         terms = {"lm": next_token_loss(logits_RV, batch.answer_R).sum() / rows}
         if self.weights["kd"] > 0:
             terms["kd"] = stored_logit_distillation_loss(logits_RV, batch.logits).sum() / rows
-        if capture is not None and self.matching is not None:
-            matching = self.matching
-            targets = decode_windows(
-                batch.maps,
-                matching.codec,
-                matching.captured_layers,
-                matching.windows,
-                stored_masks=matching.stored_masks,
-                device=device,
-            )
+        if matching is not None:
+            # There also for a batch of text alone: all ranks sum up the same terms.
+            terms["attention"] = torch.zeros((), device=device)
+        if matching is not None and capture is not None:
+            targets = decode_windows(batch.maps, matching, device)
             student_maps = [capture.maps[layer] for layer in matching.student_layers]
             loss_B = alignment_loss_B(student_maps, targets)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         return loss, {name: value.detach() for name, value in terms.items()}
+
+    def _nothing(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """A rank without a share of the last step still takes part in it, with zero gradients."""
+        names = [name for name, weight in self.weights.items() if name == "lm" or weight > 0]
+        loss = torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
+        return loss, {name: torch.zeros((), device=device) for name in names}
 
 
 def alignment_loss_B(student_maps: list[Tensor], targets: WindowTargets) -> Tensor:

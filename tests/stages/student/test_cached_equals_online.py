@@ -229,3 +229,21 @@ def test_targets_do_not_depend_on_the_batch_size_but_for_rounding(data: TinyData
             assert (left_maps is None) == (right_maps is None)
             if left_maps is not None and right_maps is not None:
                 torch.testing.assert_close(left_maps.codes_LE, right_maps.codes_LE, atol=1e-4, rtol=1e-3)
+
+
+def test_batches_of_text_alone_and_of_nothing_name_the_same_terms(data: TinyData, store16: TargetStore) -> None:
+    student = new_student(data, store16)
+    enable_capture(student)
+    matching, _ = match_layers(6, store16.manifest.fingerprint, num_matched=3)
+    collator = Collator(load_processor(store16.store.local("teacher")), student.config.image_token_id, 10_000)
+    objective = DistillationObjective(student, DistilledFinetuning(), matching)
+    samples = streamed(data, store16)
+    text = [sample for sample in samples if not sample.images]
+    names = []
+    for part in (samples[:4], text, []):
+        loss, terms = objective(collator(part), BatchTotals(50, 5))
+        loss.backward()
+        names.append(list(terms))
+        assert bool(torch.isfinite(loss))
+    assert names[0] == names[1] == names[2] == ["lm", "kd", "attention"]
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients(student).values())
