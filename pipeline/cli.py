@@ -228,12 +228,22 @@ def verify(
         raise typer.Exit(1)
 
 
+_EXTRA_OF = {"ray": "ray", "obstore": "s3", "sklearn": "examples"}
+"""Optional packages and the extra of the project that installs them."""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, an interruption says how to go on."""
     try:
         app()
     except UserError as error:
         _say(f"error: {error}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        _say(f"error: this needs {error.name}, which is not installed; pip install 'compodistill[{extra}]'")
         sys.exit(2)
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to go on from here")

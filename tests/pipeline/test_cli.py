@@ -303,3 +303,17 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tmp_path: Path) -> N
     assert ended.out == ""
     assert ended.err.startswith("error: ")
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("sklearn", "examples")])
+def test_a_missing_optional_package_is_named_with_its_extra(
+    package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_package() -> None:
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+
+    monkeypatch.setattr(cli, "app", without_package)
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main()
+    assert exit_code.value.code == 2
+    assert f"compodistill[{extra}]" in capsys.readouterr().err
