@@ -17,7 +17,7 @@ from pipeline.page import PageSample
 from pipeline.progress import add_bar
 from pipeline.training import STAGES, last_student
 from stages.attention import enable_capture
-from stages.checkpoints import resolve_checkpoint
+from stages.checkpoints import hide_loading_bars, resolve_checkpoint
 from stages.evaluation.evaluate import evaluate_pairs
 from stages.evaluation.pairs import load_pairs
 from stages.evaluation.pictures import enlarged, gaze, overlay
@@ -47,6 +47,7 @@ def find_checkpoint(model: str) -> Path:
 
 def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A teacher or a student with its processor, on the GPU when there is one."""
+    hide_loading_bars()
     register()
     folder = find_checkpoint(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +128,7 @@ def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     if not is_student(folder):
         raise UserError(f"{folder} is no student of this project; its maps cannot be matched with the teacher's")
+    hide_loading_bars()
     student = load_student(folder)
     enable_capture(student)
     text_config = student.config.text_config

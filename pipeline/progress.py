@@ -17,7 +17,6 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 is_main_process = os.environ.get("RANK", "0") == "0"
 """False in all but one of the processes that torchrun or accelerate starts: those stay silent."""
@@ -48,8 +47,6 @@ def bars() -> Iterator[Progress]:
         # Last, because a narrow terminal cuts it.
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    # transformers draws bars of its own for each checkpoint it reads, through these.
-    transformers_logging.disable_progress_bar()
     with Progress(*columns, console=console, expand=True) as progress:
         yield progress
 

@@ -1,22 +1,28 @@
 """What the commands print: reports as tables."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from pipeline.extraction import ExtractionReport
 from pipeline.page import PageTable
 from pipeline.progress import add_bar, is_main_process
-from stages.evaluation.report import EvaluationReport
-from stages.evaluation.similarity import AttentionSimilarity
-from stages.samples.pack import PackReport
-from stages.student.training import StageReport, StepProgress
-from storage.inspect import StoreSummary
-from storage.verify import VerifyReport
+
+if TYPE_CHECKING:
+    # Only named here: `cdp inspect` need not load what trains students.
+    from pipeline.extraction import ExtractionReport
+    from stages.evaluation.report import EvaluationReport
+    from stages.evaluation.similarity import AttentionSimilarity
+    from stages.samples.pack import PackReport
+    from stages.student.training import StageReport, StepProgress
+    from storage.inspect import StoreSummary
+    from storage.verify import VerifyReport
 
 output = Console(quiet=not is_main_process)
 """Results, on standard output."""

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.run_file import RunFile, save_run_file
+from stages.checkpoints import hide_loading_bars
 from stages.student.config import StageName
 from stages.student.training import StageReport, StageRun, StepProgress, check_output, train_stage
 from storage.errors import UserError
@@ -31,6 +32,7 @@ def train(
     Raises:
         UserError: a missing place, or what `train_stage` raises.
     """
+    hide_loading_bars()
     output = Path(_given(run.output, "--output"))
     decoder = _given(run.student, "--student")
     # Said outright, or Accelerate would run torchrun's processes on a machine without a GPU side by side, unjoined.

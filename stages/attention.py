@@ -39,19 +39,17 @@ class AttentionCapture:
     maps: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.num_tokens_B = torch.tensor([len(p) for p in self.positions])
-        width = int(self.num_tokens_B.max()) if len(self.positions) else 0
+        width = max(map(len, self.positions), default=0)
         self.positions_BN = torch.zeros(len(self.positions), width, dtype=torch.long)
         for row, positions in enumerate(self.positions):
             self.positions_BN[row, : len(positions)] = positions
-        self.valid_BN = torch.arange(width) < self.num_tokens_B[:, None]
+        self.valid_BN = torch.arange(width) < torch.tensor([len(p) for p in self.positions])[:, None]
         self.num_keys = int(self.positions_BN.max()) + 1 if width else 0
 
     def to(self, device: torch.device) -> "AttentionCapture":
         """Moves the index tensors, so that the forward pass copies nothing."""
         self.positions_BN = self.positions_BN.to(device)
         self.valid_BN = self.valid_BN.to(device)
-        self.num_tokens_B = self.num_tokens_B.to(device)
         return self
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from storage.errors import UserError
 
@@ -33,6 +34,11 @@ def resolve_checkpoint(name: str | Path) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no *.safetensors weights; pickled weights are not loaded, convert them first")
     return folder
+
+
+def hide_loading_bars() -> None:
+    """Transformers draws a bar for each checkpoint it reads, through those of the command."""
+    transformers_logging.disable_progress_bar()
 
 
 def weights_digest(folder: Path) -> str:

@@ -51,7 +51,6 @@ def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[in
         raise UserError(
             f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with "
             f"{sum(sizes.values())} samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
-            + ("" if allow_incomplete else ", or set stream.allow_incomplete")
         )
     return sizes
 

@@ -79,7 +79,6 @@ class Collator:
         processor: the teacher's; only its image half is used, the tokens are the stored ones.
         image_token_id: the placeholder's id.
         vocab_size: the student's; ids past it cannot be embedded.
-        with_images: False leaves pixels and maps out.
     """
 
     def __init__(self, processor: ProcessorMixin, image_token_id: int, vocab_size: int) -> None:
