@@ -1,5 +1,10 @@
 """The errors a user can cause or meet; the command line prints them without a traceback."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something the user can mend: the message says what was found, what was expected and what to do."""
@@ -13,5 +18,38 @@ class CorruptData(UserError):
     """Stored bytes are missing or differ from what was committed."""
 
 
+class StoreUnavailable(UserError):
+    """A disk or an object store refused or did not answer: nothing is known of the bytes it holds."""
+
+
 class TooManySkipped(UserError):
     """More samples were unusable than `max_skipped_fraction` allows; the ledger names each and why."""
+
+
+_TO_DO = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EFBIG: "use a file system, or a limit, that allows larger files",
+    errno.EACCES: "give this user access to it",
+    errno.EPERM: "give this user access to it",
+    errno.EROFS: "mount it writable, or choose another folder",
+}
+
+
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """A full disk, a lost permission or a read-only mount inside the block becomes an error that names the file.
+
+    Raises:
+        StoreUnavailable: Instead of these; any other OSError is left as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (hint := _TO_DO.get(error.errno or 0)) is None:
+            raise
+        # A failing write names no file itself.
+        raise StoreUnavailable(
+            f"{error.filename or path}: {error.strerror}; {hint}, then run the same command again "
+            "(nothing half-written counts)"
+        ) from error

@@ -10,6 +10,8 @@ from storage.targets import CommitRecord, TargetStore
 
 _HALF_BYTES = 2
 """Raw sizes are those of 16-bit floats."""
+_MAP_ARRAYS = ("map_", "window_")
+"""What the names of arrays of maps begin with."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class StoreSummary:
     """Stored maps, each of all captured layers."""
     num_map_references: int
     """Samples with a map: without sharing, so many would be stored."""
+    map_bytes: int
+    """On disk, of all arrays of maps."""
+    sharing_ratio: float
+    """Entries of the maps of every sample over those stored; 1 where no image comes twice after the same tokens."""
     array_bytes: dict[str, int]
     """Array name -> bytes on disk, its metadata included; `(group)` is the groups' own."""
     total_bytes: int
@@ -44,8 +50,22 @@ class StoreSummary:
     @property
     def ratio(self) -> float:
         """Raw squares and logits over what is stored; 0 for an empty store."""
-        raw = self.raw_square_bytes + self.raw_logit_bytes
-        return raw / self.total_bytes if self.total_bytes else 0.0
+        return _over(self.raw_square_bytes + self.raw_logit_bytes, self.total_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What the maps would take more if each sample had its own, at the stored maps' bytes an entry."""
+        return round(self.map_bytes * (self.sharing_ratio - 1))
+
+    @property
+    def map_square_ratio(self) -> float:
+        """Raw squares over the stored maps; 0 without any."""
+        return _over(self.raw_square_bytes, self.map_bytes if self.num_maps else 0)
+
+    @property
+    def map_triangle_ratio(self) -> float:
+        """Raw triangles over the stored maps; 0 without any."""
+        return _over(self.raw_triangle_bytes, self.map_bytes if self.num_maps else 0)
 
 
 def summarize(targets_url: str | Path) -> StoreSummary:
@@ -69,6 +89,13 @@ def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> Sto
     num_layers = len(manifest.fingerprint.layers)
     squares = sum(record.num_referenced_squares for record in records)
     tokens = sum(record.num_referenced_tokens for record in records)
+    stored_squares = sum(record.num_map_squares for record in records)
+    # N(N+1)/2 entries of a causal map.
+    if manifest.fingerprint.map_codec.causal:
+        entries = (squares + tokens) // 2
+        stored_entries = (stored_squares + sum(record.num_map_tokens for record in records)) // 2
+    else:
+        entries, stored_entries = squares, stored_squares
     num_answer_rows = sum(record.num_answer_rows for record in records)
     return StoreSummary(
         url=url,
@@ -81,12 +108,17 @@ def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> Sto
         skipped_by_reason=dict(sorted(reasons.items())),
         num_maps=sum(record.num_maps for record in records),
         num_map_references=sum(record.num_map_references for record in records),
+        map_bytes=sum(size for name, size in array_bytes.items() if name.startswith(_MAP_ARRAYS)),
+        sharing_ratio=entries / stored_entries if stored_entries else 1.0,
         array_bytes=dict(sorted(array_bytes.items())),
         total_bytes=array_bytes.total(),
         raw_square_bytes=squares * num_layers * _HALF_BYTES,
-        # N(N+1)/2 entries a map.
         raw_triangle_bytes=(squares + tokens) // 2 * num_layers * _HALF_BYTES,
         raw_logit_bytes=num_answer_rows * manifest.vocab_size * _HALF_BYTES,
         fingerprint_digest=manifest.fingerprint.digest,
         fingerprint=manifest.fingerprint.model_dump(mode="json"),
     )
+
+
+def _over(raw: int, stored: int) -> float:
+    return raw / stored if stored else 0.0

@@ -1,18 +1,21 @@
 """What a target store was made from, and the refusal to mix it with anything else."""
 
-import json
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from storage.codecs.answer_logits import LogitCodecConfig
 from storage.codecs.maps import MapCodecConfig
-from storage.digests import canonical_json, digest_of
+from storage.digests import canonical_json, check_canonical, digest_of, parse_json
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.stores import Store
 
 MANIFEST_PATH = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the target store's layout; `FORMAT.md` has a paragraph for each."""
+
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""Largest manifest that is read; a model's config and a chat template have kilobytes."""
 
 _SHOWN_CHARS = 60
 
@@ -35,11 +38,11 @@ class Fingerprint(BaseModel):
     layers: tuple[int, ...]
     """Captured teacher layers, counted from 0, in stored order."""
     windows: tuple[tuple[int, ...], ...]
-    """Teacher layers of each standard window; the order of the stored sink masks."""
+    """Teacher layers of each standard window, in stored order."""
     map_codec: MapCodecConfig
     """How attention maps are coded."""
-    top_k: int = Field(ge=1)
-    """Kept log-probabilities of each answer row."""
+    logit_codec: LogitCodecConfig
+    """How answer rows are coded."""
     dtype: str
     """The teacher's compute type, such as `bfloat16`."""
     max_length: int = Field(ge=1)
@@ -72,22 +75,24 @@ class Manifest(BaseModel):
     """What the targets were made from."""
     num_layers: int = Field(ge=1)
     """Decoder layers of the teacher, captured or not."""
-    vocab_size: int = Field(ge=1)
-    """Width of the teacher's logits."""
     hidden_size: int = Field(ge=1)
     """Width of the teacher's decoder, which the adapter writes."""
     num_shards: int = Field(ge=0)
     """Sample shards, and so target shards when extraction is complete."""
 
     @property
-    def num_kept(self) -> int:
-        """K: log-probabilities stored for each answer row."""
-        return min(self.fingerprint.top_k, self.vocab_size)
+    def vocab_size(self) -> int:
+        """Width of the teacher's logits."""
+        return self.fingerprint.logit_codec.vocab_size
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of all fields; commit records name it, so none of them can be changed later."""
+        return digest_of(self.model_dump(mode="json"))
 
     def to_bytes(self) -> bytes:
         """The file's bytes: canonical JSON with a digest of all else."""
-        fields = self.model_dump(mode="json")
-        return canonical_json({**fields, "digest": digest_of(fields)})
+        return canonical_json({**self.model_dump(mode="json"), "digest": self.digest})
 
     @classmethod
     def load(cls, store: Store) -> Self:
@@ -99,7 +104,7 @@ class Manifest(BaseModel):
         """
         where = f"{store.url}/{MANIFEST_PATH}"
         try:
-            data = store.read(MANIFEST_PATH)
+            data = store.read(MANIFEST_PATH, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             raise UserError(
                 f"{where} does not exist: {store.url} is no target store; run `cdp extract-teacher`"
@@ -118,24 +123,33 @@ class Manifest(BaseModel):
         return manifest
 
 
-def parse_record(data: bytes, where: str, format_version: int) -> dict[str, Any]:
+def parse_record(data: bytes, where: str, format_version: int, *, canonical: bool = True) -> dict[str, Any]:
     """The fields of a stored JSON record, once its format version is known to be ours.
 
     Raises:
-        CorruptData: If it is no JSON object with a format version.
+        CorruptData: If it is no JSON object with a format version, or not `canonical` as it should be.
         UserError: If the version is another one.
     """
-    try:
-        fields = json.loads(data)
-    except ValueError as error:
-        raise CorruptData(f"{where} is not JSON ({error}); restore it or run `cdp verify`") from error
+    fields = parse_json(data, where)
     if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
         raise CorruptData(f"{where} has no format_version; restore it or run `cdp verify`")
     found = fields["format_version"]
     if found != format_version:
+        digests = (_digest_without(fields, "digest"), _digest_without(fields, "digest", "path"))
+        if canonical and "digest" in fields and fields["digest"] not in digests:
+            raise CorruptData(f"{where} is damaged: its digest is not that of its content; restore it")
         todo = "upgrade compodistill" if found > format_version else "make it again with this version"
         raise UserError(f"{where} has format version {found}, this version reads {format_version}; {todo}")
+    if canonical:
+        check_canonical(fields, data, where)
     return fields
+
+
+def _digest_without(fields: dict[str, Any], *names: str) -> str:
+    try:
+        return digest_of({key: value for key, value in fields.items() if key not in names})
+    except (ValueError, RecursionError):
+        return ""
 
 
 def create_or_check(store: Store, manifest: Manifest) -> None:

@@ -1,14 +1,15 @@
 """What the teacher said of one sample, in memory.
 
 Apart from `storage.targets`, so that whoever makes or uses these needs neither zarr nor webdataset.
-Letters: T tokens, L captured layers, E stored entries of one map, W windows.
+Letters: T tokens, R answer rows, B bytes of a record.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from storage.codecs.answer_logits import AnswerLogits
+from storage.codecs.maps import EncodedMaps
+from storage.codecs.windows import EncodedWindows
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class SampleTargets:
     """bool [T]: the token itself belongs to an answer; position t - 1 predicts it."""
     map_row: int | None
     """Which maps of the shard are this sample's; None without an image."""
-    logits: AnswerLogits
-    """One row for each answer token, in order."""
+    logits_RB: Tensor
+    """uint8, a record for each answer token, in order; see `storage.codecs.answer_logits`."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,10 @@ class MapTargets:
 
     num_tokens: int
     """N: image tokens."""
-    codes_LE: Tensor
-    """uint8 or float16, see `storage.codecs.maps`."""
-    caps_L: Tensor
-    """float32."""
-    keep_masks: Tensor
-    """uint8 [W, ceil(E / 8)], exact sink masks of the windows, see `storage.codecs.sinks`."""
+    maps: EncodedMaps
+    """Codes of the captured layers."""
+    windows: EncodedWindows | None
+    """What makes the standard windows exact; None where only some of the layers were read."""
 
 
 @dataclass(frozen=True)

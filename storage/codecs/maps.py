@@ -1,9 +1,10 @@
-"""Codes of attention maps: 16-bit floats, or 8 bits spaced by square roots up to a cap.
+"""Codes of attention maps: 16-bit floats, or 8, 4 or 2 bits spaced by square roots up to a cap.
 
-Letters: L layers, N image tokens, E stored entries of one map (`triangle.py`).
+Letters: L layers, N image tokens, E stored entries of one map (`triangle.py`), C elements that hold their codes.
 
-The cosine loss averages hundreds of entries of each key, so cheap values do no harm; which entries count as
-sinks must be exact, and is stored apart (`sinks.py`). Values above the cap are sinks in almost any window.
+The cosine loss averages hundreds of entries of each key, so cheap values do no harm as long as they do not err to
+one side; that, and which entries count as sinks, is put right for each window (`windows.py`). Values above the
+cap are sinks in almost any window.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from storage.codecs.bits import pack_narrow, unpack_narrow
 from storage.codecs.sinks import map_mean_std
 from storage.codecs.triangle import num_entries, pack_entries, unpack_entries
 
-MAX_CODE = 255
+MapCodecName = Literal["float16", "sqrt8", "sqrt4", "sqrt2"]
+_BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
+CAP_GRID = 2.0**24
+"""Caps are whole multiples of 2^-24, so that sums of codes times caps are exact in float64 on any machine."""
+
+CORNER_SHARE = 32
+"""One of so many keys is in the corner: a thousandth of the entries."""
 
 
 class MapCodecConfig(BaseModel):
@@ -24,19 +32,24 @@ class MapCodecConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["float16", "sqrt8"]
-    """`float16` is exact to rounding; `sqrt8` is half the size and leaves the loss's gradient the same to
-    1e-4."""
+    name: MapCodecName
+    """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry."""
     causal: bool = True
     """Store the lower triangle only; False for models whose image tokens attend in both directions."""
-    cap_factor: float = Field(default=3.0, gt=0, allow_inf_nan=False)
-    """sqrt8 only: values are cut at this many times the sink threshold (mean + std) of their map. 1 would be too
-    low: a window averages several layers, and one of them may lie above its threshold where the mean does not."""
+    cap_factor: float = Field(default_factory=lambda fields: _cap_factor(**fields), gt=0, allow_inf_nan=False)
+    """sqrt codes only: values are cut at this many times the sink threshold (mean + std) of their map; 3, but 2 for
+    `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a window averages
+    several layers, and one of them may lie above its threshold where the mean does not."""
 
     @property
     def bits(self) -> int:
         """Bits of one stored entry."""
-        return 16 if self.name == "float16" else 8
+        return _BITS[self.name]
+
+    @property
+    def max_code(self) -> int:
+        """The highest code, whose value is the cap; 1 for float16, whose codes are the values."""
+        return 1 if self.name == "float16" else 2**self.bits - 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,34 +57,39 @@ class MapCodecConfig(BaseModel):
         return torch.float16 if self.name == "float16" else torch.uint8
 
     def num_codes(self, num_tokens: int) -> int:
-        """Stored elements of one layer of one map."""
-        return num_entries(num_tokens, self.causal)
+        """C: stored elements of one layer of one map, of which each byte holds 8 / bits entries."""
+        entries = num_entries(num_tokens, self.causal)
+        return entries if self.bits >= 8 else -(-entries * self.bits // 8)
+
+    def corner_size(self, num_tokens: int) -> int:
+        """How many of a causal map's last keys, which few queries see, are stored as float16 beside their codes."""
+        return -(-num_tokens // CORNER_SHARE) if self.causal else 0
+
+
+def _cap_factor(name: MapCodecName, **_: object) -> float:
+    return {"sqrt2": 2.0, "sqrt8": 6.0}.get(name, 3.0)
 
 
 @dataclass(frozen=True)
 class EncodedMaps:
     """One image's maps as stored."""
 
-    codes_LE: Tensor
-    """uint8 (sqrt8) or float16."""
+    codes_LC: Tensor
+    """uint8 (sqrt codes) or float16."""
     caps_L: Tensor
-    """float32; the value of the highest code (sqrt8), 1 (float16)."""
+    """float32; the value of the highest code, 1 for float16."""
+
+    def to(self, device: torch.device) -> "EncodedMaps":
+        """The same on a device."""
+        return EncodedMaps(self.codes_LC.to(device), self.caps_L.to(device))
 
 
-def encode_maps(config: MapCodecConfig, maps_LNN: Tensor) -> EncodedMaps:
-    """Code the maps of one image.
-
-    float16 keeps a value A within max(A * 2**-11, 2**-25). sqrt8 stores round(255 * sqrt(min(A, cap) /
-    cap)) with cap = min(max A, cap_factor * (mean + std)) of each map over its whole square; below the cap
-    the error is at most cap * (2 * sqrt(A / cap) * r + r * r) with r = 0.5 / 255, so never more than
-    0.00393 cap.
+def checked_entries(config: MapCodecConfig, maps_LNN: Tensor) -> Tensor:
+    """The entries `[L, E]` that are to be coded.
 
     Args:
         config: The codec.
         maps_LNN: `[L, N, N]` float32, non-negative, rows are queries; any device.
-
-    Returns:
-        Codes and caps on the same device.
 
     Raises:
         ValueError: For NaN, infinite or negative values, and for values above the diagonal of a causal codec.
@@ -79,27 +97,59 @@ def encode_maps(config: MapCodecConfig, maps_LNN: Tensor) -> EncodedMaps:
     if maps_LNN.dtype != torch.float32 or maps_LNN.ndim != 3:
         raise ValueError(f"maps are {maps_LNN.dtype} {tuple(maps_LNN.shape)}, expected float32 [L, N, N]")
     entries_LE = pack_entries(maps_LNN, config.causal)
-    _check_values(config, maps_LNN)
+    if config.causal and int(maps_LNN.count_nonzero()) != int(entries_LE.count_nonzero()):
+        raise ValueError(
+            "maps are not zero above the diagonal, but the codec is causal: "
+            "this model's image tokens attend in both directions, set map_codec.causal to false"
+        )
+    if entries_LE.numel():
+        smallest, largest = (float(bound) for bound in entries_LE.aminmax())
+        # Either is NaN if any entry is.
+        if not 0 <= smallest <= largest < float("inf"):
+            raise ValueError("maps hold NaN, infinite or negative values; attention probabilities are in [0, 1]")
+    return entries_LE
+
+
+def encode_entries(config: MapCodecConfig, entries_LE: Tensor, num_tokens: int) -> EncodedMaps:
+    """Code the entries of one image's maps.
+
+    float16 keeps a value A within max(A * 2**-11, 2**-25). A sqrt code is round(m * sqrt(min(A, cap) / cap)) with m
+    its highest code (255, 15 or 3) and cap = min(max A, cap_factor * (mean + std)) of each map over its whole
+    square, rounded up to a multiple of 2**-24. Below the cap the error is at most cap * (2 * sqrt(A / cap) * r + r * r)
+    with r = 0.5 / m, so never more than 0.00393, 0.0678 or 0.3612 caps at 8, 4 or 2 bits.
+
+    Args:
+        config: The codec.
+        entries_LE: From `checked_entries`.
+        num_tokens: N.
+
+    Returns:
+        Codes and caps on the same device. The first entry of a byte is in its lowest bits.
+    """
     if config.name == "float16":
-        caps_L = torch.ones(len(maps_LNN), dtype=torch.float32, device=maps_LNN.device)
-        return EncodedMaps(entries_LE.half(), caps_L)
-    mean_L, std_L = map_mean_std(maps_LNN)
-    limit_L = (config.cap_factor * (mean_L + std_L)).float()
-    largest_L = entries_LE.amax(-1) if entries_LE.shape[-1] else torch.zeros_like(limit_L)
-    caps_L = torch.minimum(largest_L, limit_L)
+        return EncodedMaps(entries_LE.half(), torch.ones(len(entries_LE), device=entries_LE.device))
+    mean_L, std_L = map_mean_std(entries_LE, num_tokens**2)
+    largest_L = entries_LE.amax(-1) if entries_LE.shape[-1] else entries_LE.new_zeros(len(entries_LE))
+    caps_L = torch.minimum(largest_L, (config.cap_factor * (mean_L + std_L)).float())
+    caps_L = (caps_L * CAP_GRID).ceil() / CAP_GRID
     # A map of zeros has cap 0; any divisor gives the code 0.
     divisor_L = torch.where(caps_L > 0, caps_L, torch.ones_like(caps_L))
-    share_LE = (entries_LE / divisor_L[:, None]).clamp(max=1.0)
-    return EncodedMaps((share_LE.sqrt() * MAX_CODE).round().to(torch.uint8), caps_L)
+    share_LE = (entries_LE / divisor_L[:, None]).clamp_(max=1.0)
+    codes_LE = share_LE.sqrt_().mul_(config.max_code).round_().to(torch.uint8)
+    return EncodedMaps(pack_narrow(codes_LE, config.bits), caps_L)
 
 
-def decode_maps(config: MapCodecConfig, codes_LE: Tensor, caps_L: Tensor, num_tokens: int) -> Tensor:
-    """The maps of one image, within the bounds stated at `encode_maps`.
+def encode_maps(config: MapCodecConfig, maps_LNN: Tensor) -> EncodedMaps:
+    """Code the maps of one image: `encode_entries` of `checked_entries`, with their bounds and errors."""
+    return encode_entries(config, checked_entries(config, maps_LNN), maps_LNN.shape[-1])
+
+
+def decode_maps(config: MapCodecConfig, encoded: EncodedMaps, num_tokens: int) -> Tensor:
+    """The maps of one image, within the bounds stated at `encode_entries`.
 
     Args:
         config: The codec the codes were made with.
-        codes_LE: `[..., L, E]` uint8 or float16, any device; leading sizes (a batch) are allowed.
-        caps_L: `[..., L]` float32.
+        encoded: Codes `[..., L, C]` and caps `[..., L]` on any device; leading sizes (a batch) are allowed.
         num_tokens: N.
 
     Returns:
@@ -108,19 +158,31 @@ def decode_maps(config: MapCodecConfig, codes_LE: Tensor, caps_L: Tensor, num_to
     Raises:
         ValueError: If dtype or sizes do not belong to the codec and N.
     """
-    if codes_LE.dtype != config.dtype:
-        raise ValueError(f"codes are {codes_LE.dtype}, but codec {config.name} stores {config.dtype}")
-    values_LE = codes_LE.float()
-    if config.name == "sqrt8":
-        values_LE = (values_LE / MAX_CODE).square() * caps_L[..., None].float()
+    squares_LE = code_squares(config, encoded.codes_LC, num_tokens)
+    values_LE = squares_LE * (encoded.caps_L.float() / config.max_code**2)[..., None]
     return unpack_entries(values_LE, num_tokens, config.causal)
 
 
-def _check_values(config: MapCodecConfig, maps_LNN: Tensor) -> None:
-    if not bool(torch.isfinite(maps_LNN).all()) or bool((maps_LNN < 0).any()):
-        raise ValueError("maps hold NaN, infinite or negative values; attention probabilities are in [0, 1]")
-    if config.causal and bool(maps_LNN.triu(1).any()):
+def code_squares(config: MapCodecConfig, codes_LC: Tensor, num_tokens: int) -> Tensor:
+    """Values of codes in units of cap / m**2: the code's square, or a float16's value.
+
+    Args:
+        config: The codec the codes were made with, its highest code m.
+        codes_LC: `[..., C]`.
+        num_tokens: N.
+
+    Returns:
+        `[..., E]` float32, exact.
+
+    Raises:
+        ValueError: If dtype or sizes do not belong to the codec and N.
+    """
+    if codes_LC.dtype != config.dtype or codes_LC.shape[-1] != config.num_codes(num_tokens):
         raise ValueError(
-            "maps are not zero above the diagonal, but the codec is causal: "
-            "this model's image tokens attend in both directions, set map_codec.causal to false"
+            f"codes are {codes_LC.dtype} [..., {codes_LC.shape[-1]}], but codec {config.name} stores {config.dtype} "
+            f"[..., {config.num_codes(num_tokens)}] of {num_tokens} image tokens"
         )
+    if config.name == "float16":
+        return codes_LC.float()
+    codes_LE = unpack_narrow(codes_LC, num_entries(num_tokens, config.causal), config.bits)
+    return codes_LE.float().square_()

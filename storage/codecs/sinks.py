@@ -1,15 +1,12 @@
-"""The exact sink masks of the teacher's windows, one bit an entry.
+"""Which entries of a map are attention sinks, and how a mask is stored once it was guessed nearly right.
 
-Letters: W windows, N image tokens, E stored entries of one map (`triangle.py`).
-
-One flipped entry in a late, short column is enough to spoil the loss's gradient, so these bits are taken
-from the exact float32 map while the teacher runs, never from coded values.
+Letters: N image tokens, E stored entries of one map (`triangle.py`), G bytes of gaps.
 """
 
 import torch
 from torch import Tensor
 
-from storage.codecs.triangle import num_entries, pack_entries, unpack_entries
+_ESCAPE = 255
 
 
 def sink_keep_mask(maps: Tensor) -> Tensor:
@@ -27,79 +24,79 @@ def sink_keep_mask(maps: Tensor) -> Tensor:
 
     Source: METHOD, "VAT", the teacher's two factors of `keep`.
     """
-    mean, std = map_mean_std(maps)
-    threshold = (mean + std).to(maps.dtype)
-    return (maps <= threshold[..., None, None]) & (maps > 0)
+    entries = maps.detach().flatten(-2)
+    return below_threshold(entries, sink_threshold(entries, entries.shape[-1])).view(maps.shape)
 
 
-def map_mean_std(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sample std of each map of `[..., N, N]`, float64 `[...]`; the std of one entry is 0."""
-    flat = maps.detach().flatten(-2)
-    count = flat.shape[-1]
-    mean = flat.mean(-1, dtype=torch.float64)
-    if count < 2:
+def sink_threshold(entries: Tensor, square: int) -> Tensor:
+    """`[...]` mean + std of maps given by `map_mean_std`'s arguments, in the entries' dtype."""
+    mean, std = map_mean_std(entries, square)
+    return (mean + std).to(entries.dtype)
+
+
+def below_threshold(entries: Tensor, threshold: Tensor) -> Tensor:
+    """`[..., E]` bool: entries that are kept under `threshold` `[...]`."""
+    return (entries <= threshold[..., None]) & (entries > 0)
+
+
+def map_mean_std(entries: Tensor, square: int) -> tuple[Tensor, Tensor]:
+    """Mean and sample std of maps over their whole square, float64; the std of one entry is 0.
+
+    Args:
+        entries: `[..., E]`: the square in any order, or a part of it outside of which all is zero.
+        square: N * N.
+
+    Returns:
+        Two `[...]`.
+    """
+    exact = entries.detach().double()
+    mean = exact.sum(-1) / max(square, 1)
+    if square < 2:
         return mean, torch.zeros_like(mean)
-    # Deviations from the rounded mean: the remainder of that rounding is taken off again below.
-    centre = mean.to(flat.dtype)
-    norm = torch.linalg.vector_norm(flat - centre[..., None], dim=-1, dtype=torch.float64)
-    squares = norm.square() - count * (mean - centre.double()).square()
-    return mean, (squares.clamp(min=0) / (count - 1)).sqrt()
+    squares = torch.linalg.vector_norm(exact, dim=-1).square() - square * mean.square()
+    return mean, (squares.clamp(min=0) / (square - 1)).sqrt()
 
 
-def packed_mask_bytes(num_tokens: int, causal: bool) -> int:
-    """Bytes of one window's packed mask: ceil(E / 8)."""
-    return (num_entries(num_tokens, causal) + 7) // 8
+def encode_flips(flips_E: Tensor) -> Tensor:
+    """The positions of the True entries as gaps, one byte each.
 
-
-def pack_mask(mask_WNN: Tensor, causal: bool) -> Tensor:
-    """Eight entries a byte: entry e is bit e % 8 (the lowest is 0) of byte e // 8; spare bits of the last
-    are 0.
+    A byte below 255 says how many entries lie between the previous True (or the start) and the next one; 255 says
+    that 255 entries pass without one. So False, True, True is 1, 0.
 
     Args:
-        mask_WNN: `[..., N, N]` bool.
-        causal: Whether only the lower triangle is stored; entries above it are False by B > 0.
+        flips_E: One-dimensional bool.
 
     Returns:
-        `[..., ceil(E / 8)]` uint8 on the same device.
-
-    Raises:
-        ValueError: If the mask is not bool, or True above the diagonal of a causal one.
+        `[G]` uint8 on the same device.
     """
-    if mask_WNN.dtype != torch.bool:
-        raise ValueError(f"mask is {mask_WNN.dtype}, expected bool")
-    if causal and bool(mask_WNN.triu(1).any()):
-        raise ValueError("a causal mask keeps entries above the diagonal; set map_codec.causal to false")
-    entries = pack_entries(mask_WNN, causal).to(torch.uint8)
-    entries = torch.nn.functional.pad(entries, (0, -entries.shape[-1] % 8))
-    octets = entries.reshape(*entries.shape[:-1], entries.shape[-1] // 8, 8)
-    packed: Tensor = (octets << _bit_numbers(entries.device)).sum(-1, dtype=torch.uint8)
-    return packed
+    places = flips_E.nonzero()[:, 0]
+    gaps = places.diff(prepend=places.new_full((1,), -1)) - 1
+    passes = gaps // _ESCAPE
+    ends = (passes + 1).cumsum(0)
+    size = int(ends[-1]) if len(ends) else 0
+    encoded = torch.full((size,), _ESCAPE, dtype=torch.uint8, device=flips_E.device)
+    encoded[ends - 1] = (gaps % _ESCAPE).to(torch.uint8)
+    return encoded
 
 
-def unpack_mask(packed: Tensor, num_tokens: int, causal: bool) -> Tensor:
-    """The inverse of `pack_mask`.
+def decode_flips(encoded_G: Tensor, count: int) -> Tensor:
+    """The inverse of `encode_flips`.
 
     Args:
-        packed: `[..., ceil(E / 8)]` uint8.
-        num_tokens: N.
-        causal: As given to `pack_mask`.
+        encoded_G: `[G]` uint8.
+        count: Length of the mask.
 
     Returns:
-        `[..., N, N]` bool.
+        Positions of the True entries, rising, int64.
 
     Raises:
-        ValueError: If the number of bytes does not belong to N.
+        ValueError: If a position lies past `count`.
     """
-    expected = packed_mask_bytes(num_tokens, causal)
-    if packed.shape[-1] != expected or packed.dtype != torch.uint8:
-        raise ValueError(
-            f"packed mask is {packed.dtype} with {packed.shape[-1]} bytes, expected uint8 with {expected} "
-            f"for {num_tokens} image tokens"
-        )
-    bits = (packed[..., None] >> _bit_numbers(packed.device)) & 1
-    entries = bits.flatten(-2)[..., : num_entries(num_tokens, causal)]
-    return unpack_entries(entries.bool(), num_tokens, causal)
-
-
-def _bit_numbers(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+    if encoded_G.dtype != torch.uint8 or encoded_G.ndim != 1:
+        raise ValueError(f"flips are {encoded_G.dtype} {tuple(encoded_G.shape)}, expected one-dimensional uint8")
+    steps = encoded_G.long()
+    is_place = steps < _ESCAPE
+    places = (steps + is_place).cumsum(0)[is_place] - 1
+    if len(places) and int(places[-1]) >= count:
+        raise ValueError(f"a flip lies at entry {int(places[-1])} of masks that have {count} entries together")
+    return places

@@ -61,7 +61,7 @@ def unpack_entries(entries: Tensor, num_tokens: int, causal: bool) -> Tensor:
     if not causal:
         return entries.reshape(shape)
     flat = entries.new_zeros((*entries.shape[:-1], num_tokens * num_tokens))
-    return flat.index_copy(-1, _triangle_index(num_tokens, entries.device), entries).view(shape)
+    return flat.index_copy_(-1, _triangle_index(num_tokens, entries.device), entries).view(shape)
 
 
 @lru_cache(maxsize=16)

@@ -7,11 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from storage.digests import digest_of
 from storage.errors import CorruptData, UserError
 from storage.manifest import parse_record
-from storage.samples.members import BLOCK_BYTES, is_key
+from storage.samples.members import BLOCK_BYTES, MAX_MEMBER_BYTES, is_key
 from storage.stores import Store
 
 INDEX_PATH = "index.json"
 INDEX_VERSION = 1
+MAX_INDEX_BYTES = 2**30
+"""Largest index that is read: that of about ten million samples; larger data is packed as several sets."""
 
 
 class SampleMembers(NamedTuple):
@@ -49,6 +51,8 @@ class SampleShardEntry(BaseModel):
             if not is_key(key) or not spans:
                 raise ValueError(f"{self.name} has a sample {key!r} with {len(spans)} members")
             for offset, num_bytes in spans:
+                if num_bytes > MAX_MEMBER_BYTES:
+                    raise ValueError(f"{self.name}: member of {key} of {num_bytes} bytes, at most {MAX_MEMBER_BYTES}")
                 if offset % BLOCK_BYTES or offset < end + BLOCK_BYTES or num_bytes < 0:
                     raise ValueError(f"{self.name}: member of {key} at {offset} overlaps or is not aligned")
                 end = offset + num_bytes
@@ -91,12 +95,12 @@ class SampleIndex(BaseModel):
         """
         where = f"{store.url}/{INDEX_PATH}"
         try:
-            data = store.read(INDEX_PATH)
+            data = store.read(INDEX_PATH, MAX_INDEX_BYTES)
         except FileNotFoundError:
             raise UserError(
                 f"{where} does not exist: {store.url} holds no finished sample set; run `cdp pack-samples`"
             ) from None
-        fields = parse_record(data, where, INDEX_VERSION)
+        fields = parse_record(data, where, INDEX_VERSION, canonical=False)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

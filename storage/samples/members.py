@@ -8,6 +8,8 @@ from typing import Any
 
 BLOCK_BYTES = 512
 MAX_KEY_CHARS = 80
+MAX_MEMBER_BYTES = 256 * 2**20
+"""Largest image or conversation: each is in memory whole; an image of the largest allowed number of pixels has less."""
 _KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_CHARS}}}")
 
 
@@ -65,6 +67,8 @@ def members_of(sample: StoredSample) -> list[Member]:
         )
     record = json.dumps(sample.record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     members = [Member(f"{sample.key}.json", record.encode())]
+    if largest := [len(data) for data in (members[0].data, *sample.images) if len(data) > MAX_MEMBER_BYTES]:
+        raise ValueError(f"sample {sample.key} has a part of {largest[0]} bytes, at most {MAX_MEMBER_BYTES} are stored")
     for number, image in enumerate(sample.images):
         suffix = image_suffix(image)
         if suffix is None:

@@ -1,6 +1,5 @@
 """Reading samples of one tar in any order, by the offsets of the index."""
 
-import json
 import os
 import re
 import zlib
@@ -8,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from storage.digests import file_sha256
+from storage.digests import file_sha256, parse_json
 from storage.errors import CorruptData
 from storage.samples.index import SampleShardEntry
 from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
@@ -17,11 +16,16 @@ from storage.stores import Store
 _IMAGE_NAME = re.compile(r"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.(jpg|png|webp)")
 
 
+class _Holder:
+    """Keeps a downloaded tar from being evicted as long as it lives."""
+
+
 class SampleShard:
     """An open tar: `read(row)` costs one `pread` a member, wherever it lies."""
 
     def __init__(self, path: Path, entry: SampleShardEntry) -> None:
         self._path, self._entry = path, entry
+        self._holder: _Holder | None = None
         self._file = path.open("rb")
 
     @classmethod
@@ -32,8 +36,9 @@ class SampleShard:
         Raises:
             CorruptData: If the file is missing or has another size.
         """
+        holder = _Holder()
         try:
-            path = store.local(entry.name, {"": (entry.bytes, entry.sha256)})
+            path = store.local(entry.name, {"": (entry.bytes, entry.sha256)}, holder)
         except FileNotFoundError as error:
             raise CorruptData(
                 f"sample shard {store.url}/{entry.name} is missing; restore it or pack the samples again"
@@ -44,7 +49,9 @@ class SampleShard:
                 f"sample shard {path} has {found} bytes, the index says {entry.bytes}; "
                 "restore it or pack the samples again"
             )
-        return cls(path, entry)
+        shard = cls(path, entry)
+        shard._holder = holder
+        return shard
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -77,10 +84,7 @@ class SampleShard:
             images.append(data)
         if zlib.crc32(b"".join([record, *images])) != crc32:
             raise self._corrupt(key, "other bytes than were packed (crc32)")
-        try:
-            fields = json.loads(record)
-        except ValueError as error:
-            raise self._corrupt(key, f"no JSON in {json_name} ({error})") from error
+        fields = parse_json(record, f"sample shard {self._path}, sample {key}: {json_name}")
         if not isinstance(fields, dict):
             raise self._corrupt(key, f"{json_name} holds no JSON object")
         return StoredSample(key, fields, tuple(images))
@@ -99,8 +103,9 @@ class SampleShard:
             )
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; a downloaded one may be evicted then."""
         self._file.close()
+        self._holder = None
 
     def __enter__(self) -> Self:
         return self

@@ -1,11 +1,12 @@
 """The protocol every store keeps, and which paths it accepts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 PARTIAL = ".partial"
-"""Suffix of what is still being written; readers never see such a file, `clean_partials` removes it."""
+"""Suffix of what is still being written; readers never see such a file, `clean_partials` removes abandoned ones."""
 
 ExpectedFiles = Mapping[str, tuple[int, str]]
 """Path relative to what is fetched ("" for a file itself) -> (bytes, sha256)."""
@@ -21,8 +22,8 @@ class Store(Protocol):
     def url(self) -> str:
         """What `open_store` takes to open the same store again."""
 
-    def read(self, path: str) -> bytes:
-        """All bytes of a file; FileNotFoundError when it is absent."""
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """All bytes of a file; FileNotFoundError when it is absent, CorruptData when it has more than `max_bytes`."""
 
     def exists(self, path: str) -> bool:
         """Whether a file of this name exists."""
@@ -31,22 +32,44 @@ class Store(Protocol):
         """Create or replace a file; readers see the old bytes or the new ones, never a part."""
 
     def create(self, path: str, data: bytes) -> bool:
-        """Create a file unless it exists; of several callers exactly one gets True."""
+        """Create a file unless it exists; of several callers with different data exactly one gets True.
+
+        Returns:
+            Whether the file now holds `data`: it does as well if an equal call was first, or if this one was and its
+            answer got lost.
+        """
+
+    def folders(self, prefix: str) -> list[str]:
+        """Sorted paths of the folders directly in the folder `prefix`, partial ones left out; none is looked into."""
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted paths of all files below the folder `prefix` ("": all files), partial ones left out."""
 
-    def local(self, path: str, expect: ExpectedFiles | None = None) -> Path:
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of each file that `list` names, in its order."""
+
+    def local(self, path: str, expect: ExpectedFiles | None = None, holder: object | None = None) -> Path:
         """A local file or folder that holds `path`; a remote one is downloaded whole, once.
 
         Args:
             path: A file or a folder of the store.
             expect: Sizes and digests; a download that differs raises CorruptData and is not kept.
                 A local folder is not read for this: compare what matters when it is opened.
+            holder: Who reads it: as long as this object lives, a downloaded copy is not evicted; None keeps it as
+                long as the process runs.
         """
 
+    @contextmanager
+    def as_stored(self, path: str) -> "Iterator[Store]":
+        """A local store that holds `path` as it is now, never an earlier download; for checking."""
+
+    def move(self, path: str, to: str) -> None:
+        """Give a file or folder another place in the store; nothing happens when it is absent."""
+
     def staging(self, name: str) -> Path:
-        """A new, empty local folder from which `put_tree` is cheap; its name ends with `.partial`."""
+        """A new, empty local folder from which `put_tree` is cheap; its name says who owns it and ends with
+        `.partial`.
+        """
 
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Move `local_dir` to the folder `path`; one with the same content is left alone."""
@@ -54,8 +77,14 @@ class Store(Protocol):
     def remove_tree(self, path: str) -> None:
         """Remove a folder and all below it; nothing happens when it is absent."""
 
-    def remove_partials(self) -> int:
-        """Remove what dead writers left half-written, and tell how many such files and folders there were."""
+    def remove_partials(self, is_whole: Callable[[str], bool] | None = None) -> int:
+        """Remove what dead writers left half-written, and tell how many such files and folders there were.
+
+        What a live process writes is left alone, on this machine or another: see `storage.stores.owner`.
+
+        Args:
+            is_whole: Whether nothing is ever written inside the folder of this path, which then is not looked into.
+        """
 
 
 def relative_path(path: str) -> str:

@@ -3,13 +3,14 @@
 import errno
 import os
 import shutil
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from storage.digests import file_sha256
-from storage.errors import UserError
+from storage.errors import CorruptData, UserError, disk_errors_named
 from storage.stores.base import PARTIAL, ExpectedFiles, relative_path
+from storage.stores.owner import partial_path, remove_if_abandoned
 
 
 class LocalStore:
@@ -27,13 +28,19 @@ class LocalStore:
         """The folder's absolute path."""
         return str(self.root)
 
-    def read(self, path: str) -> bytes:
-        """All bytes of a file."""
-        return self._at(path).read_bytes()
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """All bytes of a file, once its size is known to be allowed."""
+        file = self._at(path)
+        with disk_errors_named(file):
+            if max_bytes is not None and (found := file.stat().st_size) > max_bytes:
+                raise CorruptData(f"{file} has {found} bytes, at most {max_bytes} are read; it is no file of ours")
+            return file.read_bytes()
 
     def exists(self, path: str) -> bool:
         """Whether a file of this name exists."""
-        return self._at(path).is_file()
+        file = self._at(path)
+        with disk_errors_named(file):
+            return file.is_file()
 
     def write(self, path: str, data: bytes) -> None:
         """Write beside the target, fsync, then replace the target."""
@@ -48,48 +55,95 @@ class LocalStore:
             once.
         """
         target = self._at(path)
-        if target.exists():
-            return False
-        try:
-            self._publish(target, data, lambda partial: os.link(partial, target))
-        except FileExistsError:
-            return False
-        except PermissionError as error:
-            raise UserError(
-                f"the file system of {self.root} refused a hard link ({error}), which commits need; "
-                "use a folder on another file system, or an object store"
-            ) from error
-        return True
+
+        def link(partial: Path) -> None:
+            try:
+                os.link(partial, target)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                raise UserError(
+                    f"the file system of {self.root} refused a hard link ({error}), which commits need; "
+                    "use a folder on another file system, or an object store"
+                ) from error
+
+        if not target.exists():
+            try:
+                self._publish(target, data, link)
+            except FileExistsError:
+                pass
+            else:
+                return True
+        return self.read(path) == data
+
+    def folders(self, prefix: str) -> list[str]:
+        """Sorted relative paths of the folders directly in `prefix`."""
+        top = self._at(prefix)
+        with disk_errors_named(top):
+            try:
+                with os.scandir(top) as entries:
+                    names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(f"{prefix}/{name}" for name in names if not name.endswith(PARTIAL))
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted relative paths of the files below `prefix`."""
         top = self._at(prefix) if prefix else self.root
         found: list[str] = []
-        for folder, folders, files in os.walk(top):
-            folders[:] = [name for name in folders if not name.endswith(PARTIAL)]
-            base = Path(folder).relative_to(self.root)
-            found += [(base / name).as_posix() for name in files if not name.endswith(PARTIAL)]
+        with disk_errors_named(top):
+            for folder, folders, files in os.walk(top, onerror=_unless_absent):
+                folders[:] = [name for name in folders if not name.endswith(PARTIAL)]
+                base = Path(folder).relative_to(self.root)
+                found += [(base / name).as_posix() for name in files if not name.endswith(PARTIAL)]
         return sorted(found)
 
-    def local(self, path: str, expect: ExpectedFiles | None = None) -> Path:
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of each file below `prefix`."""
+        return {path: (self.root / path).lstat().st_size for path in self.list(prefix)}
+
+    def local(self, path: str, expect: ExpectedFiles | None = None, holder: object | None = None) -> Path:
         """The file or folder itself."""
         target = self._at(path)
-        if not target.exists():
-            raise FileNotFoundError(f"{target} does not exist")
+        with disk_errors_named(target):
+            if not target.exists():
+                raise FileNotFoundError(f"{target} does not exist")
         return target
+
+    @contextmanager
+    def as_stored(self, path: str) -> "Iterator[LocalStore]":
+        """This store itself."""
+        self.local(path)
+        yield self
+
+    def move(self, path: str, to: str) -> None:
+        """Rename."""
+        source, target = self._at(path), self._at(to)
+        if not source.exists():
+            return
+        with disk_errors_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+            _fsync(target.parent)
+            _fsync(source.parent)
 
     def staging(self, name: str) -> Path:
         """A new folder in the store itself, so that it can be renamed into place."""
-        folder = _partial(self._at(name))
-        folder.mkdir(parents=True)
+        folder = partial_path(self._at(name))
+        with disk_errors_named(folder):
+            folder.mkdir(parents=True)
         return folder
 
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Fsync every file, then rename the folder into place."""
+        with disk_errors_named(self._at(path)):
+            self._put_tree(local_dir, path)
+
+    def _put_tree(self, local_dir: Path, path: str) -> None:
         target = self._at(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if local_dir.stat().st_dev != target.parent.stat().st_dev:
-            nearer = _partial(target)
+            nearer = partial_path(target)
             shutil.copytree(local_dir, nearer)
             shutil.rmtree(local_dir)
             local_dir = nearer
@@ -121,47 +175,48 @@ class LocalStore:
         target = self._at(path)
         if not target.is_dir():
             return
-        doomed = _partial(target)
-        try:
-            target.rename(doomed)
-        except FileNotFoundError:
-            return
-        shutil.rmtree(doomed)
+        doomed = partial_path(target)
+        with disk_errors_named(target):
+            try:
+                target.rename(doomed)
+            except FileNotFoundError:
+                return
+            shutil.rmtree(doomed)
 
-    def remove_partials(self) -> int:
-        """Remove every `.partial` file and folder in the store."""
+    def remove_partials(self, is_whole: Callable[[str], bool] | None = None) -> int:
+        """Remove every `.partial` file and folder in the store that nobody will finish."""
         count = 0
-        for folder, folders, files in os.walk(self.root):
-            for name in [name for name in folders if name.endswith(PARTIAL)]:
-                folders.remove(name)
-                shutil.rmtree(Path(folder) / name)
-                count += 1
-            for name in files:
-                if name.endswith(PARTIAL):
-                    (Path(folder) / name).unlink(missing_ok=True)
-                    count += 1
+        skip = is_whole or (lambda _: False)
+        with disk_errors_named(self.root):
+            for folder, folders, files in os.walk(self.root):
+                partial = [name for name in (*folders, *files) if name.endswith(PARTIAL)]
+                base = "" if folder == str(self.root) else f"{Path(folder).relative_to(self.root).as_posix()}/"
+                folders[:] = [name for name in folders if not name.endswith(PARTIAL) and not skip(base + name)]
+                count += sum(remove_if_abandoned(Path(folder) / name) for name in partial)
         return count
 
     def _at(self, path: str) -> Path:
         return self.root / relative_path(path)
 
     def _publish(self, target: Path, data: bytes, put_in_place: Callable[[Path], object]) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(target)
-        try:
-            with partial.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(partial)
-        finally:
-            partial.unlink(missing_ok=True)
-        _fsync(target.parent)
+        partial = partial_path(target)
+        with disk_errors_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                put_in_place(partial)
+            finally:
+                partial.unlink(missing_ok=True)
+            _fsync(target.parent)
 
 
-def _partial(target: Path) -> Path:
-    # Unique, because two processes may write one target; the name never becomes part of what is stored.
-    return target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
+def _unless_absent(error: OSError) -> None:
+    """A folder that cannot be listed must not look like an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _fsync(path: Path) -> None:

@@ -1,20 +1,31 @@
 """A store that is a prefix of an object store, reached through obstore."""
 
-import fcntl
 import os
 import shutil
-import tempfile
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from storage.digests import digest_of, file_sha256
-from storage.errors import CorruptData, UserError
+from storage.errors import CorruptData, StoreUnavailable, UserError, disk_errors_named
 from storage.stores.base import PARTIAL, ExpectedFiles, relative_path
+from storage.stores.cache import cache_dir, cached
+from storage.stores.local import LocalStore
+from storage.stores.owner import partial_path, remove_if_abandoned
 
 SCHEMES = ("s3", "gs", "az", "memory")
+
+PART_BYTES = 32 * 2**20
+"""Most of an object that one request fetches, so that a broken or slow connection costs no more than this again."""
+
+TIMEOUT_S = 120.0
+"""Of one request, from its start to its last byte."""
+MAX_RETRIES = 6
+RETRY_TIMEOUT_S = 180.0
+"""Server errors, time-outs and dropped connections are tried again so often, within so many seconds, with growing
+pauses; then the command ends with an error."""
 
 _Object = tuple[str, int, str | None]
 """Path below the prefix, bytes, entity tag."""
@@ -27,9 +38,10 @@ _used_by: set[int] = set()
 class ObjectStore:
     """Whole objects below `scheme://bucket/prefix`; credentials and endpoint come from the environment.
 
-    What is read through `local` is kept in the cache folder (`CDP_CACHE_DIR`, by default
-    `~/.cache/compodistill`), under a name made of the objects' sizes and entity tags, so that a replaced
-    object is downloaded again.
+    What is read through `local` is kept in the cache folder (`storage.stores.cache`), under a name made of the
+    objects' sizes and entity tags, so that a replaced object is downloaded again.
+
+    A store that does not answer after all retries, or refuses, is a `StoreUnavailable` from any method.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,94 +59,124 @@ class ObjectStore:
         """The address this store was opened with."""
         return self._url
 
-    def read(self, path: str) -> bytes:
-        """All bytes of an object."""
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """All bytes of an object, once its size is known to be allowed."""
         obstore, client = self._connect()
-        return bytes(obstore.get(client, self._key(path)).bytes())
+        with self._reaching("read", path):
+            answer = obstore.get(client, self._key(path))
+            found = answer.meta["size"]
+            if max_bytes is not None and found > max_bytes:
+                raise CorruptData(
+                    f"{self.url}/{path} has {found} bytes, at most {max_bytes} are read; it is no file of ours"
+                )
+            return bytes(answer.bytes())
 
     def exists(self, path: str) -> bool:
         """Whether an object of this name exists."""
-        obstore, client = self._connect()
-        try:
-            obstore.head(client, self._key(path))
-        except FileNotFoundError:
-            return False
-        return True
+        return self._head(path) is not None
 
     def write(self, path: str, data: bytes) -> None:
         """Put the object; object stores show it whole or not at all."""
         obstore, client = self._connect()
-        obstore.put(client, self._key(path), data)
+        with self._reaching("write", path):
+            obstore.put(client, self._key(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Put the object on condition that none has this name."""
         obstore, client = self._connect()
+        key = self._key(path)
         try:
-            obstore.put(client, self._key(path), data, mode="create", use_multipart=False)
+            obstore.put(client, key, data, mode="create", use_multipart=False)
         except obstore.exceptions.AlreadyExistsError:
-            return False
+            # Also when our first request succeeded and its answer got lost: then the second one finds our bytes.
+            return self.read(path) == data
+        except obstore.exceptions.BaseError:
+            with self._reaching("create", path):
+                # The same, where the store answers with an error until the retries end.
+                if self._head(path) is None:
+                    raise
+            return self.read(path) == data
         return True
+
+    def folders(self, prefix: str) -> list[str]:
+        """Sorted relative paths of the prefixes directly below `prefix`: a request for a thousand of them."""
+        obstore, client = self._connect()
+        with self._reaching("list", prefix):
+            found = obstore.list_with_delimiter(client, self._key(prefix))["common_prefixes"]
+        names = (str(path).removeprefix(self._prefix).rstrip("/") for path in found)
+        return sorted(name for name in names if not name.endswith(PARTIAL))
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted relative paths of the objects below `prefix`."""
-        return sorted(name for name, _, _ in self._objects(prefix) if PARTIAL not in name)
+        return list(self.sizes(prefix))
 
-    def local(self, path: str, expect: ExpectedFiles | None = None) -> Path:
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of each object below `prefix`."""
+        return {name: size for name, size, _ in self._objects(prefix) if PARTIAL not in name}
+
+    def local(self, path: str, expect: ExpectedFiles | None = None, holder: object | None = None) -> Path:
         """Download an object, or all objects below a folder, into the cache."""
+        objects = self._objects_at(path)
+
+        def fill(folder: Path) -> None:
+            self._download(path, objects, folder)
+            self._check_arrival(folder / Path(path).name, path, expect or {})
+
+        key = digest_of([self._bucket, self._key(path), objects])[:32]
+        return cached(key, sum(size for _, size, _ in objects), fill, holder) / Path(path).name
+
+    @contextmanager
+    def as_stored(self, path: str) -> Iterator[LocalStore]:
+        """A download of its own, removed after the block."""
+        folder = self.staging(Path(path).name)
+        try:
+            self._download(path, self._objects_at(path), folder / Path(path).parent)
+            yield LocalStore(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def move(self, path: str, to: str) -> None:
+        """Copy each object, then delete it."""
         obstore, client = self._connect()
-        objects = self._objects(relative_path(path))
-        if not objects:
-            try:
-                meta = obstore.head(client, self._key(path))
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{self.url}/{path} does not exist") from None
-            objects = [(path, meta["size"], meta["e_tag"])]
-        entry = _cache_dir() / digest_of([self._bucket, self._key(path), objects])[:32]
-        kept = entry / Path(path).name
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry.with_name(f"{entry.name}.lock")):
-            if kept.exists():
-                return kept
-            partial = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}{PARTIAL}")
-            try:
-                for name, _, _ in objects:
-                    target = partial / Path(path).name / name.removeprefix(path).lstrip("/")
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with target.open("wb") as file:
-                        for chunk in obstore.get(client, self._key(name)).stream():
-                            file.write(chunk)
-                self._check_arrival(partial / kept.name, path, expect or {})
-                partial.rename(entry)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        return kept
+        key, target = self._key(path), self._key(to)
+        with self._reaching("move", path):
+            names = [self._key(name) for name, _, _ in self._objects(path)] or ([key] if self.exists(path) else [])
+            for name in names:
+                obstore.copy(client, name, target + name.removeprefix(key))
+            if names:
+                obstore.delete(client, names)
 
     def staging(self, name: str) -> Path:
         """A new folder on this machine; `put_tree` uploads it."""
-        folder = self._staging_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{Path(name).name}.", suffix=PARTIAL, dir=folder))
+        folder = partial_path(self._staging_dir() / Path(name).name)
+        with disk_errors_named(folder):
+            folder.mkdir(parents=True)
+        return folder
 
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Upload every file, in sorted order; the folder is complete for readers when its commit names it."""
         obstore, client = self._connect()
-        relative_path(path)
-        for file in sorted(p for p in local_dir.rglob("*") if p.is_file()):
-            obstore.put(client, self._key(f"{path}/{file.relative_to(local_dir).as_posix()}"), file)
+        files = {f"{path}/{p.relative_to(local_dir).as_posix()}": p for p in local_dir.rglob("*") if p.is_file()}
+        with self._reaching("write", path):
+            # What else lies there was left by a dead writer: readers of this name expect these files alone.
+            if strange := [self._key(name) for name, _, _ in self._objects(relative_path(path)) if name not in files]:
+                obstore.delete(client, strange)
+            for name, file in sorted(files.items()):
+                obstore.put(client, self._key(name), file)
         shutil.rmtree(local_dir)
 
     def remove_tree(self, path: str) -> None:
         """Delete every object below the folder."""
         obstore, client = self._connect()
-        if keys := [self._key(name) for name, _, _ in self._objects(relative_path(path))]:
-            obstore.delete(client, keys)
+        with self._reaching("remove", path):
+            if keys := [self._key(name) for name, _, _ in self._objects(relative_path(path))]:
+                obstore.delete(client, keys)
 
-    def remove_partials(self) -> int:
-        """Remove this machine's staging folders for this store; nothing partial is ever uploaded."""
-        folders = list(self._staging_dir().glob(f"*{PARTIAL}"))
-        for folder in folders:
-            shutil.rmtree(folder)
-        return len(folders)
+    def remove_partials(self, is_whole: Callable[[str], bool] | None = None) -> int:
+        """Remove this machine's abandoned staging folders for this store; nothing partial is ever uploaded."""
+        folder = self._staging_dir()
+        with disk_errors_named(folder):
+            return sum(remove_if_abandoned(path) for path in folder.glob(f"*{PARTIAL}"))
 
     def _key(self, path: str) -> str:
         return self._prefix + relative_path(path)
@@ -145,22 +187,85 @@ class ObjectStore:
             if self._bucket.startswith("memory://"):
                 _clients[self._bucket] = obstore.store.MemoryStore()
             else:
-                _clients[self._bucket] = obstore.store.from_url(self._bucket)
+                _clients[self._bucket] = obstore.store.from_url(
+                    self._bucket,
+                    client_options=_client_options(),
+                    retry_config={"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)},
+                )
         return obstore, _clients[self._bucket]
+
+    @contextmanager
+    def _reaching(self, what: str, path: str) -> Iterator[None]:
+        """What obstore raises becomes an error for the user; an absent object stays a FileNotFoundError."""
+        obstore, _ = self._connect()
+        try:
+            yield
+        except obstore.exceptions.BaseError as error:
+            raise StoreUnavailable(
+                f"{self.url}: could not {what} {path or 'its objects'}: {_first_line(error)}; check the network, "
+                "the endpoint and the credentials, then run the same command again"
+            ) from error
+
+    def _head(self, path: str) -> Any:
+        """Size and entity tag of an object, None if there is none."""
+        obstore, client = self._connect()
+        with self._reaching("read", path):
+            try:
+                return obstore.head(client, self._key(path))
+            except FileNotFoundError:
+                return None
 
     def _objects(self, folder: str) -> Sequence[_Object]:
         """(path, bytes, entity tag) of all objects below `folder`, sorted."""
         obstore, client = self._connect()
         prefix = self._key(folder) if folder else self._prefix.rstrip("/")
-        found = [
-            (str(meta["path"]).removeprefix(self._prefix), int(meta["size"]), meta["e_tag"])
-            for chunk in obstore.list(client, prefix or None)
-            for meta in chunk
-        ]
+        with self._reaching("list", folder):
+            found = [
+                (str(meta["path"]).removeprefix(self._prefix), int(meta["size"]), meta["e_tag"])
+                for chunk in obstore.list(client, prefix or None)
+                for meta in chunk
+            ]
         return sorted(found, key=lambda item: item[0])
 
+    def _objects_at(self, path: str) -> Sequence[_Object]:
+        """The objects below the folder `path`, or the one of this name."""
+        if objects := self._objects(relative_path(path)):
+            return objects
+        meta = self._head(path)
+        if meta is None:
+            raise FileNotFoundError(f"{self.url}/{path} does not exist")
+        return [(path, meta["size"], meta["e_tag"])]
+
+    def _download(self, path: str, objects: Sequence[_Object], folder: Path) -> None:
+        """Write the objects of `path` below `folder`, in parts."""
+        for name, size, tag in objects:
+            below = name.removeprefix(path).lstrip("/")
+            target = folder / Path(path).name / (relative_path(below) if below else "")
+            with disk_errors_named(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    for start in range(0, size, PART_BYTES):
+                        file.write(self._part(name, start, min(start + PART_BYTES, size), tag))
+
+    def _part(self, name: str, start: int, end: int, tag: str | None) -> bytes:
+        """Bytes of the object as it was listed."""
+        obstore, client = self._connect()
+        options = {"range": (start, end)} | ({"if_match": tag} if tag else {})
+        with self._reaching("read", name):
+            try:
+                data = bytes(obstore.get(client, self._key(name), options=options).bytes())
+            except FileNotFoundError:
+                raise CorruptData(f"{self.url}/{name} was removed while it was read; run the command again") from None
+            except obstore.exceptions.PreconditionError:
+                raise CorruptData(f"{self.url}/{name} was replaced while it was read; run the command again") from None
+        if len(data) != end - start:
+            raise StoreUnavailable(
+                f"{self.url}/{name}: asked for {end - start} bytes, the store sent {len(data)}; run the command again"
+            )
+        return data
+
     def _staging_dir(self) -> Path:
-        return _cache_dir() / "staging" / digest_of(self.url)[:16]
+        return cache_dir() / "staging" / digest_of(self.url)[:16]
 
     def _check_arrival(self, arrived: Path, path: str, expect: ExpectedFiles) -> None:
         for name, (num_bytes, sha256) in expect.items():
@@ -190,16 +295,15 @@ def _import_obstore() -> Any:
     return obstore
 
 
-def _cache_dir() -> Path:
-    return Path(os.environ.get("CDP_CACHE_DIR", "~/.cache/compodistill")).expanduser()
+def _client_options() -> dict[str, Any]:
+    options: dict[str, Any] = {"timeout": timedelta(seconds=TIMEOUT_S), "connect_timeout": timedelta(seconds=10)}
+    # With options of our own, obstore no longer looks for this one in the environment.
+    if any(os.environ.get(f"{name}_ALLOW_HTTP", "").lower() in ("true", "1") for name in ("AWS", "GOOGLE", "AZURE")):
+        options["allow_http"] = True
+    return options
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, so that the workers of a machine download a shard once."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+def _first_line(error: Exception) -> str:
+    """Without the page of debugging that obstore adds."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

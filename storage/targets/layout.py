@@ -1,7 +1,8 @@
 """The arrays of one shard: names, types, chunks and codecs. FORMAT.md says the same in words.
 
-Letters: S samples, T tokens of all samples, R answer rows of all samples, K kept tokens, M maps, W windows,
-L captured layers, C stored codes of one layer of all maps, B packed mask bytes of one window of all maps.
+Letters: S samples, T tokens of all samples, R answer rows of all samples, Q bytes of a row's record, M maps, W windows,
+L captured layers, K pairs of them, C stored codes of one layer of all maps, N image tokens of all maps, Y entries of
+the corners of one layer of all maps, G bytes of flips of all maps.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from zarr.storage import LocalStore as ZarrFolder
 
 TOKENS_A_CHUNK = 65_536
 ROWS_A_CHUNK = 256
-"""Answer rows decoded at least when one sample is read: at k = 64 about 100 kB of ids and log-probabilities.
+"""Answer rows decoded at least when one sample is read: 56 kB of records at the default codec.
 """
 
 
@@ -31,6 +32,11 @@ class ArraySpec:
     sharded: bool = False
     """Many inner chunks in one file, for reading a part; otherwise the array is one chunk."""
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Zarr data types it may have."""
+        return ("uint8", "float16") if self.dtype == "(codec)" else (self.dtype,)
+
 
 ARRAYS = (
     ArraySpec("sample_keys", "uint8", "U"),
@@ -39,17 +45,20 @@ ARRAYS = (
     ArraySpec("answer_mask", "bool", "T"),
     ArraySpec("token_offsets", "int64", "S+1"),
     ArraySpec("map_rows", "int64", "S"),
-    ArraySpec("logit_ids", "int32", "RK", sharded=True),
-    ArraySpec("logit_logprobs", "float16", "RK", sharded=True),
-    ArraySpec("logit_tail_logmass", "float32", "R"),
-    ArraySpec("logit_log_partition", "float32", "R"),
+    ArraySpec("logit_records", "uint8", "RQ", sharded=True),
     ArraySpec("logit_offsets", "int64", "S+1"),
     ArraySpec("map_num_tokens", "int32", "M"),
     ArraySpec("map_caps", "float32", "LM"),
+    ArraySpec("map_means", "float32", "LM"),
+    ArraySpec("map_covariances", "float32", "KM"),
     ArraySpec("map_codes", "(codec)", "LC", sharded=True),
     ArraySpec("map_code_offsets", "int64", "M+1"),
-    ArraySpec("keep_masks", "uint8", "WB", sharded=True),
-    ArraySpec("keep_mask_offsets", "int64", "M+1"),
+    ArraySpec("map_corners", "float16", "LY", sharded=True),
+    ArraySpec("map_corner_offsets", "int64", "M+1"),
+    ArraySpec("window_thresholds", "float32", "WM"),
+    ArraySpec("window_shifts", "float16", "WN", sharded=True),
+    ArraySpec("window_flips", "uint8", "G", sharded=True),
+    ArraySpec("window_flip_offsets", "int64", "M+1"),
 )
 """`map_codes` is uint8 or float16, as the manifest's codec says."""
 
@@ -85,12 +94,16 @@ def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attribute
 
 
 def _inner_chunks(spec: ArraySpec, arrays: dict[str, np.ndarray[Any, Any]]) -> tuple[int, ...]:
-    """Sharded: one layer (or window) of one map, a block of answer rows. Otherwise the whole array."""
+    """Sharded: one layer of one map, all of one map, a block of answer rows. Otherwise the whole array."""
     shape = arrays[spec.name].shape
     if spec.name == "map_codes":
         return (1, _largest_step(arrays["map_code_offsets"]))
-    if spec.name == "keep_masks":
-        return (1, _largest_step(arrays["keep_mask_offsets"]))
+    if spec.name == "map_corners":
+        return (max(1, shape[0]), _largest_step(arrays["map_corner_offsets"]))
+    if spec.name == "window_shifts":
+        return (max(1, shape[0]), max(1, int(arrays["map_num_tokens"].max(initial=0))))
+    if spec.name == "window_flips":
+        return (_largest_step(arrays["window_flip_offsets"]),)
     if spec.sharded:
         return (max(1, min(ROWS_A_CHUNK, shape[0])), max(1, shape[1]))
     return tuple(max(1, size) for size in shape)

@@ -5,26 +5,26 @@ Letters as in `layout.py`.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 import zarr
-from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore as ZarrFolder
-from zarr.storage import WrapperStore
 
-from storage.codecs.answer_logits import AnswerLogits
+from storage.codecs.maps import EncodedMaps
+from storage.codecs.triangle import num_entries
+from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.manifest import Manifest
 from storage.records import MapTargets, SampleTargets
 from storage.stores import Store, open_store
+from storage.targets.chunks import CheckedFolder, declared
 from storage.targets.commits import CommitRecord, read_commits
 from storage.targets.layout import ARRAYS
+from storage.targets.teacher import teacher_folder
 
 _Array = np.ndarray[Any, Any]
 _Result = TypeVar("_Result")
@@ -46,19 +46,28 @@ class TargetStore:
         Raises:
             UserError: If there is no manifest, or one of another format version.
             CorruptData: If the manifest or a record is damaged.
-            FingerprintMismatch: If a shard was committed by a run with another fingerprint.
+            FingerprintMismatch: If a shard was committed under another manifest.
         """
         store = open_store(url) if isinstance(url, str | Path) else url
         manifest = Manifest.load(store)
         commits = read_commits(store)
-        wanted = manifest.fingerprint.digest
         for record in commits.values():
-            if record.fingerprint != wanted:
+            if record.manifest != manifest.digest:
                 raise FingerprintMismatch(
-                    f"shard {record.shard} of {store.url} has fingerprint {record.fingerprint[:12]}, "
-                    f"the manifest has {wanted[:12]}; remove its commit record and extract it again"
+                    f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the "
+                    f"store's is {manifest.digest[:12]}; restore the manifest, or run `cdp verify --repair` and "
+                    "extract the shard again"
+                )
+            if record.shard >= manifest.num_shards:
+                raise CorruptData(
+                    f"{store.url} has a record of shard {record.shard}, the manifest says "
+                    f"{manifest.num_shards} shards; run `cdp verify --repair`"
                 )
         return cls(store, manifest, commits)
+
+    def teacher_folder(self) -> Path:
+        """The teacher's files for students; arguments and errors as for `storage.targets.teacher_folder`."""
+        return teacher_folder(self.store, self.manifest)
 
     def shard(self, index: int) -> "TargetShard":
         """Open a committed shard.
@@ -82,7 +91,7 @@ class TargetShard:
         self.record, self._manifest = record, manifest
         self._where = f"shard {record.shard} of {store.url} ({record.path})"
         try:
-            self._folder = store.local(record.path, record.files)
+            self._folder = store.local(record.path, record.files, self)
         except FileNotFoundError as error:
             raise self._corrupt("its folder", "nothing", "a committed shard") from error
         self._check_files()
@@ -93,6 +102,7 @@ class TargetShard:
             if spec.name not in _LARGE
         }
         self._check_lengths()
+        self._guarded("sample_keys", self._check_order)
         self._whole: dict[str, _Array] = {}
 
     @cached_property
@@ -124,8 +134,8 @@ class TargetShard:
             layers: Teacher layers to read, in this order; None means all captured ones.
 
         Returns:
-            The sample's targets and its maps, None for a sample without an image. `codes_LE` and `caps_L`
-            have the asked layers; `keep_masks` has all windows.
+            The sample's targets and its maps, None for a sample without an image. Only with all layers in stored
+            order (`layers` is None) have the maps their windows.
 
         Raises:
             IndexError: If there is no such row.
@@ -137,18 +147,12 @@ class TargetShard:
         small = self._small
         tokens, rows = self._span("token_offsets", row), self._span("logit_offsets", row)
         map_row = int(small["map_rows"][row])
-        logits = AnswerLogits(
-            ids_RK=torch.from_numpy(self._large("logit_ids", rows)),
-            logprobs_RK=torch.from_numpy(self._large("logit_logprobs", rows)),
-            tail_logmass_R=torch.from_numpy(small["logit_tail_logmass"][rows].copy()),
-            log_partition_R=torch.from_numpy(small["logit_log_partition"][rows].copy()),
-        )
         sample = SampleTargets(
             key=self.keys[row],
             token_ids=torch.from_numpy(small["token_ids"][tokens].copy()),
             answer_mask=torch.from_numpy(small["answer_mask"][tokens].copy()),
             map_row=map_row if map_row >= 0 else None,
-            logits=logits,
+            logits_RB=torch.from_numpy(self._large("logit_records", rows)),
         )
         return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
 
@@ -157,14 +161,37 @@ class TargetShard:
         if not 0 <= map_row < self.record.num_maps:
             raise IndexError(f"map {map_row} of {self._where}, which has {self.record.num_maps} maps")
         rows = self._layer_rows(layers)
-        codes, masks = self._span("map_code_offsets", map_row), self._span("keep_mask_offsets", map_row)
+        codes = self._span("map_code_offsets", map_row)
         caps_L: _Array = self._small["map_caps"][rows, map_row]
         return MapTargets(
             num_tokens=int(self._small["map_num_tokens"][map_row]),
-            codes_LE=torch.from_numpy(self._large("map_codes", (rows, codes))),
-            caps_L=torch.from_numpy(caps_L.copy()),
-            keep_masks=torch.from_numpy(self._large("keep_masks", (slice(None), masks))),
+            maps=EncodedMaps(
+                codes_LC=torch.from_numpy(self._large("map_codes", (rows, codes))),
+                caps_L=torch.from_numpy(caps_L.copy()),
+            ),
+            windows=self._read_windows(map_row) if layers is None else None,
         )
+
+    def _read_windows(self, map_row: int) -> EncodedWindows:
+        first, last = self._token_ends[map_row : map_row + 2]
+        thresholds_W, means_L, covariances_K = (
+            torch.from_numpy(self._small[name][:, map_row].copy())
+            for name in ("window_thresholds", "map_means", "map_covariances")
+        )
+        return EncodedWindows(
+            thresholds_W=thresholds_W,
+            shifts_WN=torch.from_numpy(self._large("window_shifts", (slice(None), slice(first, last)))),
+            flips_G=torch.from_numpy(self._large("window_flips", (self._span("window_flip_offsets", map_row),))),
+            means_L=means_L,
+            covariances_K=covariances_K,
+            corners_LY=torch.from_numpy(
+                self._large("map_corners", (slice(None), self._span("map_corner_offsets", map_row)))
+            ),
+        )
+
+    @cached_property
+    def _token_ends(self) -> list[int]:
+        return [0, *accumulate(self.map_num_tokens)]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -205,7 +232,20 @@ class TargetShard:
         return read
 
     def _open_arrays(self) -> dict[str, zarr.Array[Any]]:
-        folder = _NothingMissing(ZarrFolder(self._folder, read_only=True))
+        """All arrays, of which nothing is decoded before their metadata is known to agree with the record."""
+        record = self.record
+        known = {"S": record.num_samples, "T": record.num_tokens, "R": record.num_answer_rows, "M": record.num_maps}
+        arrays = {}
+        for spec in ARRAYS:
+            offsets = "+" in spec.letters
+            arrays[spec.name] = declared(
+                (self._folder / spec.name / "zarr.json").read_bytes(),
+                f"{spec.name}/zarr.json",
+                (known[spec.letters[0]] + 1,) if offsets else tuple(known.get(letter) for letter in spec.letters),
+                spec.dtypes,
+                sum(size for name, (size, _) in record.files.items() if name.startswith(f"{spec.name}/c/")),
+            )
+        folder = CheckedFolder(self._folder, arrays)
         return {spec.name: zarr.open_array(folder, path=spec.name, mode="r") for spec in ARRAYS}
 
     def _guarded(self, name: str, action: Callable[[], _Result]) -> _Result:
@@ -234,13 +274,16 @@ class TargetShard:
             "S": record.num_samples,
             "T": record.num_tokens,
             "R": record.num_answer_rows,
-            "K": self._manifest.num_kept,
+            "Q": fingerprint.logit_codec.row_bytes,
             "M": record.num_maps,
             "L": len(fingerprint.layers),
+            "K": num_entries(len(fingerprint.layers), causal=True),
             "W": len(fingerprint.windows),
             "U": int(small["sample_key_offsets"][-1]),
             "C": int(small["map_code_offsets"][-1]),
-            "B": int(small["keep_mask_offsets"][-1]),
+            "Y": int(small["map_corner_offsets"][-1]),
+            "N": int(small["map_num_tokens"].sum(dtype=np.int64)),
+            "G": int(small["window_flip_offsets"][-1]),
         }
         for spec in ARRAYS:
             if "+" in spec.letters:
@@ -254,18 +297,23 @@ class TargetShard:
             if int(small[name][-1]) != sizes[end]:
                 raise self._corrupt(name, f"end {int(small[name][-1])}", f"end {sizes[end]}")
 
+    def _check_order(self) -> None:
+        """Offsets start at 0 and never fall; every sample has its own key, and a map that exists or none."""
+        small, record = self._small, self.record
+        for name in [spec.name for spec in ARRAYS if "+" in spec.letters]:
+            offsets = small[name]
+            if int(offsets[0]) != 0 or bool((np.diff(offsets) < 0).any()):
+                raise self._corrupt(name, f"offsets that start at {offsets[0]} or fall", "rising ones from 0")
+        rows = small["map_rows"]
+        with_map = int((rows >= 0).sum())
+        if bool(((rows < -1) | (rows >= record.num_maps)).any()) or with_map != record.num_map_references:
+            expected = f"{record.num_map_references} samples with one of {record.num_maps} maps"
+            raise self._corrupt("map_rows", f"{with_map} samples with maps up to {rows.max(initial=-1)}", expected)
+        if len(self._rows) != len(self):
+            raise self._corrupt("sample_keys", f"{len(self._rows)} different keys", f"{len(self)}")
+
     def _corrupt(self, name: str, found: str, expected: str) -> CorruptData:
         return CorruptData(
             f"{self._where}: {name}: found {found}, expected {expected}; run `cdp verify` on the store, "
             "restore the file or extract this shard again"
         )
-
-
-class _NothingMissing(WrapperStore[ZarrFolder]):
-    """A Zarr store in which a missing chunk is an error: Zarr itself reads one as the fill value."""
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        found = await super().get(key, prototype, byte_range)
-        if found is None and "/c/" in f"/{key}":
-            raise FileNotFoundError(f"chunk {key} is missing")
-        return found

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.codecs.sinks import packed_mask_bytes
-from storage.errors import CorruptData
+from storage.codecs.answer_logits import decode_logits, faults_of
+from storage.codecs.sinks import decode_flips
+from storage.codecs.triangle import num_entries
+from storage.codecs.windows import EncodedWindows, num_mask_entries
+from storage.errors import CorruptData, disk_errors_named
 from storage.manifest import Manifest
 from storage.records import MapTargets, SampleTargets, SkippedSample
 from storage.stores import Store
@@ -61,24 +64,27 @@ def write_shard(
         counts = {
             "num_samples": len(samples),
             "num_tokens": sum(len(sample.token_ids) for sample in samples),
-            "num_answer_rows": sum(len(sample.logits) for sample in samples),
+            "num_answer_rows": sum(len(sample.logits_RB) for sample in samples),
             "num_maps": len(maps),
             "num_map_references": len(sizes),
         }
         arrays = {**_sample_arrays(manifest, samples), **_map_arrays(manifest, maps)}
         attributes = {"shard": index, "sample_shard": sample_shard_name, **counts}
-        write_group(staged, arrays, {"compodistill": attributes})
-        files = measure_files(staged)
+        with disk_errors_named(Path(staged)):
+            write_group(staged, arrays, {"compodistill": attributes})
+            files = measure_files(staged)
         _check_whole(files, arrays)
         record = CommitRecord.build(
             shard=index,
             sample_shard=sample_shard_name,
             **counts,
+            num_map_tokens=sum(entry.num_tokens for entry in maps),
+            num_map_squares=sum(entry.num_tokens**2 for entry in maps),
             num_referenced_tokens=sum(sizes),
             num_referenced_squares=sum(size * size for size in sizes),
             files=files,
             skipped=tuple(skipped),
-            fingerprint=manifest.fingerprint.digest,
+            manifest=manifest.digest,
         )
         return publish(store, Path(staged), record)
     finally:
@@ -86,21 +92,21 @@ def write_shard(
 
 
 def _check_whole(files: Mapping[str, object], arrays: Mapping[str, _Array]) -> None:
-    """Another driver's clean-up may have removed the staging folder while it was written."""
+    """Somebody may have removed files of the staging folder while it was written."""
     with_data = {path.split("/")[0] for path in files if "/c/" in path}
     lost = [
         name for name, a in arrays.items() if f"{name}/zarr.json" not in files or (a.size and name not in with_data)
     ]
     if lost or "zarr.json" not in files:
         raise CorruptData(
-            f"the staged shard lost {lost or 'its group'} while it was written, as when a second extraction starts on "
-            "the same store and cleans up; run one driver at a time"
+            f"the staged shard lost {lost or 'its group'} while it was written: something else removed files of the "
+            "store's `.partial` folders; leave them to `cdp extract-teacher`, which removes those of dead processes"
         )
 
 
 def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict[str, _Array]:
     keys = [sample.key.encode() for sample in samples]
-    logits = [sample.logits for sample in samples]
+    records = [sample.logits_RB for sample in samples]
     return {
         "sample_keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
         "sample_key_offsets": _offsets([len(key) for key in keys]),
@@ -108,28 +114,43 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
         "answer_mask": _joined([sample.answer_mask for sample in samples], (0,), torch.bool),
         "token_offsets": _offsets([len(sample.token_ids) for sample in samples]),
         "map_rows": np.array([-1 if sample.map_row is None else sample.map_row for sample in samples], dtype=np.int64),
-        "logit_ids": _joined([rows.ids_RK for rows in logits], (0, manifest.num_kept), torch.int32),
-        "logit_logprobs": _joined([rows.logprobs_RK for rows in logits], (0, manifest.num_kept), torch.float16),
-        "logit_tail_logmass": _joined([rows.tail_logmass_R for rows in logits], (0,), torch.float32),
-        "logit_log_partition": _joined([rows.log_partition_R for rows in logits], (0,), torch.float32),
-        "logit_offsets": _offsets([len(rows) for rows in logits]),
+        "logit_records": _joined(records, (0, manifest.fingerprint.logit_codec.row_bytes), torch.uint8),
+        "logit_offsets": _offsets([len(rows) for rows in records]),
     }
 
 
 def _map_arrays(manifest: Manifest, maps: Sequence[MapTargets]) -> dict[str, _Array]:
     fingerprint = manifest.fingerprint
     num_layers, num_windows = len(fingerprint.layers), len(fingerprint.windows)
-    codes = [entry.codes_LE for entry in maps]
-    masks = [entry.keep_masks for entry in maps]
-    caps = [entry.caps_L[:, None] for entry in maps]
+    codes = [entry.maps.codes_LC for entry in maps]
+    caps = [entry.maps.caps_L[:, None] for entry in maps]
+    windows = [_windows(row, entry) for row, entry in enumerate(maps)]
+    num_pairs = num_entries(num_layers, causal=True)
+    thresholds = [each.thresholds_W[:, None] for each in windows]
+    means = [each.means_L[:, None] for each in windows]
+    covariances = [each.covariances_K[:, None] for each in windows]
+    corners = [each.corners_LY for each in windows]
+    flips = [each.flips_G for each in windows]
     return {
         "map_num_tokens": np.array([entry.num_tokens for entry in maps], dtype=np.int32),
         "map_caps": _joined(caps, (num_layers, 0), torch.float32, dim=1),
+        "map_means": _joined(means, (num_layers, 0), torch.float32, dim=1),
+        "map_covariances": _joined(covariances, (num_pairs, 0), torch.float32, dim=1),
         "map_codes": _joined(codes, (num_layers, 0), fingerprint.map_codec.dtype, dim=1),
         "map_code_offsets": _offsets([code.shape[1] for code in codes]),
-        "keep_masks": _joined(masks, (num_windows, 0), torch.uint8, dim=1),
-        "keep_mask_offsets": _offsets([mask.shape[1] for mask in masks]),
+        "map_corners": _joined(corners, (num_layers, 0), torch.float16, dim=1),
+        "map_corner_offsets": _offsets([corner.shape[1] for corner in corners]),
+        "window_thresholds": _joined(thresholds, (num_windows, 0), torch.float32, dim=1),
+        "window_shifts": _joined([each.shifts_WN for each in windows], (num_windows, 0), torch.float16, dim=1),
+        "window_flips": _joined(flips, (0,), torch.uint8),
+        "window_flip_offsets": _offsets([len(each) for each in flips]),
     }
+
+
+def _windows(row: int, entry: MapTargets) -> EncodedWindows:
+    if entry.windows is None:
+        raise ValueError(f"map {row} was read without its windows, and cannot be written again; read all its layers")
+    return entry.windows
 
 
 def _offsets(sizes: list[int]) -> _Array:
@@ -158,38 +179,40 @@ def _check_samples(
     if used != set(range(len(maps))):
         raise ValueError(f"samples use map rows {sorted(map(str, used))[:5]}..., expected each of {len(maps)} maps")
     for sample in samples:
-        mask, rows = sample.answer_mask, sample.logits
+        mask, codec = sample.answer_mask, manifest.fingerprint.logit_codec
         if mask.shape != sample.token_ids.shape or mask.ndim != 1:
             raise ValueError(f"sample {sample.key}: mask {tuple(mask.shape)}, ids {tuple(sample.token_ids.shape)}")
-        num_rows = int(mask.sum())
-        shape = (num_rows, manifest.num_kept)
-        if not (tuple(rows.ids_RK.shape) == tuple(rows.logprobs_RK.shape) == shape):
-            raise ValueError(f"sample {sample.key}: logits {tuple(rows.ids_RK.shape)}, expected {shape} by its mask")
-        if not (tuple(rows.tail_logmass_R.shape) == tuple(rows.log_partition_R.shape) == (num_rows,)):
-            raise ValueError(f"sample {sample.key}: tail or partition is not one value for each of {num_rows} rows")
+        found, expected = tuple(sample.logits_RB.shape), (int(mask.sum()), codec.row_bytes)
+        if found != expected:
+            raise ValueError(f"sample {sample.key}: logit records {found}, expected {expected} by mask and codec")
         if len(mask) and bool(mask[0]):
             raise ValueError(f"sample {sample.key}: its first token is an answer token, which nothing predicts")
-        if bool(rows.logprobs_RK.isnan().any() | rows.tail_logmass_R.isnan().any()) or not bool(
-            rows.log_partition_R.isfinite().all()
-        ):
-            raise ValueError(f"sample {sample.key}: logits hold NaN, or a partition that is not finite")
+        if bad := faults_of(decode_logits(codec, sample.logits_RB)):
+            raise ValueError(f"sample {sample.key}: logit records hold {bad}")
 
 
 def _check_map(manifest: Manifest, row: int, entry: MapTargets) -> None:
     fingerprint = manifest.fingerprint
     codec = fingerprint.map_codec
     num_layers, num_windows = len(fingerprint.layers), len(fingerprint.windows)
+    windows = _windows(row, entry)
     expected = (
         (num_layers, codec.num_codes(entry.num_tokens)),
         (num_layers,),
-        (num_windows, packed_mask_bytes(entry.num_tokens, codec.causal)),
+        (num_windows,),
+        (num_windows, entry.num_tokens),
+        (num_layers,),
+        (num_entries(num_layers, causal=True),),
+        (num_layers, num_entries(codec.corner_size(entry.num_tokens), codec.causal)),
     )
-    found = (tuple(entry.codes_LE.shape), tuple(entry.caps_L.shape), tuple(entry.keep_masks.shape))
+    of_layers = (windows.means_L, windows.covariances_K, windows.corners_LY)
+    parts = (entry.maps.codes_LC, entry.maps.caps_L, windows.thresholds_W, windows.shifts_WN, *of_layers)
+    found = tuple(tuple(part.shape) for part in parts)
     if found != expected or entry.num_tokens < 1:
         raise ValueError(
-            f"map {row} of {entry.num_tokens} tokens has codes, caps, masks of {found}, expected {expected}"
+            f"map {row} of {entry.num_tokens} tokens has codes, caps, thresholds, shifts, means, covariances, "
+            f"corners of {found}, expected {expected}"
         )
-    if not bool(torch.isfinite(entry.caps_L).all()) or (
-        entry.codes_LE.is_floating_point() and not bool(torch.isfinite(entry.codes_LE).all())
-    ):
+    if not all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point()):
         raise ValueError(f"map {row} holds NaN or infinite values")
+    decode_flips(windows.flips_G, num_mask_entries(codec, num_windows, entry.num_tokens))

@@ -1,0 +1,67 @@
+"""Integers of a fixed number of bits, one after another in a string of bytes.
+
+Bit n of a string is bit n % 8 (the lowest is 0) of byte n // 8; spare bits of the last byte are 0.
+Letters: R rows, K integers of a row, Q bits, B bytes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_WIDTH = 25
+"""Bits of one integer: with up to 7 bits before it, it lies within 4 bytes."""
+
+
+def num_bytes(num_bits: int) -> int:
+    """Bytes that hold so many bits."""
+    return (num_bits + 7) // 8
+
+
+def pack_narrow(values: Tensor, width: int) -> Tensor:
+    """`[..., ceil(K * width / 8)]` uint8 of `[..., K]` uint8 below 2**width, which is 1, 2, 4 or 8; same device."""
+    in_byte = 8 // width
+    values = F.pad(values, (0, -values.shape[-1] % in_byte))
+    packed = values[..., ::in_byte].clone()
+    for place in range(1, in_byte):
+        packed |= values[..., place::in_byte] << (width * place)
+    return packed
+
+
+def unpack_narrow(packed: Tensor, count: int, width: int) -> Tensor:
+    """`[..., count]` uint8: the inverse of `pack_narrow`."""
+    if width == 8:
+        return packed
+    places = [(packed >> shift) & (2**width - 1) for shift in range(0, 8, width)]
+    return torch.stack(places, -1).flatten(-2)[..., :count]
+
+
+def pack_bits(bits_RQ: Tensor) -> Tensor:
+    """`[R, ceil(Q / 8)]` uint8 of `[R, Q]` bool, on the same device."""
+    return pack_narrow(bits_RQ.to(torch.uint8), 1)
+
+
+def unpack_bits(packed_RB: Tensor, count: int) -> Tensor:
+    """`[R, count]` bool: the inverse of `pack_bits`."""
+    return unpack_narrow(packed_RB, count, 1).bool()
+
+
+def pack_integers(values_RK: Tensor, width: int) -> Tensor:
+    """`[R, ceil(K * width / 8)]` uint8: integer k is bits `[k * width, (k + 1) * width)`, its lowest bit first.
+
+    Args:
+        values_RK: `[R, K]` integers in `[0, 2**width)`.
+        width: Bits of each, 1 to 25.
+    """
+    assert 1 <= width <= MAX_WIDTH
+    shifts = torch.arange(width, dtype=torch.int32, device=values_RK.device)
+    return pack_bits(((values_RK.int()[..., None] >> shifts) & 1).flatten(1))
+
+
+def unpack_integers(packed_RB: Tensor, count: int, width: int) -> Tensor:
+    """`[R, count]` int64: the inverse of `pack_integers`."""
+    assert 1 <= width <= MAX_WIDTH
+    first_K = torch.arange(count, device=packed_RB.device) * width
+    bytes_RB = F.pad(packed_RB, (0, 4)).long()
+    word_RK = sum(bytes_RB[:, first_K // 8 + n] << (8 * n) for n in range(4))
+    assert isinstance(word_RK, Tensor)
+    return (word_RK >> (first_K % 8)) & ((1 << width) - 1)

@@ -1,0 +1,75 @@
+"""Setting aside what `verify` found broken, so that the next extraction makes just that again; nothing is deleted."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from storage.digests import canonical_json
+from storage.stores import Store, open_store
+from storage.targets.commits import SHARDS, commit_path
+from storage.targets.teacher import TEACHER, TEACHER_RECORD
+from storage.verify import Finding, VerifyReport
+
+ASIDE = "aside"
+_ASIDE_NUMBER = re.compile(rf"{ASIDE}/([0-9]{{4,}})/.*")
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was set aside."""
+
+    folder: str | None
+    """Where in the store it lies now, with the findings in `findings.json`; None when nothing had to be."""
+    moved: tuple[str, ...]
+    """Records, folders and files, by their former paths."""
+    left: tuple[Finding, ...]
+    """Findings that no extraction mends: of the samples, or of shards that were not committed."""
+
+
+def repair(report: VerifyReport) -> RepairReport:
+    """Move each broken part of a target store to `aside/NUMBER/`: its commit record first, so that it exists no more.
+
+    No extraction may be running on the store: it could be about to commit a folder that is moved.
+
+    Args:
+        report: What `verify` found in the store.
+    """
+    store = open_store(Path(report.targets_url) if "://" not in report.targets_url else report.targets_url)
+    paths = store.list()
+    parts = {finding: _parts(finding, paths) for finding in report.findings}
+    moved = tuple(dict.fromkeys(part for found in parts.values() for part in found))
+    left = tuple(finding for finding, found in parts.items() if not found)
+    if not moved:
+        return RepairReport(None, (), left)
+    reasons = {"findings": [asdict(finding) for finding in report.findings], "moved": moved}
+    folder = _new_folder(store, paths, canonical_json(reasons))
+    for part in moved:
+        store.move(part, f"{folder}/{part}")
+    return RepairReport(folder, moved, left)
+
+
+def _parts(finding: Finding, paths: list[str]) -> list[str]:
+    """What must go for a finding to be mended by extracting again: records before folders."""
+    if finding.shard.isdigit():
+        record = commit_path(int(finding.shard))
+        folder = re.compile(rf"{SHARDS}/{int(finding.shard):06d}-[0-9a-f]{{16}}\.zarr(?=/)")
+    elif finding.shard == TEACHER:
+        record, folder = TEACHER_RECORD, re.compile(rf"{TEACHER}(?=/)")
+    else:
+        return [finding.file] if finding.shard == "-" and finding.file in paths else []
+    if record not in paths:
+        # Without a record nobody reads the folder, and whoever writes it may be about to commit it.
+        return []
+    folders = {match[0] for match in map(folder.match, paths) if match}
+    return [record, *sorted(folders)]
+
+
+def _new_folder(store: Store, paths: list[str], reasons: bytes) -> str:
+    """The first free number, taken by creating its list of reasons."""
+    taken = [int(match[1]) for match in map(_ASIDE_NUMBER.fullmatch, paths) if match]
+    number = max(taken, default=-1) + 1
+    while True:
+        folder = f"{ASIDE}/{number:04d}"
+        if not store.exists(f"{folder}/findings.json") and store.create(f"{folder}/findings.json", reasons):
+            return folder
+        number += 1

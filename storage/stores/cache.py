@@ -1,0 +1,186 @@
+"""This machine's bounded cache of what object stores hold: whole entries, the least recently used evicted first."""
+
+import fcntl
+import os
+import re
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage.errors import UserError, disk_errors_named
+from storage.stores.base import PARTIAL
+from storage.stores.owner import partial_path, remove_if_abandoned
+
+DEFAULT_CACHE_GB = 100.0
+"""Most of the cache folder in GB (10^9 bytes) unless `CDP_CACHE_GB` says otherwise."""
+
+_LOCK_NAME = re.compile(r"[0-9a-f]{32}\.lock")
+
+
+def cache_dir() -> Path:
+    """`CDP_CACHE_DIR`, by default `~/.cache/compodistill`."""
+    return Path(os.environ.get("CDP_CACHE_DIR", "~/.cache/compodistill")).expanduser()
+
+
+def cache_limit_bytes() -> int:
+    """What `CDP_CACHE_GB` allows.
+
+    Raises:
+        UserError: If it is no positive number.
+    """
+    text = os.environ.get("CDP_CACHE_GB", str(DEFAULT_CACHE_GB))
+    try:
+        limit = float(text) * 1e9
+    except ValueError:
+        limit = -1.0
+    if not 0 < limit < float("inf"):
+        raise UserError(f"CDP_CACHE_GB is {text!r}, expected the cache's most GB as a positive number, such as 50")
+    return int(limit)
+
+
+def cached(key: str, num_bytes: int, fill: Callable[[Path], None], holder: object | None) -> Path:
+    """The folder of entry `key`, filled by one process of this machine if it is not there.
+
+    Entries in use by any process are never evicted; if those alone exceed the limit, the cache is larger than it.
+
+    Args:
+        key: 32 hex digits that change with the content.
+        num_bytes: What `fill` will write.
+        fill: Writes the content to a new folder; if it raises, nothing is kept.
+        holder: In use as long as this object lives; None is as long as the process runs.
+    """
+    folder = cache_dir()
+    with disk_errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        entry = folder / key
+        pin = _pinned(entry, holder)
+        if entry.is_dir():
+            return entry
+        with locked(folder / f"{key}.fill"):
+            if entry.is_dir():
+                return entry
+            os.truncate(pin, 0)
+            os.pwrite(pin, str(num_bytes).encode(), 0)
+            _make_room(folder)
+            partial = partial_path(entry)
+            try:
+                partial.mkdir()
+                fill(partial)
+                partial.rename(entry)
+            except BaseException:
+                os.truncate(pin, 0)
+                raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return entry
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file."""
+    descriptor = _locked_file(path, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class _Pins:
+    """Entries in use by this process: an open file with a shared lock each, and how many hold it."""
+
+    def __init__(self) -> None:
+        self.guard = threading.RLock()  # a holder may be collected at any moment, in this thread too
+        self.files: dict[Path, tuple[int, int]] = {}
+
+
+_pins: dict[int, _Pins] = {}
+"""By process number: a forked child shares its parent's locks, and must not release them."""
+
+
+def _pinned(entry: Path, holder: object | None) -> int:
+    """Pin an entry and mark it as used now; the open lock file."""
+    pins = _pins.setdefault(os.getpid(), _Pins())
+    with pins.guard:
+        descriptor, count = pins.files.get(entry, (-1, 0))
+        if not count:
+            descriptor = _locked_file(_lock_of(entry), fcntl.LOCK_SH)
+        pins.files[entry] = (descriptor, count + 1)
+        os.utime(descriptor)
+    if holder is not None:
+        weakref.finalize(holder, _release, os.getpid(), entry)
+    return descriptor
+
+
+def _release(pid: int, entry: Path) -> None:
+    if pid != os.getpid():
+        return
+    pins = _pins[pid]
+    with pins.guard:
+        descriptor, count = pins.files.pop(entry)
+        if count > 1:
+            pins.files[entry] = (descriptor, count - 1)
+        else:
+            os.close(descriptor)
+
+
+def _make_room(folder: Path) -> None:
+    """Evict what was used longest ago, and nobody uses, until the entries fit into the limit."""
+    limit = cache_limit_bytes()
+    with locked(folder / "evict.lock"):
+        for partial in folder.glob(f"*{PARTIAL}"):
+            remove_if_abandoned(partial)
+        locks = [lock for lock in folder.glob("*.lock") if _LOCK_NAME.fullmatch(lock.name)]
+        # What a killed download left comes first.
+        entries = [(lock.with_suffix("").is_dir(), lock.stat().st_mtime_ns, _entry_bytes(lock), lock) for lock in locks]
+        total = sum(num_bytes for _, _, num_bytes, _ in entries)
+        for _, _, num_bytes, lock in sorted(entries):
+            if total <= limit:
+                return
+            if _evicted(lock):
+                total -= num_bytes
+
+
+def _entry_bytes(lock: Path) -> int:
+    """What its lock file says, which is written before the entry."""
+    text = lock.read_bytes()
+    if text.isdigit():
+        return int(text)
+    return sum(file.stat().st_size for file in lock.with_suffix("").rglob("*") if file.is_file())
+
+
+def _evicted(lock: Path) -> bool:
+    """Remove an entry unless some process uses it."""
+    descriptor = os.open(lock, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        entry = lock.with_suffix("")
+        if entry.is_dir():
+            # Renamed first, so that a kill leaves no half of it under its name.
+            shutil.rmtree(entry.rename(partial_path(entry)))
+        lock.with_suffix(".fill").unlink(missing_ok=True)
+        lock.unlink()
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _lock_of(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.lock")
+
+
+def _locked_file(path: Path, how: int) -> int:
+    """An open, locked file that still has this name: an evicted entry's lock file is removed under its waiters."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, how)
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)

@@ -1,0 +1,76 @@
+"""`teacher/` of a target store: what students need of the teacher, committed and checked like a shard."""
+
+from pathlib import Path
+
+from storage.errors import CorruptData, UserError
+from storage.manifest import Manifest
+from storage.stores import Store
+from storage.targets.commits import COMMITS, Committed, measure_files, publish
+
+TEACHER = "teacher"
+TEACHER_RECORD = f"{COMMITS}/{TEACHER}.json"
+
+
+class TeacherRecord(Committed):
+    """The folder of vision tower, adapter, configs and processor."""
+
+    @property
+    def record_path(self) -> str:
+        """`commits/teacher.json`."""
+        return TEACHER_RECORD
+
+    def folder_for(self, digest: str) -> str:
+        """`teacher/0123456789abcdef`."""
+        return f"{TEACHER}/{digest[:16]}"
+
+
+def has_teacher(store: Store) -> bool:
+    """Whether the folder is committed."""
+    return store.exists(TEACHER_RECORD)
+
+
+def save_teacher(store: Store, manifest: Manifest, staged: Path) -> TeacherRecord:
+    """Commit a staged folder of the teacher's files, unless another extractor did so first.
+
+    Args:
+        store: The target store; its manifest exists.
+        manifest: What the teacher is part of.
+        staged: A folder from `store.staging`; it is gone afterwards.
+
+    Returns:
+        The record that counts.
+    """
+    return publish(store, staged, TeacherRecord.build(files=measure_files(staged), manifest=manifest.digest))
+
+
+def teacher_folder(store: Store, manifest: Manifest) -> Path:
+    """A local folder of the teacher's files, every byte of which is what was committed.
+
+    Raises:
+        UserError: If none is committed.
+        CorruptData: If a file is missing, damaged or not ours, naming it.
+    """
+    where = f"{store.url}/{TEACHER}"
+    try:
+        record = TeacherRecord.load(store, TEACHER_RECORD)
+    except FileNotFoundError:
+        raise UserError(
+            f"{where} is not committed: {store.url}/{TEACHER_RECORD} does not exist; run `cdp extract-teacher`"
+        ) from None
+    todo = "run `cdp verify --repair` on the store, then `cdp extract-teacher`"
+    if record.manifest != manifest.digest:
+        raise CorruptData(
+            f"{where} belongs to manifest {record.manifest[:12]}, the store's is {manifest.digest[:12]}; {todo}"
+        )
+    try:
+        folder = store.local(record.path, record.files)
+        found = measure_files(folder)
+    except FileNotFoundError as error:
+        raise CorruptData(f"{where}: {record.path} is missing; {todo}") from error
+    if wrong := sorted(
+        name for name in found.keys() | record.files.keys() if found.get(name) != record.files.get(name)
+    ):
+        raise CorruptData(
+            f"{where}: {record.path}/{wrong[0]} is not what was committed ({len(wrong)} files differ); {todo}"
+        )
+    return folder
