@@ -3,27 +3,41 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
+from storage.digests import parse_json
 from storage.errors import UserError
 
-_NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # no *.bin: those are pickles
+MAX_CONFIG_BYTES = 64 * 2**20
+"""Largest config that is read; real ones have kilobytes."""
+
+_NEEDED_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
+
+_VIDEO = "video_processor"
 
 
-def resolve_checkpoint(name: str | Path) -> Path:
+def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a model id of the hub, downloaded once.
+
+    Args:
+        name: a folder or a model id.
+        with_weights: False neither downloads nor looks for them.
 
     Raises:
         UserError: no such folder or id, or a checkpoint without safetensors weights.
     """
     folder = Path(name)
     if not folder.is_dir():
+        patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
         try:
-            folder = Path(snapshot_download(str(name), allow_patterns=_NEEDED_FILES))
+            folder = Path(snapshot_download(str(name), allow_patterns=patterns))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
                 f"no checkpoint at {name}: it is neither a folder here nor a model id that the hub gave "
@@ -31,9 +45,38 @@ def resolve_checkpoint(name: str | Path) -> Path:
             ) from error
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no *.safetensors weights; pickled weights are not loaded, convert them first")
+    if with_weights and not any(folder.glob(_WEIGHTS)):
+        raise UserError(
+            f"{folder} holds no *.safetensors weights. Pickled ones (*.bin, *.pth) are never loaded, as that can run "
+            "code: where you trust them, load the model and call save_pretrained(..., safe_serialization=True)"
+        )
     return folder
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a checkpoint that can only be loaded by running Python code that comes with it.
+
+    One of a family that the library has itself is loaded by the library's code, whatever its configs name.
+
+    Raises:
+        UserError: its `auto_map` names code, and the library does not know its model type.
+    """
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read of a config")
+        fields = parse_json(file.read_bytes(), str(file))
+        if not isinstance(fields, dict):
+            raise UserError(f"{file} holds no JSON object; expected a Hugging Face config")
+        known = name != "config.json" or fields.get("model_type") in CONFIG_MAPPING
+        if "auto_map" in fields and not known:
+            raise UserError(
+                f"{file} asks to run code of its own (auto_map {fields['auto_map']}), which is refused: give a "
+                "checkpoint of a family that transformers has; for a teacher whose code you have read there is --set "
+                "teacher.trust_remote_code=true"
+            )
 
 
 def hide_loading_bars() -> None:
@@ -41,10 +84,73 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
+    """A checkpoint's processor; see `images_only` for those that also read videos.
+
+    Raises:
+        UserError: the library lacks a package for it.
+    """
+    cls = None if trust_remote_code else _processor_class(folder)
+    try:
+        processor: ProcessorMixin = (
+            AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if cls is None or _VIDEO not in cls.get_attributes()
+            else images_only(cls).from_pretrained(folder)
+        )
+    except ImportError as error:
+        raise UserError(
+            f"the processor of {folder} cannot be built here: {error} (SmolVLM: pip install 'compodistill[smolvlm]')"
+        ) from error
+    return processor
+
+
+def images_only(cls: Any) -> Any:
+    """A processor class of the library without the half that reads videos.
+
+    That half is never used here, and the library builds it only where torchvision is installed. It is left out
+    everywhere, so that a fingerprint does not depend on the machine.
+    """
+    attributes = [name for name in cls.get_attributes() if name != _VIDEO]
+
+    def arguments(*args: Any, **kwargs: Any) -> list[Any]:
+        # One of these classes takes the video half as an argument without a default; it is the last in all of them.
+        return [*cls._get_arguments_from_pretrained.__func__(without, *args, **kwargs), None]
+
+    # The class keeps its name, which is what is saved and what finds it again.
+    without = type(
+        cls.__name__,
+        (cls,),
+        {
+            "get_attributes": classmethod(lambda _: attributes),
+            "_get_arguments_from_pretrained": staticmethod(arguments),
+            # Loading workers may be started afresh and get it by pickle, which knows no class made here.
+            "__reduce__": lambda self: (_remade, (cls, self.__dict__)),
+        },
+    )
+    return without
+
+
+def _remade(cls: Any, state: dict[str, Any]) -> Any:
+    without = images_only(cls)
+    processor = without.__new__(without)
+    processor.__dict__.update(state)
+    return processor
+
+
+def _processor_class(folder: Path) -> Any:
+    """The library's class that the folder names, None if it names none."""
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        named = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path.is_file() else None
+        if named is not None:
+            return getattr(transformers, named, None)
+    return None
+
+
 def weights_digest(folder: Path) -> str:
     """sha256 over the names and contents of all weight files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob(_WEIGHTS)):
         with path.open("rb") as file:
             digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

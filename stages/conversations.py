@@ -37,7 +37,16 @@ ConversationFault = Literal[
 ]
 
 _ROLES: Final = {"human": "user", "gpt": "assistant", "system": "system"}
-_TEXT_KEYS: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "offset_mapping"})
+_TEXT_KEYS: Final = frozenset(
+    {
+        "attention_mask",
+        "input_ids",
+        "mm_token_type_ids",
+        "offset_mapping",
+        "text_replacement_offsets",  # InternVL's processor makes an empty tensor of none
+        "token_type_ids",
+    }
+)
 
 # The library collects the spans of generation blocks in the compiled template, which all threads share.
 _RENDERING = threading.Lock()

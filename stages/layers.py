@@ -5,9 +5,10 @@ Source: METHOD, "Layer matching"; layer numbers count from 0.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from storage.codecs.windows import window_means as row_means
+from storage.codecs.windows import window_rows
 from storage.errors import UserError
 
 MATCHED_LAYERS = 7  # S of the published models
@@ -71,5 +72,4 @@ def window_means(maps_LNN: Tensor, layers: Sequence[int], windows: Sequence[Sequ
         layers: teacher layer numbers of the first axis.
         windows: teacher layer numbers of each window.
     """
-    row_of = {layer: row for row, layer in enumerate(layers)}
-    return torch.stack([maps_LNN[[row_of[layer] for layer in window]].mean(0) for window in windows])
+    return row_means(maps_LNN, window_rows(layers, windows))

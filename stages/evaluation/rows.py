@@ -40,7 +40,8 @@ class RowReader:
         if model.base_model is model or self.head is None:
             raise UserError(f"{type(model).__name__} has no language modelling head on a base model")
         self._shares_images = isinstance(model, LlavaForConditionalGeneration)
-        self._wants_types = "mm_token_type_ids" in inspect.signature(model.base_model.forward).parameters
+        parameters = inspect.signature(model.base_model.forward).parameters
+        self._modality_inputs = [name for name in ("mm_token_type_ids", "token_type_ids") if name in parameters]
         # Any token but the image token, which models count.
         self._padding_id = 1 if image_token_id == 0 else 0
 
@@ -101,8 +102,7 @@ class RowReader:
         is_image_BT = token_ids_BT == self.image_token_id
         if self._shares_images:
             return {**inputs, "inputs_embeds": self._embed(token_ids_BT, is_image_BT, groups)}
-        if self._wants_types:
-            inputs["mm_token_type_ids"] = is_image_BT.int()
+        inputs |= {name: is_image_BT.int() for name in self._modality_inputs}
         return {**inputs, "input_ids": token_ids_BT, **self._pixels(items)}
 
     def _embed(self, token_ids_BT: Tensor, is_image_BT: Tensor, groups: Sequence[Group]) -> Tensor:

@@ -1,6 +1,12 @@
 """What the project must know of a model family."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Joining = Literal["cat", "pad"]
+"""How an input of several samples becomes one: joined along its first axis as it is, or with the other axes padded
+with zeros at their ends first (families whose images have different numbers of tiles)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -8,11 +14,29 @@ class Family:
     """A family of multimodal models.
 
     Attributes:
+        model_types: `model_type` of the configs that belong to it.
         vision_prefixes: parameter names of the vision tower and the adapter start with one of these.
         causal_image_tokens: whether an image token attends only to those before it (maps are zero above the diagonal).
-        pixel_inputs: the processor's outputs that depend on the image's pixels.
+            Where it is not, an image token still sees no token after its own image: maps depend on nothing else.
+        pixel_inputs: the processor's outputs that depend on the image's pixels, and how those of several samples join.
+        modality_input: name of the model's input that is 1 at image tokens and 0 elsewhere, if it takes one.
+        features_enter_once: image features replace the placeholders' embeddings and reach the decoder nowhere else, so
+            a student can be given them through its post-connector.
+        pixels_without_text: whether the processor takes images alone.
     """
 
+    model_types: tuple[str, ...]
     vision_prefixes: tuple[str, ...]
     causal_image_tokens: bool
-    pixel_inputs: tuple[str, ...]
+    pixel_inputs: Mapping[str, Joining]
+    modality_input: str | None = None
+    features_enter_once: bool = True
+    pixels_without_text: bool = True
+
+    def why_no_student(self) -> str | None:
+        """Why a student cannot have such a teacher; None if it can."""
+        if not self.causal_image_tokens:
+            return "its image tokens attend in both directions, a student's decoder only backwards"
+        if not self.features_enter_once:
+            return "it also adds image features inside its decoder, where a student has no place for them"
+        return None

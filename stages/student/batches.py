@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from stages.attention import AttentionCapture
+from stages.families import llava
+from stages.families.batch import batch_inputs, pixels_of
+from stages.families.family import Family
 from stages.images import decode_image
-from stages.layers import window_means
 from stages.student.matching import LayerMatching
-from storage.codecs.answer_logits import AnswerLogits
-from storage.codecs.maps import decode_maps
-from storage.codecs.sinks import sink_keep_mask, unpack_mask
+from storage.codecs.windows import decode_windows as decode_stored
+from storage.codecs.windows import estimate_windows, window_rows
 from storage.errors import UserError
 from storage.stream import StreamedSample
 from storage.targets import MapTargets
@@ -31,7 +32,7 @@ class Batch:
         inputs: what the model is called with: `input_ids`, `attention_mask` `[B, T]`, and the pixels.
         row_index_R, row_position_R: batch row and token position that predict each answer token.
         answer_R: the answer tokens.
-        logits: the teacher's stored log-probabilities of those rows.
+        logits_RB: the teacher's stored records of those rows.
         image_positions: positions of the image tokens of each sample, empty for text-only ones.
         maps: the stored maps of each sample, None for text-only ones.
     """
@@ -41,7 +42,7 @@ class Batch:
     row_index_R: Tensor
     row_position_R: Tensor
     answer_R: Tensor
-    logits: AnswerLogits
+    logits_RB: Tensor
     image_positions: tuple[Tensor, ...]
     maps: tuple[MapTargets | None, ...]
 
@@ -68,7 +69,7 @@ class Batch:
             row_index_R=move(self.row_index_R),
             row_position_R=move(self.row_position_R),
             answer_R=move(self.answer_R),
-            logits=self.logits.to(device),
+            logits_RB=move(self.logits_RB),
         )
 
 
@@ -79,42 +80,40 @@ class Collator:
         processor: the teacher's; only its image half is used, the tokens are the stored ones.
         image_token_id: the placeholder's id.
         vocab_size: the student's; ids past it cannot be embedded.
+        family: the teacher's.
     """
 
-    def __init__(self, processor: ProcessorMixin, image_token_id: int, vocab_size: int) -> None:
-        self.image_processor = processor.image_processor
+    def __init__(
+        self, processor: ProcessorMixin, image_token_id: int, vocab_size: int, family: Family = llava.FAMILY
+    ) -> None:
+        self.processor = processor
         self.image_token_id = image_token_id
+        # The student's decoder has plain positions and is not told where images are.
+        self.family = replace(family, modality_input=None)
         self.vocab_size = vocab_size
 
     def __call__(self, samples: Sequence[StreamedSample]) -> Batch:
         """Pads right; an empty list gives an empty batch (a rank without a share of the last step)."""
-        width = max((len(s.targets.token_ids) for s in samples), default=1)
-        input_ids = torch.zeros(len(samples), width, dtype=torch.long)
-        attention_mask = torch.zeros(len(samples), width, dtype=torch.long)
         rows, positions, answers, image_positions = [], [], [], []
         for row, sample in enumerate(samples):
             ids = sample.targets.token_ids.long()
             is_image = ids == self.image_token_id
             self._check_ids(sample.key, ids[~is_image])
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
             answer_T = sample.targets.answer_mask.nonzero()[:, 0]
             rows.append(torch.full_like(answer_T, row))
             positions.append(answer_T - 1)
             answers.append(ids[answer_T])
             image_positions.append(is_image.nonzero()[:, 0])
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        images = [decode_image(data) for sample in samples for data in sample.images]
-        if images:
-            inputs["pixel_values"] = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        token_ids = [sample.targets.token_ids.long() for sample in samples]
+        pixels = [pixels_of(self.family, self.processor, [decode_image(data) for data in s.images]) for s in samples]
         none = [torch.zeros(0, dtype=torch.long)]
         return Batch(
             keys=tuple(sample.key for sample in samples),
-            inputs=inputs,
+            inputs=batch_inputs(self.family, self.image_token_id, token_ids, pixels),
             row_index_R=torch.cat(rows or none),
             row_position_R=torch.cat(positions or none),
             answer_R=torch.cat(answers or none),
-            logits=AnswerLogits.cat([sample.targets.logits for sample in samples]),
+            logits_RB=torch.cat([s.targets.logits_RB for s in samples] or [torch.zeros(0, 0, dtype=torch.uint8)]),
             image_positions=tuple(image_positions),
             maps=tuple(sample.maps for sample in samples),
         )
@@ -141,10 +140,14 @@ def decode_windows(maps: Sequence[MapTargets | None], matching: LayerMatching, d
 
     Args:
         maps: stored maps of each sample; None gives zeros.
-        matching: windows, codec, and whether the stored sink masks belong to these windows; where they do not, masks
-            are made from the decoded maps.
+        matching: windows, codec, and whether what is stored of windows belongs to these; where it does not, masks
+            are made from the decoded maps and the exact thresholds.
         device: where to decode.
+
+    Raises:
+        ValueError: only some layers were read.
     """
+    rows = window_rows(matching.captured_layers, matching.windows)
     counts = [0 if m is None else m.num_tokens for m in maps]
     width = max(counts, default=0)
     maps_WBNN = torch.zeros(len(matching.windows), len(maps), width, width, device=device)
@@ -152,14 +155,12 @@ def decode_windows(maps: Sequence[MapTargets | None], matching: LayerMatching, d
     for row, stored in enumerate(maps):
         if stored is None:
             continue
-        n = stored.num_tokens
-        decoded_LNN = decode_maps(matching.codec, stored.codes_LE.to(device), stored.caps_L.to(device), n)
-        windows_WNN = window_means(decoded_LNN, matching.captured_layers, matching.windows)
+        if stored.windows is None:
+            raise ValueError("the maps were read without their windows; read all captured layers")
+        n, decode = stored.num_tokens, decode_stored if matching.stored_masks else estimate_windows
+        windows_WNN, keep_WNN = decode(matching.codec, rows, stored.maps.to(device), stored.windows.to(device), n)
         maps_WBNN[:, row, :n, :n] = windows_WNN
-        if matching.stored_masks:
-            keep_WBNN[:, row, :n, :n] = unpack_mask(stored.keep_masks.to(device), n, matching.codec.causal)
-        else:
-            keep_WBNN[:, row, :n, :n] = sink_keep_mask(windows_WNN)
+        keep_WBNN[:, row, :n, :n] = keep_WNN
     return WindowTargets(maps_WBNN, keep_WBNN, torch.tensor(counts, device=device))
 
 

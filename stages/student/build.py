@@ -5,18 +5,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
-from stages.checkpoints import resolve_checkpoint
-from stages.families import family_of
+from stages.checkpoints import load_processor, refuse_code, resolve_checkpoint
+from stages.families import FAMILIES, family_of
+from stages.families.family import Family
+from stages.student import modeling_any_teacher, modeling_compodistill
+from stages.student.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
 from stages.student.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
-    register,
 )
+from stages.student.tokens import check_same_tokens
 from storage.errors import UserError
 
-Student = CompoDistillStudentForConditionalGeneration
+Student = CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration
 
 
 def build_student(teacher_folder: Path, decoder: str | Path, seed: int, dtype: torch.dtype = torch.float32) -> Student:
@@ -29,22 +37,35 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, dtype: t
         dtype: of the parameters.
 
     Raises:
-        UserError: the decoder's tokenizer gives other ids than the teacher's.
+        UserError: the decoder's token ids do not mean what the teacher's do, or its family takes no student.
     """
     decoder_folder = resolve_checkpoint(decoder)
+    for folder in (teacher_folder, decoder_folder):
+        refuse_code(folder)
     check_same_tokens(load_processor(teacher_folder), decoder_folder)
-    teacher_config = AutoConfig.from_pretrained(teacher_folder)
-    language_model = AutoModelForCausalLM.from_pretrained(decoder_folder, dtype=dtype)
-    config = student_config(teacher_config.to_dict(), language_model.config.to_dict())
+    teacher_config = AutoConfig.from_pretrained(teacher_folder, trust_remote_code=False)
+    family = family_of(teacher_config.model_type)
+    if (reason := family.why_no_student()) is not None:
+        able = sorted(name for name, known in FAMILIES.items() if known.why_no_student() is None)
+        raise UserError(
+            f"no student can be built for a teacher of type {teacher_config.model_type}: {reason}. Its targets can be "
+            f"extracted; students can be built for {', '.join(able)}"
+        )
+    language_model = AutoModelForCausalLM.from_pretrained(decoder_folder, dtype=dtype, trust_remote_code=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student: Student = Student(config).to(dtype)
+        student: Student = _untrained(teacher_config, language_model.config, family).to(dtype)
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
-    prefixes = family_of(teacher_config.model_type).vision_prefixes
-    seen = load_file(teacher_folder / "model.safetensors")
+    # In the model for teachers of any family, the teacher's image side is a part of its own.
+    place = "model.eyes." if isinstance(student, AnyTeacherStudentForConditionalGeneration) else "model."
+    seen = {
+        name.replace("model.", place, 1): tensor
+        for name, tensor in load_file(teacher_folder / "model.safetensors").items()
+    }
     _, unexpected = student.load_state_dict(seen, strict=False)
+    prefixes = tuple(prefix.replace("model.", place, 1) for prefix in family.vision_prefixes)
     missing = [name for name in student.state_dict() if name.startswith(prefixes) and name not in seen]
     if unexpected or missing:
         raise UserError(
@@ -56,21 +77,34 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, dtype: t
 
 def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
     """A student saved by an earlier stage."""
-    register()
-    student: Student = Student.from_pretrained(folder, dtype=dtype)
+    register_students()
+    student: Student = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     return student
+
+
+def _untrained(teacher: PreTrainedConfig, decoder: PreTrainedConfig, family: Family) -> Student:
+    if "llava" in family.model_types:
+        return CompoDistillStudentForConditionalGeneration(student_config(teacher.to_dict(), decoder.to_dict()))
+    config = AnyTeacherStudentConfig(
+        teacher_config=teacher,
+        text_config=decoder,
+        image_token_id=teacher.image_token_id,
+        pixel_inputs=list(family.pixel_inputs),
+        tie_word_embeddings=decoder.tie_word_embeddings,
+    )
+    return AnyTeacherStudentForConditionalGeneration(config)
+
+
+def register_students() -> None:
+    """Makes the Auto classes of transformers know students; safe to call again."""
+    modeling_compodistill.register()
+    modeling_any_teacher.register()
 
 
 def is_student(folder: Path) -> bool:
     """Whether a checkpoint is a student of this project rather than a bare decoder."""
     config = json.loads((folder / "config.json").read_text())
-    return bool(config.get("model_type") == CompoDistillStudentConfig.model_type)
-
-
-def load_processor(teacher_folder: Path) -> ProcessorMixin:
-    """The teacher's processor: the student reads images and text as the teacher did."""
-    processor: ProcessorMixin = AutoProcessor.from_pretrained(teacher_folder)
-    return processor
+    return config.get("model_type") in (CompoDistillStudentConfig.model_type, AnyTeacherStudentConfig.model_type)
 
 
 def student_config(teacher: dict[str, object], text: dict[str, object]) -> CompoDistillStudentConfig:
@@ -93,23 +127,3 @@ def student_config(teacher: dict[str, object], text: dict[str, object]) -> Compo
         tie_word_embeddings=text_config.tie_word_embeddings,
         **{name: teacher[name] for name in shared if name in teacher},
     )
-
-
-def check_same_tokens(processor: ProcessorMixin, decoder_folder: Path) -> None:
-    """Refuses a decoder whose tokenizer gives another id to a token of the teacher's.
-
-    Tokens that only one side has (such as the image placeholder) are fine: the stream's ids are checked against
-    the decoder's vocabulary when they are used.
-    """
-    if not (decoder_folder / "tokenizer.json").is_file():
-        return
-    teacher_ids = processor.tokenizer.get_vocab()
-    student_ids = AutoTokenizer.from_pretrained(decoder_folder).get_vocab()
-    differing = [t for t, number in student_ids.items() if t in teacher_ids and teacher_ids[t] != number]
-    shared = sum(token in teacher_ids for token in student_ids)
-    if differing or shared < 0.9 * min(len(teacher_ids), len(student_ids)):
-        example = f", for example {differing[0]!r}" if differing else ""
-        raise UserError(
-            f"the tokenizer of {decoder_folder} is not the teacher's: of {len(student_ids)} tokens {shared} are shared "
-            f"and {len(differing)} of those have another id{example}; choose a student of the teacher's family"
-        )

@@ -33,6 +33,8 @@ class StageConfig(BaseModel):
     """Weight of the next-token cross entropy on the answers."""
     kd_weight: float = Field(default=1.0, ge=0)
     """Weight of the cross entropy under the teacher's answer distribution; 0 leaves it out."""
+    kd_temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both in that term; one the target store holds. Its gradient shrinks as the square of it."""
     attention_weight: float = Field(default=1.0, ge=0)
     """Weight of the alignment with the teacher's visual attention; 0 leaves it out, and the maps unread."""
     learning_rate: float = Field(default=2e-4, gt=0)

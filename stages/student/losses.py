@@ -2,8 +2,11 @@
 
 The dense forms are the definitions; the forms over stored targets equal them when the stored targets are whole.
 
-Shape letters: L matched layers, B samples, N image tokens, R answer rows, V vocabulary, K stored ids of a row.
+Shape letters: L matched layers, B samples, N image tokens, R answer rows, V vocabulary, K stored ids of a row,
+J ids of a row that have a weight.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,8 @@ from torch.nn import functional as F
 from storage.codecs.answer_logits import AnswerLogits
 
 COSINE_EPS = 1e-8
+_ROWS_AT_ONCE = 64
+"""Rows of float32 vocabulary logits that exist at a time: 39 MB of a vocabulary of 152,000."""
 
 
 def attention_alignment_loss(student_LBNN: Tensor, teacher_LBNN: Tensor) -> Tensor:
@@ -69,45 +74,99 @@ def pool_keys(map_BNN: Tensor, keep_BNN: Tensor) -> Tensor:
     return (map_BNN * keep_BNN).sum(-2) / keep_BNN.sum(-2).clamp(min=1)
 
 
-def logit_distillation_loss(student_RV: Tensor, teacher_RV: Tensor) -> Tensor:
-    """L_kd: cross entropy of the student under the teacher's distribution, mean over answer rows, temperature 1.
+def logit_distillation_loss(student_RV: Tensor, teacher_RV: Tensor, temperature: float = 1.0) -> Tensor:
+    """L_kd: cross entropy of the student under the teacher's distribution, mean over answer rows.
 
     Args:
         student_RV: student logits at the rows that predict an answer token.
         teacher_RV: teacher logits of the same rows. A longer vocabulary with the same leading ids is cut to the
             student's and renormalised; a shorter one gives the student's further ids probability zero.
+        temperature: divides the logits of both. Gradients shrink as its square; the loss is not scaled up for it.
 
     Source: METHOD, "Logit KD".
     """
-    teacher_probs = teacher_RV[:, : student_RV.shape[1]].float().softmax(-1)
-    student_logprobs = student_RV.float().log_softmax(-1)[:, : teacher_probs.shape[1]]
+    teacher_probs = (teacher_RV[:, : student_RV.shape[1]].float() / temperature).softmax(-1)
+    student_logprobs = (student_RV.float() / temperature).log_softmax(-1)[:, : teacher_probs.shape[1]]
     return -(teacher_probs * student_logprobs).sum(-1).mean()
 
 
-def stored_logit_distillation_loss(student_RV: Tensor, stored: AnswerLogits) -> Tensor:
-    """`[R]` cross entropy under stored top-k log-probabilities; the mass outside them is one bucket of its own.
+def stored_logit_distillation_loss(student_RV: Tensor, stored: AnswerLogits, temperature: float = 1.0) -> Tensor:
+    """`[R]` cross entropy under the teacher's whole distribution: stored ids exactly, all others by stored draws.
 
-    Equals `logit_distillation_loss` row by row when the teacher's whole vocabulary is stored; else it is that of the
-    distribution over K + 1 events, which ignores how the mass spreads inside the tail. Ids past the student's
-    vocabulary are dropped and the rest renormalised; the tail bucket is kept whole.
+    Equals `logit_distillation_loss` row by row when the teacher's whole vocabulary is stored, to the rounding of the
+    codec. Else loss and gradient equal it in expectation over the draws (`encode_logits` states the variance): the
+    gradient for a student that equals its teacher is zero in expectation, not row by row.
+
+    A vocabulary longer than the teacher's: the further ids have probability zero. A shorter one: kept ids past it are
+    left out and the rest renormalised; so are draws past it, but the tail's stored mass stays whole, for its share
+    past the student's end is not known. The expected gradient then has the dense one's direction, and (1 - p) of its
+    length, where p is that share of the renormalised mass: next to nothing for ids that merely pad the teacher's.
+
+    Args:
+        student_RV: student logits, any floating type; summed in float32 (float64 stays).
+        stored: the teacher's decoded records of the same rows.
+        temperature: 1 or one of the stored ones; divides the logits of both.
+
+    Raises:
+        ValueError: for a temperature that was not stored.
     """
-    ids_RK = stored.ids_RK.long()
-    known_RK = ids_RK < student_RV.shape[1]
-    logprobs_RK = stored.logprobs_RK.float().masked_fill(~known_RK, -torch.inf)
-    kept_R1 = torch.logaddexp(logprobs_RK.logsumexp(-1), stored.tail_logmass_R.float())[:, None]
-    # Stored values are rounded, so the kept mass and the tail need not sum to exactly 1.
-    teacher_RK = (logprobs_RK - kept_R1).exp()
-    tail_R = (stored.tail_logmass_R.float() - kept_R1[:, 0]).exp()
-
-    log_partition_R1 = student_RV.float().logsumexp(-1, keepdim=True)
-    student_RK = student_RV.gather(1, ids_RK.clamp(max=student_RV.shape[1] - 1)).float() - log_partition_R1
-    head_R = (teacher_RK * student_RK.masked_fill(~known_RK, 0.0)).sum(-1)
-    student_head_R = student_RK.masked_fill(~known_RK, -torch.inf).logsumexp(-1)
-    # log(1 - mass of the stored ids); kept off log(0) when the student puts all its mass on them.
-    student_tail_R = torch.log1p(-student_head_R.exp().clamp(max=1 - 1e-6))
-    return -head_R - torch.where(tail_R > 0, tail_R * student_tail_R, torch.zeros_like(tail_R))
+    kept_RK, tail_R, draws_RD = stored.probabilities(temperature)
+    ids_RJ = torch.cat([stored.ids_RK, stored.draw_ids_RD], dim=1)
+    known_RJ = ids_RJ < student_RV.shape[1]
+    kept_mass_R = (kept_RK * known_RJ[:, : kept_RK.shape[1]]).sum(-1)
+    weights_RJ = torch.cat([kept_RK, draws_RD], dim=1).masked_fill(~known_RJ, 0.0)
+    # A row of which the student knows no token at all has no loss, rather than a division by zero.
+    total_R1 = (kept_mass_R + tail_R)[:, None].clamp(min=torch.finfo(kept_RK.dtype).tiny)
+    return sparse_cross_entropy(
+        student_RV, ids_RJ.clamp(max=student_RV.shape[1] - 1), weights_RJ / total_R1, temperature
+    )
 
 
 def next_token_loss(student_RV: Tensor, answer_R: Tensor) -> Tensor:
     """`[R]` cross entropy of the answer tokens, in float32."""
-    return F.cross_entropy(student_RV.float(), answer_R, reduction="none")
+    return sparse_cross_entropy(student_RV, answer_R[:, None], student_RV.new_ones((len(answer_R), 1)).float())
+
+
+def sparse_cross_entropy(student_RV: Tensor, ids_RJ: Tensor, weights_RJ: Tensor, temperature: float = 1.0) -> Tensor:
+    """`[R]`: -sum_j weights[j] log q[ids[j]], q the softmax of the student's logits over the temperature.
+
+    No copy of all logits is made, nor kept for the gradient: both directions convert a bounded number of rows.
+
+    Args:
+        student_RV: logits, any floating type; the only argument with a gradient.
+        ids_RJ: int64 in `[0, V)`; an id may come several times.
+        weights_RJ: need not sum to 1.
+        temperature: see above.
+    """
+    loss_R: Tensor = _SparseCrossEntropy.apply(student_RV, ids_RJ, weights_RJ, temperature)  # type: ignore[no-untyped-call]
+    return loss_R
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    """With z the logits over the temperature: sum w * logsumexp(z) - sum w z[ids]; the gradient is sum w * q - w."""
+
+    @staticmethod
+    def forward(ctx: Any, student_RV: Tensor, ids_RJ: Tensor, weights_RJ: Tensor, temperature: float) -> Tensor:
+        sums = [_scaled(rows_RV, temperature).logsumexp(-1) for rows_RV in torch.split(student_RV, _ROWS_AT_ONCE)]
+        log_partition_R = torch.cat(sums)
+        weights_RJ = weights_RJ.to(log_partition_R.dtype)
+        ctx.save_for_backward(student_RV, ids_RJ, weights_RJ, log_partition_R)
+        ctx.temperature = temperature
+        picked_RJ = _scaled(student_RV.gather(1, ids_RJ), temperature)
+        return (weights_RJ * (log_partition_R[:, None] - picked_RJ)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None, None]:
+        student_RV, ids_RJ, weights_RJ, log_partition_R = ctx.saved_tensors
+        share_RJ = weights_RJ * (grad_R / ctx.temperature)[:, None]
+        grad_RV = torch.empty_like(student_RV)
+        for start in range(0, len(student_RV), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            probs_RV = (_scaled(student_RV[rows], ctx.temperature) - log_partition_R[rows, None]).exp_()
+            probs_RV *= share_RJ[rows].sum(-1, keepdim=True)
+            grad_RV[rows] = probs_RV.scatter_add_(1, ids_RJ[rows], -share_RJ[rows])
+        return grad_RV, None, None, None
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature

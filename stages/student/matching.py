@@ -7,6 +7,9 @@ from storage.codecs.maps import MapCodecConfig
 from storage.errors import UserError
 from storage.manifest import Fingerprint
 
+UNFORESEEN_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, "sqrt2": 0.9348}
+"""Least cosine of the gradient with windows that were not foreseen, in `benchmarks/results/attention_codes.json`."""
+
 
 @dataclass(frozen=True)
 class LayerMatching:
@@ -16,7 +19,7 @@ class LayerMatching:
         student_layers: matched layers of the student, counted from 0.
         captured_layers: the store's teacher layers, in stored order.
         windows: teacher layers of each student layer.
-        stored_masks: whether the store's exact sink masks are those of `windows`.
+        stored_masks: whether the store's exact sink masks and means of keys are those of `windows`.
         codec: how the store's maps are coded.
     """
 
@@ -58,8 +61,11 @@ def match_layers(
     stored_masks = windows == fingerprint.windows
     notes = []
     if not stored_masks:
+        name = fingerprint.map_codec.name
         notes.append(
             f"{len(layers)} layers are matched, but the targets hold exact sink masks for {len(fingerprint.windows)}: "
-            "masks are made from the decoded maps"
+            f"masks are made from decoded maps; the cosine between the attention gradient and the exact one, measured "
+            f"on large maps, with {name} codes was at least {UNFORESEEN_COSINES[name]} (docs/method.md; less with "
+            f"small maps); match {len(fingerprint.windows)} layers, or extract with teacher.num_matched={len(layers)}"
         )
     return LayerMatching(layers, fingerprint.layers, windows, stored_masks, fingerprint.map_codec), notes

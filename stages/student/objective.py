@@ -13,6 +13,7 @@ from stages.student.build import Student
 from stages.student.config import StageConfig
 from stages.student.losses import next_token_loss, pooled_cosine_loss, stored_logit_distillation_loss
 from stages.student.matching import LayerMatching
+from storage.codecs.answer_logits import LogitCodecConfig, decode_logits
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,13 @@ class BatchTotals:
 class DistillationObjective(nn.Module):
     """Wraps the student, so that one `forward` computes a microbatch's share of the loss (and DDP sees one module)."""
 
-    def __init__(self, student: Student, stage: StageConfig, matching: LayerMatching | None) -> None:
+    def __init__(
+        self, student: Student, stage: StageConfig, logit_codec: LogitCodecConfig, matching: LayerMatching | None
+    ) -> None:
         super().__init__()
         self.student = student
         self.weights = {"lm": stage.lm_weight, "kd": stage.kd_weight, "attention": stage.attention_weight}
+        self.logit_codec, self.temperature = logit_codec, stage.kd_temperature
         self.matching = matching
 
     def forward(self, batch: Batch, totals: BatchTotals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -51,7 +55,8 @@ class DistillationObjective(nn.Module):
         rows = max(totals.answer_rows, 1)
         terms = {"lm": next_token_loss(logits_RV, batch.answer_R).sum() / rows}
         if self.weights["kd"] > 0:
-            terms["kd"] = stored_logit_distillation_loss(logits_RV, batch.logits).sum() / rows
+            stored = decode_logits(self.logit_codec, batch.logits_RB)
+            terms["kd"] = stored_logit_distillation_loss(logits_RV, stored, self.temperature).sum() / rows
         if matching is not None:
             # There also for a batch of text alone: all ranks sum up the same terms.
             terms["attention"] = torch.zeros((), device=device)
@@ -61,6 +66,9 @@ class DistillationObjective(nn.Module):
             loss_B = alignment_loss_B(student_maps, targets)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
+        if "pixel_values" not in batch.inputs:
+            # Text alone does not go through the post-connector, which may be all that learns and which DDP waits for.
+            loss = loss + torch.stack([p.sum() * 0 for p in self.student.model.post_connector.parameters()]).sum()
         return loss, {name: value.detach() for name, value in terms.items()}
 
     def _nothing(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The training loop of one stage: stream, step, log, checkpoint, resume."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
@@ -16,18 +17,23 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention import enable_capture
+from stages.checkpoints import load_processor
+from stages.families import family_of
 from stages.student.batches import Batch, Collator
-from stages.student.build import Student, build_student, load_processor, load_student
+from stages.student.build import Student, build_student, load_student
 from stages.student.checkpoint import Position, list_checkpoints, load_checkpoint, save_checkpoint
 from stages.student.config import HARMLESS_ON_RESUME, StageConfig, StageName, TrainConfig
 from stages.student.matching import match_layers
 from stages.student.metrics import MetricsLog
 from stages.student.objective import BatchTotals, DistillationObjective
+from stages.student.tokens import check_same_tokens
 from stages.student.trainable import merge_lora, prepare_for_stage
 from storage.errors import FingerprintMismatch, UserError
 from storage.stores import Store, open_store
 from storage.stream import StreamConfig, num_steps, shard_sizes, target_stream
 from storage.targets import TargetStore
+
+logger = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
 
@@ -116,7 +122,8 @@ class _StageLoop:
     ) -> None:
         self.run_config, self.accelerator, self.progress = run, accelerator, progress
         config, stage = run.config, run.stage
-        teacher_folder = run.targets.store.local("teacher")
+        teacher_folder = run.targets.teacher_folder()
+        _check_temperature(run)
         self.student = _load(run, teacher_folder)
         self.peft = prepare_for_stage(self.student, stage, config.lora, config.seed)
         enable_capture(self.student)
@@ -126,10 +133,15 @@ class _StageLoop:
             depth = self.student.config.text_config.num_hidden_layers
             fingerprint = run.targets.manifest.fingerprint
             matching, self.notes = match_layers(depth, fingerprint, config.student_layers, config.num_matched)
+        if accelerator.is_main_process:
+            # Now, and not only in the report: what they say may be a reason to stop.
+            for note in self.notes:
+                logger.warning("%s: %s", run.name, note)
         self.collator = Collator(
             load_processor(teacher_folder),
             self.student.config.image_token_id,
             self.student.config.text_config.vocab_size,
+            family_of(str(run.targets.manifest.fingerprint.teacher_config["model_type"])),
         )
         self.stream = StreamConfig(
             seed=config.seed, shuffle_shards=config.shuffle_shards, batch_size=config.microbatch_size
@@ -145,7 +157,7 @@ class _StageLoop:
         self.steps_per_epoch = -(-self.batches_per_epoch // self.accumulation)
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
-        objective = DistillationObjective(self.student, stage, matching)
+        objective = DistillationObjective(self.student, stage, run.targets.manifest.fingerprint.logit_codec, matching)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
         self.scheduler = get_cosine_schedule_with_warmup(
@@ -307,12 +319,22 @@ class _StageLoop:
         student.set_attn_implementation("sdpa")
         staging = run.output / "student.partial"
         student.save_pretrained(staging)
-        load_processor(run.targets.store.local("teacher")).save_pretrained(staging)
+        load_processor(run.targets.teacher_folder()).save_pretrained(staging)
         open_store(run.output).put_tree(staging, "student")
+
+
+def _check_temperature(run: StageRun) -> None:
+    codec, wanted = run.targets.manifest.fingerprint.logit_codec, run.stage.kd_temperature
+    if run.stage.kd_weight > 0 and not codec.serves(wanted):
+        raise UserError(
+            f"kd_temperature of {run.name} is {wanted}, but {run.targets.store.url} holds what a student needs at "
+            f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in teacher.temperatures"
+        )
 
 
 def _load(run: StageRun, teacher_folder: Path) -> Student:
     if run.initial is not None:
+        check_same_tokens(load_processor(teacher_folder), run.initial)
         return load_student(run.initial)
     return build_student(teacher_folder, run.decoder, run.config.seed)
 

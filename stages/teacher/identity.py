@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
 
 from stages.attention import CAPTURE_VERSION
-from stages.checkpoints import resolve_checkpoint, tokenizer_digest, weights_digest
+from stages.checkpoints import load_processor, refuse_code, resolve_checkpoint, tokenizer_digest, weights_digest
 from stages.conversations import chat_template, image_processor_backend
 from stages.families import family_of
 from stages.families.family import Family
 from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
-from storage.codecs.maps import MapCodecConfig
+from storage.codecs.answer_logits import LogitCodecConfig
+from storage.codecs.maps import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest
 
@@ -31,16 +32,24 @@ class TeacherConfig(BaseModel):
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_length: int = Field(default=1536, ge=8)
     """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
-    batch_size: int = Field(default=8, ge=1)
-    """Samples of one forward pass; more is faster until memory ends."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
+    roundings on a GPU."""
     layers: tuple[int, ...] | None = None
     """Captured decoder layers, consecutive, counted from 0; None takes the middle third."""
     num_matched: int | None = Field(default=None, ge=1)
     """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
-    map_codec: Literal["float16", "sqrt8"] = "sqrt8"
-    """How attention maps are stored: 2 bytes an entry, exact to float16, or 1 byte an entry."""
-    top_k: int = Field(default=64, ge=1)
-    """Log-probabilities kept of each answer row; the mass outside them is kept as one exact number."""
+    map_codec: MapCodecName = "sqrt4"
+    """How attention maps are stored: `float16` is exact to rounding; `sqrt8`, `sqrt4`, `sqrt2` take 8, 4 and 2 bits an
+    entry. Sink masks and the mean of each key are exact in all of them."""
+    logit_codec: Literal["float16", "levels"] = "levels"
+    """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
+    top_k: int = Field(default=48, ge=1)
+    """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each."""
+    tail_draws: int = Field(default=30, ge=1)
+    """Tokens drawn from the others, so that the logit loss is right in expectation; more make it less noisy."""
+    temperatures: tuple[float, ...] = ()
+    """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is drawn."""
     trust_remote_code: bool = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
@@ -60,6 +69,18 @@ class TeacherIdentity:
     dtype: torch.dtype
     weights: str
 
+    @property
+    def logit_codec(self) -> LogitCodecConfig:
+        """How answer rows are coded."""
+        settings = self.settings
+        return LogitCodecConfig(
+            name=settings.logit_codec,
+            vocab_size=self.config.get_text_config().vocab_size,
+            top_k=settings.top_k,
+            num_draws=settings.tail_draws,
+            temperatures=settings.temperatures,
+        )
+
     def manifest(self, samples_digest: str, num_shards: int) -> Manifest:
         """What a target store made by this teacher from these samples is."""
         text_config = self.config.get_text_config()
@@ -74,7 +95,7 @@ class TeacherIdentity:
                 layers=self.layers,
                 windows=self.windows,
                 map_codec=self.codec,
-                top_k=self.settings.top_k,
+                logit_codec=self.logit_codec,
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_length=self.settings.max_length,
                 image_backend=image_processor_backend(self.processor),
@@ -82,23 +103,25 @@ class TeacherIdentity:
                 capture_version=CAPTURE_VERSION,
             ),
             num_layers=text_config.num_hidden_layers,
-            vocab_size=text_config.vocab_size,
             hidden_size=text_config.hidden_size,
             num_shards=num_shards,
         )
 
 
-def identify_teacher(settings: TeacherConfig, *, on_gpu: bool) -> TeacherIdentity:
+def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: bool = True) -> TeacherIdentity:
     """Reads config and processor and digests the weight files.
 
     Args:
         settings: which teacher and what is kept.
         on_gpu: whether it will run on a GPU; decides what dtype "auto" means.
+        with_weights: False for an estimate, which needs none: they are not looked for, and their digest is empty.
 
     Raises:
         UserError: no such checkpoint, an unknown family, or layers that the decoder does not have.
     """
-    folder = resolve_checkpoint(settings.checkpoint)
+    folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
+    if not settings.trust_remote_code:
+        refuse_code(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
@@ -111,13 +134,13 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool) -> TeacherIdentit
         folder=folder,
         settings=settings,
         config=config,
-        processor=AutoProcessor.from_pretrained(folder, trust_remote_code=settings.trust_remote_code),
+        processor=load_processor(folder, trust_remote_code=settings.trust_remote_code),
         family=family,
         codec=MapCodecConfig(name=settings.map_codec, causal=family.causal_image_tokens),
         layers=layers,
         windows=sliding_windows(layers, num_matched),
         dtype=getattr(torch, dtype),
-        weights=weights_digest(folder),
+        weights=weights_digest(folder) if with_weights else "",
     )
 
 

@@ -1,33 +1,39 @@
 """What the teacher says of the samples of one shard: tokens, attention maps, answer logits.
 
-Shape letters: B samples of a batch, T tokens, L captured layers, W windows, N image tokens, R answer rows,
-V vocabulary.
+Three things go on at once: threads make samples ready (`ahead.py`), one batch is in the teacher (`forward.py`), and
+a thread codes the maps of the batch before.
+
+Shape letters: L captured layers, W windows, N image tokens.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TypeVar
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from stages.attention import AttentionCapture
-from stages.conversations import EncodedConversation, UnusableConversation
-from stages.images import BadImage, decode_image
-from stages.layers import window_means
+from stages.teacher.ahead import Batcher, ReadySample, SampleMaker, made_ahead
+from stages.teacher.forward import BatchSize, Observed, run_teacher
 from stages.teacher.teacher import Teacher
-from storage.codecs.answer_logits import AnswerLogits, top_k_logprobs
-from storage.codecs.maps import encode_maps
-from storage.codecs.sinks import pack_mask, sink_keep_mask
-from storage.samples import SampleShard, StoredSample
+from stages.teacher.timings import Timings
+from storage.codecs.windows import encode_image, window_rows
+from storage.samples import SampleShard
 from storage.targets import MapTargets, SampleTargets, SkippedSample
 
-Item = TypeVar("Item")
+UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
+PREPARING_THREADS = 4
 
-BATCHES_PER_POOL = 8  # samples are sorted by length within a pool, so that a batch holds little padding
-LOGIT_ROWS = 512  # rows of vocabulary logits that exist at a time
+_FAULTS = {
+    "not_finite": "the teacher's attention or logits hold NaN or infinity",
+    "out_of_memory": "the sample alone does not fit into the GPU's memory; lower max_length or take a larger GPU",
+}
 
 
 @dataclass
@@ -39,193 +45,240 @@ class ShardObservations:
     skipped: list[SkippedSample] = field(default_factory=list)
 
 
-@dataclass
-class _Pending:
-    """One sample on its way through the teacher."""
+class Observer:
+    """A teacher at work; several threads may each give it a shard.
 
-    sample: StoredSample
-    encoded: EncodedConversation
-    map_key: str | None
-    owns_map: bool = False
-    logits: AnswerLogits | None = None
+    One shard has the teacher at a time. The others make their first batch ready meanwhile, and whoever had it before
+    codes its last batches and is free to write.
+
+    Args:
+        teacher: the loaded teacher.
+        overlap: False does one thing after the other, in one thread; what comes out is the same.
+    """
+
+    def __init__(self, teacher: Teacher, *, overlap: bool = True) -> None:
+        self.teacher = teacher
+        self.timings = Timings()
+        on_gpu = teacher.model.device.type == "cuda"
+        self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
+        self._turn = threading.Lock()
+        self._uncoded: deque[list[Future[MapTargets | None]]] = deque()
+        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare") if overlap else None
+        self._coding = ThreadPoolExecutor(1, "code") if overlap else None
+        self._coding_stream = torch.cuda.Stream(teacher.model.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends its threads."""
+        for pool in (self._preparing, self._coding):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def observe(self, shard: SampleShard, progress: Callable[[int], None] | None = None) -> ShardObservations:
+        """Runs the teacher over one sample shard.
+
+        A map is computed once for each distinct (image, tokens up to the image's end): under causal attention later
+        tokens cannot change it. What cannot be used is in `skipped` with its reason.
+
+        Memory: the coded targets of the shard, a bounded number of batches of samples that wait (`ahead.py`), and
+        the uncoded maps of `UNCODED_BATCHES` + 1 batches.
+
+        Args:
+            shard: the sample shard.
+            progress: called with the number of samples finished since the last call.
+
+        Raises:
+            UserError: a batch does not fit into memory and its size was set.
+        """
+        work = _ShardWork(self, SampleMaker(self.teacher.encoder, shard, self.timings), progress or (lambda _: None))
+        with closing(work.batches(len(shard))) as batches:
+            first = list(itertools.islice(batches, 1))
+            with self._turn:
+                for batch in itertools.chain(first, batches):
+                    work.run(batch)
+                work.run_orphans()
+        return work.finish()
+
+    def code(self, batch: Sequence[tuple[Tensor, ...]]) -> "list[Future[MapTargets | None]]":
+        """Codes of each image's maps, made beside the next forward pass; None for maps that are not finite.
+
+        Only for whoever has the turn.
+        """
+        self.wait_for_coding(UNCODED_BATCHES - 1)
+        coding = [self._start_coding(maps) for maps in batch]
+        self._uncoded.append(coding)
+        return coding
+
+    def wait_for_coding(self, num_batches: int) -> None:
+        """Until no more than that many batches hold memory of the teacher's device."""
+        while len(self._uncoded) > num_batches:
+            wait(self._uncoded.popleft())
+
+    def made_ahead(self, maker: SampleMaker, num_rows: int) -> Generator[ReadySample | SkippedSample, None, None]:
+        """The shard's rows in order."""
+        return made_ahead(maker, num_rows, self._preparing, self.batch_size)
+
+    def _start_coding(self, maps: tuple[Tensor, ...]) -> "Future[MapTargets | None]":
+        if self._coding is not None:
+            return self._coding.submit(self._code, maps)
+        done: Future[MapTargets | None] = Future()
+        done.set_result(self._code(maps))
+        return done
+
+    def _code(self, maps: tuple[Tensor, ...]) -> MapTargets | None:
+        stream = nullcontext() if self._coding_stream is None else torch.cuda.stream(self._coding_stream)
+        with torch.inference_mode(), stream, self.timings.measured("coding"):
+            if not all(bool(torch.isfinite(map_NN).all()) for map_NN in maps):
+                return None
+            try:
+                return encode_targets(self.teacher, torch.stack(maps))
+            except torch.OutOfMemoryError:
+                # The next batch has the GPU's memory; the CPU is slower, and nobody waits.
+                return encode_targets(self.teacher, torch.stack([map_NN.cpu() for map_NN in maps]))
+
+
+@dataclass
+class _Outcome:
+    """One sample, once the teacher has seen it."""
+
+    sample: ReadySample
+    logits_RB: Tensor | None = None
+    fault: str | None = None
+
+
+class _ShardWork:
+    """The state of one shard on its way through the teacher."""
+
+    def __init__(self, observer: Observer, maker: SampleMaker, progress: Callable[[int], None]) -> None:
+        self._observer, self._maker, self._progress = observer, maker, progress
+        self._skipped: list[SkippedSample] = []
+        self._owners: dict[str, ReadySample] = {}
+        self._maps: dict[str, Future[MapTargets | None]] = {}
+        self._outcomes: dict[int, _Outcome] = {}
+
+    def batches(self, num_rows: int) -> Generator[list[ReadySample], None, None]:
+        """The shard's samples in batches; the first in the tar that needs a map becomes its owner."""
+        batcher = Batcher(self._observer.batch_size)
+        with closing(self._observer.made_ahead(self._maker, num_rows)) as samples:
+            for sample in samples:
+                if isinstance(sample, SkippedSample):
+                    self._skipped.append(sample)
+                    self._progress(1)
+                    continue
+                if sample.map_key is not None:
+                    self._owners.setdefault(sample.map_key, sample)
+                if (batch := batcher.add(sample)) is not None:
+                    yield batch
+        yield from batcher.rest()
+
+    def run(self, batch: Sequence[ReadySample]) -> None:
+        """Runs samples of one padded length, in parts if they do not fit into memory together."""
+        waiting = deque(batch)
+        while waiting:
+            part = [waiting.popleft() for _ in range(min(self._observer.batch_size.value, len(waiting)))]
+            if self._run_part(part):
+                self._progress(len(part))
+            else:
+                waiting.extendleft(reversed(part))
+
+    def run_orphans(self) -> None:
+        """Maps whose owner did not fit into memory are taken of the next sample that shares them and does."""
+        for key, owner in list(self._owners.items()):
+            if self._outcomes[owner.row].fault != "out_of_memory":
+                continue
+            for row, outcome in sorted(self._outcomes.items()):
+                if outcome.sample.map_key == key and outcome.fault is None and key not in self._maps:
+                    again = self._maker(row)
+                    assert isinstance(again, ReadySample)
+                    self._owners[key] = again
+                    self._run_part([again])
+                    self._outcomes[row] = outcome
+
+    def finish(self) -> ShardObservations:
+        """Waits for the coding; rows in tar order, maps numbered by first use."""
+        result = ShardObservations(skipped=self._skipped)
+        map_rows: dict[str, int] = {}
+        for _, outcome in sorted(self._outcomes.items()):
+            sample, key = outcome.sample, outcome.sample.map_key
+            coded = self._maps[key].result() if key in self._maps else None
+            fault = outcome.fault
+            if key is not None and coded is None and fault is None:
+                fault = "not_finite" if key in self._maps else "out_of_memory"
+            if fault is not None or outcome.logits_RB is None:
+                reason = fault or "not_finite"
+                result.skipped.append(SkippedSample(sample.key, sample.id, reason, _FAULTS[reason]))
+                continue
+            if key is not None and coded is not None and key not in map_rows:
+                map_rows[key] = len(result.maps)
+                result.maps.append(coded)
+            result.samples.append(
+                SampleTargets(
+                    key=sample.key,
+                    token_ids=sample.token_ids.to(torch.int32),
+                    answer_mask=sample.answer_mask,
+                    map_row=None if key is None else map_rows[key],
+                    logits_RB=outcome.logits_RB,
+                )
+            )
+        result.skipped.sort(key=lambda skipped: skipped.key)
+        return result
+
+    def _run_part(self, part: Sequence[ReadySample]) -> bool:
+        """One forward pass; False if it must be tried again with fewer samples."""
+        observer = self._observer
+        observed = self._attempt(part)
+        if observed is None and len(part) > 1:
+            observer.batch_size.shrink(len(part))
+            return False
+        if observed is None:
+            # Alone, and once more when nothing else of ours is in memory.
+            observer.wait_for_coding(0)
+            observed = self._attempt(part)
+        if observed is None:
+            self._outcomes[part[0].row] = _Outcome(part[0], fault="out_of_memory")
+        else:
+            observer.batch_size.fitted(len(part))
+            self._keep(observed)
+        for sample in part:
+            sample.pixel_inputs = {}
+        return True
+
+    def _attempt(self, part: Sequence[ReadySample]) -> list[Observed] | None:
+        owned = {sample for sample in part if sample.map_key and self._owners[sample.map_key] is sample}
+        try:
+            with self._observer.timings.forward():
+                return run_teacher(self._observer.teacher, part, owned)
+        except torch.OutOfMemoryError:
+            pass
+        # Here and not in the handler, where the exception still holds the forward pass's tensors.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _keep(self, observed: Sequence[Observed]) -> None:
+        for one in observed:
+            self._outcomes[one.sample.row] = _Outcome(one.sample, one.logits_RB)
+        taken = {one.sample.map_key: one.maps for one in observed if one.sample.map_key and one.maps}
+        self._maps.update(zip(taken, self._observer.code(list(taken.values())), strict=True))
 
 
 def observe_shard(
     teacher: Teacher, shard: SampleShard, progress: Callable[[int], None] | None = None
 ) -> ShardObservations:
-    """Runs the teacher over one sample shard.
-
-    A map is computed once for each distinct (image, tokens up to the image's end): under causal attention later
-    tokens cannot change it. What cannot be used is in `skipped` with its reason.
-
-    Args:
-        teacher: the loaded teacher.
-        shard: the sample shard.
-        progress: called with the number of samples finished since the last call.
-    """
-    result = ShardObservations()
-    maps: dict[str, MapTargets | None] = {}
-    finished: list[_Pending] = []
-    samples = (shard.read(row) for row in range(len(shard)))
-    for pool in _chunks(samples, BATCHES_PER_POOL * teacher.batch_size):
-        pending = list(_encode(teacher, pool, result.skipped))
-        for item in pending:
-            if item.map_key is not None and item.map_key not in maps:
-                maps[item.map_key] = None
-                item.owns_map = True
-        # Longest first: if memory runs out, it does so at once.
-        by_length = sorted(pending, key=lambda item: (-len(item.encoded.token_ids), item.sample.key))
-        for batch in _chunks(by_length, teacher.batch_size):
-            _observe_batch(teacher, batch, maps)
-            if progress is not None:
-                progress(len(batch))
-        if progress is not None:
-            progress(len(pool) - len(pending))
-        finished += pending
-    _assemble(finished, maps, result)
-    return result
-
-
-def _encode(teacher: Teacher, samples: Iterable[StoredSample], skipped: list[SkippedSample]) -> Iterator[_Pending]:
-    for sample in samples:
-        try:
-            images = [decode_image(data) for data in sample.images]
-            encoded = teacher.encoder.encode(sample.record["conversations"], images)
-        except (BadImage, UnusableConversation) as error:
-            skipped.append(
-                SkippedSample(
-                    key=sample.key,
-                    id=str(sample.record.get("id", "")),
-                    reason=error.reason,
-                    detail=error.detail,
-                )
-            )
-            continue
-        yield _Pending(sample, encoded, _map_key(sample, encoded))
-
-
-def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
-    """Digest of all that the maps depend on; None without an image."""
-    if not len(encoded.image_positions):
-        return None
-    digest = hashlib.sha256()
-    for data in sample.images:
-        digest.update(hashlib.sha256(data).digest())
-    last = int(encoded.image_positions[-1])
-    digest.update(encoded.token_ids[: last + 1].to(torch.int64).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.inference_mode()
-def _observe_batch(teacher: Teacher, batch: Sequence[_Pending], maps: dict[str, MapTargets | None]) -> None:
-    device = teacher.model.device
-    no_positions = torch.zeros(0, dtype=torch.long)
-    capture = AttentionCapture(
-        layers=frozenset(teacher.identity.layers),
-        positions=[item.encoded.image_positions if item.owns_map else no_positions for item in batch],
-    ).to(device)
-    inputs = _pad([item.encoded.token_ids for item in batch])
-    for name in teacher.identity.family.pixel_inputs:
-        pixels = [item.encoded.pixel_inputs[name] for item in batch if name in item.encoded.pixel_inputs]
-        if pixels:
-            inputs[name] = torch.cat(pixels)
-    inputs = {
-        name: value.to(device, teacher.model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
-    # The base model, not the one with the head: logits are wanted at answer rows only.
-    hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
-    answers = [item.encoded.answer_mask.nonzero()[:, 0] for item in batch]
-    hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
-    logits, finite_R = answer_logits(teacher, hidden_Rd)
-    start = 0
-    for row, item in enumerate(batch):
-        stop = start + len(answers[row])
-        # Left at None when not finite, and so are maps: the sample is then skipped with that reason.
-        if bool(finite_R[start:stop].all()):
-            item.logits = logits.rows(start, stop)
-        start = stop
-        if item.owns_map and item.map_key is not None:
-            num_tokens = len(item.encoded.image_positions)
-            stacked = torch.stack(
-                [capture.maps[layer][row, :num_tokens, :num_tokens] for layer in teacher.identity.layers]
-            )
-            if bool(torch.isfinite(stacked).all()):
-                maps[item.map_key] = encode_targets(teacher, stacked)
-
-
-def answer_logits(teacher: Teacher, hidden_Rd: Tensor) -> tuple[AnswerLogits, Tensor]:
-    """Top-k log-probabilities at answer rows, a bounded number of rows of vocabulary logits at a time.
-
-    Returns:
-        The log-probabilities on the CPU, and `[R]` bool: whether all logits of the row were finite (what is stored
-        of a row that is not means nothing).
-    """
-    head = teacher.model.get_output_embeddings()
-    parts, finite = [], []
-    for rows_Rd in torch.split(hidden_Rd, LOGIT_ROWS):
-        logits_RV = head(rows_Rd).float()
-        finite_R = torch.isfinite(logits_RV).all(-1)
-        logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
-        parts.append(top_k_logprobs(logits_RV, teacher.identity.settings.top_k).to("cpu"))
-        finite.append(finite_R.cpu())
-    return AnswerLogits.cat(parts), torch.cat(finite)
+    """As `Observer.observe`, for one shard alone."""
+    with Observer(teacher) as observer:
+        return observer.observe(shard, progress)
 
 
 def encode_targets(teacher: Teacher, maps_LNN: Tensor) -> MapTargets:
-    """Codes of each layer, and the exact sink masks of the windows from the uncoded maps."""
-    windows_WNN = window_means(maps_LNN, teacher.identity.layers, teacher.identity.windows)
-    encoded = encode_maps(teacher.identity.codec, maps_LNN)
-    return MapTargets(
-        num_tokens=maps_LNN.shape[-1],
-        codes_LE=encoded.codes_LE.cpu(),
-        caps_L=encoded.caps_L.cpu(),
-        keep_masks=pack_mask(sink_keep_mask(windows_WNN), teacher.identity.codec.causal).cpu(),
-    )
-
-
-def _pad(token_ids: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Right padding; the padded ids are never attended to and never read."""
-    width = max(len(ids) for ids in token_ids)
-    input_ids = torch.zeros(len(token_ids), width, dtype=torch.long)
-    attention_mask = torch.zeros(len(token_ids), width, dtype=torch.long)
-    for row, ids in enumerate(token_ids):
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def _assemble(finished: Sequence[_Pending], maps: dict[str, MapTargets | None], result: ShardObservations) -> None:
-    """Rows in tar order; maps numbered by first use; what is not finite goes to the ledger."""
-    map_rows: dict[str, int] = {}
-    for item in finished:
-        targets = maps[item.map_key] if item.map_key is not None else None
-        if item.logits is None or (item.map_key is not None and targets is None):
-            result.skipped.append(
-                SkippedSample(
-                    key=item.sample.key,
-                    id=str(item.sample.record.get("id", "")),
-                    reason="not_finite",
-                    detail="the teacher's attention or logits hold NaN or infinity",
-                )
-            )
-            continue
-        if item.map_key is not None and targets is not None and item.map_key not in map_rows:
-            map_rows[item.map_key] = len(result.maps)
-            result.maps.append(targets)
-        result.samples.append(
-            SampleTargets(
-                key=item.sample.key,
-                token_ids=item.encoded.token_ids.to(torch.int32),
-                answer_mask=item.encoded.answer_mask,
-                map_row=None if item.map_key is None else map_rows[item.map_key],
-                logits=item.logits,
-            )
-        )
-    result.skipped.sort(key=lambda skipped: skipped.key)
-
-
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
+    """Codes of each layer, and what makes the windows exact, coded where the maps are."""
+    identity, cpu = teacher.identity, torch.device("cpu")
+    maps, windows = encode_image(identity.codec, window_rows(identity.layers, identity.windows), maps_LNN)
+    return MapTargets(maps_LNN.shape[-1], maps.to(cpu), windows.to(cpu))

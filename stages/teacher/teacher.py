@@ -20,11 +20,6 @@ class Teacher:
     model: PreTrainedModel
     encoder: ConversationEncoder
 
-    @property
-    def batch_size(self) -> int:
-        """Samples of one forward pass."""
-        return self.identity.settings.batch_size
-
     def save_vision(self, folder: Path) -> None:
         """Writes all a student needs of the teacher: vision tower, adapter, configs and processor."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,248 @@
+"""Converts a released checkpoint: every tensor accounted for before anything is written, the folder whole or absent.
+
+Weight files are copied one by one under new names, so that no more than the largest of them is in memory.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PreTrainedConfig
+
+from stages.checkpoints import resolve_checkpoint
+from stages.convert.layout import converted_config, converted_name, read_released_config
+from stages.convert.processor import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_processor
+from stages.student.modeling_compodistill import (
+    CompoDistillStudentConfig,
+    CompoDistillStudentForConditionalGeneration,
+)
+from storage.errors import UserError
+
+REPORT = "conversion.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written, bytes of all weights)."""
+
+
+class ConversionReport(BaseModel):
+    """What was converted; `conversion.json` beside the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """The released checkpoint."""
+    layout: str
+    """Its model type."""
+    model_type: str
+    """Model type of the converted checkpoint: llava, or this project's own for a student with a post-connector."""
+    tensors: int
+    """Tensors written."""
+    bytes: int
+    """Bytes of all weights."""
+    dtype: str
+    """Of the decoder's weights; every tensor keeps its own."""
+    image_token_id: int
+    """Stands where the released code has -200."""
+    added_rows: int
+    """Rows of zeros put to the vocabulary because it had no id left for the image token; 0 for most models. The logit
+    of such a row is always 0."""
+    tokenizer_from: str | None
+    """Where the tokenizer was read. None: neither the checkpoint nor the place its config names had one, and no
+    processor was written; such a folder is a model, but not yet a teacher."""
+    image_processor_from: str
+    """Where the image processor was read, or that it was made of the vision tower's config."""
+    seconds: float
+    """Time taken."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor of a released file: file and name there, shape and type."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output: Path,
+    *,
+    tokenizer: str | None = None,
+    image_processor: str | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Writes `output`, a Hugging Face folder with processor and chat template.
+
+    A teacher, and a student trained without a post-connector, become a stock Llava. A student with a post-connector
+    becomes this project's student model, since Llava's adapter has the decoder's width.
+
+    Args:
+        source: folder or hub id of a checkpoint in the released layout.
+        output: a folder that does not exist yet, or is empty.
+        tokenizer: folder or hub id, if not the one in `source` or named by its config.
+        image_processor: the same for the image processor.
+        progress: called as weights are written.
+
+    Raises:
+        UserError: an unknown layout, pickled weights, missing or unexpected tensors or shapes, or an output that
+            holds something. Nothing is left behind then.
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} holds something already; name a new folder")
+    folder = resolve_checkpoint(source)
+    released = read_released_config(folder)
+    tensors = _named_tensors(folder)
+    words, tokenizer_from = load_tokenizer(folder, released, tokenizer)
+    if EMBEDDING not in tensors:
+        raise UserError(f"{folder} has no tensor that would become {EMBEDDING}; its decoder is missing")
+    num_rows = tensors[EMBEDDING].shape[0]
+    # Without a tokenizer nobody knows which ids are free.
+    image_token_id = num_rows if words is None else int(words.convert_tokens_to_ids(IMAGE_TOKEN))
+    added_rows = max(0, image_token_id + 1 - num_rows)
+    dtype = tensors[EMBEDDING].dtype
+    if dtype not in _DTYPES.values():
+        raise UserError(f"the decoder's weights are {dtype}, expected {', '.join(_DTYPES.values())}")
+    config = converted_config(released, image_token_id, num_rows + added_rows, dtype)
+    _check_tensors(folder, tensors, config, added_rows)
+    images, images_from = load_image_processor(folder, released, image_processor)
+
+    staging = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        num_bytes = _write_weights(tensors, staging, added_rows, progress)
+        config.architectures = [_model_class(config).__name__]
+        config.save_pretrained(staging)
+        if words is not None:
+            make_processor(released, words, images, config.vision_feature_select_strategy).save_pretrained(staging)
+        report = ConversionReport(
+            source=str(source),
+            layout=released["model_type"],
+            model_type=config.model_type,
+            tensors=len(tensors),
+            bytes=num_bytes,
+            dtype=dtype,
+            image_token_id=image_token_id,
+            added_rows=added_rows,
+            tokenizer_from=tokenizer_from,
+            image_processor_from=images_from,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        (staging / REPORT).write_text(report.model_dump_json(indent=1))
+        if output.is_dir():
+            output.rmdir()
+        staging.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return report
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that Hugging Face would read."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; a training folder must first be merged and saved whole by the "
+            "released code"
+        )
+    names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    lost = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
+    if lost:
+        raise UserError(f"{folder / INDEX} names {_some(lost)}, which the folder does not hold; fetch it again")
+    return sorted(folder / name for name in names)
+
+
+def _named_tensors(folder: Path) -> dict[str, _Source]:
+    """Where each tensor of the converted checkpoint is; only headers are read."""
+    tensors: dict[str, _Source] = {}
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                new = converted_name(name)
+                if new is None:
+                    continue
+                if new in tensors:
+                    raise UserError(
+                        f"{name!r} of {path.name} and {tensors[new].name!r} of {tensors[new].file.name} are both {new}"
+                    )
+                part = file.get_slice(name)
+                dtype = part.get_dtype()
+                tensors[new] = _Source(path, name, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
+    return tensors
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    student = isinstance(config, CompoDistillStudentConfig)
+    return CompoDistillStudentForConditionalGeneration if student else LlavaForConditionalGeneration
+
+
+def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrainedConfig, added_rows: int) -> None:
+    """Every tensor of the model is there in its shape, and no other."""
+    with torch.device("meta"):
+        model = _model_class(config)(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {HEAD} if config.tie_word_embeddings else set()
+    missing = sorted(expected.keys() - tensors.keys() - tied)
+    unexpected = sorted(tensors[name].name for name in tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise UserError(
+            f"{folder} does not hold the model that its config describes: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}"
+        )
+    grown = {EMBEDDING, HEAD}
+    for name, source in tensors.items():
+        found = (source.shape[0] + added_rows, *source.shape[1:]) if name in grown else source.shape
+        if found != expected[name]:
+            raise UserError(
+                f"tensor {source.name!r} of {source.file.name} has shape {list(source.shape)}, the config asks for "
+                f"{list(expected[name])}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else ", ".join(names) or "none"
+
+
+def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, progress: Progress | None) -> int:
+    """One file for each released one, and the index that Hugging Face expects of several."""
+    files = sorted({source.file for source in tensors.values()})
+    total = sum(path.stat().st_size for path in files)
+    weight_map: dict[str, str] = {}
+    num_bytes = 0
+    for number, path in enumerate(files):
+        target = SINGLE if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        held: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            for name, source in tensors.items():
+                if source.file == path:
+                    held[name] = _grown(file.get_tensor(source.name), added_rows if name in (EMBEDDING, HEAD) else 0)
+        save_file(held, folder / target, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, target)
+        num_bytes += sum(tensor.nbytes for tensor in held.values())
+        if progress is not None:
+            progress(num_bytes, total)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+    return num_bytes
+
+
+def _grown(tensor: Tensor, added_rows: int) -> Tensor:
+    return torch.cat([tensor, tensor.new_zeros(added_rows, *tensor.shape[1:])]) if added_rows else tensor

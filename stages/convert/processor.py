@@ -1,0 +1,148 @@
+"""The processor of a converted checkpoint: tokenizer with an image token, image processor, chat template."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerBase
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from stages.convert.layout import class_tokens
+from storage.errors import UserError
+
+IMAGE_TOKEN: Final = "<image>"  # noqa: S105
+END_TOKEN: Final = "<|endoftext|>"  # noqa: S105
+
+_UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError)
+"""What the library raises for a place that holds nothing of use, and for one that cannot be reached."""
+
+CHAT_TEMPLATE: Final = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- else -%}
+{%- for part in content -%}
+{%- if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0]['role'] == 'system' -%}{{- render(messages[0]['content']) + ' ' -}}
+{%- else -%}
+{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, \
+and polite answers to the user's questions. " -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{- 'USER: ' + render(message['content']) + ' ' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + render(message['content']) + 'END' -}}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+"""The format the published models were trained on; END is the token that ends an answer."""
+
+
+def load_tokenizer(
+    source: Path, config: Mapping[str, Any], chosen: str | None
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The tokenizer with `IMAGE_TOKEN` in it, and where it is from; None if nobody chose one and none was found.
+
+    Args:
+        source: the released folder; its own tokenizer is taken when it has one.
+        config: the released config, which names another place.
+        chosen: a folder or hub id that wins over both.
+
+    Raises:
+        UserError: the chosen one, or that of `source`, could not be read.
+    """
+    own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    place = chosen or (str(source) if own else _named(config, "tokenizer_name_or_path", "llm_model_name_or_path"))
+    if place is None:
+        return None, None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except _UNREADABLE as error:
+        if not (chosen or own):
+            return None, None
+        raise UserError(
+            f"no tokenizer at {place} ({type(error).__name__}); name a folder or hub id with --tokenizer"
+        ) from error
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    return tokenizer, place
+
+
+def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | None) -> tuple[Any, str]:
+    """The image processor, and where it is from.
+
+    Where neither `source` nor the place that its config names has one, it is made of the vision tower's config:
+    SigLIP and CLIP each have one way of preparing images.
+
+    Args:
+        source: the released folder; its own image processor is taken when it has one.
+        config: the released config, which names another place.
+        chosen: a folder or hub id that wins over both.
+
+    Raises:
+        UserError: the chosen one, or that of `source`, could not be read, or it makes images of another size than
+            the tower takes.
+    """
+    own = any((source / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    place = chosen or (str(source) if own else _named(config, "vision_model_name_or_path"))
+    wanted = config["vision_config"]["image_size"]
+    images, origin = None, str(place)
+    if place is not None:
+        try:
+            images = AutoImageProcessor.from_pretrained(place)
+        except _UNREADABLE as error:
+            if chosen or own:
+                raise UserError(
+                    f"no image processor at {place} ({type(error).__name__}); name a folder or hub id with "
+                    "--image-processor"
+                ) from error
+    if images is None:
+        images, origin = _of_tower(config["vision_config"]["model_type"], wanted), "the vision tower's config"
+    made = _side(images)
+    if made != wanted:
+        raise UserError(f"the image processor of {origin} makes images of {made} pixels, the tower takes {wanted}")
+    return images, origin
+
+
+def make_processor(
+    config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, images: Any, strategy: str
+) -> LlavaProcessor:
+    """A Llava processor that makes the pixels and the text of the released code.
+
+    Args:
+        config: the released config.
+        tokenizer: of `load_tokenizer`.
+        images: of `load_image_processor`.
+        strategy: `vision_feature_select_strategy` of the converted config.
+    """
+    end = END_TOKEN if END_TOKEN in tokenizer.get_vocab() else tokenizer.eos_token
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=config["vision_config"]["patch_size"],
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=class_tokens(config),
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE.replace("END", str(end)),
+    )
+
+
+def _named(config: Mapping[str, Any], *keys: str) -> str | None:
+    return next((str(config[key]) for key in keys if config.get(key)), None)
+
+
+def _of_tower(model_type: str, size: int) -> Any:
+    square = {"height": size, "width": size}
+    if model_type == "siglip_vision_model":
+        return SiglipImageProcessorPil(size=square)
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
+
+
+def _side(images: Any) -> object:
+    """Height of the images made, None unless it is also their width."""
+    size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+    return size["height"] if size["height"] == size["width"] else None

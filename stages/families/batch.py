@@ -1,0 +1,93 @@
+"""What a model of a family is called with for several samples at once.
+
+Shape letters: B samples, T tokens of the longest.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stages.families.family import Family
+from storage.errors import UserError
+
+
+def batch_inputs(
+    family: Family,
+    image_token_id: int,
+    token_ids: Sequence[Tensor],
+    pixel_inputs: Sequence[Mapping[str, Tensor]],
+    *,
+    multiple: int = 1,
+) -> dict[str, Tensor]:
+    """The model's inputs: tokens padded right, pixels of the samples that have any.
+
+    Args:
+        family: says how pixels are joined and whether the model wants to be told where images are.
+        image_token_id: the placeholder's id.
+        token_ids: `[t]` integers of each sample.
+        pixel_inputs: the image processor's outputs of each sample; empty for one without an image.
+        multiple: T is rounded up to a multiple of it.
+
+    Returns:
+        `input_ids` and `attention_mask` `[B, T]`, for some families where images are `[B, T]`, and the pixels. Padded
+        ids are never attended to and never read.
+
+    Raises:
+        UserError: the processor made an input that the family does not name.
+    """
+    longest = max((len(ids) for ids in token_ids), default=1)
+    width = -(-longest // multiple) * multiple
+    # Any id but the image token, which models count.
+    padding = 1 if image_token_id == 0 else 0
+    input_ids = torch.full((len(token_ids), width), padding, dtype=torch.long)
+    attention_mask = torch.zeros(len(token_ids), width, dtype=torch.long)
+    for row, ids in enumerate(token_ids):
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if family.modality_input is not None:
+        inputs[family.modality_input] = (input_ids == image_token_id).long()
+    return {**inputs, **join_pixels(family, pixel_inputs)}
+
+
+def pixels_of(family: Family, processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """The pixel inputs of one sample, as its encoded conversation has them; empty without images."""
+    if not images:
+        return {}
+    text = {} if family.pixels_without_text else {"text": [processor.image_token * len(images)]}
+    outputs = processor(images=[list(images)], return_tensors="pt", **text)
+    return {name: outputs[name] for name in family.pixel_inputs if name in outputs}
+
+
+def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The pixels of several samples as one batch; empty if no sample has any.
+
+    Raises:
+        UserError: an input that the family does not name.
+    """
+    unknown = {name for pixels in pixel_inputs for name in pixels} - set(family.pixel_inputs)
+    if unknown:
+        raise UserError(
+            f"the image processor gives {sorted(unknown)}, the family of {'/'.join(family.model_types)} takes "
+            f"{sorted(family.pixel_inputs)}; name the input in the family's file in stages/families/"
+        )
+    joined = {}
+    for name, joining in family.pixel_inputs.items():
+        parts = [pixels[name] for pixels in pixel_inputs if name in pixels]
+        if parts:
+            joined[name] = torch.cat(_padded(parts) if joining == "pad" else parts)
+    return joined
+
+
+def _padded(parts: Sequence[Tensor]) -> list[Tensor]:
+    """All axes but the first grown to the largest, with zeros."""
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    grown = []
+    for part in parts:
+        whole = part.new_zeros((part.shape[0], *largest))
+        whole[tuple(slice(size) for size in part.shape)] = part
+        grown.append(whole)
+    return grown

@@ -1,0 +1,206 @@
+"""The student of a teacher that is no LLaVA 1.5: the teacher's own image side, a post-connector, its own decoder.
+
+Self-contained (torch and transformers only), so that an exported checkpoint can carry it. What the image side computes
+is the library's code for the teacher, whatever its tiles and pooling; it only must put image features in the place of
+placeholders and nowhere else.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+
+class AnyTeacherStudentConfig(PreTrainedConfig):
+    """The teacher's config for the image side, the decoder's for the text side.
+
+    Attributes:
+        teacher_config: the whole config of the teacher; its text part only says how wide image features are.
+        text_config: of the student's decoder.
+        image_token_id: the placeholder's id, which may lie past the student's vocabulary.
+        pixel_inputs: names of the inputs that go to the image side.
+    """
+
+    model_type = "compodistill_any_teacher_student"
+    # Not the teacher's: what is said of attention in sub-configs concerns the decoder, and the library warns of others.
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+
+    teacher_config: Any = None
+    text_config: Any = None
+    image_token_id: int = 0
+    pixel_inputs: Any = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("teacher_config", "text_config"):
+            part = getattr(self, name)
+            if isinstance(part, dict):
+                setattr(self, name, AutoConfig.for_model(**part))
+        super().__post_init__(**kwargs)
+
+
+class AnyTeacherStudentPreTrainedModel(PreTrainedModel):
+    """What the model with and without a head share."""
+
+    config: AnyTeacherStudentConfig
+    config_class = AnyTeacherStudentConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = "past_key_values"
+
+
+class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
+    """Image side, post-connector and decoder, without a language modelling head."""
+
+    def __init__(self, config: AnyTeacherStudentConfig) -> None:
+        super().__init__(config)
+        self.eyes = image_side(config.teacher_config)
+        width = config.teacher_config.get_text_config().hidden_size
+        self.post_connector = nn.Linear(width, config.text_config.hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's."""
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The decoder's."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, **pixels: Tensor) -> Tensor:
+        """`[N, hidden]`: the teacher's features of all images of the batch, carried to the decoder's width."""
+        features = self.eyes.get_image_features(**pixels, return_dict=True).pooler_output
+        parts = [features] if isinstance(features, Tensor) else list(features)
+        carried: Tensor = self.post_connector(torch.cat([part.flatten(0, -2) for part in parts]))
+        return carried
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the decoder's, with the image side's inputs besides."""
+        pixels = {name: kwargs.pop(name) for name in self.config.pixel_inputs if name in kwargs}
+        pixels = {name: value for name, value in pixels.items() if value is not None}
+        if inputs_embeds is None:
+            assert input_ids is not None, "give input_ids or inputs_embeds"
+            is_image = input_ids == self.config.image_token_id
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+            if pixels:
+                features = self.get_image_features(**pixels)
+                if features.shape[0] != int(is_image.sum()):
+                    raise ValueError(f"{features.shape[0]} image features for {int(is_image.sum())} image tokens")
+                inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+
+
+class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel, GenerationMixin):
+    """The student with its language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: AnyTeacherStudentConfig) -> None:
+        super().__init__(config)
+        self.model = AnyTeacherStudentModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The decoder's."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def get_image_features(self, **pixels: Tensor) -> Tensor:
+        """As the model's."""
+        return self.model.get_image_features(**pixels)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the last `logits_to_keep` positions, of all for 0; of the image inputs each family has its own."""
+        # Named above because generation refuses inputs that the signature lacks.
+        images = {
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "image_sizes": image_sizes,
+            "image_grid_thw": image_grid_thw,
+            "batch_num_images": batch_num_images,
+        }
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **{name: value for name, value in images.items() if value is not None},
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+        """The image enters with the prompt only."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration:
+            for name in self.config.pixel_inputs:
+                inputs.pop(name, None)
+        return inputs
+
+
+def image_side(teacher_config: PreTrainedConfig) -> PreTrainedModel:
+    """The teacher's model class without its decoder; parameters are named as in the teacher."""
+    config = copy.deepcopy(teacher_config)
+    text = config.get_text_config()
+    # The decoder is built with the model and thrown away at once: the smallest there can be.
+    layer_types = (getattr(text, "layer_types", None) or [None])[:1]
+    small = {"num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8, "layer_types": layer_types}
+    for name, value in {**small, "pad_token_id": None}.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
+    model: PreTrainedModel = AutoModel.from_config(config)
+    decoder = model.get_decoder()
+    (name,) = (name for name, child in model.named_children() if child is decoder)
+    setattr(model, name, None)
+    return model
+
+
+def register() -> None:
+    """Makes the Auto classes of transformers know this student; safe to call again."""
+    AutoConfig.register(AnyTeacherStudentConfig.model_type, AnyTeacherStudentConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(
+        AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration, exist_ok=True
+    )
+
+
+__all__ = [
+    "AnyTeacherStudentConfig",
+    "AnyTeacherStudentForConditionalGeneration",
+    "AnyTeacherStudentModel",
+    "register",
+]

@@ -1,0 +1,68 @@
+"""Whether a student's token ids mean what the target store's do."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import ProcessorMixin
+
+from storage.errors import UserError
+
+
+def check_same_tokens(processor: ProcessorMixin, student_folder: Path) -> None:
+    """Refuses a student to which a stored token id means something else than to the teacher.
+
+    With any loss weights: also a student that learns from the answers alone reads the stored ids, as its input and as
+    the words to predict. Ids that only one side has are fine; those that the data holds are checked against the
+    student's vocabulary when they are used, and those it lacks are left out of the logit loss. How a text is split
+    into tokens may differ, since no text is split again.
+
+    Args:
+        processor: the teacher's, from the target store.
+        student_folder: checkpoint of the student or of its decoder, with `tokenizer.json`.
+
+    Raises:
+        UserError: naming what differs, with an example; or if there is no `tokenizer.json` to compare with.
+    """
+    file = student_folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            f"{student_folder} has no tokenizer.json, so nothing says whether its token ids are the teacher's; "
+            "save the fast tokenizer of that model into it"
+        )
+    teacher = processor.tokenizer
+    # The image's placeholder is replaced by features and padding is masked: no student reads their ids.
+    unread = {getattr(processor, "image_token_id", None), teacher.pad_token_id} - {teacher.eos_token_id}
+    differences = token_differences(teacher.backend_tokenizer, Tokenizer.from_file(str(file)), unread)
+    if differences:
+        raise UserError(
+            f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nStudents learn from stored token ids, whatever the weights of the losses: "
+            "choose a student of the teacher's family, or extract with a teacher of the student's"
+        )
+
+
+def token_differences(teacher: Tokenizer, student: Tokenizer, unread: "set[int | None]") -> list[str]:
+    """A line each for vocabulary entries and for added tokens that have one id in the teacher, another in the student.
+
+    Args:
+        teacher: with its added tokens.
+        student: likewise.
+        unread: ids of the teacher's that need not agree.
+    """
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    student_tokens = {number: token for token, number in student_ids.items()}
+    added = {str(token.content) for t in (teacher, student) for token in t.get_added_tokens_decoder().values()}
+    found: dict[str, list[str]] = {"vocabulary entries": [], "added tokens": []}
+    for token, number in sorted(teacher_ids.items(), key=lambda item: item[1]):
+        there = student_tokens.get(number)
+        if number in unread or there == token or (there is None and token not in student_ids):
+            continue
+        meant = f"is {there!r} to the student" if there is not None else f"the student has at {student_ids[token]}"
+        kind = "added tokens" if {token, there} & added else "vocabulary entries"
+        found[kind].append(f"id {number} is {token!r} to the teacher, {meant}")
+    return [
+        f"{kind}: {len(lines)} of {len(teacher_ids)} ids differ, such as {lines[0]}"
+        for kind, lines in found.items()
+        if lines
+    ]

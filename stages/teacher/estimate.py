@@ -1,0 +1,99 @@
+"""An estimate of an extraction: how it is to be made, and what it says."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from storage.codecs.maps import MapCodecName
+
+
+class EstimateConfig(BaseModel):
+    """How `cdp estimate` looks at the samples, and what it assumes where nothing can be measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = 0
+    """Draws the samples; another seed shows how much the draw matters."""
+    runs: int = Field(default=8, ge=2)
+    """Runs of consecutive samples that are read, spread over the set. Of an object store each downloads its shard."""
+    counted_samples: int = Field(default=1024, ge=2)
+    """Samples that are read and tokenised for their counts, in all runs together."""
+    probed_samples: int = Field(default=64, ge=2)
+    """Samples of these that go through the teacher; at least two batches do."""
+    samples: int | None = Field(default=None, ge=1)
+    """From configs alone, without sample shards: how many there are."""
+    samples_per_shard: int = Field(default=512, ge=1)
+    """From configs alone, without sample shards."""
+    answer_rows: float = Field(default=100.0, ge=1)
+    """From configs alone, without sample shards: answer tokens of a sample."""
+    text_tokens: float = Field(default=200.0, ge=1)
+    """From configs alone, without sample shards: tokens of a sample that are not image tokens, answers included."""
+    samples_per_map: float = Field(default=2.0, ge=1)
+    """From configs alone, without sample shards: conversations about one image, which share its maps."""
+    gpu_tflops: float = Field(default=312.0, gt=0)
+    """From configs alone: peak of one GPU in 10^12 operations a second; 312 is the data sheet's for an A100 in
+    bfloat16."""
+    efficiency: float = Field(default=0.4, gt=0, le=1)
+    """From configs alone: share of the peak that the teacher's forward pass reaches."""
+
+
+class SettingEstimate(BaseModel):
+    """A whole extraction with one map codec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard_bytes: int
+    """All files of all target shards: what `cdp extract-teacher` reports as the size."""
+    shard_bytes_95: tuple[int, int] | None
+    """95 % interval for the draw of samples; None where nothing was measured."""
+    bytes_by_array: dict[str, int]
+    """`shard_bytes` by array; `(metadata)` is that of all arrays."""
+    store_bytes: int
+    """`shard_bytes`, commit records and the folder `teacher/`."""
+    worker_seconds: float
+    """Seconds of all workers together, loading the teacher not included."""
+    wall_seconds: float
+    """From the start of the workers to the last shard, with as many workers as the estimate names."""
+
+
+class Estimate(BaseModel):
+    """What `cdp estimate` found, before anything is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    basis: Literal["probe", "configs"]
+    """probe: measured on samples that went through the teacher. configs: worked out, coarse."""
+    teacher: str
+    samples_url: str | None
+    num_samples: int
+    num_shards: int
+    counted_samples: int
+    """Samples read and tokenised."""
+    probed_samples: int
+    """Samples that went through the teacher."""
+    per_sample: dict[str, float]
+    """Usable samples, tokens, answer rows, maps, image tokens and map entries of a sample of the set; the last three
+    are those of stored maps, which samples share."""
+    unusable: dict[str, int]
+    """Reason -> samples of those read that could not be used."""
+    unusable_examples: tuple[str, ...]
+    """The first of them, each with what was found."""
+    device: str
+    workers: int
+    threads: int
+    """Of each worker, as extraction sets them on this machine."""
+    load_seconds: float
+    """Loading the teacher, once a worker."""
+    teacher_seconds_per_sample: float
+    """Forward pass with all that happens beside it, at the batch size of extraction, after a warm-up."""
+    coding_seconds_per_map: dict[MapCodecName, float]
+    writing_seconds_per_shard: dict[MapCodecName, float]
+    chosen: MapCodecName
+    """The codec that extraction would use with these settings."""
+    settings: dict[MapCodecName, SettingEstimate]
+    answer_bytes_by_top_k: dict[int, int]
+    """Kept tokens of an answer row -> bytes of all answer rows."""
+    files_per_shard: int
+    """Objects of an object store; the commit record is one of them."""
+    notes: tuple[str, ...]
+    """What the numbers rest on."""
