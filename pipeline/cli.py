@@ -3,16 +3,33 @@
 The only file that imports typer. Heavy libraries are imported inside the commands, so that `cdp --help` is instant.
 """
 
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from storage.errors import UserError
+from pipeline.interruption import Interrupted, raised_on
+from storage.errors import UserError, disk_errors_named
+
+if TYPE_CHECKING:
+    from storage.verify import VerifyReport
+
+
+class Commands(TyperGroup):
+    """All commands; Ctrl-C leaves them as `Interrupted`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was named."""
+        with raised_on(signal.SIGINT):
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Offline distillation of multimodal LLMs: run the teacher once, then train any number of students.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -88,6 +105,37 @@ def pack_samples(
     print_pack_report(report, output)
 
 
+@app.command()
+def estimate(
+    teacher: Annotated[str | None, typer.Option(help="Teacher checkpoint: folder or hub id.")] = None,
+    samples: SamplesOption = None,
+    workers: Annotated[int | None, typer.Option(help="Teachers side by side; none is one a GPU or core.")] = None,
+    config_only: Annotated[bool, typer.Option("--config-only", help="Without the weights: coarse.")] = False,
+    report: Annotated[Path | None, typer.Option("--json", help="Where to save the report as JSON.")] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Bytes and GPU-hours of an extraction with each setting, from a few samples, before anything is written."""
+    from pipeline.estimation import make_estimate
+    from pipeline.progress import StepBars, bars
+    from pipeline.run_file import load_run_file
+    from pipeline.tables import print_estimate
+
+    flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
+    run = load_run_file(config, settings or [], flags)
+    if run.teacher is None:
+        raise UserError("--teacher is missing; give the flag or set teacher.checkpoint in the run file")
+    place = run.samples if config_only else _need(run.samples, "--samples")
+    with bars() as progress:
+        result = make_estimate(
+            run.teacher, place, run.extract, run.estimate, config_only=config_only, progress=StepBars(progress)
+        )
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(result.model_dump_json(indent=1))
+    print_estimate(result)
+
+
 @app.command("extract-teacher")
 def extract_teacher(
     teacher: Annotated[str | None, typer.Option(help="Teacher checkpoint: folder or hub id.")] = None,
@@ -99,11 +147,6 @@ def extract_teacher(
     workers: Annotated[int | None, typer.Option(help="Teachers side by side; none is one a GPU or core.")] = None,
 ) -> None:
     """Teacher over sample shards -> targets, as a Ray job; run again, it makes what is missing."""
-    from pipeline.extraction import extract
-    from pipeline.progress import ExtractionBar, bars
-    from pipeline.run_file import load_run_file
-    from pipeline.tables import print_extraction_report
-
     flags = {
         "teacher.checkpoint": teacher,
         "samples": samples,
@@ -111,6 +154,15 @@ def extract_teacher(
         "extract.ray_address": ray_address,
         "extract.workers": workers,
     }
+    _extract(config, settings, flags)
+
+
+def _extract(config: Path | None, settings: list[str] | None, flags: dict[str, Any]) -> None:
+    from pipeline.extraction import extract
+    from pipeline.progress import ExtractionBar, bars
+    from pipeline.run_file import load_run_file
+    from pipeline.tables import print_extraction_report
+
     run = load_run_file(config, settings or [], flags)
     if run.teacher is None:
         raise UserError("--teacher is missing; give the flag or set teacher.checkpoint in the run file")
@@ -142,6 +194,30 @@ def train_student(
     with bars() as progress:
         reports = train(run, names, TrainingBars(progress))
     print_training_reports(reports, Path(_need(run.output, "--output")))
+
+
+@app.command("convert-checkpoint")
+def convert_checkpoint(
+    source: Annotated[str, typer.Argument(help="Released checkpoint: folder or hub id.", metavar="SRC")],
+    output: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if SRC has none: folder or hub id.")] = None,
+    image_processor: Annotated[str | None, typer.Option(help="Image processor, likewise.")] = None,
+) -> None:
+    """Released CompoDistill or TinyLLaVA checkpoint -> Hugging Face Llava with processor and chat template."""
+    from pipeline.progress import add_bar, bars
+    from pipeline.tables import print_conversion_report
+    from stages.convert.checkpoint import convert_checkpoint as convert
+
+    with bars() as progress:
+        bar = add_bar(progress, "convert", unit="MB")
+        report = convert(
+            source,
+            output,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            progress=lambda done, total: progress.update(bar, completed=done / 1e6, total=total / 1e6),
+        )
+    print_conversion_report(report, output)
 
 
 @app.command()
@@ -212,20 +288,47 @@ def inspect(
 def verify(
     targets: Annotated[str, typer.Argument(help="Target store: folder or object-store URL.")],
     samples: SamplesOption = None,
+    sample: Annotated[str, typer.Option(help="Share of the shards to read; all records and sizes always.")] = "100%",
+    seed: Annotated[int, typer.Option(help="Which shards a share is; another seed reads others.")] = 0,
+    repair: Annotated[bool, typer.Option("--repair", help="Set broken parts aside, to be extracted again.")] = False,
+    teacher: Annotated[str | None, typer.Option(help="With --repair and --samples: extract them again now.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
+    from pipeline.tables import print_repair_report, print_verify_report
+    from storage.repair import repair as set_aside
+
+    report = _verify(targets, samples, _percent(sample), seed)
+    print_verify_report(report)
+    if report.findings and repair:
+        repaired = set_aside(report)
+        print_repair_report(repaired, report)
+        if repaired.moved and (teacher or config):
+            _extract(config, None, {"teacher.checkpoint": teacher, "samples": samples, "targets": targets})
+            report = _verify(targets, samples, _percent(sample), seed)
+            print_verify_report(report)
+    if report.findings:
+        raise typer.Exit(1)
+
+
+def _verify(targets: str, samples: str | None, percent: float, seed: int) -> "VerifyReport":
     from pipeline.progress import add_bar, bars
-    from pipeline.tables import print_verify_report
     from storage.verify import verify as verify_store
 
     with bars() as progress:
         bar = add_bar(progress, "verify", unit="shards")
-        report = verify_store(
-            targets, samples, lambda done, total, _: progress.update(bar, completed=done, total=total)
-        )
-    print_verify_report(report)
-    if report.findings:
-        raise typer.Exit(1)
+
+        def show(done: int, total: int, _num_bytes: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        return verify_store(targets, samples, show, percent=percent, seed=seed)
+
+
+def _percent(text: str) -> float:
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise UserError(f"--sample is {text!r}, expected a percentage such as 5%") from None
 
 
 _EXTRA_OF = {"ray": "ray", "obstore": "s3", "sklearn": "examples"}
@@ -235,7 +338,8 @@ _EXTRA_OF = {"ray": "ray", "obstore": "s3", "sklearn": "examples"}
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, an interruption says how to go on."""
     try:
-        app()
+        with disk_errors_named(Path.cwd()):
+            app()
     except UserError as error:
         _say(f"error: {error}")
         sys.exit(2)
@@ -245,9 +349,9 @@ def main() -> None:
             raise
         _say(f"error: this needs {error.name}, which is not installed; pip install 'compodistill[{extra}]'")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on from here")
-        sys.exit(130)
+    except Interrupted as stop:
+        _say(str(stop))
+        sys.exit(stop.exit_code)
 
 
 def _say(message: str) -> None:

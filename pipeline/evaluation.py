@@ -9,26 +9,27 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich.markup import escape
 from rich.progress import Progress
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from pipeline.page import PageSample
 from pipeline.progress import add_bar
 from pipeline.training import STAGES, last_student
 from stages.attention import enable_capture
-from stages.checkpoints import hide_loading_bars, resolve_checkpoint
+from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
 from stages.evaluation.evaluate import evaluate_pairs
 from stages.evaluation.pairs import load_pairs
 from stages.evaluation.pictures import enlarged, gaze, overlay
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity, attention_similarity
+from stages.families import family_of
 from stages.images import decode_image
 from stages.student.batches import Collator
-from stages.student.build import Student, is_student, load_processor, load_student
+from stages.student.build import Student, is_student, load_student, register_students
 from stages.student.matching import LayerMatching, match_layers
-from stages.student.modeling_compodistill import register
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.stream import StreamConfig, StreamedSample, target_stream
@@ -48,12 +49,14 @@ def find_checkpoint(model: str) -> Path:
 def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A teacher or a student with its processor, on the GPU when there is one."""
     hide_loading_bars()
-    register()
+    register_students()
     folder = find_checkpoint(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return loaded, AutoProcessor.from_pretrained(folder)
+    loaded: PreTrainedModel = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
+    )
+    return loaded, load_processor(folder)
 
 
 def evaluate_checkpoint(
@@ -78,12 +81,15 @@ class _Compared:
     student: Student
     matching: LayerMatching
     collator: Collator
+    notes: list[str]
 
 
 def compare_with_targets(model: str, samples: str, targets: str, limit: int, progress: Progress) -> AttentionSimilarity:
     """Compares a student's attention with the cached maps of the first `limit` samples of a store."""
     store = TargetStore.open(targets)
     compared = _open_student(model, store)
+    for note in compared.notes:
+        progress.console.print(f"note: {escape(note)}")
     loader = DataLoader(_stream(samples, store, limit), batch_size=None, collate_fn=compared.collator)
     batches = islice(loader, -(-limit // BATCH_SIZE))
     bar = add_bar(progress, f"compare {Path(model).name}", limit)
@@ -132,9 +138,10 @@ def _open_student(model: str, store: TargetStore) -> _Compared:
     student = load_student(folder)
     enable_capture(student)
     text_config = student.config.text_config
-    matching, _ = match_layers(text_config.num_hidden_layers, store.manifest.fingerprint)
-    collator = Collator(load_processor(folder), student.config.image_token_id, text_config.vocab_size)
-    return _Compared(student, matching, collator)
+    matching, notes = match_layers(text_config.num_hidden_layers, store.manifest.fingerprint)
+    family = family_of(str(store.manifest.fingerprint.teacher_config["model_type"]))
+    collator = Collator(load_processor(folder), student.config.image_token_id, text_config.vocab_size, family)
+    return _Compared(student, matching, collator, notes)
 
 
 def _stream(samples: str, store: TargetStore, limit: int) -> Any:

@@ -1,24 +1,36 @@
 """Extraction: which shards are missing, who makes them, what came of it."""
 
+import contextlib
 import os
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.interruption import RESUME, Interrupted, raised_on
+from pipeline.task_pool import FailedTry
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
 from storage.manifest import Manifest, create_or_check
 from storage.samples import SampleIndex, SampleShard
 from storage.stores import Store, open_store
-from storage.targets import CommitRecord, TargetStore, clean_partials, write_shard
+from storage.targets import CommitRecord, clean_partials, has_teacher, save_teacher, write_shard
+from storage.targets.commits import COMMITS, commit_path, committed_shards, iter_commits
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig
 
 REPORT = "reports/extraction.json"
+SHOWN_FAILURES = 20
+SHARDS_IN_FLIGHT = 2
+"""Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""
+TEACHER_ONLY = -1
+"""Task of a store whose shards are complete and whose `teacher/` was set aside by a repair."""
 
 
 class ExtractConfig(BaseModel):
@@ -29,11 +41,33 @@ class ExtractConfig(BaseModel):
     ray_address: str | None = None
     """Address of a Ray cluster; None starts one on this machine."""
     workers: int | None = Field(default=None, ge=1)
-    """Teachers that run side by side; None is one a GPU, or one a core without GPUs."""
+    """Most teachers that run side by side; None is one a GPU, or one a core without GPUs, that the cluster has at the
+    time, so that nodes that join are used."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries of one shard before it is given up and reported."""
     max_skipped_fraction: float = Field(default=0.0, ge=0, le=1)
     """Samples that may be unusable before the command fails; they are in the ledger either way."""
+
+
+class WorkerReport(BaseModel):
+    """One worker of a run: a process with a teacher in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    node: str
+    pid: int
+    shards: int
+    samples: int
+    seconds: float
+    """From the moment its teacher was loaded."""
+    samples_per_s: float
+    failed_tries: int
+    timings: dict[str, float]
+    """Seconds, by what it spent them on; as it says itself, so empty for one that died before its first shard."""
+    waited_share: float | None
+    """Part of the time since its first forward pass in which its teacher stood idle; None before that."""
+    ended: str
+    """Why it ended."""
 
 
 class ExtractionReport(BaseModel):
@@ -50,28 +84,59 @@ class ExtractionReport(BaseModel):
     seconds: float
     samples_per_s: float
     workers: int
+    """The most that worked at one time."""
+    per_worker: tuple[WorkerReport, ...]
+    """Every worker that ever was, those that died included."""
+    failed_starts: dict[str, int]
+    """Why workers did not start, and where -> how many times; such as a node that joined with another teacher on it."""
+    failed_tries: dict[int, tuple[FailedTry, ...]]
+    """Shard -> each try of it that failed, where and why; shards that succeeded later are among them."""
     failures: dict[int, str]
+    """Shard given up -> its last error."""
+
+
+@dataclass(frozen=True)
+class WorkerLine:
+    """One worker as it is shown."""
+
+    name: str
+    """Machine and process; no other worker has this name."""
+    samples_per_s: float
+    shards: tuple[int, ...]
+    """Those it has in flight, the oldest first."""
+    done_samples: int
+    """Of these shards."""
+    total_samples: int
+    """Of these shards."""
 
 
 class ExtractionProgress(Protocol):
     """What the command shows while shards are made."""
 
-    def start(self, total_samples: int, done_samples: int, workers: int) -> None:
+    def start(self, total_samples: int, done_samples: int) -> None:
         """Before the first shard."""
 
     def advance(self, samples: int) -> None:
-        """Samples observed since the last call."""
+        """Samples observed since the last call; negative when a failed shard's are taken back."""
 
     def shard_done(self, stored_bytes: int) -> None:
         """A shard was committed."""
 
+    def workers(self, lines: Sequence[WorkerLine]) -> None:
+        """What each worker is at; called a few times a second."""
+
 
 class ShardExtractor:
-    """One worker: a teacher, loaded once, that makes and commits shards."""
+    """One worker: a teacher, loaded once, that makes and commits shards; two threads may each give it one.
+
+    While the teacher runs on one shard, the last is written and the first samples of the next are made ready.
+    """
 
     def __init__(self, teacher: "TeacherConfig", samples: str, targets: str, manifest: Manifest, threads: int) -> None:
+        fix_order_of_sums()
         import torch
 
+        from stages.teacher.observe import Observer
         from stages.teacher.teacher import load_teacher
 
         torch.set_num_threads(threads)
@@ -85,24 +150,38 @@ class ShardExtractor:
                 f"the worker on {os.uname().nodename} sees another teacher or data than the driver "
                 f"(differs in: {', '.join(differing)}); give all machines the same files"
             )
+        self.observer = Observer(self.teacher)
+        self._saving_vision = threading.Lock()
 
-    def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord:
-        """Observes and commits one shard."""
-        from stages.teacher.observe import observe_shard
-
+    def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord | None:
+        """Observes and commits one shard, unless another extraction has done so by now."""
+        if shard == TEACHER_ONLY:
+            with self._saving_vision:
+                self.save_teacher_vision()
+            return None
         entry = self.index.shards[shard]
+        with contextlib.suppress(FileNotFoundError):
+            committed = CommitRecord.load(self.targets, commit_path(shard))
+            progress(entry.num_samples)
+            return committed
         with SampleShard.open(self.samples, entry) as samples:
-            seen = observe_shard(self.teacher, samples, progress)
-        self.save_teacher_vision()
-        return write_shard(self.targets, shard, self.manifest, entry.name, seen.samples, seen.maps, seen.skipped)
+            seen = self.observer.observe(samples, progress)
+        with self._saving_vision:
+            self.save_teacher_vision()
+        with self.observer.timings.measured("writing"):
+            return write_shard(self.targets, shard, self.manifest, entry.name, seen.samples, seen.maps, seen.skipped)
+
+    def timings(self) -> dict[str, float]:
+        """Seconds so far, by what they went into: `forward`, `waited` (see `Timings`), and what went on beside it."""
+        return self.observer.timings.seconds()
 
     def save_teacher_vision(self) -> None:
         """Writes `teacher/` before the first commit: a store with shards must be complete for students."""
-        if self.targets.exists("teacher/config.json"):
+        if has_teacher(self.targets):
             return
         staging = self.targets.staging("teacher")
         self.teacher.save_vision(staging)
-        self.targets.put_tree(staging, "teacher")
+        save_teacher(self.targets, self.manifest, staging)
 
 
 def extract(
@@ -118,6 +197,7 @@ def extract(
         FingerprintMismatch: the store was made by another teacher, from other data, or with other settings.
         TooManySkipped: more samples are unusable than allowed; all others are stored.
         UserError: a shard failed on every attempt; the others are stored.
+        Interrupted: Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
     from pipeline import ray_cluster
     from stages.teacher.identity import identify_teacher
@@ -130,23 +210,110 @@ def extract(
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
         clean_partials(targets)
-        committed = TargetStore.open(targets_url).commits
+        committed = committed_shards(targets.list(COMMITS))
         missing = [shard for shard in range(len(index.shards)) if shard not in committed]
-        workers = min(config.workers or cluster.gpus or cluster.cpus, max(len(missing), 1))
-        if progress is not None:
-            done = index.num_samples - sum(index.shards[shard].num_samples for shard in missing)
-            progress.start(index.num_samples, done, workers)
-        threads = max(1, cluster.cpus // workers) if not cluster.gpus else 0
-        outcome = ray_cluster.run_tasks(
-            partial(ShardExtractor, teacher, samples_url, targets_url, manifest, threads or (os.cpu_count() or 1)),
-            missing,
-            num_workers=workers,
-            gpus_per_worker=1 if cluster.gpus else 0,
-            max_attempts=config.max_attempts,
-            on_progress=lambda _, amount: progress.advance(amount) if progress else None,
-            on_result=lambda _, record: progress.shard_done(stored_bytes(record)) if progress else None,
+        run = _Run(index, progress)
+        run.start(missing)
+        make_worker = partial(
+            ShardExtractor,
+            teacher,
+            samples_url,
+            targets_url,
+            manifest,
+            threads_of_each(cluster.cpus, cluster.gpus, config.workers, len(missing)),
         )
-    return _conclude(targets, targets_url, config, outcome, workers, time.perf_counter() - started)
+        try:
+            # Here, because ray, too, installs a handler of SIGTERM when it starts.
+            with raised_on(signal.SIGINT, signal.SIGTERM):
+                outcome = ray_cluster.run_tasks(
+                    make_worker,
+                    missing or ([] if has_teacher(targets) else [TEACHER_ONLY]),
+                    num_workers=config.workers,
+                    gpus_per_worker=1 if cluster.gpus else 0,
+                    max_attempts=config.max_attempts,
+                    tasks_per_worker=SHARDS_IN_FLIGHT,
+                    on_progress=run.advance,
+                    on_result=run.add,
+                    on_workers=run.show,
+                )
+        except Interrupted as stop:
+            stored = len(committed_shards(targets.list(COMMITS)))
+            raise Interrupted(
+                stop.signal_number,
+                f"interrupted: {stored} of {len(index.shards)} shards are stored in {targets_url} "
+                f"({stored - len(committed)} made now); {RESUME}",
+            ) from None
+    # What workers that died were writing, and folders that another extraction was first to commit in place of.
+    clean_partials(targets)
+    return _conclude(targets, manifest, config, run, outcome, time.perf_counter() - started)
+
+
+def fix_order_of_sums() -> None:
+    """Makes a matrix product on a CPU the same for any number of threads, and with it of workers.
+
+    The library reads this when it first multiplies.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def threads_of_each(cpus: int, gpus: int, workers: int | None, num_shards: int) -> int:
+    """Threads of each worker: its share of its machine's cores."""
+    side_by_side = gpus or min(workers or cpus, max(num_shards, 1))
+    return max(1, cpus // side_by_side)
+
+
+class _Run:
+    """What a run has made so far. Of a commit record only sums are kept: there may be 100,000."""
+
+    def __init__(self, index: SampleIndex, progress: ExtractionProgress | None) -> None:
+        self._index, self._progress = index, progress
+        self.made: set[int] = set()
+        self.most_workers = 0
+        self.samples = self.made_samples = self.maps = self.bytes = 0
+        self.skipped: Counter[str] = Counter()
+
+    def start(self, missing: list[int]) -> None:
+        if self._progress is not None:
+            total = self._index.num_samples
+            self._progress.start(total, total - sum(self._index.shards[shard].num_samples for shard in missing))
+
+    def advance(self, _: int, samples: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(samples)
+
+    def add(self, shard: int, record: CommitRecord | None) -> None:
+        """A shard made by this run; nothing but `teacher/` was, if there is no record."""
+        if record is None:
+            return
+        self.made.add(shard)
+        self.made_samples += record.num_samples
+        self.count(record)
+        if self._progress is not None:
+            self._progress.shard_done(stored_bytes(record))
+
+    def count(self, record: CommitRecord) -> None:
+        """A shard of the store, whoever made it."""
+        self.samples += record.num_samples
+        self.maps += record.num_maps
+        self.bytes += stored_bytes(record)
+        self.skipped.update(sample.reason for sample in record.skipped)
+
+    def show(self, workers: "Sequence[ray_cluster.Worker]") -> None:
+        ready = [worker for worker in workers if worker.ready_at is not None]
+        self.most_workers = max(self.most_workers, len(ready))
+        if self._progress is None:
+            return
+        lines = [
+            WorkerLine(
+                name=f"{worker.node} {worker.pid}",
+                samples_per_s=worker.rate,
+                shards=tuple(worker.in_flight),
+                done_samples=sum(worker.in_flight.values()),
+                total_samples=sum(self._index.shards[shard].num_samples for shard in worker.in_flight if shard >= 0),
+            )
+            for worker in ready
+        ]
+        self._progress.workers(lines)
 
 
 def stored_bytes(record: CommitRecord) -> int:
@@ -156,45 +323,69 @@ def stored_bytes(record: CommitRecord) -> int:
 
 def _conclude(
     targets: Store,
-    targets_url: str,
+    manifest: Manifest,
     config: ExtractConfig,
+    run: _Run,
     outcome: "ray_cluster.Outcome",
-    workers: int,
     seconds: float,
 ) -> ExtractionReport:
-    store = TargetStore.open(targets_url)
-    commits = store.commits.values()
-    skipped = Counter(sample.reason for commit in commits for sample in commit.skipped)
-    made = sum(record.num_samples for record in outcome.results.values())
+    committed = committed_shards(targets.list(COMMITS))
+    earlier = {shard: path for shard, path in committed.items() if shard not in run.made}
+    for record in iter_commits(targets, earlier):
+        run.count(record)
     report = ExtractionReport(
-        shards=len(commits),
-        shards_made_now=len(outcome.results),
-        samples=sum(commit.num_samples for commit in commits),
-        skipped=dict(skipped),
-        maps=sum(commit.num_maps for commit in commits),
-        bytes=sum(stored_bytes(commit) for commit in commits),
+        shards=len(committed),
+        shards_made_now=len(run.made),
+        samples=run.samples,
+        skipped=dict(run.skipped),
+        maps=run.maps,
+        bytes=run.bytes,
         seconds=seconds,
-        samples_per_s=made / seconds,
-        workers=workers,
+        samples_per_s=run.made_samples / seconds,
+        workers=run.most_workers,
+        per_worker=tuple(_worker_report(worker) for worker in outcome.workers),
+        failed_starts=outcome.failed_starts,
+        failed_tries={shard: tuple(tries) for shard, tries in sorted(outcome.tries.items())},
         failures=outcome.failures,
     )
     targets.write(REPORT, report.model_dump_json(indent=1).encode())
     if outcome.failures:
-        lines = "\n".join(f"  shard {shard}: {why}" for shard, why in sorted(outcome.failures.items()))
+        shown = sorted(outcome.failures.items())
+        lines = [f"  shard {shard}: {why}" for shard, why in shown[:SHOWN_FAILURES]]
+        if len(shown) > SHOWN_FAILURES:
+            lines.append(f"  and {len(shown) - SHOWN_FAILURES} more")
         raise UserError(
-            f"{len(outcome.failures)} of {store.manifest.num_shards} shards could not be made; the others are stored. "
-            f"Run the same command again when the cause is mended:\n{lines}"
+            f"{len(outcome.failures)} of {manifest.num_shards} shards could not be made; the others are stored. "
+            f"Every try is in {targets.url}/{REPORT}. "
+            "Run the same command again when the cause is mended:\n" + "\n".join(lines)
         )
-    num_skipped = sum(skipped.values())
+    num_skipped = sum(run.skipped.values())
     total = num_skipped + report.samples
     if num_skipped > config.max_skipped_fraction * total:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in run.skipped.most_common())
         raise TooManySkipped(
             f"{num_skipped} of {total} samples could not be used ({reasons}), allowed is a fraction of "
-            f"{config.max_skipped_fraction}. They are named with their reasons in {targets_url}/commits/*.json; all "
+            f"{config.max_skipped_fraction}. They are named with their reasons in {targets.url}/commits/*.json; all "
             "others are stored. Accept them with --set extract.max_skipped_fraction=FRACTION"
         )
     return report
+
+
+def _worker_report(worker: "ray_cluster.Worker") -> WorkerReport:
+    from stages.teacher.timings import waited_share
+
+    return WorkerReport(
+        node=worker.node,
+        pid=worker.pid,
+        shards=worker.num_tasks,
+        samples=worker.num_units,
+        seconds=worker.seconds,
+        samples_per_s=worker.num_units / max(worker.seconds, 1e-9),
+        failed_tries=worker.num_failures,
+        timings=worker.timings,
+        waited_share=waited_share(worker.timings),
+        ended=worker.ended,
+    )
 
 
 if TYPE_CHECKING:

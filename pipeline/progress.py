@@ -1,8 +1,13 @@
 """Progress bars of the commands: rate, amount and time left of anything that takes longer than seconds."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +23,14 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+if TYPE_CHECKING:
+    # Only named here: `cdp verify` need not load what extracts.
+    from pipeline.extraction import WorkerLine
+
+WORKER_LINES = 12
+"""Workers that have a line of their own; more would not fit a terminal."""
+LOG_EVERY_S = 30.0
+
 is_main_process = os.environ.get("RANK", "0") == "0"
 """False in all but one of the processes that torchrun or accelerate starts: those stay silent."""
 
@@ -31,7 +44,7 @@ class _RateColumn(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
+        speed = task.fields.get("rate") or task.finished_speed or task.speed
         return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
 
 
@@ -60,25 +73,85 @@ def _one_line() -> Column:
     return Column(no_wrap=True)
 
 
+class StepBars:
+    """A bar for each step of some work, made when it begins."""
+
+    def __init__(self, progress: Progress, unit: str = "steps") -> None:
+        self._progress, self._unit = progress, unit
+        self._bars: dict[str, TaskID] = {}
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Shows how far a step is."""
+        if step not in self._bars:
+            self._bars[step] = add_bar(self._progress, step, unit=self._unit)
+        self._progress.update(self._bars[step], completed=done, total=total)
+
+
 class ExtractionBar:
-    """Shows an extraction: samples, bytes written, shards."""
+    """Shows an extraction: all samples, bytes and shards, and a line for each of the first workers.
+
+    Where standard error is no terminal, a plain line now and then.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._bar = add_bar(progress, "extract")
-        self._bytes = 0
-        self._shards = 0
+        self._lines: dict[str, TaskID] = {}
+        self._bytes = self._shards = self._num_workers = self._done = self._total = 0
+        self._others = ""
+        self._rate = 0.0
+        self._logged_at = time.monotonic()
 
-    def start(self, total_samples: int, done_samples: int, workers: int) -> None:
+    def start(self, total_samples: int, done_samples: int) -> None:
         """Before the first shard."""
-        self._progress.update(self._bar, total=total_samples, completed=done_samples, note=f"{workers} workers start")
+        self._total, self._done = total_samples, done_samples
+        self._progress.update(self._bar, total=total_samples, completed=done_samples, note="workers start")
 
     def advance(self, samples: int) -> None:
         """Samples observed since the last call."""
+        self._done += samples
         self._progress.advance(self._bar, samples)
 
     def shard_done(self, stored_bytes: int) -> None:
         """A shard was committed."""
         self._bytes += stored_bytes
         self._shards += 1
-        self._progress.update(self._bar, note=f"{self._shards} shards, {self._bytes / 1e6:,.1f} MB")
+
+    def workers(self, lines: Sequence[WorkerLine]) -> None:
+        """What each worker is at: those with a line keep it until they end, then another one gets its place."""
+        self._num_workers = len(lines)
+        self._rate = sum(line.samples_per_s for line in lines)
+        by_name = {line.name: line for line in lines}
+        for name in self._lines.keys() - by_name.keys():
+            self._progress.remove_task(self._lines.pop(name))
+        for line in lines:
+            if line.name not in self._lines and len(self._lines) < WORKER_LINES:
+                self._lines[line.name] = add_bar(self._progress, f"  {line.name}")
+        for name, bar in self._lines.items():
+            line = by_name[name]
+            shards = ", ".join(map(str, line.shards))
+            self._progress.update(
+                bar,
+                total=line.total_samples,
+                completed=line.done_samples,
+                rate=line.samples_per_s,
+                note=f"shard {shards}" if shards else "",
+            )
+        hidden = len(lines) - len(self._lines)
+        self._progress.update(
+            self._bar,
+            rate=self._rate,
+            note=self._summary() + (f"; {hidden} workers are not shown" if hidden else ""),
+        )
+        if not console.is_terminal and time.monotonic() > self._logged_at + LOG_EVERY_S:
+            self._logged_at = time.monotonic()
+            console.print(self._plain_line(), soft_wrap=True, highlight=False)
+
+    def _summary(self) -> str:
+        return f"{self._num_workers} workers, {self._shards:,} shards, {self._bytes / 1e6:,.1f} MB"
+
+    def _plain_line(self) -> str:
+        line = f"extract: {self._done:,} of {self._total:,} samples, {self._rate:,.1f} samples/s, {self._summary()}"
+        if self._rate:
+            line += f", {timedelta(seconds=round((self._total - self._done) / self._rate))} left"
+        return line

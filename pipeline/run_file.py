@@ -1,5 +1,6 @@
 """The run file: every setting of a run in one YAML document, and how flags and `--set` change it."""
 
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,8 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.extraction import ExtractConfig
 from stages.evaluation.scoring import EvaluationConfig
 from stages.student.config import TrainConfig
+from stages.teacher.estimate import EstimateConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
+
+_SHORT = reprlib.Repr()
+# A few lines of YAML can stand for a value of any size.
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -32,6 +38,8 @@ class RunFile(BaseModel):
     """Which teacher, and what is kept of what it sees."""
     extract: ExtractConfig = Field(default_factory=ExtractConfig)
     """How extraction runs."""
+    estimate: EstimateConfig = Field(default_factory=EstimateConfig)
+    """How an extraction's size and time are estimated."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How students are trained."""
     evaluate: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -70,7 +78,10 @@ def validated(model: type[Settings], values: dict[str, Any], place: str) -> Sett
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {_SHORT.repr(e.get('input'))})"
+            for e in error.errors()
+        ]
         raise UserError(f"{place}:\n" + "\n".join(lines)) from error
 
 
@@ -94,7 +105,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse(text: str, place: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UserError(f"{place} nests too deep for a run file") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{place} is not YAML: {error}") from error
 
 

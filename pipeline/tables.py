@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,14 @@ from pipeline.progress import add_bar, is_main_process
 if TYPE_CHECKING:
     # Only named here: `cdp inspect` need not load what trains students.
     from pipeline.extraction import ExtractionReport
+    from stages.convert.checkpoint import ConversionReport
     from stages.evaluation.report import EvaluationReport
     from stages.evaluation.similarity import AttentionSimilarity
     from stages.samples.pack import PackReport
     from stages.student.training import StageReport, StepProgress
+    from stages.teacher.estimate import Estimate
     from storage.inspect import StoreSummary
+    from storage.repair import RepairReport
     from storage.verify import VerifyReport
 
 output = Console(quiet=not is_main_process)
@@ -57,6 +61,62 @@ def print_pack_report(report: PackReport, folder: Path) -> None:
     output.print(table)
 
 
+def print_estimate(estimate: Estimate) -> None:
+    """What was looked at, then bytes and hours of each setting; the one that would be used is marked."""
+    hours = "core-hours" if estimate.device == "CPU" else "GPU-hours"
+    looked = f"{estimate.counted_samples:,} read, {estimate.probed_samples:,} through the teacher"
+    table = _plain("estimate", f"{estimate.teacher} over {estimate.samples_url or 'samples to come'}")
+    table.add_row("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({looked})")
+    table.add_row("unusable among them", _reasons(estimate.unusable))
+    for example in estimate.unusable_examples:
+        table.add_row("", f"[yellow]{escape(example)}[/]")
+    each = estimate.per_sample
+    tokens_a_map = each["image_tokens"] / each["maps"] if each["maps"] else 0
+    table.add_row(
+        "a sample has",
+        f"{each['tokens']:,.1f} tokens, {each['answer_rows']:,.1f} answer rows, {each['maps']:.3f} maps of "
+        f"{tokens_a_map:,.0f} image tokens",
+    )
+    table.add_row(
+        "teacher", f"{1000 * estimate.teacher_seconds_per_sample:,.1f} ms a sample on {escape(estimate.device)}"
+    )
+    table.add_row("objects", f"{estimate.num_shards * estimate.files_per_shard:,}")
+    rows = ", ".join(f"k {k}: {_size(size)}" for k, size in estimate.answer_bytes_by_top_k.items())
+    table.add_row("answer rows", rows)
+    for note in estimate.notes:
+        table.add_row("note", escape(note))
+    output.print(table)
+    settings = Table(title=f"a whole extraction on {estimate.workers} workers")
+    for column in ("map codec", "shards", "95 % interval", "a sample", "whole store", hours, "wall time"):
+        settings.add_column(column, justify="left" if column == "map codec" else "right")
+    for name, setting in estimate.settings.items():
+        interval = "-" if setting.shard_bytes_95 is None else " to ".join(map(_size, setting.shard_bytes_95))
+        settings.add_row(
+            name + (" (chosen)" if name == estimate.chosen else ""),
+            _size(setting.shard_bytes),
+            interval,
+            _size(setting.shard_bytes / estimate.num_samples),
+            _size(setting.store_bytes),
+            f"{setting.worker_seconds / 3600:,.3g}",
+            str(timedelta(seconds=round(setting.wall_seconds))),
+            style="bold" if name == estimate.chosen else None,
+        )
+    output.print(settings)
+
+
+def print_conversion_report(report: ConversionReport, folder: Path) -> None:
+    """Type, tensors, where the processor is from."""
+    table = _plain("checkpoint", str(folder))
+    table.add_row("type", f"{report.layout} -> {report.model_type}, {report.dtype}")
+    table.add_row("weights", f"{report.tensors:,} tensors, {_size(report.bytes)}")
+    table.add_row("image token", f"{report.image_token_id}, {report.added_rows} rows added to the vocabulary for it")
+    missing = "none found, so no processor was written; convert again into a new folder with --tokenizer"
+    table.add_row("tokenizer", report.tokenizer_from or f"[yellow]{missing}[/]")
+    table.add_row("image processor", report.image_processor_from)
+    table.add_row("time", f"{report.seconds:.1f} s")
+    output.print(table)
+
+
 def print_extraction_report(report: ExtractionReport, folder: str) -> None:
     """Samples, maps, bytes, rate."""
     table = _plain("targets", folder)
@@ -66,6 +126,17 @@ def print_extraction_report(report: ExtractionReport, folder: str) -> None:
     table.add_row("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)")
     table.add_row("size", f"{_size(report.bytes)}, {_size(report.bytes / max(report.samples, 1))} a sample")
     table.add_row("time", f"{report.seconds:.1f} s on {report.workers} workers, {report.samples_per_s:.1f} samples/s")
+    waited = [worker.waited_share for worker in report.per_worker if worker.waited_share is not None]
+    if waited:
+        most = f"; of the worker that waited most {max(waited):.1%}" if len(waited) > 1 else ""
+        table.add_row("teachers idle", f"{sum(waited) / len(waited):.1%} of the time since their first batch{most}")
+    if report.failed_tries:
+        table.add_row(
+            "failed tries", f"{sum(map(len, report.failed_tries.values())):,}, each in reports/extraction.json"
+        )
+    if report.failed_starts:
+        count = sum(report.failed_starts.values())
+        table.add_row("workers that did not start", f"{count:,}, the reasons in reports/extraction.json")
     output.print(table)
 
 
@@ -157,10 +228,19 @@ def print_store_summary(summary: StoreSummary) -> None:
     table.add_row("skipped", _reasons(summary.skipped_by_reason))
     table.add_row("answer rows", f"{summary.num_answer_rows:,}")
     table.add_row("maps", f"{summary.num_maps:,} for {summary.num_map_references:,} samples with an image")
+    table.add_row(
+        "  once per (image, tokens before it)",
+        f"saves {_size(summary.shared_bytes)}, {summary.sharing_ratio:.2f} times smaller",
+    )
     table.add_row("size", _size(summary.total_bytes))
     table.add_row(
         "raw fp16 maps",
         f"{_size(summary.raw_square_bytes)} square, {_size(summary.raw_triangle_bytes)} triangle",
+    )
+    table.add_row(
+        "stored maps",
+        f"{_size(summary.map_bytes)}, {summary.map_square_ratio:.1f} times smaller than raw squares, "
+        f"{summary.map_triangle_ratio:.1f} than triangles",
     )
     table.add_row("raw fp16 logits", _size(summary.raw_logit_bytes))
     table.add_row("ratio to raw", f"{summary.ratio:.1f} times smaller")
@@ -171,7 +251,7 @@ def print_store_summary(summary: StoreSummary) -> None:
         "layers",
         "windows",
         "map_codec",
-        "top_k",
+        "logit_codec",
         "dtype",
         "max_length",
     ):
@@ -187,8 +267,16 @@ def print_store_summary(summary: StoreSummary) -> None:
 
 
 def print_verify_report(report: VerifyReport) -> None:
-    """Every finding, or that there is none."""
+    """Every finding, or that there is none; which shards were not read, and which are not there yet."""
     amount = f"{report.num_files:,} files, {_size(report.num_bytes)}, {report.num_samples:,} samples"
+    if report.num_read < report.num_committed:
+        amount += f" in the {report.num_read:,} shards that were read; of the others records and sizes"
+    if report.missing:
+        first = ", ".join(map(str, report.missing[:5])) + (", ..." if len(report.missing) > 5 else "")
+        output.print(
+            f"not finished: {len(report.missing):,} of {report.num_planned:,} shards are not committed ({first}); "
+            "run `cdp extract-teacher`"
+        )
     if report.ok:
         output.print(f"[green]whole[/]: {report.num_committed} of {report.num_planned} shards, {amount} checked")
         return
@@ -198,6 +286,24 @@ def print_verify_report(report: VerifyReport) -> None:
     for finding in report.findings:
         table.add_row(*map(escape, (finding.shard, finding.file, finding.found, finding.expected)))
     output.print(table)
+
+
+def print_repair_report(repaired: RepairReport, report: VerifyReport) -> None:
+    """What was set aside, what remains to be done."""
+    if repaired.folder:
+        table = _plain("set aside", f"{report.targets_url}/{repaired.folder}")
+        for path in repaired.moved:
+            table.add_row("moved", escape(path))
+        output.print(table)
+        output.print("What is missing is extracted, with the settings of the first time, by", soft_wrap=True)
+        places = f"--samples {report.samples_url or 'SAMPLES'} --targets {report.targets_url}"
+        output.print(f"  cdp extract-teacher --teacher TEACHER {escape(places)}", soft_wrap=True)
+    for finding in repaired.left:
+        output.print(
+            f"not set aside: {escape(finding.shard)} {escape(finding.file)}; samples are restored or packed again, "
+            "a shard without a record is made by the next extraction",
+            soft_wrap=True,
+        )
 
 
 def _plain(title: str, place: str) -> Table:

@@ -1,0 +1,53 @@
+"""An estimate of an extraction, with as many workers and threads as the extraction would have here."""
+
+import os
+from typing import TYPE_CHECKING
+
+from pipeline.extraction import ExtractConfig, fix_order_of_sums, threads_of_each
+from storage.samples import SampleIndex
+from storage.stores import open_store
+
+if TYPE_CHECKING:
+    from stages.teacher.estimate import Estimate, EstimateConfig
+    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.probe import Progress
+
+
+def make_estimate(
+    teacher: "TeacherConfig",
+    samples_url: str | None,
+    extract: ExtractConfig,
+    config: "EstimateConfig",
+    *,
+    config_only: bool,
+    progress: "Progress | None" = None,
+) -> "Estimate":
+    """Bytes and hours of extracting these samples; the target store is not touched.
+
+    Args:
+        teacher: as for extraction.
+        samples_url: the sample set; None only with `config_only`.
+        extract: of which the number of workers counts; None is as many as this machine has GPUs, or cores.
+        config: how many samples are looked at, and what is assumed.
+        config_only: neither loads nor looks for the teacher's weights.
+        progress: what is shown.
+
+    Raises:
+        UserError: as `estimate_by_probe` and `estimate_from_configs`.
+    """
+    samples = None if samples_url is None else open_store(samples_url)
+    if config_only:
+        from stages.teacher.coarse import estimate_from_configs
+
+        return estimate_from_configs(teacher, samples, config, workers=extract.workers or 1)
+    fix_order_of_sums()
+    import torch
+
+    from stages.teacher.probe import estimate_by_probe
+
+    assert samples is not None
+    num_shards = len(SampleIndex.load(samples).shards)
+    gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
+    workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
+    threads = threads_of_each(cpus, gpus, min(workers, cpus), num_shards)
+    return estimate_by_probe(teacher, samples, config, workers=workers, threads=threads, progress=progress)
