@@ -1,0 +1,1 @@
+"""Measurements of speed and size: a script each, its figures in `results/`."""

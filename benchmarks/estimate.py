@@ -1,0 +1,112 @@
+"""How near `cdp estimate` comes to the extraction it speaks of, on the bundled example: bytes and seconds.
+
+Estimate and extraction (one worker, in this process) take turns; ratios are estimated over found, so above 1 is too
+much. Seconds are those of the worker from its loaded teacher to its end. They say something only on a machine with
+nothing else to do: `load_average` tells how many processes wanted to run.
+
+    python -m benchmarks.estimate
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import examples.scenes
+from benchmarks.results import RESULTS, command_line, save_result
+from examples.scenes.dataset import write_dataset
+from pipeline.extraction import SHARDS_IN_FLIGHT, ShardExtractor, fix_order_of_sums, stored_bytes
+from pipeline.run_file import load_run_file
+from stages.samples.pack import PackConfig, pack_samples
+from stages.teacher.estimate import EstimateConfig
+from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.probe import estimate_by_probe
+from storage.codecs.maps import MapCodecName
+from storage.manifest import create_or_check
+from storage.samples import SampleIndex
+from storage.stores import open_store
+
+SCENES = Path(examples.scenes.__file__).parent
+THREADS = 1
+
+
+def compare(folder: Path, codec: MapCodecName, repeats: int, config: EstimateConfig) -> dict[str, Any]:
+    """Estimated over found for one codec, on the samples in `folder`."""
+    flags = {"teacher.checkpoint": str(SCENES / "teacher"), "teacher.map_codec": codec, "extract.workers": 1}
+    run = load_run_file(SCENES / "extract.yaml", [], flags)
+    assert run.teacher is not None
+    samples = str(folder / "samples")
+    found: list[dict[str, Any]] = []
+    for number in range(repeats):
+        estimate = estimate_by_probe(run.teacher, open_store(samples), config, workers=1, threads=THREADS)
+        setting = estimate.settings[codec]
+        num_bytes, seconds = extract_alone(run.teacher, samples, str(folder / f"{codec}-{number}"))
+        assert setting.shard_bytes_95 is not None
+        found.append(
+            {
+                "bytes": setting.shard_bytes / num_bytes,
+                "worker_seconds": setting.worker_seconds / seconds,
+                "estimated_bytes": setting.shard_bytes,
+                "estimated_bytes_95": setting.shard_bytes_95,
+                "found_bytes": num_bytes,
+                "estimated_worker_seconds": setting.worker_seconds,
+                "found_worker_seconds": seconds,
+                "load_average": os.getloadavg()[0],
+            }
+        )
+    return {
+        "samples": estimate.num_samples,
+        "shards": estimate.num_shards,
+        "counted_samples": estimate.counted_samples,
+        "probed_samples": estimate.probed_samples,
+        "estimated_over_found": {
+            name: statistics.median(each[name] for each in found) for name in ("bytes", "worker_seconds")
+        },
+        "each": found,
+    }
+
+
+def extract_alone(teacher: TeacherConfig, samples: str, targets: str) -> tuple[int, float]:
+    """Bytes of all shards, and seconds of the one worker that made them, from its loaded teacher on."""
+    index, store = SampleIndex.load(open_store(samples)), open_store(targets)
+    manifest = identify_teacher(teacher, on_gpu=False).manifest(index.digest, len(index.shards))
+    create_or_check(store, manifest)
+    worker = ShardExtractor(teacher, samples, targets, manifest, THREADS)
+    started = time.perf_counter()
+    # As many at once as a worker of Ray has in flight.
+    with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
+        records = list(threads.map(lambda shard: worker(shard, lambda _: None), range(len(index.shards))))
+    seconds = time.perf_counter() - started
+    return sum(stored_bytes(record) for record in records if record is not None), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--codecs", nargs="+", default=["sqrt4", "float16"])
+    parser.add_argument("--out", type=Path, default=RESULTS / "estimate.json")
+    flags = parser.parse_args()
+    fix_order_of_sums()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_dataset(folder / "scenes", flags.images, 0, "shapes", 4)
+        pack_samples(
+            folder / "scenes" / "train.json",
+            folder / "scenes",
+            folder / "samples",
+            PackConfig(max_samples_per_shard=256),
+        )
+        result = {codec: compare(folder, codec, flags.repeats, EstimateConfig()) for codec in flags.codecs}
+    save_result(flags.out, torch.device("cpu"), command_line("benchmarks.estimate"), result)
+    print(flags.out.read_text())
+
+
+if __name__ == "__main__":
+    main()

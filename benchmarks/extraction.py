@@ -1,0 +1,196 @@
+"""Samples a second of one extraction worker, against the bare forward loop and against the same without overlap.
+
+The teacher is random and large enough that its forward pass is most of the work; the data are scenes. Without Ray: one
+worker, given shards by two threads, as the cluster gives them.
+
+    python -m benchmarks.extraction --repeats 3
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+import examples.scenes
+from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
+from examples.scenes.dataset import write_dataset
+from pipeline.extraction import SHARDS_IN_FLIGHT, ShardExtractor
+from stages.samples.pack import PackConfig, pack_samples
+from stages.teacher.ahead import Batcher, ReadySample, SampleMaker
+from stages.teacher.forward import BatchSize, model_inputs
+from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.observe import Observer
+from stages.teacher.teacher import Teacher
+from stages.teacher.timings import Timings, waited_share
+from storage.manifest import Manifest, create_or_check
+from storage.samples import SampleIndex, SampleShard
+from storage.stores import open_store
+
+SCENES = Path(examples.scenes.__file__).parent
+WAYS = ("forward_loop", "overlapped", "one_after_the_other")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the random teacher and of the data."""
+
+    layers: int = 12
+    hidden: int = 512
+    heads: int = 8
+    patches: int = 16
+    """A side of the image; its square is N."""
+    images: int = 24
+    samples_per_shard: int = 12
+    batch_size: int = 8
+
+
+class Bench:
+    """A worker on a packed data set, and the ways to run it."""
+
+    def __init__(self, size: Size, folder: Path, threads: int) -> None:
+        make_teacher(size, folder / "teacher")
+        write_dataset(folder / "data", size.images, seed=0, num_pairs=1)
+        pack = PackConfig(max_samples_per_shard=size.samples_per_shard)
+        pack_samples(folder / "data/train.json", folder / "data", folder / "samples", pack)
+        self.settings = TeacherConfig(
+            checkpoint=str(folder / "teacher"), batch_size=size.batch_size, max_length=1024, top_k=32
+        )
+        self.folder, self.threads = folder, threads
+        self.index = SampleIndex.load(open_store(folder / "samples"))
+        identity = identify_teacher(self.settings, on_gpu=torch.cuda.is_available())
+        self.manifest: Manifest = identity.manifest(self.index.digest, len(self.index.shards))
+        self.worker = self._new_worker(folder / "first")
+        self.teacher: Teacher = self.worker.teacher
+        self.batches = list(self._ready_batches())
+        self.waited: list[float] = []
+
+    @property
+    def num_samples(self) -> int:
+        """Of the data set."""
+        return self.index.num_samples
+
+    @torch.inference_mode()
+    def forward_loop(self) -> float:
+        """The limit: every batch through the model, ready beforehand, nothing captured, coded or written."""
+        started = time.perf_counter()
+        for batch in self.batches:
+            self.teacher.model.model(**model_inputs(self.teacher, batch), use_cache=False)
+        _wait()
+        return time.perf_counter() - started
+
+    def overlapped(self) -> float:
+        """The worker as the cluster runs it."""
+        with self._emptied_store():
+            self.worker.observer = Observer(self.teacher)
+            started = time.perf_counter()
+            with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
+                list(threads.map(lambda shard: self.worker(shard, lambda _: None), range(len(self.index.shards))))
+            seconds = time.perf_counter() - started
+            self.waited.append(waited_share(self.worker.timings()) or 0.0)
+            self.worker.observer.close()
+        return seconds
+
+    def one_after_the_other(self) -> float:
+        """Read, prepare, forward, code and write in turn."""
+        with self._emptied_store():
+            self.worker.observer = Observer(self.teacher, overlap=False)
+            started = time.perf_counter()
+            for shard in range(len(self.index.shards)):
+                self.worker(shard, lambda _: None)
+            return time.perf_counter() - started
+
+    def _new_worker(self, out: Path) -> ShardExtractor:
+        create_or_check(open_store(out), self.manifest)
+        return ShardExtractor(self.settings, str(self.folder / "samples"), str(out), self.manifest, self.threads)
+
+    @contextmanager
+    def _emptied_store(self) -> Iterator[None]:
+        out = self.folder / "targets"
+        create_or_check(open_store(out), self.manifest)
+        self.worker.targets = open_store(out)
+        yield
+        shutil.rmtree(out)
+
+    def _ready_batches(self) -> Iterator[list[ReadySample]]:
+        batcher = Batcher(BatchSize(self.settings.batch_size, on_gpu=False))
+        for entry in self.index.shards:
+            with SampleShard.open(open_store(self.folder / "samples"), entry) as shard:
+                maker = SampleMaker(self.teacher.encoder, shard, Timings())
+                for sample in map(maker, range(len(shard))):
+                    if isinstance(sample, ReadySample) and (batch := batcher.add(sample)) is not None:
+                        yield batch
+            yield from batcher.rest()
+
+
+def make_teacher(size: Size, folder: Path) -> None:
+    """The scenes' teacher, untrained, with a larger decoder and a larger image."""
+    config = AutoConfig.from_pretrained(SCENES / "teacher")
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = size.hidden, 3 * size.hidden, size.layers
+    text.num_attention_heads = text.num_key_value_heads = size.heads
+    text.layer_types = ["full_attention"] * size.layers
+    config.vision_config.image_size = config.vision_config.patch_size * size.patches
+    config.image_seq_length = size.patches**2
+    config.dtype = torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(SCENES / "teacher")
+    side = config.vision_config.image_size
+    processor.image_processor.size = {"height": side, "width": side}
+    processor.save_pretrained(folder)
+
+
+def measure(size: Size, folder: Path, repeats: int, threads: int) -> dict[str, Any]:
+    """All figures of one run."""
+    bench = Bench(size, folder, threads)
+    for way in WAYS:
+        getattr(bench, way)()
+    bench.waited.clear()
+    seconds = interleaved({way: getattr(bench, way) for way in WAYS}, repeats)
+    return {
+        "size": {**asdict(size), "image_tokens": size.patches**2},
+        "decoder_parameters": sum(p.numel() for p in bench.teacher.model.model.language_model.parameters()),
+        "samples": bench.num_samples,
+        "shards": len(bench.index.shards),
+        "repeats": repeats,
+        "samples_per_s": {way: bench.num_samples / statistics.median(taken) for way, taken in seconds.items()},
+        "overlapped_of_forward_loop": median_ratio(seconds["forward_loop"], seconds["overlapped"]),
+        "one_after_the_other_of_forward_loop": median_ratio(seconds["forward_loop"], seconds["one_after_the_other"]),
+        "teacher_waited_share": statistics.median(bench.waited),
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in asdict(Size()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of the forward pass on a CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"extraction-{device.type}.json")
+    flags = vars(parser.parse_args())
+    repeats, threads, out = (flags.pop(name) for name in ("repeats", "threads", "out"))
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Size(**flags), Path(folder), repeats, threads)
+    save_result(out, device, command_line("benchmarks.extraction"), {"device": device.type, **result})
+    print(out.read_text())
+
+
+if __name__ == "__main__":
+    main()
