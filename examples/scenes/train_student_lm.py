@@ -79,7 +79,7 @@ def main() -> None:
         logits = model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
-        optimizers.step(step, step / config.steps)
+        optimizers.step(step / config.steps)
         num_tokens += int((labels != -100).sum())
         log.add("text", loss=loss.item())
         log.show("student", step, config.steps)

@@ -13,11 +13,12 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
@@ -53,7 +54,7 @@ class TrainingConfig:
     tower_batch: int = 96
     tower_muon_lr: float = 8e-3
     tower_digits_share: float = 0.5
-    language_steps: int = 3000
+    language_steps: int = 6000
     language_batch: int = 24
     row_length: int = 160
     digits_share: float = 0.35
@@ -64,10 +65,6 @@ class TrainingConfig:
     """Share of each stage after which the learning rate falls linearly to a hundredth."""
     rank_weight: float = 0.5
     """Weight of the ranking term: log-likelihood of a caption above that of its hard negative."""
-    language_seconds: float | None = None
-    """Time limit of the language stage: progress is the larger of the shares of steps and of time used up."""
-    start_progress: float = 0.0
-    """Where the language stage is taken up again, from kept weights."""
     num_threads: int = 1
 
 
@@ -84,6 +81,8 @@ class Lesson:
     blind_share: float = 0.0
     """Share of questions that need no image."""
     lr_scale: float = 1.0
+    restart: bool = False
+    """Begin with new optimizer states and a new warm-up: relations stayed at chance without."""
 
 
 _ALL = {
@@ -95,15 +94,15 @@ _BINDING = {
     "caption": 1.5,
 }  # fmt: skip
 LESSONS = (
-    Lesson(0.07, {"attribute": 3, "place": 4, "direction": 3}),
+    Lesson(0.035, {"attribute": 3, "place": 4, "direction": 3}),
     Lesson(
-        0.25,
+        0.12,
         {"attribute": 1.5, "place": 2, "direction": 4, "neighbour": 2, "presence": 0.5, "relation": 1.5,
          "caption": 2},
         blind_share=0.02,
     ),
-    Lesson(0.30, _ALL, num_ranked=1, turns_share=0.15, blind_share=0.03),
-    Lesson(0.50, _BINDING, lr_scale=0.45, turns_share=0.05, blind_share=0.02),
+    Lesson(0.135, _ALL, num_ranked=1, turns_share=0.15, blind_share=0.03),
+    Lesson(0.28, _BINDING, lr_scale=0.45, restart=True, turns_share=0.05, blind_share=0.02),
     Lesson(1.0, _ALL, lr_scale=0.45, num_ranked=1, turns_share=0.15, blind_share=0.03),
 )  # fmt: skip
 RANKED_KINDS: tuple[PairKind, ...] = (*PAIR_KINDS, "swap_obj", "replace_rel", "swap_obj", "replace_rel")
@@ -173,7 +172,7 @@ def train_tower(model: LlavaForConditionalGeneration, config: TrainingConfig, lo
         scenes, pixels, _ = training_scenes(config, 0, step, config.tower_batch)
         loss, right = heads(image_features(model, pixels), scenes)
         loss.backward()
-        optimizers.step(step, step / config.tower_steps)
+        optimizers.step(step / config.tower_steps)
         log.add(scenes.variant, loss=loss.item(), kind=right.item())
         log.show("tower", step, config.tower_steps)
 
@@ -246,29 +245,22 @@ def answer_logprobs(model: LlavaForConditionalGeneration, pixels: Tensor, batch:
     return logprob, logits.argmax(-1) == batch.target_R
 
 
-def train_language(model: LlavaForConditionalGeneration, config: TrainingConfig, log: Log, scorer: Scorer) -> int:
-    """The whole model learns to answer: attributes and places, then relations and captions, then choices.
-
-    Returns:
-        The number of steps done: fewer than asked for when the time limit came first.
-    """
+def train_language(model: LlavaForConditionalGeneration, config: TrainingConfig, log: Log, scorer: Scorer) -> None:
+    """The language model learns to answer: attributes and places, then relations and captions, then choices."""
     # What the tower and adapter see is settled; leaving them out saves a quarter of each step.
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         part.requires_grad_(False)
     modules = [(part, 1.0) for part in (model.model.language_model, model.lm_head)]
     optimizers = Optimizers(modules, config.muon_lr, config)
-    started = time.monotonic()
+    lessons = iter(LESSONS)
+    lesson = next(lessons)
     for step in range(config.language_steps):
         progress = step / config.language_steps
-        if config.language_seconds:
-            progress = max(progress, (time.monotonic() - started) / config.language_seconds)
-        if progress >= 1:
-            return step
-        progress = config.start_progress + (1 - config.start_progress) * progress
-        lesson = next(lesson for lesson in LESSONS if progress < lesson.until)
-        scenes, pixels, rng = training_scenes(
-            config, 1, step + round(1e6 * config.start_progress), config.language_batch
-        )
+        if progress >= lesson.until:
+            lesson = next(lessons)
+            if lesson.restart:
+                optimizers = Optimizers(modules, config.muon_lr, config)
+        scenes, pixels, rng = training_scenes(config, 1, step, config.language_batch)
         rows, ranked = lesson_rows(lesson, scenes, rng, config.row_length)
         batch = pack(rows)
         logprob, right = answer_logprobs(model, pixels, batch)
@@ -287,10 +279,9 @@ def train_language(model: LlavaForConditionalGeneration, config: TrainingConfig,
             loss = loss + config.rank_weight * F.softplus(false - true).mean()
             log.add(scenes.variant, ranked=(true > false).float().mean().item())
         loss.backward()
-        optimizers.step(step, progress, lesson.lr_scale)
+        optimizers.step(progress, lesson.lr_scale)
         log.show("language", step, config.language_steps)
         scorer.maybe(step)
-    return config.language_steps
 
 
 class Scorer:
@@ -330,40 +321,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=TrainingConfig.seed)
     parser.add_argument("--tower-steps", type=int, default=TrainingConfig.tower_steps)
     parser.add_argument("--language-steps", type=int, default=TrainingConfig.language_steps)
-    parser.add_argument("--language-seconds", type=float, help="time limit of the language stage")
     parser.add_argument("--score-every", type=int, default=500, help="steps between scores on held-out pairs")
     parser.add_argument("--num-pairs", type=int, default=500, help="pairs of each kind in the final score")
-    parser.add_argument("--tower", type=Path, help="weights after the tower stage: read if there, else written")
-    parser.add_argument("--start", type=Path, help="kept weights to take the language stage up from")
-    parser.add_argument("--start-progress", type=float, default=0.0, help="how far they had come, 0..1")
     parser.add_argument("--keep", type=Path, help="file for the weights at each score")
     args = parser.parse_args()
     config = TrainingConfig(
         seed=args.seed,
         tower_steps=args.tower_steps,
         language_steps=args.language_steps,
-        language_seconds=args.language_seconds,
-        start_progress=args.start_progress,
     )
     torch.set_num_threads(config.num_threads)
     started = time.monotonic()
     model = build_teacher(config.seed)
     model.train()
     log = Log(every=100)
-    if args.tower and args.tower.exists():
-        stage = load_file(args.tower)
-        tower_seconds = float(stage.pop("seconds"))
-        model.load_state_dict(stage)
-    else:
-        train_tower(model, config, log)
-        tower_seconds = time.monotonic() - started
-        if args.tower:
-            save_file({**model.state_dict(), "seconds": torch.tensor(tower_seconds)}, args.tower)
+    train_tower(model, config, log)
     refit_adapter(model, config)
-    if args.start:
-        model.load_state_dict(load_file(args.start))
+    tower_seconds = time.monotonic() - started
     started = time.monotonic()
-    language_steps = train_language(model, config, log, Scorer(model, args.score_every, 50, args.keep))
+    train_language(model, config, log, Scorer(model, args.score_every, 50, args.keep))
     seconds = time.monotonic() - started
     save_teacher(model, args.out)
     model = LlavaForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
@@ -373,14 +349,15 @@ def main() -> None:
     }
     report = {
         "command": "python -m examples.scenes.train_teacher " + shlex.join(sys.argv[1:]),
+        "date": datetime.now(UTC).date().isoformat(),
         "config": asdict(config),
-        "num_steps": {"tower": config.tower_steps, "language": language_steps},
         "seconds": {"tower": round(tower_seconds), "language": round(seconds)},
         "machine": machine(),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_images": {
             "tower": config.tower_steps * config.tower_batch,
-            "language": language_steps * config.language_batch,
+            "adapter_refit": config.refit_batches * config.tower_batch,
+            "language": config.language_steps * config.language_batch,
         },
         "evaluation": {
             "seed": EVALUATION_SEED,

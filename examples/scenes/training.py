@@ -41,7 +41,7 @@ class Optimizers:
             for name, parameter in module.named_parameters():
                 inner = parameter.ndim == 2 and not any(w in name for w in ("embed", "lm_head", "heads."))
                 (matrices if inner else others).append((parameter, scale))
-        self.schedule = schedule
+        self.schedule, self.num_steps = schedule, 0
         scales = sorted({scale for _, scale in others})
         self.all = [
             torch.optim.Muon(
@@ -54,10 +54,11 @@ class Optimizers:
             ),
         ]  # fmt: skip
 
-    def step(self, number: int, progress: float, lr_scale: float = 1.0) -> None:
-        """Take step `number`, at `progress` in 0..1 of the stage, and clear the gradients."""
+    def step(self, progress: float, lr_scale: float = 1.0) -> None:
+        """Take a step, at `progress` in 0..1 of the stage, and clear the gradients."""
         c = self.schedule
-        factor = min(1.0, (number + 1) / c.warmup_steps, max(0.01, (1 - progress) / (1 - c.decay_from)))
+        self.num_steps += 1
+        factor = min(1.0, self.num_steps / c.warmup_steps, max(0.01, (1 - progress) / (1 - c.decay_from)))
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = lr_scale * factor * group["scale"] * optimizer.defaults["lr"]
