@@ -35,29 +35,35 @@ def cdp(*arguments: object, cwd: Path | None = None) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def start_cdp(*arguments: object) -> "subprocess.Popen[bytes]":
-    """Starts `cdp` as the head of a process group."""
-    return subprocess.Popen(
-        _command(arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=_environment(),
-        start_new_session=True,
-    )
+def start_cdp(*arguments: object, err: Path | None = None) -> "subprocess.Popen[bytes]":
+    """Starts `cdp` as the head of a process group; its standard error goes to the file `err`."""
+    with (err or Path(os.devnull)).open("wb") as stderr:
+        return subprocess.Popen(
+            _command(arguments),
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=_environment(),
+            start_new_session=True,
+        )
 
 
 def kill_when(process: "subprocess.Popen[bytes]", condition: Callable[[], bool]) -> bool:
     """Kills the process (SIGKILL) at the first moment `condition` holds; False when it ended before."""
-    deadline = time.monotonic() + PATIENCE_S
     try:
-        while not condition():
-            if process.poll() is not None:
-                return False
-            assert time.monotonic() < deadline, "the condition never held"
-            time.sleep(0.003)
-        return process.poll() is None
+        return runs_until(process, condition)
     finally:
         kill(process)
+
+
+def runs_until(process: "subprocess.Popen[bytes]", condition: Callable[[], bool]) -> bool:
+    """Waits until `condition` holds; False when the process ended before."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.003)
+    return process.poll() is None
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:

@@ -18,6 +18,7 @@ from tests.pipeline.processes import Ended, cdp, tree
 COMMANDS = (
     "demo",
     "pack-samples",
+    "estimate",
     "extract-teacher",
     "train-student",
     "evaluate",
@@ -102,11 +103,14 @@ def test_the_whole_pipeline_runs_by_commands_and_trains_without_the_teacher(
     assert tree(samples, "samples-", "index.json") == tree(tiny.samples, "samples-", "index.json")
     places = ("--samples", samples, "--targets", targets)
     shown = run("extract-teacher", "--teacher", teacher, *places, "--ray-address", ray_address, "--workers", 2)
-    assert f"samples │ {NUM_SAMPLES}" in shown
+    assert f"samples │ {NUM_SAMPLES}" in " ".join(shown.split())
     assert json.loads((targets / "reports/extraction.json").read_text())["samples"] == NUM_SAMPLES
     shutil.rmtree(teacher)
 
-    assert "ratio to raw" in run("inspect", targets)
+    inspected = run("inspect", targets)
+    assert "ratio to raw" in inspected
+    assert "once per (image, tokens before it)" in inspected
+    assert "window_flips" in inspected
     assert "whole" in run("verify", targets, "--samples", samples)
     train = ("train-student", *places, "--student", tiny.student_lm, "--output", student, *settings(TRAINING))
     assert all(stage in run(*train) for stage in STAGES)
@@ -137,6 +141,27 @@ def test_a_saved_student_loads_in_a_fresh_process_with_the_same_logits(undisturb
     assert torch.equal(load_file(tmp_path / "fresh")["logits"], logits)
 
 
+def test_estimate_prints_every_codec_and_saves_the_report_before_anything_is_written(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "reports" / "estimate.json"
+    few = settings(("estimate.counted_samples=8", "estimate.probed_samples=4", "estimate.runs=2"))
+    places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--json", report)
+    done = run_here("estimate", *places, "--workers", 2, *few, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    saved = json.loads(report.read_text())
+    assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "probe")
+    assert all(codec in done.out for codec in saved["settings"])
+    assert "unusable among them" in done.out
+    assert [path.name for path in tmp_path.iterdir()] == ["reports"]
+    alone = ("--teacher", tiny.teacher, "--config-only", "--set", "estimate.samples=665000")
+    coarse = run_here("estimate", *alone, monkeypatch=monkeypatch, capsys=capsys)
+    assert coarse.code == 0, coarse.err
+    assert "coarse" in coarse.out
+    missing = run_here("estimate", "--teacher", tiny.teacher, monkeypatch=monkeypatch, capsys=capsys)
+    assert (missing.code, "--samples is missing" in missing.err) == (2, True)
+
+
 def test_verify_ends_with_1_and_names_the_flipped_byte(
     targets: Path, tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +174,23 @@ def test_verify_ends_with_1_and_names_the_flipped_byte(
     ended = run_here("verify", store, "--samples", tiny.samples, monkeypatch=monkeypatch, capsys=capsys)
     assert ended.code == 1
     assert "map_codes" in ended.out.replace("\n", "")
+
+
+def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
+    targets: Path, tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(targets, store)
+    chunk = next(path for path in sorted(store.glob("shards/000001-*/map_codes/c/**/*")) if path.is_file())
+    chunk.unlink()
+    config = tmp_path / "run.yaml"
+    config.write_text(f"teacher: {{checkpoint: {tiny.teacher}, batch_size: 4}}\n")
+    places = (store, "--samples", tiny.samples, "--repair", "--config", config)
+    ended = run_here("verify", *places, monkeypatch=monkeypatch, capsys=capsys)
+    assert ended.code == 0, ended.err
+    assert tree(store, "shards", "commits", "teacher") == tree(targets, "shards", "commits", "teacher")
+    assert json.loads((store / "reports/extraction.json").read_text())["shards_made_now"] == 1
+    assert (store / "aside/0000/findings.json").exists()
 
 
 TRAIN = "train-student --samples {samples} --targets {targets} --student {lm} --output {new}"

@@ -1,8 +1,11 @@
 import json
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline.extraction
-from pipeline.extraction import ExtractConfig, ExtractionReport, ShardExtractor, extract
+from pipeline.extraction import ExtractConfig, ExtractionReport, ShardExtractor, WorkerLine, extract
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
@@ -20,10 +23,11 @@ from storage.targets import CommitRecord, TargetStore
 from storage.verify import verify
 from tests.checkpoints import make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
-from tests.pipeline.processes import kill_when, start_cdp, tree
+from tests.pipeline.processes import descendants, kill_when, runs_until, start_cdp, tree, wait_until_dead
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
+STOPS_WITHIN_S = 20
 LASTING = ("manifest.json", "teacher/", "shards/", "commits/")
 
 
@@ -47,8 +51,9 @@ class Counting:
 
     def __init__(self) -> None:
         self.total = self.done = self.shards = 0
+        self.names: set[str] = set()
 
-    def start(self, total_samples: int, done_samples: int, workers: int) -> None:
+    def start(self, total_samples: int, done_samples: int) -> None:
         self.total, self.done = total_samples, done_samples
 
     def advance(self, samples: int) -> None:
@@ -58,6 +63,10 @@ class Counting:
         assert stored_bytes > 0
         self.shards += 1
 
+    def workers(self, lines: Sequence[WorkerLine]) -> None:
+        assert all(0 <= line.done_samples <= line.total_samples for line in lines)
+        self.names |= {line.name for line in lines}
+
 
 def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny: TinyWorld, targets: Path) -> None:
     checked = verify(targets, tiny.samples)
@@ -65,7 +74,12 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny
     assert checked.num_samples == NUM_SAMPLES
     report = ExtractionReport.model_validate_json((targets / "reports/extraction.json").read_text())
     assert (report.samples, report.skipped, report.failures) == (NUM_SAMPLES, {}, {})
+    assert report.failed_starts == {}
     assert report.shards == report.shards_made_now == len(TargetStore.open(targets).commits)
+    for worker in report.per_worker:
+        assert {"forward", "coding", "preparing", "writing"} <= worker.timings.keys()
+        assert worker.waited_share is not None
+        assert 0 <= worker.waited_share < 1
 
 
 def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
@@ -100,7 +114,7 @@ def test_a_driver_killed_in_the_middle_leaves_nothing_that_a_rerun_does_not_mend
 ) -> None:
     store = tmp_path / "store"
     _kill_a_driver(tiny, store, "--ray-address", ray_address)
-    committed = len(list((store / "commits").glob("*.json")))
+    committed = len(list((store / "commits").glob("0*.json")))
     assert committed > 0
     report = run(tiny, store)
     assert report.samples == NUM_SAMPLES
@@ -117,10 +131,53 @@ def test_a_driver_killed_together_with_its_own_local_cluster_can_be_run_again(
     assert same_targets(store, targets)
 
 
+def test_ctrl_c_ends_the_workers_on_a_cluster_and_says_what_is_stored(
+    tiny: TinyWorld, ray_address: str, tmp_path: Path
+) -> None:
+    err = tmp_path / "err.txt"
+    driver = _start_a_driver(tiny, tmp_path / "store", "--ray-address", ray_address, err=err)
+    _stop_in_the_middle(driver, signal.SIGINT, tmp_path / "store", err, os.getpid())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_asked_to_stop_ends_with_its_own_cluster_and_can_be_run_again(
+    number: signal.Signals, tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store, err = tmp_path / "store", tmp_path / "err.txt"
+    driver = _start_a_driver(tiny, store, err=err)
+    _stop_in_the_middle(driver, number, store, err, driver.pid)
+    assert run(tiny, store).samples == NUM_SAMPLES
+    assert same_targets(store, targets)
+
+
+def _stop_in_the_middle(
+    driver: "subprocess.Popen[bytes]", number: signal.Signals, store: Path, err: Path, cluster: int
+) -> None:
+    """Sends the signal when a shard is stored; `cluster` is the process that started ray."""
+    assert runs_until(driver, lambda: any((store / "commits").glob("0*.json")))
+    started = [pid for pid in descendants(cluster) if "_Actor" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert started
+    asked = time.monotonic()
+    # As a terminal does it: to the command and all that it started.
+    os.killpg(driver.pid, number)
+    assert driver.wait(60) == 128 + number
+    assert time.monotonic() - asked < STOPS_WITHIN_S
+    said = err.read_text()
+    assert re.search(
+        rf"interrupted: [1-7] of 7 shards are stored in {store} \([1-7] made now\); run the same command", said
+    )
+    assert "Traceback" not in said
+    assert all(wait_until_dead(pid) for pid in started)
+
+
 def _kill_a_driver(tiny: TinyWorld, store: Path, *flags: str) -> None:
+    assert kill_when(_start_a_driver(tiny, store, *flags), lambda: any((store / "commits").glob("0*.json")))
+
+
+def _start_a_driver(tiny: TinyWorld, store: Path, *flags: str, err: Path | None = None) -> "subprocess.Popen[bytes]":
     places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", store, "--workers", 1)
-    driver = start_cdp("extract-teacher", *places, "--set", "teacher.batch_size=4", *flags)
-    assert kill_when(driver, lambda: any((store / "commits").glob("*.json")))
+    return start_cdp("extract-teacher", *places, "--set", "teacher.batch_size=4", *flags, err=err)
 
 
 class KilledOnce(ShardExtractor):
@@ -194,6 +251,12 @@ def test_a_shard_that_always_fails_is_reported_after_its_attempts_and_the_others
     assert opened.commits.keys() == set(range(opened.manifest.num_shards)) - {2}
     report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
     assert "poison" in report.failures[2]
+    assert report.failed_tries.keys() == {2}
+    assert [failed.node for failed in report.failed_tries[2]] == [os.uname().nodename] * 2
+    (worker,) = report.per_worker
+    assert {failed.pid for failed in report.failed_tries[2]} == {worker.pid}
+    assert (worker.shards, worker.failed_tries) == (opened.manifest.num_shards - 1, 2)
+    assert worker.samples == report.samples
 
 
 def test_a_worker_that_sees_another_teacher_than_the_driver_ends_the_run(
@@ -217,7 +280,7 @@ class OtherLength(ShardExtractor):
     [
         ({"max_length": 100}, "max_length: stored 1536, this run 100"),
         ({"map_codec": "float16"}, "map_codec"),
-        ({"top_k": 8}, "top_k: stored 64, this run 8"),
+        ({"top_k": 8}, "logit_codec.top_k: stored 48, this run 8"),
         ({"layers": (2, 3)}, "layers"),
         ({"dtype": "bfloat16"}, 'dtype: stored "float32", this run "bfloat16"'),
     ],

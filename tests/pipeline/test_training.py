@@ -15,6 +15,7 @@ from stages.student.config import StageName
 from stages.student.objective import DistillationObjective
 from stages.student.training import StageReport, StepProgress
 from storage.errors import FingerprintMismatch, UserError
+from storage.targets import TargetStore
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp, kill_when, start_cdp, tree
 from tests.pipeline.runs import SETTINGS, run_file
@@ -58,7 +59,7 @@ def test_each_stage_leaves_a_student_metrics_a_report_and_the_resolved_run_file(
 def test_the_teachers_eyes_stay_as_they_were_and_each_stage_trains_what_it_says(
     undisturbed: Path, targets: Path
 ) -> None:
-    eyes = load_file(targets / "teacher" / "model.safetensors")
+    eyes = load_file(TargetStore.open(targets).teacher_folder() / "model.safetensors")
     dpt, dft, sft = (load_file(undisturbed / stage / "student" / "model.safetensors") for stage in STAGES)
     for student in (dpt, dft, sft):
         assert eyes.keys() <= student.keys()
@@ -78,6 +79,18 @@ def test_finished_stages_are_not_trained_again(
     assert steps == []
     assert [report.stage for report in reports] == list(STAGES)
     assert {stage: tree(output / stage) for stage in STAGES} == {stage: tree(undisturbed / stage) for stage in STAGES}
+
+
+def test_windows_that_the_store_did_not_foresee_are_said_when_the_stage_starts_and_in_its_report(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said_by_now(stage: StageName, step: StepProgress) -> None:
+        assert "dft: 1 layers are matched, but the targets hold exact sink masks for" in caplog.text
+
+    run = run_file(tiny, targets, tmp_path / "run", "train.num_matched=1", "train.dft.max_steps=1")
+    (report,) = train(run, ["dft"], said_by_now)
+    (note,) = report.notes
+    assert "extract with teacher.num_matched=1" in note
 
 
 class Stopped(Exception):
@@ -147,6 +160,13 @@ def test_going_on_with_other_settings_is_refused_by_name_and_changes_nothing(
     with pytest.raises(FingerprintMismatch, match=rf"differs in: {field}\)"):
         train(run_file(tiny, targets, undisturbed, setting), STAGES)
     assert tree(undisturbed) == before
+
+
+def test_a_temperature_that_the_targets_do_not_hold_is_refused_before_training(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"kd_temperature of dpt is 2.0, but .* holds .* at \[1.0\] only"):
+        train(run_file(tiny, targets, tmp_path / "out", "train.dpt.kd_temperature=2.0"), STAGES)
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])

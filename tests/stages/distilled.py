@@ -10,7 +10,7 @@ from stages.teacher.teacher import load_teacher
 from storage.manifest import create_or_check
 from storage.samples import SampleIndex, SampleShard
 from storage.stores import open_store
-from storage.targets import TargetStore, write_shard
+from storage.targets import TargetStore, save_teacher, write_shard
 from tests.checkpoints import make_llava_data, make_tiny_llava, make_tiny_lm
 
 
@@ -39,7 +39,9 @@ def extract_here(data: TinyData, out: Path, **settings: object) -> TargetStore:
     index = SampleIndex.load(samples)
     manifest = teacher.identity.manifest(index.digest, len(index.shards))
     create_or_check(targets, manifest)
-    teacher.save_vision(out / "teacher")
+    staged = targets.staging("teacher")
+    teacher.save_vision(staged)
+    save_teacher(targets, manifest, staged)
     for number, entry in enumerate(index.shards):
         with SampleShard.open(samples, entry) as shard:
             seen = observe_shard(teacher, shard)

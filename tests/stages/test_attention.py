@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from stages.attention import AttentionCapture, enable_capture
+import stages.attention
+from stages.attention import AttentionCapture, enable_capture, image_block_maps
 from tests.checkpoints import load_tiny_llava, make_tiny_llava
 
 LAYERS = frozenset({1, 3, 4})
@@ -95,6 +96,36 @@ def test_logits_with_capture_are_bit_identical_to_plain_sdpa(checkpoint: Path, c
         captured = model(**inputs, capture=capture_of(model, inputs)).logits
         expected = plain.eval()(**inputs).logits
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "both directions"])
+@pytest.mark.parametrize("spread", ["consecutive", "two images", "every third"])
+def test_blocks_of_queries_give_the_softmax_of_the_textbook(
+    spread: str, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.attention, "BLOCK_ROWS", 29)
+    generator = torch.Generator().manual_seed(4)
+    query, key = torch.randn(2, 6, 200, 16, generator=generator) * 2, torch.randn(2, 2, 200, 16, generator=generator)
+    positions = {
+        "consecutive": torch.arange(10, 160),
+        "two images": torch.cat([torch.arange(3, 70), torch.arange(90, 180)]),
+        "every third": torch.arange(5, 200, 3),
+    }[spread]
+    rows = [positions, positions[:-20]]
+    allowed = torch.ones(2, 1, 200, 200, dtype=torch.bool).tril()
+    if mask == "both directions":
+        for row, own in enumerate(rows):
+            allowed[row, 0, own[0] : own[-1] + 1, own[0] : own[-1] + 1] = True
+    capture = AttentionCapture(layers=LAYERS, positions=rows)
+    found = image_block_maps(query, key, None if mask == "none" else allowed, capture, 0.25)
+    scores = query.double() @ key.double().repeat_interleave(3, 1).transpose(2, 3) * 0.25
+    expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1).mean(1).float()
+    for row, own in enumerate(rows):
+        n = len(own)
+        torch.testing.assert_close(found[row, :n, :n], expected[row][own][:, own], atol=4.5e-8, rtol=1e-5)
+        assert not found[row, n:].any()
+        assert not found[row, :, n:].any()
+    assert bool(found.triu(1).any()) == (mask == "both directions")
 
 
 def test_rows_without_wanted_maps_stay_zero_and_do_not_disturb_others(checkpoint: Path) -> None:

@@ -1,21 +1,25 @@
 """Small manifests, samples and targets that the storage tests share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from storage.codecs import (
+    LogitCodecConfig,
     MapCodecConfig,
-    encode_maps,
-    pack_mask,
-    sink_keep_mask,
-    top_k_logprobs,
+    encode_image,
+    encode_logits,
+    row_addresses,
+    window_rows,
 )
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.records import MapTargets, SampleTargets, SkippedSample
 from storage.samples import SampleIndex, SampleShardWriter, StoredSample
-from storage.stores import Store, open_store
+from storage.stores import Store, open_store, owner
 from storage.targets import CommitRecord, write_shard
 
 VOCAB = 50
@@ -32,8 +36,8 @@ def fingerprint(**changes: Any) -> Fingerprint:
         "tokenizer": "t" * 64,
         "layers": (2, 3, 4),
         "windows": ((2, 3), (3, 4)),
-        "map_codec": MapCodecConfig(name="sqrt8"),
-        "top_k": 8,
+        "map_codec": MapCodecConfig(name="sqrt4"),
+        "logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=12, num_draws=4, temperatures=(2.0,)),
         "dtype": "float32",
         "max_length": 128,
         "image_backend": "pil",
@@ -48,7 +52,6 @@ def manifest(num_shards: int = 1, **changes: Any) -> Manifest:
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint(**changes),
         num_layers=6,
-        vocab_size=VOCAB,
         hidden_size=16,
         num_shards=num_shards,
     )
@@ -69,10 +72,7 @@ def map_targets(made_for: Manifest, num_tokens: int, seed: int) -> MapTargets:
     codec = made_for.fingerprint.map_codec
     layers = made_for.fingerprint.layers
     maps_LNN = random_maps(len(layers), num_tokens, seed, codec.causal)
-    windows = [maps_LNN[[layers.index(layer) for layer in window]].mean(0) for window in made_for.fingerprint.windows]
-    encoded = encode_maps(codec, maps_LNN)
-    masks = pack_mask(sink_keep_mask(torch.stack(windows) if windows else maps_LNN[:0]), codec.causal)
-    return MapTargets(num_tokens, encoded.codes_LE, encoded.caps_L, masks)
+    return MapTargets(num_tokens, *encode_image(codec, window_rows(layers, made_for.fingerprint.windows), maps_LNN))
 
 
 def sample_targets(
@@ -83,7 +83,8 @@ def sample_targets(
     mask[num_tokens - num_answers :] = True
     logits_RV = torch.randn(num_answers, made_for.vocab_size, generator=generator) * 3
     token_ids = torch.randint(0, made_for.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32)
-    return SampleTargets(key, token_ids, mask, map_row, top_k_logprobs(logits_RV, made_for.fingerprint.top_k))
+    records = encode_logits(made_for.fingerprint.logit_codec, logits_RV, row_addresses(key, num_answers))
+    return SampleTargets(key, token_ids, mask, map_row, records)
 
 
 def shard_content(
@@ -132,6 +133,13 @@ def extract(samples: SampleIndex, store: Store, skip: tuple[str, ...] = (), **ch
         skipped = [SkippedSample(key, f"id-{key}", "too_long", "200 tokens") for key in keys if key in skip]
         records.append(write_shard(store, number, made_for, entry.name, used, maps, skipped))
     return records
+
+
+@contextmanager
+def as_a_dead_process() -> Iterator[None]:
+    """What is begun inside the block was begun by a process that is dead afterwards."""
+    with patch.object(owner, "_start_of", lambda pid: 1):
+        yield
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

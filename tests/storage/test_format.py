@@ -1,7 +1,10 @@
 """FORMAT.md is true: its dumps are of a store made now, and tensorstore decodes a shard by its text."""
 
+import hashlib
 import json
 import math
+import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,23 @@ import numpy as np
 import pytest
 import torch
 
-from storage.codecs import MapCodecConfig, decode_maps, unpack_mask
+from storage.codecs import (
+    LogitCodecConfig,
+    MapCodecConfig,
+    decode_logits,
+    decode_maps,
+    decode_windows,
+    encode_logits,
+    estimate_windows,
+    row_addresses,
+    window_rows,
+)
+from storage.codecs.moments import window_thresholds
 from storage.manifest import create_or_check
+from storage.records import MapTargets
 from storage.stores import open_store
 from storage.targets import write_shard
-from tests.storage.builders import extract, manifest, pack, shard_content
+from tests.storage.builders import extract, fingerprint, manifest, pack, shard_content
 
 DOCUMENT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
 
@@ -47,14 +62,75 @@ def test_the_documents_dumps_are_of_a_real_store(tmp_path):
     assert f"its {len(real['files'])} entries" in DOCUMENT.read_text()
 
 
-@pytest.mark.parametrize("codec", ["sqrt8", "float16"])
+def decode_record(codec: dict[str, Any], record: bytes) -> dict[str, list[float]]:
+    """One answer row by the document's section on them, with nothing but Python's numbers."""
+    v = codec["vocab_size"]
+    k = min(codec["top_k"], v)
+    w = next(w for w in range(1, 99) if 2**w >= v)
+    d = 0 if k == v else codec["num_draws"]
+    h = k if codec["name"] == "float16" else min(k, codec["num_exact"] + 1)
+    c = k - h
+    temperatures = [1.0, *codec["temperatures"]]
+    sizes = [
+        math.ceil(k * w / 8),
+        2 * h,
+        math.ceil((c + codec["num_levels"] - 1) / 8) if c else 0,
+        4 * len(temperatures),
+        math.ceil(d * w / 8),
+        2 * d if codec["temperatures"] else 0,
+    ]
+    assert sum(sizes) == len(record)
+    starts = [sum(sizes[:n]) for n in range(7)]
+    ids, values, levels, tails, draw_ids, draw_values = (record[a:b] for a, b in pairwise(starts))
+
+    def integers(part: bytes, count: int) -> list[int]:
+        return [(int.from_bytes(part, "little") >> (n * w)) % 2**w for n in range(count)]
+
+    exact = list(struct.unpack(f"<{h}e", values))
+    coded = []
+    if c:
+        ones = [n for n in range(8 * len(levels)) if levels[n // 8] >> (n % 8) & 1]
+        a, b = exact[-2:]
+        coded = [a - (a - b) * ((n - i) / (codec["num_levels"] - 1)) ** 2 for i, n in enumerate(ones)]
+        assert len(coded) == c
+    return {
+        "ids_RK": integers(ids, k),
+        "logprobs_RK": [*exact[:-1], *coded, exact[-1]],
+        "tails_RT": list(struct.unpack(f"<{len(temperatures)}f", tails)),
+        "draw_ids_RD": integers(draw_ids, d),
+        "draw_logprobs_RD": list(struct.unpack(f"<{len(draw_values) // 2}e", draw_values)),
+    }
+
+
+def test_the_documents_example_of_an_answer_row_is_what_is_stored():
+    codec = LogitCodecConfig(vocab_size=10, top_k=4, num_exact=1, num_levels=64, num_draws=2, temperatures=(2.0,))
+    record = encode_logits(codec, torch.arange(10.0)[None], torch.tensor([0.5]))[0].numpy().tobytes()
+    assert f"`{record.hex(' ')}`" in DOCUMENT.read_text()
+    found = decode_record(codec.model_dump(), record)
+    logprobs = torch.arange(10.0).double().log_softmax(-1)
+    assert found["ids_RK"] == [9, 8, 7, 6]
+    assert found["logprobs_RK"] == pytest.approx(logprobs[[9, 8, 7, 6]].tolist(), abs=0.04)  # 3 nats, 64 levels
+    tails = [float((logprobs[:6] / t).logsumexp(-1)) for t in (1.0, 2.0)]
+    assert found["tails_RT"] == pytest.approx(tails, rel=1e-6)
+    # Running sums of ids 0 to 5 pass a quarter and three quarters of the whole at 4 and 5.
+    running = logprobs[:6].softmax(-1).cumsum(-1)
+    assert found["draw_ids_RD"] == [int((running <= place).sum()) for place in (0.25, 0.75)] == [4, 5]
+
+
+def test_the_address_of_a_row_is_the_documents():
+    number = int.from_bytes(hashlib.sha256("clé:2".encode()).digest()[:8], "little") >> 11
+    assert row_addresses("clé", 4)[2].item() == number * 2.0**-53
+
+
+@pytest.mark.parametrize("codec", ["sqrt4", "sqrt2", "sqrt8", "float16"])
 def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
     tensorstore = pytest.importorskip("tensorstore")
-    made_for = manifest(map_codec=MapCodecConfig(name=codec))
+    logit_codec = fingerprint().logit_codec.model_copy(update={"name": "float16" if codec == "float16" else "levels"})
+    made_for = manifest(map_codec=MapCodecConfig(name=codec), logit_codec=logit_codec)
     store = open_store(tmp_path)
     create_or_check(store, made_for)
     keys = [f"k{number}" for number in range(7)]
-    samples, maps = shard_content(made_for, keys, sizes=(9, 6))
+    samples, maps = shard_content(made_for, keys, sizes=(9, 34))
     write_shard(store, 0, made_for, "samples-000000.tar", samples, maps, [])
 
     commit = json.loads((tmp_path / "commits/000000.json").read_bytes())
@@ -65,8 +141,10 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         return tensorstore.open({"driver": "zarr3", "kvstore": where}, open=True).result().read().result()
 
     names = ["sample_keys", "sample_key_offsets", "token_ids", "answer_mask", "token_offsets", "map_rows"]
-    names += ["logit_ids", "logit_logprobs", "logit_tail_logmass", "logit_log_partition", "logit_offsets"]
-    names += ["map_num_tokens", "map_caps", "map_codes", "map_code_offsets", "keep_masks", "keep_mask_offsets"]
+    names += ["logit_records", "logit_offsets"]
+    names += ["map_num_tokens", "map_caps", "map_means", "map_covariances", "map_codes", "map_code_offsets"]
+    names += ["map_corners", "map_corner_offsets"]
+    names += ["window_thresholds", "window_shifts", "window_flips", "window_flip_offsets"]
     data = {name: array(name) for name in names}
     assert {file.partition("/")[0] for file in commit["files"]} == {*names, "zarr.json"}
     for row, sample in enumerate(samples):
@@ -76,29 +154,86 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         assert data["token_ids"][a:b].tolist() == sample.token_ids.tolist()
         assert data["answer_mask"][a:b].tolist() == sample.answer_mask.tolist()
         a, b = data["logit_offsets"][row : row + 2]
-        assert data["logit_ids"][a:b].tolist() == sample.logits.ids_RK.tolist()
-        assert data["logit_logprobs"][a:b].tolist() == sample.logits.logprobs_RK.tolist()
-        assert data["logit_tail_logmass"][a:b].tolist() == sample.logits.tail_logmass_R.tolist()
-        assert data["logit_log_partition"][a:b].tolist() == sample.logits.log_partition_R.tolist()
+        assert b - a == int(sample.answer_mask.sum())
+        decoded = decode_logits(made_for.fingerprint.logit_codec, sample.logits_RB)
+        for number, record in enumerate(data["logit_records"][a:b]):
+            found = decode_record(head["fingerprint"]["logit_codec"], record.tobytes())
+            for name, values in found.items():
+                assert values == pytest.approx(getattr(decoded, name)[number].tolist(), rel=1e-6), name
         m = data["map_rows"][row]
         if sample.map_row is None:
             assert m == -1
             continue
-        n = int(data["map_num_tokens"][m])
-        entry = maps[sample.map_row]
-        decoded = decode_maps(made_for.fingerprint.map_codec, entry.codes_LE, entry.caps_L, n)
-        kept = unpack_mask(entry.keep_masks, n, causal=True)
-        first, mask_first = data["map_code_offsets"][m], data["keep_mask_offsets"][m]
-        assert data["map_code_offsets"][m + 1] - first == n * (n + 1) // 2
-        assert data["keep_mask_offsets"][m + 1] - mask_first == math.ceil(n * (n + 1) / 2 / 8)
-        for i in range(n):
-            for j in range(i + 1):
-                e = i * (i + 1) // 2 + j
-                for layer in range(len(head["fingerprint"]["layers"])):
-                    code, cap = float(data["map_codes"][layer, first + e]), float(data["map_caps"][layer, m])
-                    value = (code / 255) ** 2 * cap if codec == "sqrt8" else code
-                    assert value == pytest.approx(float(decoded[layer, i, j]), rel=1e-6, abs=1e-9)
-                for window in range(len(head["fingerprint"]["windows"])):
-                    byte = int(data["keep_masks"][window, mask_first + e // 8])
-                    assert bool(byte >> (e % 8) & 1) == bool(kept[window, i, j])
-    assert torch.count_nonzero(decoded.triu(1)) == 0
+        check_map(data, int(m), head["fingerprint"], maps[sample.map_row])
+
+
+def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], entry: MapTargets) -> None:
+    """Map `m` decoded by the document, in plain numbers, is what this project decodes."""
+    n, layers, windows = int(data["map_num_tokens"][m]), made_from["layers"], made_from["windows"]
+    config = MapCodecConfig.model_validate(made_from["map_codec"])
+    num_entries = n * (n + 1) // 2
+    bits, highest = {"sqrt8": (8, 255), "sqrt4": (4, 15), "sqrt2": (2, 3), "float16": (16, 1)}[config.name]
+    first, last = data["map_code_offsets"][m : m + 2]
+    assert last - first == math.ceil(num_entries * bits / 8) if bits < 16 else num_entries
+
+    def code_square(layer: int, e: int) -> float:
+        stored = data["map_codes"][layer]
+        if bits == 16:
+            return float(stored[first + e])
+        in_byte = 8 // bits
+        return float((int(stored[first + e // in_byte]) >> (e % in_byte * bits)) % 2**bits) ** 2
+
+    flipped, place = set(), 0
+    for byte in data["window_flips"][slice(*data["window_flip_offsets"][m : m + 2])].tolist():
+        place += byte
+        if byte < 255:
+            flipped.add(place)
+            place += 1
+    assert max(flipped, default=0) < len(windows) * num_entries
+    begin = int(data["map_num_tokens"][:m].sum())
+    rows = window_rows(layers, windows)
+    assert entry.windows is not None
+    own_maps = decode_maps(config, entry.maps, n)
+    own_windows, own_masks = decode_windows(config, rows, entry.maps, entry.windows, n)
+    for i in range(n):
+        for j in range(i + 1):
+            e = i * (i + 1) // 2 + j
+            values = [code_square(layer, e) * float(data["map_caps"][layer, m]) for layer in range(len(layers))]
+            assert [value / highest**2 for value in values] == pytest.approx(own_maps[:, i, j].tolist(), rel=1e-6)
+            for w, members in enumerate(rows):
+                total, units = sum(values[layer] for layer in members), highest**2 * len(members)
+                keep = total <= units * float(data["window_thresholds"][w, m])
+                keep ^= w * num_entries + e in flipped
+                assert keep == bool(own_masks[w, i, j])
+                value = total / units + (float(data["window_shifts"][w, begin + j]) if keep else 0)
+                assert value == pytest.approx(float(own_windows[w, i, j]), rel=1e-6, abs=1e-9)
+    assert torch.count_nonzero(own_windows.triu(1)) == 0
+    # A window that was not foreseen: all layers.
+    means, covariances = data["map_means"][:, m].tolist(), data["map_covariances"][:, m].tolist()
+    g = len(layers)
+    total_covariance = sum(
+        covariances[max(a, b) * (max(a, b) + 1) // 2 + min(a, b)] for a in range(g) for b in range(g)
+    )
+    threshold = sum(means) / g + math.sqrt(total_covariance) / g
+    found = window_thresholds((range(g),), entry.windows.means_L, entry.windows.covariances_K)
+    assert found.tolist() == pytest.approx([threshold], rel=1e-6)
+    size = math.ceil(n / 32)
+    first, last = data["map_corner_offsets"][m : m + 2]
+    assert last - first == size * (size + 1) // 2
+    other_maps, other_masks = estimate_windows(config, (range(g),), entry.maps, entry.windows, n)
+    for i in range(n):
+        for j in range(i + 1):
+            if i >= n - size <= j:
+                row, column = i - (n - size), j - (n - size)
+                corner = data["map_corners"][:, first + row * (row + 1) // 2 + column]
+                value = sum(map(float, corner)) / g
+            else:
+                value = float(own_maps[:, i, j].double().mean())
+            assert value == pytest.approx(float(other_maps[0, i, j]), rel=1e-6, abs=1e-9)
+            if abs(value - threshold) > 1e-5 * threshold:
+                assert bool(other_masks[0, i, j]) == (value < threshold)
+    # Those of a single layer are the cap's: mean + std of the layer.
+    if bits < 16:
+        for layer in range(g):
+            of_layer = means[layer] + math.sqrt(covariances[layer * (layer + 3) // 2])
+            assert float(data["map_caps"][layer, m]) <= config.cap_factor * of_layer * (1 + 1e-6) + 2**-24

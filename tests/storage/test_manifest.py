@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from storage.codecs import MapCodecConfig
+from storage.codecs import LogitCodecConfig, MapCodecConfig
+from storage.digests import canonical_json, digest_of
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.manifest import Fingerprint, Manifest, create_or_check
+from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.stores import open_store
-from tests.storage.builders import files_of, fingerprint, manifest
+from storage.targets import TargetStore
+from tests.storage.builders import VOCAB, files_of, fingerprint, manifest
 
 
 def test_a_manifest_round_trips_and_is_accepted_again(tmp_path):
@@ -27,9 +29,12 @@ OTHER_DEPTH = {"model_type": "llava", "text_config": {"num_hidden_layers": 7}}
         ({"chat_template": "other " * 50}, "chat_template: stored"),
         ({"teacher_config": OTHER_DEPTH}, "teacher_config.text_config.num_hidden_layers: stored 6, this run 7"),
         ({"processor": {}}, "processor.size: stored"),
-        ({"map_codec": MapCodecConfig(name="float16")}, 'map_codec.name: stored "sqrt8", this run "float16"'),
+        ({"map_codec": MapCodecConfig(name="float16")}, 'map_codec.name: stored "sqrt4", this run "float16"'),
         ({"layers": (2, 3)}, r"layers: stored \[2,3,4\], this run \[2,3\]"),
-        ({"tokenizer": "x", "top_k": 9}, r"tokenizer: .*\n.*top_k: stored 8, this run 9"),
+        (
+            {"tokenizer": "x", "logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=9)},
+            r"logit_codec.top_k: stored 12, this run 9\n.*tokenizer: ",
+        ),
     ],
 )
 def test_another_fingerprint_is_refused_by_naming_the_fields(tmp_path, changes, named):
@@ -68,10 +73,23 @@ def test_an_unknown_format_version_says_what_to_do(tmp_path):
     store = open_store(tmp_path)
     create_or_check(store, manifest())
     fields = json.loads(store.read("manifest.json"))
-    for version, todo in ((2, "upgrade compodistill"), (0, "make it again")):
-        store.write("manifest.json", json.dumps({**fields, "format_version": version}).encode())
+    for version, todo in ((FORMAT_VERSION + 1, "upgrade compodistill"), (0, "make it again")):
+        other = {name: value for name, value in fields.items() if name != "digest"} | {"format_version": version}
+        store.write("manifest.json", canonical_json({**other, "digest": digest_of(other)}))
         with pytest.raises(UserError, match=todo):
             Manifest.load(store)
+
+
+def test_a_store_of_version_1_is_neither_read_nor_extended(tmp_path):
+    store = open_store(tmp_path)
+    fields = {**manifest().model_dump(mode="json"), "format_version": 1}
+    fields["fingerprint"]["map_codec"]["name"] = "sqrt8"
+    store.write("manifest.json", canonical_json({**fields, "digest": digest_of(fields)}))
+    before = files_of(tmp_path)
+    for action in (lambda: TargetStore.open(tmp_path), lambda: create_or_check(store, manifest())):
+        with pytest.raises(UserError, match="has format version 1, this version reads 2; make it again"):
+            action()
+    assert files_of(tmp_path) == before
 
 
 def test_every_flipped_byte_of_a_manifest_is_seen(tmp_path):

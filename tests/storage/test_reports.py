@@ -6,10 +6,11 @@ import pytest
 
 from storage.errors import UserError
 from storage.inspect import summarize
-from storage.manifest import Manifest
+from storage.manifest import Manifest, create_or_check
 from storage.stores import open_store
+from storage.targets import write_shard
 from storage.verify import verify
-from tests.storage.builders import VOCAB, extract, pack
+from tests.storage.builders import VOCAB, extract, manifest, pack, shard_content
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_a_damaged_tar_is_found(root):
     assert finding.shard == "samples-000001.tar"
     path.unlink()
     (finding,) = verify(root / "targets", root / "samples").findings
-    assert "is missing" in finding.found
+    assert finding.found == "no such file"
 
 
 def test_other_samples_are_found(root, tmp_path):
@@ -75,3 +76,32 @@ def test_the_summary_adds_up(root):
     assert summary.fingerprint_digest == made_for.fingerprint.digest
     assert summary.fingerprint["layers"] == [2, 3, 4]
     assert summary.ratio > 0
+
+
+def test_the_summary_says_what_shared_maps_save(root):
+    summary = summarize(root / "targets")
+    own = [name for name in summary.array_bytes if name.startswith(("map_", "window_"))]
+    assert {"map_codes", "window_flips", "window_shifts"} < set(own)
+    assert summary.map_bytes == sum(summary.array_bytes[name] for name in own)
+    # All maps have the same size, so entries are shared as maps are.
+    assert summary.sharing_ratio == pytest.approx(summary.num_map_references / summary.num_maps)
+    assert summary.shared_bytes == pytest.approx(summary.map_bytes * (7 / summary.num_maps - 1), abs=1)
+    assert summary.map_square_ratio == pytest.approx(7 * 81 * 3 * 2 / summary.map_bytes)
+    assert summary.map_triangle_ratio == pytest.approx(7 * 45 * 3 * 2 / summary.map_bytes)
+
+
+def test_sharing_counts_entries_of_maps_of_several_sizes(tmp_path):
+    store, made_for = open_store(tmp_path), manifest()
+    create_or_check(store, made_for)
+    samples, maps = shard_content(made_for, ["a", "b", "c"], sizes=(9, 6))
+    record = write_shard(store, 0, made_for, "samples-000000.tar", samples, maps, [])
+    assert (record.num_map_tokens, record.num_map_squares) == (15, 81 + 36)
+    # Samples a and b share the larger map.
+    assert summarize(tmp_path).sharing_ratio == (45 + 45 + 21) / (45 + 21)
+
+
+def test_a_store_without_maps_shares_nothing(tmp_path):
+    create_or_check(open_store(tmp_path), manifest())
+    summary = summarize(tmp_path)
+    assert (summary.sharing_ratio, summary.shared_bytes) == (1.0, 0)
+    assert summary.map_square_ratio == summary.map_triangle_ratio == 0

@@ -9,6 +9,7 @@ import pytest
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError
 from storage.stores import LocalStore, ObjectStore, Store, open_store, relative_path
+from tests.storage.builders import as_a_dead_process
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -40,6 +41,7 @@ def test_what_is_written_is_read_listed_and_replaced(store):
 def test_create_is_exclusive(store):
     assert store.create("commits/0.json", b"first") is True
     assert store.create("commits/0.json", b"second") is False
+    assert store.create("commits/0.json", b"first") is True
     assert store.read("commits/0.json") == b"first"
     assert store.list() == ["commits/0.json"]
 
@@ -73,12 +75,33 @@ def test_putting_a_tree_twice_leaves_the_last_content(store):
     assert store.list() == ["shards/x/file"]
 
 
-def test_partials_are_invisible_and_removed(store):
-    left_over = store.staging("shards/x")
+def test_folders_are_named_without_what_is_in_them(store):
+    assert store.folders("shards") == []
+    for path in ("shards/b/in/one", "shards/a/two", "shards/file", "other/c/three"):
+        store.write(path, b"1")
+    store.staging("shards/d")
+    assert store.folders("shards") == ["shards/a", "shards/b"]
+
+
+def test_partials_are_looked_for_everywhere_but_in_folders_known_to_be_whole(tmp_path):
+    store = open_store(tmp_path)
+    with as_a_dead_process():
+        for name in ("root", "aside/1/findings.json", "shards/a.zarr", "shards/a.zarr/inside"):
+            store.staging(name)
+    assert store.remove_partials(lambda folder: folder == "shards/a.zarr") == 3
+    assert store.remove_partials() == 1
+
+
+def test_partials_are_invisible_and_only_those_of_dead_processes_are_removed(store):
+    with as_a_dead_process():
+        left_over = store.staging("shards/x")
     (left_over / "file").write_bytes(b"half")
+    in_work = store.staging("shards/x")
     assert store.list() == []
     assert store.remove_partials() == 1
     assert not left_over.exists()
+    assert in_work.exists()
+    assert store.remove_partials() == 0
 
 
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a\\b", "a\nb", "a/"])
@@ -102,7 +125,7 @@ def test_a_damaged_download_is_refused_and_not_kept(tmp_path, monkeypatch):
     store.write("tar", b"abc")
     with pytest.raises(CorruptData, match="arrived with 3 bytes"):
         store.local("tar", {"": (3, "0" * 64)})
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size] == []
     assert store.local("tar").read_bytes() == b"abc"
 
 

@@ -1,21 +1,25 @@
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.evaluation import rows as rows_module
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
+from stages.families import family_of
 from stages.student.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
 from storage.errors import UserError
+from tests.tiny_families import RECIPES, make_tiny_family
 
 
 @pytest.fixture(autouse=True)
@@ -203,3 +207,23 @@ def test_a_student_whose_vocabulary_ends_before_the_image_token_is_read_as_well(
     reader.check_head(items[0])
     expected_RV = torch.stack([full_logits(student, item)[-1] for item in items])
     torch.testing.assert_close(student.lm_head(reader.hidden(groups, rows)), expected_RV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", RECIPES)
+def test_teachers_of_every_family_are_read_row_by_row(model_type: str, tmp_path: Path) -> None:
+    checkpoint = make_tiny_family(tmp_path, model_type)
+    family_model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = load_processor(checkpoint)
+    image_token_id = family_model.config.image_token_id
+    encoder = ConversationEncoder(processor, image_token_id, 2048)
+    pictures = [Image.new("RGB", size, color) for size, color in (((90, 30), "red"), ((64, 64), "blue"))]
+    groups = [[encoder.encode_pair("What?", text, [picture]) for text in ("A", "A red.")] for picture in pictures]
+    items = [item for group in groups for item in group]
+    reader = RowReader(family_model, image_token_id)
+    modality = family_of(model_type).modality_input
+    reader.check_head(items[0])
+    hidden_RH = reader.hidden(groups, [torch.tensor([len(item.token_ids) - 1]) for item in items])
+    for hidden_H, item in zip(hidden_RH, items, strict=True):
+        types = {modality: (item.token_ids == image_token_id).long()[None]} if modality else {}
+        logits = family_model(input_ids=item.token_ids[None], **types, **item.pixel_inputs).logits
+        torch.testing.assert_close(family_model.lm_head(hidden_H), logits[0, -1], rtol=1e-4, atol=1e-4)

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 
 from stages.attention import enable_capture
+from stages.checkpoints import load_processor
 from stages.evaluation.pictures import PICTURE_SIZE, gaze, overlay
 from stages.evaluation.similarity import attention_similarity, map_similarity
 from stages.student.batches import Batch, Collator, capture_for
-from stages.student.build import Student, build_student, load_processor
+from stages.student.build import Student, build_student
 from stages.student.matching import LayerMatching
-from storage.codecs import MapCodecConfig, encode_maps, pack_mask, sink_keep_mask
+from storage.codecs import MapCodecConfig, encode_image, sink_keep_mask
 from storage.records import MapTargets
 from storage.stores import open_store
 from storage.stream import StreamConfig, target_stream
@@ -33,9 +34,9 @@ def student_and_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student
     folder = tmp_path_factory.mktemp("similarity")
     data = make_tiny_data(folder, num_samples=5)
     store = extract_here(data, folder / "targets", max_length=256)
-    student = build_student(folder / "targets" / "teacher", data.student_lm, seed=0).eval()
+    student = build_student(store.teacher_folder(), data.student_lm, seed=0).eval()
     enable_capture(student)
-    collator = Collator(load_processor(folder / "targets" / "teacher"), student.config.image_token_id, 10_000)
+    collator = Collator(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000)
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=5)
     stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
     batch = collator(next(iter(list(stream))))
@@ -47,10 +48,7 @@ def student_and_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student
 
 
 def coded(maps_LNN: torch.Tensor) -> MapTargets:
-    encoded = encode_maps(MATCHING.codec, maps_LNN)
-    return MapTargets(
-        maps_LNN.shape[-1], encoded.codes_LE, encoded.caps_L, pack_mask(sink_keep_mask(maps_LNN), causal=True)
-    )
+    return MapTargets(maps_LNN.shape[-1], *encode_image(MATCHING.codec, ((0,), (1,)), maps_LNN))
 
 
 def test_a_student_is_wholly_similar_to_its_own_maps(student_and_batch: tuple[Student, Batch]) -> None:

@@ -1,14 +1,21 @@
 """What the teacher's observations of a shard hold, and what goes to the ledger."""
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import stages.teacher.observe
+from stages.teacher.ahead import ReadySample
+from stages.teacher.forward import BatchSize, Observed, run_teacher
 from stages.teacher.identity import TeacherConfig, identify_teacher
-from stages.teacher.observe import ShardObservations, observe_shard
+from stages.teacher.observe import Observer, ShardObservations, observe_shard
 from stages.teacher.teacher import Teacher, load_teacher
+from storage.codecs.answer_logits import decode_logits
+from storage.codecs.maps import decode_maps
 from storage.errors import UserError
 from storage.samples import SampleIndex, SampleShard
 from storage.stores import open_store
@@ -25,10 +32,13 @@ def teacher(data: TinyData) -> Teacher:
     return load_teacher(TeacherConfig(checkpoint=str(data.teacher), batch_size=3, top_k=5))
 
 
-def observe(teacher: Teacher, data: TinyData, shard: int = 0, progress: list[int] | None = None) -> ShardObservations:
+def opened(data: TinyData, shard: int = 0) -> SampleShard:
     store = open_store(data.samples)
-    entry = SampleIndex.load(store).shards[shard]
-    with SampleShard.open(store, entry) as samples:
+    return SampleShard.open(store, SampleIndex.load(store).shards[shard])
+
+
+def observe(teacher: Teacher, data: TinyData, shard: int = 0, progress: list[int] | None = None) -> ShardObservations:
+    with opened(data, shard) as samples:
         return observe_shard(teacher, samples, progress.append if progress is not None else None)
 
 
@@ -54,8 +64,9 @@ def test_rows_stand_in_the_tars_order_and_text_only_samples_have_no_maps(teacher
     image_token = teacher.encoder.image_token_id
     for sample in seen.samples:
         assert (sample.map_row is None) == (not bool((sample.token_ids == image_token).any()))
-        assert len(sample.logits) == int(sample.answer_mask.sum())
-        assert sample.logits.ids_RK.shape[1] == 5
+        codec = teacher.identity.logit_codec
+        assert sample.logits_RB.shape == (int(sample.answer_mask.sum()), codec.row_bytes)
+        assert decode_logits(codec, sample.logits_RB).ids_RK.shape[1] == 5
 
 
 def test_a_conversation_cut_before_its_answer_is_in_the_ledger_and_the_others_stay(
@@ -92,12 +103,131 @@ def test_maps_that_are_not_finite_skip_all_samples_that_share_them(data: TinyDat
     assert {sample.reason for sample in seen.skipped} == {"not_finite"}
 
 
+def bytes_of(seen: ShardObservations) -> list[object]:
+    """All that will be stored, to compare bit for bit; NaN is not among it."""
+    return [
+        [(s.key, s.token_ids.tolist(), s.answer_mask.tolist(), s.map_row) for s in seen.samples],
+        [s.logits_RB.tolist() for s in seen.samples],
+        [[tensor.tolist() for part in (m.maps, m.windows) for tensor in vars(part).values()] for m in seen.maps],
+        seen.skipped,
+    ]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def alone(request: pytest.FixtureRequest, data: TinyData) -> tuple[Teacher, list[object]]:
+    """A teacher that sees one sample at a time, and what it saw."""
+    torch.set_num_threads(1)
+    settings = {"checkpoint": str(data.teacher), "dtype": request.param, "map_codec": "float16"}
+    teacher = load_teacher(TeacherConfig.model_validate({**settings, "batch_size": 1}))
+    return teacher, bytes_of(observe(teacher, data))
+
+
+def with_batches_of(teacher: Teacher, size: int | None) -> Teacher:
+    settings = teacher.identity.settings.model_copy(update={"batch_size": size})
+    return replace(teacher, identity=replace(teacher.identity, settings=settings))
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, None])
+def test_the_batch_size_changes_no_bit_on_a_cpu(
+    alone: tuple[Teacher, list[object]], data: TinyData, size: int | None
+) -> None:
+    teacher, expected = alone
+    assert bytes_of(observe(with_batches_of(teacher, size), data)) == expected
+
+
+def test_doing_one_thing_after_the_other_gives_the_same(alone: tuple[Teacher, list[object]], data: TinyData) -> None:
+    teacher, expected = alone
+    with opened(data) as shard, Observer(with_batches_of(teacher, 3), overlap=False) as observer:
+        assert bytes_of(observer.observe(shard)) == expected
+
+
+def test_two_threads_may_each_give_a_shard_and_one_has_the_teacher_at_a_time(teacher: Teacher, data: TinyData) -> None:
+    expected = [bytes_of(observe(teacher, data, shard)) for shard in (0, 1)]
+    with Observer(teacher) as observer, ThreadPoolExecutor(2) as threads:
+        for _ in range(3):
+            with opened(data, 0) as first, opened(data, 1) as second:
+                found = threads.map(lambda shard: bytes_of(observer.observe(shard)), (first, second))
+                assert list(found) == expected
+        seconds = observer.timings.seconds()
+    assert {"forward", "waited", "coding", "preparing"} <= seconds.keys()
+
+
+class LittleMemory:
+    """Stands in for `run_teacher` on a GPU with room for `most` samples, and for none of the keys in `huge`."""
+
+    def __init__(self, most: int, huge: frozenset[str] = frozenset()) -> None:
+        self.most, self.huge = most, huge
+        self.tried: list[int] = []
+
+    def __call__(self, teacher: Teacher, batch: list[ReadySample], wanted: set[ReadySample]) -> list[Observed]:
+        self.tried.append(len(batch))
+        if len(batch) > self.most or any(sample.key in self.huge for sample in batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_teacher(teacher, batch, wanted)
+
+
+def test_a_batch_size_nobody_set_is_halved_until_it_fits_and_then_kept_with_one_line_in_the_log(
+    data: TinyData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = load_teacher(TeacherConfig(checkpoint=str(data.teacher)))
+    expected = bytes_of(observe(teacher, data))
+    memory = LittleMemory(most=2)
+    monkeypatch.setattr(stages.teacher.observe, "run_teacher", memory)
+    with Observer(teacher) as observer, opened(data) as shard, caplog.at_level("INFO"):
+        observer.batch_size = BatchSize(None, on_gpu=True)
+        assert bytes_of(observer.observe(shard)) == expected, "nothing is lost, nothing comes twice, no bit differs"
+        assert observer.batch_size.value == 2
+        assert max(memory.tried) > 2
+        memory.tried.clear()
+        assert bytes_of(observer.observe(shard)) == expected
+        assert max(memory.tried) == 2, "once found, no more is tried"
+    assert [record.message for record in caplog.records if record.name.startswith("stages")] == [
+        "the teacher runs 2 samples at a time, found by trying"
+    ]
+
+
+def test_a_batch_size_that_was_set_is_kept_and_the_error_says_what_to_do(
+    teacher: Teacher, data: TinyData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.teacher.observe, "run_teacher", LittleMemory(most=2))
+    with pytest.raises(UserError, match=r"a batch of 3 samples does not fit.*set teacher.batch_size below 3, or leave"):
+        observe(teacher, data)
+
+
+def test_a_sample_that_alone_does_not_fit_is_in_the_ledger_and_others_keep_the_map_they_share_with_it(
+    data: TinyData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = load_teacher(TeacherConfig(checkpoint=str(data.teacher), map_codec="float16"))
+    usual = observe(teacher, data)
+    shared = Counter(sample.map_row for sample in usual.samples if sample.map_row is not None).most_common(1)[0][0]
+    sharing = [sample for sample in usual.samples if sample.map_row == shared]
+    assert len(sharing) > 1
+    huge = sharing[0].key
+    monkeypatch.setattr(stages.teacher.observe, "run_teacher", LittleMemory(most=8, huge=frozenset({huge})))
+    with Observer(teacher) as observer, opened(data) as shard:
+        observer.batch_size = BatchSize(None, on_gpu=True)
+        seen = observer.observe(shard)
+    assert [(skipped.key, skipped.reason) for skipped in seen.skipped] == [(huge, "out_of_memory")]
+    assert [sample.key for sample in seen.samples] == [sample.key for sample in usual.samples if sample.key != huge]
+    maps = {sample.key: seen.maps[sample.map_row] for sample in seen.samples if sample.map_row is not None}
+    assert len(seen.maps) == len(usual.maps)
+    # Taken of another sample, whose length may be another: equal to rounding only.
+    found, expected = (
+        decode_maps(teacher.identity.codec, coded.maps, coded.num_tokens)
+        for coded in (maps[sharing[1].key], usual.maps[shared])
+    )
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
 def test_the_manifest_names_whatever_changes_the_targets(data: TinyData) -> None:
     base = identify_teacher(TeacherConfig(checkpoint=str(data.teacher)), on_gpu=False)
     manifest = base.manifest("samples", 1)
     for settings, field in [
         ({"max_length": 77}, "max_length"),
-        ({"top_k": 3}, "top_k"),
+        ({"top_k": 3}, "logit_codec.top_k"),
+        ({"logit_codec": "float16"}, "logit_codec.name"),
+        ({"tail_draws": 7}, "logit_codec.num_draws"),
+        ({"temperatures": (2.0,)}, "logit_codec.temperatures"),
         ({"map_codec": "float16"}, "map_codec.name"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"layers": (1, 2)}, "layers"),

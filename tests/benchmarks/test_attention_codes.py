@@ -1,0 +1,64 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.attention_alternatives import measure_alternatives
+from benchmarks.attention_codes import CODECS, main, measure, query_gradients
+from benchmarks.attention_maps import bundled_teacher_maps, synthetic_maps
+
+
+def test_synthetic_maps_are_causal_attention_of_the_layers_a_teacher_of_40_has() -> None:
+    data = synthetic_maps(40, num_samples=1)
+    (maps,) = data.maps
+    assert maps.shape == (11, 40, 40)
+    assert [len(window) for window in data.windows] == [5] * 7
+    assert not maps.triu(1).any()
+    assert bool((maps.sum(-1) < 1).all()), "text keys take their share"
+    assert torch.equal(maps, synthetic_maps(40, num_samples=2).maps[0])
+
+
+def test_more_bits_are_more_bytes_and_a_closer_gradient() -> None:
+    result = measure(synthetic_maps(40, num_samples=1), repeats=1)["codecs"]
+    assert list(result) == list(CODECS) == ["float16", "sqrt8", "sqrt4", "sqrt2"]
+    for name in ("gradient_cosine", "gradient_cosine_of_unforeseen_windows"):
+        assert result["float16"][name]["layers_median"] > 0.999
+    exact = [result[name]["gradient_cosine"]["layers_median"] for name in CODECS]
+    assert exact == sorted(exact, reverse=True)
+    assert exact[2] > 0.99
+    sizes = [result[name]["bytes_by_array"]["map_codes"] for name in CODECS]
+    assert sizes == sorted(sizes, reverse=True)
+    for codec in result.values():
+        assert codec["bytes_a_sample"] == pytest.approx(sum(codec["bytes_by_array"].values()), abs=10)
+        assert {"map_caps", "window_flips", "window_shifts", "window_thresholds"} < codec["bytes_by_array"].keys()
+        assert codec["encode_over_float16"] > 0
+
+
+def test_alternatives_are_measured_beside_what_is_stored() -> None:
+    found = measure_alternatives(synthetic_maps(40, num_samples=1), query_gradients)
+    stored = found["values"]["4 bits, as stored"]
+    assert stored["gradient_cosine"] > found["values"]["4 bits, columns not shifted"]["gradient_cosine"]
+    coders = found["coders_of_4_bit_codes"]
+    assert coders["zstd 1, as stored"]["decompress_over_stored"] == 1
+    assert coders["entropy given the codes left and above"]["bytes"] < coders["entropy of single codes"]["bytes"]
+    assert 0 < found["masks_at_4_bits"]["share of entries that are flips"] < 0.2
+
+
+def test_the_bundled_teachers_maps_are_those_of_drawn_scenes() -> None:
+    data = bundled_teacher_maps(2)
+    assert [maps.shape for maps in data.maps] == [(5, 36, 36)] * 2
+    assert data.windows == ((2, 3, 4), (3, 4, 5), (4, 5, 6))
+    assert not torch.equal(*data.maps)
+
+
+def test_the_results_file_names_hardware_date_and_command(tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "results.json"
+    flags = ["--image-tokens", "12", "--samples", "1", "--scenes", "1", "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["attention_codes.py", *flags])
+    main()
+    saved = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == saved
+    assert saved["command"].startswith("python -m benchmarks.attention_codes --image-tokens 12")
+    assert {"date", "hardware", "synthetic", "scenes", "alternatives"} < saved.keys()

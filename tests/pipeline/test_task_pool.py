@@ -1,0 +1,64 @@
+from pipeline.task_pool import TaskPool
+
+
+def take(pool: TaskPool, in_flight: set[int], num_others_free: int = 0) -> int | None:
+    task = pool.next_for(in_flight, num_others_free)
+    if task is not None:
+        in_flight.add(task)
+    return task
+
+
+def test_a_worker_is_filled_up_in_order_but_not_with_what_free_workers_could_take() -> None:
+    pool = TaskPool([4, 5, 6], max_attempts=3, tasks_per_worker=2)
+    first, second = set[int](), set[int]()
+    assert take(pool, first) == 4
+    assert take(pool, first, num_others_free=2) is None
+    assert take(pool, first, num_others_free=1) == 5
+    assert take(pool, first) is None, "it has two"
+    assert take(pool, second) == 6
+    assert (pool.num_waiting, pool.num_unfinished) == (0, 3)
+    for task in (4, 5, 6):
+        pool.done(task)
+    assert pool.num_unfinished == 0
+
+
+def test_a_death_in_company_counts_against_no_task_and_each_is_run_alone_after_the_others() -> None:
+    pool = TaskPool([1, 2, 3], max_attempts=1, tasks_per_worker=2)
+    worker = set[int]()
+    take(pool, worker), take(pool, worker)
+    pool.worker_died(sorted(worker), "n", 7, "killed")
+    assert pool.given_up == {}
+    assert not any(failed.counts for tries in pool.tries.values() for failed in tries)
+    fresh = set[int]()
+    assert take(pool, fresh) == 3
+    assert take(pool, fresh) is None, "a suspect has no company"
+    pool.done(3)
+    alone = set[int]()
+    assert take(pool, alone) == 1
+    assert take(pool, alone) is None, "a suspect has no company"
+    pool.worker_died([1], "n", 8, "killed again")
+    assert pool.given_up == {1: "killed again (after 1 attempts)"}
+    assert take(pool, set()) == 2
+    pool.done(2)
+    assert pool.num_unfinished == 0
+
+
+def test_a_failed_task_waits_behind_the_others_and_a_given_up_one_does_not_come_back() -> None:
+    pool = TaskPool([1, 2], max_attempts=2, tasks_per_worker=1)
+    assert take(pool, set()) == 1
+    pool.failed(1, "n", 7, "bad")
+    assert take(pool, set()) == 2
+    pool.done(2)
+    assert take(pool, set()) == 1
+    pool.failed(1, "m", 8, "worse")
+    assert take(pool, set()) is None
+    assert pool.num_unfinished == 0
+    assert pool.given_up == {1: "worse (after 2 attempts)"}
+    assert [(failed.node, failed.pid, failed.why) for failed in pool.tries[1]] == [("n", 7, "bad"), ("m", 8, "worse")]
+
+
+def test_what_waits_when_no_worker_can_start_is_given_up_with_the_reason() -> None:
+    pool = TaskPool([1, 2], max_attempts=2, tasks_per_worker=1)
+    pool.give_up_waiting("no worker could start")
+    assert pool.num_unfinished == 0
+    assert pool.given_up.keys() == {1, 2}

@@ -1,0 +1,232 @@
+"""Files made to harm are refused, without running what they hold and without the memory they ask for."""
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from pipeline.run_file import load_run_file
+from stages.checkpoints import refuse_code
+from storage.digests import canonical_json
+from storage.errors import CorruptData, UserError
+from storage.manifest import Manifest
+from storage.samples import SampleIndex, SampleShard, SampleShardWriter
+from storage.samples.members import BLOCK_BYTES
+from storage.stores import open_store
+from tests.storage.builders import stored_samples
+from tests.storage.test_reading import measured
+
+
+def one_sample(folder: Path) -> tuple[Path, dict]:
+    """The tar and the index of a set of one sample."""
+    with SampleShardWriter(folder, 9, 10**6) as writer:
+        writer.add_group(stored_samples(["a"]))
+    return folder / "samples-000000.tar", json.loads((folder / "index.json").read_bytes())
+
+
+def store_index(folder: Path, index: dict, tar: bytes) -> None:
+    """The index with a tar of these bytes, its size right."""
+    index["shards"][0]["bytes"] = len(tar)
+    (folder / "samples-000000.tar").write_bytes(tar)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def read_first(folder: Path) -> None:
+    store = open_store(folder)
+    (entry,) = SampleIndex.load(store).shards
+    with SampleShard.open(store, entry) as shard:
+        shard.read(0)
+
+
+def member(name: str, data: bytes = b"{}", kind: bytes = tarfile.REGTYPE, link: str = "", **settings: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(data)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=settings.get("format", tarfile.GNU_FORMAT)) as tar:
+        tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+TARS = {
+    "a path above the folder": member("../../a.json"),
+    "an absolute path": member("/etc/a.json"),
+    "a symbolic link": member("a.json", b"", tarfile.SYMTYPE, "/etc/passwd"),
+    "a hard link": member("a.json", b"", tarfile.LNKTYPE, "/etc/passwd"),
+    "a device": member("a.json", b"", tarfile.CHRTYPE),
+    "a fifo": member("a.json", b"", tarfile.FIFOTYPE),
+    "a directory": member("a.json", b"", tarfile.DIRTYPE),
+    "a long GNU name": member("a" * 50_000 + ".json"),
+    "a large pax header": member("é" * 50_000 + ".json", format=tarfile.PAX_FORMAT),
+    "a pickle": member("a.pkl", pickle.dumps({"id": "a"})),
+    "another sample's name": member("b.json"),
+    "a header without a name": member(""),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_members_other_than_the_writers_are_refused_wherever_the_index_points(tmp_path, kind):
+    _, index = one_sample(tmp_path)
+    tar = TARS[kind]
+    for offset in range(BLOCK_BYTES, len(tar), BLOCK_BYTES * max(1, len(tar) // 20_000)):
+        for num_bytes in (0, 2, 300):
+            if offset + num_bytes <= len(tar):
+                index["shards"][0]["members"] = [
+                    ["a", [[offset, num_bytes]], zlib.crc32(tar[offset : offset + num_bytes])]
+                ]
+                store_index(tmp_path, index, tar)
+                with pytest.raises(CorruptData):
+                    read_first(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["pipe:echo harm", "../samples-000000.tar", "/etc/passwd", "s3://x/y", "samples-000000.tar|sh"]
+)
+def test_shards_are_named_by_number_and_nothing_else(tmp_path, name):
+    tar, index = one_sample(tmp_path)
+    index["shards"][0]["name"] = name
+    store_index(tmp_path, index, tar.read_bytes())
+    with pytest.raises(CorruptData, match="name"):
+        read_first(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [b"[" * 100_000, b'{"id": NaN}', b'{"id": 1e999}', b'{"id": ' + b"9" * 100_000 + b"}", b'"text"', b"\x80\x04."],
+)
+def test_a_conversation_that_is_no_plain_json_is_refused(tmp_path, record):
+    _, index = one_sample(tmp_path)
+    info = tarfile.TarInfo("a.json")
+    info.size, info.mode = len(record), 0o644
+    padding = bytes(-len(record) % BLOCK_BYTES)
+    tar = info.tobuf(tarfile.USTAR_FORMAT) + record + padding
+    index["shards"][0]["members"] = [["a", [[BLOCK_BYTES, len(record)]], zlib.crc32(record)]]
+    store_index(tmp_path, index, tar)
+    with pytest.raises(CorruptData):
+        read_first(tmp_path)
+
+
+_INDEX_READER = """
+import resource, sys
+from pathlib import Path
+from storage.errors import UserError
+from tests.test_hostile_input import read_first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for folder in sys.argv[1:]:
+    try:
+        read_first(Path(folder))
+        print("read")
+    except UserError:
+        print("refused")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_sparse_giants_and_sizes_that_lie_need_no_memory(tmp_path):
+    folders = [tmp_path / name for name in ("index", "tar", "member")]
+    for folder in folders:
+        _, index = one_sample(folder)
+    with (folders[0] / "index.json").open("r+b") as file:
+        file.truncate(20 * 2**30)
+    giant = 8 * 2**30
+    for folder, span in ((folders[1], [BLOCK_BYTES, giant]), (folders[2], [giant, 2])):
+        index["shards"][0] |= {"members": [["a", [span], 0]], "bytes": giant + 2 * BLOCK_BYTES}
+        (folder / "index.json").write_text(json.dumps(index))
+        with (folder / "samples-000000.tar").open("r+b") as file:
+            file.truncate(giant + 2 * BLOCK_BYTES)
+    answers, mebibytes = measured(_INDEX_READER, *folders)
+    assert answers == ["refused"] * 3
+    assert mebibytes < 100
+
+
+def _png_of(side: int) -> bytes:
+    """A picture of one colour whose few bytes stand for side * side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+    )
+
+
+_IMAGE_READER = """
+import resource, sys
+from pathlib import Path
+from stages.images import BadImage, decode_image
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for file in sys.argv[1:]:
+    try:
+        decode_image(Path(file).read_bytes())
+        print("read")
+    except BadImage:
+        print("refused")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_pictures_of_too_many_pixels_need_no_memory(tmp_path):
+    files = []
+    for side in (8_000, 60_000, 2**31 - 1):
+        files.append(tmp_path / f"{side}.png")
+        files[-1].write_bytes(_png_of(side))
+    answers, mebibytes = measured(_IMAGE_READER, *files)
+    assert answers == ["refused"] * 3
+    assert mebibytes < 100
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"format_version": 2, "x": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b"[" * 10**6,
+        b'{"format_version": ' + b"9" * 10**6 + b"}",
+        b'{"format_version":2,"x":1e999}',
+        b'{"format_version":2,"x":NaN}',
+        b'{"format_version":2,"x":"\\ud800"}',
+        canonical_json({"format_version": 2, "x": 1}) + b" ",
+        b'{"format_version":true}',
+    ],
+)
+def test_a_manifest_that_is_no_canonical_json_is_refused(tmp_path, data):
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(CorruptData):
+        Manifest.load(open_store(tmp_path))
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch harm']", "!!python/name:os.system", "!new x"])
+def test_a_run_file_makes_no_objects(tmp_path, tag, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"samples: {tag}\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_run_file(tmp_path / "run.yaml", [], {})
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_run_file_that_stands_for_gigabytes_gives_a_short_error(tmp_path):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]")
+    (tmp_path / "run.yaml").write_text("\n".join([*lines, "samples: *i"]))
+    with pytest.raises(UserError) as caught:
+        load_run_file(tmp_path / "run.yaml", [], {})
+    assert len(str(caught.value)) < 5000
+
+
+def test_a_checkpoint_that_brings_code_is_refused_and_the_code_does_not_run(tmp_path):
+    name = "config.json"
+    (tmp_path / "harm.py").write_text("raise SystemExit('it ran')")
+    config = {"model_type": "harm", "auto_map": {"AutoConfig": "harm.Harm"}}
+    (tmp_path / name).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="asks to run code of its own"):
+        refuse_code(tmp_path)
+    (tmp_path / name).write_text(json.dumps(config | {"model_type": "llava"}))
+    refuse_code(tmp_path)
+    (tmp_path / name).write_bytes(b"[" * 10**6)
+    with pytest.raises(CorruptData):
+        refuse_code(tmp_path)
