@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stages.evaluation.report import EvaluationReport
     from stages.evaluation.similarity import AttentionSimilarity
     from stages.samples.pack import PackReport
-    from stages.student.training import StageReport, StepProgress
+    from stages.student.stage import StageReport, StepProgress
     from stages.teacher.estimate import Estimate
     from storage.inspect import StoreSummary
     from storage.repair import RepairReport

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 
 from pipeline.run_file import RunFile, save_run_file
 from stages.checkpoints import hide_loading_bars
+from stages.student.claim import check_output
 from stages.student.config import StageName
-from stages.student.training import StageReport, StageRun, StepProgress, check_output, train_stage
+from stages.student.stage import StageReport, StageRun, StepProgress
+from stages.student.training import train_stage
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.targets import TargetStore

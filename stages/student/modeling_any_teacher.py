@@ -23,6 +23,9 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
         text_config: of the student's decoder.
         image_token_id: the placeholder's id, which may lie past the student's vocabulary.
         pixel_inputs: names of the inputs that go to the image side.
+        folded_linear: name of the image side's last linear layer, once the post-connector was folded into it; None
+            while there is a post-connector.
+        folded_vectors: names of the image side's other parameters that then have the decoder's width.
     """
 
     model_type = "compodistill_any_teacher_student"
@@ -33,6 +36,8 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
     text_config: Any = None
     image_token_id: int = 0
     pixel_inputs: Any = None
+    folded_linear: str | None = None
+    folded_vectors: Any = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -63,8 +68,15 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
     def __init__(self, config: AnyTeacherStudentConfig) -> None:
         super().__init__(config)
         self.eyes = image_side(config.teacher_config)
-        width = config.teacher_config.get_text_config().hidden_size
-        self.post_connector = nn.Linear(width, config.text_config.hidden_size)
+        width = config.text_config.hidden_size
+        if config.folded_linear is None:
+            self.post_connector = nn.Linear(config.teacher_config.get_text_config().hidden_size, width)
+        else:
+            self.post_connector = nn.Identity()
+            last = self.eyes.get_submodule(config.folded_linear)
+            self.eyes.set_submodule(config.folded_linear, nn.Linear(last.in_features, width))
+            for name in config.folded_vectors or ():
+                setattr(self.eyes, name, nn.Parameter(torch.empty(width)))
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 

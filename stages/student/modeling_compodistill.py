@@ -24,14 +24,19 @@ class CompoDistillStudentConfig(LlavaConfig):
 
     Attributes:
         adapter_hidden_size: the teacher's hidden size, which the adapter puts out and the post-connector takes in.
+        has_post_connector: False once it was folded into the adapter's last linear layer, as exports are.
     """
 
     model_type = "compodistill_student"
     adapter_hidden_size: int = 2560
+    has_post_connector: bool = True
 
 
 class TeacherAdapter(nn.Module):
-    """`Linear -> GELU -> Linear` with the parameter names of Llava's projector, at the teacher's width."""
+    """`Linear -> GELU -> Linear` with the parameter names of Llava's projector, at the teacher's width.
+
+    With the post-connector folded in, the last linear layer puts out the decoder's width.
+    """
 
     def __init__(self, config: CompoDistillStudentConfig) -> None:
         super().__init__()
@@ -40,10 +45,11 @@ class TeacherAdapter(nn.Module):
         width, bias = config.adapter_hidden_size, config.multimodal_projector_bias
         self.linear_1 = nn.Linear(config.vision_config.hidden_size * num_features, width, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(width, width, bias=bias)
+        out = width if config.has_post_connector else config.text_config.hidden_size
+        self.linear_2 = nn.Linear(width, out, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[..., vision width]` -> `[..., teacher width]`."""
+        """`[..., vision width]` -> `[..., teacher width]`, or the decoder's."""
         hidden: Tensor = self.linear_2(self.act(self.linear_1(features)))
         return hidden
 
@@ -58,7 +64,11 @@ class CompoDistillStudentModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = TeacherAdapter(config)
-        self.post_connector = nn.Linear(config.adapter_hidden_size, config.text_config.hidden_size)
+        self.post_connector = (
+            nn.Linear(config.adapter_hidden_size, config.text_config.hidden_size)
+            if config.has_post_connector
+            else nn.Identity()
+        )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 

@@ -1,17 +1,13 @@
 """The training loop of one stage: stream, step, log, checkpoint, resume."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
@@ -22,75 +18,18 @@ from stages.families import family_of
 from stages.student.batches import Batch, Collator
 from stages.student.build import Student, build_student, load_student
 from stages.student.checkpoint import Position, list_checkpoints, load_checkpoint, save_checkpoint
-from stages.student.config import HARMLESS_ON_RESUME, StageConfig, StageName, TrainConfig
+from stages.student.claim import claim_output
 from stages.student.matching import match_layers
 from stages.student.metrics import MetricsLog
 from stages.student.objective import BatchTotals, DistillationObjective
+from stages.student.stage import StageReport, StageRun, StepProgress
 from stages.student.tokens import check_same_tokens
 from stages.student.trainable import merge_lora, prepare_for_stage
-from storage.errors import FingerprintMismatch, UserError
-from storage.stores import Store, open_store
+from storage.errors import UserError
+from storage.stores import open_store
 from storage.stream import StreamConfig, num_steps, shard_sizes, target_stream
-from storage.targets import TargetStore
 
 logger = logging.getLogger(__name__)
-
-STAGE_FILE = "stage.json"
-
-
-class StageReport(BaseModel):
-    """What a finished stage did; saved as `report.json` beside its student."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stage: StageName
-    steps: int
-    samples: int
-    trained_parameters: int
-    seconds: float
-    samples_per_s: float
-    wait_share: float
-    """Share of the time that the loop waited for data."""
-    losses: dict[str, float]
-    """Each term, mean over the last tenth of the steps."""
-    notes: list[str] = []
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """One stage with its places.
-
-    Attributes:
-        name: dpt, dft or sft.
-        config: the run's settings.
-        decoder: the student's pretrained language model, folder or hub id.
-        initial: the student saved by the stage before; None starts from `decoder`.
-        samples, targets: what it trains on.
-        output: the stage's folder.
-    """
-
-    name: StageName
-    config: TrainConfig
-    decoder: str
-    initial: Path | None
-    samples: Store
-    targets: TargetStore
-    output: Path
-
-    @property
-    def stage(self) -> StageConfig:
-        """The stage's own settings."""
-        return self.config.stage(self.name)
-
-
-@dataclass(frozen=True)
-class StepProgress:
-    """What a progress bar shows after each optimizer step."""
-
-    step: int
-    num_steps: int
-    samples: int
-    losses: dict[str, float]
 
 
 def train_stage(
@@ -104,7 +43,7 @@ def train_stage(
         UserError: the folder holds the same stage with other settings, the student does not fit the targets, or the
             loss is no longer finite.
     """
-    _claim_output(run)
+    claim_output(run)
     report_path = run.output / "report.json"
     if report_path.is_file():
         return StageReport.model_validate_json(report_path.read_text())
@@ -337,48 +276,3 @@ def _load(run: StageRun, teacher_folder: Path) -> Student:
         check_same_tokens(load_processor(teacher_folder), run.initial)
         return load_student(run.initial)
     return build_student(teacher_folder, run.decoder, run.config.seed)
-
-
-def check_output(run: StageRun) -> None:
-    """Compares what the stage is with what its folder was begun with; changes nothing.
-
-    Raises:
-        FingerprintMismatch: the folder was begun with other settings; names them.
-    """
-    store = open_store(run.output)
-    if not store.exists(STAGE_FILE):
-        return
-    stage, found = _description(run), json.loads(store.read(STAGE_FILE))
-    flat_found, flat_wanted = ({**s, **s["settings"]} for s in (found, stage))
-    differing = [k for k in flat_wanted if k != "settings" and flat_found.get(k) != flat_wanted[k]]
-    if differing:
-        raise FingerprintMismatch(
-            f"{run.output} was begun with other settings (differs in: {', '.join(sorted(differing))}); "
-            "train into a new folder, or use the settings of its run.yaml to resume"
-        )
-
-
-def _claim_output(run: StageRun) -> None:
-    check_output(run)
-    store = open_store(run.output)
-    start = run.initial.parent.name if run.initial is not None else "decoder"
-    if not store.exists(STAGE_FILE):
-        store.write(STAGE_FILE, json.dumps({**_description(run), "starts_from": start}, indent=1).encode())
-    begun_from = json.loads(store.read(STAGE_FILE))["starts_from"]
-    if begun_from != start:
-        # A checkpoint holds what was trained only; on another base it would be another student.
-        raise FingerprintMismatch(
-            f"{run.output} was begun from {begun_from}, now it would start from {start}, a stage trained since; "
-            "train it in a new folder"
-        )
-
-
-def _description(run: StageRun) -> dict[str, Any]:
-    """All that decides the weights a stage ends with."""
-    return {
-        "stage": run.name,
-        "settings": run.config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | set(HARMLESS_ON_RESUME)),
-        **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json").items()},
-        "decoder": run.decoder,
-        "targets": run.targets.manifest.fingerprint.digest,
-    }

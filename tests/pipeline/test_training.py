@@ -13,7 +13,7 @@ from pipeline.run_file import load_run_file
 from pipeline.training import STAGES, last_student, train
 from stages.student.config import StageName
 from stages.student.objective import DistillationObjective
-from stages.student.training import StageReport, StepProgress
+from stages.student.stage import StageReport, StepProgress
 from storage.errors import FingerprintMismatch, UserError
 from storage.targets import TargetStore
 from tests.conftest import TinyWorld

@@ -23,7 +23,8 @@ from stages.student.losses import attention_alignment_loss
 from stages.student.matching import match_layers
 from stages.student.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.student.objective import BatchTotals, DistillationObjective
-from stages.student.training import StageRun, train_stage
+from stages.student.stage import StageRun
+from stages.student.training import train_stage
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.stream import StreamConfig, StreamedSample, target_stream

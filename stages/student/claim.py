@@ -1,0 +1,61 @@
+"""What a stage's folder was begun with, and the refusal to go on in it with anything else."""
+
+import json
+from typing import Any
+
+from stages.student.config import HARMLESS_ON_RESUME
+from stages.student.stage import StageRun
+from storage.errors import FingerprintMismatch
+from storage.stores import open_store
+
+STAGE_FILE = "stage.json"
+
+
+def check_output(run: StageRun) -> None:
+    """Compares what the stage is with what its folder was begun with; changes nothing.
+
+    Raises:
+        FingerprintMismatch: the folder was begun with other settings; names them.
+    """
+    store = open_store(run.output)
+    if not store.exists(STAGE_FILE):
+        return
+    stage, found = _description(run), json.loads(store.read(STAGE_FILE))
+    flat_found, flat_wanted = ({**s, **s["settings"]} for s in (found, stage))
+    differing = [k for k in flat_wanted if k != "settings" and flat_found.get(k) != flat_wanted[k]]
+    if differing:
+        raise FingerprintMismatch(
+            f"{run.output} was begun with other settings (differs in: {', '.join(sorted(differing))}); "
+            "train into a new folder, or use the settings of its run.yaml to resume"
+        )
+
+
+def claim_output(run: StageRun) -> None:
+    """Writes down what the stage is, unless its folder says so already.
+
+    Raises:
+        FingerprintMismatch: the folder was begun with other settings, or from another student.
+    """
+    check_output(run)
+    store = open_store(run.output)
+    start = run.initial.parent.name if run.initial is not None else "decoder"
+    if not store.exists(STAGE_FILE):
+        store.write(STAGE_FILE, json.dumps({**_description(run), "starts_from": start}, indent=1).encode())
+    begun_from = json.loads(store.read(STAGE_FILE))["starts_from"]
+    if begun_from != start:
+        # A checkpoint holds what was trained only; on another base it would be another student.
+        raise FingerprintMismatch(
+            f"{run.output} was begun from {begun_from}, now it would start from {start}, a stage trained since; "
+            "train it in a new folder"
+        )
+
+
+def _description(run: StageRun) -> dict[str, Any]:
+    """All that decides the weights a stage ends with."""
+    return {
+        "stage": run.name,
+        "settings": run.config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | set(HARMLESS_ON_RESUME)),
+        **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json").items()},
+        "decoder": run.decoder,
+        "targets": run.targets.manifest.fingerprint.digest,
+    }
