@@ -21,8 +21,9 @@ import torch
 import examples.scenes
 from benchmarks.results import RESULTS, command_line, save_result
 from examples.scenes.dataset import write_dataset
-from pipeline.extraction import SHARDS_IN_FLIGHT, ShardExtractor, fix_order_of_sums, stored_bytes
+from pipeline.extraction import SHARDS_IN_FLIGHT, stored_bytes
 from pipeline.run_file import load_run_file
+from pipeline.shard_extractor import ShardExtractor, fix_order_of_sums
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.estimate import EstimateConfig
 from stages.teacher.identity import TeacherConfig, identify_teacher

@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 import examples.scenes
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
 from examples.scenes.dataset import write_dataset
-from pipeline.extraction import SHARDS_IN_FLIGHT, ShardExtractor
+from pipeline.extraction import SHARDS_IN_FLIGHT
+from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.ahead import Batcher, ReadySample, SampleMaker
 from stages.teacher.forward import BatchSize, model_inputs

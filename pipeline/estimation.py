@@ -3,7 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from pipeline.extraction import ExtractConfig, fix_order_of_sums, threads_of_each
+from pipeline.extraction import ExtractConfig, threads_of_each
+from pipeline.shard_extractor import fix_order_of_sums
 from storage.samples import SampleIndex
 from storage.stores import open_store
 

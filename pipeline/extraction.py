@@ -1,12 +1,9 @@
 """Extraction: which shards are missing, who makes them, what came of it."""
 
-import contextlib
-import os
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -14,13 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.interruption import RESUME, Interrupted, raised_on
+from pipeline.shard_extractor import TEACHER_ONLY, ShardExtractor
 from pipeline.task_pool import FailedTry
-from storage.errors import FingerprintMismatch, TooManySkipped, UserError
+from pipeline.workers import Outcome, Worker
+from storage.errors import TooManySkipped, UserError
 from storage.manifest import Manifest, create_or_check
-from storage.samples import SampleIndex, SampleShard
+from storage.samples import SampleIndex
 from storage.stores import Store, open_store
-from storage.targets import CommitRecord, clean_partials, has_teacher, save_teacher, write_shard
-from storage.targets.commits import COMMITS, commit_path, committed_shards, iter_commits
+from storage.targets import CommitRecord, clean_partials, has_teacher
+from storage.targets.commits import COMMITS, committed_shards, iter_commits
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig
@@ -29,8 +28,6 @@ REPORT = "reports/extraction.json"
 SHOWN_FAILURES = 20
 SHARDS_IN_FLIGHT = 2
 """Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""
-TEACHER_ONLY = -1
-"""Task of a store whose shards are complete and whose `teacher/` was set aside by a repair."""
 
 
 class ExtractConfig(BaseModel):
@@ -126,64 +123,6 @@ class ExtractionProgress(Protocol):
         """What each worker is at; called a few times a second."""
 
 
-class ShardExtractor:
-    """One worker: a teacher, loaded once, that makes and commits shards; two threads may each give it one.
-
-    While the teacher runs on one shard, the last is written and the first samples of the next are made ready.
-    """
-
-    def __init__(self, teacher: "TeacherConfig", samples: str, targets: str, manifest: Manifest, threads: int) -> None:
-        fix_order_of_sums()
-        import torch
-
-        from stages.teacher.observe import Observer
-        from stages.teacher.teacher import load_teacher
-
-        torch.set_num_threads(threads)
-        self.samples, self.targets, self.manifest = open_store(samples), open_store(targets), manifest
-        self.index = SampleIndex.load(self.samples)
-        self.teacher = load_teacher(teacher)
-        # A node may hold another version of the checkpoint under the same path.
-        own = self.teacher.identity.manifest(self.index.digest, len(self.index.shards))
-        if differing := own.fingerprint.differences(manifest.fingerprint):
-            raise FingerprintMismatch(
-                f"the worker on {os.uname().nodename} sees another teacher or data than the driver "
-                f"(differs in: {', '.join(differing)}); give all machines the same files"
-            )
-        self.observer = Observer(self.teacher)
-        self._saving_vision = threading.Lock()
-
-    def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord | None:
-        """Observes and commits one shard, unless another extraction has done so by now."""
-        if shard == TEACHER_ONLY:
-            with self._saving_vision:
-                self.save_teacher_vision()
-            return None
-        entry = self.index.shards[shard]
-        with contextlib.suppress(FileNotFoundError):
-            committed = CommitRecord.load(self.targets, commit_path(shard))
-            progress(entry.num_samples)
-            return committed
-        with SampleShard.open(self.samples, entry) as samples:
-            seen = self.observer.observe(samples, progress)
-        with self._saving_vision:
-            self.save_teacher_vision()
-        with self.observer.timings.measured("writing"):
-            return write_shard(self.targets, shard, self.manifest, entry.name, seen.samples, seen.maps, seen.skipped)
-
-    def timings(self) -> dict[str, float]:
-        """Seconds so far, by what they went into: `forward`, `waited` (see `Timings`), and what went on beside it."""
-        return self.observer.timings.seconds()
-
-    def save_teacher_vision(self) -> None:
-        """Writes `teacher/` before the first commit: a store with shards must be complete for students."""
-        if has_teacher(self.targets):
-            return
-        staging = self.targets.staging("teacher")
-        self.teacher.save_vision(staging)
-        save_teacher(self.targets, self.manifest, staging)
-
-
 def extract(
     teacher: "TeacherConfig",
     samples_url: str,
@@ -248,14 +187,6 @@ def extract(
     return _conclude(targets, manifest, config, run, outcome, time.perf_counter() - started)
 
 
-def fix_order_of_sums() -> None:
-    """Makes a matrix product on a CPU the same for any number of threads, and with it of workers.
-
-    The library reads this when it first multiplies.
-    """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-
-
 def threads_of_each(cpus: int, gpus: int, workers: int | None, num_shards: int) -> int:
     """Threads of each worker: its share of its machine's cores."""
     side_by_side = gpus or min(workers or cpus, max(num_shards, 1))
@@ -298,7 +229,7 @@ class _Run:
         self.bytes += stored_bytes(record)
         self.skipped.update(sample.reason for sample in record.skipped)
 
-    def show(self, workers: "Sequence[ray_cluster.Worker]") -> None:
+    def show(self, workers: Sequence[Worker]) -> None:
         ready = [worker for worker in workers if worker.ready_at is not None]
         self.most_workers = max(self.most_workers, len(ready))
         if self._progress is None:
@@ -326,7 +257,7 @@ def _conclude(
     manifest: Manifest,
     config: ExtractConfig,
     run: _Run,
-    outcome: "ray_cluster.Outcome",
+    outcome: Outcome,
     seconds: float,
 ) -> ExtractionReport:
     committed = committed_shards(targets.list(COMMITS))
@@ -371,7 +302,7 @@ def _conclude(
     return report
 
 
-def _worker_report(worker: "ray_cluster.Worker") -> WorkerReport:
+def _worker_report(worker: Worker) -> WorkerReport:
     from stages.teacher.timings import waited_share
 
     return WorkerReport(
@@ -386,7 +317,3 @@ def _worker_report(worker: "ray_cluster.Worker") -> WorkerReport:
         waited_share=waited_share(worker.timings),
         ended=worker.ended,
     )
-
-
-if TYPE_CHECKING:
-    from pipeline import ray_cluster

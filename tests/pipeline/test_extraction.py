@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline.extraction
-from pipeline.extraction import ExtractConfig, ExtractionReport, ShardExtractor, WorkerLine, extract
+from pipeline.extraction import ExtractConfig, ExtractionReport, WorkerLine, extract
+from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError

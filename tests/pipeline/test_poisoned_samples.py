@@ -12,7 +12,8 @@ import torch
 import pipeline.extraction
 import stages.teacher.forward
 import stages.teacher.observe
-from pipeline.extraction import ExtractConfig, ExtractionReport, ShardExtractor, extract
+from pipeline.extraction import ExtractConfig, ExtractionReport, extract
+from pipeline.shard_extractor import ShardExtractor
 from stages.teacher.forward import Observed
 from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError

@@ -13,8 +13,10 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayTaskError
 
 from pipeline import ray_cluster
-from pipeline.ray_cluster import Outcome, Worker, _Crew, connect, run_tasks
+from pipeline.crew import Crew
+from pipeline.ray_cluster import connect, run_tasks
 from pipeline.task_pool import TaskPool
+from pipeline.workers import Outcome, Worker
 from storage.errors import FingerprintMismatch, UserError
 from tests.pipeline.processes import wait_until_dead
 
@@ -160,8 +162,7 @@ def test_a_user_error_of_a_worker_that_joins_late_ends_nothing_and_is_reported_w
         raise RayTaskError("start", f"\x1b[36mray::_Actor.start()\x1b[39m (pid=7, ip=10.0.0.9)\n{refused}", refused)
 
     monkeypatch.setattr(ray_cluster.ray, "get", get)
-    monkeypatch.setattr(ray_cluster.ray, "kill", lambda _: None)
-    crew = _Crew(TaskPool([0, 1], 1, 1), Late, lambda: 2, lambda *_: None, lambda *_: None)
+    crew = Crew(TaskPool([0, 1], 1, 1), LateCalls(), lambda *_: None, lambda *_: None)
     # One works already, and has the first task.
     crew.ever_ready.append(Worker(None, ready_at=0.0))
     crew.workers.append(crew.ever_ready[0])
@@ -171,14 +172,20 @@ def test_a_user_error_of_a_worker_that_joins_late_ends_nothing_and_is_reported_w
     assert crew.workers == crew.ever_ready
 
 
-class Late:
-    """Stands for an actor whose start ends in an error."""
+class LateCalls(ray_cluster._RayCalls):
+    """Of an actor whose start ends in an error."""
 
     def __init__(self) -> None:
-        self.start = self
+        self._num_workers = 2
 
-    def remote(self) -> str:
-        return "start of the late one"
+    def new_actor(self) -> str:
+        return "the late one"
+
+    def start(self, actor: Any) -> str:
+        return f"start of {actor}"
+
+    def end(self, actor: Any) -> None:
+        assert actor == "the late one"
 
 
 def note_and_die(folder: Path) -> Any:
