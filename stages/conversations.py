@@ -132,14 +132,21 @@ class ConversationEncoder:
         ]
         return self.encode(turns, images)
 
-    def encode_prompt(self, question: str, images: Sequence[Image.Image]) -> EncodedConversation:
+    def encode_prompt(
+        self, question: str, images: Sequence[Image.Image], earlier: Sequence[Mapping[str, str]] = ()
+    ) -> EncodedConversation:
         """A question up to where the model's answer begins; `answer_mask` is all False.
+
+        Args:
+            question: the last turn.
+            images: of all turns.
+            earlier: turns before it (`from`, `value`), which then place the images.
 
         Raises:
             UnusableConversation: with its reason; a prompt is never cut.
         """
-        turn = {"from": "human", "value": _place_images(question, len(images))}
-        messages = _messages([turn], len(images))
+        turn = {"from": "human", "value": question if earlier else _place_images(question, len(images))}
+        messages = _messages([*earlier, turn], len(images))
         text = self._render(messages, add_generation_prompt=True)
         encoded = self._tokenize(text, [], images)
         if len(encoded.token_ids) > self.max_length:

@@ -4,7 +4,6 @@ Weight files are copied one by one under new names, so that no more than the lar
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from stages.checkpoints import resolve_checkpoint
 from stages.convert.layout import converted_config, converted_name, read_released_config
 from stages.convert.processor import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_processor
+from stages.new_folder import check_new, new_folder
 from stages.student.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
@@ -103,8 +103,7 @@ def convert_checkpoint(
     """
     started = time.perf_counter()
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} holds something already; name a new folder")
+    check_new(output)
     folder = resolve_checkpoint(source)
     released = read_released_config(folder)
     tensors = _named_tensors(folder)
@@ -122,10 +121,7 @@ def convert_checkpoint(
     _check_tensors(folder, tensors, config, added_rows)
     images, images_from = load_image_processor(folder, released, image_processor)
 
-    staging = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with new_folder(output) as staging:
         num_bytes = _write_weights(tensors, staging, added_rows, progress)
         config.architectures = [_model_class(config).__name__]
         config.save_pretrained(staging)
@@ -145,11 +141,6 @@ def convert_checkpoint(
             seconds=round(time.perf_counter() - started, 3),
         )
         (staging / REPORT).write_text(report.model_dump_json(indent=1))
-        if output.is_dir():
-            output.rmdir()
-        staging.rename(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return report
 
 

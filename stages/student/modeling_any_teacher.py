@@ -69,6 +69,7 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
         super().__init__(config)
         self.eyes = image_side(config.teacher_config)
         width = config.text_config.hidden_size
+        self.post_connector: nn.Module
         if config.folded_linear is None:
             self.post_connector = nn.Linear(config.teacher_config.get_text_config().hidden_size, width)
         else:

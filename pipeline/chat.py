@@ -1,0 +1,58 @@
+"""A first look at a model: questions about an image on the command line."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.evaluation import find_checkpoint
+from stages.checkpoints import hide_loading_bars, load_processor
+from stages.conversations import UnusableConversation
+from stages.images import decode_image
+from stages.student.chat import Chat
+from stages.student.loading import load_multimodal
+from storage.errors import UserError
+
+
+def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
+    """A conversation of a checkpoint, a training run or an export about an image file; on the GPU when there is one.
+
+    Raises:
+        UserError: no such checkpoint or image, an image that cannot be decoded, or a model without a chat template.
+    """
+    try:
+        picture = decode_image(image.read_bytes())
+    except OSError as error:
+        raise UserError(f"no image at {image}: {error.strerror}; give a JPEG, PNG or WebP file") from error
+    hide_loading_bars()
+    folder = find_checkpoint(model)
+    on_gpu = torch.cuda.is_available()
+    loaded = load_multimodal(folder, torch.bfloat16 if on_gpu else torch.float32)
+    return Chat(loaded.to("cuda" if on_gpu else "cpu"), load_processor(folder), picture, max_new_tokens)
+
+
+def answer(chat: Chat, question: str) -> None:
+    """Writes the answer to standard output while it is made."""
+    chat.ask(question, _write)
+    _write("\n")
+
+
+def talk(chat: Chat) -> None:
+    """Reads questions from standard input until an empty line or its end; a question that cannot be put is refused."""
+    while question := _next_question():
+        try:
+            answer(chat, question)
+        except UnusableConversation as error:
+            _write(f"{error}\n")
+
+
+def _next_question() -> str:
+    # The prompt only where somebody reads it.
+    if sys.stdin.isatty():
+        _write("> ")
+    return sys.stdin.readline().strip()
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
