@@ -33,6 +33,8 @@ from tests.pipeline.crash_points import (
 from tests.pipeline.ray_kills import RayCampaign
 
 SEED = 2026
+RANDOM_SHARDS = 5
+"""Of the store that is killed over at random; the others have two, which hold every operation there is."""
 S3_PORT = 5871
 BUCKET = "cdp-crash"
 
@@ -54,13 +56,13 @@ def s3_operations(folder: Path, scale: float) -> dict[str, Any]:
 
 
 def random_operations(folder: Path, scale: float) -> dict[str, Any]:
-    place = Place(make_world(folder), str(folder / "store"))
-    return {"seed": SEED, **vars(at_random_operations(place, SEED, max(1, round(8 * scale))))}
+    place = Place(make_world(folder, RANDOM_SHARDS), str(folder / "store"))
+    return {"seed": SEED, "shards": RANDOM_SHARDS, **vars(at_random_operations(place, SEED, max(1, round(8 * scale))))}
 
 
 def random_moments(folder: Path, scale: float) -> dict[str, Any]:
-    place = Place(make_world(folder), str(folder / "store"))
-    return {"seed": SEED, **vars(at_random_moments(place, SEED, max(1, round(40 * scale))))}
+    place = Place(make_world(folder, RANDOM_SHARDS), str(folder / "store"))
+    return {"seed": SEED, "shards": RANDOM_SHARDS, **vars(at_random_moments(place, SEED, max(1, round(40 * scale))))}
 
 
 def ray(folder: Path, scale: float) -> dict[str, Any]:

@@ -15,25 +15,25 @@ from stages.checkpoints import refuse_code
 from storage.digests import canonical_json
 from storage.errors import CorruptData, UserError
 from storage.manifest import Manifest
-from storage.samples import SampleIndex, SampleShard, SampleShardWriter
+from storage.samples import SampleIndex, SampleMembers, SampleShard, SampleShardWriter
 from storage.samples.members import BLOCK_BYTES
+from storage.samples.table import table_to_bytes
 from storage.stores import open_store
-from tests.storage.builders import stored_samples
+from tests.storage.builders import stored_samples, write_table
 from tests.storage.test_reading import measured
 
 
-def one_sample(folder: Path) -> tuple[Path, dict]:
-    """The tar and the index of a set of one sample."""
+def one_sample(folder: Path) -> tuple[SampleMembers, ...]:
+    """The members of a set of one sample."""
     with SampleShardWriter(folder, 9, 10**6) as writer:
         writer.add_group(stored_samples(["a"]))
-    return folder / "samples-000000.tar", json.loads((folder / "index.json").read_bytes())
+    return SampleIndex.load(open_store(folder)).shards[0].members
 
 
-def store_index(folder: Path, index: dict, tar: bytes) -> None:
-    """The index with a tar of these bytes, its size right."""
-    index["shards"][0]["bytes"] = len(tar)
+def store_index(folder: Path, members: tuple[SampleMembers, ...], tar: bytes) -> None:
+    """These members of a tar of these bytes, sizes and digest of the table right."""
     (folder / "samples-000000.tar").write_bytes(tar)
-    (folder / "index.json").write_text(json.dumps(index))
+    write_table(folder, table_to_bytes(members), bytes=len(tar))
 
 
 def read_first(folder: Path) -> None:
@@ -70,15 +70,13 @@ TARS = {
 
 @pytest.mark.parametrize("kind", TARS)
 def test_members_other_than_the_writers_are_refused_wherever_the_index_points(tmp_path, kind):
-    _, index = one_sample(tmp_path)
+    one_sample(tmp_path)
     tar = TARS[kind]
     for offset in range(BLOCK_BYTES, len(tar), BLOCK_BYTES * max(1, len(tar) // 20_000)):
         for num_bytes in (0, 2, 300):
             if offset + num_bytes <= len(tar):
-                index["shards"][0]["members"] = [
-                    ["a", [[offset, num_bytes]], zlib.crc32(tar[offset : offset + num_bytes])]
-                ]
-                store_index(tmp_path, index, tar)
+                data = tar[offset : offset + num_bytes]
+                store_index(tmp_path, (SampleMembers("a", ((offset, num_bytes),), zlib.crc32(data)),), tar)
                 with pytest.raises(CorruptData):
                     read_first(tmp_path)
 
@@ -87,9 +85,7 @@ def test_members_other_than_the_writers_are_refused_wherever_the_index_points(tm
     "name", ["pipe:echo harm", "../samples-000000.tar", "/etc/passwd", "s3://x/y", "samples-000000.tar|sh"]
 )
 def test_shards_are_named_by_number_and_nothing_else(tmp_path, name):
-    tar, index = one_sample(tmp_path)
-    index["shards"][0]["name"] = name
-    store_index(tmp_path, index, tar.read_bytes())
+    write_table(tmp_path, table_to_bytes(one_sample(tmp_path)), name=name)
     with pytest.raises(CorruptData, match="name"):
         read_first(tmp_path)
 
@@ -99,47 +95,47 @@ def test_shards_are_named_by_number_and_nothing_else(tmp_path, name):
     [b"[" * 100_000, b'{"id": NaN}', b'{"id": 1e999}', b'{"id": ' + b"9" * 100_000 + b"}", b'"text"', b"\x80\x04."],
 )
 def test_a_conversation_that_is_no_plain_json_is_refused(tmp_path, record):
-    _, index = one_sample(tmp_path)
+    one_sample(tmp_path)
     info = tarfile.TarInfo("a.json")
     info.size, info.mode = len(record), 0o644
     padding = bytes(-len(record) % BLOCK_BYTES)
     tar = info.tobuf(tarfile.USTAR_FORMAT) + record + padding
-    index["shards"][0]["members"] = [["a", [[BLOCK_BYTES, len(record)]], zlib.crc32(record)]]
-    store_index(tmp_path, index, tar)
+    store_index(tmp_path, (SampleMembers("a", ((BLOCK_BYTES, len(record)),), zlib.crc32(record)),), tar)
     with pytest.raises(CorruptData):
         read_first(tmp_path)
 
 
 _INDEX_READER = """
-import resource, sys
+import sys
 from pathlib import Path
+from benchmarks.memory import PeakMemory
 from storage.errors import UserError
 from tests.test_hostile_input import read_first
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+memory = PeakMemory()
 for folder in sys.argv[1:]:
     try:
         read_first(Path(folder))
         print("read")
     except UserError:
         print("refused")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(memory.grown_bytes)
 """
 
 
 def test_sparse_giants_and_sizes_that_lie_need_no_memory(tmp_path):
-    folders = [tmp_path / name for name in ("index", "tar", "member")]
+    folders = [tmp_path / name for name in ("index", "table", "tar", "member")]
     for folder in folders:
-        _, index = one_sample(folder)
-    with (folders[0] / "index.json").open("r+b") as file:
-        file.truncate(20 * 2**30)
+        one_sample(folder)
+    for file in (folders[0] / "index.json", folders[1] / "samples-000000.json"):
+        with file.open("r+b") as opened:
+            opened.truncate(20 * 2**30)
     giant = 8 * 2**30
-    for folder, span in ((folders[1], [BLOCK_BYTES, giant]), (folders[2], [giant, 2])):
-        index["shards"][0] |= {"members": [["a", [span], 0]], "bytes": giant + 2 * BLOCK_BYTES}
-        (folder / "index.json").write_text(json.dumps(index))
-        with (folder / "samples-000000.tar").open("r+b") as file:
-            file.truncate(giant + 2 * BLOCK_BYTES)
+    for folder, span in ((folders[2], (BLOCK_BYTES, giant)), (folders[3], (giant, 2))):
+        write_table(folder, table_to_bytes([SampleMembers("a", (span,), 0)]), bytes=giant + 2 * BLOCK_BYTES)
+        with (folder / "samples-000000.tar").open("r+b") as opened:
+            opened.truncate(giant + 2 * BLOCK_BYTES)
     answers, mebibytes = measured(_INDEX_READER, *folders)
-    assert answers == ["refused"] * 3
+    assert answers == ["refused"] * 4
     assert mebibytes < 100
 
 
@@ -156,17 +152,18 @@ def _png_of(side: int) -> bytes:
 
 
 _IMAGE_READER = """
-import resource, sys
+import sys
 from pathlib import Path
+from benchmarks.memory import PeakMemory
 from stages.images import BadImage, decode_image
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+memory = PeakMemory()
 for file in sys.argv[1:]:
     try:
         decode_image(Path(file).read_bytes())
         print("read")
     except BadImage:
         print("refused")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(memory.grown_bytes)
 """
 
 

@@ -9,6 +9,7 @@ from storage.errors import UserError
 
 INDEX = "index.json"
 SHARDS = "samples-*.tar"
+TABLES = "samples-*.json"
 STAGING = "packing.partial"
 LEDGER = "skipped.jsonl"
 REPORT = "pack-report.json"
@@ -62,7 +63,7 @@ class StagedFolder:
             path.replace(self.out / path.name)
 
     def _clear_leftovers(self) -> None:
-        leftovers = list(self.out.glob(SHARDS)) if self.path.exists() else []
+        leftovers = [*self.out.glob(SHARDS), *self.out.glob(TABLES)] if self.path.exists() else []
         known = {path.name for path in leftovers} | {STAGING, LEDGER, REPORT}
         foreign = sorted(path.name for path in self.out.iterdir() if path.name not in known)
         if foreign:

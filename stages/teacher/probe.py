@@ -26,7 +26,7 @@ from storage.codecs.windows import encode_image, window_rows
 from storage.errors import UserError
 from storage.manifest import Manifest
 from storage.records import MapTargets, SampleTargets
-from storage.samples import SampleIndex, SampleShard
+from storage.samples import SampleIndex, SampleShard, StoredSample
 from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store
 from storage.targets import CommitRecord, write_shard
@@ -169,15 +169,8 @@ def _count(
 def _observe(teacher: Teacher, runs: Sequence[CountedRun], folder: Path, show: Progress) -> _Seen:
     """The kept samples as one shard through the teacher, after a first batch that is not counted."""
     kept = [sample for run in runs for sample in run.kept]
-    with SampleShardWriter(folder, len(kept), 2**63) as writer:
-        writer.add_group(kept)
-    store = open_store(folder)
-    (entry,) = SampleIndex.load(store).shards
     with Observer(teacher, overlap=teacher.model.device.type == "cuda") as observer:
-        batch_size = observer.batch_size.value
-        warm_up = entry.members[:batch_size]
-        first = entry.model_copy(update={"num_samples": len(warm_up), "members": warm_up})
-        with SampleShard.open(store, first) as shard:
+        with _packed(folder / "warm-up", kept[: observer.batch_size.value]) as shard:
             observer.observe(shard)
         done = 0
 
@@ -186,7 +179,7 @@ def _observe(teacher: Teacher, runs: Sequence[CountedRun], folder: Path, show: P
             done += number
             show("probe", done, len(kept))
 
-        with SampleShard.open(store, entry) as shard:
+        with _packed(folder / "kept", kept) as shard:
             started = time.perf_counter()
             whole = observer.observe(shard, advance)
             seconds = time.perf_counter() - started
@@ -194,6 +187,14 @@ def _observe(teacher: Teacher, runs: Sequence[CountedRun], folder: Path, show: P
     keys = [{sample.key for sample in run.kept} for run in runs]
     parts = [_part(whole, wanted) for wanted in keys]
     return _Seen(whole, tuple(part for part in parts if part.samples), seconds / len(kept), batch_size)
+
+
+def _packed(folder: Path, samples: Sequence[StoredSample]) -> SampleShard:
+    """These samples as a shard of their own, open."""
+    with SampleShardWriter(folder, len(samples), 2**63) as writer:
+        writer.add_group(samples)
+    store = open_store(folder)
+    return SampleShard.open(store, SampleIndex.load(store).shards[0])
 
 
 def _part(whole: ShardObservations, keys: set[str]) -> ShardObservations:

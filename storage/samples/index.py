@@ -1,73 +1,89 @@
-"""`index.json` of a sample set: which shards it has, and where in them each member lies."""
+"""`index.json` of a sample set: which shards it has. Where in a tar its members lie is in the table beside it."""
 
-from typing import NamedTuple, Self
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from hashlib import sha256
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from storage.digests import digest_of
 from storage.errors import CorruptData, UserError
 from storage.manifest import parse_record
-from storage.samples.members import BLOCK_BYTES, MAX_MEMBER_BYTES, is_key
+from storage.samples.table import MAX_TABLE_BYTES, SAMPLES_VERSION, SampleMembers, parse_table
 from storage.stores import Store
 
 INDEX_PATH = "index.json"
-INDEX_VERSION = 1
 MAX_INDEX_BYTES = 2**30
-"""Largest index that is read: that of about ten million samples; larger data is packed as several sets."""
+"""Largest index that is read or written: that of about three million shards."""
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class SampleMembers(NamedTuple):
-    """Where one sample lies in its tar."""
+@dataclass(frozen=True, slots=True)
+class SampleShardEntry:
+    """One tar. An index has one for each, so that it holds half a kilobyte and no list of samples."""
 
-    key: str
-    spans: tuple[tuple[int, int], ...]
-    """(offset of the data, bytes) of each member in tar order: the JSON, then the images."""
-    crc32: int
-    """zlib.crc32 over the data of the members in this order; checked whenever the sample is read."""
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-
-class SampleShardEntry(BaseModel):
-    """One tar."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^samples-[0-9]{6,}\.tar$")
+    name: Annotated[str, Field(pattern=r"^samples-[0-9]{6,}\.tar$")]
     """File name beside the index."""
-    num_samples: int = Field(ge=0)
+    num_samples: Annotated[int, Field(ge=0)]
     """Samples in it."""
-    bytes: int = Field(ge=0)
+    bytes: Annotated[int, Field(ge=0)]
     """Size of the file."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Digest
     """Digest of the file."""
-    members: tuple[SampleMembers, ...]
-    """Its samples in tar order."""
+    table_bytes: Annotated[int, Field(ge=0, le=MAX_TABLE_BYTES)]
+    """Size of its member table."""
+    table_sha256: Digest
+    """Digest of its member table."""
+    store: Any = field(default=None, init=False, repr=False, compare=False)
+    """The Store whose index this is of; None for an entry that was not loaded."""
 
-    @model_validator(mode="after")
-    def _spans_lie_in_the_file(self) -> Self:
-        if len(self.members) != self.num_samples:
-            raise ValueError(f"{self.name} lists {len(self.members)} samples, num_samples is {self.num_samples}")
-        end = 0
-        for key, spans, _ in self.members:
-            if not is_key(key) or not spans:
-                raise ValueError(f"{self.name} has a sample {key!r} with {len(spans)} members")
-            for offset, num_bytes in spans:
-                if num_bytes > MAX_MEMBER_BYTES:
-                    raise ValueError(f"{self.name}: member of {key} of {num_bytes} bytes, at most {MAX_MEMBER_BYTES}")
-                if offset % BLOCK_BYTES or offset < end + BLOCK_BYTES or num_bytes < 0:
-                    raise ValueError(f"{self.name}: member of {key} at {offset} overlaps or is not aligned")
-                end = offset + num_bytes
-        if end > self.bytes:
-            raise ValueError(f"{self.name} has {self.bytes} bytes, its members end at {end}")
-        return self
+    @property
+    def table_name(self) -> str:
+        """`samples-000000.json`: the member table's file name."""
+        return f"{self.name.removesuffix('.tar')}.json"
+
+    @property
+    def members(self) -> tuple[SampleMembers, ...]:
+        """The tar's samples in its order; the table is read from the store each time."""
+        return self.read_members(self.store)
+
+    def read_members(self, store: Store) -> tuple[SampleMembers, ...]:
+        """The tar's samples in its order, from the table in `store`.
+
+        Raises:
+            CorruptData: If the table is missing, is not the one of the index, or does not fit the tar.
+        """
+        where = f"{store.url}/{self.table_name}"
+        try:
+            data = store.read(self.table_name, self.table_bytes)
+        except FileNotFoundError as error:
+            raise CorruptData(f"member table {where} is missing; restore it or pack the samples again") from error
+        found = sha256(data).hexdigest()
+        if found != self.table_sha256:
+            raise CorruptData(
+                f"member table {where} has {len(data)} bytes and sha256 {found[:12]}, the index says "
+                f"{self.table_bytes} and {self.table_sha256[:12]}; restore it or pack the samples again"
+            )
+        return parse_table(data, where, self.num_samples, self.bytes)
+
+    def to_json(self) -> str:
+        """The entry's text in the index."""
+        return json.dumps({name: getattr(self, name) for name in _STORED}, separators=(",", ":"))
 
 
-class SampleIndex(BaseModel):
+_STORED = tuple(each.name for each in fields(SampleShardEntry) if each.init)
+_ENTRY = TypeAdapter(SampleShardEntry)
+
+
+@dataclass(frozen=True)
+class SampleIndex:
     """All shards of a sample set, in order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = INDEX_VERSION
-    """Version of this file's layout."""
     shards: tuple[SampleShardEntry, ...]
     """The tars, in order; their position is their number."""
 
@@ -83,11 +99,12 @@ class SampleIndex(BaseModel):
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""
-        return self.model_dump_json().encode()
+        shards = ",".join(entry.to_json() for entry in self.shards)
+        return f'{{"format_version":{SAMPLES_VERSION},"shards":[{shards}]}}'.encode()
 
     @classmethod
     def load(cls, store: Store) -> Self:
-        """Read `index.json`.
+        """Read `index.json`; no member table is read.
 
         Raises:
             UserError: When there is none (packing did not finish), or for an unknown format version.
@@ -100,8 +117,18 @@ class SampleIndex(BaseModel):
             raise UserError(
                 f"{where} does not exist: {store.url} holds no finished sample set; run `cdp pack-samples`"
             ) from None
-        fields = parse_record(data, where, INDEX_VERSION, canonical=False)
+        stored = parse_record(data, where, SAMPLES_VERSION, canonical=False)
         try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
+            return cls(tuple(_entries(stored, store)))
+        except ValueError as error:
             raise CorruptData(f"{where} is no sample index: {error}; pack the samples again") from error
+
+
+def _entries(stored: dict[str, Any], store: Store) -> Iterator[SampleShardEntry]:
+    shards = stored.get("shards")
+    if stored.keys() != {"format_version", "shards"} or not isinstance(shards, list):
+        raise ValueError(f"it has the fields {sorted(stored)}, expected a list of shards")
+    for fields_of_one in shards:
+        entry = _ENTRY.validate_python(fields_of_one)
+        object.__setattr__(entry, "store", store)
+        yield entry

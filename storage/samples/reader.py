@@ -1,4 +1,4 @@
-"""Reading samples of one tar in any order, by the offsets of the index."""
+"""Reading samples of one tar in any order, by the offsets of its member table."""
 
 import os
 import re
@@ -11,6 +11,7 @@ from storage.digests import file_sha256, parse_json
 from storage.errors import CorruptData
 from storage.samples.index import SampleShardEntry
 from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
+from storage.samples.table import SampleMembers
 from storage.stores import Store
 
 _IMAGE_NAME = re.compile(r"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.(jpg|png|webp)")
@@ -23,8 +24,8 @@ class _Holder:
 class SampleShard:
     """An open tar: `read(row)` costs one `pread` a member, wherever it lies."""
 
-    def __init__(self, path: Path, entry: SampleShardEntry) -> None:
-        self._path, self._entry = path, entry
+    def __init__(self, path: Path, entry: SampleShardEntry, members: tuple[SampleMembers, ...]) -> None:
+        self._path, self._entry, self._members = path, entry, members
         self._holder: _Holder | None = None
         self._file = path.open("rb")
 
@@ -34,8 +35,9 @@ class SampleShard:
         downloaded).
 
         Raises:
-            CorruptData: If the file is missing or has another size.
+            CorruptData: If the file is missing or has another size, or its member table is not the index's.
         """
+        members = entry.read_members(store)
         holder = _Holder()
         try:
             path = store.local(entry.name, {"": (entry.bytes, entry.sha256)}, holder)
@@ -49,14 +51,14 @@ class SampleShard:
                 f"sample shard {path} has {found} bytes, the index says {entry.bytes}; "
                 "restore it or pack the samples again"
             )
-        shard = cls(path, entry)
+        shard = cls(path, entry, members)
         shard._holder = holder
         return shard
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The samples' keys in tar order."""
-        return tuple(members.key for members in self._entry.members)
+        return tuple(members.key for members in self._members)
 
     def __len__(self) -> int:
         return self._entry.num_samples
@@ -66,11 +68,11 @@ class SampleShard:
 
         Raises:
             IndexError: If there is no such row.
-            CorruptData: If the tar does not hold the sample's members where the index says.
+            CorruptData: If the tar does not hold the sample's members where its table says.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {self._path}, which has {len(self)} samples")
-        key, spans, crc32 = self._entry.members[row]
+        key, spans, crc32 = self._members[row]
         json_name, record = self._member(key, *spans[0])
         if json_name != f"{key}.json":
             raise self._corrupt(key, f"member {json_name!r} instead of {key}.json")

@@ -1,4 +1,4 @@
-"""Writing sample shards: one pass, groups kept together, the index last."""
+"""Writing sample shards and their member tables: one pass, groups kept together, the index last."""
 
 import hashlib
 import os
@@ -9,15 +9,16 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from storage.errors import UserError
-from storage.samples.index import INDEX_PATH, SampleIndex, SampleMembers, SampleShardEntry
+from storage.samples.index import INDEX_PATH, MAX_INDEX_BYTES, SampleIndex, SampleShardEntry
 from storage.samples.members import BLOCK_BYTES, Member, StoredSample, header, members_of, padding
+from storage.samples.table import MAX_TABLE_BYTES, SampleMembers, table_to_bytes
 from storage.stores import PARTIAL, LocalStore
 
 _END = bytes(2 * BLOCK_BYTES)
 
 
 class SampleShardWriter:
-    """Writes `samples-000000.tar`, ... and, on a clean exit, `index.json`.
+    """Writes `samples-000000.tar` with `samples-000000.json`, ... and, on a clean exit, `index.json`.
 
     Equal samples in equal order give equal bytes. After an exception no index exists and the shard being
     written is gone; running again starts over. Without the index the folder is no sample set.
@@ -35,6 +36,7 @@ class SampleShardWriter:
         self._max_samples, self._max_bytes = max_samples, max_bytes
         self._keys: set[str] = set()
         self._entries: list[SampleShardEntry] = []
+        self._index_bytes = 0
         self._tar: _Tar | None = None
 
     def __enter__(self) -> Self:
@@ -44,8 +46,9 @@ class SampleShardWriter:
                 f"{self._out} already holds a finished sample set; "
                 f"choose another folder, or remove {INDEX_PATH} there to pack again"
             )
-        for left_over in [*self._out.glob("samples-*.tar"), *self._out.glob(f"samples-*{PARTIAL}")]:
-            left_over.unlink()
+        for pattern in ("samples-*.tar", "samples-*.json", f"samples-*{PARTIAL}"):
+            for left_over in self._out.glob(pattern):
+                left_over.unlink()
         return self
 
     def add_group(self, samples: Sequence[StoredSample]) -> None:
@@ -53,7 +56,8 @@ class SampleShardWriter:
 
         Raises:
             ValueError: For a repeated key, an unsafe key or an unknown kind of image; nothing of the group
-            is kept.
+                is kept.
+            UserError: If a shard has more samples, or the set more shards, than readers accept.
         """
         group = [(sample.key, members_of(sample)) for sample in samples]
         keys = [key for key, _ in group]
@@ -85,8 +89,20 @@ class SampleShardWriter:
 
     def _finish_shard(self) -> None:
         assert self._tar is not None
-        self._entries.append(self._tar.finish())
-        self._tar = None
+        tar, self._tar = self._tar, None
+        try:
+            entry = tar.finish()
+        except BaseException:
+            tar.abandon()
+            raise
+        self._index_bytes += len(entry.to_json()) + 1
+        # Readers bound what they read: a set that nobody could open must not be finished.
+        if self._index_bytes > MAX_INDEX_BYTES - BLOCK_BYTES:
+            raise UserError(
+                f"{self._out} would have more than {len(self._entries):,} shards, whose index has {MAX_INDEX_BYTES} "
+                "bytes, the most that is read; pack more samples into a shard"
+            )
+        self._entries.append(entry)
 
 
 class _Tar:
@@ -116,19 +132,28 @@ class _Tar:
         self._samples.append(SampleMembers(key, tuple(spans), crc32))
 
     def finish(self) -> SampleShardEntry:
-        """Close the tar and give it its name."""
+        """Close the tar, give it its name and write its table."""
+        table = table_to_bytes(self._samples)
+        if len(table) > MAX_TABLE_BYTES:
+            raise UserError(
+                f"{self._path} has {len(self._samples):,} samples, whose table has {len(table)} bytes, at most "
+                f"{MAX_TABLE_BYTES} are read; pack fewer samples into a shard"
+            )
         self._write(_END)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.replace(self._path)
-        return SampleShardEntry(
+        entry = SampleShardEntry(
             name=self._path.name,
             num_samples=len(self._samples),
             bytes=self._num_bytes,
             sha256=self._digest.hexdigest(),
-            members=tuple(self._samples),
+            table_bytes=len(table),
+            table_sha256=hashlib.sha256(table).hexdigest(),
         )
+        LocalStore(self._path.parent).write(entry.table_name, table)
+        return entry
 
     def abandon(self) -> None:
         """Remove what was written."""

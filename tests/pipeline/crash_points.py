@@ -29,6 +29,7 @@ import torch
 import stages.teacher.teacher
 from pipeline import ray_cluster
 from pipeline.extraction import ExtractConfig, extract
+from pipeline.workers import Outcome
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
@@ -66,7 +67,7 @@ class World:
         def connect(_: str | None) -> Iterator[ray_cluster.Cluster]:
             yield ray_cluster.Cluster(cpus=1, gpus=0)
 
-        def run_tasks(make_worker: Any, tasks: list[int], **calls: Any) -> ray_cluster.Outcome:
+        def run_tasks(make_worker: Any, tasks: list[int], **calls: Any) -> Outcome:
             work = make_worker()
 
             def run(task: int) -> None:
@@ -74,7 +75,7 @@ class World:
 
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(run, tasks))
-            return ray_cluster.Outcome()
+            return Outcome()
 
         with (
             patch.object(ray_cluster, "connect", connect),
@@ -97,7 +98,7 @@ class Countdown:
         sys.addaudithook(self._audit)
         fsync = os.fsync
 
-        def counted(descriptor: int) -> None:
+        def counted(descriptor: Any) -> None:
             self.operation("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
             fsync(descriptor)
 
@@ -411,9 +412,9 @@ def difference(found: Snapshot, expected: Snapshot) -> str:
     return f"left over {more[:5]}, missing {fewer[:5]}, other bytes {other[:5]}"
 
 
-def make_world(folder: Path) -> World:
-    """Two shards of three samples and a teacher of six layers."""
+def make_world(folder: Path, num_shards: int = 2) -> World:
+    """Shards of three samples and a teacher of six layers."""
     teacher = make_tiny_llava(folder / "teacher")
-    data, images = make_llava_data(folder / "data", 6)
+    data, images = make_llava_data(folder / "data", 3 * num_shards)
     pack_samples(data, images, folder / "samples", PackConfig(max_samples_per_shard=3))
     return World.load(teacher, folder / "samples")

@@ -1,7 +1,9 @@
 """Small manifests, samples and targets that the storage tests share."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -120,6 +122,14 @@ def pack(out: Path, shard_sizes: tuple[int, ...]) -> SampleIndex:
             writer.add_group(stored_samples([f"s{shard}-{row}" for row in range(size)]))
             writer._finish_shard()
     return SampleIndex.load(open_store(out))
+
+
+def write_table(folder: Path, data: bytes, **entry: Any) -> None:
+    """Replace the first shard's member table, and let the index name it, with other fields of the entry as well."""
+    (folder / "samples-000000.json").write_bytes(data)
+    index = json.loads((folder / "index.json").read_bytes())
+    index["shards"][0] |= {"table_bytes": len(data), "table_sha256": sha256(data).hexdigest(), **entry}
+    (folder / "index.json").write_bytes(json.dumps(index, separators=(",", ":")).encode())
 
 
 def extract(samples: SampleIndex, store: Store, skip: tuple[str, ...] = (), **changes: Any) -> list[CommitRecord]:

@@ -40,12 +40,13 @@ def dumps() -> list[dict[str, Any]]:
 
 def test_the_documents_dumps_are_of_a_real_store(tmp_path):
     (record,) = extract(pack(tmp_path / "samples", (3,)), open_store(tmp_path / "targets"), skip=("s0-2",))
-    index, head, commit, group, codes, tokens = dumps()
+    table, index, head, commit, group, codes, tokens = dumps()
     folder = tmp_path / "targets" / record.path
 
     def stored(path: Path) -> Any:
         return json.loads(path.read_bytes())
 
+    assert table == stored(tmp_path / "samples/samples-000000.json")
     assert index == stored(tmp_path / "samples/index.json")
     assert head == stored(tmp_path / "targets/manifest.json")
     assert group == stored(folder / "zarr.json")

@@ -16,13 +16,15 @@ import zarr
 
 from storage.digests import canonical_json
 from storage.errors import CorruptData, FingerprintMismatch, UserError
+from storage.samples import SampleIndex
+from storage.samples.table import table_to_bytes
 from storage.stores import open_store
 from storage.stream import StreamConfig, target_stream
 from storage.targets import CommitRecord, TargetStore
 from storage.targets.commits import measure_files
 from storage.targets.layout import ARRAYS, ArraySpec
 from storage.targets.reader import TargetShard
-from tests.storage.builders import extract, pack
+from tests.storage.builders import extract, pack, write_table
 
 INDEX_ENTRY = 16
 
@@ -132,19 +134,14 @@ def _stream_keys(root: Path) -> list[str]:
 
 def test_a_sample_index_with_fewer_samples_is_refused_whatever_it_says_of_itself(root):
     assert len(_stream_keys(root)) == 7
-    path = root / "samples/index.json"
-    index = json.loads(path.read_bytes())
-    (entry,) = index["shards"]
-    for lie in (
-        {"members": entry["members"][:-1], "num_samples": 6},
-        {"members": entry["members"][:-1]},
-        {"members": [*entry["members"][:-1], entry["members"][0]]},
-        {"members": entry["members"][::-1]},
-    ):
-        path.write_bytes(json.dumps({**index, "shards": [{**entry, **lie}]}).encode())
-        with pytest.raises(UserError):
-            _stream_keys(root)
-    path.write_bytes(json.dumps({**index, "shards": []}).encode())
+    samples = root / "samples"
+    index, members = (samples / "index.json").read_bytes(), SampleIndex.load(open_store(samples)).shards[0].members
+    for lie in (members[:-1], (*members[:-1], members[0]), members[::-1]):
+        for num_samples in {7, len(lie)}:
+            write_table(samples, table_to_bytes(lie), num_samples=num_samples)
+            with pytest.raises(UserError):
+                _stream_keys(root)
+    (samples / "index.json").write_bytes(json.dumps({**json.loads(index), "shards": []}).encode())
     with pytest.raises(FingerprintMismatch):
         _stream_keys(root)
 
@@ -243,19 +240,20 @@ BOMBS: dict[str, Callable[[Path], object]] = {
 }
 
 _READER = """
-import resource, sys
+import sys
 from pathlib import Path
+from benchmarks.memory import PeakMemory
 from storage.errors import CorruptData
 from storage.targets import TargetStore
 from tests.storage.test_reading import read_all
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+memory = PeakMemory()
 for root in sys.argv[1:]:
     try:
         read_all(Path(root))
         print("read")
     except CorruptData:
         print("refused")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(memory.grown_bytes)
 """
 
 
@@ -264,8 +262,22 @@ def measured(script: str, *arguments: object) -> tuple[list[str], float]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    *lines, kibibytes = done.stdout.split()
-    return lines, int(kibibytes) / 1024
+    *lines, num_bytes = done.stdout.split()
+    return lines, int(num_bytes) / 2**20
+
+
+_ALLOCATION = """
+from benchmarks.memory import PeakMemory
+memory = PeakMemory()
+len(bytearray(b"x") * (300 * 2**20))
+print(memory.grown_bytes)
+"""
+
+
+def test_what_a_child_needs_for_a_moment_is_seen_below_the_peak_of_its_parent():
+    len(bytearray(b"x") * (800 * 2**20))
+    _, mebibytes = measured(_ALLOCATION)
+    assert mebibytes == pytest.approx(300, abs=10)
 
 
 def test_forged_metadata_and_chunks_are_refused_without_the_memory_they_ask_for(root, tmp_path_factory):

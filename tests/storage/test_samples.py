@@ -7,7 +7,7 @@ import pytest
 from storage.errors import CorruptData, UserError
 from storage.samples import SampleIndex, SampleShard, SampleShardWriter, StoredSample, image_suffix
 from storage.stores import open_store
-from tests.storage.builders import JPG, PNG, files_of, stored_samples
+from tests.storage.builders import JPG, PNG, files_of, stored_samples, write_table
 
 WEBP = b"RIFF\x10\x00\x00\x00WEBPVP8 "
 
@@ -73,12 +73,12 @@ def test_an_exception_leaves_no_index_and_nothing_half_written(tmp_path):
 
     with pytest.raises(RuntimeError, match="stop"):
         die()
-    assert sorted(files_of(tmp_path)) == ["samples-000000.tar"]
+    assert sorted(files_of(tmp_path)) == ["samples-000000.json", "samples-000000.tar"]
     with pytest.raises(UserError, match="no finished sample set"):
         SampleIndex.load(open_store(tmp_path))
     with SampleShardWriter(tmp_path, 9, 10**6) as writer:
         writer.add_group(group("a"))
-    assert sorted(files_of(tmp_path)) == ["index.json", "samples-000000.tar"]
+    assert sorted(files_of(tmp_path)) == ["index.json", "samples-000000.json", "samples-000000.tar"]
     with pytest.raises(UserError, match="already holds"), SampleShardWriter(tmp_path, 9, 10**6):
         pass
 
@@ -140,11 +140,15 @@ def test_a_truncated_or_missing_tar_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        (b'"format_version":1', b'"format_version":2', UserError),
+        (b'"format_version":2', b'"format_version":1', UserError),
+        (b'"format_version":2', b'"format_version":3', UserError),
         (b"samples-000000.tar", b"../../etc/passwd.t", CorruptData),
-        (b'"num_samples":1', b'"num_samples":2', CorruptData),
         (b'"num_samples":1', b'"num_sampled":1', CorruptData),
-        (b"[[512", b"[[513", CorruptData),
+        (b'"num_samples":1', b'"num_samples":-1', CorruptData),
+        (b'"shards":[', b'"shards":1,"x":[', CorruptData),
+        (b'"table_bytes":', b'"table_bytes":9999999999', CorruptData),
+        (b'"table_sha256":"', b'"table_sha256":"0', CorruptData),
+        (b'"name"', b'"store":1,"name"', CorruptData),
         (b"{", b"[", CorruptData),
     ],
 )
@@ -156,6 +160,71 @@ def test_an_index_that_is_not_ours_is_refused(tmp_path, old, new, error):
     (tmp_path / "index.json").write_bytes(data.replace(old, new, 1))
     with pytest.raises(error):
         SampleIndex.load(open_store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "message"),
+    [
+        (b'"format_version":2', b'"format_version":3', UserError, "format version 3, this version reads 2"),
+        (b'"members":[[', b'"members":[],"more":[[', CorruptData, "the fields"),
+        (b'["a",', b'["../a",', CorruptData, "a sample '../a'"),
+        (b"[[512", b"[[513", CorruptData, "not aligned"),
+        (b"[[512", b"[[1024", CorruptData, "overlaps"),
+        (b"[1536,", b"[1048576,", CorruptData, "its members end at"),
+        (b"[1536,", b'["x",', CorruptData, "no table"),
+        (b'["a",', b'["b",[[512,2]],3],["a",', CorruptData, "lists 2 samples, num_samples is 1"),
+    ],
+)
+def test_a_member_table_that_is_not_ours_is_refused_though_the_index_names_it(tmp_path, old, new, error, message):
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group("a"))
+    data = (tmp_path / "samples-000000.json").read_bytes()
+    assert old in data
+    write_table(tmp_path, data.replace(old, new, 1))
+    with pytest.raises(error, match=message):
+        _ = SampleIndex.load(open_store(tmp_path)).shards[0].members
+
+
+def test_a_member_table_that_is_not_the_one_of_the_index_is_refused(tmp_path):
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group("a"))
+    store, table = open_store(tmp_path), tmp_path / "samples-000000.json"
+    (entry,) = SampleIndex.load(store).shards
+    clean = table.read_bytes()
+    for position in range(len(clean)):
+        table.write_bytes(clean[:position] + bytes([clean[position] ^ 1]) + clean[position + 1 :])
+        with pytest.raises(CorruptData, match="the index says"):
+            SampleShard.open(store, entry)
+    for data in (clean[:-1], clean + b" "):
+        table.write_bytes(data)
+        with pytest.raises(CorruptData, match=r"the index says|at most"):
+            SampleShard.open(store, entry)
+    table.unlink()
+    with pytest.raises(CorruptData, match="is missing"):
+        SampleShard.open(store, entry)
+
+
+def test_packing_refuses_what_no_reader_would_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("storage.samples.writer.MAX_TABLE_BYTES", 100)
+    with pytest.raises(UserError, match="fewer samples into a shard"), SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group("a", "b"))
+    assert files_of(tmp_path) == {}
+    monkeypatch.setattr("storage.samples.writer.MAX_TABLE_BYTES", 10**6)
+    monkeypatch.setattr("storage.samples.writer.MAX_INDEX_BYTES", 1200)
+    with pytest.raises(UserError, match="more than 2 shards"), SampleShardWriter(tmp_path, 1, 10**6) as writer:
+        writer.add_group(group("a", "b", "c"))
+    assert "index.json" not in files_of(tmp_path)
+
+
+def test_loading_an_index_reads_no_table_and_a_sample_costs_it_no_memory(tmp_path):
+    with SampleShardWriter(tmp_path, 9, 10**6) as writer:
+        writer.add_group(group(*"abc"))
+    small = (tmp_path / "index.json").stat().st_size
+    (tmp_path / "samples-000000.json").unlink()
+    assert SampleIndex.load(open_store(tmp_path)).num_samples == 3
+    with SampleShardWriter(tmp_path / "more", 99, 10**6) as writer:
+        writer.add_group(group(*(f"k{number}" for number in range(99))))
+    assert (tmp_path / "more/index.json").stat().st_size < small + 10
 
 
 def test_the_digest_follows_the_data(tmp_path):

@@ -221,11 +221,12 @@ def test_a_second_repair_has_a_folder_of_its_own_and_a_whole_store_none(damaged)
     assert check(damaged).ok
 
 
-def test_damaged_samples_are_named_and_never_moved(damaged):
-    (damaged / "samples/samples-000001.tar").write_bytes(b"short")
+@pytest.mark.parametrize("name", ["samples-000001.tar", "samples-000001.json"])
+def test_damaged_samples_are_named_and_never_moved(damaged, name):
+    (damaged / "samples" / name).write_bytes(b"short")
     before = files_of(damaged)
     report = check(damaged)
-    assert [finding.shard for finding in report.findings] == ["samples-000001.tar"]
+    assert {(finding.shard, finding.file) for finding in report.findings} == {("samples-000001.tar", name)}
     repaired = repair(report)
     assert repaired.moved == ()
     assert repaired.left == report.findings
