@@ -1,14 +1,16 @@
-"""The one global order of an epoch, and which part of it each rank and each worker gets."""
+"""The one global order of an epoch, its steps, and which part of a step each rank gets."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+Ints = NDArray[np.int64]
+
 
 class StreamConfig(BaseModel):
-    """How samples are ordered and cut into microbatches."""
+    """How samples are chosen, ordered and cut into steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -18,65 +20,86 @@ class StreamConfig(BaseModel):
     """Shards whose samples are mixed. More mixes better and keeps more shards open; 0 keeps the tars' order.
     """
     batch_size: int = Field(ge=1)
-    """Samples of one microbatch on one rank."""
+    """Samples of one step, over all ranks: a fixed slice of the global order, whatever reads it."""
+    microbatch_size: int | None = Field(default=None, ge=1)
+    """Most samples that one rank gets at once; None gives it all its samples of a step in one."""
+    bucket_by_length: bool = False
+    """Sort the samples of a step by their tokens before they are dealt out, so that microbatches are padded less."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Different samples that are used: a seeded choice, the same in each epoch; None uses all."""
     allow_incomplete: bool = False
     """Train on the shards committed so far. Off, a store whose extraction did not finish is refused."""
 
 
-def epoch_order(sizes: Mapping[int, int], seed: int, epoch: int, shuffle_shards: int) -> NDArray[np.int64]:
-    """Every (shard, row) once, in the order of one epoch.
+def epoch_order(parts: Sequence[Ints], seed: int, epoch: int, shuffle_shards: int) -> Ints:
+    """Every row of `parts` once, in the order of one epoch.
 
-    Shards are permuted, taken in groups of `shuffle_shards`, and the rows of a group are permuted together.
+    Parts are permuted, taken in groups of `shuffle_shards`, and the rows of a group are permuted together.
     The order depends on the arguments only: not on ranks, workers, platform or numpy's version (it sorts
     PCG64's raw output, which numpy keeps stable).
 
     Args:
-        sizes: Shard number -> usable samples.
+        parts: `[n, 2]` (shard, row) of one shard each.
         seed: The run's seed.
         epoch: Counted from 0.
-        shuffle_shards: Shards mixed together; 0 gives shards and rows in their stored order.
+        shuffle_shards: Parts mixed together; 0 gives parts and rows as they come.
 
     Returns:
         `[num_samples, 2]` int64.
     """
-    shards = np.array(sorted(sizes), dtype=np.int64)
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    bits = raw_bits(seed, epoch)
     if shuffle_shards:
-        shards = shards[_permutation(bits, len(shards))]
-    group_size = shuffle_shards or max(1, len(shards))
+        parts = [parts[number] for number in permutation(bits, len(parts))]
+    group_size = shuffle_shards or max(1, len(parts))
     groups = [np.zeros((0, 2), dtype=np.int64)]
-    for first in range(0, len(shards), group_size):
-        members = shards[first : first + group_size].tolist()
-        rows = np.concatenate([_rows_of(shard, sizes[shard]) for shard in members])
-        groups.append(rows[_permutation(bits, len(rows))] if shuffle_shards else rows)
+    for first in range(0, len(parts), group_size):
+        rows = np.concatenate(parts[first : first + group_size])
+        groups.append(rows[permutation(bits, len(rows))] if shuffle_shards else rows)
     return np.concatenate(groups)
 
 
-def num_steps(sizes: Mapping[int, int], batch_size: int, world_size: int) -> int:
-    """Microbatches of every rank in one epoch: ceil(samples / (batch_size * world_size))."""
-    return -(-sum(sizes.values()) // (batch_size * world_size))
+def num_steps(num_samples: int, batch_size: int) -> int:
+    """Steps of an epoch; the last one may have fewer samples."""
+    return -(-num_samples // batch_size)
 
 
-def rank_batch(order: NDArray[np.int64], number: int, batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """Microbatch `number` of one rank.
+def num_microbatches(num_samples: int, microbatch_size: int | None, world_size: int) -> int:
+    """Microbatches in which each rank gets its part of a step of so many samples; at least 1."""
+    return 1 if microbatch_size is None else max(1, -(-num_samples // (microbatch_size * world_size)))
 
-    Global batch g is the slice of `batch_size * world_size` samples at g times that; rank r gets its r-th
-    part. The last, partial one is spread evenly, the first ranks getting one more: with 5 samples left for
-    4 ranks 2, 1, 1, 1.
+
+def deal(num_samples: int, microbatch_size: int | None, world_size: int, lengths: Ints | None) -> list[list[Ints]]:
+    """Which samples of a step make up each microbatch of each rank.
+
+    The step is cut into as many runs as there are microbatches, and a run into one piece for each rank, all as
+    evenly as can be, the first ones getting one more. With lengths, the longest come first: microbatches with the
+    same number have like lengths on all ranks, which wait for each other, and what does not fit into memory fails at
+    once.
+
+    Args:
+        num_samples: Samples of the step.
+        microbatch_size: Most samples of a piece; None is one microbatch.
+        world_size: Ranks.
+        lengths: `[num_samples]` tokens; None keeps the order.
 
     Returns:
-        `[n, 2]` (shard, row); n is `batch_size` but in the last batch, where it may be 0.
+        Positions in the step, by microbatch and rank; some are empty if there are fewer samples than ranks.
     """
-    global_size = batch_size * world_size
-    rows = order[number * global_size : (number + 1) * global_size]
-    share, left = divmod(len(rows), world_size)
-    start = rank * share + min(rank, left)
-    return rows[start : start + share + (rank < left)]
+    places = np.arange(num_samples) if lengths is None else np.argsort(-lengths, kind="stable")
+    runs = np.array_split(places, num_microbatches(num_samples, microbatch_size, world_size))
+    return [np.array_split(run, world_size) for run in runs]
 
 
-def _rows_of(shard: int, size: int) -> NDArray[np.int64]:
+def shard_rows(shard: int, size: int) -> Ints:
+    """`[size, 2]` (shard, row) of a whole shard."""
     return np.stack([np.full(size, shard, dtype=np.int64), np.arange(size, dtype=np.int64)], axis=1)
 
 
-def _permutation(bits: np.random.PCG64, size: int) -> NDArray[np.int64]:
+def raw_bits(*address: int) -> np.random.PCG64:
+    """The random bits that belong to these numbers, a seed among them; trailing zeros do not count."""
+    return np.random.PCG64(np.random.SeedSequence(address))
+
+
+def permutation(bits: np.random.PCG64, size: int) -> NDArray[np.intp]:
+    """The numbers below `size` in the order of as many next raw draws."""
     return np.argsort(bits.random_raw(size), kind="stable")

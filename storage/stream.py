@@ -1,58 +1,20 @@
 """The training stream: one WebDataset pipeline that joins tars and target shards, key by key."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 from webdataset import DataPipeline
 
-from storage.errors import FingerprintMismatch, UserError
-from storage.join import joined_rows
-from storage.order import StreamConfig, epoch_order, num_steps, rank_batch
-from storage.records import MapTargets, SampleTargets
-from storage.samples import SampleIndex, SampleShard
+from storage.join import JoinedShard, OpenShards, StreamedSample
+from storage.mixture import Mixture, Source
+from storage.order import Ints, StreamConfig, deal, num_microbatches
 from storage.stores import Store
-from storage.targets import TargetShard, TargetStore
+from storage.targets import TargetStore
 
-__all__ = ["StreamConfig", "StreamedSample", "epoch_order", "num_steps", "shard_sizes", "target_stream"]
-
-
-@dataclass(frozen=True)
-class StreamedSample:
-    """A sample together with what the teacher said of it."""
-
-    key: str
-    """The sample's key, equal in tar and targets."""
-    record: dict[str, Any]
-    """The LLaVA conversation."""
-    images: tuple[bytes, ...]
-    """Encoded images."""
-    targets: SampleTargets
-    """Tokens, answer mask and answer logits."""
-    maps: MapTargets | None
-    """Attention maps of the asked layers; None without an image, or when no maps are wanted."""
-
-
-def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[int, int]:
-    """Usable samples of each committed shard: what `epoch_order` and `num_steps` take.
-
-    Raises:
-        UserError: If shards are not committed yet and that is not allowed, or nothing is committed.
-    """
-    sizes = {shard: record.num_samples for shard, record in targets.commits.items()}
-    planned = targets.manifest.num_shards
-    missing = sorted(set(range(planned)) - set(sizes))
-    if (missing and not allow_incomplete) or not any(sizes.values()):
-        raise UserError(
-            f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with "
-            f"{sum(sizes.values())} samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
-        )
-    return sizes
+__all__ = ["Mixture", "Source", "StreamConfig", "StreamedSample", "mixture_stream", "target_stream"]
 
 
 def target_stream(
@@ -63,126 +25,150 @@ def target_stream(
     rank: int,
     world_size: int,
     epoch: int,
-    start_batch: int = 0,
+    start_step: int = 0,
     layers: Sequence[int] | None = None,
     with_maps: bool = True,
 ) -> DataPipeline:
-    """This rank's microbatches of one epoch, each a list of StreamedSample.
+    """`mixture_stream` of one epoch over one sample set with its targets."""
+    opened = targets if isinstance(targets, TargetStore) else TargetStore.open(targets)
+    return mixture_stream(
+        Mixture([Source(samples, opened)], config),
+        rank=rank,
+        world_size=world_size,
+        epochs=range(epoch, epoch + 1),
+        start_step=start_step,
+        layers=layers,
+        with_maps=with_maps,
+    )
+
+
+def mixture_stream(
+    mixture: Mixture,
+    *,
+    rank: int,
+    world_size: int,
+    epochs: range,
+    start_step: int = 0,
+    layers: Sequence[int] | None = None,
+    with_maps: bool = True,
+) -> DataPipeline:
+    """This rank's microbatches of all steps, each a list of StreamedSample.
 
     Give it to `DataLoader(stream, batch_size=None, num_workers=W)`: batches come in the same order for any
-    W. Make a new one for each epoch. Object stores need `multiprocessing_context="spawn"` (or
-    `"forkserver"`).
+    W. Object stores need `multiprocessing_context="spawn"` (or `"forkserver"`).
 
     Args:
-        samples: The sample set.
-        targets: Its target store.
-        config: Order and batch size.
+        mixture: The samples, their order and the sizes of steps and microbatches.
         rank: This process, from 0.
-        world_size: Processes that train together; each gets the same number of batches.
-        epoch: Counted from 0; decides the order together with the seed.
-        start_batch: Batches of this rank to leave out; nothing of them is read.
+        world_size: Processes that train together; each gets the same number of microbatches in each step.
+        epochs: Which ones, counted from 0; each decides an order together with the seed.
+        start_step: Steps of the first of them to leave out; nothing of them is read.
         layers: Teacher layers whose maps are read; None means all captured ones.
         with_maps: False leaves the attention maps unread, for a stage without the attention loss.
 
     Raises:
-        FingerprintMismatch: If the targets were made from another sample set.
-        UserError: If extraction did not finish (see `StreamConfig.allow_incomplete`).
+        CorruptData: While it is read, for damaged or missing bytes; names the shard.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of {world_size}, expected 0 to {world_size - 1}")
-    opened = targets if isinstance(targets, TargetStore) else TargetStore.open(targets)
-    index = SampleIndex.load(samples)
-    _check_same_samples(samples, index, opened)
-    sizes = shard_sizes(opened, config.allow_incomplete)
-    plan = _Plan(sizes, config, rank, world_size, epoch, start_batch)
-    join = _Join(samples, index, opened, max(1, config.shuffle_shards), layers, with_maps)
-    return DataPipeline(plan, _split_by_worker, join)
+    return DataPipeline(
+        _Plan(mixture, epochs, start_step, world_size),
+        _split_by_worker,
+        _Join(mixture, rank, world_size, layers, with_maps),
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step as all ranks and workers see it."""
+
+    rows: Ints
+    """`[n, 2]`: its slice of the global order."""
+    ahead: Ints
+    """The slice and what comes after it: rows whose shards should be open, or be opened now."""
+    batches: tuple[int, ...]
+    """Its microbatches, or those of them that this worker makes."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """First stage: the (shard, row) of each batch, worked out anew in each worker rather than sent to it."""
+    """First stage: all steps, worked out anew in each worker rather than sent to it."""
 
-    sizes: dict[int, int]
-    config: StreamConfig
+    mixture: Mixture
+    epochs: range
+    start_step: int
+    world_size: int
+
+    def __call__(self) -> Iterator[_Step]:
+        mixture, config = self.mixture, self.mixture.config
+        num_ahead = config.batch_size + mixture.group_rows
+        order: Ints | None = None
+        for epoch in self.epochs:
+            order = mixture.order(epoch) if order is None else order
+            following: Ints | None = None
+            for step in range(self.start_step if epoch == self.epochs[0] else 0, mixture.num_steps):
+                first = step * config.batch_size
+                rows, ahead = order[first : first + config.batch_size], order[first : first + num_ahead]
+                if len(ahead) < num_ahead and epoch + 1 in self.epochs:
+                    # Also the next epoch should find its first shards open.
+                    following = mixture.order(epoch + 1) if following is None else following
+                    ahead = np.concatenate([ahead, following[: num_ahead - len(ahead)]])
+                count = num_microbatches(len(rows), config.microbatch_size, self.world_size)
+                yield _Step(rows, ahead, tuple(range(count)))
+            order = following
+
+
+def _split_by_worker(plan: Iterator[_Step]) -> Iterator[_Step]:
+    """Microbatch i of all goes to worker i % W: the DataLoader asks its workers in turn, so the order stays."""
+    worker = get_worker_info()
+    done = 0
+    for step in plan:
+        if worker is None:
+            yield step
+            continue
+        if mine := tuple(n for n in step.batches if (done + n) % worker.num_workers == worker.id):
+            yield _Step(step.rows, step.ahead, mine)
+        done += len(step.batches)
+
+
+@dataclass(frozen=True)
+class _Join:
+    """Last stage: deals a step out and reads it from both sides. Shards are opened in the process that reads them."""
+
+    mixture: Mixture
     rank: int
     world_size: int
-    epoch: int
-    start_batch: int
+    layers: Sequence[int] | None
+    with_maps: bool
 
-    def __call__(self) -> Iterator[NDArray[np.int64]]:
-        config = self.config
-        order = epoch_order(self.sizes, config.seed, self.epoch, config.shuffle_shards)
-        for step in range(self.start_batch, num_steps(self.sizes, config.batch_size, self.world_size)):
-            yield rank_batch(order, step, config.batch_size, self.rank, self.world_size)
-
-
-def _split_by_worker(plan: Iterator[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
-    """Batch i goes to worker i % W: the DataLoader asks its workers in turn, so the order stays."""
-    worker = get_worker_info()
-    for number, batch in enumerate(plan):
-        if worker is None or number % worker.num_workers == worker.id:
-            yield batch
-
-
-class _Join:
-    """Stage that reads (shard, row) from both sides. Shards are opened in the process that reads them."""
-
-    def __init__(
-        self,
-        samples: Store,
-        index: SampleIndex,
-        targets: TargetStore,
-        num_open: int,
-        layers: Sequence[int] | None,
-        with_maps: bool,
-    ) -> None:
-        self._samples, self._index, self._targets = samples, index, targets
-        self._num_open, self._layers, self._with_maps = num_open, layers, with_maps
-
-    def __call__(self, batches: Iterator[NDArray[np.int64]]) -> Iterator[list[StreamedSample]]:
-        opened: OrderedDict[int, _JoinedShard] = OrderedDict()
+    def __call__(self, steps: Iterator[_Step]) -> Iterator[list[StreamedSample]]:
+        config = self.mixture.config
+        opened = OpenShards(self._open)
         try:
-            for batch in batches:
-                yield [
-                    self._shard(shard, opened).read(row, self._layers, self._with_maps) for shard, row in batch.tolist()
-                ]
+            for step in steps:
+                opened.need(step.ahead[_first_rows(step.ahead[:, 0]), 0].tolist())
+                lengths = _lengths(step.rows, opened) if config.bucket_by_length else None
+                dealt = deal(len(step.rows), config.microbatch_size, self.world_size, lengths)
+                for number in step.batches:
+                    rows = step.rows[dealt[number][self.rank]].tolist()
+                    yield [opened[shard].read(row, self.layers, self.with_maps) for shard, row in rows]
         finally:
-            for joined in opened.values():
-                joined.close()
+            opened.close()
 
-    def _shard(self, number: int, opened: "OrderedDict[int, _JoinedShard]") -> "_JoinedShard":
-        if number not in opened:
-            # A batch may lie across two groups of shards; more than that is never needed at once.
-            while len(opened) >= self._num_open + 1:
-                opened.popitem(last=False)[1].close()
-            opened[number] = _JoinedShard(self._samples, self._index, self._targets, number)
-        opened.move_to_end(number)
-        return opened[number]
+    def _open(self, shard: int) -> JoinedShard:
+        number, shard = self.mixture.place(shard)
+        source = self.mixture.sources[number]
+        return JoinedShard(source.samples, self.mixture.indexes[number], source.targets, shard)
 
 
-class _JoinedShard:
-    """One tar and its targets, whose keys were compared."""
-
-    def __init__(self, samples: Store, index: SampleIndex, targets: TargetStore, number: int) -> None:
-        self._targets: TargetShard = targets.shard(number)
-        entry, self._tar_rows = joined_rows(index, self._targets)
-        self._tar = SampleShard.open(samples, entry)
-
-    def read(self, row: int, layers: Sequence[int] | None, with_maps: bool) -> StreamedSample:
-        stored = self._tar.read(self._tar_rows[row])
-        targets, maps = self._targets.read(row, with_maps, layers)
-        assert stored.key == targets.key
-        return StreamedSample(stored.key, stored.record, stored.images, targets, maps)
-
-    def close(self) -> None:
-        self._tar.close()
+def _first_rows(shards: Ints) -> Ints:
+    """Where each shard comes first, in this order."""
+    return np.sort(np.unique(shards, return_index=True)[1])
 
 
-def _check_same_samples(samples: Store, index: SampleIndex, targets: TargetStore) -> None:
-    wanted = targets.manifest.fingerprint.samples
-    if index.digest != wanted:
-        raise FingerprintMismatch(
-            f"targets at {targets.store.url} were made from samples {wanted[:12]}, {samples.url} holds "
-            f"{index.digest[:12]} (differs in: samples); give the right sample set, or extract again"
-        )
+def _lengths(rows: Ints, opened: OpenShards) -> Ints:
+    lengths = np.zeros(len(rows), dtype=np.int64)
+    for shard in np.unique(rows[:, 0]).tolist():
+        of_shard = rows[:, 0] == shard
+        lengths[of_shard] = opened[shard].num_tokens[rows[of_shard, 1]]
+    return lengths

@@ -119,6 +119,11 @@ class TargetShard:
         """N of each stored map."""
         return tuple(self._small["map_num_tokens"].tolist())
 
+    @property
+    def num_tokens(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """`[S]` int64: tokens of each sample, those of images included."""
+        return np.diff(self._small["token_offsets"])
+
     def row_of(self, key: str) -> int | None:
         """The row of a sample, None if it has no targets here."""
         return self._rows.get(key)

@@ -116,7 +116,7 @@ def test_ranks_share_each_step_and_have_equally_many_microbatches(size, microbat
         assert np.all(np.diff(lengths[together]) <= 0)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     world_size=st.integers(1, 4),
     batch_size=st.integers(1, 7),
@@ -331,8 +331,7 @@ def test_shards_are_asked_for_a_group_ahead_of_their_first_row_also_over_the_end
 
     monkeypatch.setattr(OpenShards, "need", watched)
     steps = keys_of(mixture_stream(mixture, rank=0, world_size=1, epochs=range(2)))
-    used = [shard for step in steps for shard in [{int(key[1]) for key in step}]]
-    assert len(asked) == len(used) + 1
+    assert len(asked) == len(steps) + 1
     assert asked[-1] == []
     order = np.concatenate([mixture.order(0), mixture.order(1)])[:, 0].tolist()
     first = 0
@@ -353,7 +352,7 @@ def test_a_flipped_byte_names_the_shard_and_the_command_that_looks_for_more(side
         name = r"shard 1 of .*: map_codes"
     damaged = bytearray(file.read_bytes())
     # The first JSON member's text in a tar, codes of the first map in a shard.
-    damaged[600 if side == "samples" else 40] ^= 1
+    damaged[520 if side == "samples" else 40] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(CorruptData, match=name) as caught:
         list(stream(tmp_path, StreamConfig(seed=0, batch_size=7)))
