@@ -1,16 +1,17 @@
 """Samples a second of one extraction worker, against the bare forward loop and against the same without overlap.
 
 The teacher is random and large enough that its forward pass is most of the work; the data are scenes. Without Ray: one
-worker, given shards by two threads, as the cluster gives them.
+worker, given shards by two threads, as the cluster gives them. Rates are of wall time, and mean little on a shared
+machine; the processor's time, of all threads together, tells how much work there is beside the forward pass.
 
     python -m benchmarks.extraction --repeats 3
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 import examples.scenes
-from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
+from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
 from examples.scenes.dataset import write_dataset
 from pipeline.extraction import SHARDS_IN_FLIGHT
 from pipeline.shard_extractor import ShardExtractor
@@ -81,34 +82,40 @@ class Bench:
         return self.index.num_samples
 
     @torch.inference_mode()
-    def forward_loop(self) -> float:
+    def forward_loop(self) -> Spent:
         """The limit: every batch through the model, ready beforehand, nothing captured, coded or written."""
-        started = time.perf_counter()
-        for batch in self.batches:
-            self.teacher.model.model(**model_inputs(self.teacher, batch), use_cache=False)
-        _wait()
-        return time.perf_counter() - started
 
-    def overlapped(self) -> float:
+        def run() -> None:
+            for batch in self.batches:
+                self.teacher.model.model(**model_inputs(self.teacher, batch), use_cache=False)
+            _wait()
+
+        return spent(run)
+
+    def overlapped(self) -> Spent:
         """The worker as the cluster runs it."""
         with self._emptied_store():
             self.worker.observer = Observer(self.teacher)
-            started = time.perf_counter()
-            with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
-                list(threads.map(lambda shard: self.worker(shard, lambda _: None), range(len(self.index.shards))))
-            seconds = time.perf_counter() - started
+
+            def run() -> None:
+                with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as threads:
+                    list(threads.map(lambda shard: self.worker(shard, lambda _: None), range(len(self.index.shards))))
+
+            taken = spent(run)
             self.waited.append(waited_share(self.worker.timings()) or 0.0)
             self.worker.observer.close()
-        return seconds
+        return taken
 
-    def one_after_the_other(self) -> float:
+    def one_after_the_other(self) -> Spent:
         """Read, prepare, forward, code and write in turn."""
         with self._emptied_store():
             self.worker.observer = Observer(self.teacher, overlap=False)
-            started = time.perf_counter()
-            for shard in range(len(self.index.shards)):
-                self.worker(shard, lambda _: None)
-            return time.perf_counter() - started
+
+            def run() -> None:
+                for shard in range(len(self.index.shards)):
+                    self.worker(shard, lambda _: None)
+
+            return spent(run)
 
     def _new_worker(self, out: Path) -> ShardExtractor:
         create_or_check(open_store(out), self.manifest)
@@ -158,16 +165,20 @@ def measure(size: Size, folder: Path, repeats: int, threads: int) -> dict[str, A
     for way in WAYS:
         getattr(bench, way)()
     bench.waited.clear()
-    seconds = interleaved({way: getattr(bench, way) for way in WAYS}, repeats)
+    taken = interleaved({way: getattr(bench, way) for way in WAYS}, repeats)
+    wall = {way: [each.wall_s for each in taken[way]] for way in WAYS}
+    processor = {way: [each.cpu_s for each in taken[way]] for way in WAYS}
     return {
         "size": {**asdict(size), "image_tokens": size.patches**2},
         "decoder_parameters": sum(p.numel() for p in bench.teacher.model.model.language_model.parameters()),
         "samples": bench.num_samples,
         "shards": len(bench.index.shards),
         "repeats": repeats,
-        "samples_per_s": {way: bench.num_samples / statistics.median(taken) for way, taken in seconds.items()},
-        "overlapped_of_forward_loop": median_ratio(seconds["forward_loop"], seconds["overlapped"]),
-        "one_after_the_other_of_forward_loop": median_ratio(seconds["forward_loop"], seconds["one_after_the_other"]),
+        "load_average": os.getloadavg()[0],
+        "samples_per_s": {way: bench.num_samples / statistics.median(wall[way]) for way in WAYS},
+        "rate_over_forward_loop": {way: median_ratio(wall["forward_loop"], wall[way]) for way in WAYS},
+        "processor_s_a_sample": {way: statistics.median(processor[way]) / bench.num_samples for way in WAYS},
+        "processor_over_forward_loop": {way: median_ratio(processor[way], processor["forward_loop"]) for way in WAYS},
         "teacher_waited_share": statistics.median(bench.waited),
     }
 

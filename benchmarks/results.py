@@ -6,14 +6,31 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+_Measured = TypeVar("_Measured")
+
+
+class Spent(NamedTuple):
+    """What a step took."""
+
+    wall_s: float
+    cpu_s: float
+    """Of all cores and threads of this process: what a machine shared with other work changes little."""
+
+
+def spent(step: Callable[[], object]) -> Spent:
+    """Run the step once."""
+    wall, processor = time.perf_counter(), time.process_time()
+    step()
+    return Spent(time.perf_counter() - wall, time.process_time() - processor)
 
 
 def hardware(device: torch.device) -> str:
@@ -40,13 +57,13 @@ def save_result(path: Path, device: torch.device, command: Sequence[str], result
     path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
 
 
-def interleaved(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, taken in turns, so that a slow minute of the machine hits all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def interleaved(ways: Mapping[str, Callable[[], _Measured]], repeats: int) -> dict[str, list[_Measured]]:
+    """What each way measures, taken in turns, so that a slow minute of the machine hits all of them alike."""
+    found: dict[str, list[_Measured]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, measure in ways.items():
-            seconds[name].append(measure())
-    return seconds
+            found[name].append(measure())
+    return found
 
 
 def median_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:

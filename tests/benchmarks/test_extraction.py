@@ -10,5 +10,6 @@ def test_each_way_sees_every_sample_and_the_overlapped_one_says_how_long_the_tea
     assert result["samples"] >= TINY.images
     assert result["shards"] > 1
     assert result["samples_per_s"].keys() == set(WAYS)
-    assert result["overlapped_of_forward_loop"] > 0
+    assert result["rate_over_forward_loop"].keys() == result["processor_over_forward_loop"].keys() == set(WAYS)
+    assert result["processor_over_forward_loop"]["overlapped"] > 1 == result["rate_over_forward_loop"]["forward_loop"]
     assert 0 < result["teacher_waited_share"] < 1
