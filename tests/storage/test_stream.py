@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.join import OPENING_THREADS, JoinedShard, OpenShards
+from storage.join import OPENING_THREADS, OpenShards
 from storage.mixture import Mixture, Source, shard_sizes
 from storage.order import deal, epoch_order, num_microbatches, num_steps, shard_rows
 from storage.samples import SampleIndex
@@ -170,7 +171,7 @@ def test_with_bucketing_microbatches_of_the_same_number_have_like_lengths(data):
         [len(sample.targets.token_ids) for batch in both for sample in batch] for both in zip(*per_rank, strict=True)
     ]
     assert sum(map(len, lengths)) == 15
-    assert all(min(longer) >= max(shorter) for longer, shorter in zip(lengths, lengths[1:], strict=False))
+    assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(lengths))
 
 
 @cache
