@@ -24,7 +24,7 @@ from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_maps import TEXT_KEYS, MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
 from stages.layers import sliding_windows
-from stages.student.losses import pooled_cosine_loss
+from stages.student.losses import matched_loss
 from storage.codecs import (
     EncodedMaps,
     EncodedWindows,
@@ -129,7 +129,7 @@ def query_gradients(maps_WNN: Tensor, keep_WNN: Tensor, seed: int) -> Tensor:
         keys = (inputs @ weights[1].detach()).unflatten(1, (heads, -1)).transpose(0, 1)
         scores = queries @ keys.transpose(1, 2) / (width / heads) ** 0.5
         student_NN = scores.masked_fill(future, -torch.inf).softmax(-1)[..., TEXT_KEYS:].mean(0)
-        loss = pooled_cosine_loss(student_NN[None], map_NN[None], keep_NN[None])[0]
+        loss = matched_loss(student_NN[None], map_NN[None], keep_NN[None])[0]
         (gradient,) = torch.autograd.grad(loss, query_weights)
         gradients.append(gradient.double().flatten())
     return torch.stack(gradients)

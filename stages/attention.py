@@ -126,7 +126,8 @@ def image_block_maps(
         scaling: factor on the scores.
 
     Returns:
-        `[B, N, N]` float32; without gradients within 4.5e-8 of eager attention in float32.
+        `[B, N, N]` float32 (float64 for such queries with gradients); without gradients within 4.5e-8 of eager
+        attention in float32.
 
     Source: METHOD, "VAT".
     """
@@ -227,10 +228,11 @@ def _differentiable_maps(
     def one_head(query_BTd: Tensor, key_BTd: Tensor) -> Tensor:
         rows_BNd = query_BTd.gather(1, index_BNd)
         scores_BNK = rows_BNd @ key_BTd[:, :num_keys].transpose(1, 2) * scaling + bias_BNK
-        return scores_BNK.softmax(-1, dtype=torch.float32).gather(2, columns_BNN)
+        return scores_BNK.softmax(-1, dtype=dtype).gather(2, columns_BNN)
 
     size = positions_BN.shape[1]
-    total_BNN = torch.zeros(batch, size, size, dtype=torch.float32, device=query_BHTd.device)
+    dtype = torch.promote_types(query_BHTd.dtype, torch.float32)
+    total_BNN = torch.zeros(batch, size, size, dtype=dtype, device=query_BHTd.device)
     for head in range(num_heads):
         total_BNN = total_BNN + checkpoint(
             one_head, query_BHTd[:, head], key_BGTd[:, head // group], use_reentrant=False

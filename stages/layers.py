@@ -4,12 +4,16 @@ Source: METHOD, "Layer matching"; layer numbers count from 0.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
 from storage.codecs.windows import window_means as row_means
 from storage.codecs.windows import window_rows
 from storage.errors import UserError
+
+LayerSpan = Literal["early", "middle", "late", "all"]
+Matching = Literal["group", "one_to_one"]
 
 MATCHED_LAYERS = 7  # S of the published models
 _PUBLISHED_SPANS = {
@@ -33,19 +37,36 @@ def visual_understanding_layers(num_layers: int) -> range:
     return range(first, min(first + count, num_layers))
 
 
+def span_layers(num_layers: int, span: LayerSpan) -> range:
+    """Layers of a decoder: its visual understanding layers in the middle, those before, those after, or all.
+
+    >>> [list(span_layers(8, span)) for span in ("early", "middle", "late")]
+    [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+    Raises:
+        UserError: there are none.
+    """
+    middle = visual_understanding_layers(num_layers)
+    ends = {"early": (0, middle.start), "middle": (middle.start, middle.stop), "late": (middle.stop, num_layers)}
+    layers = range(*ends.get(span, (0, num_layers)))
+    if not layers:
+        raise UserError(f"a decoder of {num_layers} layers has no {span} layers; choose middle or all")
+    return layers
+
+
 def default_num_matched(teacher_layers: int, student_layers: int | None = None) -> int:
     """S: 7, or as many as the shallower model's middle third holds."""
     counts = [len(visual_understanding_layers(d)) for d in (teacher_layers, student_layers) if d is not None]
     return min(MATCHED_LAYERS, *counts)
 
 
-def student_layers(num_layers: int, num_matched: int) -> tuple[int, ...]:
-    """The student's S layers: from the first layer of its middle third on, moved down if they would not fit."""
+def student_layers(num_layers: int, num_matched: int, span: LayerSpan = "middle") -> tuple[int, ...]:
+    """The student's S layers: from the first layer of the span on, moved down if they would not fit."""
     if num_matched > num_layers:
         raise UserError(
             f"the student has {num_layers} layers but {num_matched} are to be matched; set fewer matched layers"
         )
-    first = min(visual_understanding_layers(num_layers).start, num_layers - num_matched)
+    first = min(span_layers(num_layers, span).start, num_layers - num_matched)
     return tuple(range(first, first + num_matched))
 
 
@@ -55,13 +76,25 @@ def sliding_windows(captured: tuple[int, ...], num_matched: int) -> tuple[tuple[
     >>> sliding_windows((3, 4, 5), 2)
     ((3, 4), (4, 5))
     """
-    if not 1 <= num_matched <= len(captured):
-        raise UserError(
-            f"{num_matched} matched layers need at least as many captured teacher layers, found {len(captured)}: "
-            f"{list(captured)}"
-        )
+    _check_enough(captured, num_matched)
     width = len(captured) - num_matched + 1
     return tuple(captured[i : i + width] for i in range(num_matched))
+
+
+def single_layers(captured: tuple[int, ...], num_matched: int) -> tuple[tuple[int, ...], ...]:
+    """One-to-one matching: S windows of one layer, evenly spaced from the first captured layer to the last.
+
+    One alone is the middle one.
+
+    >>> single_layers((3, 4, 5, 6, 7, 8), 3)
+    ((3,), (6,), (8,))
+    """
+    _check_enough(captured, num_matched)
+    if num_matched == 1:
+        return ((captured[(len(captured) - 1) // 2],),)
+    last, steps = len(captured) - 1, num_matched - 1
+    # Halves are rounded up, in whole numbers.
+    return tuple((captured[(2 * i * last + steps) // (2 * steps)],) for i in range(num_matched))
 
 
 def window_means(maps_LNN: Tensor, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
@@ -73,3 +106,11 @@ def window_means(maps_LNN: Tensor, layers: Sequence[int], windows: Sequence[Sequ
         windows: teacher layer numbers of each window.
     """
     return row_means(maps_LNN, window_rows(layers, windows))
+
+
+def _check_enough(captured: tuple[int, ...], num_matched: int) -> None:
+    if not 1 <= num_matched <= len(captured):
+        raise UserError(
+            f"{num_matched} matched layers need at least as many captured teacher layers, found {len(captured)}: "
+            f"{list(captured)}"
+        )

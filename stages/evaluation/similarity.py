@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.student.batches import Batch, capture_for, decode_windows
 from stages.student.build import Student
-from stages.student.losses import below_sink_threshold, pooled_cosine_loss
+from stages.student.losses import below_sink_threshold, matched_loss
 from stages.student.matching import LayerMatching
 
 
@@ -67,7 +67,7 @@ def attention_similarity(
             for w, layer in enumerate(matching.student_layers):
                 maps = capture.maps[layer], targets.maps_WBNN[w], targets.keep_WBNN[w], targets.num_tokens_B
                 similarity_W[w] += float(map_similarity(*maps)[has_image_B].sum())
-                loss_W[w] += float(pooled_cosine_loss(*maps).sum())
+                loss_W[w] += float(matched_loss(*maps).sum())
             count += batch.num_with_image
         if progress is not None:
             progress(len(batch.keys))

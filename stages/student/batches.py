@@ -8,17 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from stages.attention import AttentionCapture
-from stages.families import llava
-from stages.families.batch import batch_inputs, pixels_of
-from stages.families.family import Family
-from stages.images import decode_image
+from stages.families.batch import batch_inputs
 from stages.student.matching import LayerMatching
+from stages.student.reading import SampleReader
 from storage.codecs.windows import decode_windows as decode_stored
 from storage.codecs.windows import estimate_windows, window_rows
-from storage.errors import UserError
 from storage.stream import StreamedSample
 from storage.targets import MapTargets
 
@@ -77,53 +73,35 @@ class Collator:
     """Streamed samples -> `Batch`; runs in the loader's workers.
 
     Args:
-        processor: the teacher's; only its image half is used, the tokens are the stored ones.
-        image_token_id: the placeholder's id.
-        vocab_size: the student's; ids past it cannot be embedded.
-        family: the teacher's.
+        read: how the student reads a sample.
     """
 
-    def __init__(
-        self, processor: ProcessorMixin, image_token_id: int, vocab_size: int, family: Family = llava.FAMILY
-    ) -> None:
-        self.processor = processor
-        self.image_token_id = image_token_id
-        # The student's decoder has plain positions and is not told where images are.
-        self.family = replace(family, modality_input=None)
-        self.vocab_size = vocab_size
+    def __init__(self, read: SampleReader) -> None:
+        self.read = read
 
     def __call__(self, samples: Sequence[StreamedSample]) -> Batch:
         """Pads right; an empty list gives an empty batch (a rank without a share of the last step)."""
-        rows, positions, answers, image_positions = [], [], [], []
-        for row, sample in enumerate(samples):
-            ids = sample.targets.token_ids.long()
-            is_image = ids == self.image_token_id
-            self._check_ids(sample.key, ids[~is_image])
-            answer_T = sample.targets.answer_mask.nonzero()[:, 0]
+        read = [self.read(sample) for sample in samples]
+        rows, positions, answers = [], [], []
+        for row, sample in enumerate(read):
+            answer_T = sample.answer_mask.nonzero()[:, 0]
             rows.append(torch.full_like(answer_T, row))
             positions.append(answer_T - 1)
-            answers.append(ids[answer_T])
-            image_positions.append(is_image.nonzero()[:, 0])
-        token_ids = [sample.targets.token_ids.long() for sample in samples]
-        pixels = [pixels_of(self.family, self.processor, [decode_image(data) for data in s.images]) for s in samples]
+            answers.append(sample.token_ids[answer_T])
+        token_ids, pixels = [sample.token_ids for sample in read], [sample.pixels for sample in read]
         none = [torch.zeros(0, dtype=torch.long)]
+        # Of tokens that are the student's own the teacher said nothing.
+        logits = [] if self.read.encoder is not None else [sample.targets.logits_RB for sample in samples]
         return Batch(
             keys=tuple(sample.key for sample in samples),
-            inputs=batch_inputs(self.family, self.image_token_id, token_ids, pixels),
+            inputs=batch_inputs(self.read.family, self.read.image_token_id, token_ids, pixels),
             row_index_R=torch.cat(rows or none),
             row_position_R=torch.cat(positions or none),
             answer_R=torch.cat(answers or none),
-            logits_RB=torch.cat([s.targets.logits_RB for s in samples] or [torch.zeros(0, 0, dtype=torch.uint8)]),
-            image_positions=tuple(image_positions),
+            logits_RB=torch.cat(logits or [torch.zeros(0, 0, dtype=torch.uint8)]),
+            image_positions=tuple(sample.image_positions for sample in read),
             maps=tuple(sample.maps for sample in samples),
         )
-
-    def _check_ids(self, key: str, ids: Tensor) -> None:
-        if len(ids) and int(ids.max()) >= self.vocab_size:
-            raise UserError(
-                f"sample {key} holds token {int(ids.max())}, past the student's vocabulary of {self.vocab_size}; "
-                "choose a student whose vocabulary holds every token of the data"
-            )
 
 
 @dataclass(frozen=True)
@@ -135,19 +113,21 @@ class WindowTargets:
     num_tokens_B: Tensor
 
 
-def decode_windows(maps: Sequence[MapTargets | None], matching: LayerMatching, device: torch.device) -> WindowTargets:
+def decode_windows(
+    maps: Sequence[MapTargets | None], matching: LayerMatching, device: torch.device, *, sink_mask: bool = True
+) -> WindowTargets:
     """Decodes stored maps on `device` and averages them into the windows.
 
     Args:
         maps: stored maps of each sample; None gives zeros.
-        matching: windows, codec, and whether what is stored of windows belongs to these; where it does not, masks
-            are made from the decoded maps and the exact thresholds.
+        matching: windows, codec, and what the store foresaw; for windows that it did not, masks are made from the
+            decoded maps and the exact thresholds.
         device: where to decode.
+        sink_mask: False keeps sinks too: every key that a query may attend to.
 
     Raises:
         ValueError: only some layers were read.
     """
-    rows = window_rows(matching.captured_layers, matching.windows)
     counts = [0 if m is None else m.num_tokens for m in maps]
     width = max(counts, default=0)
     maps_WBNN = torch.zeros(len(matching.windows), len(maps), width, width, device=device)
@@ -155,13 +135,28 @@ def decode_windows(maps: Sequence[MapTargets | None], matching: LayerMatching, d
     for row, stored in enumerate(maps):
         if stored is None:
             continue
-        if stored.windows is None:
-            raise ValueError("the maps were read without their windows; read all captured layers")
-        n, decode = stored.num_tokens, decode_stored if matching.stored_masks else estimate_windows
-        windows_WNN, keep_WNN = decode(matching.codec, rows, stored.maps.to(device), stored.windows.to(device), n)
+        n = stored.num_tokens
+        windows_WNN, keep_WNN = _decoded(stored, matching, device)
         maps_WBNN[:, row, :n, :n] = windows_WNN
+        if not sink_mask:
+            attended_NN = torch.ones(n, n, dtype=torch.bool, device=device)
+            keep_WNN = attended_NN.tril() if matching.codec.causal else attended_NN
         keep_WBNN[:, row, :n, :n] = keep_WNN
     return WindowTargets(maps_WBNN, keep_WBNN, torch.tensor(counts, device=device))
+
+
+def _decoded(stored: MapTargets, matching: LayerMatching, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`[W, N, N]` maps and masks of one image."""
+    if stored.windows is None:
+        raise ValueError("the maps were read without their windows; read all captured layers")
+    coded = stored.maps.to(device), stored.windows.to(device), stored.num_tokens
+    if not matching.stored_masks:
+        return estimate_windows(matching.codec, window_rows(matching.captured_layers, matching.windows), *coded)
+    decoded = decode_stored(matching.codec, window_rows(matching.captured_layers, matching.foreseen), *coded)
+    if matching.windows == matching.foreseen:
+        return decoded
+    chosen = [matching.foreseen.index(window) for window in matching.windows]
+    return decoded[0][chosen], decoded[1][chosen]
 
 
 def capture_for(batch: Batch, layers: Sequence[int], device: torch.device) -> AttentionCapture:

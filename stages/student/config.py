@@ -4,7 +4,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stages.layers import LayerSpan, Matching
+from stages.student.losses import AttentionLoss, Divergence
+
 StageName = Literal["dpt", "dft", "sft"]
+Parallel = Literal["ddp", "fsdp"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 class LoraSettings(BaseModel):
@@ -20,13 +25,29 @@ class LoraSettings(BaseModel):
     """Dropout on the update's input."""
 
 
+class DataSource(BaseModel):
+    """A target store with its samples, as one of several to train on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: str
+    """Sample shards: a folder or an object-store URL."""
+    targets: str
+    """Their target store."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Passes over it in an epoch: 2 has each sample twice, 0.5 a half, and the other half in the next epoch."""
+    subset: str | None = None
+    """Text file with the keys of the samples to use, one a line; None uses all."""
+
+
 class StageConfig(BaseModel):
     """One stage of training; its subclasses hold the published settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trains: Literal["post_connector", "lora", "full"]
-    """What learns: the post-connector alone, LoRA on the decoder with it, or the whole decoder with it."""
+    """What learns: the post-connector alone, LoRA on the decoder with it, or the whole decoder with it. A student with
+    its own eyes (`adapter`) has its projector in the post-connector's place."""
     batch_size: int = Field(ge=1)
     """Samples of an optimizer step, over all ranks and accumulation steps."""
     lm_weight: float = Field(default=1.0, ge=0)
@@ -35,8 +56,16 @@ class StageConfig(BaseModel):
     """Weight of the cross entropy under the teacher's answer distribution; 0 leaves it out."""
     kd_temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of both in that term; one the target store holds. Its gradient shrinks as the square of it."""
+    kd_divergence: Divergence = "forward"
+    """What `kd_weight` weighs: `forward` is the published cross entropy, to which tokens outside the stored top-k
+    contribute by draws; `reverse`, `symmetric` and `jensen_shannon` take these tokens together for one."""
     attention_weight: float = Field(default=1.0, ge=0)
     """Weight of the alignment with the teacher's visual attention; 0 leaves it out, and the maps unread."""
+    attention_loss: AttentionLoss = "cosine"
+    """How pooled attention is compared; `mse` is smaller by orders of magnitude and needs another weight."""
+    attention_sink_mask: bool = True
+    """Whether attention sinks are left out on either side. Codes of few bits cut sinks: without the mask the gradient
+    is less exact, which the command says."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak of the cosine schedule."""
     epochs: int = Field(default=1, ge=1)
@@ -49,6 +78,12 @@ class StageConfig(BaseModel):
     """Sample shards of this stage, when not those of the run."""
     targets: str | None = None
     """Target store of this stage, when not that of the run."""
+    sources: tuple[DataSource, ...] = ()
+    """Several stores at once for this stage, in place of `samples` and `targets`."""
+    subset: str | None = None
+    """Text file with the keys of the samples to use in this stage, one a line, when not that of the run."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Sample budget of this stage, when not that of the run."""
 
 
 class DistilledPretraining(StageConfig):
@@ -86,30 +121,66 @@ class TrainConfig(BaseModel):
     """Distilled fine-tuning."""
     sft: SupervisedFinetuning = SupervisedFinetuning()
     """Supervised fine-tuning."""
+    adapter: Literal["teacher", "own"] = "teacher"
+    """teacher: the teacher's tower and adapter, a post-connector, and the decoder named as the student. own: the student
+    is a whole multimodal checkpoint and keeps its own tower and adapter; it must make as many image tokens of each
+    sample as the teacher did."""
+    own_adapter: Literal["trained", "frozen"] = "trained"
+    """With adapter own: whether its projector learns in every stage, or stays as it is; the tower always stays."""
     lora: LoraSettings = LoraSettings()
     """Used by stages that train LoRA."""
     student_layers: tuple[int, ...] | None = None
     """Student layers that are matched; None takes the middle third's first ones."""
     num_matched: int | None = Field(default=None, ge=1)
     """How many student layers are matched; None follows the target store, fewer for a shallow student."""
+    matching: Matching = "group"
+    """Whether a matched student layer learns from the mean of a window of teacher layers, or from one of them."""
+    layers: LayerSpan | None = None
+    """Part of both decoders that is matched: their early, middle or late layers, or all; teacher layers must be in the
+    targets. None takes all that the targets hold, for the student's middle third."""
     microbatch_size: int = Field(default=8, ge=1)
     """Samples of one forward pass on one rank; batch_size / (this x ranks) passes make a step."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    precision: Literal["no", "bf16"] = "no"
-    """Automatic mixed precision of the forward pass; parameters stay float32."""
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    """bf16: mixed precision; what learns stays float32, what is frozen is kept in bfloat16. auto is bf16 on a GPU that
+    has it, else no."""
+    activation_checkpointing: bool = False
+    """Activations of each decoder layer are computed again in the backward pass: less memory, a third more time."""
+    ray_address: str | None = None
+    """Address of a Ray cluster to train on, as the processes of one group; None trains in this process, or in those
+    that torchrun or `accelerate launch` started."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes of that group; None is one a GPU, or one without GPUs. Given without an address, Ray starts here."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Times that group is started when a process or node dies; each goes on from the newest checkpoint."""
+    parallel: Parallel = "ddp"
+    """With several processes: ddp, a copy of the student in each; fsdp, a part of each parameter (FSDP2)."""
     seed: int = Field(default=0, ge=0)
     """Of the sample order and of new weights."""
     shuffle_shards: int = Field(default=8, ge=0)
     """Shards whose samples are mixed together; 0 keeps the stored order."""
-    num_workers: int = Field(default=0, ge=0)
-    """Loader processes; 0 loads in the training process."""
+    sources: tuple[DataSource, ...] = ()
+    """Several stores at once, in place of the run's `samples` and `targets`; one order goes over all of them."""
+    subset: str | None = None
+    """Text file with the keys of the samples to use, one a line; with `sources` each has its own."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Sample budget: so many different samples, drawn by `seed`, the same in each epoch; None uses all."""
+    bucket_by_length: bool = True
+    """Samples of like length share a microbatch. A step has the same samples either way: less padding, same result."""
+    num_workers: int | None = Field(default=None, ge=0)
+    """Loader processes of each training process; 0 loads in it. None is one for each core that nothing computes with,
+    up to 4: on a machine without a GPU torch computes with all cores unless OMP_NUM_THREADS says otherwise."""
+    prefetch: int = Field(default=2, ge=1)
+    """Microbatches that each loader process has ready; a longer stall is bridged, for more memory."""
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between lines of metrics.jsonl and points of TensorBoard."""
+    """Steps between lines of metrics.jsonl and points of the trackers' curves."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where else metrics go: tensorboard (if installed), wandb (extra `wandb`)."""
 
     def stage(self, name: StageName) -> StageConfig:
         """The settings of one stage."""
@@ -117,5 +188,21 @@ class TrainConfig(BaseModel):
         return config
 
 
-HARMLESS_ON_RESUME = frozenset({"num_workers", "checkpoint_every", "keep_checkpoints", "log_every", "microbatch_size"})
+HARMLESS_ON_RESUME = frozenset(
+    {
+        "num_workers",
+        "prefetch",
+        "bucket_by_length",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "microbatch_size",
+        "activation_checkpointing",
+        "parallel",
+        "ray_address",
+        "workers",
+        "max_attempts",
+        "trackers",
+    }
+)
 """Settings that may change between a kill and its resume: they decide speed and bookkeeping, not the result."""

@@ -2,13 +2,26 @@
 
 from dataclasses import dataclass
 
-from stages.layers import default_num_matched, sliding_windows, student_layers
+from stages.layers import (
+    LayerSpan,
+    Matching,
+    default_num_matched,
+    single_layers,
+    sliding_windows,
+    span_layers,
+    student_layers,
+)
+from stages.student.config import StageConfig, TrainConfig
 from storage.codecs.maps import MapCodecConfig
 from storage.errors import UserError
-from storage.manifest import Fingerprint
+from storage.manifest import Fingerprint, Manifest
 
 UNFORESEEN_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, "sqrt2": 0.9348}
 """Least cosine of the gradient with windows that were not foreseen, in `benchmarks/results/attention_codes.json`."""
+ONE_TO_ONE_COSINES = {"float16": 0.9999, "sqrt8": 0.9992, "sqrt4": 0.9985, "sqrt2": 0.9492}
+"""The same of one teacher layer for each student layer, in `benchmarks/results/attention_variants.json`."""
+UNMASKED_COSINES = {"sqrt8": 0.9963, "sqrt4": 0.9744, "sqrt2": 0.9595}
+"""The same of foreseen windows with sinks left in, which codes cut at the cap; in the same file."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +32,44 @@ class LayerMatching:
         student_layers: matched layers of the student, counted from 0.
         captured_layers: the store's teacher layers, in stored order.
         windows: teacher layers of each student layer.
-        stored_masks: whether the store's exact sink masks and means of keys are those of `windows`.
+        foreseen: windows for which the store holds exact sink masks and means of keys.
         codec: how the store's maps are coded.
     """
 
     student_layers: tuple[int, ...]
     captured_layers: tuple[int, ...]
     windows: tuple[tuple[int, ...], ...]
-    stored_masks: bool
+    foreseen: tuple[tuple[int, ...], ...]
     codec: MapCodecConfig
+
+    @property
+    def stored_masks(self) -> bool:
+        """Whether the store holds exact sink masks and means of keys for all of `windows`."""
+        return set(self.windows) <= set(self.foreseen)
+
+
+def match_stage(
+    student_depth: int, manifest: Manifest, config: TrainConfig, stage: StageConfig
+) -> tuple[LayerMatching, list[str]]:
+    """The matching that a stage with the attention loss asks for; see `match_layers`."""
+    found, notes = match_layers(
+        student_depth,
+        manifest.fingerprint,
+        config.student_layers,
+        config.num_matched,
+        matching=config.matching,
+        span=config.layers,
+        teacher_depth=manifest.num_layers,
+    )
+    name = found.codec.name
+    if not stage.attention_sink_mask and name in UNMASKED_COSINES:
+        notes.append(
+            f"attention sinks take part (attention_sink_mask is off), but {name} codes cut what is far above the sink "
+            f"threshold: the cosine between the attention gradient and the exact one, measured on large maps, was at "
+            f"least {UNMASKED_COSINES[name]} (docs/method.md; less with small maps); for an exact one extract with "
+            "teacher.map_codec=float16"
+        )
+    return found, notes
 
 
 def match_layers(
@@ -35,37 +77,83 @@ def match_layers(
     fingerprint: Fingerprint,
     layers: tuple[int, ...] | None = None,
     num_matched: int | None = None,
+    *,
+    matching: Matching = "group",
+    span: LayerSpan | None = None,
+    teacher_depth: int | None = None,
 ) -> tuple[LayerMatching, list[str]]:
-    """Group matching of a student with a store's captured layers.
+    """Matching of a student with a store's captured layers.
 
     Args:
         student_depth: decoder layers of the student.
         fingerprint: of the target store.
-        layers: matched student layers; None takes those of the middle third.
-        num_matched: how many, when `layers` is None; None follows the store, fewer for a shallow student.
+        layers: matched student layers; None takes the first ones of the span.
+        num_matched: how many, when `layers` is None; None follows the store where it foresaw this, else as many as
+            `default_num_matched` says, but all of the shallower span for `all`.
+        matching: a window of teacher layers for each student layer, or one layer.
+        span: part of both decoders; None takes all captured teacher layers and the student's middle third.
+        teacher_depth: decoder layers of the teacher; needed for a span.
 
     Returns:
         The matching, and notes for the user.
 
     Raises:
-        UserError: layers the student does not have, or more than were captured.
+        UserError: layers the student does not have, that were not captured, or more than were captured.
     """
+    captured = fingerprint.layers
+    if span is not None:
+        assert teacher_depth is not None
+        captured = tuple(span_layers(teacher_depth, span))
+        _check_captured(captured, fingerprint.layers, span)
     if layers is None:
-        wanted = num_matched or min(len(fingerprint.windows), default_num_matched(student_depth))
-        layers = student_layers(student_depth, wanted)
+        layers = student_layers(
+            student_depth,
+            num_matched or _default_num_matched(student_depth, fingerprint, captured, span),
+            span or "middle",
+        )
     if not layers or min(layers) < 0 or max(layers) >= student_depth:
         raise UserError(
             f"student layers {list(layers)} were asked for, but the decoder has layers 0 to {student_depth - 1}"
         )
-    windows = sliding_windows(fingerprint.layers, len(layers))
-    stored_masks = windows == fingerprint.windows
-    notes = []
-    if not stored_masks:
-        name = fingerprint.map_codec.name
-        notes.append(
-            f"{len(layers)} layers are matched, but the targets hold exact sink masks for {len(fingerprint.windows)}: "
-            f"masks are made from decoded maps; the cosine between the attention gradient and the exact one, measured "
-            f"on large maps, with {name} codes was at least {UNFORESEEN_COSINES[name]} (docs/method.md; less with "
-            f"small maps); match {len(fingerprint.windows)} layers, or extract with teacher.num_matched={len(layers)}"
+    windows = (sliding_windows if matching == "group" else single_layers)(captured, len(layers))
+    found = LayerMatching(layers, fingerprint.layers, windows, fingerprint.windows, fingerprint.map_codec)
+    return found, [] if found.stored_masks else [_note(found, matching, captured)]
+
+
+def _default_num_matched(
+    student_depth: int, fingerprint: Fingerprint, captured: tuple[int, ...], span: LayerSpan | None
+) -> int:
+    if span is None:
+        return min(len(fingerprint.windows), default_num_matched(student_depth))
+    shallower = min(len(captured), len(span_layers(student_depth, span)))
+    if captured == fingerprint.layers:
+        return min(len(fingerprint.windows), shallower)
+    return shallower if span == "all" else min(shallower, default_num_matched(student_depth))
+
+
+def _check_captured(wanted: tuple[int, ...], captured: tuple[int, ...], span: LayerSpan) -> None:
+    if not set(wanted) <= set(captured):
+        raise UserError(
+            f"the {span} layers of the teacher are {wanted[0]} to {wanted[-1]}, but the targets hold layers "
+            f"{captured[0]} to {captured[-1]}; choose other train.layers, or extract with "
+            f"teacher.layers=[{', '.join(map(str, wanted))}]"
         )
-    return LayerMatching(layers, fingerprint.layers, windows, stored_masks, fingerprint.map_codec), notes
+
+
+def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -> str:
+    """What masks of windows that the store did not foresee are made of, and which extraction would foresee them."""
+    count, name = len(found.windows), found.codec.name
+    cosine = (ONE_TO_ONE_COSINES if matching == "one_to_one" else UNFORESEEN_COSINES)[name]
+    how = " with one teacher layer each" if matching == "one_to_one" else ""
+    part = "," if captured == found.captured_layers else f", of teacher layers {captured[0]} to {captured[-1]},"
+    remedy = f"teacher.num_matched={len(captured) if matching == 'one_to_one' else count}"
+    if captured != found.captured_layers:
+        remedy = f"teacher.layers=[{', '.join(map(str, captured))}] and {remedy}"
+    elif matching == "group":
+        remedy = f"{remedy}; or match {len(found.foreseen)} layers"
+    return (
+        f"{count} layers are matched{how}{part} but the targets hold exact sink masks for {len(found.foreseen)} "
+        f"windows of {len(found.foreseen[0])}: masks are made from decoded maps; the cosine between the attention "
+        f"gradient and the exact one, measured on large maps, with {name} codes was at least {cosine} (docs/method.md; "
+        f"less with small maps); for exact ones extract with {remedy}"
+    )

@@ -1,6 +1,6 @@
 """The training objective of a batch: LM + logit distillation + attention alignment, from stored targets.
 
-Shape letters: B samples, R answer rows, V vocabulary, W windows, N image tokens.
+Shape letters: B samples, T tokens, R answer rows, d hidden size, W windows, N image tokens.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stages.student.batches import Batch, WindowTargets, capture_for, decode_windows
 from stages.student.build import Student
 from stages.student.config import StageConfig
-from stages.student.losses import next_token_loss, pooled_cosine_loss, stored_logit_distillation_loss
+from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
 from stages.student.matching import LayerMatching
 from storage.codecs.answer_logits import LogitCodecConfig, decode_logits
 
@@ -31,9 +31,9 @@ class DistillationObjective(nn.Module):
         self, student: Student, stage: StageConfig, logit_codec: LogitCodecConfig, matching: LayerMatching | None
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.stage = student, stage
         self.weights = {"lm": stage.lm_weight, "kd": stage.kd_weight, "attention": stage.attention_weight}
-        self.logit_codec, self.temperature = logit_codec, stage.kd_temperature
+        self.logit_codec = logit_codec
         self.matching = matching
 
     def forward(self, batch: Batch, totals: BatchTotals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,39 +49,71 @@ class DistillationObjective(nn.Module):
         align = matching is not None and batch.num_with_image > 0
         capture = capture_for(batch, matching.student_layers, device) if matching is not None and align else None
         hidden_BTd = self.student.model(**batch.inputs, capture=capture, use_cache=False).last_hidden_state
-        # Vocabulary logits at answer rows only: image and question positions predict nothing that is scored.
-        logits_RV = self.student.lm_head(hidden_BTd[batch.row_index_R, batch.row_position_R])
-
-        rows = max(totals.answer_rows, 1)
-        terms = {"lm": next_token_loss(logits_RV, batch.answer_R).sum() / rows}
-        if self.weights["kd"] > 0:
-            stored = decode_logits(self.logit_codec, batch.logits_RB)
-            terms["kd"] = stored_logit_distillation_loss(logits_RV, stored, self.temperature).sum() / rows
+        terms = self._answer_terms(batch, hidden_BTd, max(totals.answer_rows, 1))
         if matching is not None:
             # There also for a batch of text alone: all ranks sum up the same terms.
             terms["attention"] = torch.zeros((), device=device)
         if matching is not None and capture is not None:
-            targets = decode_windows(batch.maps, matching, device)
+            sink_mask = self.stage.attention_sink_mask
+            targets = decode_windows(batch.maps, matching, device, sink_mask=sink_mask)
             student_maps = [capture.maps[layer] for layer in matching.student_layers]
-            loss_B = alignment_loss_B(student_maps, targets)
+            loss_B = alignment_loss_B(student_maps, targets, self.stage.attention_loss, sink_mask=sink_mask)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if "pixel_values" not in batch.inputs:
-            # Text alone does not go through the post-connector, which may be all that learns and which DDP waits for.
-            loss = loss + torch.stack([p.sum() * 0 for p in self.student.model.post_connector.parameters()]).sum()
+            loss = loss + self._unseen_image_side()
         return loss, {name: value.detach() for name, value in terms.items()}
 
+    def _answer_terms(self, batch: Batch, hidden_BTd: Tensor, num_rows: int) -> dict[str, Tensor]:
+        vocab_size, teacher = self.student.config.get_text_config().vocab_size, None
+        if self.weights["kd"] > 0:
+            stored = decode_logits(self.logit_codec, batch.logits_RB)
+            teacher = teacher_rows(stored, vocab_size, self.stage.kd_temperature)
+        # Vocabulary logits at answer rows only: image and question positions predict nothing that is scored.
+        hidden_Rd = hidden_BTd[batch.row_index_R, batch.row_position_R]
+        lm_R, kd_R = answer_losses(
+            self.student.lm_head, hidden_Rd, batch.answer_R, teacher, self.stage.kd_divergence, vocab_size=vocab_size
+        )
+        terms = {"lm": lm_R.sum() / num_rows}
+        return terms if kd_R is None else {**terms, "kd": kd_R.sum() / num_rows}
+
     def _nothing(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """A rank without a share of the last step still takes part in it, with zero gradients."""
+        """A rank without a share of the last step still takes part in it, with zero gradients.
+
+        One token goes through decoder and head: where parameters are gathered layer by layer, every rank must ask for
+        every layer.
+        """
         names = [name for name, weight in self.weights.items() if name == "lm" or weight > 0]
-        loss = torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        hidden_BTd = self.student.model(input_ids=token, use_cache=False).last_hidden_state
+        loss = self.student.lm_head(hidden_BTd).sum() * 0 + self._unseen_image_side()
         return loss, {name: torch.zeros((), device=device) for name in names}
 
+    def _unseen_image_side(self) -> Tensor:
+        """Zero, with a zero gradient for what learns before the decoder: text alone does not go through it, and it may
+        be all that learns and what DDP waits for.
+        """
+        decoder = ("model.language_model.", "lm_head.")
+        zero = torch.zeros((), device=self.student.device)
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad and not name.startswith(decoder):
+                zero = zero + parameter.sum() * 0
+        return zero
 
-def alignment_loss_B(student_maps: list[Tensor], targets: WindowTargets) -> Tensor:
+
+def alignment_loss_B(
+    student_maps: list[Tensor], targets: WindowTargets, kind: AttentionLoss = "cosine", *, sink_mask: bool = True
+) -> Tensor:
     """`[B]` attention loss of each sample, summed over matched layers; 0 for a sample without an image."""
     losses = [
-        pooled_cosine_loss(student_BNN, targets.maps_WBNN[w], targets.keep_WBNN[w], targets.num_tokens_B)
+        matched_loss(
+            student_BNN,
+            targets.maps_WBNN[w],
+            targets.keep_WBNN[w],
+            targets.num_tokens_B,
+            kind=kind,
+            sink_mask=sink_mask,
+        )
         for w, student_BNN in enumerate(student_maps)
     ]
     return torch.stack(losses).sum(0)

@@ -13,6 +13,7 @@ from stages.evaluation.similarity import attention_similarity, map_similarity
 from stages.student.batches import Batch, Collator, capture_for
 from stages.student.build import Student, build_student
 from stages.student.matching import LayerMatching
+from stages.student.reading import SampleReader
 from storage.codecs import MapCodecConfig, encode_image, sink_keep_mask
 from storage.records import MapTargets
 from storage.stores import open_store
@@ -23,7 +24,7 @@ MATCHING = LayerMatching(
     student_layers=(2, 3),
     captured_layers=(2, 3),
     windows=((2,), (3,)),
-    stored_masks=True,
+    foreseen=((2,), (3,)),
     codec=MapCodecConfig(name="float16"),
 )
 
@@ -36,7 +37,7 @@ def student_and_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student
     store = extract_here(data, folder / "targets", max_length=256)
     student = build_student(store.teacher_folder(), data.student_lm, seed=0).eval()
     enable_capture(student)
-    collator = Collator(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000)
+    collator = Collator(SampleReader(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000))
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=5)
     stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
     batch = collator(next(iter(list(stream))))

@@ -14,7 +14,7 @@ from stages.student.losses import (
     below_sink_threshold,
     logit_distillation_loss,
     next_token_loss,
-    pooled_cosine_loss,
+    matched_loss,
     sparse_cross_entropy,
     stored_logit_distillation_loss,
 )
@@ -104,15 +104,15 @@ def test_padding_changes_neither_the_loss_nor_the_threshold() -> None:
     keep = below_sink_threshold(teacher) & (teacher > 0)
     padded = [torch.nn.functional.pad(t, (0, 5, 0, 5)) for t in (student, teacher, keep)]
     counts = torch.tensor([9, 9])
-    expected = pooled_cosine_loss(student, teacher, keep)
-    torch.testing.assert_close(pooled_cosine_loss(*padded, counts), expected)
+    expected = matched_loss(student, teacher, keep)
+    torch.testing.assert_close(matched_loss(*padded, counts), expected)
     inside = below_sink_threshold(padded[0], counts)[:, :9, :9]
     assert torch.equal(inside, below_sink_threshold(student))
 
 
 def test_a_sample_without_an_image_has_no_loss_and_no_gradient() -> None:
     student = torch.zeros(1, 4, 4, requires_grad=True)
-    loss = pooled_cosine_loss(student, torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool(), torch.tensor([0]))
+    loss = matched_loss(student, torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool(), torch.tensor([0]))
     loss.sum().backward()
     assert loss.item() == 0
     assert student.grad is not None

@@ -1,0 +1,99 @@
+"""The attention losses: pooled maps of student and teacher, compared by cosine, divergence or squared difference.
+
+Shape letters: L matched layers, B samples, N image tokens.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AttentionLoss = Literal["cosine", "kl", "mse"]
+
+COSINE_EPS = 1e-8
+LEAST_SHARE = 1e-12
+"""`kl` takes a key to which the student attends less (of its attention on image tokens) for one of this share."""
+
+
+def attention_alignment_loss(student_LBNN: Tensor, teacher_LBNN: Tensor, kind: AttentionLoss = "cosine") -> Tensor:
+    """L_attn: the loss of pooled maps, summed over layers, mean over the batch.
+
+    Args:
+        student_LBNN: student maps, floating point, zero above the diagonal.
+        teacher_LBNN: the matched teacher maps (windows already averaged).
+        kind: see `matched_loss`.
+
+    Returns:
+        Scalar. The gradient flows to `student_LBNN` only through the pooled values, not through the masks.
+
+    Source: METHOD, "VAT".
+    """
+    pairs = zip(student_LBNN, teacher_LBNN, strict=True)
+    losses_LB = [matched_loss(a, b, below_sink_threshold(b) & (b > 0), kind=kind) for a, b in pairs]
+    return torch.stack(losses_LB).sum(0).mean()
+
+
+def matched_loss(
+    student_BNN: Tensor,
+    teacher_BNN: Tensor,
+    teacher_keep_BNN: Tensor,
+    num_tokens_B: Tensor | None = None,
+    *,
+    kind: AttentionLoss = "cosine",
+    sink_mask: bool = True,
+) -> Tensor:
+    """`[B]` loss of one matched pair, from the teacher's map and its own (exact, stored) sink mask.
+
+    With a and b the pooled vectors of student and teacher, `cosine` is 1 - cos(a, b); `kl` is sum_j b'_j log(b'_j /
+    a'_j) of a' = a / sum(a) and b' = b / sum(b); `mse` is the mean of (a_j - b_j)^2 over the sample's own N keys. All
+    are zero where a = b; `cosine` and `kl` also where they differ by a factor. `mse` is of the order of 1 / N^2.
+
+    Args:
+        student_BNN: student maps, zero beyond a sample's own number of image tokens.
+        teacher_BNN: teacher maps, padded likewise.
+        teacher_keep_BNN: bool, True where the teacher's entry is positive and no sink; False in the padding.
+        num_tokens_B: image tokens of each sample; None when every map is full. A sample with 0 gives 0.
+        kind: how the pooled vectors are compared.
+        sink_mask: False leaves the student's sinks in; the teacher's are in where `teacher_keep_BNN` is True.
+    """
+    keep_BNN = teacher_keep_BNN
+    if sink_mask:
+        keep_BNN = keep_BNN & below_sink_threshold(student_BNN.detach(), num_tokens_B)
+    student_BN = pool_keys(student_BNN, keep_BNN)
+    teacher_BN = pool_keys(teacher_BNN.to(student_BNN.dtype), keep_BNN)
+    if kind == "cosine":
+        loss_B = 1 - F.cosine_similarity(student_BN, teacher_BN, dim=-1, eps=COSINE_EPS)
+    elif kind == "kl":
+        loss_B = _divergence(student_BN, teacher_BN)
+    else:
+        count_B = student_BN.shape[-1] if num_tokens_B is None else num_tokens_B.clamp(min=1)
+        loss_B = (student_BN - teacher_BN).square().sum(-1) / count_B
+    return loss_B if num_tokens_B is None else loss_B * (num_tokens_B > 0)
+
+
+def below_sink_threshold(map_BNN: Tensor, num_tokens_B: Tensor | None = None) -> Tensor:
+    """True where an entry is at most mean + std of its map, zeros above the diagonal included, N*N-1 in the std."""
+    if num_tokens_B is None:
+        num_tokens_B = torch.full(map_BNN.shape[:1], map_BNN.shape[-1], device=map_BNN.device)
+    inside_BN = torch.arange(map_BNN.shape[-1], device=map_BNN.device) < num_tokens_B[:, None]
+    count_B11 = num_tokens_B[:, None, None].float() ** 2
+    mean_B11 = map_BNN.sum((-2, -1), keepdim=True) / count_B11.clamp(min=1)
+    deviation_BNN = (map_BNN - mean_B11) * (inside_BN[:, :, None] & inside_BN[:, None, :])
+    variance_B11 = deviation_BNN.square().sum((-2, -1), keepdim=True) / (count_B11 - 1).clamp(min=1)
+    return map_BNN <= mean_B11 + variance_B11.sqrt()
+
+
+def pool_keys(map_BNN: Tensor, keep_BNN: Tensor) -> Tensor:
+    """`[B, N]` mean attention each key receives over the queries where `keep_BNN` holds; 0 for a column without any.
+
+    Source: METHOD, "VAT", symbols a and b.
+    """
+    return (map_BNN * keep_BNN).sum(-2) / keep_BNN.sum(-2).clamp(min=1)
+
+
+def _divergence(student_BN: Tensor, teacher_BN: Tensor) -> Tensor:
+    """`[B]` KL of the student's shares from the teacher's."""
+    tiny = torch.finfo(student_BN.dtype).tiny
+    own_BN, wanted_BN = (pooled / pooled.sum(-1, keepdim=True).clamp(min=tiny) for pooled in (student_BN, teacher_BN))
+    return (torch.xlogy(wanted_BN, wanted_BN) - wanted_BN * own_BN.clamp(min=LEAST_SHARE).log()).sum(-1)

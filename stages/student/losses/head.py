@@ -1,0 +1,83 @@
+"""Language modelling head and its losses at answer rows, a bounded part of the vocabulary logits at a time.
+
+Shape letters: R answer rows, d hidden size, V vocabulary, K stored ids of a row.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from stages.student.losses.logits import Divergence, TeacherRows, next_token_loss
+from stages.student.losses.vocabulary import sparse_cross_entropy
+
+LOGITS_AT_ONCE = 2**26
+"""Vocabulary logits that exist at a time: 441 rows of a vocabulary of 152,000, 134 MB in bfloat16."""
+
+
+def answer_losses(
+    head: Callable[[Tensor], Tensor],
+    hidden_Rd: Tensor,
+    answer_R: Tensor,
+    teacher: TeacherRows | None,
+    divergence: Divergence = "forward",
+    *,
+    vocab_size: int,
+    logits_at_once: int = LOGITS_AT_ONCE,
+) -> tuple[Tensor, Tensor | None]:
+    """LM and logit distillation losses, both from one pass over the logits.
+
+    Rows go through the head in parts of at most `logits_at_once` logits. Those of the last part are kept for the
+    gradient; all others are computed again in the backward pass, which costs one more product with the head's weight
+    for these rows and holds one part at a time. Values and gradients are those of one pass over all rows.
+
+    The head is called as a module, never read: it may be frozen, tied, quantised, or a shard that is gathered when it
+    is called. A head that is gathered by itself (and not with the module that calls this) would be gathered once a
+    part: then ranks must have equally many parts.
+
+    Args:
+        head: hidden states `[r, d]` to logits `[r, V]`, row by row.
+        hidden_Rd: the last hidden states at the positions that predict an answer token.
+        answer_R: the answer tokens.
+        teacher: what is known of the teacher's distributions at these rows; None without distillation.
+        divergence: see `stored_logit_distillation_loss`.
+        vocab_size: V.
+        logits_at_once: bounds the logits that exist at a time; at least one row does.
+
+    Returns:
+        `[R]` LM loss, `[R]` distillation loss or None.
+    """
+
+    def part(part_rd: Tensor, answer_r: Tensor, teacher_r: TeacherRows | None) -> tuple[Tensor, Tensor | None]:
+        return _row_losses(head(part_rd), answer_r, teacher_r, divergence)
+
+    size = max(1, logits_at_once // vocab_size)
+    lm: list[Tensor] = []
+    kd: list[Tensor | None] = []
+    for start in range(0, max(len(hidden_Rd), 1), size):
+        rows = slice(start, start + size)
+        arguments = hidden_Rd[rows], answer_R[rows], None if teacher is None else teacher[rows]
+        if start + size >= len(hidden_Rd):
+            losses = part(*arguments)
+        else:
+            losses = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        lm.append(losses[0])
+        kd.append(losses[1])
+    return torch.cat(lm), None if teacher is None else torch.cat([loss for loss in kd if loss is not None])
+
+
+def _row_losses(
+    logits_RV: Tensor, answer_R: Tensor, teacher: TeacherRows | None, divergence: Divergence
+) -> tuple[Tensor, Tensor | None]:
+    if teacher is None:
+        return next_token_loss(logits_RV, answer_R), None
+    if divergence != "forward" or teacher.temperature != 1:
+        return next_token_loss(logits_RV, answer_R), teacher.loss(logits_RV, divergence)
+    # Both are cross entropies at temperature 1: one softmax serves them, and one gradient of the logits.
+    ids_RJ = torch.cat([answer_R[:, None], teacher.ids_RJ], dim=1)
+    weights_2RJ = teacher.weights_RJ.new_zeros(2, *ids_RJ.shape)
+    weights_2RJ[0, :, 0] = 1
+    weights_2RJ[1, :, 1:] = teacher.weights_RJ
+    lm_R, kd_R = sparse_cross_entropy(logits_RV, ids_RJ, weights_2RJ)
+    return lm_R, kd_R
