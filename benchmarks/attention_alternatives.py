@@ -1,10 +1,12 @@
 """What was tried for attention codes and not kept: other coders, other masks, other values, on one synthetic sample.
 
+Coders that need a package of their own (`pip install pcodec zstandard`) are left out where it is not installed.
+
 Letters: L captured layers, W windows, N image tokens, E entries of a causal map, C bytes of its codes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,20 +31,32 @@ from storage.codecs.sinks import map_mean_std
 
 QueryGradients = Callable[[Tensor, Tensor, int], Tensor]
 _Array = np.ndarray[Any, Any]
+PCODEC_LEVELS = (8, 12)
+"""Its default and its highest."""
+DICTIONARY_BYTES = 112_640
+"""What the zstd command makes by default."""
+PIECE_BYTES = 8192
+"""Of the samples that a dictionary is made of: they should be many."""
 
 
 def measure_alternatives(data: MapSet, query_gradients: QueryGradients) -> dict[str, Any]:
     """Sizes and exactness on the first sample, beside what is stored of it at 4 bits."""
     maps_LNN, config = data.maps[0], MapCodecConfig(name="sqrt4")
     return {
-        "coders_of_4_bit_codes": coders(config, maps_LNN),
+        "coders_of_4_bit_codes": coders(config, maps_LNN, data.maps[1:]),
         "masks_at_4_bits": masks(config, data, maps_LNN),
         "values": values(data, maps_LNN, query_gradients),
     }
 
 
-def coders(config: MapCodecConfig, maps_LNN: Tensor) -> dict[str, dict[str, float]]:
-    """Bytes of all layers' codes and time to decompress them, for each way to order and to compress them."""
+def coders(config: MapCodecConfig, maps_LNN: Tensor, others: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+    """Bytes of all layers' codes and time to decompress them, for each way to order and to compress them.
+
+    Args:
+        config: The codec.
+        maps_LNN: One sample's maps.
+        others: Maps of other samples, which a dictionary is made of.
+    """
     encoded, _ = encode_image(config, (), maps_LNN)
     packed_LC = encoded.codes_LC
     codes_LE = code_squares(config, packed_LC, maps_LNN.shape[-1]).sqrt().to(torch.uint8)
@@ -61,12 +75,8 @@ def coders(config: MapCodecConfig, maps_LNN: Tensor) -> dict[str, dict[str, floa
         "bit planes": _compressed(Zstd(level=1), _bit_planes(codes_LE)),
         "one code a byte": _compressed(Zstd(level=1), list(codes_LE.numpy())),
     }
-    try:
-        from numcodecs.pcodec import PCodec
-    except ImportError:
-        pass
-    else:
-        found["pcodec, one code in 16 bits"] = _compressed(PCodec(), list(codes_LE.numpy().astype(np.uint16)))
+    found |= _pcodec(codes_LE)
+    found |= _zstd_with_dictionary(stored, [encode_image(config, (), maps)[0].codes_LC.numpy() for maps in others])
     reference = found["zstd 1, as stored"][1]
     results = {
         name: {"bytes": size, "decompress_over_stored": median_ratio(seconds, reference)}
@@ -75,6 +85,40 @@ def coders(config: MapCodecConfig, maps_LNN: Tensor) -> dict[str, dict[str, floa
     results["entropy of single codes"] = {"bytes": sum(_entropy_bytes(codes_E) for codes_E in codes_LE)}
     results["entropy given the codes left and above"] = {"bytes": _context_bytes(codes_LNN)}
     return results
+
+
+def _pcodec(codes_LE: Tensor) -> dict[str, tuple[int, list[float]]]:
+    try:
+        from numcodecs.pcodec import PCodec
+    except ImportError:
+        return {}
+    parts: list[_Array] = list(codes_LE.numpy().astype(np.uint16))
+    return {f"pcodec {level}, one code in 16 bits": _compressed(PCodec(level=level), parts) for level in PCODEC_LEVELS}
+
+
+def _zstd_with_dictionary(parts: list[_Array], others: Sequence[_Array]) -> dict[str, tuple[int, list[float]]]:
+    """With a dictionary of other samples' codes; it is stored once, so its own bytes are not counted."""
+    try:
+        import zstandard
+    except ImportError:
+        return {}
+    pieces = [
+        codes[start : start + PIECE_BYTES].tobytes()
+        for codes_LC in others
+        for codes in codes_LC
+        for start in range(0, len(codes), PIECE_BYTES)
+    ]
+    if not pieces:
+        return {}
+    dictionary = zstandard.train_dictionary(min(DICTIONARY_BYTES, sum(map(len, pieces)) // 8), pieces)
+    reader = zstandard.ZstdDecompressor(dict_data=dictionary)
+    return {
+        f"zstd {level}, dictionary of other samples": _timed(
+            [zstandard.ZstdCompressor(level=level, dict_data=dictionary).compress(part.tobytes()) for part in parts],
+            reader.decompress,
+        )
+        for level in (1, 19)
+    }
 
 
 def masks(config: MapCodecConfig, data: MapSet, maps_LNN: Tensor) -> dict[str, float]:
@@ -143,12 +187,15 @@ def _quantised(maps_LNN: Tensor, max_code: int, factor: float, power: float) -> 
 
 def _compressed(codec: Any, parts: list[_Array]) -> tuple[int, list[float]]:
     """Bytes of all parts, and seconds to decompress them, three times."""
-    packed = [codec.encode(np.ascontiguousarray(part)) for part in parts]
+    return _timed([codec.encode(np.ascontiguousarray(part)) for part in parts], codec.decode)
+
+
+def _timed(packed: Sequence[bytes], decompress: Callable[[bytes], object]) -> tuple[int, list[float]]:
     seconds = []
     for _ in range(3):
         started = time.thread_time()
         for part in packed:
-            codec.decode(part)
+            decompress(part)
         seconds.append(time.thread_time() - started)
     return sum(len(part) for part in packed), seconds
 

@@ -5,15 +5,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.digests import canonical_json, digest_of, file_sha256
 from storage.errors import CorruptData
 from storage.manifest import FORMAT_VERSION, parse_record
 from storage.records import SkippedSample
-from storage.stores import Store, relative_path
+from storage.stores import Store
+from storage.targets.file_table import StoredFiles
 
 READS_AT_ONCE = 32
 READ_BATCH = 1024
@@ -30,25 +31,18 @@ _REMEDY = "the record is damaged; run `cdp verify --repair` on the store, then e
 class Committed(BaseModel):
     """A folder of the store that exists because this record does: what every record says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     format_version: int
     """Layout of the store, see FORMAT.md."""
     path: str
     """The folder in the store; its name holds the start of the digest."""
-    files: dict[str, tuple[Annotated[int, Field(ge=0)], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]]
+    files: StoredFiles
     """Path in the folder -> (bytes, sha256); nothing else is in it."""
     manifest: str
     """Digest of the manifest."""
     digest: str
     """Sha256 of all fields but this and `path`."""
-
-    @field_validator("files")
-    @classmethod
-    def _files_stay_in_the_folder(cls, files: dict[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
-        for name in files:
-            relative_path(name)
-        return files
 
     @property
     def record_path(self) -> str:

@@ -37,7 +37,7 @@ def test_more_bits_are_more_bytes_and_a_closer_gradient() -> None:
 
 
 def test_alternatives_are_measured_beside_what_is_stored() -> None:
-    found = measure_alternatives(synthetic_maps(40, num_samples=1), query_gradients)
+    found = measure_alternatives(synthetic_maps(40, num_samples=3), query_gradients)
     stored = found["values"]["4 bits, as stored"]
     assert stored["gradient_cosine"] > found["values"]["4 bits, columns not shifted"]["gradient_cosine"]
     coders = found["coders_of_4_bit_codes"]

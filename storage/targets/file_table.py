@@ -1,0 +1,66 @@
+"""Sizes and digests of a committed folder's files, packed: an open store holds one table a shard, of some 40 files."""
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, TypeAdapter
+
+from storage.stores import relative_path
+
+_DIGEST_BYTES = 32
+_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {}
+"""Names that were seen, once each: nearly all shards of a store have the same."""
+
+_Files = TypeAdapter(
+    dict[str, tuple[Annotated[int, Field(ge=0, lt=2**63)], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]]
+)
+
+
+class FileTable(Mapping[str, tuple[int, str]]):
+    """Path in the folder -> (bytes, sha256), in 40 bytes a file; as a dict of them it would take 350."""
+
+    __slots__ = ("_digests", "_names", "_sizes")
+
+    def __init__(self, files: Mapping[str, tuple[int, str]]) -> None:
+        names = tuple(sorted(files))
+        self._names = _NAMES.setdefault(names, names)
+        self._sizes = array("q", [files[name][0] for name in names])
+        self._digests = b"".join(bytes.fromhex(files[name][1]) for name in names)
+
+    @classmethod
+    def validated(cls, files: object) -> "FileTable":
+        """The table of a record.
+
+        Raises:
+            ValueError: If a path does not stay inside the folder, or a size or digest is none.
+        """
+        checked = _Files.validate_python(dict(files) if isinstance(files, FileTable) else files)
+        for name in checked:
+            relative_path(name)
+        return cls(checked)
+
+    def __getitem__(self, name: str) -> tuple[int, str]:
+        place = bisect_left(self._names, name)
+        if place == len(self) or self._names[place] != name:
+            raise KeyError(name)
+        start = place * _DIGEST_BYTES
+        return self._sizes[place], self._digests[start : start + _DIGEST_BYTES].hex()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return f"FileTable({dict(self)})"
+
+
+def _as_dict(files: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+    return dict(files)
+
+
+StoredFiles = Annotated[FileTable, BeforeValidator(FileTable.validated), PlainSerializer(_as_dict)]
+"""Field of a record."""
