@@ -17,7 +17,13 @@ from stages.new_folder import check_new, new_folder
 from stages.student.card import ExportReport, model_card, read_history
 from stages.student.folding import ModelParts, fold_post_connector, has_post_connector, take_apart
 from stages.student.loading import OWN_CLASSES, load_multimodal, model_inputs
-from stages.student.serving import generation_settings, grow_vocabulary, pad_on_the_left, vocabulary_tables
+from stages.student.serving import (
+    generation_settings,
+    grow_vocabulary,
+    name_video_half,
+    pad_on_the_left,
+    vocabulary_tables,
+)
 from storage.errors import UserError
 
 REPORT = "export.json"
@@ -55,6 +61,7 @@ def export_student(
     check_new(output)
     student, processor = load_multimodal(source), load_processor(source)
     pad_on_the_left(processor.tokenizer)
+    eyes = getattr(student.config, "teacher_config", student.config).model_type
     probe = ConversationEncoder(processor, student.config.image_token_id, _NO_LIMIT).encode_pair(*_PROBE, [_picture()])
     parts = take_apart(student)
     had_post_connector = has_post_connector(parts)
@@ -69,15 +76,17 @@ def export_student(
     with new_folder(output) as staging:
         num_parameters = _save(parts, generation, staging)
         processor.save_pretrained(staging)
+        name_video_half(eyes, staging)
         exported = load_multimodal(staging)
-        error, scale = _difference(_logits(exported, probe), expected_TV, exported.dtype)
+        stored = exported.dtype
+        error, scale = _difference(_logits(exported, probe), expected_TV, stored)
         report = ExportReport(
             # Not the whole path, which is nobody else's business.
             source="/".join(source.absolute().parts[-3:]),
             model_class=type(exported).__name__,
             custom_code=_code_of(type(exported)).name if isinstance(exported, OWN_CLASSES) else None,
             post_connector="folded" if folded else "kept" if had_post_connector else "none",
-            dtype=str(exported.dtype).removeprefix("torch."),
+            dtype=str(stored).removeprefix("torch."),
             parameters=num_parameters,
             bytes=sum(path.stat().st_size for path in staging.glob("*.safetensors")),
             image_token_id=exported.config.image_token_id,

@@ -178,9 +178,9 @@ class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel
         )
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
-        """The image enters with the prompt only."""
+        """The image enters with the prompt only, which without a cache is read again for each token."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration:
+        if not is_first_iteration and kwargs.get("use_cache", True):
             for name in self.config.pixel_inputs:
                 inputs.pop(name, None)
         return inputs

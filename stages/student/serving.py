@@ -1,9 +1,11 @@
 """What a student needs to answer questions: rows for every token id, the tokens that end an answer, padding."""
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,6 +13,15 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from stages.conversations import EncodedConversation
 from stages.student.folding import ModelParts
+
+_VIDEO_HALVES: Final = {
+    "internvl": "InternVLVideoProcessor",
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "smolvlm": "SmolVLMVideoProcessor",
+}
 
 
 def vocabulary_tables(model: PreTrainedModel) -> list[str]:
@@ -64,8 +75,21 @@ def generation_settings(
 def pad_on_the_left(tokenizer: Any) -> None:
     """So that answers of a batch of questions begin side by side; a tokenizer without a padding token gets one."""
     tokenizer.padding_side = "left"
+    # Only what a tokenizer was made with is saved.
+    tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def name_video_half(model_type: str, folder: Path) -> None:
+    """Names the half of a processor that reads videos, where its family has one.
+
+    This project leaves that half out. The library insists on it when it loads such a processor, and needs torchvision
+    for it.
+    """
+    if (name := _VIDEO_HALVES.get(model_type)) is not None:
+        settings = {"video_processor_type": name}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(settings, indent=1))
 
 
 def _with_zero_rows(table: Tensor, count: int) -> Tensor:
