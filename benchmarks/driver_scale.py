@@ -11,7 +11,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -26,22 +25,24 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
 
+from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.task_pool import TaskPool
 from storage.codecs import LogitCodecConfig, MapCodecConfig
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.samples import SampleIndex
-from storage.samples.index import INDEX_PATH, SampleMembers, SampleShardEntry
+from storage.samples.index import INDEX_PATH, SampleShardEntry
 from storage.stores import LocalStore, open_store
 from storage.targets import CommitRecord, TargetStore, clean_partials
 from storage.targets.commits import COMMITS, READS_AT_ONCE, committed_shards, iter_commits
 
-SAMPLES = (2, 8)
-"""Samples a shard, two numbers, so that what a shard and what a sample takes can be told apart."""
 FILES = (4, 40)
-"""Files a commit record names, for the same reason; the larger number only up to `MOST_FULL` shards."""
-MOST_FULL = 1_000
-INDEX, OPEN = "load an index of {} samples a shard", "open for a student, records of {} files"
+"""Files a commit record names: two numbers, so that what a shard and what a file takes can be told apart. Real ones
+name about 40; the smaller number is run up to `MOST_FEW` shards only."""
+MOST_FEW = 10_000
+SAMPLES = 512
+"""Samples a shard."""
+OPEN = "open for a student, records of {} files"
 DONE = 0.99
 WORKERS = 256
 REQUEST_S = 0.02
@@ -59,18 +60,17 @@ def measure(num_shards: int, folder: Path, repeats: int) -> Iterator[tuple[str, 
     yield "give out all tasks", alone(partial(give_out, num_shards), repeats)
     yield "start, nothing done", alone(partial(start, empty, num_shards), repeats)
     num_done = int(num_shards * DONE)
-    alone(partial(write_store, targets, num_shards, num_done, FILES[0]))
+    alone(partial(write_store, targets, num_shards, num_done, FILES[1]))
     yield "start, 99 % done", alone(partial(start, targets, num_shards), repeats)
-    for samples in SAMPLES:
-        home = folder / f"samples-{samples}"
-        alone(partial(write_index, home, num_shards, samples))
-        yield INDEX.format(samples), alone(partial(SampleIndex.load, open_store(home)), repeats)
-    yield OPEN.format(FILES[0]), alone(partial(TargetStore.open, targets), repeats)
+    samples = folder / "samples"
+    alone(partial(write_index, samples, num_shards, SAMPLES))
+    yield "load the sample index", alone(partial(SampleIndex.load, open_store(samples)), repeats)
+    yield OPEN.format(FILES[1]), alone(partial(TargetStore.open, targets), repeats)
     yield "sums of 99 % of the records", alone(partial(sum_records, targets), repeats)
-    if num_shards <= MOST_FULL:
-        full = folder / "full"
-        alone(partial(write_store, full, num_shards, num_done, FILES[1]))
-        yield OPEN.format(FILES[1]), alone(partial(TargetStore.open, full), repeats)
+    if num_shards <= MOST_FEW:
+        few = folder / "few"
+        alone(partial(write_store, few, num_shards, num_done, FILES[0]))
+        yield OPEN.format(FILES[0]), alone(partial(TargetStore.open, few), repeats)
 
 
 def alone(step: Step, repeats: int = 1) -> Figures:
@@ -96,15 +96,11 @@ def _in_a_process(step: Step) -> Figures:
 
 
 def _report(step: Step, sender: Any) -> None:
-    before, started, processor = _peak_bytes(), time.perf_counter(), time.process_time()
+    memory, started, processor = PeakMemory(), time.perf_counter(), time.process_time()
     kept = step()
     figures = {"cpu_s": time.process_time() - processor, "wall_s": time.perf_counter() - started}
-    sender.send({**figures, "bytes": _peak_bytes() - before})
+    sender.send({**figures, "bytes": memory.grown_bytes})
     del kept
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def growth(by_shards: Mapping[int, Mapping[str, Figures]]) -> dict[str, Any]:
@@ -128,7 +124,7 @@ def growth(by_shards: Mapping[int, Mapping[str, Figures]]) -> dict[str, Any]:
 def bytes_a_part(
     by_shards: Mapping[int, Mapping[str, Figures]], name: str, numbers: tuple[int, int]
 ) -> dict[str, float]:
-    """What one more sample (or file) in a shard takes; `name` holds their number. From the largest run with both."""
+    """What one more file in a record takes; `name` holds their number. From the largest run with both."""
     both = [count for count, figures in by_shards.items() if all(name.format(number) in figures for number in numbers)]
     if not both:
         return {}
@@ -208,24 +204,20 @@ def manifest(num_shards: int) -> Manifest:
 
 
 def write_index(folder: Path, num_shards: int, num_samples: int) -> None:
-    members = tuple(
-        SampleMembers(f"{row:08d}", ((512 + 4096 * row, 1024), (2560 + 4096 * row, 1024)), row)
-        for row in range(num_samples)
-    )
-    first = SampleShardEntry(
-        name="samples-000000.tar",
-        num_samples=num_samples,
-        bytes=4096 * num_samples + 10240,
-        sha256=f"{0:064x}",
-        members=members,
-    )
-    # The others differ from it in two fields that are not worth a validation each.
+    """An index without its tars and tables."""
     shards = tuple(
-        first.model_copy(update={"name": f"samples-{shard:06d}.tar", "sha256": f"{shard:064x}"})
+        SampleShardEntry(
+            name=f"samples-{shard:06d}.tar",
+            num_samples=num_samples,
+            bytes=150_000 * num_samples + shard,
+            sha256=f"{shard:064x}",
+            table_bytes=64 * num_samples,
+            table_sha256=f"{num_shards + shard:064x}",
+        )
         for shard in range(num_shards)
     )
     folder.mkdir()
-    (folder / INDEX_PATH).write_bytes(SampleIndex.model_construct(shards=shards).to_bytes())
+    (folder / INDEX_PATH).write_bytes(SampleIndex(shards).to_bytes())
 
 
 def records(num_shards: int, num_done: int, num_files: int) -> Iterator[CommitRecord]:
@@ -262,7 +254,7 @@ class Delayed(LocalStore):
 
 def reading_at_once(num_shards: int, folder: Path) -> dict[str, Any]:
     """Opening a store whose every request takes `REQUEST_S`: one record at a time, and many."""
-    alone(partial(write_store, folder, num_shards, num_shards, FILES[0]))
+    alone(partial(write_store, folder, num_shards, num_shards, FILES[1]))
     # Wall time: it is the waiting that is shared out.
     seconds = {at_once: alone(partial(open_with, at_once, Delayed(folder)))["wall_s"] for at_once in (1, READS_AT_ONCE)}
     return {
@@ -312,7 +304,7 @@ def upload(url: str, num_shards: int) -> None:
             store.write(f"{record.path}/{name}", b"{}")
 
     with ThreadPoolExecutor(READS_AT_ONCE) as writers:
-        list(writers.map(put, records(num_shards, num_shards, FILES[0])))
+        list(writers.map(put, records(num_shards, num_shards, FILES[1])))
 
 
 @contextmanager
@@ -354,7 +346,7 @@ def _serve_s3(sender: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--shards", type=int, nargs="+", default=[10_000, 30_000, 100_000])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--delayed-shards", type=int, default=500)
     parser.add_argument("--s3-shards", type=int, default=2_000, help="0 leaves moto's server out")
@@ -380,7 +372,6 @@ def main() -> None:
                     save(
                         by_shards={str(number): steps for number, steps in by_shards.items()},
                         growth=growth(by_shards),
-                        bytes_of_a_sample_in_the_index=bytes_a_part(by_shards, INDEX, SAMPLES),
                         bytes_of_a_file_in_open_records=bytes_a_part(by_shards, OPEN, FILES),
                     )
     print(flags.out.read_text())
