@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pipeline.task_pool import TaskPool
-from pipeline.workers import Worker
+from pipeline.workers import ProcessUnfit, Worker
 from storage.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,18 @@ class Calls(Protocol):
     def start(self, actor: Any) -> Any:
         """The pending call that makes its worker; gives machine and process."""
 
-    def run(self, actor: Any, task: int, number: int) -> Any:
-        """The pending call of one try; gives the result, the units of work it was, and the worker's timings."""
+    def run(self, actor: Any, task: int, number: int, deaths: tuple[int, ...] | None) -> Any:
+        """The pending call of one try; gives the result, the units of work it was, and the worker's timings.
+
+        Args:
+            actor: who runs it.
+            task: the task.
+            number: of the try.
+            deaths: places at which careful tries of the task died before; None unless this is a careful one.
+        """
+
+    def place(self, number: int) -> int | None:
+        """Where a try said it was; None when it said nothing."""
 
     def result(self, call: Any) -> Any:
         """What a finished call gave.
@@ -159,6 +169,8 @@ class Crew:
         try:
             result, total, timings = self._calls.result(reference)
         except WorkRaised as error:
+            if isinstance(error.cause, ProcessUnfit):
+                return str(error)
             self._take_back(worker, task, number)
             worker.failures_in_a_row += 1
             self._pool.failed(task, worker.node, worker.pid, str(error))
@@ -181,7 +193,9 @@ class Crew:
             self._num_tries += 1
             worker.in_flight[task] = 0
             self._holders[self._num_tries] = worker
-            self.running[self._calls.run(worker.actor, task, self._num_tries)] = (worker, task, self._num_tries)
+            deaths = self._pool.deaths(task) if self._pool.is_last(task) else None
+            call = self._calls.run(worker.actor, task, self._num_tries, deaths)
+            self.running[call] = (worker, task, self._num_tries)
         if not worker.in_flight:
             self._remove(worker, "its tasks failed in a row" if sick else "no task was left for it")
             if sick:
@@ -195,12 +209,14 @@ class Crew:
             assert task is not None
             self._ended(worker, task, number, reference)
         tasks = sorted(worker.in_flight)
-        for number in [number for number, holder in self._holders.items() if holder is worker]:
+        numbers = [number for number, holder in self._holders.items() if holder is worker]
+        for number in numbers:
             del self._holders[number]
         for task in tasks:
             self._uncount(worker, task)
         why = f"its worker process died: {why}"
-        self._pool.worker_died(tasks, worker.node, worker.pid, why)
+        place = self._calls.place(numbers[0]) if len(numbers) == 1 else None
+        self._pool.worker_died(tasks, worker.node, worker.pid, why, place)
         self._remove(worker, why)
         self._next_scale = 0.0
 

@@ -131,6 +131,81 @@ def run_tasks(
     return Outcome(pool.given_up, pool.tries, crew.ever_ready, dict(crew.failed_starts))
 
 
+def run_group(
+    work: Callable[[Callable[..., None]], None],
+    *,
+    num_workers: int,
+    gpus_per_worker: float,
+    max_attempts: int,
+    storage: str,
+    on_letter: Callable[..., None],
+) -> None:
+    """Runs a function in processes that form one torch process group, with Ray Train.
+
+    Args:
+        work: called once in each process, with a function that sends a letter to the driver.
+        num_workers: processes.
+        gpus_per_worker: GPUs each holds; 0 is one CPU each.
+        max_attempts: times the whole group is started, the first included, when a process dies.
+        storage: folder, seen by all nodes, that Ray Train keeps its own notes in.
+        on_letter: called with what was sent.
+
+    Raises:
+        UserError: one that `work` raised; it is not tried again. Or the group died too often.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    mailbox = _new_mailbox()
+    mistakes: list[UserError] = []
+    done = threading.Event()
+
+    def in_each_process(_: dict[str, Any]) -> None:
+        try:
+            work(lambda *letter: mailbox.put.remote("letter", *letter))
+        except UserError as error:
+            # An exception would have the group started again.
+            ray.get(mailbox.put.remote("mistake", error))
+
+    def deliver() -> None:
+        for kind, *letter in ray.get(mailbox.take.remote()):
+            if kind == "letter":
+                on_letter(*letter)
+            else:
+                mistakes.extend(letter)
+
+    def keep_delivering() -> None:
+        while not done.wait(POLL_S):
+            deliver()
+
+    trainer = TorchTrainer(
+        in_each_process,
+        train_loop_config={},
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker={"GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1},
+        ),
+        run_config=RunConfig(
+            name="ray-train", storage_path=storage, failure_config=FailureConfig(max_failures=max_attempts - 1)
+        ),
+    )
+    postman = threading.Thread(target=keep_delivering, daemon=True)
+    postman.start()
+    try:
+        trainer.fit()
+        done.set()
+        postman.join()
+        deliver()
+    except ray.train.TrainingFailedError as error:
+        raise UserError(f"the processes of the group failed {max_attempts} times, at last with: {error}") from error
+    finally:
+        done.set()
+        ray.kill(mailbox)
+    if mistakes:
+        raise mistakes[0]
+
+
 class _RayCalls:
     """`crew.Calls` on the connected cluster, and the mailbox of its actors."""
 
@@ -139,9 +214,7 @@ class _RayCalls:
     ) -> None:
         self._make_worker = make_worker
         self._num_workers, self._gpus_per_worker = num_workers, gpus_per_worker
-        # Without a slot of its own: on a cluster whose every core holds a worker it would wait for ever. On the head
-        # node: that one is not lost while the cluster lives.
-        self._mailbox = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(_Mailbox).remote()
+        self._mailbox = _new_mailbox()
         self._actor_class = ray.remote(
             num_cpus=1, num_gpus=gpus_per_worker, max_restarts=0, max_concurrency=tasks_per_worker
         )(_Actor)
@@ -152,8 +225,14 @@ class _RayCalls:
     def start(self, actor: Any) -> Any:
         return actor.start.remote()
 
-    def run(self, actor: Any, task: int, number: int) -> Any:
-        return actor.run.remote(task, number)
+    def run(self, actor: Any, task: int, number: int, deaths: tuple[int, ...] | None) -> Any:
+        return actor.run.remote(task, number, deaths)
+
+    def place(self, number: int) -> int | None:
+        with contextlib.suppress(RayError):
+            place: int | None = ray.get(self._mailbox.place.remote(number))
+            return place
+        return None
 
     def result(self, call: Any) -> Any:
         try:
@@ -198,16 +277,29 @@ def _finished(references: list[Any]) -> list[Any]:
     return list(done)
 
 
+def _new_mailbox() -> Any:
+    # Without a slot of its own: on a cluster whose every core holds a worker it would wait for ever. On the head node:
+    # that one is not lost while the cluster lives.
+    return ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(_Mailbox).remote()
+
+
 class _Mailbox:
     """Where actors drop what they have to report, until the driver takes it."""
 
     def __init__(self) -> None:
-        self._letters: list[tuple[int, int, int]] = []
+        self._letters: list[tuple[Any, ...]] = []
+        self._places: dict[int, int] = {}
 
-    def put(self, task: int, number: int, amount: int) -> None:
-        self._letters.append((task, number, amount))
+    def at(self, number: int, place: int) -> None:
+        self._places[number] = place
 
-    def take(self) -> list[tuple[int, int, int]]:
+    def place(self, number: int) -> int | None:
+        return self._places.get(number)
+
+    def put(self, *letter: Any) -> None:
+        self._letters.append(letter)
+
+    def take(self) -> list[tuple[Any, ...]]:
         letters, self._letters = self._letters, []
         return letters
 
@@ -225,12 +317,28 @@ class _Actor:
         self._work = self._make_worker()
         return socket.gethostname(), os.getpid()
 
-    def run(self, task: int, number: int) -> tuple[Any, int, dict[str, float]]:
+    def run(self, task: int, number: int, deaths: tuple[int, ...] | None) -> tuple[Any, int, dict[str, float]]:
         """The result, the units of work it was, and what the worker's time went into."""
         report = _Report(task, number, self._mailbox)
-        result = self._work(task, report)
+        carefully = getattr(self._work, "carefully", None)
+        if deaths is None or carefully is None:
+            result = self._work(task, report)
+        else:
+            result = carefully(task, report, _Whereabouts(deaths, number, self._mailbox))
         timings: dict[str, float] = getattr(self._work, "timings", dict)()
         return result, report.total, timings
+
+
+class _Whereabouts:
+    """`workers.Whereabouts`, kept in the mailbox: on the head node, whatever becomes of this one."""
+
+    def __init__(self, deaths: tuple[int, ...], number: int, mailbox: Any) -> None:
+        self.deaths = deaths
+        self._number, self._mailbox = number, mailbox
+
+    def at(self, place: int) -> None:
+        # Waits for the answer: the process may die at the next instruction.
+        ray.get(self._mailbox.at.remote(self._number, place))
 
 
 class _Report:

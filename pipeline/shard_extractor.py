@@ -3,9 +3,12 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.task_pool import DEATHS_AT_A_PLACE
+from pipeline.workers import ProcessUnfit, Whereabouts
 from storage.errors import FingerprintMismatch
 from storage.manifest import Manifest
 from storage.samples import SampleIndex, SampleShard
@@ -15,9 +18,12 @@ from storage.targets.commits import commit_path
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig
+    from stages.teacher.observe import ShardObservations
 
 TEACHER_ONLY = -1
 """Task of a store whose shards are complete and whose `teacher/` was set aside by a repair."""
+NUM_CONTROLS = 4
+"""Other shards whose first sample may show that a teacher works."""
 
 
 class ShardExtractor:
@@ -49,6 +55,39 @@ class ShardExtractor:
 
     def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord | None:
         """Observes and commits one shard, unless another extraction has done so by now."""
+        return self._make(shard, progress, lambda samples: self.observer.observe(samples, progress))
+
+    def carefully(self, shard: int, progress: Callable[[int], None], whereabouts: Whereabouts) -> CommitRecord | None:
+        """As calling it, after that failed: one sample after the other, those at fault go to the ledger.
+
+        Raises:
+            ProcessUnfit: a sample left the teacher unusable.
+        """
+        from stages.teacher.apart import NOWHERE, TeacherUnusable, observe_apart
+
+        deaths = Counter(whereabouts.deaths)
+        killers = {row for row, count in deaths.items() if row != NOWHERE and count >= DEATHS_AT_A_PLACE}
+
+        def observe(samples: SampleShard) -> "ShardObservations":
+            with contextlib.ExitStack() as opened:
+                return observe_apart(
+                    self.teacher,
+                    samples,
+                    controls=self._controls(shard, deaths.total(), opened),
+                    killers=killers,
+                    at=whereabouts.at,
+                    progress=progress,
+                    timings=self.observer.timings,
+                )
+
+        try:
+            return self._make(shard, progress, observe)
+        except TeacherUnusable as error:
+            raise ProcessUnfit(str(error)) from error
+
+    def _make(
+        self, shard: int, progress: Callable[[int], None], observe: "Callable[[SampleShard], ShardObservations]"
+    ) -> CommitRecord | None:
         if shard == TEACHER_ONLY:
             with self._saving_vision:
                 self.save_teacher_vision()
@@ -59,11 +98,22 @@ class ShardExtractor:
             progress(entry.num_samples)
             return committed
         with SampleShard.open(self.samples, entry) as samples:
-            seen = self.observer.observe(samples, progress)
+            seen = observe(samples)
         with self._saving_vision:
             self.save_teacher_vision()
         with self.observer.timings.measured("writing"):
             return write_shard(self.targets, shard, self.manifest, entry.name, seen.samples, seen.maps, seen.skipped)
+
+    def _controls(self, shard: int, first: int, opened: contextlib.ExitStack) -> Iterator[tuple[SampleShard, int]]:
+        """Samples that are not in doubt: of other shards, where there are any; others after a death than before it."""
+        num_shards = len(self.index.shards)
+        if num_shards == 1:
+            samples = opened.enter_context(SampleShard.open(self.samples, self.index.shards[shard]))
+            yield from ((samples, (first + number + 1) % len(samples)) for number in range(len(samples)))
+            return
+        for number in range(min(NUM_CONTROLS, num_shards - 1)):
+            other = (shard + 1 + (first + number) % (num_shards - 1)) % num_shards
+            yield opened.enter_context(SampleShard.open(self.samples, self.index.shards[other])), 0
 
     def timings(self) -> dict[str, float]:
         """Seconds so far, by what they went into: `forward`, `waited` (see `Timings`), and what went on beside it."""

@@ -3,14 +3,22 @@
 When a worker dies, all its tasks go back. A death in company counts against none of them, since any one may have caused
 it; each is a suspect from then on and run alone, where a death counts. So a task has at most one try more than
 `max_attempts`, and no task is given up for what its neighbour did.
+
+The last attempt of several is a careful one, alone in its worker, and may say at which place of the task it is. If the
+worker dies then, the next try is told the place: such a death is no attempt, as long as it may teach something.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
+
+DEATHS_AT_A_PLACE = 2
+"""Careful tries in a row that die at one place; after that many the place is to blame, and to be left out."""
+MOST_DEATHS_AT_PLACES = 16
+"""Of one task; then it is given up."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,9 @@ class FailedTry:
     why: str
     """The error, or what the process died of."""
     counts: bool
-    """Whether it is one of the task's attempts; a death in company is not."""
+    """Whether it is one of the task's attempts; a death in company, or at a known place, is not."""
+    place: int | None = None
+    """Where in the task a careful try was when its worker died, as it said itself."""
 
 
 @dataclass
@@ -78,28 +88,38 @@ class TaskPool:
         self._num_in_flight += 1
         return queue.popleft()
 
+    def is_last(self, task: int) -> bool:
+        """Whether the next try is the last of several attempts, and so is a careful one."""
+        return self.max_attempts > 1 and self._num_attempts(task) >= self.max_attempts - 1
+
+    def deaths(self, task: int) -> tuple[int, ...]:
+        """Places at which workers died in careful tries of the task, in order."""
+        return tuple(failed.place for failed in self.tries.get(task, ()) if failed.place is not None)
+
     def done(self, task: int) -> None:
         """The task succeeded."""
         self._num_in_flight -= 1
 
-    def failed(self, task: int, node: str, pid: int, why: str) -> None:
-        """The task raised, or its worker died while the task was alone in it."""
+    def failed(self, task: int, node: str, pid: int, why: str, place: int | None = None) -> None:
+        """The task raised, or its worker died while the task was alone in it, at that place if it is known."""
         self._num_in_flight -= 1
-        tries = self.tries.setdefault(task, [])
-        tries.append(FailedTry(node, pid, why, counts=True))
-        num_attempts = sum(failed.counts for failed in tries)
+        is_lesson = place is not None and self._may_die_at(task, place)
+        self.tries.setdefault(task, []).append(FailedTry(node, pid, why, counts=not is_lesson, place=place))
+        num_attempts = self._num_attempts(task)
         if num_attempts < self.max_attempts:
             logger.warning("task %d failed on %s, process %d (%s); trying again", task, node, pid, why)
+            if self.is_last(task):
+                self._suspects.add(task)
             # At the end of the line: the tasks behind it must not wait for one that may never succeed.
             (self._waiting_suspects if task in self._suspects else self._waiting).append(task)
         else:
             logger.warning("task %d failed on %s, process %d (%s); given up", task, node, pid, why)
             self.given_up[task] = f"{why} (after {num_attempts} attempts)"
 
-    def worker_died(self, tasks: Sequence[int], node: str, pid: int, why: str) -> None:
-        """The worker that had these tasks is gone."""
+    def worker_died(self, tasks: Sequence[int], node: str, pid: int, why: str, place: int | None = None) -> None:
+        """The worker that had these tasks is gone; `place` is where a careful try of a task alone was."""
         if len(tasks) == 1:
-            self.failed(tasks[0], node, pid, why)
+            self.failed(tasks[0], node, pid, why, place)
             return
         for task in tasks:
             self._num_in_flight -= 1
@@ -107,6 +127,14 @@ class TaskPool:
             logger.warning("task %d was not alone in process %d on %s (%s); trying it alone", task, pid, node, why)
             self._waiting_suspects.append(task)
             self._suspects.add(task)
+
+    def _num_attempts(self, task: int) -> int:
+        return sum(failed.counts for failed in self.tries.get(task, ()))
+
+    def _may_die_at(self, task: int, place: int) -> bool:
+        """Whether one death more there is a lesson to the next try; bounded, as is all that a task may cost."""
+        deaths = Counter(self.deaths(task))
+        return deaths[place] < DEATHS_AT_A_PLACE and deaths.total() < MOST_DEATHS_AT_PLACES
 
     def give_up_waiting(self, why: str) -> None:
         """No worker will ever take what still waits."""

@@ -3,16 +3,33 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.task_pool import FailedTry
 
 Work = Callable[[int, Callable[[int], None]], Any]
 """A worker's work on one task: gets the task's number and a function to report progress with.
 
-If it has a method `timings`, that says in seconds, since it was made, what its time went into."""
+If it has a method `timings`, that says in seconds, since it was made, what its time went into. If it has a method
+`carefully`, the last of several attempts calls that with a `Whereabouts` as third argument: the task is alone in the
+process then, and what fails in it may be found and left out."""
 
 RATE_WINDOW_S = 20.0
+
+
+class Whereabouts(Protocol):
+    """What a careful try tells of itself, and is told of those before it."""
+
+    @property
+    def deaths(self) -> tuple[int, ...]:
+        """Places at which earlier careful tries died, in order."""
+
+    def at(self, place: int) -> None:
+        """Says where in the task the try is now; outlives the process and its machine once this returns."""
+
+
+class ProcessUnfit(Exception):
+    """Raised by work whose process is of no use any more; it is replaced, and the try counts as a death."""
 
 
 @dataclass(eq=False)

@@ -70,8 +70,11 @@ class SampleMaker:
 
     def __call__(self, row: int) -> ReadySample | SkippedSample:
         """The sample, or why it cannot be used."""
+        return self.make(row, self._shard.read(row))
+
+    def make(self, row: int, sample: StoredSample) -> ReadySample | SkippedSample:
+        """As calling it, of a row that is read already."""
         with self._timings.measured("preparing"):
-            sample = self._shard.read(row)
             name = str(sample.record.get("id", ""))
             try:
                 images = [decode_image(data) for data in sample.images]

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,11 +54,12 @@ class Observer:
     Args:
         teacher: the loaded teacher.
         overlap: False does one thing after the other, in one thread; what comes out is the same.
+        timings: where its time is counted; None is its own.
     """
 
-    def __init__(self, teacher: Teacher, *, overlap: bool = True) -> None:
+    def __init__(self, teacher: Teacher, *, overlap: bool = True, timings: Timings | None = None) -> None:
         self.teacher = teacher
-        self.timings = Timings()
+        self.timings = timings or Timings()
         on_gpu = teacher.model.device.type == "cuda"
         self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
         self._turn = threading.Lock()
@@ -97,7 +98,7 @@ class Observer:
         Raises:
             UserError: a batch does not fit into memory and its size was set.
         """
-        work = _ShardWork(self, SampleMaker(self.teacher.encoder, shard, self.timings), progress or (lambda _: None))
+        work = ShardWork(self, SampleMaker(self.teacher.encoder, shard, self.timings), progress or (lambda _: None))
         with closing(work.batches(len(shard))) as batches:
             first = list(itertools.islice(batches, 1))
             with self._turn:
@@ -120,6 +121,10 @@ class Observer:
         """Until no more than that many batches hold memory of the teacher's device."""
         while len(self._uncoded) > num_batches:
             wait(self._uncoded.popleft())
+
+    def try_out(self, sample: ReadySample) -> None:
+        """Runs the teacher on one sample for nothing but to see whether it can."""
+        run_teacher(self.teacher, [sample], ())
 
     def made_ahead(self, maker: SampleMaker, num_rows: int) -> Generator[ReadySample | SkippedSample, None, None]:
         """The shard's rows in order."""
@@ -153,7 +158,7 @@ class _Outcome:
     fault: str | None = None
 
 
-class _ShardWork:
+class ShardWork:
     """The state of one shard on its way through the teacher."""
 
     def __init__(self, observer: Observer, maker: SampleMaker, progress: Callable[[int], None]) -> None:
@@ -168,15 +173,27 @@ class _ShardWork:
         batcher = Batcher(self._observer.batch_size)
         with closing(self._observer.made_ahead(self._maker, num_rows)) as samples:
             for sample in samples:
-                if isinstance(sample, SkippedSample):
-                    self._skipped.append(sample)
-                    self._progress(1)
+                if not self.admit(sample):
                     continue
-                if sample.map_key is not None:
-                    self._owners.setdefault(sample.map_key, sample)
                 if (batch := batcher.add(sample)) is not None:
                     yield batch
         yield from batcher.rest()
+
+    def admit(self, sample: ReadySample | SkippedSample) -> TypeGuard[ReadySample]:
+        """Whether the sample goes to the teacher; one that does not is in the ledger from now on."""
+        if isinstance(sample, SkippedSample):
+            self._skipped.append(sample)
+            self._progress(1)
+            return False
+        if sample.map_key is not None:
+            self._owners.setdefault(sample.map_key, sample)
+        return True
+
+    def forget(self, sample: ReadySample) -> None:
+        """As if it had never come; the next that needs its map becomes the map's owner."""
+        self._outcomes.pop(sample.row, None)
+        if sample.map_key is not None and self._owners.get(sample.map_key) is sample:
+            del self._owners[sample.map_key]
 
     def run(self, batch: Sequence[ReadySample]) -> None:
         """Runs samples of one padded length, in parts if they do not fit into memory together."""

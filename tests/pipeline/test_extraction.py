@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import pipeline.extraction
 from pipeline.extraction import ExtractConfig, ExtractionReport, WorkerLine, extract
 from pipeline.shard_extractor import ShardExtractor
+from pipeline.workers import Whereabouts
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
@@ -238,6 +239,9 @@ class FailsOnShardTwo(ShardExtractor):
             (attempts / str(len(list(attempts.iterdir())))).touch()
             raise RuntimeError("this shard is poison")
         return super().__call__(shard, progress)
+
+    def carefully(self, shard: int, progress: Callable[[int], None], _: Whereabouts) -> CommitRecord:
+        return self(shard, progress)
 
 
 def test_a_shard_that_always_fails_is_reported_after_its_attempts_and_the_others_are_stored(

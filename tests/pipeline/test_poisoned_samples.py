@@ -17,6 +17,8 @@ from pipeline.shard_extractor import ShardExtractor
 from stages.teacher.forward import Observed
 from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError
+from storage.samples import SampleIndex, SampleShard
+from storage.stores import open_store
 from storage.targets import TargetStore
 from storage.verify import verify
 from tests.conftest import NUM_SAMPLES, TinyWorld
@@ -40,7 +42,7 @@ def meet_little_memory(_: Any) -> None:
 
 
 def meet_an_error(_: Any) -> None:
-    raise RuntimeError("device-side assert triggered")
+    raise RuntimeError("index 7 is out of bounds")
 
 
 def meet_the_memory_killer(_: Any) -> None:
@@ -57,12 +59,25 @@ class Poisoned(ShardExtractor):
         healthy = stages.teacher.forward.run_teacher
 
         def run_teacher(teacher: Any, batch: Any, wanted: Any) -> list[Observed]:
+            if BrokenGpu.broken:
+                raise RuntimeError("CUDA error: device-side assert triggered")
             for sample in batch:
                 if sample.id == POISON:
                     type(self).meet(sample)
             return healthy(teacher, batch, wanted)
 
         stages.teacher.observe.run_teacher = run_teacher
+
+
+class BrokenGpu:
+    """After the first sample that raises every other raises too, until the process is replaced."""
+
+    broken = False
+
+
+def meet_a_device_assert(_: Any) -> None:
+    BrokenGpu.broken = True
+    raise RuntimeError("CUDA error: device-side assert triggered")
 
 
 def poisoned_by(meet: Callable[[Any], None]) -> type[Poisoned]:
@@ -76,9 +91,15 @@ def run(tiny: TinyWorld, store: Path, **settings: Any) -> ExtractionReport:
 
 @pytest.mark.parametrize(
     ("meet", "reason"),
-    [pytest.param(meet_nan, "not_finite"), pytest.param(meet_little_memory, "out_of_memory", marks=pytest.mark.slow)],
+    [
+        pytest.param(meet_nan, "not_finite"),
+        pytest.param(meet_little_memory, "out_of_memory", marks=pytest.mark.slow),
+        pytest.param(meet_an_error, "teacher_error"),
+        pytest.param(meet_the_memory_killer, "kills_worker", marks=pytest.mark.slow),
+        pytest.param(meet_a_device_assert, "kills_worker", marks=pytest.mark.slow),
+    ],
 )
-def test_a_sample_the_teacher_cannot_see_is_in_the_ledger_and_every_other_has_its_bytes(
+def test_a_sample_the_teacher_cannot_take_is_in_the_ledger_and_every_other_has_its_bytes(
     meet: Callable[[Any], None],
     reason: str,
     tiny: TinyWorld,
@@ -110,14 +131,33 @@ def test_a_sample_the_teacher_cannot_see_is_in_the_ledger_and_every_other_has_it
             assert torch.equal(one[1].maps.codes_LC, other[1].maps.codes_LC)
 
 
+@pytest.mark.slow
+def test_which_sample_is_at_fault_is_in_the_ledger_and_how_it_was_found_in_the_report(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", poisoned_by(meet_the_memory_killer))
+    report = run(tiny, store, max_attempts=2, max_skipped_fraction=0.1)
+    assert (report.skipped, report.failures) == ({"kills_worker": 1}, {})
+    ((poisoned, tries),) = [
+        (shard, tries) for shard, tries in report.failed_tries.items() if any(one.place is not None for one in tries)
+    ]
+    (skipped,) = TargetStore.open(store).commits[poisoned].skipped
+    samples = open_store(str(tiny.samples))
+    with SampleShard.open(samples, SampleIndex.load(samples).shards[poisoned]) as shard:
+        at_fault = shard.keys.index(skipped.key)
+    assert [one.place for one in tries if one.place is not None] == [at_fault, at_fault]
+    assert sum(one.counts for one in tries) == 1
+
+
 @pytest.mark.parametrize(
     ("meet", "why"),
     [
-        pytest.param(meet_an_error, "device-side assert triggered"),
+        pytest.param(meet_an_error, "index 7 is out of bounds"),
         pytest.param(meet_the_memory_killer, "its worker process died", marks=pytest.mark.slow),
     ],
 )
-def test_a_sample_that_fails_its_worker_costs_its_shard_alone_and_a_rerun_without_the_fault_gives_the_same_bytes(
+def test_with_one_attempt_a_shard_is_given_up_unsearched_and_a_rerun_without_the_fault_gives_the_same_bytes(
     meet: Callable[[Any], None],
     why: str,
     tiny: TinyWorld,
@@ -129,12 +169,66 @@ def test_a_sample_that_fails_its_worker_costs_its_shard_alone_and_a_rerun_withou
     with monkeypatch.context() as patched:
         patched.setattr(pipeline.extraction, "ShardExtractor", poisoned_by(meet))
         with pytest.raises(UserError, match=rf"1 of \d+ shards could not be made(.|\n)*shard \d+: .*{why}"):
-            run(tiny, store, max_attempts=2)
-    report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
-    (poisoned,) = report.failures
-    assert sum(one.counts for one in report.failed_tries[poisoned]) == 2
-    assert not any(one.counts for shard, tries in report.failed_tries.items() if shard != poisoned for one in tries)
-    opened = TargetStore.open(store)
-    assert opened.commits.keys() == set(range(opened.manifest.num_shards)) - {poisoned}
+            run(tiny, store, max_attempts=1)
+    _only_the_poisoned_shard_is_missing(store)
     assert run(tiny, store).shards_made_now == 1
     assert tree(store, *LASTING) == tree(targets, *LASTING)
+
+
+class FullDisk(ShardExtractor):
+    """Not the sample's fault: from one sample on, reading and writing raise what a disk raises."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        healthy = stages.teacher.observe.run_teacher
+
+        def run_teacher(teacher: Any, batch: Any, wanted: Any) -> list[Observed]:
+            if any(sample.id == POISON for sample in batch):
+                raise OSError(28, "No space left on device")
+            return healthy(teacher, batch, wanted)
+
+        stages.teacher.observe.run_teacher = run_teacher
+
+
+class BrokenEnvironment(ShardExtractor):
+    """Not the samples' fault: nothing at all goes through, once the first shard is made."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+
+        def run_teacher(*_: Any) -> list[Observed]:
+            raise RuntimeError("no kernel image is available for execution on the device")
+
+        stages.teacher.observe.run_teacher = run_teacher
+
+
+def test_a_fault_of_the_disk_puts_no_sample_into_the_ledger_and_a_rerun_gives_the_same_bytes(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.extraction, "ShardExtractor", FullDisk)
+        with pytest.raises(UserError, match=r"1 of \d+ shards could not be made(.|\n)*No space left on device"):
+            run(tiny, store)
+    _only_the_poisoned_shard_is_missing(store)
+    run(tiny, store)
+    assert tree(store, *LASTING) == tree(targets, *LASTING)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_takes_no_sample_at_all_puts_none_into_the_ledger(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", BrokenEnvironment)
+    with pytest.raises(UserError, match="the teacher fails on other samples too: RuntimeError: no kernel image"):
+        run(tiny, store, max_attempts=2)
+    assert TargetStore.open(store).commits == {}
+
+
+def _only_the_poisoned_shard_is_missing(store: Path) -> None:
+    report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
+    (poisoned,) = report.failures
+    opened = TargetStore.open(store)
+    assert opened.commits.keys() == set(range(opened.manifest.num_shards)) - {poisoned}
+    assert not any(commit.skipped for commit in opened.commits.values())

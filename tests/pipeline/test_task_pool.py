@@ -1,4 +1,4 @@
-from pipeline.task_pool import TaskPool
+from pipeline.task_pool import MOST_DEATHS_AT_PLACES, TaskPool
 
 
 def take(pool: TaskPool, in_flight: set[int], num_others_free: int = 0) -> int | None:
@@ -62,3 +62,44 @@ def test_what_waits_when_no_worker_can_start_is_given_up_with_the_reason() -> No
     pool.give_up_waiting("no worker could start")
     assert pool.num_unfinished == 0
     assert pool.given_up.keys() == {1, 2}
+
+
+def test_the_last_of_several_attempts_is_a_careful_one_alone_in_its_worker() -> None:
+    pool = TaskPool([1, 2], max_attempts=2, tasks_per_worker=2)
+    assert not pool.is_last(1)
+    worker = set[int]()
+    take(pool, worker)
+    pool.failed(1, "n", 7, "bad")
+    assert pool.is_last(1)
+    assert take(pool, set()) == 2
+    careful = set[int]()
+    assert take(pool, careful) == 1
+    assert take(pool, careful) is None
+    assert not TaskPool([1], max_attempts=1, tasks_per_worker=2).is_last(1)
+
+
+def test_a_death_at_a_known_place_is_no_attempt_until_the_place_is_proven_to_kill() -> None:
+    pool = TaskPool([1], max_attempts=2, tasks_per_worker=2)
+    take(pool, set())
+    pool.failed(1, "n", 7, "bad")
+    for place in (5, 5, 3, 3):
+        assert pool.is_last(1)
+        take(pool, set())
+        pool.worker_died([1], "n", 8, "killed", place)
+    assert pool.deaths(1) == (5, 5, 3, 3)
+    assert pool.given_up == {}
+    take(pool, set())
+    pool.worker_died([1], "n", 9, "killed", 5)
+    assert pool.given_up == {1: "killed (after 2 attempts)"}, "who was told of the place went there again"
+
+
+def test_deaths_at_places_are_bounded_however_many_places_there_are() -> None:
+    pool = TaskPool([1], max_attempts=2, tasks_per_worker=1)
+    take(pool, set())
+    pool.failed(1, "n", 7, "bad")
+    num_deaths = 0
+    while pool.num_unfinished:
+        take(pool, set())
+        pool.worker_died([1], "n", 8, "killed", num_deaths)
+        num_deaths += 1
+    assert num_deaths == MOST_DEATHS_AT_PLACES + 1
