@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict
 
 import examples.scenes
 from examples.scenes.dataset import write_dataset
-from pipeline.evaluation import compare_with_targets, evaluate_checkpoint, gaze_pictures
+from pipeline.evaluation import evaluate_checkpoint, gaze_pictures
 from pipeline.extraction import extract
 from pipeline.page import PageTable, render_page
 from pipeline.progress import ExtractionBar, add_bar, bars
-from pipeline.run_file import RunFile, load_run_file
+from pipeline.run_file import load_run_file
+from pipeline.sweep import SweepReport, run_sweep
+from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.tables import TrainingBars, output, print_page_table
 from pipeline.training import train
 from stages.evaluation.report import EvaluationReport
@@ -32,6 +34,7 @@ SCENES = Path(examples.scenes.__file__).parent
 TEACHER, STUDENT_LM = SCENES / "teacher", SCENES / "student_lm"
 STUDENTS = ("sft", "logits", "compodistill")
 STAGES: tuple[StageName, ...] = ("dpt", "dft")
+RECIPE = Path("demo")
 COMPARED_SAMPLES = 256
 PICTURES = 8
 
@@ -50,7 +53,7 @@ class DemoConfig(BaseModel):
     variant: str = "shapes"
     """shapes, or digits."""
     students: tuple[str, ...] = STUDENTS
-    """Run files in `examples/scenes/students`."""
+    """Names in `examples/scenes/students.yaml`."""
     seed: int = 0
 
 
@@ -105,24 +108,19 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
                     lambda done, total, _: progress.update(bar, completed=done, total=total),
                 )
         with clock.part("extract teacher"):
-            run = load_run_file(SCENES / "extract.yaml", [], {"teacher.checkpoint": str(TEACHER)})
+            run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})
             assert run.teacher is not None
             extract(run.teacher, str(samples), str(targets), run.extract, ExtractionBar(progress))
         pairs = folder / "scenes" / "pairs"
         with clock.part("evaluate teacher"):
             teacher = evaluate_checkpoint(str(TEACHER), pairs, None, run.evaluate, None, progress)
-        students = {}
-        for name in config.students:
-            student_run = _student_run(folder, name, config)
-            with clock.part(f"train {name}"):
-                reports = train(student_run, STAGES, TrainingBars(progress, name))
-            with clock.part(f"evaluate {name}"):
-                model = str(folder / "students" / name)
-                students[name] = StudentResult(
-                    evaluation=evaluate_checkpoint(model, pairs, None, run.evaluate, None, progress),
-                    similarity=compare_with_targets(model, str(samples), str(targets), COMPARED_SAMPLES, progress).mean,
-                    seconds=sum(report.seconds for report in reports),
-                )
+        with clock.part("train and evaluate students"):
+            swept = run_sweep(
+                _students(folder, config),
+                lambda name, student: train(student, STAGES, TrainingBars(progress, name)),
+                progress,
+            )
+        students = _results(swept)
     stored = summarize(targets)
     report = DemoReport(
         config=config,
@@ -171,16 +169,31 @@ def _claim(folder: Path, config: DemoConfig) -> None:
         )
 
 
-def _student_run(folder: Path, name: str, config: DemoConfig) -> RunFile:
+def _students(folder: Path, config: DemoConfig) -> Sweep:
     flags = {
         "samples": str(folder / "samples"),
         "targets": str(folder / "targets"),
         "student": str(STUDENT_LM),
-        "output": str(folder / "students" / name),
+        "output": str(folder / "students"),
         "train.seed": config.seed,
         "train.dft.max_steps": config.steps,
     }
-    return load_run_file(SCENES / "students" / f"{name}.yaml", [], flags)
+    sweep = load_sweep(SCENES / "students.yaml", None, [], flags)
+    compare = CompareConfig(pairs=folder / "scenes" / "pairs", similarity_samples=COMPARED_SAMPLES)
+    return Sweep(sweep.output, {name: sweep.runs[name] for name in config.students}, compare)
+
+
+def _results(swept: SweepReport) -> dict[str, StudentResult]:
+    if swept.failures:
+        raise UserError("\n".join(f"student {name} failed: {reason}" for name, reason in swept.failures.items()))
+    results = {}
+    for name, student in swept.students.items():
+        assert student.evaluation is not None
+        assert student.similarity is not None
+        results[name] = StudentResult(
+            evaluation=student.evaluation, similarity=student.similarity.mean, seconds=student.seconds
+        )
+    return results
 
 
 def accuracy_table(report: DemoReport) -> PageTable:

@@ -25,12 +25,11 @@ from stages.evaluation.pictures import enlarged, gaze, overlay
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity, attention_similarity
-from stages.families import family_of
 from stages.images import decode_image
 from stages.student.batches import Collator
 from stages.student.build import Student, is_student, load_student, register_students
 from stages.student.matching import LayerMatching, match_layers
-from storage.errors import UserError
+from stages.student.reading import open_reading
 from storage.stores import open_store
 from storage.stream import StreamConfig, StreamedSample, target_stream
 from storage.targets import TargetStore
@@ -132,16 +131,13 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
 
 def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
-    if not is_student(folder):
-        raise UserError(f"{folder} is no student of this project; its maps cannot be matched with the teacher's")
     hide_loading_bars()
+    reading = open_reading(store, folder, own_eyes=not is_student(folder), kd_weight=0.0)
     student = load_student(folder)
     enable_capture(student)
-    text_config = student.config.text_config
-    matching, notes = match_layers(text_config.num_hidden_layers, store.manifest.fingerprint)
-    family = family_of(str(store.manifest.fingerprint.teacher_config["model_type"]))
-    collator = Collator(load_processor(folder), student.config.image_token_id, text_config.vocab_size, family)
-    return _Compared(student, matching, collator, notes)
+    depth = student.config.get_text_config().num_hidden_layers
+    matching, notes = match_layers(depth, store.manifest.fingerprint)
+    return _Compared(student, matching, Collator(reading.reader()), [*reading.notes, *notes])
 
 
 def _stream(samples: str, store: TargetStore, limit: int) -> Any:

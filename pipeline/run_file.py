@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.extraction import ExtractConfig
+from pipeline.recipes import find_config
 from stages.evaluation.scoring import EvaluationConfig
 from stages.student.config import TrainConfig
 from stages.teacher.estimate import EstimateConfig
@@ -50,14 +51,19 @@ def load_run_file(path: Path | None, settings: list[str], flags: dict[str, Any])
     """The run file with `--set section.field=value` applied, then the flags that were given.
 
     Args:
-        path: a YAML file, or None for the defaults.
+        path: a YAML file or the name of a recipe, or None for the defaults.
         settings: `a.b=value` strings; values are read as YAML.
         flags: dotted names to values; None means the flag was not given.
 
     Raises:
         UserError: unreadable YAML, an unknown key, or a value out of range; names the place.
     """
-    document = _read_yaml(path) if path is not None else {}
+    document = read_document(find_config(path)) if path is not None else {}
+    return resolve(document, settings, flags, str(path or "the settings"))
+
+
+def resolve(document: dict[str, Any], settings: list[str], flags: dict[str, Any], place: str) -> RunFile:
+    """A document with `--set` and flags applied, as by `load_run_file`; `place` says in an error where it is from."""
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
@@ -66,7 +72,20 @@ def load_run_file(path: Path | None, settings: list[str], flags: dict[str, Any])
     for name, value in flags.items():
         if value is not None:
             _assign(document, name, value)
-    return validated(RunFile, document, str(path or "the settings"))
+    return validated(RunFile, document, place)
+
+
+def lay_over(document: dict[str, Any], settings: dict[str, Any], prefix: str = "") -> None:
+    """Puts settings into a document, section by section; names may be dotted, sections nested.
+
+    Raises:
+        UserError: a section where the document has a value.
+    """
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            lay_over(document, value, f"{prefix}{name}.")
+        else:
+            _assign(document, f"{prefix}{name}", value)
 
 
 def validated(model: type[Settings], values: dict[str, Any], place: str) -> Settings:
@@ -91,7 +110,12 @@ def save_run_file(run: RunFile, path: Path) -> None:
     path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """A YAML file of sections, not yet checked.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -62,6 +62,15 @@ def pixels_of(family: Family, processor: Any, images: Sequence[Image.Image]) -> 
     return {name: outputs[name] for name in family.pixel_inputs if name in outputs}
 
 
+def pixels_and_count(family: Family, processor: Any, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], int]:
+    """The pixel inputs of one sample, and how many image tokens the processor makes of its images."""
+    if not images:
+        return {}, 0
+    outputs = processor(text=[processor.image_token * len(images)], images=[list(images)], return_tensors="pt")
+    pixels = {name: outputs[name] for name in family.pixel_inputs if name in outputs}
+    return pixels, int((outputs["input_ids"] == processor.image_token_id).sum())
+
+
 def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The pixels of several samples as one batch; empty if no sample has any.
 

@@ -16,6 +16,7 @@ class Family:
     Attributes:
         model_types: `model_type` of the configs that belong to it.
         vision_prefixes: parameter names of the vision tower and the adapter start with one of these.
+        adapter_prefixes: those of the adapter alone, what a student with its own eyes may train of them.
         causal_image_tokens: whether an image token attends only to those before it (maps are zero above the diagonal).
             Where it is not, an image token still sees no token after its own image: maps depend on nothing else.
         pixel_inputs: the processor's outputs that depend on the image's pixels, and how those of several samples join.
@@ -23,15 +24,21 @@ class Family:
         features_enter_once: image features replace the placeholders' embeddings and reach the decoder nowhere else, so
             a student can be given them through its post-connector.
         pixels_without_text: whether the processor takes images alone.
+        last_linear: name within the model of the linear layer that ends the adapter, if what follows it only moves
+            features or averages them with weights that sum to 1: a linear layer behind it all can be folded into it.
+        added_vectors: names of parameters that the model puts among the features after that layer.
     """
 
     model_types: tuple[str, ...]
     vision_prefixes: tuple[str, ...]
+    adapter_prefixes: tuple[str, ...]
     causal_image_tokens: bool
     pixel_inputs: Mapping[str, Joining]
     modality_input: str | None = None
     features_enter_once: bool = True
     pixels_without_text: bool = True
+    last_linear: str | None = None
+    added_vectors: tuple[str, ...] = ()
 
     def why_no_student(self) -> str | None:
         """Why a student cannot have such a teacher; None if it can."""
@@ -39,4 +46,10 @@ class Family:
             return "its image tokens attend in both directions, a student's decoder only backwards"
         if not self.features_enter_once:
             return "it also adds image features inside its decoder, where a student has no place for them"
+        return None
+
+    def why_not_with_own_eyes(self) -> str | None:
+        """Why a model of the family cannot be a student that keeps its own tower and adapter; None if it can."""
+        if not self.causal_image_tokens:
+            return "its image tokens attend in both directions, the teacher's targets are matched with causal maps"
         return None

@@ -10,9 +10,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
-from stages.checkpoints import load_processor, refuse_code, resolve_checkpoint
+from stages.checkpoints import refuse_code, resolve_checkpoint
 from stages.families import FAMILIES, family_of
 from stages.families.family import Family
 from stages.student import modeling_any_teacher, modeling_compodistill
@@ -21,28 +22,34 @@ from stages.student.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
-from stages.student.tokens import check_same_tokens
 from storage.errors import UserError
 
-Student = CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration
+Student = CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration | PreTrainedModel
+"""With the teacher's eyes one of the first two; with its own, a class of the library."""
 
 
-def build_student(teacher_folder: Path, decoder: str | Path, seed: int, dtype: torch.dtype = torch.float32) -> Student:
-    """A new student on a pretrained decoder.
+def build_student(
+    teacher_folder: Path,
+    decoder: str | Path,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    image_token_id: int | None = None,
+) -> Student:
+    """A new student with the teacher's eyes on a pretrained decoder; `reading.py` says whether their tokens agree.
 
     Args:
         teacher_folder: `teacher/` of a target store: vision tower, adapter, configs, processor.
         decoder: folder or hub id of a causal language model.
         seed: of the post-connector's initial weights.
         dtype: of the parameters.
+        image_token_id: the placeholder's id; None takes the teacher's.
 
     Raises:
-        UserError: the decoder's token ids do not mean what the teacher's do, or its family takes no student.
+        UserError: the teacher's family takes no student, or its folder is not whole.
     """
     decoder_folder = resolve_checkpoint(decoder)
     for folder in (teacher_folder, decoder_folder):
         refuse_code(folder)
-    check_same_tokens(load_processor(teacher_folder), decoder_folder)
     teacher_config = AutoConfig.from_pretrained(teacher_folder, trust_remote_code=False)
     family = family_of(teacher_config.model_type)
     if (reason := family.why_no_student()) is not None:
@@ -54,7 +61,7 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, dtype: t
     language_model = AutoModelForCausalLM.from_pretrained(decoder_folder, dtype=dtype, trust_remote_code=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student: Student = _untrained(teacher_config, language_model.config, family).to(dtype)
+        student = _untrained(teacher_config, language_model.config, family, image_token_id).to(dtype)
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
@@ -76,19 +83,24 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, dtype: t
 
 
 def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
-    """A student saved by an earlier stage."""
+    """A student saved by an earlier stage, or a multimodal checkpoint that keeps its own eyes."""
     register_students()
     student: Student = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     return student
 
 
-def _untrained(teacher: PreTrainedConfig, decoder: PreTrainedConfig, family: Family) -> Student:
+def _untrained(
+    teacher: PreTrainedConfig, decoder: PreTrainedConfig, family: Family, image_token_id: int | None = None
+) -> CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration:
+    image_id = teacher.image_token_id if image_token_id is None else image_token_id
     if "llava" in family.model_types:
-        return CompoDistillStudentForConditionalGeneration(student_config(teacher.to_dict(), decoder.to_dict()))
+        return CompoDistillStudentForConditionalGeneration(
+            student_config(teacher.to_dict() | {"image_token_index": image_id}, decoder.to_dict())
+        )
     config = AnyTeacherStudentConfig(
         teacher_config=teacher,
         text_config=decoder,
-        image_token_id=teacher.image_token_id,
+        image_token_id=image_id,
         pixel_inputs=list(family.pixel_inputs),
         tie_word_embeddings=decoder.tie_word_embeddings,
     )
@@ -102,7 +114,7 @@ def register_students() -> None:
 
 
 def is_student(folder: Path) -> bool:
-    """Whether a checkpoint is a student of this project rather than a bare decoder."""
+    """Whether a checkpoint is a student with a teacher's eyes, rather than a bare decoder or a model of the library."""
     config = json.loads((folder / "config.json").read_text())
     return config.get("model_type") in (CompoDistillStudentConfig.model_type, AnyTeacherStudentConfig.model_type)
 

@@ -8,20 +8,22 @@ from transformers import ProcessorMixin
 from storage.errors import UserError
 
 
-def check_same_tokens(processor: ProcessorMixin, student_folder: Path) -> None:
-    """Refuses a student to which a stored token id means something else than to the teacher.
+def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> list[str]:
+    """What stored token ids mean to a student that they do not mean to the teacher; empty when all mean the same.
 
-    With any loss weights: also a student that learns from the answers alone reads the stored ids, as its input and as
-    the words to predict. Ids that only one side has are fine; those that the data holds are checked against the
-    student's vocabulary when they are used, and those it lacks are left out of the logit loss. How a text is split
-    into tokens may differ, since no text is split again.
+    Ids that only one side has are fine; those that the data holds are checked against the student's vocabulary when
+    they are used, and those it lacks are left out of the logit loss. How a text is split into tokens may differ, since
+    no text is split again.
 
     Args:
         processor: the teacher's, from the target store.
         student_folder: checkpoint of the student or of its decoder, with `tokenizer.json`.
 
+    Returns:
+        A line each for vocabulary entries and added tokens, with an example.
+
     Raises:
-        UserError: naming what differs, with an example; or if there is no `tokenizer.json` to compare with.
+        UserError: there is no `tokenizer.json` to compare with.
     """
     file = student_folder / "tokenizer.json"
     if not file.is_file():
@@ -32,14 +34,19 @@ def check_same_tokens(processor: ProcessorMixin, student_folder: Path) -> None:
     teacher = processor.tokenizer
     # The image's placeholder is replaced by features and padding is masked: no student reads their ids.
     unread = {getattr(processor, "image_token_id", None), teacher.pad_token_id} - {teacher.eos_token_id}
-    differences = token_differences(teacher.backend_tokenizer, Tokenizer.from_file(str(file)), unread)
-    if differences:
-        raise UserError(
-            f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
-            + "\n".join(f"  {line}" for line in differences)
-            + "\nStudents learn from stored token ids, whatever the weights of the losses: "
-            "choose a student of the teacher's family, or extract with a teacher of the student's"
-        )
+    return token_differences(teacher.backend_tokenizer, Tokenizer.from_file(str(file)), unread)
+
+
+def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:
+    """Why a student with these differences cannot learn the teacher's answer distributions, and the ways out."""
+    return UserError(
+        f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
+        + "\n".join(f"  {line}" for line in differences)
+        + "\nThe teacher's answer distributions are over its own tokens: choose a student of the teacher's family, "
+        "extract with a teacher of the student's, or set kd_weight to 0 in every stage that is trained "
+        "(--set train.dpt.kd_weight=0 and so on): the student then reads its own tokens, and learns from the answers "
+        "and the teacher's attention"
+    )
 
 
 def token_differences(teacher: Tokenizer, student: Tokenizer, unread: "set[int | None]") -> list[str]:

@@ -1,0 +1,29 @@
+"""Recipes: run files that come with the package, found by their bare names."""
+
+from pathlib import Path
+
+from storage.errors import UserError
+
+FOLDER = Path(__file__).parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """What `--config` takes beside paths."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find_config(config: Path) -> Path:
+    """The file itself, or the recipe of that name.
+
+    Raises:
+        UserError: neither is there; names the recipes.
+    """
+    if config.is_file():
+        return config
+    name = str(config).removesuffix(".yaml")
+    if name in recipe_names():
+        return FOLDER / f"{name}.yaml"
+    raise UserError(
+        f"run file {config} cannot be read: there is no such file, nor a recipe of that name; "
+        f"recipes are {', '.join(recipe_names())}"
+    )

@@ -1,0 +1,152 @@
+"""Several students against one store: trained one after another, compared side by side."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.progress import Progress
+
+from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
+from pipeline.page import PageTable
+from pipeline.progress import is_main_process
+from pipeline.run_file import RunFile
+from pipeline.sweep_file import CompareConfig, Sweep
+from stages.evaluation.report import EvaluationReport
+from stages.evaluation.scoring import EvaluationConfig
+from stages.evaluation.similarity import AttentionSimilarity
+from stages.student.config import StageName
+from stages.student.stage import StageReport
+from storage.errors import UserError
+from storage.stores import open_store
+
+logger = logging.getLogger(__name__)
+
+Trainer = Callable[[str, RunFile], list[StageReport]]
+"""Trains the named student and gives a report for each of its stages; a finished or begun one goes on from there."""
+
+
+class SweptStudent(BaseModel):
+    """What came of one student."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stages: dict[StageName, StageReport]
+    """Each stage's report, its final losses among it."""
+    evaluation: EvaluationReport | None = None
+    """Accuracy on the pairs, where they were asked for."""
+    similarity: AttentionSimilarity | None = None
+    """Of its attention to the teacher's, where it was asked for."""
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all stages."""
+        return sum(report.seconds for report in self.stages.values())
+
+    @property
+    def samples_per_s(self) -> float:
+        """Over all stages."""
+        return sum(report.samples for report in self.stages.values()) / max(self.seconds, 1e-9)
+
+
+class SweepReport(BaseModel):
+    """Results side by side; saved as `sweep.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    students: dict[str, SweptStudent]
+    failures: dict[str, str]
+    """What stopped those that have no result."""
+
+
+class _Compared(BaseModel):
+    """Figures of a finished student with what they were measured with, so that they need not be measured again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    compare: CompareConfig
+    evaluate: EvaluationConfig
+    steps: dict[StageName, int]
+    evaluation: EvaluationReport | None
+    similarity: AttentionSimilarity | None
+
+
+def run_sweep(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
+    """Trains and compares all students; one that fails is reported, and the others go on.
+
+    Finished students are not trained again, an interrupted one goes on. Leaves each in `OUTPUT/NAME` and all results in
+    `OUTPUT/sweep.json`, which is written after each student.
+    """
+    students: dict[str, SweptStudent] = {}
+    failures: dict[str, str] = {}
+    report = SweepReport(students=students, failures=failures)
+    for name, run in sweep.runs.items():
+        try:
+            reports = {stage.stage: stage for stage in train(name, run)}
+            students[name] = _compared(run, sweep.compare, reports, progress)
+        except UserError as error:
+            failures[name] = str(error)
+        except Exception as error:
+            # Whatever it is, such as too little memory, concerns no other student.
+            logger.exception("student %s failed", name)
+            failures[name] = f"{type(error).__name__}: {error}"
+        report = SweepReport(students=students, failures=failures)
+        if is_main_process:
+            open_store(sweep.output).write("sweep.json", report.model_dump_json(indent=1).encode())
+    return report
+
+
+def _compared(
+    run: RunFile, compare: CompareConfig, stages: dict[StageName, StageReport], progress: Progress
+) -> SweptStudent:
+    model = run.output
+    assert model is not None
+    store = open_store(Path(model))
+    steps = {name: report.steps for name, report in stages.items()}
+    if store.exists("compared.json"):
+        found = _Compared.model_validate_json(store.read("compared.json"))
+        if (found.compare, found.evaluate, found.steps) == (compare, run.evaluate, steps):
+            return SweptStudent(stages=stages, evaluation=found.evaluation, similarity=found.similarity)
+    evaluation = similarity = None
+    if compare.pairs is not None:
+        evaluation = evaluate_checkpoint(
+            model, compare.pairs, compare.images, run.evaluate, compare.pairs_limit, progress
+        )
+    if compare.similarity_samples is not None:
+        if run.samples is None or run.targets is None:
+            raise UserError("compare.similarity_samples needs samples and targets; set them for all students")
+        similarity = compare_with_targets(model, run.samples, run.targets, compare.similarity_samples, progress)
+    measured = _Compared(
+        compare=compare, evaluate=run.evaluate, steps=steps, evaluation=evaluation, similarity=similarity
+    )
+    if is_main_process:
+        store.write("compared.json", measured.model_dump_json(indent=1).encode())
+    return SweptStudent(stages=stages, evaluation=evaluation, similarity=similarity)
+
+
+def sweep_table(report: SweepReport) -> PageTable:
+    """A line a student: its last stage's losses, time, and what was compared."""
+    terms = sorted({term for student in report.students.values() for term in _last_losses(student)} - {"loss"})
+    names = ["lm", "kd", "attention"]
+    terms.sort(key=lambda term: names.index(term) if term in names else len(names))
+    header = ["student", "last stage", *terms, "seconds", "samples/s", "accuracy", "similarity"]
+    rows = []
+    for name, student in report.students.items():
+        losses = _last_losses(student)
+        rows.append(
+            [
+                name,
+                next(reversed(student.stages)),
+                *(f"{losses[term]:.3f}" if term in losses else "" for term in terms),
+                f"{student.seconds:.0f}",
+                f"{student.samples_per_s:.1f}",
+                f"{100 * student.evaluation.average:.1f}" if student.evaluation is not None else "",
+                f"{student.similarity.mean:.3f}" if student.similarity is not None else "",
+            ]
+        )
+    rows += [[name, "failed", *[""] * (len(header) - 2)] for name in report.failures]
+    return PageTable("students side by side", header, rows)
+
+
+def _last_losses(student: SweptStudent) -> dict[str, float]:
+    return student.stages[next(reversed(student.stages))].losses

@@ -1,0 +1,94 @@
+"""The sweep file: several students that are trained against one store, and how they are compared."""
+
+# An example:
+#
+#   config: qwen1.5-4b-to-1.8b      # optional: a run file or recipe for what is not said here
+#   train: {seed: 1}                # settings that all share, as in a run file
+#   compare: {pairs: sugarcrepe, similarity_samples: 256}
+#   students:                       # what differs, dotted or nested
+#     compodistill: {}
+#     logits: {train.dft.attention_weight: 0}
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.recipes import find_config
+from pipeline.run_file import RunFile, lay_over, read_document, resolve, validated
+from storage.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class CompareConfig(BaseModel):
+    """What is measured of each student once it is trained; nothing unless asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: Path | None = None
+    """Folder of caption pairs in SugarCrepe's layout, for the accuracy; the run file's `evaluate` says how."""
+    images: Path | None = None
+    """Folder of the pairs' images; None is `images` beside them."""
+    pairs_limit: int | None = Field(default=None, ge=1)
+    """Pairs of each kind; None takes all."""
+    similarity_samples: int | None = Field(default=None, ge=1)
+    """Samples over which the student's attention is compared with the cached maps."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Students by name, in the file's order, each with its resolved run file; `load_sweep` makes one."""
+
+    output: Path
+    runs: dict[str, RunFile]
+    compare: CompareConfig
+
+
+def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict[str, Any]) -> Sweep:
+    """All students' run files, checked before any of them trains.
+
+    What wins over what: the base, the file's shared settings, the student's own, `--set`, flags.
+
+    Args:
+        path: the sweep file.
+        config: base run file or recipe; None takes the one that the file names, if any.
+        settings: `--set` strings, for all students.
+        flags: dotted names to values, for all students; `output` is the folder of the sweep.
+
+    Raises:
+        UserError: unreadable, a name that is no folder name, or a setting that is unknown or out of range, by student.
+    """
+    document = read_document(path)
+    base, students = document.pop("config", None), document.pop("students", None)
+    compare = validated(CompareConfig, document.pop("compare", None) or {}, f"{path}: compare")
+    if not isinstance(students, dict) or not students:
+        raise UserError(f"{path} names no students; expected `students:` with a name and its settings for each")
+    base_path = config or (Path(base) if isinstance(base, str) else None)
+    shared = read_document(find_config(base_path)) if base_path is not None else {}
+    lay_over(shared, document)
+    output = Path(_output(resolve(copy.deepcopy(shared), settings, flags, str(path))))
+    runs = {}
+    for name, own in students.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(f"{path}: student {name!r} cannot name a folder; take letters, digits, '-', '_' and '.'")
+        if not isinstance(own or {}, dict):
+            raise UserError(f"{path}: student {name} is {own!r:.100}, expected settings such as train.seed: 1")
+        run = copy.deepcopy(shared)
+        lay_over(run, own or {})
+        runs[name] = resolve(run, settings, {**flags, "output": str(output / name)}, f"{path}: student {name}")
+    if len(precisions := {run.train.precision for run in runs.values()}) > 1:
+        raise UserError(
+            f"{path}: students ask for train.precision {' and '.join(sorted(precisions))}, which a process takes once; "
+            "put them into two sweeps"
+        )
+    return Sweep(output, runs, compare)
+
+
+def _output(run: RunFile) -> str:
+    if run.output is None:
+        raise UserError("--output is missing; give the folder of the sweep, each student gets its own in it")
+    return run.output
