@@ -24,7 +24,7 @@ from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_maps import TEXT_KEYS, MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
 from stages.layers import sliding_windows
-from stages.student.losses import matched_loss
+from stages.student.losses import AttentionLoss, matched_loss
 from storage.codecs import (
     EncodedMaps,
     EncodedWindows,
@@ -114,7 +114,9 @@ class _Gradients:
         return float(torch.cosine_similarity(expected.flatten(), gradient.flatten(), dim=0)), float(of_layers.min())
 
 
-def query_gradients(maps_WNN: Tensor, keep_WNN: Tensor, seed: int) -> Tensor:
+def query_gradients(
+    maps_WNN: Tensor, keep_WNN: Tensor, seed: int, *, kind: AttentionLoss = "cosine", sink_mask: bool = True
+) -> Tensor:
     """`[W, 64 * 64]` float64 gradient of a random student's query weights, a layer for each window."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens, width, heads = maps_WNN.shape[-1], 64, 4
@@ -129,7 +131,7 @@ def query_gradients(maps_WNN: Tensor, keep_WNN: Tensor, seed: int) -> Tensor:
         keys = (inputs @ weights[1].detach()).unflatten(1, (heads, -1)).transpose(0, 1)
         scores = queries @ keys.transpose(1, 2) / (width / heads) ** 0.5
         student_NN = scores.masked_fill(future, -torch.inf).softmax(-1)[..., TEXT_KEYS:].mean(0)
-        loss = matched_loss(student_NN[None], map_NN[None], keep_NN[None])[0]
+        loss = matched_loss(student_NN[None], map_NN[None], keep_NN[None], kind=kind, sink_mask=sink_mask)[0]
         (gradient,) = torch.autograd.grad(loss, query_weights)
         gradients.append(gradient.double().flatten())
     return torch.stack(gradients)

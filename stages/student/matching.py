@@ -88,8 +88,8 @@ def match_layers(
         student_depth: decoder layers of the student.
         fingerprint: of the target store.
         layers: matched student layers; None takes the first ones of the span.
-        num_matched: how many, when `layers` is None; None follows the store where it foresaw this, else as many as
-            `default_num_matched` says, but all of the shallower span for `all`.
+        num_matched: how many, when `layers` is None; None follows the store where it holds just this span, else takes
+            as many as `default_num_matched` says; for `all` it takes all layers of the shallower model.
         matching: a window of teacher layers for each student layer, or one layer.
         span: part of both decoders; None takes all captured teacher layers and the student's middle third.
         teacher_depth: decoder layers of the teacher; needed for a span.
@@ -126,9 +126,10 @@ def _default_num_matched(
     if span is None:
         return min(len(fingerprint.windows), default_num_matched(student_depth))
     shallower = min(len(captured), len(span_layers(student_depth, span)))
-    if captured == fingerprint.layers:
-        return min(len(fingerprint.windows), shallower)
-    return shallower if span == "all" else min(shallower, default_num_matched(student_depth))
+    if span == "all":
+        return shallower
+    most = len(fingerprint.windows) if captured == fingerprint.layers else default_num_matched(student_depth)
+    return min(shallower, most)
 
 
 def _check_captured(wanted: tuple[int, ...], captured: tuple[int, ...], span: LayerSpan) -> None:

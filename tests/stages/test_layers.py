@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from stages.layers import (
+    LayerSpan,
     default_num_matched,
+    single_layers,
     sliding_windows,
+    span_layers,
     student_layers,
     visual_understanding_layers,
     window_means,
@@ -42,8 +45,44 @@ def test_windows_slide_by_one_layer_and_cover_all_captured_ones() -> None:
 
 
 def test_more_matched_layers_than_captured_ones_are_refused() -> None:
-    with pytest.raises(UserError, match="at least as many captured"):
-        sliding_windows((3, 4), 3)
+    for matching in (sliding_windows, single_layers):
+        with pytest.raises(UserError, match="at least as many captured"):
+            matching((3, 4), 3)
+
+
+@pytest.mark.parametrize("depth", [*range(3, 24), 24, 28, 32, 40, 64, 80])
+def test_early_middle_and_late_layers_are_all_layers_in_order(depth: int) -> None:
+    spans = [list(span_layers(depth, span)) for span in ("early", "middle", "late")]
+    assert [*spans[0], *spans[1], *spans[2]] == list(range(depth)) == list(span_layers(depth, "all"))
+    assert max(map(len, spans)) - min(map(len, spans)) <= depth // 8 + 1
+
+
+@pytest.mark.parametrize(("depth", "span"), [(1, "early"), (1, "late"), (2, "late")])
+def test_a_decoder_too_shallow_for_a_span_is_refused(depth: int, span: LayerSpan) -> None:
+    with pytest.raises(UserError, match=f"a decoder of {depth} layers has no {span} layers"):
+        span_layers(depth, span)
+
+
+def test_a_students_layers_begin_where_the_span_does() -> None:
+    assert student_layers(24, 7, "early") == (0, 1, 2, 3, 4, 5, 6)
+    assert student_layers(24, 7, "late") == (16, 17, 18, 19, 20, 21, 22)
+    assert student_layers(24, 24, "all") == tuple(range(24))
+
+
+@pytest.mark.parametrize(
+    ("captured", "num_matched", "expected"),
+    [
+        (tuple(range(13, 24)), 7, (13, 15, 16, 18, 20, 21, 23)),
+        ((3, 4, 5), 3, (3, 4, 5)),
+        ((3, 4, 5), 2, (3, 5)),
+        ((3, 4, 5), 1, (4,)),
+        ((3, 4), 1, (3,)),
+    ],
+)
+def test_one_to_one_matching_spreads_single_layers_over_all_captured_ones(
+    captured: tuple[int, ...], num_matched: int, expected: tuple[int, ...]
+) -> None:
+    assert single_layers(captured, num_matched) == tuple((layer,) for layer in expected)
 
 
 def test_window_means_average_the_named_layers() -> None:

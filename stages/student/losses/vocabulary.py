@@ -60,7 +60,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None, None]:
         student_RV, ids_RJ, weights_RJ, log_partition_R = ctx.saved_tensors
         share_RJ = weights_RJ * (grad_R / ctx.temperature)[..., None]
-        share_RJ = share_RJ.reshape(-1, *ids_RJ.shape).sum(0)
+        if share_RJ.ndim > 2:
+            share_RJ = share_RJ.flatten(0, -3).sum(0)
         grad_RV = torch.empty_like(student_RV)
         for rows, probs_RV in _probabilities(student_RV, log_partition_R, ctx.temperature):
             probs_RV *= share_RJ[rows].sum(-1, keepdim=True)

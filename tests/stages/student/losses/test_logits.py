@@ -1,22 +1,19 @@
-"""Losses: the golden vectors, textbook versions in float64, and stored against dense."""
+"""Logit distillation and next-token loss: golden vectors, textbook versions in float64, and stored against dense."""
 
+import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.student.losses import (
-    attention_alignment_loss,
-    below_sink_threshold,
+    Divergence,
     logit_distillation_loss,
     next_token_loss,
-    matched_loss,
-    sparse_cross_entropy,
     stored_logit_distillation_loss,
+    teacher_rows,
 )
 from storage.codecs.answer_logits import (
     AnswerLogits,
@@ -26,22 +23,11 @@ from storage.codecs.answer_logits import (
     row_addresses,
 )
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
-
-
-@pytest.mark.parametrize("name", ["small", "medium", "peaked"])
-def test_attention_loss_reproduces_the_golden_value_and_gradient(name: str) -> None:
-    golden = load_file(GOLDEN / f"attention_loss_{name}.safetensors")
-    student = golden["student"].requires_grad_()
-    loss = attention_alignment_loss(student, golden["teacher"])
-    loss.backward()
-    assert relative(loss.detach(), golden["loss"][0]) < 1e-5
-    assert student.grad is not None
-    assert relative(student.grad, golden["student_grad"]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["equal_vocab", "larger_teacher_vocab"])
@@ -53,70 +39,6 @@ def test_logit_loss_reproduces_the_golden_value_and_gradient(name: str) -> None:
     assert relative(loss.detach(), golden["loss"][0]) < 1e-5
     assert student.grad is not None
     assert relative(student.grad, golden["student_grad"]) < 1e-4
-
-
-def random_maps(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(*shape, generator=generator) * 3
-    future = torch.ones(shape[-2:]).triu(1).bool()
-    return scores.masked_fill(future, -torch.inf).softmax(-1) * 0.8
-
-
-def textbook_attention_loss(student: Tensor, teacher: Tensor) -> float:
-    """METHOD's formula with loops, in float64."""
-    total = 0.0
-    num_layers, num_samples, n, _ = student.shape
-    for layer in range(num_layers):
-        for sample in range(num_samples):
-            a, b = student[layer, sample].double(), teacher[layer, sample].double()
-            pooled = []
-            for which in (a, b):
-                means = []
-                for key in range(n):
-                    kept = [
-                        float(which[query, key])
-                        for query in range(n)
-                        if a[query, key] <= a.mean() + a.std()
-                        and b[query, key] <= b.mean() + b.std()
-                        and b[query, key] > 0
-                    ]
-                    means.append(sum(kept) / max(1, len(kept)))
-                pooled.append(torch.tensor(means, dtype=torch.float64))
-            x, y = pooled
-            total += 1 - float(x @ y / (x.norm() * y.norm()))
-    return total / num_samples
-
-
-def test_attention_loss_equals_a_textbook_version_in_float64() -> None:
-    student, teacher = random_maps(2, 3, 12, 12, seed=1), random_maps(2, 3, 12, 12, seed=2)
-    assert float(attention_alignment_loss(student, teacher)) == pytest.approx(
-        textbook_attention_loss(student, teacher), rel=1e-5
-    )
-
-
-def test_attention_loss_is_zero_for_equal_maps() -> None:
-    maps = random_maps(3, 2, 16, 16, seed=5)
-    assert float(attention_alignment_loss(maps, maps)) == pytest.approx(0, abs=1e-6)
-
-
-def test_padding_changes_neither_the_loss_nor_the_threshold() -> None:
-    student, teacher = random_maps(2, 9, 9, seed=1), random_maps(2, 9, 9, seed=2)
-    keep = below_sink_threshold(teacher) & (teacher > 0)
-    padded = [torch.nn.functional.pad(t, (0, 5, 0, 5)) for t in (student, teacher, keep)]
-    counts = torch.tensor([9, 9])
-    expected = matched_loss(student, teacher, keep)
-    torch.testing.assert_close(matched_loss(*padded, counts), expected)
-    inside = below_sink_threshold(padded[0], counts)[:, :9, :9]
-    assert torch.equal(inside, below_sink_threshold(student))
-
-
-def test_a_sample_without_an_image_has_no_loss_and_no_gradient() -> None:
-    student = torch.zeros(1, 4, 4, requires_grad=True)
-    loss = matched_loss(student, torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool(), torch.tensor([0]))
-    loss.sum().backward()
-    assert loss.item() == 0
-    assert student.grad is not None
-    assert torch.equal(student.grad, torch.zeros(1, 4, 4))
 
 
 def test_logit_loss_is_the_teachers_entropy_at_identity_with_zero_gradient() -> None:
@@ -262,38 +184,6 @@ def test_the_gradient_is_finite_when_the_student_is_sure() -> None:
     assert bool(torch.isfinite(grad).all())
 
 
-def test_sparse_cross_entropy_has_the_gradient_of_its_value() -> None:
-    # More rows than are converted at a time, an id that comes twice, weights that do not sum to 1.
-    student = random_logits(70, 11, seed=4).requires_grad_()
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, 11, (70, 5), generator=generator)
-    ids[:, 4] = ids[:, 0]
-    weights = torch.rand(70, 5, generator=generator, dtype=torch.float64)
-    expected = -(weights * (student / 1.5).log_softmax(-1).gather(1, ids)).sum(-1)
-    torch.testing.assert_close(sparse_cross_entropy(student, ids, weights, 1.5), expected)
-    assert torch.autograd.gradcheck(lambda z: sparse_cross_entropy(z, ids, weights, 1.5), student)
-
-
-def test_no_float32_copy_of_all_logits_is_made_or_kept() -> None:
-    rows, vocab = 1000, 2000
-    student = torch.randn(rows, vocab).bfloat16().requires_grad_()
-    ids, weights = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1)
-    sizes: list[int] = []
-
-    class Watched(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.dtype == torch.float32:
-                sizes.append(out.numel())
-            return out
-
-    with Watched():
-        sparse_cross_entropy(student, ids, weights).sum().backward()
-    assert max(sizes) == 64 * vocab
-    assert student.grad is not None
-    assert student.grad.dtype == torch.bfloat16
-
-
 def test_next_token_loss_equals_minus_log_softmax() -> None:
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     answers = torch.tensor([0, 3, 8, 2])
@@ -303,3 +193,139 @@ def test_next_token_loss_equals_minus_log_softmax() -> None:
     (grad,) = torch.autograd.grad(found.sum(), logits)
     (expected_grad,) = torch.autograd.grad(expected.sum(), logits)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+
+
+BUCKETED: tuple[Divergence, ...] = ("reverse", "symmetric", "jensen_shannon")
+every_divergence = pytest.mark.parametrize("divergence", BUCKETED)
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """Where the second is 0 and the first is not, as if it were e^-50."""
+    terms = a * (a.clamp(min=1e-300).log() - b.clamp(min=math.exp(-50)).log())
+    return terms.sum(-1)
+
+
+def compared_by_the_book(p: Tensor, q: Tensor, divergence: Divergence) -> Tensor:
+    """`[R]` of two distributions in the last axis, float64."""
+    middle = (p + q) / 2
+    return {
+        "reverse": kl(q, p),
+        "symmetric": (kl(p, q) + kl(q, p)) / 2,
+        "jensen_shannon": (kl(p, middle) + kl(q, middle)) / 2,
+    }[divergence]
+
+
+def bucketed(student: Tensor, teacher: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The teacher's k likeliest ids that the student knows, and all else as one, of both."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    rows = []
+    for p_V, q_V, ids in zip(p, q, teacher.topk(top_k).indices, strict=True):
+        known = ids[ids < len(q_V)]
+        of_teacher = torch.cat([p_V[known], (1 - p_V[ids].sum())[None]])
+        rows.append((of_teacher / of_teacher.sum(), torch.cat([q_V[known], (1 - q_V[known].sum())[None]])))
+    width = top_k + 1
+    pads = [[torch.nn.functional.pad(side, (width - len(side), 0)) for side in row] for row in rows]
+    return torch.stack([row[0] for row in pads]), torch.stack([row[1] for row in pads])
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("student_vocab", [60, 45, 75], ids=["equal", "shorter", "padded"])
+def test_divergences_over_the_stored_support_equal_a_textbook_version_and_its_gradient(
+    divergence: Divergence, temperature: float, student_vocab: int
+) -> None:
+    teacher, student = random_logits(8, 60, seed=2), random_logits(8, student_vocab, seed=3)
+    if student_vocab < 60:
+        assert bool((teacher.topk(6).indices >= student_vocab).any()), "a kept id is cut too"
+    stored = store(teacher, top_k=6, temperatures=(2.0,))
+    student.requires_grad_()
+    found = stored_logit_distillation_loss(student, stored, temperature, divergence)
+    expected = compared_by_the_book(*bucketed(student, teacher, 6, temperature), divergence)
+    # The codec rounds to 11 bits.
+    torch.testing.assert_close(found, expected, rtol=3e-3, atol=1e-4)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), student)
+    assert relative(gradient, expected_gradient) < 3e-3
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_with_the_whole_vocabulary_stored_divergences_are_those_of_whole_distributions(
+    divergence: Divergence, temperature: float
+) -> None:
+    teacher, student = random_logits(6, 40, seed=0), random_logits(6, 40, seed=1).requires_grad_()
+    found = stored_logit_distillation_loss(student, store(teacher, top_k=40), temperature, divergence)
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    expected = compared_by_the_book(p, q, divergence)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), student)
+    assert relative(gradient, expected_gradient) < 2e-3
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("student_vocab", [60, 45, 75], ids=["equal", "shorter", "padded"])
+def test_the_gradient_of_a_divergence_is_that_of_finite_differences(
+    divergence: Divergence, temperature: float, student_vocab: int
+) -> None:
+    stored = store(random_logits(4, 60, seed=2), top_k=6, temperatures=(2.0,))
+    student = random_logits(4, student_vocab, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z: stored_logit_distillation_loss(z, stored, temperature, divergence), student
+    )
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("top_k", [6, 60], ids=["support", "whole vocabulary"])
+def test_divergences_are_zero_with_zero_gradient_row_by_row_where_the_student_says_what_is_stored(
+    divergence: Divergence, temperature: float, top_k: int
+) -> None:
+    stored = store(random_logits(4, 60, seed=2), top_k=top_k, num_draws=3, temperatures=(2.0,))
+    kept, tail, _ = stored.probabilities(temperature)
+    # The tail may be spread as one likes.
+    others = torch.rand(4, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    others = others.scatter(1, stored.ids_RK, 0.0)
+    others = others / others.sum(-1, keepdim=True).clamp(min=1e-9) * tail[:, None]
+    probs = others.scatter(1, stored.ids_RK, kept.double())
+    student = (probs.log() * temperature).requires_grad_()
+    loss = stored_logit_distillation_loss(student, stored, temperature, divergence)
+    loss.sum().backward()
+    # What is stored is float32, and sums to 1 that far.
+    assert float(loss.detach().abs().max()) < 1e-6
+    assert student.grad is not None
+    assert float(student.grad.abs().max()) < 1e-6
+
+
+@every_divergence
+def test_what_is_stored_bounds_the_divergence_of_whole_distributions_from_below(divergence: Divergence) -> None:
+    teacher, student = random_logits(50, 60, seed=2), random_logits(50, 60, seed=3)
+    whole = compared_by_the_book(teacher.softmax(-1), student.softmax(-1), divergence)
+    found = stored_logit_distillation_loss(student, store(teacher, top_k=6), 1.0, divergence)
+    assert bool((found <= whole + 1e-3).all())
+    assert bool((found > 0).all())
+
+
+@every_divergence
+def test_divergences_and_their_gradients_are_finite_when_either_side_is_sure(divergence: Divergence) -> None:
+    teacher = torch.full((2, 30), -torch.inf)
+    teacher[0, 4] = teacher[1, 5] = 0.0
+    for top_k in (1, 3, 30):
+        for height in (0.0, 200.0):
+            student = torch.zeros(2, 35)
+            student[:, 4] = height
+            student.requires_grad_()
+            loss = stored_logit_distillation_loss(student, store(teacher, top_k=top_k), 1.0, divergence)
+            loss.sum().backward()
+            assert student.grad is not None
+            assert bool(torch.isfinite(loss).all())
+            assert bool(torch.isfinite(student.grad).all())
+
+
+def test_rows_of_a_teacher_are_those_of_its_parts() -> None:
+    stored = store(random_logits(9, 60, seed=2), top_k=6)
+    whole, student = teacher_rows(stored, 60, 1.0), random_logits(9, 60, seed=3)
+    for divergence in ("forward", *BUCKETED):
+        parts = [whole[rows].loss(student[rows], divergence) for rows in (slice(0, 4), slice(4, 9))]
+        assert torch.equal(torch.cat(parts), whole.loss(student, divergence))
