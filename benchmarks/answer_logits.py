@@ -194,20 +194,43 @@ def draw_errors(
 ) -> dict[str, float]:
     """Bias and noise of the stored loss's gradient, in norms of the dense gradient, mean over rows.
 
-    Noise is the root of the summed variances. The bias is the norm of (mean gradient - dense), less the part of it that
-    noise alone leaves, which is `noise_of_the_mean`: a bias below that is not distinguished from none.
+    Noise is the root of the summed variances. `bias_of_coding` is what the codes of kept values (and of drawn ones, at
+    a temperature) shift the gradient by, whatever is drawn; it is worked out, not sampled. `bias_of_draws` is the norm
+    of what the mean gradient is off beyond that, less the part that noise alone leaves, which is `noise_of_the_mean`:
+    a bias below that is not distinguished from none.
     """
-    biases, noises = [], []
+    coding, biases, noises = [], [], []
     for student_V, teacher_V in zip(student_RV, teacher_RV, strict=True):
         dense_V = dense_gradient(student_V[None], teacher_V[None], temperature)[0]
+        shift_V = coding_shift(teacher_V, codec, temperature)
         gradients_nV = drawn_gradients(student_V, teacher_V, codec, sizes, temperature).double()
         variance = float(gradients_nV.var(0).sum())
-        square = float((gradients_nV.mean(0) - dense_V).square().sum()) - variance / len(gradients_nV)
+        square = float((gradients_nV.mean(0) - dense_V - shift_V).square().sum()) - variance / len(gradients_nV)
         norm = float(dense_V.norm())
+        coding.append(float(shift_V.norm()) / norm)
         biases.append(max(square, 0.0) ** 0.5 / norm)
         noises.append(variance**0.5 / norm)
     noise = statistics.mean(noises)
-    return {"bias": statistics.mean(biases), "noise": noise, "noise_of_the_mean": noise / sizes.addresses**0.5}
+    return {
+        "bias_of_coding": statistics.mean(coding),
+        "bias_of_draws": statistics.mean(biases),
+        "noise": noise,
+        "noise_of_the_mean": noise / sizes.addresses**0.5,
+    }
+
+
+def coding_shift(teacher_V: Tensor, codec: LogitCodecConfig, temperature: float) -> Tensor:
+    """`[V]` the stored loss's gradient, in the mean over all draws, less the dense one."""
+    record_RB = encode_logits(codec, teacher_V[None], torch.zeros(1, dtype=torch.float64))
+    stored = decode_logits(codec, record_RB)
+    kept_RK, tail_R, _ = stored.probabilities(temperature)
+    at_temperature = [1.0, *codec.temperatures].index(temperature)
+    log_partition = float(stored.tails_RT[0, at_temperature]) - math.log(float(tail_R))
+    exact_V = teacher_V.log_softmax(-1)
+    # Drawn with probability exp(l - tail of 1), weighed by what the stored l makes of it.
+    mean_V = (exact_V + exact_V.half().double() * (1 / temperature - 1) - log_partition).exp()
+    mean_V[stored.ids_RK[0]] = kept_RK[0].double()
+    return ((teacher_V / temperature).softmax(-1) - mean_V) / temperature
 
 
 def measure_gradients(sizes: Sizes, k: int = 64) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def ray(folder: Path, scale: float) -> dict[str, Any]:
     undisturbed = Place(World.load(teacher, folder / "samples"), str(folder / "undisturbed")).finish()
     campaign = RayCampaign(teacher, folder / "samples", undisturbed, folder, SEED)
     ends = ["driver", "cluster"] * max(1, round(5 * scale))
-    return {"seed": SEED, **vars(campaign.run(ends, actor_kills=4))}
+    return {"seed": SEED, **vars(campaign.run(ends, actor_kills=5))}
 
 
 PARTS: dict[str, Callable[[Path, float], dict[str, Any]]] = {

@@ -11,12 +11,17 @@ from benchmarks.answer_logits import (
     Sizes,
     bucket_gradient,
     coding_error,
+    coding_shift,
     dense_gradient,
+    drawn_gradients,
     make_rows,
     measure,
     truncated_gradient,
 )
+from storage.codecs.answer_logits import LogitCodecConfig
 
+FLOAT32 = 1e-5
+"""Of the gradients that are averaged."""
 TINY = Sizes(vocab=400, rows=4, gradient_rows=1, addresses=100, timed_rows=4, repeats=1)
 
 
@@ -49,11 +54,28 @@ def test_draws_are_unbiased_and_what_stores_none_is_not() -> None:
     for kind in KINDS:
         errors = result["gradient_in_norms_of_the_dense_one_at_k_64"][kind]
         drawn = [errors[f"{count} draws"] for count in (1, 2, 4, 8)]
-        assert all(error["bias"] < 3 * error["noise_of_the_mean"] + 0.01 for error in drawn)
+        assert all(error["bias_of_draws"] < 3 * error["noise_of_the_mean"] + FLOAT32 for error in drawn)
+        assert all(0 < error["bias_of_coding"] < 0.01 for error in drawn)
         assert drawn[0]["noise"] > drawn[1]["noise"] > drawn[2]["noise"] > drawn[3]["noise"] > 0
         assert errors["rows_from_which_default_is_closer"] >= 1
     flat = result["gradient_in_norms_of_the_dense_one_at_k_64"]["flat"]
     assert flat["0 draws, top-k alone"]["bias"] > 0.1
+
+
+def test_what_codes_shift_is_what_is_left_when_nothing_is_drawn_and_more_levels_shift_less() -> None:
+    (teacher,) = make_rows("options", 1, 60)
+    shifts = {
+        levels: float(coding_shift(teacher, LogitCodecConfig(vocab_size=60, top_k=50, num_levels=levels), 1.0).norm())
+        for levels in (64, 128, 256)
+    }
+    assert shifts[64] > 1.5 * shifts[128] > 2.25 * shifts[256] > 0
+    student = torch.zeros(1, 60, dtype=torch.float64)
+    codec = LogitCodecConfig(vocab_size=60, top_k=50, num_levels=64, num_draws=10, temperatures=(2.0,))
+    for temperature in (1.0, 2.0):
+        drawn = drawn_gradients(student[0], teacher, codec, Sizes(addresses=20_000), temperature).double().mean(0)
+        dense = dense_gradient(student, teacher[None], temperature)[0]
+        left = (drawn - dense - coding_shift(teacher, codec, temperature)).norm()
+        assert float(left) < 0.05 * float((drawn - dense).norm())
 
 
 def test_the_saved_results_hold_what_the_documents_claim() -> None:
@@ -62,4 +84,9 @@ def test_the_saved_results_hold_what_the_documents_claim() -> None:
     for name in ("default", "k = 64, 4 draws, temperatures 1 and 2"):
         assert saved[name]["row_bytes"] <= BUDGET_BYTES
         assert max(worst for _, worst in saved[name]["median_and_worst"].values()) <= 3e-5
+    for kind, ways in saved["gradient_in_norms_of_the_dense_one_at_k_64"].items():
+        drawn = [way for way in ways.values() if isinstance(way, dict) and "bias_of_draws" in way]
+        assert len(drawn) == 6, kind
+        assert all(way["bias_of_draws"] < 2 * way["noise_of_the_mean"] + FLOAT32 for way in drawn)
+        assert all(way["bias_of_coding"] < 5e-3 for way in drawn)
     assert {"hardware", "date", "command"} <= saved.keys()
