@@ -72,8 +72,12 @@ def median_ratio(seconds: Sequence[float], of: Sequence[float]) -> float:
 
 
 def command_line(module: str) -> list[str]:
-    """The command as typed, without this machine's paths."""
-    return ["python", "-m", module, *sys.argv[1:]]
+    """The command as typed, but for where its results went: `--out` with this machine's path."""
+    typed = sys.argv[1:]
+    while "--out" in typed:
+        place = typed.index("--out")
+        typed = typed[:place] + typed[place + 2 :]
+    return ["python", "-m", module, *typed]
 
 
 def _cpu_name() -> str:

@@ -44,7 +44,7 @@ def test_the_results_file_names_hardware_date_and_command(tmp_path: Path, monkey
     main()
     saved = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out) == saved
-    assert saved["command"].startswith("python -m benchmarks.capture --layers 1")
+    assert saved["command"] == f"python -m benchmarks.capture {flags} --repeats 1"
     assert saved["device"] == "cpu"
     assert saved["date"] > "2026"
     assert "cores" in saved["hardware"]
