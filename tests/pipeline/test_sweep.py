@@ -1,0 +1,147 @@
+"""Several students against one store by one command: trained in turn, compared, finished ones left as they are."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import cli
+from pipeline.sweep import SweepReport, sweep_table
+from pipeline.sweep_file import load_sweep
+from storage.errors import UserError
+from tests.conftest import TinyWorld
+from tests.pipeline.processes import Ended, tree
+
+SHARED = """\
+train:
+  microbatch_size: 4
+  log_every: 1
+  num_workers: 0
+  lora: {rank: 4, alpha: 8}
+  dpt: {batch_size: 4, max_steps: 2}
+  dft: {batch_size: 4, max_steps: 2, learning_rate: 1.0e-3}
+"""
+STUDENTS = """\
+students:
+  compodistill:
+  logits: {train.dft.attention_weight: 0}
+  sft: {train: {dpt: {kd_weight: 0}, dft: {kd_weight: 0.0, attention_weight: 0.0}}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run_here(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ended:
+    monkeypatch.setattr(sys, "argv", ["cdp", "train-student", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    captured = capsys.readouterr()
+    return Ended(code, captured.out, captured.err)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {tiny.student_lm}\n"
+    compare = f"compare: {{pairs: {tiny.pairs}, pairs_limit: 2, similarity_samples: 4}}\n"
+    base = write(tmp_path / "base.yaml", places + SHARED)
+    sweep = write(tmp_path / "sweep.yaml", compare + STUDENTS)
+    output = tmp_path / "out"
+    arguments = ("--sweep", sweep, "--config", base, "--output", output, "--stage", "dft")
+    done = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    report = SweepReport.model_validate_json((output / "sweep.json").read_text())
+    assert list(report.students) == ["compodistill", "logits", "sft"]
+    assert not report.failures
+    losses = {name: set(student.stages["dft"].losses) - {"loss"} for name, student in report.students.items()}
+    assert losses == {"compodistill": {"lm", "kd", "attention"}, "logits": {"lm", "kd"}, "sft": {"lm"}}
+    for name, student in report.students.items():
+        assert student.evaluation is not None
+        assert student.evaluation.num_pairs == 4
+        assert student.similarity is not None
+        assert student.samples_per_s > 0
+        assert (output / name / "dft" / "student" / "config.json").is_file()
+        assert name in done.out
+    header = ["student", "last stage", "lm", "kd", "attention", "seconds", "samples/s", "accuracy", "similarity"]
+    table = sweep_table(report)
+    assert table.header == header
+    assert table.rows[2][3:5] == ["", ""]
+    assert [row[0] for row in table.rows] == list(report.students)
+
+    before = {name: tree(output / name / "dft") for name in report.students}
+    monkeypatch.setattr("pipeline.sweep.evaluate_checkpoint", None)
+    again = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert again.code == 0, again.err
+    assert {name: tree(output / name / "dft") for name in report.students} == before
+    assert SweepReport.model_validate_json((output / "sweep.json").read_text()) == report
+
+
+def test_a_student_that_fails_is_reported_and_the_others_are_trained(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {tiny.student_lm}\n"
+    students = "students:\n  broken: {student: no-such-folder}\n  whole: {}\n"
+    sweep = write(tmp_path / "sweep.yaml", places + SHARED + students)
+    output = tmp_path / "out"
+    arguments = ("--sweep", sweep, "--output", output, "--stage", "dpt", "--set", "train.dpt.max_steps=1")
+    done = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 1
+    assert "student broken failed: no checkpoint at no-such-folder" in done.err
+    report = SweepReport.model_validate_json((output / "sweep.json").read_text())
+    assert list(report.failures) == ["broken"]
+    assert report.students["whole"].stages["dpt"].steps == 1
+    assert report.students["whole"].evaluation is None
+    assert sweep_table(report).rows[1][:2] == ["broken", "failed"]
+
+    sweep.write_text(sweep.read_text().replace("no-such-folder", str(tiny.student_lm)))
+    mended = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert mended.code == 0, mended.err
+    assert json.loads((output / "sweep.json").read_text())["students"].keys() == {"broken", "whole"}
+
+
+def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", "train: {seed: 1, log_every: 1, dft: {batch_size: 4, epochs: 2}}\n")
+    text = (
+        f"config: {base}\ntrain.log_every: 2\nstudents:\n  a: {{train.seed: 3, train: {{dft: {{epochs: 5}}}}}}\n  b:\n"
+    )
+    sweep = load_sweep(write(tmp_path / "s.yaml", text), None, ["train.dft.batch_size=16"], {"output": "out"})
+    a, b = sweep.runs["a"], sweep.runs["b"]
+    assert (a.output, b.output) == ("out/a", "out/b")
+    assert (a.train.seed, b.train.seed) == (3, 1)
+    assert (a.train.log_every, b.train.log_every) == (2, 2)
+    assert (a.train.dft.epochs, b.train.dft.epochs) == (5, 2)
+    assert (a.train.dft.batch_size, b.train.dft.batch_size) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {seed: 1}\n", "names no students"),
+        ("students: {}\n", "names no students"),
+        ("students: {a: {train.sed: 1}}\n", r"student a:\n  train.sed: Extra inputs"),
+        ("students: {../a: {}}\n", "student '../a' cannot name a folder"),
+        ("students: {a: 3}\n", "student a is 3, expected settings"),
+        ("students: {a: {}}\ncompare: {pears: x}\n", r"compare:\n  pears: Extra inputs"),
+        ("students: {a: {}}\nconfig: nowhere\n", "nor a recipe of that name; recipes are demo, "),
+        ("students: {a: {train.precision: bf16}, b: {}}\n", "train.precision auto and bf16"),
+    ],
+)
+def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_sweep(write(tmp_path / "s.yaml", text), None, [], {"output": str(tmp_path / "out")})
+    with pytest.raises(UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe"):
+        load_sweep(tmp_path / "s.yaml", None, [], {})
+    assert not (tmp_path / "out").exists()
