@@ -5,16 +5,13 @@ runs is `pipeline.extraction.extract`, its tasks in this process instead of in a
 """
 
 import contextlib
-import json
 import os
 import random
-import select
 import shutil
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +34,8 @@ from storage.stores import PARTIAL, open_store
 from storage.stores.cache import cache_dir
 from storage.verify import verify
 from tests.checkpoints import make_llava_data, make_tiny_llava
+from tests.pipeline.forks import PATIENCE_S, Ended, Forked
 
-PATIENCE_S = 120
 MOST_LIVES = 100
 PARTS = ("manifest", "teacher", "shards", "commits", "reports", "abandoned")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -152,63 +149,6 @@ class Countdown:
         parts = [part.split(".")[0] for part in path.split("/")]
         top = next((name for name in PARTS if name in parts), "store")
         return f"{top}, staged" if PARTIAL in path else top
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a forked process ended: with a result, or by SIGKILL after it may have said something."""
-
-    killed: bool
-    said: str
-    result: Any = None
-
-
-class Forked:
-    """A child of this process that runs one function."""
-
-    def __init__(self, function: Callable[[Callable[[str], None]], Any]) -> None:
-        """Starts it; the function gets one to say something with before it dies, and returns what JSON can hold."""
-        self._reader, writer = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            code = 1
-            try:
-                os.close(self._reader)
-                result = function(lambda text: _write(writer, text))
-                _write(writer, json.dumps(result))
-                code = 0
-            except BaseException:
-                _write(writer, traceback.format_exc())
-            finally:
-                os._exit(code)
-        os.close(writer)
-
-    def kill_after(self, seconds: float) -> None:
-        """SIGKILL, unless it ends before."""
-        if not select.select([self._reader], [], [], seconds)[0]:
-            os.kill(self.pid, signal.SIGKILL)
-
-    def end(self) -> Ended:
-        """Waits for the end, at most `PATIENCE_S`.
-
-        Raises:
-            AssertionError: it raised, or was not done in time.
-        """
-        self.kill_after(PATIENCE_S)
-        with os.fdopen(self._reader, "rb") as pipe:
-            said = pipe.read().decode()
-        _, status = os.waitpid(self.pid, 0)
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL, f"ended by signal {os.WTERMSIG(status)}"
-            return Ended(True, said)
-        assert os.WEXITSTATUS(status) == 0, said
-        return Ended(False, "", json.loads(said))
-
-
-def _write(descriptor: int, text: str) -> None:
-    data = text.encode()
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 @dataclass(frozen=True)
