@@ -1,12 +1,14 @@
 """Ctrl-C and SIGTERM as one exception that says how to go on."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 RESUME = "run the same command again to go on from here"
+SAVED_EXIT_CODE = 75
+"""Of a training that was asked to stop and saved where it was (EX_TEMPFAIL: try again later)."""
 
 
 class Interrupted(BaseException):
@@ -15,14 +17,13 @@ class Interrupted(BaseException):
     Not a KeyboardInterrupt: on that one the command-line library ends the process before anything can be said.
     """
 
-    def __init__(self, signal_number: int, message: str = f"interrupted; {RESUME}") -> None:
+    def __init__(
+        self, signal_number: int, message: str = f"interrupted; {RESUME}", exit_code: int | None = None
+    ) -> None:
         super().__init__(message)
         self.signal_number = signal_number
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell expects of a process ended by this signal."""
-        return 128 + self.signal_number
+        self.exit_code = 128 + signal_number if exit_code is None else exit_code
+        """Unless given, what a shell expects of a process ended by this signal."""
 
 
 @contextmanager
@@ -40,6 +41,24 @@ def raised_on(*signals: signal.Signals) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Interrupted(received[-1] if received else signal.SIGINT) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def remembered(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """The first of these signals is only remembered, for the block to ask whether there was one; a second ends it."""
+    received: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, remember) for number in signals}
+    try:
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,22 +1,36 @@
 """Training checkpoints: complete or absent, safetensors and JSON only.
 
-A checkpoint is a folder `step-00000100` with the trained parameters, the optimizer's tensors, and `state.json`
-(position in the stream, schedule, counts). It is written under another name and renamed when it is whole.
+A checkpoint is a folder `step-00000100` with the trained parameters, the optimizer's tensors under the parameters'
+names, and `state.json` (position in the stream, schedule, sha256 of the other files). It is written under another name
+and renamed when it is whole. Tensors are stored whole, however many processes hold a part of each, so a stage may go on
+with another number of them. There is no random state: what a step draws follows from its number.
 """
 
 import json
+import logging
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stages.student.parallel import part_like, whole
+from storage.digests import file_sha256
+from storage.errors import StoreUnavailable, UserError, disk_errors_named
 from storage.stores import open_store
+
+logger = logging.getLogger(__name__)
+
+TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -39,66 +53,141 @@ class Position:
     seconds: float = 0.0
 
 
-def save_checkpoint(
-    folder: Path,
-    position: Position,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    keep: int,
-) -> Path:
-    """Writes `folder/step-N` and removes all but the newest `keep`."""
-    target = folder / f"step-{position.step:08d}"
-    staging = folder / f"{target.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_file(trained_parameters(model), staging / "trained.safetensors")
-    save_file(_optimizer_tensors(optimizer), staging / "optimizer.safetensors")
-    save_file({"cpu": torch.get_rng_state()}, staging / "random.safetensors")
-    state = {"position": asdict(position), "scheduler": scheduler.state_dict()}
-    (staging / "state.json").write_text(json.dumps(state, indent=1))
-    open_store(folder).put_tree(staging, target.name)
+@dataclass(frozen=True)
+class TrainerState:
+    """What learns and how it is made to learn; a checkpoint holds the state of all three."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+
+
+def save_checkpoint(folder: Path, position: Position, state: TrainerState, keep: int, *, write: bool = True) -> None:
+    """Writes `folder/step-N` and removes all whole ones but the newest `keep`.
+
+    Args:
+        folder: the stage's checkpoints.
+        position: how far it is.
+        state: of all processes: each must call this, since parts of a tensor are gathered from all.
+        keep: at least 1.
+        write: False in all processes but one.
+
+    Raises:
+        StoreUnavailable: the disk is full or not to be written; the checkpoints before stay as they are.
+    """
+    trained, moments = trained_tensors(state.model), _optimizer_tensors(state)
+    if not write:
+        return
+    store, name = open_store(folder), f"step-{position.step:08d}"
+    try:
+        with disk_errors(folder / name):
+            staging = store.staging(name)
+            try:
+                save_file(trained, staging / TRAINED)
+                save_file(moments, staging / OPTIMIZER)
+                written = {
+                    "position": asdict(position),
+                    "scheduler": state.scheduler.state_dict(),
+                    "sha256": {file: file_sha256(staging / file) for file in (TRAINED, OPTIMIZER)},
+                }
+                (staging / STATE).write_text(json.dumps(written, indent=1))
+                store.put_tree(staging, name)
+            finally:
+                # On a full disk, what is half-written is in the way of everything else.
+                shutil.rmtree(staging, ignore_errors=True)
+    except StoreUnavailable as error:
+        before = list_checkpoints(folder)
+        kept = f"the newest one, {before[-1]}, is whole" if before else "there is none before it"
+        raise StoreUnavailable(f"the checkpoint of step {position.step} was not saved; {kept}: {error}") from error
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+        store.remove_tree(old.name)
+
+
+def restore_newest(folder: Path, state: TrainerState) -> Position:
+    """Puts the newest whole checkpoint into a freshly built state; the start of the stage if there is none.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        if damaged := _damaged_file(path):
+            logger.warning("checkpoint %s is damaged (%s); going on from the one before", path, damaged)
+            continue
+        return _restore(path, state)
+    if found:
+        raise UserError(
+            f"all {len(found)} checkpoints in {folder} are damaged; remove it to train from the start"
+        )
+    return Position()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Those that were written to the end, oldest first."""
     return sorted(path for path in folder.glob("step-*") if not path.name.endswith(".partial"))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Position:
-    """Puts a checkpoint's state into a freshly built model, optimizer and schedule."""
-    saved = load_file(path / "trained.safetensors")
-    wanted = trained_parameters(model)
-    assert saved.keys() == wanted.keys(), f"{path} was written for other trained parameters"
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that learn, by name, whole and on the CPU; tied ones once. All processes must call this."""
+    return {name: whole(parameter) for name, parameter in _trained(model).items()}
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts what `trained_tensors` gave into the parameters that learn."""
+    wanted = _trained(model)
+    assert tensors.keys() == wanted.keys(), "written for other trained parameters"
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
-    _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-    torch.set_rng_state(load_file(path / "random.safetensors")["cpu"])
-    state = json.loads((path / "state.json").read_text())
-    scheduler.load_state_dict(state["scheduler"])
+            parameter.copy_(part_like(tensors[name], parameter))
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """As `disk_errors_named`, also for files that safetensors writes, which has an exception of its own."""
+    with disk_errors_named(path):
+        try:
+            yield
+        except SafetensorError as error:
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _damaged_file(path: Path) -> str | None:
+    try:
+        state = json.loads((path / STATE).read_text())
+        for name, digest in state["sha256"].items():
+            if file_sha256(path / name) != digest:
+                return f"{name} has another sha256 than {STATE} says"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _restore(path: Path, state: TrainerState) -> Position:
+    load_trained(state.model, load_file(path / TRAINED))
+    parameters = _trained(state.model)
+    for name, value in load_file(path / OPTIMIZER).items():
+        parameter_name, key = name.rsplit(".", 1)
+        parameter = parameters[parameter_name]
+        # The count of steps is a number; all else has the parameter's shape and is spread as it is.
+        state.optimizer.state[parameter][key] = part_like(value, parameter) if value.dim() else value
+    written = json.loads((path / STATE).read_text())
+    state.scheduler.load_state_dict(written["scheduler"])
     # The schedule only sets the rate at its next step; until then the optimizer would use that of step 0.
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    return Position(**state["position"])
+    return Position(**written["position"])
 
 
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that learn, by name; tied ones once."""
-    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, s in state.items() for name, value in s.items()}
-
-
-def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _optimizer_tensors(state: TrainerState) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": whole(torch.as_tensor(value))
+        for name, parameter in _trained(state.model).items()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }

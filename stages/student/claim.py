@@ -1,14 +1,18 @@
 """What a stage's folder was begun with, and the refusal to go on in it with anything else."""
 
 import json
+from functools import lru_cache
 from typing import Any
 
+from stages.checkpoints import resolve_checkpoint, weights_digest
 from stages.student.config import HARMLESS_ON_RESUME
 from stages.student.stage import StageRun
 from storage.errors import FingerprintMismatch
 from storage.stores import open_store
 
 STAGE_FILE = "stage.json"
+_PLACES = {"samples", "targets", "sources", "subset"}
+"""Settings that say where data lies; what counts is what lies there."""
 
 
 def check_output(run: StageRun) -> None:
@@ -52,10 +56,18 @@ def claim_output(run: StageRun) -> None:
 
 def _description(run: StageRun) -> dict[str, Any]:
     """All that decides the weights a stage ends with."""
+    sources = [source.description() for source in run.sources]
     return {
         "stage": run.name,
-        "settings": run.config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | set(HARMLESS_ON_RESUME)),
-        **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json").items()},
-        "decoder": run.decoder,
-        "targets": run.targets.manifest.fingerprint.digest,
+        "settings": run.config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | _PLACES | HARMLESS_ON_RESUME),
+        **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json", exclude=_PLACES).items()},
+        "decoder": decoder_digest(run.decoder),
+        # One list for each, so that a refusal names what differs.
+        **{name: [source[name] for source in sources] for name in sources[0]},
     }
+
+
+@lru_cache
+def decoder_digest(decoder: str) -> str:
+    """sha256 of the weights of the decoder that a run starts from."""
+    return weights_digest(resolve_checkpoint(decoder))

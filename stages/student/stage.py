@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from stages.student.config import StageConfig, StageName, TrainConfig
-from storage.stores import Store
+from storage.stream import Source, StreamConfig
 from storage.targets import TargetStore
 
 
@@ -37,7 +37,7 @@ class StageRun:
         config: the run's settings.
         decoder: the student's pretrained language model, folder or hub id.
         initial: the student saved by the stage before; None starts from `decoder`.
-        samples, targets: what it trains on.
+        sources: what it trains on, at least one.
         output: the stage's folder.
     """
 
@@ -45,14 +45,31 @@ class StageRun:
     config: TrainConfig
     decoder: str
     initial: Path | None
-    samples: Store
-    targets: TargetStore
+    sources: tuple[Source, ...]
     output: Path
 
     @property
     def stage(self) -> StageConfig:
         """The stage's own settings."""
         return self.config.stage(self.name)
+
+    @property
+    def targets(self) -> TargetStore:
+        """The first source's; all of them agree in what a student needs of the teacher."""
+        return self.sources[0].targets
+
+    @property
+    def stream(self) -> StreamConfig:
+        """How its samples are chosen, ordered and cut."""
+        config = self.config
+        return StreamConfig(
+            seed=config.seed,
+            shuffle_shards=config.shuffle_shards,
+            batch_size=self.stage.batch_size,
+            microbatch_size=config.microbatch_size,
+            bucket_by_length=config.bucket_by_length,
+            max_samples=self.stage.max_samples or config.max_samples,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,3 +80,11 @@ class StepProgress:
     num_steps: int
     samples: int
     losses: dict[str, float]
+
+
+class TrainingStopped(Exception):
+    """A stage saved a checkpoint and stopped, as it was asked to."""
+
+    def __init__(self, stage: StageName, step: int) -> None:
+        super().__init__(f"stopped {stage} after step {step}, which is saved")
+        self.stage, self.step = stage, step

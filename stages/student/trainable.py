@@ -7,14 +7,25 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from stages.student.build import Student
 from stages.student.config import LoraSettings, StageConfig
+from stages.student.parts import connector_parameters, decoder_of, has_own_eyes
+from storage.errors import UserError
 
-_DECODER_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+_DECODER_LINEARS = r".*(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def prepare_for_stage(student: Student, stage: StageConfig, lora: LoraSettings, seed: int) -> PeftModel | None:
+def prepare_for_stage(
+    student: Student, stage: StageConfig, lora: LoraSettings, seed: int, *, own_adapter: bool = True
+) -> PeftModel | None:
     """Freezes all but what the stage trains; puts LoRA into `student` in place when it trains that.
 
     `requires_grad` is not part of a checkpoint, so this runs after every load; new weights follow from `seed`.
+
+    Args:
+        student: freshly loaded.
+        stage: says what learns.
+        lora: used by stages that train LoRA.
+        seed: of the updates' initial weights.
+        own_adapter: whether the adapter of a student with its own eyes learns.
 
     Returns:
         The peft wrapper that can merge the updates, None without LoRA.
@@ -35,10 +46,24 @@ def prepare_for_stage(student: Student, stage: StageConfig, lora: LoraSettings, 
             torch.manual_seed(seed)
             wrapper = get_peft_model(student, settings)
     elif stage.trains == "full":
-        student.model.language_model.requires_grad_(True)
+        decoder_of(student).requires_grad_(True)
         student.lm_head.requires_grad_(True)
-    student.model.post_connector.requires_grad_(True)
+    if own_adapter or not has_own_eyes(student):
+        for parameter in connector_parameters(student):
+            parameter.requires_grad_(True)
+    elif stage.trains == "post_connector":
+        raise UserError(
+            "nothing learns in a stage that trains the projector alone while train.own_adapter is frozen; "
+            "leave that stage out, or let it train lora or full"
+        )
     return wrapper
+
+
+def keep_frozen_in(student: Student, dtype: torch.dtype) -> None:
+    """Converts the parameters that do not learn; those that do keep float32, as small updates need it."""
+    for parameter in student.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def merge_lora(wrapper: PeftModel | None, student: Student) -> Student:

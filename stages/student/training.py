@@ -4,42 +4,60 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention import enable_capture
-from stages.checkpoints import load_processor
-from stages.families import family_of
-from stages.student.batches import Batch, Collator
-from stages.student.build import Student, build_student, load_student
-from stages.student.checkpoint import Position, list_checkpoints, load_checkpoint, save_checkpoint
+from stages.student.batches import Batch
+from stages.student.checkpoint import (
+    Position,
+    TrainerState,
+    disk_errors,
+    load_trained,
+    restore_newest,
+    save_checkpoint,
+    trained_tensors,
+)
 from stages.student.claim import claim_output
-from stages.student.matching import match_layers
+from stages.student.matching import match_stage
 from stages.student.metrics import MetricsLog
 from stages.student.objective import BatchTotals, DistillationObjective
-from stages.student.stage import StageReport, StageRun, StepProgress
-from stages.student.tokens import check_same_tokens
-from stages.student.trainable import merge_lora, prepare_for_stage
+from stages.student.parallel import clip_gradients, gradients_stay, spread
+from stages.student.parts import decoder_of
+from stages.student.stage import StageReport, StageRun, StepProgress, TrainingStopped
+from stages.student.start import StudentStart
+from stages.student.step_loader import LoaderDied, StepLoader
+from stages.student.trainable import keep_frozen_in, merge_lora
 from storage.errors import UserError
 from storage.stores import open_store
-from storage.stream import StreamConfig, num_steps, shard_sizes, target_stream
+from storage.stream import Mixture
 
 logger = logging.getLogger(__name__)
 
 
 def train_stage(
-    run: StageRun, accelerator: Accelerator, progress: Callable[[StepProgress], None] | None = None
+    run: StageRun,
+    accelerator: Accelerator,
+    progress: Callable[[StepProgress], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> StageReport:
     """Trains one stage, from its newest whole checkpoint when there is one; a finished stage is not run again.
 
     Leaves `student/` (a Hugging Face folder, LoRA merged), `checkpoints/`, `metrics.jsonl` and `report.json`.
 
+    Args:
+        run: what is trained on what.
+        accelerator: of this process.
+        progress: called after each step.
+        should_stop: asked before each step; as soon as it says so in any process, all save a checkpoint and stop.
+
     Raises:
+        TrainingStopped: after such a checkpoint.
         UserError: the folder holds the same stage with other settings, the student does not fit the targets, or the
             loss is no longer finite.
     """
@@ -48,80 +66,82 @@ def train_stage(
     if report_path.is_file():
         return StageReport.model_validate_json(report_path.read_text())
     with torch.random.fork_rng(devices=[]):
-        # Dropout draws from torch's own generator; seeded, it draws the same whatever ran before in this process.
-        torch.manual_seed(run.config.seed)
-        return _StageLoop(run, accelerator, progress).run()
+        return _StageLoop(run, accelerator, progress, should_stop).run()
 
 
 class _StageLoop:
     """State of one running stage."""
 
     def __init__(
-        self, run: StageRun, accelerator: Accelerator, progress: Callable[[StepProgress], None] | None
+        self,
+        run: StageRun,
+        accelerator: Accelerator,
+        progress: Callable[[StepProgress], None] | None,
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.run_config, self.accelerator, self.progress = run, accelerator, progress
+        self.run_config, self.accelerator, self.progress, self.should_stop = run, accelerator, progress, should_stop
         config, stage = run.config, run.stage
-        teacher_folder = run.targets.teacher_folder()
         _check_temperature(run)
-        self.student = _load(run, teacher_folder)
-        self.peft = prepare_for_stage(self.student, stage, config.lora, config.seed)
+        start = StudentStart(run)
+        self.collator = start.collator()
+        self.student, self.peft = start.load()
         enable_capture(self.student)
-        self.notes: list[str] = []
+        if config.activation_checkpointing:
+            # The reentrant kind gives captured maps no gradient, silently.
+            self.student.activation_checkpointing_enable({"use_reentrant": False})
+        if accelerator.mixed_precision == "bf16":
+            keep_frozen_in(self.student, torch.bfloat16)
+        self.notes: list[str] = start.notes
         matching = None
         if stage.attention_weight > 0:
-            depth = self.student.config.text_config.num_hidden_layers
-            fingerprint = run.targets.manifest.fingerprint
-            matching, self.notes = match_layers(depth, fingerprint, config.student_layers, config.num_matched)
+            depth = self.student.config.get_text_config().num_hidden_layers
+            matching, notes = match_stage(depth, run.targets.manifest, config, stage)
+            self.notes += notes
         if accelerator.is_main_process:
             # Now, and not only in the report: what they say may be a reason to stop.
             for note in self.notes:
                 logger.warning("%s: %s", run.name, note)
-        self.collator = Collator(
-            load_processor(teacher_folder),
-            self.student.config.image_token_id,
-            self.student.config.text_config.vocab_size,
-            family_of(str(run.targets.manifest.fingerprint.teacher_config["model_type"])),
+        self.loader = StepLoader(
+            Mixture(run.sources, run.stream),
+            self.collator,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=accelerator.device,
+            num_workers=config.num_workers,
+            prefetch=config.prefetch,
+            with_maps=stage.attention_weight > 0,
         )
-        self.stream = StreamConfig(
-            seed=config.seed, shuffle_shards=config.shuffle_shards, batch_size=config.microbatch_size
-        )
-        ranks = accelerator.num_processes
-        if stage.batch_size % (config.microbatch_size * ranks):
-            raise UserError(
-                f"batch_size {stage.batch_size} of {run.name} is no multiple of microbatch_size "
-                f"{config.microbatch_size} x {ranks} processes; change one of them"
-            )
-        self.accumulation = stage.batch_size // (config.microbatch_size * ranks)
-        self.batches_per_epoch = num_steps(shard_sizes(run.targets), config.microbatch_size, ranks)
-        self.steps_per_epoch = -(-self.batches_per_epoch // self.accumulation)
+        self.steps_per_epoch = self.loader.mixture.num_steps
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
         objective = DistillationObjective(self.student, stage, run.targets.manifest.fingerprint.logit_codec, matching)
-        self.trained = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
-        self.scheduler = get_cosine_schedule_with_warmup(
-            optimizer, round(stage.warmup_ratio * self.num_steps), self.num_steps
-        )
-        self.position = Position()
         self.checkpoints = run.output / "checkpoints"
-        if saved := list_checkpoints(self.checkpoints):
-            self.position = load_checkpoint(saved[-1], self.student, optimizer, self.scheduler)
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        if accelerator.is_main_process:
+            open_store(self.checkpoints).remove_partials()
+        self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel)
+        self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
+        self.scheduler = get_cosine_schedule_with_warmup(
+            self.optimizer, round(stage.warmup_ratio * self.num_steps), self.num_steps
+        )
+        self.state = TrainerState(self.student, self.optimizer, self.scheduler)
+        self.position = restore_newest(self.checkpoints, self.state)
 
     def run(self) -> StageReport:
         """Trains to the last step and saves the student."""
-        run, config = self.run_config, self.run_config.config
+        config = self.run_config.config
         recent: list[dict[str, float]] = []
         waited = 0.0
         self.student.train()
         started = time.perf_counter() - self.position.seconds
-        batches = self._batches()
-        with closing(MetricsLog(run.output, enabled=self.accelerator.is_main_process)) as log:
+        groups = self.loader.steps(range(self.position.epoch, self.run_config.stage.epochs), self.position.epoch_step)
+        with closing(self._metrics_log()) as log, closing(groups):
             while self.position.step < self.num_steps:
                 before = time.perf_counter()
-                group = self._next_group(batches)
+                group = self._next_group(groups)
                 waited += time.perf_counter() - before
-                losses = self._step(group)
+                totals = self._totals(group)
+                losses = self._step(group, totals)
                 self._advance(time.perf_counter() - started)
                 recent = [*recent, losses][-max(1, self.num_steps // 10) :]
                 step = self.position.step
@@ -129,77 +149,52 @@ class _StageLoop:
                     log.write(step, {**losses, "samples": self.position.samples, "seconds": self.position.seconds})
                 if self.progress is not None:
                     self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
-                if step % config.checkpoint_every == 0 and step < self.num_steps and self.accelerator.is_main_process:
-                    save_checkpoint(
-                        self.checkpoints,
-                        self.position,
-                        self.student,
-                        self.optimizer,
-                        self.scheduler,
-                        config.keep_checkpoints,
-                    )
+                if step % config.checkpoint_every == 0 and step < self.num_steps:
+                    self._save_checkpoint()
         return self._finish(recent, waited)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Microbatches of this rank from the current position on, over all remaining epochs."""
+    def _metrics_log(self) -> MetricsLog:
         run = self.run_config
-        start = self.position.epoch_step * self.accumulation
-        with_maps = run.stage.attention_weight > 0
-        for epoch in range(self.position.epoch, run.stage.epochs):
-            stream = target_stream(
-                run.samples,
-                run.targets,
-                self.stream,
-                rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
-                epoch=epoch,
-                start_batch=start,
-                with_maps=with_maps,
-            )
-            # Not prepared by accelerate, which would deal the stream out a second time.
-            yield from DataLoader(
-                stream,
-                batch_size=None,
-                collate_fn=self.collator,
-                num_workers=run.config.num_workers,
-                multiprocessing_context=self._worker_context(),
-                # Without its own it draws from the generator of dropout, once more after each resume.
-                generator=torch.Generator().manual_seed(run.config.seed),
-            )
-            start = 0
+        settings = run.config.model_dump(mode="json") | {"stage": run.name, "decoder": run.decoder}
+        main = self.accelerator.is_main_process
+        return MetricsLog(run.output, run.config.trackers, self.position.step, settings, enabled=main)
 
-    def _worker_context(self) -> str | None:
-        """Object stores cannot be used in a forked worker once this process has opened one."""
-        run = self.run_config
-        remote = "://" in run.samples.url or "://" in run.targets.store.url
-        return "spawn" if remote and run.config.num_workers else None
+    def _save_checkpoint(self) -> None:
+        main, keep = self.accelerator.is_main_process, self.run_config.config.keep_checkpoints
+        save_checkpoint(self.checkpoints, self.position, self.state, keep, write=main)
 
-    def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _next_group(self, groups: Iterator[list[Batch]]) -> list[Batch]:
         """The microbatches of one optimizer step; fewer at an epoch's end."""
-        count = min(self.accumulation, self.batches_per_epoch - self.position.epoch_step * self.accumulation)
-        group = [next(batches) for _ in range(count)]
+        try:
+            group = next(groups)
+        except LoaderDied:
+            if not self.should_stop():
+                raise
+            # Who stops a job may stop its loader processes with it.
+            group = []
         dtype = self.student.dtype
         return [batch.to(self.accelerator.device, dtype) for batch in group]
 
-    def _step(self, group: list[Batch]) -> dict[str, float]:
+    def _step(self, group: list[Batch], totals: BatchTotals) -> dict[str, float]:
         """One optimizer step; returns each loss term of the global batch, and the rate and norm it was taken with."""
-        totals = self._totals(group)
+        self._seed_step()
         terms: dict[str, Tensor] = {}
         total_loss = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(group):
-            with self.accelerator.no_sync(self.objective) if index < len(group) - 1 else nullcontext():
+            last = index == len(group) - 1
+            with nullcontext() if last else gradients_stay(self.objective, self.accelerator):
                 with self.accelerator.autocast():
                     loss, shares = self.objective(batch, totals)
-                # DDP averages gradients over ranks, but the shares already sum to the global mean.
+                # Gradients are averaged over ranks, but the shares already sum to the global mean.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total_loss += loss.detach()
             for name, value in shares.items():
                 terms[name] = terms.get(name, torch.zeros_like(value)) + value
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.run_config.config.max_grad_norm)
-        assert norm is not None
+        norm = clip_gradients(self.trained, self.run_config.config.max_grad_norm)
         for name, value in (("loss", total_loss), ("gradient", norm)):
             if not bool(torch.isfinite(value)):
-                keys = ", ".join(key for batch in group for key in batch.keys)
+                # A loss is this process's own and a gradient that of all, but each of them ends here once.
+                keys = ", ".join(gather_object([key for batch in group for key in batch.keys]))
                 raise UserError(
                     f"the {name} is {value.item()} at step {self.position.step + 1}; the batch holds samples {keys}. "
                     "Lower the learning rate, or look at these samples"
@@ -212,16 +207,30 @@ class _StageLoop:
         names = ["loss", *terms]
         return {**dict(zip(names, summed, strict=True)), "learning_rate": rate, "grad_norm": float(norm)}
 
+    def _seed_step(self) -> None:
+        """Dropout draws the same in a step, whatever ran before it in this process, or was not run again."""
+        address = (self.run_config.config.seed, self.position.step, self.accelerator.process_index)
+        torch.manual_seed(int(np.random.SeedSequence(address).generate_state(1, np.uint64)[0]))
+
     def _totals(self, group: list[Batch]) -> BatchTotals:
+        """Counts of the global batch; the request to stop travels with them, so that all processes stop at one step.
+
+        Raises:
+            TrainingStopped: in all processes, after a checkpoint.
+        """
         counts = torch.tensor(
             [
                 sum(b.num_answer_rows for b in group),
                 sum(b.num_with_image for b in group),
                 sum(len(b.keys) for b in group),
+                self.should_stop(),
             ],
             device=self.accelerator.device,
         )
-        rows, images, self.samples_in_step = self.accelerator.reduce(counts, reduction="sum").tolist()
+        rows, images, self.samples_in_step, stop = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if stop:
+            self._save_checkpoint()
+            raise TrainingStopped(self.run_config.name, self.position.step)
         return BatchTotals(rows, images)
 
     def _advance(self, seconds: float) -> None:
@@ -245,21 +254,26 @@ class _StageLoop:
             losses={name: sum(step[name] for step in recent) / len(recent) for name in names},
             notes=self.notes,
         )
+        trained = trained_tensors(self.student)
         if self.accelerator.is_main_process:
-            self._save_student()
+            _save_student(run, trained)
             open_store(run.output).write("report.json", report.model_dump_json(indent=1).encode())
         self.accelerator.wait_for_everyone()
         return report
 
-    def _save_student(self) -> None:
-        run = self.run_config
-        student = merge_lora(self.peft, self.student)
-        # The capturing attention lives in this process only; a saved student starts with plain sdpa.
-        student.set_attn_implementation("sdpa")
-        staging = run.output / "student.partial"
+
+def _save_student(run: StageRun, trained: dict[str, Tensor]) -> None:
+    """The student that the stage started from with what was trained, LoRA merged; in float32, with plain sdpa."""
+    start = StudentStart(run)
+    student, peft = start.load()
+    load_trained(student, trained)
+    student = merge_lora(peft, student)
+    store = open_store(run.output)
+    with disk_errors(run.output / "student"):
+        staging = store.staging("student")
         student.save_pretrained(staging)
-        load_processor(run.targets.teacher_folder()).save_pretrained(staging)
-        open_store(run.output).put_tree(staging, "student")
+        start.processor.save_pretrained(staging)
+        store.put_tree(staging, "student")
 
 
 def _check_temperature(run: StageRun) -> None:
@@ -269,10 +283,3 @@ def _check_temperature(run: StageRun) -> None:
             f"kd_temperature of {run.name} is {wanted}, but {run.targets.store.url} holds what a student needs at "
             f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in teacher.temperatures"
         )
-
-
-def _load(run: StageRun, teacher_folder: Path) -> Student:
-    if run.initial is not None:
-        check_same_tokens(load_processor(teacher_folder), run.initial)
-        return load_student(run.initial)
-    return build_student(teacher_folder, run.decoder, run.config.seed)

@@ -1,0 +1,72 @@
+"""How a stage is spread over processes: a copy of the student in each (DDP), or a part of each parameter (FSDP2).
+
+FSDP2 is torch's own `fully_shard`, not Accelerate's wrapping of it, which does not run on CPUs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stages.student.config import Parallel
+
+
+def spread(objective: nn.Module, decoder: nn.Module, accelerator: Accelerator, parallel: Parallel) -> nn.Module:
+    """The objective as each process calls it, on its device.
+
+    With "fsdp" the parameters of `objective` become DTensors in place; make the optimizer afterwards. Its forward pass
+    then gathers each decoder layer's parameters when they are needed, so every process must run every layer.
+
+    Args:
+        objective: what one forward pass computes the loss with.
+        decoder: the part of it whose layers are sharded one by one; all else is one group.
+        accelerator: of this process.
+        parallel: nothing is wrapped when there is one process.
+    """
+    if parallel == "ddp" or accelerator.num_processes == 1:
+        prepared: nn.Module = accelerator.prepare(objective)
+        return prepared
+    objective.to(accelerator.device)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in decoder.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+@contextmanager
+def gradients_stay(objective: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Gradients of backward passes inside are added up in each process, and exchanged by the first pass after it."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_gradient_sync(False)
+        yield
+        objective.set_requires_gradient_sync(True)
+        return
+    with accelerator.no_sync(objective):
+        yield
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradients of all processes down to that norm together; the norm before, the same in each."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter, or what is kept of it, in one piece on the CPU; all processes must call this."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def part_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a whole tensor that belongs beside this process's part of the parameter."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        # Each process has read the same file: nothing is sent.
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value

@@ -1,0 +1,199 @@
+"""Training that is asked to stop, killed, or runs out of disk: what is saved, what is said, what it ends with."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.interruption import SAVED_EXIT_CODE, Interrupted
+from pipeline.training import STAGES, train
+from stages.student.stage import StepProgress
+from storage.errors import StoreUnavailable, UserError
+from tests.conftest import TinyWorld
+from tests.pipeline.processes import PATIENCE_S, cdp, runs_until, start_cdp, tree
+from tests.pipeline.runs import SETTINGS, run_file
+from tests.pipeline.training_kills import kill_stages, weights
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def assert_same_students(found: Path, expected: Path) -> None:
+    for stage in STAGES:
+        assert weights(found, stage) == weights(expected, stage), stage
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_goes_on_to_the_same_weights(
+    step: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run")
+    done: list[int] = []
+    with pytest.raises(Interrupted, match=rf"stopped dpt after step {step}, which is saved; run the same") as stop:
+        train(run, STAGES, lambda _, progress: done.append(progress.step), lambda: len(done) == step)
+    assert stop.value.exit_code == SAVED_EXIT_CODE == 75
+    assert (tmp_path / f"run/dpt/checkpoints/step-{step:08d}").is_dir()
+    again: list[int] = []
+    train(run, STAGES, lambda _, progress: again.append(progress.step))
+    assert again[0] == step + 1
+    assert_same_students(tmp_path / "run", undisturbed)
+
+
+def test_metrics_and_starts_of_a_resumed_run_are_told_once_each(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run")
+
+    def crash(_: str, progress: StepProgress) -> None:
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, ["dpt"], crash)
+    # Step 3 was written down, but is no part of a checkpoint.
+    assert (tmp_path / "run/dpt/metrics.jsonl").read_text().count("\n") >= 3
+    train(run, ["dpt"])
+    lines, wanted = (
+        [json.loads(line) for line in (folder / "dpt/metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "run", undisturbed)
+    )
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in wanted]
+    starts = [json.loads(line) for line in (tmp_path / "run/provenance.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert starts[0]["stages"]["dpt"].keys() == {"decoder", "targets", "teacher", "samples"}
+    assert starts[0]["packages"]["torch"] == torch.__version__
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run")
+    done: list[int] = []
+    with pytest.raises(Interrupted):
+        train(run, ["dpt"], lambda _, progress: done.append(progress.step), lambda: len(done) == 4)
+    checkpoints = tmp_path / "run/dpt/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
+    damaged = checkpoints / "step-00000004/optimizer.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    again: list[int] = []
+    train(run, ["dpt"], lambda _, progress: again.append(progress.step))
+    assert again[0] == 3
+    assert "step-00000004 is damaged (optimizer.safetensors has another sha256" in caplog.text
+    assert weights(tmp_path / "run", "dpt") == weights(undisturbed, "dpt")
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_trained_over_them(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run")
+    done: list[int] = []
+    with pytest.raises(Interrupted):
+        train(run, ["dpt"], lambda _, progress: done.append(progress.step), lambda: len(done) == 1)
+    (tmp_path / "run/dpt/checkpoints/step-00000001/trained.safetensors").unlink()
+    with pytest.raises(UserError, match=r"all 1 checkpoints in .* are damaged; remove it"):
+        train(run, ["dpt"])
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before_and_says_so(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    output = small_disk / "run"
+    run = run_file(tiny, targets, output)
+
+    def fill(_: str, progress: StepProgress) -> None:
+        if progress.step == 3:
+            room = os.statvfs(small_disk)
+            (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize - 2**13))
+
+    with pytest.raises(
+        StoreUnavailable, match=r"step 4 was not saved; the newest one, .*step-00000002, is whole: .*No"
+    ):
+        train(run, ["dpt"], fill)
+    (small_disk / "filler").unlink()
+    assert not list(output.rglob("*.partial"))
+    shutil.move(output, tmp_path / "roomier")
+    again: list[int] = []
+    train(run_file(tiny, targets, tmp_path / "roomier"), ["dpt"], lambda _, progress: again.append(progress.step))
+    assert again[0] == 3
+    assert weights(tmp_path / "roomier", "dpt") == weights(undisturbed, "dpt")
+
+
+def test_a_run_that_must_be_new_is_refused_where_a_stage_is_already(
+    tiny: TinyWorld, targets: Path, undisturbed: Path
+) -> None:
+    before = tree(undisturbed)
+    with pytest.raises(UserError, match="holds dpt already; name a new --output"):
+        train(run_file(tiny, targets, undisturbed), STAGES, resume=False)
+    assert tree(undisturbed) == before
+
+
+def test_activations_that_are_computed_again_change_no_weight(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(run_file(tiny, targets, tmp_path / "run", "train.activation_checkpointing=true"), STAGES)
+    assert_same_students(tmp_path / "run", undisturbed)
+
+
+def test_mixed_precision_trains_in_float32_and_leaves_a_float32_student_near_the_others(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(run_file(tiny, targets, tmp_path / "run", "train.precision=bf16"), ["dpt", "dft"])
+    lines, wanted = (
+        [json.loads(line)["loss"] for line in (folder / "dft/metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "run", undisturbed)
+    )
+    assert lines != wanted
+    assert lines == pytest.approx(wanted, rel=2e-2)
+    config = json.loads((tmp_path / "run/dft/student/config.json").read_text())
+    assert config["dtype"] == "float32"
+
+
+def test_metrics_go_to_weights_and_biases_where_asked(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(run_file(tiny, targets, tmp_path / "run", "train.trackers=[wandb]", "train.dpt.max_steps=2"), ["dpt"])
+    assert list((tmp_path / "run/dpt/wandb").glob("offline-run-*/run-*.wandb"))
+    assert not (tmp_path / "run/dpt/tensorboard").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_sigterm_ends_the_command_with_a_code_of_its_own_after_a_checkpoint(
+    num_workers: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    places = ("--samples", tiny.samples, "--targets", targets, "--student", tiny.student_lm, "--output", output)
+    settings = (*SETTINGS, f"train.num_workers={num_workers}")
+    command = ("train-student", *places, *(word for setting in settings for word in ("--set", setting)))
+    said = tmp_path / "err.txt"
+    process = start_cdp(*command, err=said)
+    metrics = output / "dft/metrics.jsonl"
+    assert runs_until(process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == SAVED_EXIT_CODE
+    assert "which is saved; run the same command again" in said.read_text()
+    assert "Traceback" not in said.read_text()
+    done = cdp(*command)
+    assert done.code == 0, done.err
+    assert_same_students(output, undisturbed)
+
+
+@pytest.mark.slow
+def test_each_stage_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_run(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    tally = kill_stages(tiny, targets, undisturbed, tmp_path, seed=3, num_kills=4)
+    assert tally.kills == dict.fromkeys(STAGES, 4)
+    assert tally.came_through >= len(STAGES)
