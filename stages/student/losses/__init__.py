@@ -13,6 +13,7 @@ from stages.student.losses.attention import (
 from stages.student.losses.head import answer_losses
 from stages.student.losses.logits import (
     Divergence,
+    TeacherRows,
     logit_distillation_loss,
     next_token_loss,
     stored_logit_distillation_loss,
@@ -23,6 +24,7 @@ from stages.student.losses.vocabulary import sparse_cross_entropy, support_proba
 __all__ = [
     "AttentionLoss",
     "Divergence",
+    "TeacherRows",
     "answer_losses",
     "attention_alignment_loss",
     "below_sink_threshold",

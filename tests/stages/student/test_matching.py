@@ -87,8 +87,11 @@ def test_the_note_names_the_measured_cosines() -> None:
     least = {name: codecs[name]["gradient_cosine_of_unforeseen_windows"]["layers_least"] for name in CODECS}
     assert {name: math.floor(cosine * 10_000) / 10_000 for name, cosine in least.items()} == UNFORESEEN_COSINES
     variants = json.loads(VARIANTS.read_text())["synthetic"]
-    for way, noted in (("one teacher layer each", ONE_TO_ONE_COSINES), ("sinks left in", UNMASKED_COSINES)):
-        least = {name: variants[name][way]["least"] for name in noted}
+    for ways, noted in (
+        (["one teacher layer each"], ONE_TO_ONE_COSINES),
+        (["sinks left in", "sinks left in, kl"], UNMASKED_COSINES),
+    ):
+        least = {name: min(variants[name][way]["least"] for way in ways) for name in noted}
         assert {name: math.floor(cosine * 10_000) / 10_000 for name, cosine in least.items()} == noted
 
 
