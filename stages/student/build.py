@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -24,7 +25,9 @@ from stages.student.modeling_compodistill import (
 )
 from storage.errors import UserError
 
-Student = CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration | PreTrainedModel
+Student: TypeAlias = (
+    CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration | PreTrainedModel
+)
 """With the teacher's eyes one of the first two; with its own, a class of the library."""
 
 
