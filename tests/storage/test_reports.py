@@ -24,7 +24,9 @@ def test_an_undamaged_store_has_no_findings(root):
     assert report.ok
     assert (report.num_committed, report.num_planned, report.num_samples) == (2, 2, 8)
     stored = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "commits"]
-    assert report.num_files == len([path for path in stored if path.suffix == ".tar" or "shards" in path.parts])
+    assert report.num_files == len(
+        [path for path in stored if path.name.startswith("samples-") or "shards" in path.parts]
+    )
     assert report.num_bytes > 0
 
 

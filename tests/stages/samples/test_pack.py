@@ -361,6 +361,7 @@ def test_a_run_killed_while_it_published_is_finished_by_the_next(llava: LlavaFol
     (out / "packing.partial/index.json").write_bytes(b"{}")
     for number in range(3):
         (out / f"samples-{number:06d}.tar").write_bytes(b"left behind")
+        (out / f"samples-{number:06d}.json").write_bytes(b"left behind")
     pack_samples(source, llava.images, out)
     assert data_bytes(out) == data_bytes(tmp_path / "whole")
 
