@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.interruption import Interrupted, raised_on
+from pipeline.interruption import Interrupted, raised_on, remembered
+from pipeline.recipes import recipe_names
 from storage.errors import UserError, disk_errors_named
 
 if TYPE_CHECKING:
+    from pipeline.run_file import RunFile
+    from pipeline.tables import TrainingBars
+    from stages.student.config import StageName
+    from stages.student.stage import StageReport
     from storage.verify import VerifyReport
 
 
@@ -36,7 +41,10 @@ app = typer.Typer(
     add_completion=False,
 )
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="Run file (YAML) with any setting.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help=f"Run file (YAML) with any setting, or a recipe: {', '.join(recipe_names())}."),
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; wins over the run file.")]
 SamplesOption = Annotated[str | None, typer.Option("--samples", help="Sample shards: folder or object-store URL.")]
 TargetsOption = Annotated[str | None, typer.Option("--targets", help="Target store: folder or object-store URL.")]
@@ -49,6 +57,13 @@ class Stages(StrEnum):
     DPT = "dpt"
     DFT = "dft"
     SFT = "sft"
+
+
+class Adapter(StrEnum):
+    """What `--adapter` takes."""
+
+    TEACHER = "teacher"
+    OWN = "own"
 
 
 class Scoring(StrEnum):
@@ -176,9 +191,16 @@ def _extract(config: Path | None, settings: list[str] | None, flags: dict[str, A
 def train_student(
     samples: SamplesOption = None,
     targets: TargetsOption = None,
-    student: Annotated[str | None, typer.Option(help="The student's decoder: folder or hub id.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="The student's decoder, or with --adapter own a whole model: folder or hub id.")
+    ] = None,
+    adapter: Annotated[Adapter | None, typer.Option(help="The teacher's tower and adapter, or the student's.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     stage: Annotated[Stages, typer.Option(help="One stage, or all three in a row.")] = Stages.ALL,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint; else begin a new run.")] = True,
+    ray_address: Annotated[str | None, typer.Option(help="Train on this Ray cluster, with Ray Train.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes of Ray Train; none is one a GPU.")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="YAML of several students: all in turn, side by side.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
@@ -186,14 +208,62 @@ def train_student(
     from pipeline.progress import bars
     from pipeline.run_file import load_run_file
     from pipeline.tables import TrainingBars, print_training_reports
-    from pipeline.training import STAGES, train
+    from pipeline.training import STAGES
 
-    flags = {"samples": samples, "targets": targets, "student": student, "output": output}
-    run = load_run_file(config, settings or [], flags)
+    flags = {
+        "samples": samples,
+        "targets": targets,
+        "student": student,
+        "output": output,
+        "train.adapter": adapter.value if adapter is not None else None,
+        "train.ray_address": ray_address,
+        "train.workers": workers,
+    }
     names = [name for name in STAGES if stage in (Stages.ALL, name)]
+    if sweep is not None:
+        _sweep(sweep, config, settings or [], flags, names, resume=resume)
+        return
+    run = load_run_file(config, settings or [], flags)
     with bars() as progress:
-        reports = train(run, names, TrainingBars(progress))
+        reports = _train(run, names, TrainingBars(progress), resume=resume)
     print_training_reports(reports, Path(_need(run.output, "--output")))
+
+
+def _train(
+    run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool
+) -> "list[StageReport]":
+    from pipeline.training import train, train_on_ray
+
+    if run.train.ray_address is not None or run.train.workers is not None:
+        return train_on_ray(run, names, progress)
+    with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
+        return train(run, names, progress, asked_to_stop, resume=resume)
+
+
+def _sweep(
+    path: Path,
+    config: Path | None,
+    settings: list[str],
+    flags: dict[str, Any],
+    names: "list[StageName]",
+    *,
+    resume: bool,
+) -> None:
+    from pipeline.progress import bars
+    from pipeline.sweep import run_sweep, sweep_table
+    from pipeline.sweep_file import load_sweep
+    from pipeline.tables import TrainingBars, print_page_table
+
+    sweep = load_sweep(path, config, settings, flags)
+    with bars() as progress:
+        report = run_sweep(
+            sweep, lambda name, run: _train(run, names, TrainingBars(progress, name), resume=resume), progress
+        )
+    print_page_table(sweep_table(report))
+    for name, reason in report.failures.items():
+        _say(f"error: student {name} failed: {reason}")
+    if report.failures:
+        raise typer.Exit(1)
 
 
 @app.command("convert-checkpoint")
@@ -244,6 +314,38 @@ def evaluate(
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(result.to_json())
     print_evaluation({Path(model).name: result})
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Training run or checkpoint.", metavar="RUN_OR_CHECKPOINT")],
+    output: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
+    fold: Annotated[bool, typer.Option(help="Post-connector into the adapter, where exact.")] = True,
+    teacher: Annotated[str | None, typer.Option(help="How the model card names the teacher.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Report of `cdp evaluate`, for the card.")] = None,
+) -> None:
+    """Student -> self-contained Hugging Face folder that needs transformers only, with a model card."""
+    from pipeline.export import export as export_folder
+    from pipeline.tables import print_export_report
+
+    print_export_report(export_folder(model, output, fold=fold, teacher=teacher, evaluation=evaluation), output)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Export, training run, checkpoint folder or hub id.")],
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP file.")],
+    question: Annotated[str | None, typer.Argument(help="None reads questions until an empty line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens after which an answer is cut.", min=1)] = 256,
+) -> None:
+    """Asks a model about an image; the answer comes word by word, always the most likely next token."""
+    from pipeline.chat import answer, open_chat, talk
+
+    opened = open_chat(model, image, max_new_tokens)
+    if question is None:
+        talk(opened)
+    else:
+        answer(opened, question)
 
 
 @app.command("compare-attention")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stages.evaluation.report import EvaluationReport
     from stages.evaluation.similarity import AttentionSimilarity
     from stages.samples.pack import PackReport
+    from stages.student.card import ExportReport
     from stages.student.stage import StageReport, StepProgress
     from stages.teacher.estimate import Estimate
     from storage.inspect import StoreSummary
@@ -113,6 +114,19 @@ def print_conversion_report(report: ConversionReport, folder: Path) -> None:
     missing = "none found, so no processor was written; convert again into a new folder with --tokenizer"
     table.add_row("tokenizer", report.tokenizer_from or f"[yellow]{missing}[/]")
     table.add_row("image processor", report.image_processor_from)
+    table.add_row("time", f"{report.seconds:.1f} s")
+    output.print(table)
+
+
+def print_export_report(report: ExportReport, folder: Path) -> None:
+    """Class, size, what was folded and what it changed."""
+    table = _plain("export", str(folder))
+    code = f" of {report.custom_code} in it (trust_remote_code=True)" if report.custom_code else " of transformers"
+    table.add_row("class", report.model_class + code)
+    table.add_row("weights", f"{report.parameters:,} parameters, {report.dtype}, {_size(report.bytes)}")
+    table.add_row("post-connector", report.post_connector)
+    table.add_row("logits", f"{report.logit_error:.2g} off at most, the largest is {report.logit_scale:.3g}")
+    table.add_row("image token", f"{report.image_token_id}, {report.added_rows} rows added to the vocabulary")
     table.add_row("time", f"{report.seconds:.1f} s")
     output.print(table)
 
@@ -209,7 +223,7 @@ def print_page_table(content: PageTable) -> None:
     """The same table on the terminal."""
     table = Table(title=content.title)
     for number, name in enumerate(content.header):
-        table.add_column(escape(name), justify="right" if number else "left")
+        table.add_column(escape(name), justify="right" if number else "left", no_wrap=not number)
     for row in content.rows:
         table.add_row(*map(escape, row), style="bold" if row[0] == "average" else None)
     output.print(table)
@@ -279,6 +293,7 @@ def print_verify_report(report: VerifyReport) -> None:
         )
     if report.ok:
         output.print(f"[green]whole[/]: {report.num_committed} of {report.num_planned} shards, {amount} checked")
+        output.print("not checked: reports/ and aside/, which are no part of the data and have no digests")
         return
     table = Table(title=f"{len(report.findings)} findings in {amount}")
     for column in ("shard", "file", "found", "expected"):

@@ -1,0 +1,158 @@
+"""`cdp export` and `cdp chat` on a finished training run."""
+
+import json
+import random
+import re
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from pipeline.chat import open_chat
+from pipeline.evaluation import load_model
+from pipeline.training import STAGES
+from stages.evaluation.report import EvaluationReport, KindResult
+from storage.targets import TargetStore
+from tests.checkpoints import draw_random_image
+from tests.conftest import TinyWorld
+from tests.pipeline.test_cli import run_here
+
+EVALUATION = EvaluationReport(
+    model="student",
+    dtype="float32",
+    image_backend="SiglipImageProcessorPil",
+    scoring="likelihood",
+    prompt="Describe.",
+    kinds={"swap_obj": KindResult(num_pairs=40, accuracy=0.625, interval_95=(0.47, 0.76), first_letter_share=None)},
+    average=0.625,
+    num_pairs=40,
+    seconds=1.0,
+    pairs_per_s=40.0,
+)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    draw_random_image(random.Random(3)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_a_run_is_exported_with_a_card_of_its_figures(
+    undisturbed: Path,
+    targets: Path,
+    tiny: TinyWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "evaluation.json").write_text(EVALUATION.to_json())
+    flags = ("--teacher", "some-org/teacher-4b", "--evaluation", tmp_path / "evaluation.json")
+    done = run_here("export", undisturbed, tmp_path / "out", *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    assert "modeling_compodistill.py" in done.out
+    assert "off at most" in done.out
+    _, front, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "base_model": ["some-org/teacher-4b"],
+        "tags": ["distillation", "compodistill"],
+    }
+    for stage in STAGES:
+        report = json.loads((undisturbed / stage / "report.json").read_text())
+        (row,) = (line for line in card.splitlines() if line.startswith(f"| {stage} | {report['samples']:,} |"))
+        assert all(f"{loss:.4f}" in row for loss in report["losses"].values())
+    assert TargetStore.open(targets).manifest.fingerprint.digest in card
+    assert "| `learning_rate` | 0.0002 | 0.001 | 0.0002 |" in card
+    assert '- `lora`: `{"rank": 4, "alpha": 8, "dropout": 0.1}`' in card
+    assert "| swap_obj | 40 | 0.625 | 0.470 to 0.760 |" in card
+    assert "trust_remote_code=True" in card
+    exported = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert f"{exported['logit_error']:.2g} at most" in card
+    # Folders of this machine are nobody else's business.
+    assert not any(str(place) in card for place in (tiny.student_lm, targets, undisturbed))
+
+
+def test_an_earlier_stage_is_exported_by_its_folder_and_its_card_ends_there(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    done = run_here("export", undisturbed / "dft", out, "--no-fold", monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    report = json.loads((out / "export.json").read_text())
+    assert (report["post_connector"], report["logit_error"], report["source"]) == ("kept", 0, "run/dft/student")
+    found, trained = load_file(out / "model.safetensors"), load_file(undisturbed / "dft/student/model.safetensors")
+    assert found.keys() == trained.keys()
+    assert all(bool((found[name] == trained[name]).all()) for name in found)
+    card = (out / "README.md").read_text()
+    assert "| dft |" in card
+    assert "| sft |" not in card
+
+
+def test_an_export_is_evaluated_and_asked_like_the_run(
+    undisturbed: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_here("export", undisturbed, tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys).code == 0
+    model, _ = load_model(str(tmp_path / "out"))
+    assert model.config.has_post_connector is False
+    answers = [
+        run_here("chat", place, picture, "What is it?", "--max-new-tokens", 6, monkeypatch=monkeypatch, capsys=capsys)
+        for place in (undisturbed, undisturbed / "sft", tmp_path / "out")
+    ]
+    assert [done.code for done in answers] == [0, 0, 0]
+    assert len({done.out for done in answers}) == 1
+    assert answers[0].out.strip()
+
+
+def test_without_a_question_chat_reads_questions_until_an_empty_line(
+    undisturbed: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", StringIO("What is it?\n<image> <image>\nAnd now?\n\nunread\n"))
+    done = run_here("chat", undisturbed, picture, "--max-new-tokens", 4, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    chat = open_chat(str(undisturbed), picture, 4)
+    pieces: list[str] = []
+    chat.ask("What is it?", pieces.append)
+    first, refused = "".join(pieces), "image_count_mismatch: 3 <image> in the human turns, 1 images"
+    pieces.clear()
+    chat.ask("And now?", pieces.append)
+    assert done.out == f"{first}\n{refused}\n{''.join(pieces)}\n"
+
+
+def test_mistakes_are_messages(
+    tiny: TinyWorld,
+    undisturbed: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "wrong.json").write_text("{}")
+    cases = {
+        ("chat", undisturbed, tmp_path / "none.png", "What?"): "no image at .*none.png: No such file",
+        ("chat", undisturbed, tmp_path, "What?"): "no image at .*: Is a directory",
+        ("chat", undisturbed, tmp_path / "text.png", "What?"): "unsupported_image",
+        ("chat", tmp_path / "nothing", picture, "What?"): "no checkpoint at .*nothing",
+        ("chat", tiny.student_lm, picture, "What?"): "is of type qwen2, which takes no images",
+        ("export", undisturbed, tiny.data.parent): "holds something already; name a new folder",
+        (
+            "export",
+            undisturbed,
+            tmp_path / "out",
+            "--evaluation",
+            tmp_path / "wrong.json",
+        ): "no report of `cdp evaluate",
+    }
+    for command, message in cases.items():
+        done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
+        assert (done.code, done.out) == (2, "")
+        assert re.search(message, done.err), done.err
+    assert not (tmp_path / "out").exists()
