@@ -49,7 +49,7 @@ class Family:
         return None
 
     def why_not_with_own_eyes(self) -> str | None:
-        """Why a model of the family cannot be a student that keeps its own tower and adapter; None if it can."""
+        """Why a model of the family can neither be a student with its own tower and adapter nor teach one; or None."""
         if not self.causal_image_tokens:
-            return "its image tokens attend in both directions, the teacher's targets are matched with causal maps"
+            return "its image tokens attend in both directions, and only causal maps are matched"
         return None

@@ -54,13 +54,7 @@ def build_student(
     for folder in (teacher_folder, decoder_folder):
         refuse_code(folder)
     teacher_config = AutoConfig.from_pretrained(teacher_folder, trust_remote_code=False)
-    family = family_of(teacher_config.model_type)
-    if (reason := family.why_no_student()) is not None:
-        able = sorted(name for name, known in FAMILIES.items() if known.why_no_student() is None)
-        raise UserError(
-            f"no student can be built for a teacher of type {teacher_config.model_type}: {reason}. Its targets can be "
-            f"extracted; students can be built for {', '.join(able)}"
-        )
+    family = able_family(teacher_config.model_type)
     language_model = AutoModelForCausalLM.from_pretrained(decoder_folder, dtype=dtype, trust_remote_code=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -83,6 +77,22 @@ def build_student(
             "the target store's teacher/ folder is incomplete or of another version"
         )
     return student
+
+
+def able_family(teacher_type: str) -> Family:
+    """The family of a teacher whose eyes a student can have.
+
+    Raises:
+        UserError: no student can have them; says why.
+    """
+    family = family_of(teacher_type)
+    if (reason := family.why_no_student()) is not None:
+        able = sorted(name for name, known in FAMILIES.items() if known.why_no_student() is None)
+        raise UserError(
+            f"no student can be built for a teacher of type {teacher_type}: {reason}. Its targets can be extracted; "
+            f"students can be built for {', '.join(able)}"
+        )
+    return family
 
 
 def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> Student:

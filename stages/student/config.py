@@ -122,9 +122,9 @@ class TrainConfig(BaseModel):
     sft: SupervisedFinetuning = SupervisedFinetuning()
     """Supervised fine-tuning."""
     adapter: Literal["teacher", "own"] = "teacher"
-    """teacher: the teacher's tower and adapter, a post-connector, and the decoder named as the student. own: the student
-    is a whole multimodal checkpoint and keeps its own tower and adapter; it must make as many image tokens of each
-    sample as the teacher did."""
+    """teacher: the teacher's tower and adapter, a post-connector, and the decoder named as the student. own: a whole
+    multimodal checkpoint with its own tower and adapter, which must make as many image tokens of each sample as the
+    teacher did."""
     own_adapter: Literal["trained", "frozen"] = "trained"
     """With adapter own: whether its projector learns in every stage, or stays as it is; the tower always stays."""
     lora: LoraSettings = LoraSettings()

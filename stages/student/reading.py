@@ -22,7 +22,7 @@ from stages.families import FAMILIES, family_of, llava
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
 from stages.images import decode_image
-from stages.student.build import is_student, register_students
+from stages.student.build import able_family, is_student, register_students
 from stages.student.own_tokens import students_processor
 from stages.student.tokens import other_tokenizer, tokenizer_differences
 from storage.errors import UserError
@@ -208,7 +208,7 @@ def open_reading(targets: TargetStore, folder: Path, *, own_eyes: bool, kd_weigh
     teacher_config, config = (
         AutoConfig.from_pretrained(place, trust_remote_code=False) for place in (teacher_folder, folder)
     )
-    _check_kind(folder, config.model_type, own_eyes=own_eyes)
+    family = _family(folder, config.model_type, teacher_config.model_type, own_eyes=own_eyes)
     differences = tokenizer_differences(teacher, folder)
     if differences and kd_weight > 0:
         raise other_tokenizer(folder, differences)
@@ -225,7 +225,7 @@ def open_reading(targets: TargetStore, folder: Path, *, own_eyes: bool, kd_weigh
         processor=processor,
         image_token_id=image_token_id,
         vocab_size=config.get_text_config().vocab_size,
-        family=family_of(config.model_type if own_eyes else teacher_config.model_type),
+        family=family,
         stored_image_id=teacher_config.image_token_id,
         own_eyes=own_eyes,
         max_length=targets.manifest.fingerprint.max_length if differences else None,
@@ -233,20 +233,24 @@ def open_reading(targets: TargetStore, folder: Path, *, own_eyes: bool, kd_weigh
     )
 
 
-def _check_kind(folder: Path, model_type: str, *, own_eyes: bool) -> None:
-    """Own eyes take a whole model, the teacher's a decoder without any."""
-    if own_eyes and model_type not in FAMILIES:
+def _family(folder: Path, model_type: str, teacher_type: str, *, own_eyes: bool) -> Family:
+    """The family of the eyes; own ones take a whole model, the teacher's a decoder without any."""
+    if not own_eyes:
+        if model_type in FAMILIES:
+            raise UserError(
+                f"{folder} is a whole multimodal model ({model_type}); give --adapter own for it to keep its tower and "
+                "adapter, or name a causal language model as the student's decoder"
+            )
+        return able_family(teacher_type)
+    if model_type not in FAMILIES:
         raise UserError(
             f"{folder} is of type {model_type}, which has no vision tower and adapter of its own; name a multimodal "
             f"checkpoint ({', '.join(sorted(FAMILIES))}), or let it see with the teacher's eyes (--adapter teacher)"
         )
-    if own_eyes and (reason := FAMILIES[model_type].why_not_with_own_eyes()) is not None:
-        raise UserError(f"no student of type {model_type} can keep its own eyes: {reason}")
-    if not own_eyes and model_type in FAMILIES:
-        raise UserError(
-            f"{folder} is a whole multimodal model ({model_type}); give --adapter own for it to keep its tower and "
-            "adapter, or name a causal language model as the student's decoder"
-        )
+    for role, name in (("student", model_type), ("teacher", teacher_type)):
+        if (reason := family_of(name).why_not_with_own_eyes()) is not None:
+            raise UserError(f"a student with its own eyes cannot be trained with a {role} of type {name}: {reason}")
+    return FAMILIES[model_type]
 
 
 def check_first_samples(source: Source, reading: StudentReading) -> None:

@@ -4,6 +4,7 @@ The textbook takes eager attention of both models, one sample at a time, with in
 """
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
-from stages.student.batches import Collator
 from stages.student.build import load_student
+from stages.student.collator import Collator
 from stages.student.config import DistilledFinetuning, TrainConfig
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
 from stages.student.matching import match_layers
@@ -116,7 +117,8 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_in_the_loop(
 
     expected, expected_gradients = textbook(extracted, folder, samples, matching.student_layers[0])
     enable_capture(student)
-    batch = Collator(reading.reader())(samples)
+    # Loader processes that are started afresh get it by pickle.
+    batch = pickle.loads(pickle.dumps(Collator(reading.reader())))(samples)
     objective = DistillationObjective(student, DistilledFinetuning(), fingerprint.logit_codec, matching)
     loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
     loss.backward()
@@ -228,10 +230,18 @@ def test_a_word_that_is_the_students_image_token_is_refused_with_its_sample(llav
         read(broken)
 
 
-def test_what_cannot_be_such_a_student_is_refused_with_the_reason(llava: Extracted, tmp_path: Path) -> None:
+def test_what_cannot_be_such_a_student_is_refused_with_the_reason(
+    llava: Extracted, extract: Extract, tmp_path: Path
+) -> None:
     gemma = make_tiny_family(tmp_path / "gemma", "gemma3")
-    with pytest.raises(UserError, match=r"gemma3 can keep its own eyes: its image tokens attend in both directions"):
+    with pytest.raises(UserError, match=r"with a student of type gemma3: its image tokens attend in both directions"):
         open_reading(llava.store, gemma, own_eyes=True, kd_weight=0.0)
+    with pytest.raises(UserError, match=r"with a teacher of type gemma3: its image tokens attend in both directions"):
+        open_reading(extract("gemma3").store, llava.checkpoint, own_eyes=True, kd_weight=0.0)
+    with pytest.raises(UserError, match=r"no student can be built for a teacher of type qwen3_vl: it also adds"):
+        open_reading(
+            extract("qwen3_vl").store, make_tiny_lm(tmp_path / "l", tokenizer_from=gemma), own_eyes=False, kd_weight=0.0
+        )
     decoder = make_tiny_lm(tmp_path / "lm", tokenizer_from=llava.checkpoint)
     with pytest.raises(UserError, match=r"is of type qwen2, which has no vision tower and adapter of its own"):
         open_reading(llava.store, decoder, own_eyes=True, kd_weight=1.0)

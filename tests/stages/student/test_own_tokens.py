@@ -1,6 +1,7 @@
 """Students whose tokenizer is not the teacher's: they read the stored conversations by it, without a logit loss."""
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES
-from stages.student.batches import Collator
 from stages.student.build import build_student, load_student
+from stages.student.collator import Collator
 from stages.student.config import DistilledFinetuning, TrainConfig
 from stages.student.losses import attention_alignment_loss
 from stages.student.matching import match_layers
@@ -31,7 +32,7 @@ from storage.stream import Source, StreamConfig, StreamedSample, target_stream
 from storage.targets import TargetStore
 from tests.checkpoints import make_tiny_llava
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
-from tests.stages.extracted_families import Extracted, eager, processed
+from tests.stages.extracted_families import Extracted, eager
 from tests.tiny_families import RECIPES
 
 CHATML = (
@@ -233,7 +234,7 @@ def test_every_family_of_teachers_can_teach_it(model_type: str, extract: Extract
     reading = replace(reading, vocab_size=1000)
     student = build_student(extracted.store.teacher_folder(), folder, seed=0, image_token_id=reading.image_token_id)
     student.resize_token_embeddings(1000)
-    collator = Collator(reading.reader())
+    collator = pickle.loads(pickle.dumps(Collator(reading.reader())))
     for sample in streamed(extracted.samples, extracted.store, count=5):
         batch = collator([sample])
         stored = sample.targets.token_ids == reading.stored_image_id
