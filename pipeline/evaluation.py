@@ -26,8 +26,8 @@ from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity, attention_similarity
 from stages.images import decode_image
-from stages.student.batches import Collator
 from stages.student.build import Student, is_student, load_student, register_students
+from stages.student.collator import Collator
 from stages.student.matching import LayerMatching, match_layers
 from stages.student.reading import open_reading
 from storage.stores import open_store

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PURE_MODULES = [
     "stages.attention",
     "stages.student.losses",
+    "stages.student.objective",
     "stages.student.modeling_any_teacher",
     "stages.student.modeling_compodistill",
 ] + [

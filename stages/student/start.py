@@ -7,8 +7,8 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from stages.checkpoints import resolve_checkpoint
-from stages.student.batches import Collator
 from stages.student.build import Student, build_student, load_student
+from stages.student.collator import Collator
 from stages.student.reading import check_first_samples, open_reading
 from stages.student.stage import StageRun
 from stages.student.trainable import prepare_for_stage

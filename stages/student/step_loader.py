@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from stages.student.batches import Batch, Collator
+from stages.student.batches import Batch
+from stages.student.collator import Collator
 from stages.student.packing import PackedBatch, pack
 from storage.errors import UserError
 from storage.order import num_microbatches

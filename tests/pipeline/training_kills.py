@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.training import STAGES, train
 from stages.student.config import StageName
 from tests.conftest import TinyWorld
-from tests.pipeline.crash_points import Forked
+from tests.pipeline.forks import Forked
 from tests.pipeline.runs import run_file
 
 MOST_LIVES_A_KILL = 4

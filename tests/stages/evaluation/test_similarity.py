@@ -10,8 +10,9 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.evaluation.pictures import PICTURE_SIZE, gaze, overlay
 from stages.evaluation.similarity import attention_similarity, map_similarity
-from stages.student.batches import Batch, Collator, capture_for
+from stages.student.batches import Batch, capture_for
 from stages.student.build import Student, build_student
+from stages.student.collator import Collator
 from stages.student.matching import LayerMatching
 from stages.student.reading import SampleReader
 from storage.codecs import MapCodecConfig, encode_image, sink_keep_mask

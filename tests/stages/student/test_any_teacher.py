@@ -16,18 +16,19 @@ from torch.nn import functional as F
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES, family_of
-from stages.student.batches import Collator
 from stages.student.build import Student, build_student, is_student, load_student
+from stages.student.collator import Collator
 from stages.student.config import DistilledFinetuning, TrainConfig
 from stages.student.losses import attention_alignment_loss
 from stages.student.matching import match_layers
 from stages.student.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.student.objective import BatchTotals, DistillationObjective
+from stages.student.reading import SampleReader
 from stages.student.stage import StageRun
 from stages.student.training import train_stage
 from storage.errors import UserError
 from storage.stores import open_store
-from storage.stream import StreamConfig, StreamedSample, target_stream
+from storage.stream import Source, StreamConfig, StreamedSample, target_stream
 from tests.checkpoints import make_tiny_lm
 from tests.stages.extracted_families import LAYERS, Extracted, eager, eager_maps, processed
 from tests.tiny_families import RECIPES
@@ -50,7 +51,7 @@ def streamed(extracted: Extracted) -> list[StreamedSample]:
 def collator(extracted: Extracted, student: Student) -> Collator:
     model_type = str(extracted.store.manifest.fingerprint.teacher_config["model_type"])
     processor = load_processor(extracted.store.teacher_folder())
-    return Collator(processor, student.config.image_token_id, 10_000, family_of(model_type))
+    return Collator(SampleReader(processor, student.config.image_token_id, 10_000, family_of(model_type)))
 
 
 def image_features_of_teacher(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -161,8 +162,7 @@ def test_a_stage_trains_on_tiles_and_generates(extract: Extract, tmp_path: Path)
         config=config,
         decoder=str(decoder),
         initial=None,
-        samples=open_store(extracted.samples),
-        targets=extracted.store,
+        sources=(Source(open_store(extracted.samples), extracted.store),),
         output=tmp_path / "run",
     )
     report = train_stage(run, Accelerator(cpu=True))

@@ -18,12 +18,13 @@ from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder
 from stages.images import decode_image
 from stages.layers import window_means
-from stages.student.batches import Collator
 from stages.student.build import Student, build_student
+from stages.student.collator import Collator
 from stages.student.config import DistilledFinetuning
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
 from stages.student.matching import LayerMatching, match_layers
 from stages.student.objective import BatchTotals, DistillationObjective
+from stages.student.reading import SampleReader
 from storage.codecs.answer_logits import decode_logits
 from storage.stores import open_store
 from storage.stream import StreamConfig, StreamedSample, target_stream
@@ -81,7 +82,7 @@ def cached(
     enable_capture(student)
     matching, notes = match_layers(6, store.manifest.fingerprint, num_matched=3)
     assert not notes
-    collator = Collator(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000)
+    collator = Collator(SampleReader(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000))
     batch = collator(samples)
     objective = objective_of(student, store, matching)
     loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
@@ -191,7 +192,7 @@ def test_microbatches_of_uneven_answer_lengths_sum_to_the_whole_batch(data: Tiny
     student = new_student(data, store16)
     enable_capture(student)
     matching, _ = match_layers(6, store16.manifest.fingerprint, num_matched=3)
-    collator = Collator(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000)
+    collator = Collator(SampleReader(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000))
     objective = objective_of(student, store16, matching)
     batches = [collator(samples[start : start + 3]) for start in range(0, len(samples), 3)]
     assert len({batch.num_answer_rows for batch in batches}) > 1
@@ -228,7 +229,7 @@ def test_a_students_pixels_are_those_the_teacher_saw(data: TinyData, store16: Ta
         for s in samples
     ]
     expected = torch.cat([pixels["pixel_values"] for pixels in seen if pixels])
-    collator = Collator(load_processor(store16.teacher_folder()), processor.image_token_id, 10_000)
+    collator = Collator(SampleReader(load_processor(store16.teacher_folder()), processor.image_token_id, 10_000))
     assert torch.equal(collator(samples).inputs["pixel_values"], expected)
 
 
@@ -259,7 +260,7 @@ def test_text_alone_teaches_a_stage_of_the_post_connector_nothing(data: TinyData
     student = new_student(data, store16)
     student.requires_grad_(False)
     student.model.post_connector.requires_grad_(True)
-    collator = Collator(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000)
+    collator = Collator(SampleReader(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000))
     text = [sample for sample in streamed(data, store16) if not sample.images]
     codec = store16.manifest.fingerprint.logit_codec
     loss, _ = DistillationObjective(student, DistilledFinetuning(), codec, None)(collator(text), BatchTotals(50, 5))
@@ -273,7 +274,7 @@ def test_batches_of_text_alone_and_of_nothing_name_the_same_terms(data: TinyData
     student = new_student(data, store16)
     enable_capture(student)
     matching, _ = match_layers(6, store16.manifest.fingerprint, num_matched=3)
-    collator = Collator(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000)
+    collator = Collator(SampleReader(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000))
     objective = objective_of(student, store16, matching)
     samples = streamed(data, store16)
     text = [sample for sample in samples if not sample.images]

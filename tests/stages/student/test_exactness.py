@@ -22,9 +22,11 @@ from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.batches import Collator, decode_windows
+from stages.student.batches import decode_windows
 from stages.student.build import Student, build_student
+from stages.student.collator import Collator
 from stages.student.config import DistilledFinetuning
+from stages.student.losses import answer_losses
 from stages.student.matching import LayerMatching, match_layers
 from stages.student.objective import BatchTotals, DistillationObjective
 from stages.student.reading import SampleReader
@@ -287,6 +289,17 @@ def test_a_batch_gives_the_losses_and_gradients_of_its_samples_one_by_one(case: 
     expected_terms, expected = textbook(world, CASES[case], stage, in_the_loop(world))
     assert terms == pytest.approx(expected_terms, rel=1e-3)
     assert worst_difference(gradients, expected) < 2e-3
+
+
+def test_logits_in_many_parts_give_the_losses_and_gradients_of_logits_in_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_terms, whole = trained_on(world, list(RECORDS), DistilledFinetuning())
+    vocab_size = world.store.manifest.fingerprint.logit_codec.vocab_size
+    monkeypatch.setitem(answer_losses.__kwdefaults__, "logits_at_once", 7 * vocab_size)
+    terms, gradients = trained_on(world, list(RECORDS), DistilledFinetuning())
+    assert terms == pytest.approx(whole_terms, rel=1e-12)
+    assert worst_difference(gradients, whole) < 1e-12
 
 
 SETTINGS: list[dict[str, Any]] = [
