@@ -8,7 +8,7 @@ from pipeline.evaluation import find_checkpoint
 from pipeline.run_file import load_run_file
 from stages.checkpoints import hide_loading_bars
 from stages.evaluation.report import EvaluationReport
-from stages.student.card import ExportReport
+from stages.student.card import ExportReport, ModelNames
 from stages.student.export import export_student
 from storage.errors import UserError
 
@@ -22,7 +22,7 @@ def export(
         model: training run, checkpoint folder or hub id.
         output: new folder.
         fold: see `export_student`.
-        teacher: how the card names the teacher; None takes the name in the run file, where it has one.
+        teacher: how the card names the teacher; None takes the name in the run's own run file, where it has one.
         evaluation: report of `cdp evaluate`, for the card.
 
     Raises:
@@ -31,13 +31,15 @@ def export(
     hide_loading_bars()
     folder = find_checkpoint(model)
     report = None if evaluation is None else _read_evaluation(evaluation)
-    return export_student(folder, output, fold=fold, teacher=teacher or _teacher_of(folder), evaluation=report)
+    return export_student(folder, output, fold=fold, names=_names_of(folder, teacher), evaluation=report)
 
 
-def _teacher_of(student: Path) -> str | None:
+def _names_of(student: Path, teacher: str | None) -> ModelNames:
     path = student.absolute().parent.parent / "run.yaml"
-    run = load_run_file(path, [], {}) if path.is_file() else None
-    return None if run is None or run.teacher is None else run.teacher.checkpoint
+    if not path.is_file():
+        return ModelNames(teacher=teacher)
+    run = load_run_file(path, [], {})
+    return ModelNames(run.student, teacher or (None if run.teacher is None else run.teacher.checkpoint))
 
 
 def _read_evaluation(path: Path) -> EvaluationReport:

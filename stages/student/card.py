@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict
 from stages.evaluation.report import EvaluationReport
 from stages.student.claim import STAGE_FILE
 
-_PLACES = frozenset({"samples", "targets"})
-
 _USE = """\
 ```python
 from PIL import Image
@@ -75,6 +73,14 @@ class StageRecord:
         return str(self.report["stage"])
 
 
+@dataclass(frozen=True)
+class ModelNames:
+    """Folders or hub ids of the models that a student was made from; None where nothing says so."""
+
+    student: str | None = None
+    teacher: str | None = None
+
+
 def read_history(student: Path) -> list[StageRecord]:
     """The stages that a student went through, in order; empty for a checkpoint that lies in no run folder."""
     history: list[StageRecord] = []
@@ -92,7 +98,7 @@ def model_card(
     name: str,
     export: ExportReport,
     history: Sequence[StageRecord],
-    teacher: str | None,
+    names: ModelNames,
     evaluation: EvaluationReport | None,
 ) -> str:
     """The card in Markdown, with the front matter that the hub reads.
@@ -101,42 +107,43 @@ def model_card(
         name: of the model.
         export: what was exported.
         history: of `read_history`.
-        teacher: folder or hub id; a folder is named by its last part.
+        names: of the models that it was made from.
         evaluation: of the model, if there is one.
     """
-    decoder = str(history[-1].begun["decoder"]) if history else None
-    parts = [_front_matter([decoder, teacher]), f"# {name}", _about(decoder, teacher), "## Use"]
+    parts = [_front_matter(names), f"# {name}", _about(names, distilled=bool(history)), "## Use"]
     if export.custom_code is not None:
         parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")
     parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
     if history:
-        parts += ["## Training", _losses(history), "### Settings", *_settings(history)]
+        parts += ["## Training", _losses(history), _made_from(history), "### Settings", *_settings(history)]
     if evaluation is not None:
         parts += ["## Evaluation", _evaluation(evaluation)]
     return "\n\n".join([*parts, "## Export", _export(export)]) + "\n"
 
 
-def _front_matter(models: Sequence[str | None]) -> str:
+def _front_matter(names: ModelNames) -> str:
     # The hub looks these up, so that only its own ids belong there. JSON is YAML too.
-    ids = [model for model in models if model and model.count("/") == 1 and not Path(model).exists()]
+    named = [model for model in (names.student, names.teacher) if model is not None]
+    ids = [model for model in named if model.count("/") == 1 and not Path(model).exists()]
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
     lines += [f"base_model: {json.dumps(ids)}"] * bool(ids)
     return "\n".join([*lines, "tags: [distillation, compodistill]", "---"])
 
 
-def _about(decoder: str | None, teacher: str | None) -> str:
+def _about(names: ModelNames, *, distilled: bool) -> str:
+    if not distilled:
+        return "A multimodal model."
+    known = {"its teacher": names.teacher, "begun from": names.student}
+    said = [f"{role} `{_public(model)}`" for role, model in known.items() if model is not None]
     return (
-        f"A multimodal student of {_named(teacher, 'its teacher')} on the decoder {_named(decoder, 'of its config')}, "
-        "distilled from stored targets with "
-        "[CompoDistill](https://arxiv.org/abs/2510.12184): the teacher's answer distributions and its visual attention."
-        if decoder
-        else "A multimodal model."
+        "A multimodal model distilled from stored targets of a larger one "
+        f"([CompoDistill](https://arxiv.org/abs/2510.12184)){''.join(f', {part}' for part in said)}."
     )
 
 
-def _named(model: str | None, otherwise: str) -> str:
-    # The whole path of a folder says nothing to others.
-    return f"`{Path(model).name if Path(model).exists() else model}`" if model else otherwise
+def _public(model: str) -> str:
+    # The whole path of a folder is nobody else's business.
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
 def _losses(history: Sequence[StageRecord]) -> str:
@@ -153,9 +160,24 @@ def _losses(history: Sequence[StageRecord]) -> str:
         for stage in history
     ]
     header = ["stage", "samples", "steps", "trained parameters", "hours", *(f"{term} loss" for term in terms)]
-    stores = list(dict.fromkeys(str(stage.begun["targets"]) for stage in history))
-    prints = "Fingerprint of the target store" + (": " if len(stores) == 1 else "s, by stage: ") + ", ".join(stores)
-    return f"{_table(header, rows)}\n\nLosses are means over the last tenth of a stage's steps.\n\n{prints}."
+    return f"{_table(header, rows)}\n\nLosses are means over the last tenth of a stage's steps."
+
+
+def _made_from(history: Sequence[StageRecord]) -> str:
+    """Digests, by which others can tell whether they have the same targets and weights."""
+    lines = [
+        f"- {what}: {', '.join(f'`{digest}`' for digest in digests)}"
+        for key, what in (
+            ("targets", "fingerprint of the target store"),
+            ("decoder", "weights that training began from"),
+        )
+        if (digests := list(dict.fromkeys(digest for stage in history for digest in _list(stage.begun.get(key)))))
+    ]
+    return "\n".join(lines)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] * (value is not None)
 
 
 def _settings(history: Sequence[StageRecord]) -> list[str]:
@@ -164,7 +186,7 @@ def _settings(history: Sequence[StageRecord]) -> list[str]:
         {key.split(".", 1)[1]: value for key, value in stage.begun.items() if key.startswith(f"{stage.name}.")}
         for stage in history
     ]
-    names = [name for name in dict.fromkeys(name for settings in own for name in settings) if name not in _PLACES]
+    names = list(dict.fromkeys(name for settings in own for name in settings))
     rows = [[f"`{name}`", *(_value(settings.get(name)) for settings in own)] for name in names]
     shared = [f"- `{name}`: {_value(value)}" for name, value in history[-1].begun["settings"].items()]
     return [_table(["", *(stage.name for stage in history)], rows), "\n".join(shared)]

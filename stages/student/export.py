@@ -14,7 +14,7 @@ from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
 from stages.new_folder import check_new, new_folder
-from stages.student.card import ExportReport, model_card, read_history
+from stages.student.card import ExportReport, ModelNames, model_card, read_history
 from stages.student.folding import ModelParts, fold_post_connector, has_post_connector, take_apart
 from stages.student.loading import OWN_CLASSES, load_multimodal, model_inputs
 from stages.student.serving import (
@@ -38,7 +38,7 @@ def export_student(
     output: Path,
     *,
     fold: bool = True,
-    teacher: str | None = None,
+    names: ModelNames = ModelNames(),  # noqa: B008 a frozen value
     evaluation: EvaluationReport | None = None,
 ) -> ExportReport:
     """Writes `output`: weights, config, processor with chat template, generation settings, a model card.
@@ -50,7 +50,7 @@ def export_student(
         source: a checkpoint folder, such as `RUN/sft/student`.
         output: a folder that does not exist yet, or is empty.
         fold: whether the post-connector becomes part of the adapter, where that is exact.
-        teacher: how the card names the teacher.
+        names: of the models that it was made from, for the card.
         evaluation: goes into the card.
 
     Raises:
@@ -97,7 +97,7 @@ def export_student(
             seconds=round(time.perf_counter() - started, 3),
         )
         (staging / REPORT).write_text(report.model_dump_json(indent=1))
-        card = model_card(output.name, report, read_history(source), teacher, evaluation)
+        card = model_card(output.name, report, read_history(source), names, evaluation)
         (staging / CARD).write_text(card, encoding="utf-8")
     return report
 

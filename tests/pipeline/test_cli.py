@@ -21,7 +21,10 @@ COMMANDS = (
     "estimate",
     "extract-teacher",
     "train-student",
+    "convert-checkpoint",
     "evaluate",
+    "export",
+    "chat",
     "compare-attention",
     "inspect",
     "verify",
@@ -261,9 +264,13 @@ MISTAKES = {
         "train-student --samples {samples} --targets {targets} --student {images} --output {new}",
         "{images}",
     ),
-    "train: batches that do not divide": (
-        TRAIN + " --set train.dpt.batch_size=9",
-        "no multiple of microbatch_size",
+    "train: a subset of unknown samples": (
+        TRAIN + " --set train.subset={pairs}/replace_att.json",
+        "has no targets for",
+    ),
+    "train: sources and places": (
+        TRAIN + ' --set train.sources=[{{"samples":"a","targets":"b"}}]',
+        "leave one of them out",
     ),
     "train: layers the student lacks": (
         TRAIN + " --set train.student_layers=[9]",

@@ -65,7 +65,10 @@ def test_a_run_is_exported_with_a_card_of_its_figures(
         report = json.loads((undisturbed / stage / "report.json").read_text())
         (row,) = (line for line in card.splitlines() if line.startswith(f"| {stage} | {report['samples']:,} |"))
         assert all(f"{loss:.4f}" in row for loss in report["losses"].values())
-    assert TargetStore.open(targets).manifest.fingerprint.digest in card
+    assert f"fingerprint of the target store: `{TargetStore.open(targets).manifest.fingerprint.digest}`" in card
+    begun = json.loads((undisturbed / "dpt" / "stage.json").read_text())
+    assert f"weights that training began from: `{begun['decoder']}`" in card
+    assert f"its teacher `some-org/teacher-4b`, begun from `{tiny.student_lm.name}`" in card
     assert "| `learning_rate` | 0.0002 | 0.001 | 0.0002 |" in card
     assert '- `lora`: `{"rank": 4, "alpha": 8, "dropout": 0.1}`' in card
     assert "| swap_obj | 40 | 0.625 | 0.470 to 0.760 |" in card
