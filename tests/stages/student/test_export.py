@@ -105,12 +105,21 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_student(
-    folder: Path, eyes: Path, *, hidden: int = 24, vocab_size: int = 340, dtype: torch.dtype = torch.float32
+    folder: Path,
+    eyes: Path,
+    *,
+    hidden: int = 24,
+    vocab_size: int = 340,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A student as a stage leaves it, its post-connector's bias not at zero."""
     decoder = make_tiny_lm(
         folder.with_name(f"{folder.name}-lm"), tokenizer_from=eyes, hidden=hidden, vocab_size=vocab_size
     )
+    if tied:
+        config = json.loads((decoder / "config.json").read_text())
+        (decoder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     student = build_student(eyes, decoder, seed=0)
     torch.nn.init.normal_(student.model.post_connector.weight, std=0.3, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(student.model.post_connector.bias, generator=torch.Generator().manual_seed(2))
@@ -151,6 +160,7 @@ def exports(
         "equal": make_student(top / "equal", teacher, hidden=32),
         "late narrow": move_image_token(make_student(top / "late-narrow", teacher)),
         "late wide": move_image_token(make_student(top / "late-wide", teacher, hidden=40)),
+        "late tied": move_image_token(make_student(top / "late-tied", teacher, hidden=40, tied=True)),
         "own adapter": shutil.copytree(teacher.with_name("checkpoint"), top / "own"),
         "tiles": make_student(top / "tiles", extract("llava_next").store.teacher_folder()),
     }
@@ -195,6 +205,7 @@ CASES = {
     "wide": ("LlavaForConditionalGeneration", None, "folded", 0),
     "equal": ("LlavaForConditionalGeneration", None, "folded", 0),
     "late wide": ("LlavaForConditionalGeneration", None, "folded", 1),
+    "late tied": ("LlavaForConditionalGeneration", None, "folded", 1),
     "own adapter": ("LlavaForConditionalGeneration", None, "none", 0),
     "tiles": ("AnyTeacherStudentForConditionalGeneration", "modeling_any_teacher.py", "folded", 0),
     "tiles, not folded": ("AnyTeacherStudentForConditionalGeneration", "modeling_any_teacher.py", "kept", 0),
@@ -246,6 +257,12 @@ def test_an_export_generates_the_same_with_a_cache_without_one_and_in_a_padded_b
     assert not never & {token for tokens in found["single"] for token in tokens}
 
 
+def test_tied_weights_stay_tied(exports: dict[str, Exported]) -> None:
+    tied, untied = exports["late tied"], exports["late wide"]
+    assert "lm_head.weight" not in load_file(tied.folder / "model.safetensors")
+    assert untied.report.parameters - tied.report.parameters == 341 * 40
+
+
 def test_a_processor_that_also_reads_videos_is_saved_so_that_the_library_asks_for_torchvision_only(
     extract: Callable[[str], Extracted], tmp_path: Path
 ) -> None:
@@ -261,6 +278,8 @@ def test_weights_of_half_precision_stay_so_and_the_report_says_what_folding_chan
     teacher: Path, tmp_path: Path
 ) -> None:
     student = make_student(tmp_path / "student", teacher, dtype=torch.bfloat16)
+    # An empty folder may be there already.
+    (tmp_path / "out").mkdir()
     report = export_student(student, tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
