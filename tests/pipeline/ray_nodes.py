@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: one process can hold one cluster only.
 
 Run as a script it starts a head without slots, prints its address, and obeys lines: `add NAME`, `kill NAME`. The end of
-its input ends the cluster.
+its input ends the cluster. A port as its argument is where the dashboard listens; without one there is none.
 """
 
 import os
@@ -43,10 +43,11 @@ class Nodes:
 
 
 @contextmanager
-def nodes(*names: str) -> Iterator[Nodes]:
+def nodes(*names: str, dashboard_port: int | None = None) -> Iterator[Nodes]:
     """A cluster with these nodes beside its head."""
+    port = [] if dashboard_port is None else [str(dashboard_port)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.pipeline.ray_nodes"],
+        [sys.executable, "-m", "tests.pipeline.ray_nodes", *port],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -72,7 +73,11 @@ def nodes(*names: str) -> Iterator[Nodes]:
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": len(sys.argv) > 1}
+    if len(sys.argv) > 1:
+        # Its agent's own port may be that of another cluster of this machine.
+        head |= {"dashboard_port": int(sys.argv[1]), "dashboard_agent_listen_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     say(cluster.address)
     started = {}
     for line in sys.stdin:
