@@ -2,14 +2,13 @@
 
 Writes the tables of docs/scale.md.
 
-    python -m benchmarks.scale --measure    # what an index of samples weighs, into results/scale.json
+    python -m benchmarks.scale --measure    # what a sample index and packing weigh, into results/scale.json
     python -m benchmarks.scale              # the tables of docs/scale.md between their markers
 """
 
 import argparse
 import json
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,16 +20,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.driver_scale import FILES, OPEN, write_index
+from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
+from stages.samples.pack import pack_samples
 from stages.teacher.estimate import EstimateConfig
 from storage.codecs.answer_logits import LogitCodecConfig
+from storage.order import epoch_order, shard_rows
 from storage.samples import SampleIndex
-from storage.samples.index import INDEX_PATH, SampleMembers, SampleShardEntry
+from storage.samples.index import INDEX_PATH
 from storage.stores import open_store
 from storage.targets.layout import ARRAYS
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"
 MARKED = re.compile(r"(<!-- (?P<name>[a-z]+): made by benchmarks/scale.py -->\n).*?(<!-- end -->)", re.DOTALL)
+CONVERSATIONS = "conversations.jsonl"
 MEGA, GIGA, TERA = 1e6, 1e9, 1e12
 
 
@@ -73,7 +77,7 @@ PLANS = (Plan("LLaVA-665k", 665_000, 8), Plan("100M samples", 100_000_000, 512))
 
 def load_measured(folder: Path = RESULTS) -> dict[str, Any]:
     """The figures that the tables rest on, by results file."""
-    names = ("attention_codes", "answer_logits", "capture-cpu", "extraction-cpu", "scale")
+    names = ("attention_codes", "capture-cpu", "driver_scale", "extraction-cpu", "scale")
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
@@ -89,12 +93,20 @@ def tables(measured: dict[str, Any]) -> dict[str, str]:
         sizes = [f"{each * plan.samples / TERA:,.1f} TB" for plan in PLANS]
         codec_rows.append([f"`{name}`", f"{each / MEGA:.2f} MB", *sizes])
     a_sample = codecs["sqrt4"]["bytes_a_sample"] / assumed.samples_per_map + small
+    opened = measured["driver_scale"]["growth"][OPEN.format(FILES[1])]
     return {
         "assumptions": _table(["assumed", "value"], _assumption_rows(assumed, config)),
         "codecs": _table(["codec", "a sample", *(plan.name for plan in PLANS)], codec_rows),
         "plans": _table(["", *(plan.name for plan in PLANS)], _plan_rows(measured, assumed, seconds, a_sample)),
         "shards": _table(
-            ["samples a shard", "bytes a shard", "seconds of a GPU", "shards of 100M", "objects of 100M"],
+            [
+                "samples a shard",
+                "bytes a shard",
+                "seconds of a GPU (assumed rate)",
+                "shards of 100M",
+                "objects of 100M",
+                "memory of 100M's open records",
+            ],
             [
                 [
                     f"{size:,}",
@@ -102,6 +114,7 @@ def tables(measured: dict[str, Any]) -> dict[str, str]:
                     f"{size * seconds:,.0f}",
                     f"{PLANS[-1].samples / size:,.0f}",
                     f"{PLANS[-1].samples / size * objects_per_shard():,.0f}",
+                    f"{PLANS[-1].samples / size * opened['bytes_a_shard'] / MEGA:,.0f} MB",
                 ]
                 for size in (128, 512, 2048)
             ],
@@ -130,7 +143,8 @@ def objects_per_shard() -> int:
 
 
 def _plan_rows(measured: dict[str, Any], assumed: Assumed, seconds: float, a_sample: float) -> list[list[str]]:
-    index = measured["scale"]["index"]
+    index, packing, order = (measured["scale"][name] for name in ("index", "packing", "order"))
+    opened = measured["driver_scale"]["growth"][OPEN.format(FILES[1])]
     columns = []
     for plan in PLANS:
         shards = -(-plan.samples // assumed.samples_per_shard)
@@ -139,25 +153,37 @@ def _plan_rows(measured: dict[str, Any], assumed: Assumed, seconds: float, a_sam
         shards_a_second = plan.gpus / seconds / assumed.samples_per_shard
         columns.append(
             {
-                "GPU-hours": f"{plan.samples * seconds / 3600:,.0f}",
-                f"days on {' or '.join(str(p.gpus) for p in PLANS)} GPUs": (
+                "GPU-hours, at the assumed rate": f"{plan.samples * seconds / 3600:,.0f}",
+                f"days on {' or '.join(str(p.gpus) for p in PLANS)} GPUs, at that rate": (
                     f"{plan.samples * seconds / 86400 / plan.gpus:.1f} ({plan.gpus} GPUs)"
                 ),
                 "target store, `sqrt4`": f"{plan.samples * a_sample / TERA:.1f} TB",
                 "sample shards": f"{plan.samples * assumed.image_bytes / TERA:.1f} TB",
                 "shards": f"{shards:,}",
                 "objects, and PUT requests at least": f"{shards * objects_per_shard():,}",
-                "PUT requests a second": f"{shards_a_second * objects_per_shard():,.1f}",
-                "written a second": f"{plan.gpus / seconds * a_sample / MEGA:,.0f} MB",
-                "read a second": f"{plan.gpus / seconds * assumed.image_bytes / MEGA:,.0f} MB",
-                "share of a machine's link": f"{machine_bytes / assumed.link_bytes_per_s:.0%}",
-                "shards the driver sees finish a second": f"{shards_a_second:.2f}",
+                "PUT requests a second, at that rate": f"{shards_a_second * objects_per_shard():,.1f}",
+                "written a second, at that rate": f"{plan.gpus / seconds * a_sample / MEGA:,.0f} MB",
+                "read a second, at that rate": f"{plan.gpus / seconds * assumed.image_bytes / MEGA:,.0f} MB",
+                "share of a machine's link (assumed), at that rate": f"{machine_bytes / assumed.link_bytes_per_s:.0%}",
+                "shards the driver sees finish a second, at that rate": f"{shards_a_second:.2f}",
                 "LIST requests for the commit records": f"{-(-shards // assumed.listed_at_once):,}",
                 "commit records": f"{records / MEGA:,.0f} MB",
-                "reading all of them": f"{shards * assumed.request_seconds / assumed.requests_at_once:,.0f} s",
-                "`index.json` of the samples": f"{plan.samples * index['bytes_a_sample'] / GIGA:.2f} GB",
-                "loading it, in every worker": f"{plan.samples * index['load_seconds_a_sample']:,.0f} s",
-                "its memory, in every worker": f"{plan.samples * index['memory_bytes_a_sample'] / GIGA:.1f} GB",
+                "fetching all of them, at the assumed time of a request": (
+                    f"{shards * assumed.request_seconds / assumed.requests_at_once:,.0f} s"
+                ),
+                "checking them, processor time, measured": f"{shards * opened['cpu_us_a_shard'] / MEGA:,.0f} s",
+                "their memory in every process that opens the store, measured": (
+                    f"{shards * opened['bytes_a_shard'] / MEGA:,.0f} MB"
+                ),
+                "`index.json` of the samples": f"{shards * index['bytes_a_shard'] / MEGA:,.1f} MB",
+                "loading it in every worker, processor time, measured": f"{shards * index['cpu_s_a_shard']:,.1f} s",
+                "its memory in every worker, measured": f"{shards * index['memory_bytes_a_shard'] / MEGA:,.0f} MB",
+                "memory of an epoch's order in a process that streams, measured": (
+                    f"{plan.samples * order['memory_bytes_a_sample'] / GIGA:,.2f} GB"
+                ),
+                "memory of `cdp pack-samples`, measured": (
+                    f"{plan.samples * packing['memory_bytes_a_sample'] / GIGA:,.1f} GB"
+                ),
             }
         )
     return [[name, *(column[name] for column in columns)] for name in columns[0]]
@@ -196,55 +222,78 @@ def rendered(document: str, made: dict[str, str]) -> str:
     return MARKED.sub(lambda match: f"{match[1]}{made[match['name']]}{match[3]}", document)
 
 
-def write_index(folder: Path, num_samples: int) -> None:
-    """An index of so many samples of one image each; there are no tars."""
-    size = Assumed().samples_per_shard
-    entries = tuple(_entry(number, size) for number in range(num_samples // size))
-    open_store(folder).write(INDEX_PATH, SampleIndex(shards=entries).to_bytes())
-
-
 def measure_index(folder: Path) -> dict[str, float]:
-    """Bytes, CPU seconds and peak memory of loading `index.json`, for each sample; to be called in a fresh process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.process_time()
+    """Bytes, CPU seconds and peak memory of loading `index.json`, for each shard; to be called in a fresh process."""
+    memory, started = PeakMemory(), time.process_time()
     index = SampleIndex.load(open_store(folder))
     seconds = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "samples": index.num_samples,
-        "bytes_a_sample": (folder / INDEX_PATH).stat().st_size / index.num_samples,
-        "load_seconds_a_sample": seconds / index.num_samples,
-        "memory_bytes_a_sample": 1024 * (peak - before) / index.num_samples,
+        "shards": len(index.shards),
+        "bytes_a_shard": (folder / INDEX_PATH).stat().st_size / len(index.shards),
+        "cpu_s_a_shard": seconds / len(index.shards),
+        "memory_bytes_a_shard": memory.grown_bytes / len(index.shards),
     }
 
 
-def _entry(number: int, size: int) -> SampleShardEntry:
-    stride = 151_552
-    members = tuple(
-        SampleMembers(
-            f"{number:06d}-{row:06d}", ((row * stride + 512, 700), (row * stride + 2048, 149_000)), 2**31 + row
-        )
-        for row in range(size)
-    )
-    return SampleShardEntry(
-        name=f"samples-{number:06d}.tar", num_samples=size, bytes=size * stride + 1024, sha256="0" * 64, members=members
-    )
+def measure_packing(folder: Path) -> dict[str, float]:
+    """Peak memory of packing the conversations in `folder`, for each; to be called in a fresh process."""
+    memory = PeakMemory()
+    report = pack_samples(folder / CONVERSATIONS, folder, folder / "samples")
+    return {"samples": report.num_samples, "memory_bytes_a_sample": memory.grown_bytes / report.num_samples}
+
+
+def measure_order(num_shards: int) -> dict[str, float]:
+    """Peak memory and CPU seconds of working out an epoch's order, for each sample; to be called in a fresh process."""
+    size = Assumed().samples_per_shard
+    memory, started = PeakMemory(), time.process_time()
+    order = epoch_order([shard_rows(shard, size) for shard in range(num_shards)], 0, 0, 8)
+    return {
+        "samples": len(order),
+        "cpu_s_a_sample": (time.process_time() - started) / len(order),
+        "memory_bytes_a_sample": memory.grown_bytes / len(order),
+    }
+
+
+def write_conversations(folder: Path, num_samples: int) -> None:
+    """Without images, each a group of its own, of which packing holds most."""
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A word."}]
+    with (folder / CONVERSATIONS).open("w") as file:
+        for number in range(num_samples):
+            file.write(json.dumps({"id": f"{number:09d}", "conversations": turns}) + "\n")
+
+
+def _measured_alone(what: str, value: object) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.scale", what, str(value)]
+    found: dict[str, float] = json.loads(subprocess.check_output(command, text=True))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--samples", type=int, default=204_800, help="of the index that is measured")
+    parser.add_argument("--shards", type=int, default=195_313, help="of the index that is measured")
+    parser.add_argument("--samples", type=int, default=200_000, help="that are packed")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pack", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--order", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.load is not None:
         print(json.dumps(measure_index(flags.load)))
+    elif flags.pack is not None:
+        print(json.dumps(measure_packing(flags.pack)))
+    elif flags.order is not None:
+        print(json.dumps(measure_order(flags.order)))
     elif flags.measure:
-        with tempfile.TemporaryDirectory() as folder:
-            write_index(Path(folder), flags.samples)
-            command = [sys.executable, "-m", "benchmarks.scale", "--load", folder]
-            found = json.loads(subprocess.check_output(command, text=True))
-        save_result(RESULTS / "scale.json", torch.device("cpu"), command_line("benchmarks.scale"), {"index": found})
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_index(folder / "index", flags.shards, Assumed().samples_per_shard)
+            write_conversations(folder, flags.samples)
+            found = {
+                "index": _measured_alone("--load", folder / "index"),
+                "packing": _measured_alone("--pack", folder),
+                "order": _measured_alone("--order", flags.shards // 10),
+            }
+        save_result(RESULTS / "scale.json", torch.device("cpu"), command_line("benchmarks.scale"), found)
     else:
         DOCUMENT.write_text(rendered(DOCUMENT.read_text(), tables(load_measured())))
 

@@ -8,6 +8,7 @@ import torch
 from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_codes import CODECS, main, measure, query_gradients
 from benchmarks.attention_maps import bundled_teacher_maps, synthetic_maps
+from benchmarks.results import RESULTS
 
 
 def test_synthetic_maps_are_causal_attention_of_the_layers_a_teacher_of_40_has() -> None:
@@ -51,6 +52,32 @@ def test_the_bundled_teachers_maps_are_those_of_drawn_scenes() -> None:
     assert [maps.shape for maps in data.maps] == [(5, 36, 36)] * 2
     assert data.windows == ((2, 3, 4), (3, 4, 5), (4, 5, 6))
     assert not torch.equal(*data.maps)
+
+
+TARGETS = {"sqrt8": (2.8e6, 0.99999), "sqrt4": (1.4e6, 0.9998), "sqrt2": (0.8e6, 0.995)}
+"""Codec -> most bytes a sample of 728 image tokens and 11 layers, least cosine of the gradient."""
+
+
+@pytest.mark.parametrize("codec", TARGETS)
+def test_the_saved_results_reach_the_targets_in_every_sample(codec: str) -> None:
+    saved = json.loads((RESULTS / "attention_codes.json").read_text())["synthetic"]
+    assert saved["image_tokens"] == [728]
+    assert (len(saved["layers"]), saved["samples"]) == (11, 3)
+    most_bytes, least_cosine = TARGETS[codec]
+    assert saved["codecs"][codec]["bytes_a_sample"] <= most_bytes
+    assert saved["codecs"][codec]["gradient_cosine"]["layers_least"] >= least_cosine
+
+
+def test_the_saved_results_have_every_coder_that_the_documents_name() -> None:
+    coders = json.loads((RESULTS / "attention_codes.json").read_text())["alternatives"]["coders_of_4_bit_codes"]
+    text = (RESULTS.parents[1] / "docs" / "method.md").read_text()
+    for name in (
+        "zstd 1, as stored",
+        "zstd 19",
+        "zstd 19, dictionary of other samples",
+        "pcodec 8, one code in 16 bits",
+    ):
+        assert f"{coders[name]['bytes']:,}" in text, name
 
 
 def test_the_results_file_names_hardware_date_and_command(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,11 +1,12 @@
 import copy
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import scale
-from benchmarks.scale import DOCUMENT, Assumed, load_measured, measure_index, objects_per_shard, rendered, tables
+from benchmarks.scale import DOCUMENT, Assumed, load_measured, objects_per_shard, rendered, tables
 from tests.stages.distilled import extract_here, make_tiny_data
 
 
@@ -29,11 +30,15 @@ def test_objects_and_bytes_of_a_commit_record_are_those_of_a_store(tmp_path: Pat
     assert len(record.to_bytes()) == pytest.approx(Assumed().commit_bytes, rel=0.15)
 
 
-def test_an_index_is_measured_by_loading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    scale.write_index(tmp_path, 1024)
-    found = measure_index(tmp_path)
-    assert found["samples"] == 1024
-    assert 40 < found["bytes_a_sample"] < 100
-    monkeypatch.setattr(sys, "argv", ["scale.py", "--load", str(tmp_path)])
+def test_index_and_packing_are_measured_in_processes_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scale, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--measure", "--shards", "2000", "--samples", "300"])
     scale.main()
-    assert '"samples": 1024' in capsys.readouterr().out
+    saved = json.loads((tmp_path / "scale.json").read_text())
+    assert saved["index"]["shards"] == 2000
+    assert 200 < saved["index"]["bytes_a_shard"] < 400
+    assert saved["index"]["memory_bytes_a_shard"] > saved["index"]["bytes_a_shard"]
+    assert saved["order"]["samples"] == 200 * Assumed().samples_per_shard
+    assert saved["order"]["memory_bytes_a_sample"] > 16
+    assert saved["packing"]["samples"] == 300
+    assert saved["packing"]["memory_bytes_a_sample"] > 0
