@@ -1,0 +1,16 @@
+import json
+
+from benchmarks.crash_campaign import RANDOM_SHARDS
+from benchmarks.results import RESULTS
+
+
+def test_the_saved_campaign_killed_extraction_at_random_far_more_than_thirty_times() -> None:
+    parts = json.loads((RESULTS / "crash_campaign.json").read_text())["parts"]
+    for name in ("random_moments", "random_operations"):
+        assert parts[name]["shards"] == RANDOM_SHARDS >= 5
+        assert parts[name]["lives_killed"] >= 100
+    for name in ("local_operations", "staged_operations", "s3_operations"):
+        assert parts[name]["lives_killed"] >= 30
+    kills = parts["ray"]["kills"]
+    assert sum(kills.values()) >= 30
+    assert min(kills["driver"], kills["cluster"]) >= 3
