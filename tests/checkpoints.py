@@ -51,6 +51,13 @@ CHAT_TEMPLATE = """\
 
 CHAT_TEMPLATE_WITHOUT_GENERATION = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
 
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+"""As language models have it: the content of a turn is a string."""
+
 _TOKENIZER_TEXT = (
     "USER: What is the color of the square? ASSISTANT: The square is red.",
     "USER: Describe the image. ASSISTANT: A blue circle is left of a green triangle.",
@@ -165,6 +172,37 @@ def make_tiny_lm(
         model = Qwen2ForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_foreign_lm(folder: Path, chat_template: str | None = None, num_layers: int = 6) -> Path:
+    """A decoder whose tokenizer was trained on other text: most ids mean something else than to the teacher."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=310,
+        special_tokens=["</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a triangle stands under the circle", "green is the square"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+    fast.chat_template = chat_template
+    config = Qwen2Config(
+        vocab_size=len(fast),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.25,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Running the command line in processes of its own, and killing them."""
+"""Running the command line, here or in processes of its own, and killing them."""
 
 import os
 import signal
@@ -8,6 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+
+from pipeline import cli
 
 PATIENCE_S = 240
 
@@ -33,6 +37,18 @@ def cdp(*arguments: object, cwd: Path | None = None) -> Ended:
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ended:
+    """What `cdp` does and says, without a new process."""
+    monkeypatch.setattr(sys, "argv", ["cdp", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    captured = capsys.readouterr()
+    return Ended(code, captured.out, captured.err)
 
 
 def start_cdp(*arguments: object, err: Path | None = None) -> "subprocess.Popen[bytes]":

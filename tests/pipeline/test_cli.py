@@ -13,7 +13,7 @@ from pipeline import cli
 from pipeline.training import STAGES
 from stages.student.build import load_student
 from tests.conftest import NUM_SAMPLES, TinyWorld
-from tests.pipeline.processes import Ended, cdp, tree
+from tests.pipeline.processes import cdp, run_here, tree
 
 COMMANDS = (
     "demo",
@@ -54,18 +54,6 @@ pixels = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
 with torch.inference_mode():
     save_file({"logits": model(input_ids=ids, pixel_values=pixels).logits.contiguous()}, sys.argv[2])
 """
-
-
-def run_here(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ended:
-    """What `cdp` does and says, without a new process."""
-    monkeypatch.setattr(sys, "argv", ["cdp", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return Ended(code, captured.out, captured.err)
 
 
 def settings(names: tuple[str, ...]) -> list[str]:

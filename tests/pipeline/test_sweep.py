@@ -1,18 +1,16 @@
 """Several students against one store by one command: trained in turn, compared, finished ones left as they are."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline import cli
 from pipeline.sweep import SweepReport, sweep_table
 from pipeline.sweep_file import load_sweep
 from storage.errors import UserError
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import Ended, tree
+from tests.pipeline.processes import run_here, tree
 
 SHARED = """\
 train:
@@ -36,17 +34,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run_here(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ended:
-    monkeypatch.setattr(sys, "argv", ["cdp", "train-student", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    captured = capsys.readouterr()
-    return Ended(code, captured.out, captured.err)
-
-
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -61,7 +48,7 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     sweep = write(tmp_path / "sweep.yaml", compare + STUDENTS)
     output = tmp_path / "out"
     arguments = ("--sweep", sweep, "--config", base, "--output", output, "--stage", "dft")
-    done = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    done = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     report = SweepReport.model_validate_json((output / "sweep.json").read_text())
     assert list(report.students) == ["compodistill", "logits", "sft"]
@@ -83,7 +70,7 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
 
     before = {name: tree(output / name / "dft") for name in report.students}
     monkeypatch.setattr("pipeline.sweep.evaluate_checkpoint", None)
-    again = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    again = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert again.code == 0, again.err
     assert {name: tree(output / name / "dft") for name in report.students} == before
     assert SweepReport.model_validate_json((output / "sweep.json").read_text()) == report
@@ -97,7 +84,7 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(
     sweep = write(tmp_path / "sweep.yaml", places + SHARED + students)
     output = tmp_path / "out"
     arguments = ("--sweep", sweep, "--output", output, "--stage", "dpt", "--set", "train.dpt.max_steps=1")
-    done = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    done = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 1
     assert "student broken failed: no checkpoint at no-such-folder" in done.err
     report = SweepReport.model_validate_json((output / "sweep.json").read_text())
@@ -107,7 +94,7 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(
     assert sweep_table(report).rows[1][:2] == ["broken", "failed"]
 
     sweep.write_text(sweep.read_text().replace("no-such-folder", str(tiny.student_lm)))
-    mended = run_here(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    mended = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert mended.code == 0, mended.err
     assert json.loads((output / "sweep.json").read_text())["students"].keys() == {"broken", "whole"}
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
@@ -30,50 +29,13 @@ from storage.errors import UserError
 from storage.stores import open_store
 from storage.stream import Source, StreamConfig, StreamedSample, target_stream
 from storage.targets import TargetStore
-from tests.checkpoints import make_tiny_llava
+from tests.checkpoints import CHATML, make_foreign_lm, make_tiny_llava
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 from tests.stages.extracted_families import Extracted, eager
 from tests.tiny_families import RECIPES
 
-CHATML = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-"""As language models have it: the content of a turn is a string."""
 ABLE = sorted(name for name in RECIPES if FAMILIES[name].why_no_student() is None)
 Extract = Callable[[str], Extracted]
-
-
-def make_foreign_lm(folder: Path, chat_template: str | None = None, num_layers: int = 6) -> Path:
-    """A decoder whose tokenizer was trained on other text: most ids mean something else than to the teacher."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=310,
-        special_tokens=["</s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["a triangle stands under the circle", "green is the square"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
-    fast.chat_template = chat_template
-    config = Qwen2Config(
-        vocab_size=len(fast),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.25,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,87 @@
+"""Students with eyes or a tokenizer of their own, through the commands: trained, compared, evaluated, refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
+from pipeline.progress import bars
+from pipeline.run_file import RunFile
+from pipeline.training import STAGES, train
+from stages.evaluation.scoring import EvaluationConfig
+from storage.errors import UserError
+from tests.checkpoints import CHATML, make_foreign_lm, make_tiny_llava
+from tests.conftest import TinyWorld
+from tests.pipeline.processes import run_here
+from tests.pipeline.runs import SETTINGS, run_file
+
+NO_LOGITS = ("train.dpt.kd_weight=0", "train.dft.kd_weight=0")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run_with(student: Path, tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> RunFile:
+    return run_file(tiny, targets, output, *settings).model_copy(update={"student": str(student)})
+
+
+def test_a_whole_model_is_trained_by_command_and_its_attention_compared(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = make_tiny_llava(tmp_path / "student", num_layers=5, hidden=16, seed=9)
+    places = ("--samples", tiny.samples, "--targets", targets, "--student", student, "--output", tmp_path / "run")
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    command = ("train-student", *places, "--adapter", "own", "--stage", "dft", *settings)
+    done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    assert "dft" in done.out
+    trained = tmp_path / "run/dft/student"
+    assert AutoConfig.from_pretrained(trained).model_type == "llava"
+    assert "adapter: own" in (tmp_path / "run/run.yaml").read_text()
+    with bars() as progress:
+        found = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4, progress)
+        itself = compare_with_targets(str(tiny.teacher), str(tiny.samples), str(targets), 4, progress)
+    assert found.num_samples > 0
+    assert 0 < found.mean < itself.mean
+    assert itself.mean > 0.99
+
+
+def test_a_student_with_another_tokenizer_goes_through_all_stages_and_is_evaluated(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    foreign = make_foreign_lm(tmp_path / "foreign", CHATML)
+    run = run_with(foreign, tiny, targets, tmp_path / "run", *NO_LOGITS)
+    reports = train(run, STAGES)
+    assert [set(report.losses) - {"loss"} for report in reports] == [{"lm"}, {"lm", "attention"}, {"lm"}]
+    saved = json.loads((tmp_path / "run/sft/student/tokenizer.json").read_text())
+    assert "<|im_start|>" in saved["model"]["vocab"]
+    with bars() as progress:
+        result = evaluate_checkpoint(str(tmp_path / "run"), tiny.pairs, None, EvaluationConfig(), 2, progress)
+        compared = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4, progress)
+    assert result.num_pairs == 4
+    assert compared.num_samples > 0
+
+
+def test_a_later_stage_with_a_logit_loss_refuses_another_tokenizer_before_anything_is_written(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    foreign = make_foreign_lm(tmp_path / "foreign")
+    run = run_with(foreign, tiny, targets, tmp_path / "run", NO_LOGITS[0])
+    with pytest.raises(UserError, match="set kd_weight to 0 in every stage that is trained"):
+        train(run, STAGES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_image_tokens_that_disagree_leave_no_student_and_name_both_counts(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    student = make_tiny_llava(tmp_path / "student", num_layers=5, image_size=48)
+    run = run_with(student, tiny, targets, tmp_path / "run", "train.adapter=own")
+    with pytest.raises(UserError, match=r"makes 36 image tokens of its 1 images, the teacher's targets hold 16"):
+        train(run, STAGES)
+    assert not (tmp_path / "run/dpt/student").exists()
