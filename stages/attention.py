@@ -9,7 +9,6 @@ the row with the most), d head width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,9 +26,11 @@ CPU_BLOCK_ENTRIES = 2**18  # scores that exist at a time: 1 MiB stays in a core'
 GPU_BLOCK_ENTRIES = 2**26
 
 
-@dataclass
 class AttentionCapture:
     """What to capture in one forward pass, and what was captured.
+
+    No dataclass: FSDP2 looks for tensors in dataclasses that a layer is called with, and hands it a copy with others in
+    their place, so that maps would be lost.
 
     Attributes:
         layers: decoder layers to capture, counted from 0.
@@ -38,19 +39,17 @@ class AttentionCapture:
         maps: filled by the forward pass: layer -> `[B, N, N]` float32, rows are queries; zero beyond a row's own n.
     """
 
-    layers: frozenset[int]
-    positions: Sequence[Tensor]
-    maps: dict[int, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        width = max(map(len, self.positions), default=0)
-        self.positions_BN = torch.zeros(len(self.positions), width, dtype=torch.long)
-        for row, positions in enumerate(self.positions):
-            self.positions_BN[row, : len(positions)] = positions
-        self.valid_BN = torch.arange(width) < torch.tensor([len(p) for p in self.positions])[:, None]
+    def __init__(self, layers: frozenset[int], positions: Sequence[Tensor]) -> None:
+        self.layers, self.positions = layers, positions
+        self.maps: dict[int, Tensor] = {}
+        width = max(map(len, positions), default=0)
+        self.positions_BN = torch.zeros(len(positions), width, dtype=torch.long)
+        for row, of_row in enumerate(positions):
+            self.positions_BN[row, : len(of_row)] = of_row
+        self.valid_BN = torch.arange(width) < torch.tensor([len(p) for p in positions])[:, None]
         self.num_keys = int(self.positions_BN.max()) + 1 if width else 0
         # As numbers, so that the forward pass never waits for a GPU to learn a size.
-        self.row_positions = [positions.tolist() for positions in self.positions]
+        self.row_positions = [of_row.tolist() for of_row in positions]
         self._bias_of: tuple[Tensor, Tensor | None] | None = None
 
     def to(self, device: torch.device) -> "AttentionCapture":

@@ -1,14 +1,14 @@
 """One optimizer step of the real training loop, whose gradients are kept; alone or as a process of torchrun.
 
-    python -m tests.stages.student.one_step FOLDER MICROBATCH_SIZE
+    python -m tests.stages.student.one_step FOLDER MICROBATCH_SIZE PARALLEL
 
-FOLDER holds `samples`, `targets` and `lm`; the gradients go to `FOLDER/step-RANKSxMICROBATCH`.
+FOLDER holds `samples`, `targets` and `lm`; the gradients go to `FOLDER/step-PARALLEL-RANKSxMICROBATCH`.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from stages.student.batches import Batch
-from stages.student.config import DistilledFinetuning, TrainConfig
+from stages.student.config import DistilledFinetuning, Parallel, TrainConfig
+from stages.student.losses import answer_losses
 from stages.student.objective import DistillationObjective
+from stages.student.parallel import whole
 from stages.student.stage import StageRun
 from stages.student.training import train_stage
 from storage.stores import open_store
@@ -25,21 +27,24 @@ from storage.stream import Source
 from storage.targets import TargetStore
 
 BATCH_SIZE = 16
+LOGITS_AT_ONCE = 10_000
+"""Some 25 answer rows, so that each microbatch has several parts."""
 
 
-def take_step(folder: Path, microbatch_size: int) -> Path:
+def take_step(folder: Path, microbatch_size: int, parallel: Parallel = "ddp") -> Path:
     """Trains one step on `BATCH_SIZE` samples; returns the folder with what it left.
 
     `gradients.safetensors` and `metrics.jsonl` of the global batch, `rank-N.json` with the answer rows and the samples
     with an image of each of that rank's microbatches.
     """
     accelerator = Accelerator(cpu=True)
-    output = folder / f"step-{accelerator.num_processes}x{microbatch_size}"
+    output = folder / f"step-{parallel}-{accelerator.num_processes}x{microbatch_size}"
     # No step is clipped, or the gradients would say nothing of their length.
     config = TrainConfig(
         dft=DistilledFinetuning(batch_size=BATCH_SIZE, trains="full", max_steps=1),
         microbatch_size=microbatch_size,
         max_grad_norm=1e9,
+        parallel=parallel,
         num_workers=0,
         trackers=(),
     )
@@ -53,13 +58,17 @@ def take_step(folder: Path, microbatch_size: int) -> Path:
         return forward(self, batch, totals)
 
     def kept(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        named = {f"{number:04}": whole(g).clone() for number, g in enumerate(gradients) if g is not None}
         if accelerator.is_main_process:
-            gradients = [p.grad for group in self.param_groups for p in group["params"]]
-            named = {f"{number:04}": g.clone() for number, g in enumerate(gradients) if g is not None}
             save_file(named, output / "gradients.safetensors")
         return step(self, *arguments)
 
-    with patch.object(DistillationObjective, "forward", counted), patch.object(torch.optim.AdamW, "step", kept):
+    with (
+        patch.object(DistillationObjective, "forward", counted),
+        patch.object(torch.optim.AdamW, "step", kept),
+        patch.dict(answer_losses.__kwdefaults__, logits_at_once=LOGITS_AT_ONCE),
+    ):
         train_stage(run, accelerator)
     (output / f"rank-{accelerator.process_index}.json").write_text(json.dumps(counts))
     return output
@@ -67,4 +76,4 @@ def take_step(folder: Path, microbatch_size: int) -> Path:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    take_step(Path(sys.argv[1]), int(sys.argv[2]))
+    take_step(Path(sys.argv[1]), int(sys.argv[2]), cast("Parallel", sys.argv[3]))

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """The step with all samples in one forward pass."""
+    """The step with all samples in one forward pass, in one process."""
     return take_step(folder, BATCH_SIZE)
 
 
@@ -65,13 +65,15 @@ def test_accumulated_microbatches_give_the_gradients_and_loss_terms_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("microbatch_size", [8, 4])
-def test_two_ranks_give_the_gradients_and_loss_terms_of_one(microbatch_size: int, folder: Path, whole: Path) -> None:
+@pytest.mark.parametrize(("microbatch_size", "parallel"), [(8, "ddp"), (4, "ddp"), (4, "fsdp")])
+def test_two_ranks_give_the_gradients_and_loss_terms_of_one(
+    microbatch_size: int, parallel: str, folder: Path, whole: Path
+) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tests.stages.student.one_step", str(folder), str(microbatch_size)]
+    command = [*launcher, "-m", "tests.stages.student.one_step", str(folder), str(microbatch_size), parallel]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    found = folder / f"step-2x{microbatch_size}"
+    found = folder / f"step-{parallel}-2x{microbatch_size}"
     assert_same_step(found, whole, num_ranks=2, num_microbatches=BATCH_SIZE // microbatch_size)
 
 
