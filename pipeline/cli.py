@@ -229,9 +229,7 @@ def train_student(
     print_training_reports(reports, Path(_need(run.output, "--output")))
 
 
-def _train(
-    run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool
-) -> "list[StageReport]":
+def _train(run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool) -> "list[StageReport]":
     from pipeline.training import train, train_on_ray
 
     if run.train.ray_address is not None or run.train.workers is not None:
