@@ -15,7 +15,7 @@ from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
 from stages.new_folder import check_new, new_folder
 from stages.student.card import ExportReport, ModelNames, model_card, read_history
-from stages.student.folding import ModelParts, fold_post_connector, has_post_connector, take_apart
+from stages.student.folding import fold_post_connector, has_post_connector, take_apart
 from stages.student.loading import OWN_CLASSES, load_multimodal, model_inputs
 from stages.student.serving import (
     generation_settings,
@@ -63,18 +63,19 @@ def export_student(
     pad_on_the_left(processor.tokenizer)
     eyes = getattr(student.config, "teacher_config", student.config).model_type
     probe = ConversationEncoder(processor, student.config.image_token_id, _NO_LIMIT).encode_pair(*_PROBE, [_picture()])
-    parts = take_apart(student)
-    had_post_connector = has_post_connector(parts)
+    parts = whole = take_apart(student)
+    had_post_connector = has_post_connector(whole)
     if fold and had_post_connector:
         parts = fold_post_connector(parts)
     folded = had_post_connector and not has_post_connector(parts)
     parts, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
     generation = generation_settings(student, processor.tokenizer, probe, added_ids)
-    expected_TV = _logits(student, probe)
-    del student
 
     with new_folder(output) as staging:
-        num_parameters = _save(parts, generation, staging)
+        # Itself where nothing changed: the library writes some families under other names than it holds.
+        num_parameters = _save(student if parts is whole else parts.build(), generation, staging)
+        expected_TV = _logits(student, probe)
+        del student, parts, whole
         processor.save_pretrained(staging)
         name_video_half(eyes, staging)
         exported = load_multimodal(staging)
@@ -102,12 +103,11 @@ def export_student(
     return report
 
 
-def _save(parts: ModelParts, generation: GenerationConfig, folder: Path) -> int:
+def _save(model: PreTrainedModel, generation: GenerationConfig, folder: Path) -> int:
     """Writes weights, configs and, for a student of this project, its modelling file; returns how many parameters."""
-    model = parts.build()
     model.generation_config = generation
     if isinstance(model, OWN_CLASSES):
-        code = _code_of(parts.model_class)
+        code = _code_of(type(model))
         shutil.copyfile(code, folder / code.name)
         names = {"AutoConfig": type(model.config).__name__, "AutoModelForImageTextToText": type(model).__name__}
         model.config.auto_map = {auto: f"{code.stem}.{name}" for auto, name in names.items()}

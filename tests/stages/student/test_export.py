@@ -25,6 +25,7 @@ from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder
 from stages.student.build import build_student
 from stages.student.card import ExportReport
+from stages.student.chat import Chat
 from stages.student.export import export_student
 from stages.student.folding import ModelParts, fold_post_connector
 from stages.student.loading import load_multimodal, model_inputs
@@ -33,6 +34,7 @@ from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
 from tests.checkpoints import draw_random_image, make_tiny_llava, make_tiny_lm
 from tests.stages.extracted_families import Extracted
+from tests.tiny_families import RECIPES, make_tiny_family
 
 QUESTIONS = ("Is it red?", "What is the color of the square that is left of the green triangle?")
 LATE_IMAGE_ID = 340
@@ -272,6 +274,24 @@ def test_a_processor_that_also_reads_videos_is_saved_so_that_the_library_asks_fo
     with pytest.raises(ImportError, match="Qwen2VLVideoProcessor requires the Torchvision library"):
         AutoProcessor.from_pretrained(tmp_path / "out")
     assert load_processor(tmp_path / "out").tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("model_type", sorted(RECIPES))
+def test_a_model_of_the_library_is_exported_as_it_is_and_answers(model_type: str, tmp_path: Path) -> None:
+    """What a student with its own adapter is."""
+    checkpoint = make_tiny_family(tmp_path / "model", model_type)
+    report = export_student(checkpoint, tmp_path / "out")
+    assert (report.custom_code, report.post_connector, report.logit_error) == (None, "none", 0)
+    found, given = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", checkpoint))
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in given)
+    image = draw_random_image(random.Random(1))
+    answers = {
+        Chat(load_multimodal(folder), load_processor(folder), image, 6).ask(QUESTIONS[0], lambda _: None)
+        for folder in (tmp_path / "out", checkpoint)
+    }
+    assert len(answers) == 1
+    assert answers != {""}
 
 
 def test_weights_of_half_precision_stay_so_and_the_report_says_what_folding_changed(
