@@ -1,12 +1,17 @@
 """What was tried for attention codes and not kept: other coders, other masks, other values, on one synthetic sample.
 
-Coders that need a package of their own (`pip install pcodec zstandard`) are left out where it is not installed.
+`python -m benchmarks.attention_codes` has all of it in its results. This file alone measures the coders, of which two
+need packages of their own (`pip install pcodec zstandard`) and are left out where these are not installed:
+
+    python -m benchmarks.attention_alternatives
 
 Letters: L captured layers, W windows, N image tokens, E entries of a causal map, C bytes of its codes.
 """
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +19,8 @@ import torch
 from numcodecs import Zstd
 from torch import Tensor
 
-from benchmarks.attention_maps import MapSet
-from benchmarks.results import median_ratio
+from benchmarks.attention_maps import MapSet, synthetic_maps
+from benchmarks.results import RESULTS, command_line, median_ratio, save_result
 from storage.codecs import (
     MapCodecConfig,
     decode_maps,
@@ -229,3 +234,19 @@ def _context_bytes(codes_LNN: Tensor) -> float:
         context = codes_NN[rows, columns - 1] * 16 + codes_NN[rows - 1, columns]
         total += _entropy_bytes(context * 16 + codes_NN[rows, columns]) - _entropy_bytes(context)
     return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-tokens", type=int, default=728)
+    parser.add_argument("--out", type=Path, default=RESULTS / "attention_coders.json")
+    flags = parser.parse_args()
+    data = synthetic_maps(flags.image_tokens, num_samples=3)
+    result: dict[str, Any] = {"image_tokens": flags.image_tokens, "layers": data.layers}
+    result["coders_of_4_bit_codes"] = coders(MapCodecConfig(name="sqrt4"), data.maps[0], data.maps[1:])
+    save_result(flags.out, torch.device("cpu"), command_line("benchmarks.attention_alternatives"), result)
+    print(flags.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
