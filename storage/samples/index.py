@@ -16,7 +16,7 @@ from storage.stores import Store
 
 INDEX_PATH = "index.json"
 MAX_INDEX_BYTES = 2**30
-"""Largest index that is read or written: that of about three million shards."""
+"""Largest index that is read or written: that of about four million shards."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
