@@ -271,9 +271,9 @@ MISTAKES = {
     "evaluate: training without a finished stage": ("evaluate {begun} --pairs {pairs}", "holds no finished stage"),
     "evaluate: no pairs": ("evaluate {teacher} --pairs {new}/pairs", "is not a folder"),
     "evaluate: no pair at all": ("evaluate {teacher} --pairs {pairs} --limit 0", "--limit"),
-    "compare: model is a teacher": (
-        "compare-attention {teacher} --samples {samples} --targets {targets}",
-        "is no student",
+    "compare: model is a bare decoder": (
+        "compare-attention {lm} --samples {samples} --targets {targets}",
+        "has no vision tower and adapter of its own",
     ),
     "compare: no such model": ("compare-attention {new} --samples {samples} --targets {targets}", "{new}"),
     "compare: no samples": ("compare-attention {new} --targets {targets}", "--samples is missing"),
