@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.sweep import SweepReport, sweep_table
+from pipeline.interruption import Interrupted
+from pipeline.progress import bars
+from pipeline.run_file import RunFile
+from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import load_sweep
+from stages.student.stage import StageReport
 from storage.errors import UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here, tree
@@ -132,3 +136,43 @@ def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, messag
     with pytest.raises(UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe"):
         load_sweep(tmp_path / "s.yaml", None, [], {})
     assert not (tmp_path / "out").exists()
+
+
+def finished(name: str) -> StageReport:
+    losses = {"loss": 1.0, "lm": 1.0}
+    return StageReport(
+        stage="dpt",
+        steps=1,
+        samples=4,
+        trained_parameters=1,
+        seconds=2.0,
+        samples_per_s=2.0,
+        wait_share=0.0,
+        losses=losses,
+        notes=[name],
+    )
+
+
+def test_what_breaks_in_one_student_spares_the_next_and_an_interruption_ends_the_sweep(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.yaml", "students: {broken: {}, first: {}, second: {}}\n")
+    sweep = load_sweep(path, None, [], {"output": str(tmp_path / "out")})
+    asked_to_stop = [True]
+
+    def train(name: str, run: RunFile) -> list[StageReport]:
+        assert run.output == str(tmp_path / "out" / name)
+        if name == "broken":
+            raise RuntimeError("out of memory")
+        if name == "second" and asked_to_stop:
+            asked_to_stop.clear()
+            raise Interrupted(15)
+        return [finished(name)]
+
+    with bars() as progress:
+        with pytest.raises(Interrupted):
+            run_sweep(sweep, train, progress)
+        saved = SweepReport.model_validate_json((tmp_path / "out/sweep.json").read_text())
+        assert (list(saved.students), saved.failures) == (["first"], {"broken": "RuntimeError: out of memory"})
+        report = run_sweep(sweep, train, progress)
+    assert list(report.students) == ["first", "second"]
+    assert report.students["second"].samples_per_s == 2.0
+    assert sweep_table(report).rows[1] == ["second", "dpt", "1.000", "2", "2.0", "", ""]
