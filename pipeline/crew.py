@@ -172,7 +172,9 @@ class Crew:
             if isinstance(error.cause, ProcessUnfit):
                 return str(error)
             self._take_back(worker, task, number)
-            worker.failures_in_a_row += 1
+            if not isinstance(error.cause, UserError):
+                # A full disk is as full for a fresh process.
+                worker.failures_in_a_row += 1
             self._pool.failed(task, worker.node, worker.pid, str(error))
         except WorkerLost as error:
             return str(error)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from tests.pipeline.processes import PATIENCE_S, kill
+from tests.pipeline.processes import PATIENCE_S, descendants, kill
 
 
 class Nodes:
@@ -27,6 +28,11 @@ class Nodes:
     def kill(self, name: str) -> None:
         """The node's processes are killed."""
         self._tell(f"kill {name}")
+
+    def workers(self) -> list[int]:
+        """Processes of the workers that an extraction has on it."""
+        names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(self._process.pid)}
+        return [pid for pid, name in names.items() if name.startswith(b"ray::_Actor")]
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
