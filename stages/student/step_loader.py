@@ -1,8 +1,10 @@
 """Optimizer steps' batches, made ahead of the training process by loader processes."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterator
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -63,12 +65,18 @@ class StepLoader:
             LoaderDied: a loader process was killed.
         """
         mixture, config = self.mixture, self.mixture.config
-        batches = iter(self._loader(epochs, start_step))
-        for epoch in epochs:
-            for step in range(start_step if epoch == epochs[0] else 0, mixture.num_steps):
-                size = min(config.batch_size, mixture.num_samples - step * config.batch_size)
-                count = num_microbatches(size, config.microbatch_size, self.world_size)
-                yield [_received(batches).unpack() for _ in range(count)]
+        batches: Any = iter(self._loader(epochs, start_step))
+        try:
+            for epoch in epochs:
+                for step in range(start_step if epoch == epochs[0] else 0, mixture.num_steps):
+                    size = min(config.batch_size, mixture.num_samples - step * config.batch_size)
+                    count = num_microbatches(size, config.microbatch_size, self.world_size)
+                    yield [_received(batches).unpack() for _ in range(count)]
+        finally:
+            # Whoever holds an error holds this iterator. Left to the garbage collector, it would lose the threads of
+            # its queues first, and then wait in vain for its processes to read that they may end.
+            if self.num_workers:
+                batches._shutdown_workers()
 
     def _loader(self, epochs: range, start_step: int) -> "DataLoader[Any]":
         stream = mixture_stream(
@@ -89,8 +97,7 @@ class StepLoader:
             prefetch_factor=self.prefetch if workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_begin_worker,
-            # Object stores cannot be used in a forked worker once this process has opened one.
-            multiprocessing_context=("spawn" if self.mixture.is_remote else "fork") if workers else None,
+            multiprocessing_context=_context(remote=self.mixture.is_remote) if workers else None,
             # Without its own it draws from the generator of dropout, once more after each resume.
             generator=torch.Generator().manual_seed(self.mixture.config.seed),
         )
@@ -105,6 +112,20 @@ def spare_workers(device: torch.device) -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     computing = torch.get_num_threads() if device.type == "cpu" else 1
     return max(0, min(MOST_WORKERS, cores // processes - computing))
+
+
+def _context(*, remote: bool) -> BaseContext:
+    """How loader processes begin: never as a copy of this process, whose threads may hold a lock that none in the copy
+    would ever give back.
+
+    They are copies of a server that has imported all this and done nothing else. For object stores each is a new
+    process: the server has the environment of its first use, and credentials may be newer.
+    """
+    if remote:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class _ErrorsAsItems(IterableDataset[Any]):

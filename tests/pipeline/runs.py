@@ -1,12 +1,24 @@
 """One tiny training run that several tests start, stop and compare."""
 
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.run_file import RunFile, load_run_file
-from tests.conftest import TinyWorld
+
+
+class TrainingData(Protocol):
+    """What a student is trained from, beside the targets."""
+
+    @property
+    def student_lm(self) -> Path: ...
+
+    @property
+    def samples(self) -> Path: ...
+
 
 SETTINGS = (
     "train.microbatch_size=4",
+    "train.num_workers=0",
     "train.checkpoint_every=2",
     "train.log_every=1",
     "train.lora={rank: 4, alpha: 8, dropout: 0.1}",
@@ -17,6 +29,6 @@ SETTINGS = (
 """A few steps of each stage; dft crosses an epoch's end and accumulates."""
 
 
-def run_file(tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> RunFile:
+def run_file(tiny: TrainingData, targets: Path, output: Path, *settings: str) -> RunFile:
     places = {"samples": tiny.samples, "targets": targets, "student": tiny.student_lm, "output": output}
     return load_run_file(None, [*SETTINGS, *settings], {name: str(place) for name, place in places.items()})

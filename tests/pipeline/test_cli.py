@@ -32,6 +32,7 @@ COMMANDS = (
 
 TRAINING = (
     "train.microbatch_size=4",
+    "train.num_workers=0",
     "train.log_every=1",
     "train.lora={rank: 4, alpha: 8}",
     "train.dpt={batch_size: 8, max_steps: 2}",
