@@ -158,6 +158,25 @@ def textbook(
     return {name: float(value.detach()) for name, value in terms.items()}, list(gradients)
 
 
+def test_all_of_the_adapter_has_a_gradient_whatever_the_batch_holds(extract: Extract, tmp_path: Path) -> None:
+    """Processes that train together wait for each one."""
+    extracted = extract("llava_onevision")
+    folder = make_student("llava_onevision", tmp_path / "student")
+    student, _ = StudentStart(stage_run(extracted, folder, tmp_path / "run", dpt={"batch_size": 4})).load()
+    collator = Collator(open_reading(extracted.store, folder, own_eyes=True, kd_weight=1.0).reader())
+    codec = extracted.store.manifest.fingerprint.logit_codec
+    objective = DistillationObjective(student, DistilledFinetuning(attention_weight=0.0), codec, None)
+    samples = {len(sample.images): sample for sample in streamed(extracted)}
+    assert samples.keys() == {0, 1, 2}
+    for sample in samples.values():
+        student.zero_grad()
+        loss, _ = objective(collator([sample]), BatchTotals(4, 1))
+        loss.backward()
+        gradients = [parameter.grad for parameter in connector_parameters(student)]
+        assert all(gradient is not None for gradient in gradients)
+        assert any(bool(gradient.any()) for gradient in gradients) == bool(sample.images)
+
+
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
 def test_both_stages_train_what_they_say_and_leave_a_model_of_the_library(
     model_type: str, llava: Extracted, extract: Extract, tmp_path: Path
