@@ -1,8 +1,8 @@
 """One optimizer step of the real training loop, whose gradients are kept; alone or as a process of torchrun.
 
-    python -m tests.stages.student.one_step FOLDER MICROBATCH_SIZE PARALLEL
+    python -m tests.stages.student.one_step FOLDER MICROBATCH_SIZE PARALLEL NUM_SAMPLES
 
-FOLDER holds `samples`, `targets` and `lm`; the gradients go to `FOLDER/step-PARALLEL-RANKSxMICROBATCH`.
+FOLDER holds `samples`, `targets` and `lm`; the gradients go to a folder in it, see `step_folder`.
 """
 
 import json
@@ -31,17 +31,22 @@ LOGITS_AT_ONCE = 10_000
 """Some 25 answer rows, so that each microbatch has several parts."""
 
 
-def take_step(folder: Path, microbatch_size: int, parallel: Parallel = "ddp") -> Path:
-    """Trains one step on `BATCH_SIZE` samples; returns the folder with what it left.
+def step_folder(folder: Path, num_ranks: int, microbatch_size: int, parallel: str, num_samples: int) -> Path:
+    """Where a step leaves what it found."""
+    return folder / f"step-{parallel}-{num_ranks}x{microbatch_size}-{num_samples}"
+
+
+def take_step(folder: Path, microbatch_size: int, parallel: Parallel = "ddp", num_samples: int = BATCH_SIZE) -> Path:
+    """Trains one step; returns the folder with what it left.
 
     `gradients.safetensors` and `metrics.jsonl` of the global batch, `rank-N.json` with the answer rows and the samples
     with an image of each of that rank's microbatches.
     """
     accelerator = Accelerator(cpu=True)
-    output = folder / f"step-{parallel}-{accelerator.num_processes}x{microbatch_size}"
+    output = step_folder(folder, accelerator.num_processes, microbatch_size, parallel, num_samples)
     # No step is clipped, or the gradients would say nothing of their length.
     config = TrainConfig(
-        dft=DistilledFinetuning(batch_size=BATCH_SIZE, trains="full", max_steps=1),
+        dft=DistilledFinetuning(batch_size=BATCH_SIZE, trains="full", max_steps=1, max_samples=num_samples),
         microbatch_size=microbatch_size,
         max_grad_norm=1e9,
         parallel=parallel,
@@ -76,4 +81,4 @@ def take_step(folder: Path, microbatch_size: int, parallel: Parallel = "ddp") ->
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    take_step(Path(sys.argv[1]), int(sys.argv[2]), cast("Parallel", sys.argv[3]))
+    take_step(Path(sys.argv[1]), int(sys.argv[2]), cast("Parallel", sys.argv[3]), int(sys.argv[4]))

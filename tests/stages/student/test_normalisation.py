@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.stages.distilled import extract_here, make_tiny_data
-from tests.stages.student.one_step import BATCH_SIZE, take_step
+from tests.stages.student.one_step import BATCH_SIZE, step_folder, take_step
 
 TERMS = ("loss", "lm", "kd", "attention", "grad_norm")
 
@@ -30,6 +30,12 @@ def whole(folder: Path) -> Path:
     return take_step(folder, BATCH_SIZE)
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """A step of one sample."""
+    return take_step(folder, 4, num_samples=1)
+
+
 def metrics(output: Path) -> dict[str, float]:
     (line,) = (output / "metrics.jsonl").read_text().splitlines()
     return {name: value for name, value in json.loads(line).items() if name in TERMS}
@@ -39,14 +45,14 @@ def counts(output: Path, num_ranks: int) -> list[tuple[int, int]]:
     return [tuple(c) for rank in range(num_ranks) for c in json.loads((output / f"rank-{rank}.json").read_text())]
 
 
-def assert_same_step(found: Path, expected: Path, num_ranks: int, num_microbatches: int) -> None:
-    microbatches = counts(found, num_ranks)
-    assert len(microbatches) == num_microbatches
-    # Or the mean of the microbatches' means would do as well.
+def assert_uneven(microbatches: list[tuple[int, int]]) -> None:
+    """Or the mean of the microbatches' means would do as well."""
     rows, images = (set(numbers) for numbers in zip(*microbatches, strict=True))
     assert len(rows) > 1
     assert len(images) > 1
-    assert sum(r for r, _ in microbatches) == counts(expected, 1)[0][0]
+
+
+def assert_same_step(found: Path, expected: Path) -> None:
     assert metrics(found) == pytest.approx(metrics(expected), rel=1e-5)
     gradients, wanted = (load_file(output / "gradients.safetensors") for output in (found, expected))
     assert gradients.keys() == wanted.keys()
@@ -61,7 +67,20 @@ def test_accumulated_microbatches_give_the_gradients_and_loss_terms_of_one(
 ) -> None:
     assert set(metrics(whole)) == set(TERMS)
     found = take_step(folder, BATCH_SIZE // num_microbatches)
-    assert_same_step(found, whole, num_ranks=1, num_microbatches=num_microbatches)
+    microbatches = counts(found, 1)
+    assert len(microbatches) == num_microbatches
+    assert_uneven(microbatches)
+    assert sum(rows for rows, _ in microbatches) == counts(whole, 1)[0][0]
+    assert_same_step(found, whole)
+
+
+def on_two_ranks(folder: Path, microbatch_size: int, parallel: str, num_samples: int = BATCH_SIZE) -> Path:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(folder), str(microbatch_size), parallel, str(num_samples)]
+    command = [*launcher, "-m", "tests.stages.student.one_step", *arguments]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return step_folder(folder, 2, microbatch_size, parallel, num_samples)
 
 
 @pytest.mark.slow
@@ -69,12 +88,19 @@ def test_accumulated_microbatches_give_the_gradients_and_loss_terms_of_one(
 def test_two_ranks_give_the_gradients_and_loss_terms_of_one(
     microbatch_size: int, parallel: str, folder: Path, whole: Path
 ) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tests.stages.student.one_step", str(folder), str(microbatch_size), parallel]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    found = folder / f"step-{parallel}-2x{microbatch_size}"
-    assert_same_step(found, whole, num_ranks=2, num_microbatches=BATCH_SIZE // microbatch_size)
+    found = on_two_ranks(folder, microbatch_size, parallel)
+    microbatches = counts(found, 2)
+    assert len(microbatches) == BATCH_SIZE // microbatch_size
+    assert_uneven(microbatches)
+    assert_same_step(found, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_rank_without_a_sample_changes_nothing(parallel: str, folder: Path, alone: Path) -> None:
+    found = on_two_ranks(folder, 4, parallel, num_samples=1)
+    assert sorted(counts(found, 2)) == [(0, 0), *counts(alone, 1)]
+    assert_same_step(found, alone)
 
 
 def test_gradients_that_were_kept_are_those_of_the_decoder_head_and_post_connector(whole: Path) -> None:
