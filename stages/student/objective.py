@@ -13,7 +13,7 @@ from stages.student.build import Student
 from stages.student.config import StageConfig
 from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
 from stages.student.matching import LayerMatching
-from stages.student.parts import connector_parameters, has_own_eyes
+from stages.student.parts import connector_parameters
 from storage.codecs.answer_logits import LogitCodecConfig, decode_logits
 
 
@@ -61,8 +61,7 @@ class DistillationObjective(nn.Module):
             loss_B = alignment_loss_B(student_maps, targets, self.stage.attention_loss, sink_mask=sink_mask)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
-        # Images do not go through all of every adapter either: in some families several of a sample end no rows.
-        if "pixel_values" not in batch.inputs or has_own_eyes(self.student):
+        if "pixel_values" not in batch.inputs:
             loss = loss + self._unseen_image_side()
         return loss, {name: value.detach() for name, value in terms.items()}
 
