@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from typer.testing import CliRunner
 
 import examples.scenes
+from pipeline.cli import app
 from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.training import STAGES
@@ -274,3 +276,8 @@ def test_a_name_that_is_neither_file_nor_recipe_is_refused_with_those_there_are(
     own = tmp_path / "demo"
     own.write_text("train: {seed: 5}")
     assert load_run_file(own, [], {}).train.seed == 5
+
+
+def test_the_help_of_config_names_the_recipes() -> None:
+    shown = CliRunner().invoke(app, ["train-student", "--help"], env={"COLUMNS": "240"}).output
+    assert all(name in shown for name in recipe_names())
