@@ -1,4 +1,4 @@
-"""Kills of extraction at every storage operation, at random ones, at random moments, and of Ray's processes.
+"""Kills of extraction at every storage operation, at random ones and moments, of Ray's processes, and of training.
 
 After each kill the same command is run again; the campaign ends with an error when a finished store is not byte for
 byte that of an undisturbed run, or when something a kill left is neither complete nor absent.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import RESULTS, save_result
+from pipeline.training import STAGES
 from stages.samples.pack import PackConfig, pack_samples
 from tests.checkpoints import make_llava_data, make_tiny_llava
 from tests.pipeline.crash_points import (
@@ -31,6 +32,8 @@ from tests.pipeline.crash_points import (
     make_world,
 )
 from tests.pipeline.ray_kills import RayCampaign
+from tests.pipeline.training_kills import kill_stages, train_in_fork
+from tests.stages.distilled import extract_here, make_tiny_data
 
 SEED = 2026
 RANDOM_SHARDS = 5
@@ -71,8 +74,20 @@ def ray(folder: Path, scale: float) -> dict[str, Any]:
     pack_samples(data, images, folder / "samples", PackConfig(max_samples_per_shard=3))
     undisturbed = Place(World.load(teacher, folder / "samples"), str(folder / "undisturbed")).finish()
     campaign = RayCampaign(teacher, folder / "samples", undisturbed, folder, SEED)
-    ends = ["driver", "cluster"] * max(1, round(5 * scale))
-    return {"seed": SEED, **vars(campaign.run(ends, actor_kills=5))}
+    ends = ["driver", "cluster"] * max(1, round(2.5 * scale))
+    return {"seed": SEED, **vars(campaign.run(ends, actor_kills=15))}
+
+
+def training(folder: Path, scale: float) -> dict[str, Any]:
+    """Students, too: each stage killed at random moments."""
+    data = make_tiny_data(folder / "data", num_samples=24)
+    extract_here(data, folder / "targets", batch_size=4)
+    undisturbed = folder / "undisturbed"
+    # In a process of its own, as the killed ones are: what is forked must not have trained before.
+    assert not train_in_fork(data, folder / "targets", undisturbed, STAGES).end().killed
+    num_kills = max(1, round(20 * scale))
+    tally = kill_stages(data, folder / "targets", undisturbed, folder / "runs", seed=SEED, num_kills=num_kills)
+    return {"seed": SEED, **vars(tally)}
 
 
 PARTS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
@@ -82,6 +97,7 @@ PARTS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "random_operations": random_operations,
     "random_moments": random_moments,
     "ray": ray,
+    "training": training,
 }
 
 

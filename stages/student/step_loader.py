@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -178,3 +180,16 @@ def _begin_worker(_number: int) -> None:
     """Signals to the whole group are for the training process, which saves what it has and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    threading.Thread(target=_end_with, args=[trainer], daemon=True).start()
+
+
+def _end_with(trainer: BaseProcess) -> None:
+    """Ends this process when the training process is gone, however it went.
+
+    The DataLoader's own watch is for the death of the direct parent, which is the server that made this process, and
+    which lives as long as this does.
+    """
+    trainer.join()
+    os._exit(1)

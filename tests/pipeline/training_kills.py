@@ -3,17 +3,19 @@
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.training import STAGES, train
 from stages.student.config import StageName
-from tests.conftest import TinyWorld
 from tests.pipeline.forks import Forked
-from tests.pipeline.runs import run_file
+from tests.pipeline.processes import is_alive
+from tests.pipeline.runs import TrainingData, run_file
 
 MOST_LIVES_A_KILL = 4
+MOST_DELAY_S = 0.5
+"""From a chosen step to the kill, so that it hits steps, checkpoints, loading and saving alike."""
 
 
 @dataclass
@@ -23,7 +25,7 @@ class TrainingTally:
     kills: dict[str, int] = field(default_factory=dict)
     """Stage -> lives that were killed in it."""
     killed_after: dict[str, list[int]] = field(default_factory=dict)
-    """Stage -> for each kill, the step of the newest whole checkpoint at that time, 0 for none."""
+    """Stage -> for each kill, the steps that were done by then, those of earlier lives included."""
     came_through: int = 0
     """Lives that ended by themselves; the weights of each were compared to the bit."""
 
@@ -33,7 +35,7 @@ def weights(run: Path, stage: str) -> bytes:
 
 
 def kill_stages(
-    tiny: TinyWorld, targets: Path, undisturbed: Path, scratch: Path, *, seed: int, num_kills: int
+    tiny: TrainingData, targets: Path, undisturbed: Path, scratch: Path, *, seed: int, num_kills: int
 ) -> TrainingTally:
     """Kills each stage that many times; whenever a life comes through, its student is compared and trained anew.
 
@@ -51,29 +53,31 @@ def kill_stages(
     tally, rng = TrainingTally(), random.Random(seed)
     for stage in STAGES:
         tally.kills[stage], tally.killed_after[stage] = 0, []
-        output = _begin(undisturbed, scratch, stage)
-        started = time.monotonic()
-        assert not _life(tiny, targets, output, stage).end().killed
-        whole_s = time.monotonic() - started
+        num_steps = _steps_done(undisturbed, stage)
         num_lives = 0
         output = _begin(undisturbed, scratch, stage)
         while tally.kills[stage] < num_kills:
             num_lives += 1
             assert num_lives < MOST_LIVES_A_KILL * num_kills, "lives make no progress"
-            life = _life(tiny, targets, output, stage)
-            life.kill_after(rng.uniform(0, whole_s))
+            life = train_in_fork(tiny, targets, output, [stage])
+            wanted = rng.randint(0, num_steps)
+            while is_alive(life.pid) and _steps_done(output, stage) < wanted:
+                time.sleep(0.002)
+            life.kill_after(rng.uniform(0, MOST_DELAY_S))
             if life.end().killed:
                 tally.kills[stage] += 1
-                steps = [
-                    int(path.name.split("-")[1]) for path in (output / stage / "checkpoints").glob("step-????????")
-                ]
-                tally.killed_after[stage].append(max(steps, default=0))
+                tally.killed_after[stage].append(_steps_done(output, stage))
                 continue
             _compare(tally, output, undisturbed, stage, seed)
             output = _begin(undisturbed, scratch, stage)
-        assert not _life(tiny, targets, output, stage).end().killed
+        assert not train_in_fork(tiny, targets, output, [stage]).end().killed
         _compare(tally, output, undisturbed, stage, seed)
     return tally
+
+
+def _steps_done(output: Path, stage: StageName) -> int:
+    metrics = output / stage / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.is_file() else 0
 
 
 def _begin(undisturbed: Path, scratch: Path, stage: StageName) -> Path:
@@ -86,9 +90,11 @@ def _begin(undisturbed: Path, scratch: Path, stage: StageName) -> Path:
     return output
 
 
-def _life(tiny: TinyWorld, targets: Path, output: Path, stage: StageName) -> Forked:
+def train_in_fork(tiny: TrainingData, targets: Path, output: Path, stages: Sequence[StageName]) -> Forked:
+    """A child of this process that trains these stages."""
+
     def live(_: Callable[[str], None]) -> None:
-        train(run_file(tiny, targets, output), [stage])
+        train(run_file(tiny, targets, output), stages)
 
     return Forked(live)
 

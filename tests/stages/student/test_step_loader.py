@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -135,6 +137,34 @@ def test_loader_processes_outlive_signals_to_the_whole_group_and_end_with_their_
     steps.close()
     assert time.monotonic() - begun < 4
     assert not workers & _loader_processes()
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from tests.stages.student.test_step_loader import loader
+steps = loader(Path(sys.argv[1]), 2).steps(range(1), 0)
+next(steps)
+print("loading", flush=True)
+time.sleep(600)
+"""
+
+
+def test_loader_processes_end_with_a_training_process_that_is_killed(data):
+    before = _loader_processes()
+    command = [sys.executable, "-c", TRAINER, str(data)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "loading\n"
+        workers = _loader_processes() - before
+        assert len(workers) == 2
+        trainer.kill()
+    deadline = time.monotonic() + 20
+    while (left := workers & _loader_processes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def _loader_processes() -> set[int]:

@@ -1,0 +1,372 @@
+"""What a distillation step from stored targets costs in time and memory, against three other ways to take a step.
+
+- `supervised`: the answers alone, nothing of the teacher; vocabulary logits at answer rows, as in the sft stage.
+- `cached`: answers, stored logits and stored maps, decoded in the step. What `cdp train-student` does in its dft stage.
+- `online`: the same losses with the teacher in the loop, both sides with the fast kernel and capture.
+- `released`: the teacher in the loop the way the released code does it: eager attention, every map of every layer, and
+  vocabulary logits at every position, on both sides.
+
+Random weights; LoRA on the decoder. Needs torch, transformers and peft only; runs on a GPU where there is one (then at
+the published shape, in bfloat16), else on the CPU, scaled down.
+
+    python -m benchmarks.training_step --repeats 5
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from benchmarks.memory import PeakMemory
+from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
+from stages.attention import AttentionCapture, enable_capture
+from stages.layers import sliding_windows, student_layers, visual_understanding_layers, window_means
+from stages.student.batches import Batch, capture_for
+from stages.student.build import student_config
+from stages.student.config import DistilledFinetuning, LoraSettings
+from stages.student.losses import attention_alignment_loss, logit_distillation_loss
+from stages.student.matching import LayerMatching
+from stages.student.modeling_compodistill import CompoDistillStudentForConditionalGeneration
+from stages.student.objective import BatchTotals, DistillationObjective
+from stages.student.trainable import keep_frozen_in, prepare_for_stage
+from storage.codecs.answer_logits import LogitCodecConfig, encode_logits, row_addresses
+from storage.codecs.maps import MapCodecConfig
+from storage.codecs.windows import encode_image, window_rows
+from storage.records import MapTargets
+
+IMAGE_TOKEN = 1
+MATCHED = 7
+WAYS = ("supervised", "cached", "online", "released")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the random models and of their batch; the teacher's layers and widths are larger than the student's."""
+
+    student_layers: int
+    student_hidden: int
+    student_intermediate: int
+    student_heads: int
+    teacher_layers: int
+    teacher_hidden: int
+    teacher_intermediate: int
+    teacher_heads: int
+    vocab: int
+    batch: int
+    lora_rank: int
+    tokens: int = 896
+    answers: int = 100
+    patches: int = 27
+    """A side of the image; its square less one (the first token is dropped) is N."""
+    dtype: str = "float32"
+
+    @property
+    def image_tokens(self) -> int:
+        """N."""
+        return self.patches**2 - 1
+
+
+PUBLISHED = Shape(
+    student_layers=24, student_hidden=2048, student_intermediate=5504, student_heads=16, teacher_layers=40,
+    teacher_hidden=2560, teacher_intermediate=6912, teacher_heads=20, vocab=151_936, batch=8, lora_rank=128,
+    dtype="bfloat16",
+)  # fmt: skip
+"""Qwen1.5-1.8B from Qwen1.5-4B."""
+SCALED_DOWN = Shape(
+    student_layers=24, student_hidden=768, student_intermediate=2048, student_heads=12, teacher_layers=40,
+    teacher_hidden=896, teacher_intermediate=2432, teacher_heads=14, vocab=32_000, batch=1, lora_rank=64,
+)  # fmt: skip
+
+
+class Bench:
+    """A teacher, a student, a batch with its stored targets, and the ways to take a step."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.dtype = getattr(torch, shape.dtype)
+        self.teacher = _random_model(_teacher_config(shape)).to(device, self.dtype).eval().requires_grad_(False)
+        self.stage = DistilledFinetuning()
+        self.student = self._make_student()
+        self.captured = tuple(visual_understanding_layers(shape.teacher_layers))
+        windows = sliding_windows(self.captured, MATCHED)
+        layers = student_layers(shape.student_layers, MATCHED)
+        self.map_codec, self.logit_codec = MapCodecConfig(name="sqrt4"), LogitCodecConfig(vocab_size=shape.vocab)
+        self.matching = LayerMatching(layers, self.captured, windows, windows, self.map_codec)
+        self.batch = self._make_batch()
+        supervised = DistilledFinetuning(kd_weight=0.0, attention_weight=0.0)
+        self.objectives = {
+            "supervised": DistillationObjective(self.student, supervised, self.logit_codec, None),
+            "cached": DistillationObjective(self.student, self.stage, self.logit_codec, self.matching),
+        }
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+        self.student.train()
+
+    def step(self, way: str) -> float:
+        """One optimizer step; its loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            loss = self._loss(way)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def loss_of(self, way: str) -> float:
+        """Without a step."""
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return float(self._loss(way))
+
+    def spent(self, way: str) -> Spent:
+        """Time of one step."""
+
+        def run_and_wait() -> None:
+            self.step(way)
+            self._wait()
+
+        self._wait()
+        return spent(run_and_wait)
+
+    def peak_bytes(self, way: str) -> int:
+        """Memory that a step adds at its highest to what is there before, weights of both models and optimizer."""
+        # So that the optimizer's state is there.
+        self.step("supervised")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step(way)
+            return torch.cuda.max_memory_allocated() - before
+        memory = PeakMemory()
+        self.step(way)
+        return memory.grown_bytes
+
+    def _loss(self, way: str) -> Tensor:
+        if way in self.objectives:
+            enable_capture(self.student)
+            loss: Tensor = self.objectives[way](self.batch, BatchTotals(self.batch.num_answer_rows, self.shape.batch))[
+                0
+            ]
+            return loss
+        return self._online_loss() if way == "online" else self._released_loss()
+
+    def _online_loss(self) -> Tensor:
+        teacher_RV, maps_LBNN = self._observe()
+        enable_capture(self.student)
+        capture = capture_for(self.batch, self.matching.student_layers, self.device)
+        hidden_BTd = self.student.model(**self.batch.inputs, capture=capture, use_cache=False).last_hidden_state
+        student_RV = self.student.lm_head(self._answer_rows(hidden_BTd))
+        student_LBNN = torch.stack([capture.maps[layer] for layer in self.matching.student_layers])
+        return self._dense_loss(student_RV, teacher_RV, student_LBNN, maps_LBNN)
+
+    def _released_loss(self) -> Tensor:
+        inputs = self.batch.inputs
+        where = self.batch.image_positions[0]
+        with torch.no_grad():
+            self.teacher.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+            seen = self.teacher(**inputs, output_attentions=True, use_cache=False)
+            maps_LBNN = torch.stack([_image_block(seen.attentions[layer], where) for layer in self.captured])
+        self.student.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+        own = self.student(**inputs, output_attentions=True, use_cache=False)
+        student_LBNN = torch.stack([_image_block(own.attentions[i], where) for i in self.matching.student_layers])
+        rows = self.batch.row_index_R, self.batch.row_position_R
+        return self._dense_loss(own.logits.float()[rows], seen.logits.float()[rows], student_LBNN, maps_LBNN)
+
+    def _dense_loss(self, student_RV: Tensor, teacher_RV: Tensor, student_LBNN: Tensor, maps_LBNN: Tensor) -> Tensor:
+        windows_LBNN = window_means(maps_LBNN, self.captured, self.matching.windows)
+        return (
+            F.cross_entropy(student_RV.float(), self.batch.answer_R)
+            + logit_distillation_loss(student_RV, teacher_RV)
+            + attention_alignment_loss(student_LBNN, windows_LBNN)
+        )
+
+    @torch.no_grad()
+    def _observe(self) -> tuple[Tensor, Tensor]:
+        """The teacher's logits at answer rows and its captured maps, as extraction gets them."""
+        enable_capture(self.teacher)
+        capture = AttentionCapture(frozenset(self.captured), self.batch.image_positions).to(self.device)
+        hidden_BTd = self.teacher.model(**self.batch.inputs, capture=capture, use_cache=False).last_hidden_state
+        maps_LBNN = torch.stack([capture.maps[layer] for layer in self.captured])
+        return self.teacher.lm_head(self._answer_rows(hidden_BTd)), maps_LBNN
+
+    def _answer_rows(self, hidden_BTd: Tensor) -> Tensor:
+        return hidden_BTd[self.batch.row_index_R, self.batch.row_position_R]
+
+    def _make_student(self) -> CompoDistillStudentForConditionalGeneration:
+        config = student_config(self.teacher.config.to_dict(), _student_text(self.shape).to_dict())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            student = CompoDistillStudentForConditionalGeneration(config)
+        prepare_for_stage(student, self.stage, LoraSettings(rank=self.shape.lora_rank), seed=0)
+        if self.dtype == torch.bfloat16:
+            keep_frozen_in(student, torch.bfloat16)
+        moved: CompoDistillStudentForConditionalGeneration = student.to(self.device)
+        return moved
+
+    def _make_batch(self) -> Batch:
+        shape, generator = self.shape, torch.Generator().manual_seed(2)
+        ids_BT = torch.randint(IMAGE_TOKEN + 1, shape.vocab, (shape.batch, shape.tokens), generator=generator)
+        before = 32
+        ids_BT[:, before : before + shape.image_tokens] = IMAGE_TOKEN
+        side = 14 * shape.patches
+        pixels = torch.randn(shape.batch, 3, side, side, generator=generator).to(self.dtype)
+        where = torch.arange(before, before + shape.image_tokens)
+        answers_A = torch.arange(shape.tokens - shape.answers, shape.tokens)
+        self.batch = Batch(
+            keys=tuple(f"{row:09d}" for row in range(shape.batch)),
+            inputs={"input_ids": ids_BT, "pixel_values": pixels, "attention_mask": torch.ones_like(ids_BT)},
+            row_index_R=torch.arange(shape.batch).repeat_interleave(shape.answers),
+            row_position_R=(answers_A - 1).repeat(shape.batch),
+            answer_R=ids_BT[:, answers_A].flatten(),
+            logits_RB=torch.zeros(0, 0, dtype=torch.uint8),
+            image_positions=(where,) * shape.batch,
+            maps=(None,) * shape.batch,
+        ).to(self.device, self.dtype)
+        teacher_RV, maps_LBNN = self._observe()
+        rows = window_rows(self.captured, self.matching.windows)
+        stored = [encode_image(self.map_codec, rows, maps_LNN.float()) for maps_LNN in maps_LBNN.unbind(1)]
+        addresses_R = row_addresses("bench", len(teacher_RV)).to(self.device)
+        return Batch(
+            **{
+                **vars(self.batch),
+                "logits_RB": encode_logits(self.logit_codec, teacher_RV.float(), addresses_R),
+                # On the CPU, as the loader hands them over: moving and decoding them is part of the step.
+                "maps": tuple(
+                    MapTargets(shape.image_tokens, maps.to(torch.device("cpu")), windows.to(torch.device("cpu")))
+                    for maps, windows in stored
+                ),
+            }
+        )
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _image_block(attention_BHTT: Tensor, where_N: Tensor) -> Tensor:
+    return attention_BHTT.float().mean(1)[:, where_N][:, :, where_N]
+
+
+def _student_text(shape: Shape) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=shape.vocab,
+        hidden_size=shape.student_hidden,
+        intermediate_size=shape.student_intermediate,
+        num_hidden_layers=shape.student_layers,
+        num_attention_heads=shape.student_heads,
+        num_key_value_heads=shape.student_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+
+
+def _teacher_config(shape: Shape) -> LlavaConfig:
+    return LlavaConfig(
+        text_config=Qwen2Config(
+            vocab_size=shape.vocab,
+            hidden_size=shape.teacher_hidden,
+            intermediate_size=shape.teacher_intermediate,
+            num_hidden_layers=shape.teacher_layers,
+            num_attention_heads=shape.teacher_heads,
+            num_key_value_heads=shape.teacher_heads,
+            max_position_embeddings=4096,
+        ),
+        # Small, as it is the same in all ways.
+        vision_config=SiglipVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=14 * shape.patches,
+            patch_size=14,
+            vision_use_head=False,
+        ),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
+
+
+def _random_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(config)
+
+
+def measure(shape: Shape, device: torch.device, repeats: int, memory: dict[str, int]) -> dict[str, Any]:
+    """All figures of one run; `memory` was measured in processes of its own."""
+    bench = Bench(shape, device)
+    losses = {way: bench.loss_of(way) for way in WAYS}
+    steps: dict[str, Callable[[], Spent]] = {way: partial(bench.spent, way) for way in WAYS}
+    for step in steps.values():
+        step()
+    taken = interleaved(steps, repeats)
+    # A GPU works while the processor waits.
+    clock = "cpu_s" if device.type == "cpu" else "wall_s"
+    seconds = {way: [getattr(one, clock) for one in taken[way]] for way in WAYS}
+    return {
+        "shape": {**asdict(shape), "image_tokens": shape.image_tokens},
+        "student_parameters": sum(p.numel() for p in bench.student.parameters()),
+        "teacher_parameters": sum(p.numel() for p in bench.teacher.parameters()),
+        "repeats": repeats,
+        "clock": clock,
+        "seconds": {way: statistics.median(seconds[way]) for way in WAYS},
+        "time_over_supervised": {way: median_ratio(seconds[way], seconds["supervised"]) for way in WAYS},
+        "samples_per_s": {way: shape.batch / statistics.median(seconds[way]) for way in WAYS},
+        "peak_bytes_of_a_step": memory,
+        "memory_over_supervised": {way: memory[way] / memory["supervised"] for way in WAYS},
+        "losses": losses,
+    }
+
+
+def measure_memory(shape: Shape, threads: int) -> dict[str, int]:
+    """Peak bytes of each way, each in its own process."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.training_step",
+        *_flags(shape),
+        "--threads",
+        str(threads),
+        "--memory-of",
+    ]
+    return {way: json.loads(subprocess.check_output([*command, way], text=True)) for way in WAYS}
+
+
+def _flags(shape: Shape) -> list[str]:
+    return [part for name, value in asdict(shape).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in asdict(PUBLISHED if device.type == "cuda" else SCALED_DOWN).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS / f"training_step-{device.type}.json")
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+    flags = vars(parser.parse_args())
+    repeats, threads, out, way = (flags.pop(name) for name in ("repeats", "threads", "out", "memory_of"))
+    torch.set_num_threads(threads)
+    shape = Shape(**flags)
+    if way is not None:
+        print(Bench(shape, device).peak_bytes(way))
+        return
+    result = measure(shape, device, repeats, measure_memory(shape, threads))
+    save_result(out, device, command_line("benchmarks.training_step"), {"device": device.type, **result})
+    print(out.read_text())
+
+
+if __name__ == "__main__":
+    main()
