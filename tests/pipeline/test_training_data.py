@@ -1,0 +1,173 @@
+"""What a run trains on: several stores, subsets, budgets, damage, and another number of processes on resume."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.training import train
+from storage.errors import FingerprintMismatch, UserError
+from storage.samples import SampleIndex
+from storage.stores import open_store
+from tests.conftest import TinyWorld
+from tests.pipeline.processes import cdp
+from tests.pipeline.runs import SETTINGS, run_file
+from tests.pipeline.test_training import Stopped, stop_at
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def keys_of(samples: Path) -> list[str]:
+    index = SampleIndex.load(open_store(samples))
+    return [members.key for entry in index.shards for members in entry.members]
+
+
+def weights(output: Path, stage: str = "dpt") -> dict[str, torch.Tensor]:
+    return load_file(output / stage / "student" / "model.safetensors")
+
+
+def same(left: Path, right: Path, stage: str = "dpt") -> bool:
+    ours, theirs = weights(left, stage), weights(right, stage)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("damaged", ["tar", "shard"])
+def test_damaged_data_ends_the_command_with_the_shard_and_the_command_to_use(
+    damaged: str, tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    samples, store = shutil.copytree(tiny.samples, tmp_path / "samples"), shutil.copytree(targets, tmp_path / "targets")
+    if damaged == "tar":
+        # Of all samples: whichever comes first, the run must not go on.
+        for file in samples.glob("*.tar"):
+            content = bytearray(file.read_bytes())
+            content[520] ^= 1
+            file.write_bytes(content)
+    else:
+        for file in store.glob("shards/*.zarr/logit_records/c/0/0"):
+            content = bytearray(file.read_bytes())
+            content[8] ^= 1
+            file.write_bytes(content)
+    places = ("--samples", samples, "--targets", store, "--student", tiny.student_lm, "--output", tmp_path / "run")
+    settings = [*SETTINGS, "train.num_workers=1", "train.dpt={batch_size: 24, max_steps: 1}"]
+    words = (word for setting in settings for word in ("--set", setting))
+    done = cdp("train-student", "--stage", "dpt", *places, *words)
+    assert done.code == 2
+    said = " ".join(done.err.split())
+    assert re.search(r"samples-00000\d\.tar" if damaged == "tar" else r"shard \d of .*: logit_records", said)
+    assert f"`cdp verify {store} --samples {samples}`" in said
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run/dpt/student").exists()
+
+
+def test_one_source_is_the_same_run_as_its_places(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    train(run_file(tiny, targets, tmp_path / "places"), ["dpt"])
+    source = json.dumps([{"samples": str(tiny.samples), "targets": str(targets)}])
+    train(run_file(tiny, targets, tmp_path / "sources", f"train.dpt.sources={source}"), ["dpt"])
+    assert same(tmp_path / "places", tmp_path / "sources")
+    # The same data may lie elsewhere when the run goes on.
+    moved = shutil.copytree(targets, tmp_path / "moved")
+    train(run_file(tiny, moved, tmp_path / "places"), ["dpt"])
+
+
+def test_a_mixture_has_exact_counts_and_is_part_of_what_a_run_was_begun_with(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    keys = keys_of(tiny.samples)
+    (tmp_path / "some.txt").write_text("\n".join(keys[:6]))
+    place = {"samples": str(tiny.samples), "targets": str(targets)}
+
+    def sources(weight: float) -> str:
+        part = {**place, "weight": weight, "subset": str(tmp_path / "some.txt")}
+        return f"train.dft.sources={json.dumps([place, part])}"
+
+    steps = ("train.dft.max_steps=null", "train.dft.epochs=1")
+    (report,) = train(run_file(tiny, targets, tmp_path / "run", *steps, sources(0.5)), ["dft"])
+    assert report.samples == len(keys) + 3
+    for setting, field in ((sources(2.0), "weight"), ("train.dft.max_samples=5", "dft.max_samples")):
+        with pytest.raises(FingerprintMismatch, match=rf"differs in: .*{field}"):
+            train(run_file(tiny, targets, tmp_path / "run", *steps, sources(0.5), setting), ["dft"])
+    (tmp_path / "some.txt").write_text("\n".join(keys[1:7]))
+    with pytest.raises(FingerprintMismatch, match=r"differs in: subset\)"):
+        train(run_file(tiny, targets, tmp_path / "run", *steps, sources(0.5)), ["dft"])
+
+
+def test_a_subset_and_a_budget_are_what_is_trained_on(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "keys.txt"
+    listed.write_text("\n".join(keys_of(tiny.samples)[::3]))
+    settings = ("train.dpt={batch_size: 4, epochs: 1}", f"train.subset={listed}")
+    (report,) = train(run_file(tiny, targets, tmp_path / "subset", *settings), ["dpt"])
+    assert (report.samples, report.steps) == (8, 2)
+    (report,) = train(run_file(tiny, targets, tmp_path / "budget", *settings, "train.max_samples=5"), ["dpt"])
+    assert (report.samples, report.steps) == (5, 2)
+    source = json.dumps([{"samples": str(tiny.samples), "targets": str(targets)}])
+    with pytest.raises(UserError, match="leave one of them out"):
+        train(run_file(tiny, targets, tmp_path / "both", *settings, f"train.sources={source}"), ["dpt"])
+
+
+def test_the_cut_into_microbatches_and_bucketing_change_the_weights_by_rounding_only(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    settings = ("train.lora.dropout=0.0", "train.dft={batch_size: 10, epochs: 1, learning_rate: 1.0e-3}")
+    ways = {
+        "bucketed": ("train.microbatch_size=3",),
+        "again": ("train.microbatch_size=3",),
+        "plain": ("train.microbatch_size=3", "train.bucket_by_length=false"),
+        "whole": ("train.microbatch_size=10",),
+    }
+    for name, way in ways.items():
+        train(run_file(tiny, targets, tmp_path / name, *settings, *way), ["dft"])
+    assert same(tmp_path / "bucketed", tmp_path / "again", "dft")
+    for name in ("plain", "whole"):
+        for weight, value in weights(tmp_path / "bucketed", "dft").items():
+            torch.testing.assert_close(weights(tmp_path / name, "dft")[weight], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resuming_in_the_second_epoch_on_another_number_of_processes_gives_the_same_weights(
+    processes: int, tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    settings = (
+        "train.lora.dropout=0.0",
+        "train.checkpoint_every=1",
+        "train.microbatch_size=2",
+        # 24 samples: three steps an epoch, the last one shorter.
+        "train.dft={batch_size: 10, epochs: 2, learning_rate: 1.0e-3}",
+    )
+    (report,) = train(run_file(tiny, targets, tmp_path / "undisturbed", *settings), ["dft"])
+    assert report.steps == 6
+    output = tmp_path / "resumed"
+    with pytest.raises(Stopped):
+        train(run_file(tiny, targets, output, *settings), ["dft"], stop_at("dft", 5))
+    assert sorted(path.name for path in (output / "dft/checkpoints").iterdir())[-1] == "step-00000004"
+    places = ["--samples", str(tiny.samples), "--targets", str(targets), "--student", str(tiny.student_lm)]
+    words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *torchrun, "-m", "pipeline.cli", "train-student", *places, "--stage", "dft"]
+    done = subprocess.run(
+        [*command, "--output", str(output), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (output / "dft/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["samples"] == 48
+    if processes == 1:
+        assert same(output, tmp_path / "undisturbed", "dft")
+    expected = weights(tmp_path / "undisturbed", "dft")
+    for name, value in weights(output, "dft").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-4)
