@@ -32,7 +32,7 @@ class RunFile(BaseModel):
     targets: str | None = None
     """Target store: a folder or an object-store URL."""
     student: str | None = None
-    """The student's pretrained decoder: a folder or hub id."""
+    """The student's pretrained decoder, or with `train.adapter` own a whole multimodal model: a folder or hub id."""
     output: str | None = None
     """Folder of the training run."""
     teacher: TeacherConfig | None = None
