@@ -17,8 +17,8 @@ class StreamConfig(BaseModel):
     seed: int = Field(ge=0)
     """Another seed is another order of every epoch."""
     shuffle_shards: int = Field(default=8, ge=0)
-    """Shards whose samples are mixed. More mixes better and keeps more shards open; 0 keeps the tars' order.
-    """
+    """Shards whose samples are mixed; 0 keeps the tars' order. More mixes better and keeps more shards open: these, and
+    towards their end as many next ones."""
     batch_size: int = Field(ge=1)
     """Samples of one step, over all ranks: a fixed slice of the global order, whatever reads it."""
     microbatch_size: int | None = Field(default=None, ge=1)
