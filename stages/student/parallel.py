@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from stages.student.config import Parallel
 
 
-def spread(objective: nn.Module, decoder: nn.Module, accelerator: Accelerator, parallel: Parallel) -> nn.Module:
+def spread(objective: nn.Module, decoder: PreTrainedModel, accelerator: Accelerator, parallel: Parallel) -> nn.Module:
     """The objective as each process calls it, on its device.
 
     With "fsdp" the parameters of `objective` become DTensors in place; make the optimizer afterwards. Its forward pass
@@ -32,8 +33,11 @@ def spread(objective: nn.Module, decoder: nn.Module, accelerator: Accelerator, p
         prepared: nn.Module = accelerator.prepare(objective)
         return prepared
     objective.to(accelerator.device)
+    # Without image features nothing that enters the first layer would learn. Its gradients would be exchanged last
+    # then, but in order by a process that has images: each would wait for another layer's.
+    decoder.enable_input_require_grads()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in decoder.layers:  # type: ignore[union-attr]
+    for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     return objective
