@@ -7,21 +7,15 @@ import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from pipeline.interruption import Interrupted, raised_on, remembered
+from pipeline.commands import extract_targets, need, percent, say, train_stages, train_sweep, verify_targets
+from pipeline.interruption import Interrupted, raised_on
 from pipeline.recipes import recipe_names
 from storage.errors import UserError, disk_errors_named
-
-if TYPE_CHECKING:
-    from pipeline.run_file import RunFile
-    from pipeline.tables import TrainingBars
-    from stages.student.config import StageName
-    from stages.student.stage import StageReport
-    from storage.verify import VerifyReport
 
 
 class Commands(TyperGroup):
@@ -140,7 +134,7 @@ def estimate(
     run = load_run_file(config, settings or [], flags)
     if run.teacher is None:
         raise UserError("--teacher is missing; give the flag or set teacher.checkpoint in the run file")
-    place = run.samples if config_only else _need(run.samples, "--samples")
+    place = run.samples if config_only else need(run.samples, "--samples")
     with bars() as progress:
         result = make_estimate(
             run.teacher, place, run.extract, run.estimate, config_only=config_only, progress=StepBars(progress)
@@ -169,22 +163,7 @@ def extract_teacher(
         "extract.ray_address": ray_address,
         "extract.workers": workers,
     }
-    _extract(config, settings, flags)
-
-
-def _extract(config: Path | None, settings: list[str] | None, flags: dict[str, Any]) -> None:
-    from pipeline.extraction import extract
-    from pipeline.progress import ExtractionBar, bars
-    from pipeline.run_file import load_run_file
-    from pipeline.tables import print_extraction_report
-
-    run = load_run_file(config, settings or [], flags)
-    if run.teacher is None:
-        raise UserError("--teacher is missing; give the flag or set teacher.checkpoint in the run file")
-    places = _need(run.samples, "--samples"), _need(run.targets, "--targets")
-    with bars() as progress:
-        report = extract(run.teacher, *places, run.extract, ExtractionBar(progress))
-    print_extraction_report(report, places[1])
+    extract_targets(config, settings or [], flags)
 
 
 @app.command("train-student")
@@ -221,47 +200,13 @@ def train_student(
     }
     names = [name for name in STAGES if stage in (Stages.ALL, name)]
     if sweep is not None:
-        _sweep(sweep, config, settings or [], flags, names, resume=resume)
+        if not train_sweep(sweep, config, settings or [], flags, names, resume=resume):
+            raise typer.Exit(1)
         return
     run = load_run_file(config, settings or [], flags)
     with bars() as progress:
-        reports = _train(run, names, TrainingBars(progress), resume=resume)
-    print_training_reports(reports, Path(_need(run.output, "--output")))
-
-
-def _train(run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool) -> "list[StageReport]":
-    from pipeline.training import train, train_on_ray
-
-    if run.train.ray_address is not None or run.train.workers is not None:
-        return train_on_ray(run, names, progress)
-    with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
-        return train(run, names, progress, asked_to_stop, resume=resume)
-
-
-def _sweep(
-    path: Path,
-    config: Path | None,
-    settings: list[str],
-    flags: dict[str, Any],
-    names: "list[StageName]",
-    *,
-    resume: bool,
-) -> None:
-    from pipeline.progress import bars
-    from pipeline.sweep import run_sweep, sweep_table
-    from pipeline.sweep_file import load_sweep
-    from pipeline.tables import TrainingBars, print_page_table
-
-    sweep = load_sweep(path, config, settings, flags)
-    with bars() as progress:
-        report = run_sweep(
-            sweep, lambda name, run: _train(run, names, TrainingBars(progress, name), resume=resume), progress
-        )
-    print_page_table(sweep_table(report))
-    for name, reason in report.failures.items():
-        _say(f"error: student {name} failed: {reason}")
-    if report.failures:
-        raise typer.Exit(1)
+        reports = train_stages(run, names, TrainingBars(progress), resume=resume)
+    print_training_reports(reports, Path(need(run.output, "--output")))
 
 
 @app.command("convert-checkpoint")
@@ -362,7 +307,7 @@ def compare_attention(
     from pipeline.tables import print_similarity, similarity_table
 
     with bars() as progress:
-        result = compare_with_targets(model, _need(samples, "--samples"), _need(targets, "--targets"), limit, progress)
+        result = compare_with_targets(model, need(samples, "--samples"), need(targets, "--targets"), limit, progress)
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(result.model_dump_json(indent=1))
@@ -395,43 +340,22 @@ def verify(
     config: ConfigOption = None,
 ) -> None:
     """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
-    from pipeline.tables import print_repair_report, print_verify_report
+    from pipeline.tables import print_repair_report
     from storage.repair import repair as set_aside
 
-    report = _verify(targets, samples, _percent(sample), seed)
-    print_verify_report(report)
+    share = percent(sample)
+    report = verify_targets(targets, samples, share, seed)
     if report.findings and repair:
         repaired = set_aside(report)
         print_repair_report(repaired, report)
         if repaired.moved and (teacher or config):
-            _extract(config, None, {"teacher.checkpoint": teacher, "samples": samples, "targets": targets})
-            report = _verify(targets, samples, _percent(sample), seed)
-            print_verify_report(report)
+            extract_targets(config, [], {"teacher.checkpoint": teacher, "samples": samples, "targets": targets})
+            report = verify_targets(targets, samples, share, seed)
     if report.findings:
         raise typer.Exit(1)
 
 
-def _verify(targets: str, samples: str | None, percent: float, seed: int) -> "VerifyReport":
-    from pipeline.progress import add_bar, bars
-    from storage.verify import verify as verify_store
-
-    with bars() as progress:
-        bar = add_bar(progress, "verify", unit="shards")
-
-        def show(done: int, total: int, _num_bytes: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        return verify_store(targets, samples, show, percent=percent, seed=seed)
-
-
-def _percent(text: str) -> float:
-    try:
-        return float(text.removesuffix("%"))
-    except ValueError:
-        raise UserError(f"--sample is {text!r}, expected a percentage such as 5%") from None
-
-
-_EXTRA_OF = {"ray": "ray", "obstore": "s3", "sklearn": "examples"}
+_EXTRA_OF = {"ray": "ray", "pandas": "ray-train", "pyarrow": "ray-train", "obstore": "s3", "sklearn": "examples"}
 """Optional packages and the extra of the project that installs them."""
 
 
@@ -441,27 +365,17 @@ def main() -> None:
         with disk_errors_named(Path.cwd()):
             app()
     except UserError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = _EXTRA_OF.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        _say(f"error: this needs {error.name}, which is not installed; pip install 'compodistill[{extra}]'")
+        say(f"error: this needs {error.name}, which is not installed; pip install 'compodistill[{extra}]'")
         sys.exit(2)
     except Interrupted as stop:
-        _say(str(stop))
+        say(str(stop))
         sys.exit(stop.exit_code)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def _need(value: str | None, flag: str) -> str:
-    if value is None:
-        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
-    return value
 
 
 if __name__ == "__main__":

@@ -60,11 +60,13 @@ def train(
     output = Path(_given(run.output, "--output"))
     decoder = _given(run.student, "--student")
     run, accelerator = _with_launcher_settings(run)
+    if not resume:
+        _refuse_existing(output, stages)
+        # No process may begin a stage while another still looks.
+        accelerator.wait_for_everyone()
     runs = {name: _stage_run(run, name, decoder, output) for name in STAGES if name in stages}
     # All of them before anything is written: a refusal changes nothing.
-    for name, stage in runs.items():
-        if not resume and stage.output.exists():
-            raise UserError(f"{output} holds {name} already; name a new --output, or leave out --no-resume to go on")
+    for stage in runs.values():
         check_output(stage)
         if not (stage.output / "report.json").is_file():
             # Whether the student can read the targets at all, with the losses of this stage.
@@ -89,7 +91,9 @@ def train(
     return reports
 
 
-def train_on_ray(run: RunFile, stages: Sequence[StageName], progress: StageProgress | None = None) -> list[StageReport]:
+def train_on_ray(
+    run: RunFile, stages: Sequence[StageName], progress: StageProgress | None = None, *, resume: bool = True
+) -> list[StageReport]:
     """As `train`, in processes of a Ray cluster (Ray Train); started again from the newest checkpoint when one dies.
 
     Folders must be seen by all nodes under the same names.
@@ -97,6 +101,8 @@ def train_on_ray(run: RunFile, stages: Sequence[StageName], progress: StageProgr
     from pipeline import ray_cluster
 
     output = Path(_given(run.output, "--output")).absolute()
+    if not resume:
+        _refuse_existing(output, stages)
     # Ray Train's processes have a working folder of their own.
     run = _with_absolute_places(run.model_copy(update={"output": str(output)}))
     with ray_cluster.connect(run.train.ray_address) as cluster:
@@ -110,6 +116,12 @@ def train_on_ray(run: RunFile, stages: Sequence[StageName], progress: StageProgr
         )
     reports = [output / name / "report.json" for name in STAGES if name in stages]
     return [StageReport.model_validate_json(path.read_text()) for path in reports]
+
+
+def _refuse_existing(output: Path, stages: Sequence[StageName]) -> None:
+    for name in stages:
+        if (output / name).exists():
+            raise UserError(f"{output} holds {name} already; name a new --output, or leave out --no-resume to go on")
 
 
 def _train_in_group(run: RunFile, stages: Sequence[StageName], send: Callable[[StageName, StepProgress], None]) -> None:

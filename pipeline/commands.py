@@ -1,0 +1,110 @@
+"""Work that several commands share, or that has more than one step: bars while it goes on, its report at the end.
+
+Each function imports what it needs: `cdp verify` need not load what trains.
+"""
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.interruption import remembered
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.run_file import RunFile
+    from pipeline.tables import TrainingBars
+    from stages.student.config import StageName
+    from stages.student.stage import StageReport
+    from storage.verify import VerifyReport
+
+
+def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
+    """`cdp extract-teacher`, and what follows a repair."""
+    from pipeline.extraction import extract
+    from pipeline.progress import ExtractionBar, bars
+    from pipeline.run_file import load_run_file
+    from pipeline.tables import print_extraction_report
+
+    run = load_run_file(config, settings, flags)
+    if run.teacher is None:
+        raise UserError("--teacher is missing; give the flag or set teacher.checkpoint in the run file")
+    places = need(run.samples, "--samples"), need(run.targets, "--targets")
+    with bars() as progress:
+        report = extract(run.teacher, *places, run.extract, ExtractionBar(progress))
+    print_extraction_report(report, places[1])
+
+
+def train_stages(
+    run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool
+) -> "list[StageReport]":
+    """Here, or on a Ray cluster when the run names one."""
+    from pipeline.training import train, train_on_ray
+
+    if run.train.ray_address is not None or run.train.workers is not None:
+        return train_on_ray(run, names, progress, resume=resume)
+    with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
+        return train(run, names, progress, asked_to_stop, resume=resume)
+
+
+def train_sweep(
+    path: Path,
+    config: Path | None,
+    settings: list[str],
+    flags: dict[str, Any],
+    names: "list[StageName]",
+    *,
+    resume: bool,
+) -> bool:
+    """All students of a sweep file, one table; whether none failed."""
+    from pipeline.progress import bars
+    from pipeline.sweep import run_sweep, sweep_table
+    from pipeline.sweep_file import load_sweep
+    from pipeline.tables import TrainingBars, print_page_table
+
+    sweep = load_sweep(path, config, settings, flags)
+    with bars() as progress:
+        report = run_sweep(
+            sweep, lambda name, run: train_stages(run, names, TrainingBars(progress, name), resume=resume), progress
+        )
+    print_page_table(sweep_table(report))
+    for name, reason in report.failures.items():
+        say(f"error: student {name} failed: {reason}")
+    return not report.failures
+
+
+def verify_targets(targets: str, samples: str | None, percent: float, seed: int) -> "VerifyReport":
+    """One check, its findings printed."""
+    from pipeline.progress import add_bar, bars
+    from pipeline.tables import print_verify_report
+    from storage.verify import verify as verify_store
+
+    with bars() as progress:
+        bar = add_bar(progress, "verify", unit="shards")
+
+        def show(done: int, total: int, _num_bytes: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        report = verify_store(targets, samples, show, percent=percent, seed=seed)
+    print_verify_report(report)
+    return report
+
+
+def percent(text: str) -> float:
+    """What `5%` says."""
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise UserError(f"--sample is {text!r}, expected a percentage such as 5%") from None
+
+
+def say(message: str) -> None:
+    """On standard error, beside the bars."""
+    print(message, file=sys.stderr)
+
+
+def need(value: str | None, flag: str) -> str:
+    """The value, or an error that names the flag."""
+    if value is None:
+        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
+    return value
