@@ -150,9 +150,9 @@ def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
 
 
 def _precision(config: TrainConfig) -> str:
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    """Accelerate's word for it."""
+    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bf16" if config.precision == "bf16" or (config.precision == "auto" and able) else "no"
 
 
 def _note_start(output: Path, config: TrainConfig, runs: dict[StageName, StageRun], accelerator: Accelerator) -> None:

@@ -142,9 +142,9 @@ class TrainConfig(BaseModel):
     """Samples of one forward pass on one rank; batch_size / (this x ranks) passes make a step."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    precision: Literal["auto", "no", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: mixed precision; what learns stays float32, what is frozen is kept in bfloat16. auto is bf16 on a GPU that
-    has it, else no."""
+    has it, else fp32."""
     activation_checkpointing: bool = False
     """Activations of each decoder layer are computed again in the backward pass: less memory, a third more time."""
     ray_address: str | None = None

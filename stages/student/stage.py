@@ -22,7 +22,7 @@ class StageReport(BaseModel):
     seconds: float
     samples_per_s: float
     wait_share: float
-    """Share of the time that the loop waited for data."""
+    """Share of the time since its last start that the loop waited for data."""
     losses: dict[str, float]
     """Each term, mean over the last tenth of the steps."""
     notes: list[str] = []

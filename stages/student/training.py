@@ -133,7 +133,8 @@ class _StageLoop:
         recent: list[dict[str, float]] = []
         waited = 0.0
         self.student.train()
-        started = time.perf_counter() - self.position.seconds
+        begun = time.perf_counter()
+        started = begun - self.position.seconds
         groups = self.loader.steps(range(self.position.epoch, self.run_config.stage.epochs), self.position.epoch_step)
         with closing(self._metrics_log()) as log, closing(groups):
             while self.position.step < self.num_steps:
@@ -151,7 +152,7 @@ class _StageLoop:
                     self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
                 if step % config.checkpoint_every == 0 and step < self.num_steps:
                     self._save_checkpoint()
-        return self._finish(recent, waited)
+        return self._finish(recent, waited / max(time.perf_counter() - begun, 1e-9))
 
     def _metrics_log(self) -> MetricsLog:
         run = self.run_config
@@ -240,7 +241,7 @@ class _StageLoop:
             epoch, epoch_step = epoch + 1, 0
         self.position = Position(position.step + 1, epoch, epoch_step, position.samples + self.samples_in_step, seconds)
 
-    def _finish(self, recent: list[dict[str, float]], waited: float) -> StageReport:
+    def _finish(self, recent: list[dict[str, float]], wait_share: float) -> StageReport:
         run = self.run_config
         names = [name for name in (recent[-1] if recent else {}) if name not in ("learning_rate", "grad_norm")]
         report = StageReport(
@@ -250,7 +251,7 @@ class _StageLoop:
             trained_parameters=sum(p.numel() for p in self.trained),
             seconds=self.position.seconds,
             samples_per_s=self.position.samples / max(self.position.seconds, 1e-9),
-            wait_share=waited / max(self.position.seconds, 1e-9),
+            wait_share=wait_share,
             losses={name: sum(step[name] for step in recent) / len(recent) for name in names},
             notes=self.notes,
         )

@@ -187,7 +187,7 @@ def test_a_recipe_names_every_place_and_both_models(name: str) -> None:
     run = load_run_file(Path(name), [], {})
     assert run == load_run_file(FOLDER / f"{name}.yaml", [], {})
     assert None not in (run.samples, run.targets, run.student, run.output, run.teacher)
-    assert run.train.precision == ("no" if name == "demo" else "bf16")
+    assert run.train.precision == ("fp32" if name == "demo" else "bf16")
     document = (FOLDER / f"{name}.yaml").read_text()
     assert all(f"\n  {stage}:" in document for stage in STAGES)
 
