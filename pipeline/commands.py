@@ -41,10 +41,9 @@ def train_stages(
     """Here, or on a Ray cluster when the run names one."""
     from pipeline.training import train, train_on_ray
 
-    if run.train.ray_address is not None or run.train.workers is not None:
-        return train_on_ray(run, names, progress, resume=resume)
+    on_ray = run.train.ray_address is not None or run.train.workers is not None
     with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
-        return train(run, names, progress, asked_to_stop, resume=resume)
+        return (train_on_ray if on_ray else train)(run, names, progress, asked_to_stop, resume=resume)
 
 
 def train_sweep(

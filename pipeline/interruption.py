@@ -1,12 +1,14 @@
 """Ctrl-C and SIGTERM as one exception that says how to go on."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 RESUME = "run the same command again to go on from here"
+PASSED_ON_S = 2.0
 SAVED_EXIT_CODE = 75
 """Of a training that was asked to stop and saved where it was (EX_TEMPFAIL: try again later)."""
 
@@ -48,12 +50,16 @@ def raised_on(*signals: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def remembered(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
-    """The first of these signals is only remembered, for the block to ask whether there was one; a second ends it."""
-    received: list[int] = []
+    """These signals are only remembered, for the block to ask whether there was one.
+
+    Only Ctrl-C a while after the first signal ends the block at once: moments later, launchers pass on signals that
+    each process has had already.
+    """
+    received: list[float] = []
 
     def remember(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
+        received.append(time.monotonic())
+        if number == signal.SIGINT and received[-1] > received[0] + PASSED_ON_S:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, remember) for number in signals}

@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.crew import Crew, WorkerLost, WorkRaised
+from pipeline.mailbox import Mailbox, Rarely
 from pipeline.task_pool import TaskPool
 from pipeline.workers import Outcome, Work, Worker
 from storage.errors import UserError
@@ -132,23 +134,26 @@ def run_tasks(
 
 
 def run_group(
-    work: Callable[[Callable[..., None]], None],
+    work: Callable[[Callable[..., None], Callable[[], bool]], None],
     *,
     num_workers: int,
     gpus_per_worker: float,
     max_attempts: int,
     storage: str,
     on_letter: Callable[..., None],
+    should_stop: Callable[[], bool],
 ) -> None:
     """Runs a function in processes that form one torch process group, with Ray Train.
 
     Args:
-        work: called once in each process, with a function that sends a letter to the driver.
+        work: called once in each process, with a function that sends a letter to the driver, and one that says
+            whether the driver was asked to stop.
         num_workers: processes.
         gpus_per_worker: GPUs each holds; 0 is one CPU each.
         max_attempts: times the whole group is started, the first included, when a process dies.
         storage: folder, seen by all nodes, that Ray Train keeps its own notes in.
         on_letter: called with what was sent.
+        should_stop: asked a few times a second, as long as it says no.
 
     Raises:
         UserError: one that `work` raised; it is not tried again. Or the group died too often.
@@ -161,11 +166,18 @@ def run_group(
     done = threading.Event()
 
     def in_each_process(_: dict[str, Any]) -> None:
+        last_sent: list[Any] = []
+
+        def send(*letter: Any) -> None:
+            last_sent[:] = [mailbox.put.remote(*letter)]
+
         try:
-            work(lambda *letter: mailbox.put.remote("letter", *letter))
+            work(partial(send, "letter"), Rarely(lambda: bool(ray.get(mailbox.is_asked_to_stop.remote()))))
         except UserError as error:
             # An exception would have the group started again.
-            ray.get(mailbox.put.remote("mistake", error))
+            send("mistake", error)
+        # Letters of one process arrive in order: with the last one all are there.
+        ray.get(last_sent)
 
     def deliver() -> None:
         for kind, *letter in ray.get(mailbox.take.remote()):
@@ -175,8 +187,11 @@ def run_group(
                 mistakes.extend(letter)
 
     def keep_delivering() -> None:
+        asked = False
         while not done.wait(POLL_S):
             deliver()
+            if not asked and (asked := should_stop()):
+                mailbox.ask_to_stop.remote()
 
     trainer = TorchTrainer(
         in_each_process,
@@ -280,28 +295,7 @@ def _finished(references: list[Any]) -> list[Any]:
 def _new_mailbox() -> Any:
     # Without a slot of its own: on a cluster whose every core holds a worker it would wait for ever. On the head node:
     # that one is not lost while the cluster lives.
-    return ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(_Mailbox).remote()
-
-
-class _Mailbox:
-    """Where actors drop what they have to report, until the driver takes it."""
-
-    def __init__(self) -> None:
-        self._letters: list[tuple[Any, ...]] = []
-        self._places: dict[int, int] = {}
-
-    def at(self, number: int, place: int) -> None:
-        self._places[number] = place
-
-    def place(self, number: int) -> int | None:
-        return self._places.get(number)
-
-    def put(self, *letter: Any) -> None:
-        self._letters.append(letter)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        letters, self._letters = self._letters, []
-        return letters
+    return ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(Mailbox).remote()
 
 
 class _Actor:

@@ -80,11 +80,6 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
         run = copy.deepcopy(shared)
         lay_over(run, own or {})
         runs[name] = resolve(run, settings, {**flags, "output": str(output / name)}, f"{path}: student {name}")
-    if len(precisions := {run.train.precision for run in runs.values()}) > 1:
-        raise UserError(
-            f"{path}: students ask for train.precision {' and '.join(sorted(precisions))}, which a process takes once; "
-            "put them into two sweeps"
-        )
     return Sweep(output, runs, compare)
 
 

@@ -86,13 +86,20 @@ def train(
         if (output / name / "report.json").is_file():
             initial = output / name / "student"
     if accelerator.is_main_process:
-        summary = {report.stage: report.model_dump() for report in reports}
+        # Of all finished stages, also of earlier commands.
+        files = {name: output / name / "report.json" for name in STAGES}
+        summary = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
         open_store(output).write("summary.json", json.dumps(summary, indent=1).encode())
     return reports
 
 
 def train_on_ray(
-    run: RunFile, stages: Sequence[StageName], progress: StageProgress | None = None, *, resume: bool = True
+    run: RunFile,
+    stages: Sequence[StageName],
+    progress: StageProgress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    *,
+    resume: bool = True,
 ) -> list[StageReport]:
     """As `train`, in processes of a Ray cluster (Ray Train); started again from the newest checkpoint when one dies.
 
@@ -105,6 +112,14 @@ def train_on_ray(
         _refuse_existing(output, stages)
     # Ray Train's processes have a working folder of their own.
     run = _with_absolute_places(run.model_copy(update={"output": str(output)}))
+    stopped: list[str] = []
+
+    def receive(kind: str, *said: Any) -> None:
+        if kind == "stopped":
+            stopped.extend(said)
+        elif progress is not None:
+            progress(*said)
+
     with ray_cluster.connect(run.train.ray_address) as cluster:
         ray_cluster.run_group(
             partial(_train_in_group, run, tuple(stages)),
@@ -112,8 +127,11 @@ def train_on_ray(
             gpus_per_worker=1 if cluster.gpus else 0,
             max_attempts=run.train.max_attempts,
             storage=str(output),
-            on_letter=progress or (lambda *_: None),
+            on_letter=receive,
+            should_stop=should_stop,
         )
+    if stopped:
+        raise Interrupted(signal.SIGTERM, stopped[0], SAVED_EXIT_CODE)
     reports = [output / name / "report.json" for name in STAGES if name in stages]
     return [StageReport.model_validate_json(path.read_text()) for path in reports]
 
@@ -124,8 +142,18 @@ def _refuse_existing(output: Path, stages: Sequence[StageName]) -> None:
             raise UserError(f"{output} holds {name} already; name a new --output, or leave out --no-resume to go on")
 
 
-def _train_in_group(run: RunFile, stages: Sequence[StageName], send: Callable[[StageName, StepProgress], None]) -> None:
-    train(run, stages, send if int(os.environ["RANK"]) == 0 else None)
+def _train_in_group(
+    run: RunFile, stages: Sequence[StageName], send: Callable[..., None], should_stop: Callable[[], bool]
+) -> None:
+    """In each process of the group."""
+    first = int(os.environ["RANK"]) == 0
+    try:
+        # One that asks is enough: the processes tell each other.
+        asked = should_stop if first else (lambda: False)
+        train(run, stages, (lambda *step: send("step", *step)) if first else None, asked)
+    except Interrupted as stop:
+        if first:
+            send("stopped", str(stop))
 
 
 def _with_absolute_places(run: RunFile) -> RunFile:

@@ -127,7 +127,6 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
         ("students: {a: 3}\n", "student a is 3, expected settings"),
         ("students: {a: {}}\ncompare: {pears: x}\n", r"compare:\n  pears: Extra inputs"),
         ("students: {a: {}}\nconfig: nowhere\n", "nor a recipe of that name; recipes are demo, "),
-        ("students: {a: {train.precision: bf16}, b: {}}\n", "train.precision auto and bf16"),
     ],
 )
 def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, message: str, tmp_path: Path) -> None:

@@ -125,8 +125,9 @@ def test_stages_one_by_one_end_with_the_same_weights(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = run_file(tiny, targets, tmp_path / "run")
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES, 1):
         train(run, [stage])
+        assert list(json.loads((tmp_path / "run/summary.json").read_text())) == list(STAGES[:number])
     assert same_students(tmp_path / "run", undisturbed)
 
 

@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from pipeline.training import STAGES, train
 from stages.student.stage import StepProgress
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import PATIENCE_S, cdp, runs_until, start_cdp, tree
+from tests.pipeline.processes import PATIENCE_S, descendants, runs_until, tree
 from tests.pipeline.runs import SETTINGS, run_file
+from tests.pipeline.test_distributed import TORCHRUN
 from tests.pipeline.training_kills import kill_stages, weights
 
 
@@ -127,6 +131,13 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before_and_says_so(
     assert weights(tmp_path / "roomier", "dpt") == weights(undisturbed, "dpt")
 
 
+def test_only_the_newest_checkpoints_are_kept(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    settings = ("train.checkpoint_every=1", "train.keep_checkpoints=2")
+    train(run_file(tiny, targets, tmp_path / "run", *settings), ["dpt"])
+    left = sorted(path.name for path in (tmp_path / "run/dpt/checkpoints").iterdir())
+    assert left == ["step-00000003", "step-00000004"]
+
+
 def test_a_run_that_must_be_new_is_refused_where_a_stage_is_already(
     tiny: TinyWorld, targets: Path, undisturbed: Path
 ) -> None:
@@ -168,26 +179,79 @@ def test_metrics_go_to_weights_and_biases_where_asked(
     assert not (tmp_path / "run/dpt/tensorboard").exists()
 
 
+class Launched:
+    """`train-student` in a process of its own or several, and how far it is."""
+
+    def __init__(self, launcher: list[str], tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> None:
+        places = ("--samples", tiny.samples, "--targets", targets, "--student", tiny.student_lm, "--output", output)
+        words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
+        self.said, self.output = output.with_suffix(".txt"), output
+        with self.said.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*launcher, "train-student", *map(str, places), *words],
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,
+            )
+
+    def wait_for_dft(self) -> None:
+        """Until its first step is done."""
+        metrics = self.output / "dft/metrics.jsonl"
+        assert runs_until(self.process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passed_on", [False, True], ids=["to-the-launcher", "to-all-and-passed-on"])
+def test_sigterm_saves_in_all_processes_of_torchrun_also_when_it_comes_twice(
+    passed_on: bool, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    launched = Launched(TORCHRUN, tiny, targets, tmp_path / "run")
+    launched.wait_for_dft()
+    if passed_on:
+        for pid in descendants(launched.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.3)
+    launched.process.send_signal(signal.SIGTERM)
+    launched.process.wait(PATIENCE_S)
+    assert launched.said.read_text().count("which is saved; run the same command again") == 2
+    assert list((tmp_path / "run/dft/checkpoints").iterdir())
+    again = Launched([sys.executable, "-m", "pipeline.cli"], tiny, targets, tmp_path / "run")
+    assert again.process.wait(PATIENCE_S) == 0, again.said.read_text()
+    first = json.loads((tmp_path / "run/dft/metrics.jsonl").read_text().splitlines()[0])
+    wanted = json.loads((undisturbed / "dft/metrics.jsonl").read_text().splitlines()[0])
+    assert first["samples"] == wanted["samples"]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_driver_saves_in_the_processes_of_a_ray_cluster(
+    tiny: TinyWorld, targets: Path, ray_address: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("pandas", reason="the extra ray-train is not installed")
+    settings = (f"train.ray_address={ray_address}", "train.workers=2", "train.dft={batch_size: 8, epochs: 400}")
+    launched = Launched([sys.executable, "-m", "pipeline.cli"], tiny, targets, tmp_path / "run", *settings)
+    launched.wait_for_dft()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.process.wait(PATIENCE_S) == SAVED_EXIT_CODE, launched.said.read_text()
+    assert "which is saved; run the same command again" in launched.said.read_text()
+    assert list((tmp_path / "run/dft/checkpoints").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_sigterm_ends_the_command_with_a_code_of_its_own_after_a_checkpoint(
     num_workers: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "run"
-    places = ("--samples", tiny.samples, "--targets", targets, "--student", tiny.student_lm, "--output", output)
-    settings = (*SETTINGS, f"train.num_workers={num_workers}")
-    command = ("train-student", *places, *(word for setting in settings for word in ("--set", setting)))
-    said = tmp_path / "err.txt"
-    process = start_cdp(*command, err=said)
-    metrics = output / "dft/metrics.jsonl"
-    assert runs_until(process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE_S) == SAVED_EXIT_CODE
-    assert "which is saved; run the same command again" in said.read_text()
-    assert "Traceback" not in said.read_text()
-    done = cdp(*command)
-    assert done.code == 0, done.err
-    assert_same_students(output, undisturbed)
+    launcher, settings = [sys.executable, "-m", "pipeline.cli"], f"train.num_workers={num_workers}"
+    launched = Launched(launcher, tiny, targets, tmp_path / "run", settings)
+    launched.wait_for_dft()
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.process.wait(PATIENCE_S) == SAVED_EXIT_CODE
+    assert "which is saved; run the same command again" in launched.said.read_text()
+    assert "Traceback" not in launched.said.read_text()
+    again = Launched(launcher, tiny, targets, tmp_path / "run", settings)
+    assert again.process.wait(PATIENCE_S) == 0, again.said.read_text()
+    assert_same_students(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
