@@ -17,6 +17,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
 
 WORKDIR /opt/compodistill
 COPY . .
+# Every role: the head's dashboard and jobs, workers, training on Ray, trackers.
 RUN pip install --no-cache-dir --constraint constraints.txt '.[all]'
 
 # Volumes mounted on these take over the owner of the folder in the image.

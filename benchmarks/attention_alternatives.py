@@ -1,7 +1,7 @@
 """What was tried for attention codes and not kept: other coders, other masks, other values, on one synthetic sample.
 
 `python -m benchmarks.attention_codes` has all of it in its results. This file alone measures the coders, of which two
-need packages of their own (`pip install pcodec zstandard`) and are left out where these are not installed:
+need packages of their own (`pip install -c constraints.txt -e '.[benchmarks]'`):
 
     python -m benchmarks.attention_alternatives
 
@@ -18,6 +18,15 @@ import numpy as np
 import torch
 from numcodecs import Zstd
 from torch import Tensor
+
+try:
+    import zstandard
+    from numcodecs.pcodec import PCodec
+except ImportError as error:
+    raise ImportError(
+        f"{error.name} is not installed, and a table without its rows would look complete; this needs pcodec and "
+        "zstandard: pip install -c constraints.txt -e '.[benchmarks]'"
+    ) from error
 
 from benchmarks.attention_maps import MapSet, synthetic_maps
 from benchmarks.results import RESULTS, command_line, median_ratio, save_result
@@ -93,20 +102,15 @@ def coders(config: MapCodecConfig, maps_LNN: Tensor, others: Sequence[Tensor]) -
 
 
 def _pcodec(codes_LE: Tensor) -> dict[str, tuple[int, list[float]]]:
-    try:
-        from numcodecs.pcodec import PCodec
-    except ImportError:
-        return {}
     parts: list[_Array] = list(codes_LE.numpy().astype(np.uint16))
     return {f"pcodec {level}, one code in 16 bits": _compressed(PCodec(level=level), parts) for level in PCODEC_LEVELS}
 
 
 def _zstd_with_dictionary(parts: list[_Array], others: Sequence[_Array]) -> dict[str, tuple[int, list[float]]]:
-    """With a dictionary of other samples' codes; it is stored once, so its own bytes are not counted."""
-    try:
-        import zstandard
-    except ImportError:
-        return {}
+    """With a dictionary of other samples' codes; it is stored once, so its own bytes are not counted.
+
+    Nothing where there is no other sample.
+    """
     pieces = [
         codes[start : start + PIECE_BYTES].tobytes()
         for codes_LC in others

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from packaging.version import Version
 from ray.scripts.scripts import cli as ray_command_line
 
 from pipeline.cli import app
+from tests.requirements import distributions, requirements_of
 
 ROOT = Path(__file__).parent.parent
 VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
@@ -136,6 +138,56 @@ def test_the_image_is_given_every_file_it_copies_or_installs_from() -> None:
     packages = {"pipeline", "stages", "storage", "examples"}
     assert kept >= packages | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
     assert all((ROOT / name).exists() for name in kept)
+
+
+NEEDS = {
+    "ray": r"\bray (start|status)\b|--ray-address",
+    "ray[default]": r"--dashboard-host|--dashboard-port|\b8265\b",
+    "ray[client]": r"--ray-client-server-port|\bray://",
+    "ray[train]": r"\bray start\b|train-student .*--ray-address",
+    "obstore": r"\bs3://",
+    "tensorboard": r"\btensorboard\b",
+}
+"""What a service asks of its image, by the words of its command, check and ports. Ray's nodes also run what is sent to
+them, training among it."""
+
+
+def lacking(extras: set[str]) -> dict[str, set[str]]:
+    """Service -> what it needs and an image with these extras has not."""
+    has = distributions(requirements_of(*sorted(extras)))
+    lacks = {}
+    for name, service in SERVICES.items():
+        if service["image"] != COMPOSE["x-image"]["image"]:
+            continue
+        words = words_of(service["command"]) + words_of(service.get("healthcheck", {}).get("test"))
+        text = " ".join([*words, *service.get("ports", [])])
+        lacks[name] = {package for package, pattern in NEEDS.items() if re.search(pattern, text)} - has
+    return {name: packages for name, packages in lacks.items() if packages}
+
+
+def test_the_image_has_what_the_command_of_each_service_needs() -> None:
+    installed = re.findall(r"pip install .*'\.\[([\w,-]+)\]'", (ROOT / "Dockerfile").read_text())
+    assert len(installed) == 1
+    assert lacking(set(installed[0].split(","))) == {}
+
+
+def test_an_image_without_an_extra_would_be_noticed() -> None:
+    assert lacking({"ray", "s3", "train"}) == {
+        "ray-head": {"ray[default]", "ray[train]"},
+        "ray-worker": {"ray[train]"},
+    }
+    assert lacking({"cluster", "ray-train"}) == {
+        "tensorboard": {"tensorboard"},
+        "extract": {"obstore"},
+        "train": {"obstore"},
+    }
+    assert "extract" in lacking({"s3", "train"})
+
+
+def test_rays_lower_bound_knows_the_token_that_the_cluster_asks_for() -> None:
+    assert COMPOSE["x-environment"]["RAY_AUTH_MODE"] == "token"
+    (bound,) = {str(r.specifier) for r in requirements_of("all") if r.name == "ray"}
+    assert Version(bound.removeprefix(">=")) >= Version("2.52")
 
 
 def test_jobs_start_only_when_asked_for_and_workers_can_be_scaled() -> None:
