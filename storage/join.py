@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from storage.errors import CorruptData
 from storage.records import MapTargets, SampleTargets
-from storage.samples import SampleIndex, SampleShard, SampleShardEntry
+from storage.samples import SampleIndex, SampleMembers, SampleShard, SampleShardEntry
 from storage.stores import Store
 from storage.targets import TargetShard, TargetStore
 
@@ -48,8 +48,8 @@ class JoinedShard:
         self._verify = f"cdp verify {shlex.quote(targets.store.url)} --samples {shlex.quote(samples.url)}"
         with self._damage_named():
             self._targets: TargetShard = targets.shard(number)
-            entry, self._tar_rows = joined_rows(index, self._targets)
-            self._tar = SampleShard.open(samples, entry)
+            entry, members, self._tar_rows = joined_rows(index, self._targets)
+            self._tar = SampleShard.open(samples, entry, members)
 
     @property
     def num_tokens(self) -> NDArray[np.int64]:
@@ -114,8 +114,10 @@ def _close(opening: "Future[JoinedShard]") -> None:
         opening.add_done_callback(close)
 
 
-def joined_rows(index: SampleIndex, targets: TargetShard) -> tuple[SampleShardEntry, list[int]]:
-    """The tar of a target shard, and the tar row of each of its rows.
+def joined_rows(
+    index: SampleIndex, targets: TargetShard
+) -> tuple[SampleShardEntry, tuple[SampleMembers, ...], list[int]]:
+    """The tar of a target shard, its member table, and the tar row of each of its rows.
 
     Raises:
         CorruptData: Unless the targets' keys are the tar's without the skipped ones, in the tar's order.
@@ -128,11 +130,12 @@ def joined_rows(index: SampleIndex, targets: TargetShard) -> tuple[SampleShardEn
         )
     entry = index.shards[record.shard]
     skipped = {sample.key for sample in record.skipped}
-    tar_keys = [members.key for members in entry.members]
+    members = entry.members
+    tar_keys = [each.key for each in members]
     usable = [(row, key) for row, key in enumerate(tar_keys) if key not in skipped]
     if [key for _, key in usable] != list(targets.keys) or not skipped <= set(tar_keys):
         raise CorruptData(
             f"target shard {record.shard} ({record.path}) has {len(targets)} samples and {len(skipped)} "
             f"skipped ones, which are not the {len(tar_keys)} of {entry.name} in its order; extract it again"
         )
-    return entry, [row for row, _ in usable]
+    return entry, members, [row for row, _ in usable]

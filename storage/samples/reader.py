@@ -30,14 +30,15 @@ class SampleShard:
         self._file = path.open("rb")
 
     @classmethod
-    def open(cls, store: Store, entry: SampleShardEntry) -> Self:
+    def open(cls, store: Store, entry: SampleShardEntry, members: tuple[SampleMembers, ...] | None = None) -> Self:
         """Open a shard; its size must be the index's (its digest is checked by `verify`, or when it is
-        downloaded).
+        downloaded). Its member table is read unless `members` is given.
 
         Raises:
             CorruptData: If the file is missing or has another size, or its member table is not the index's.
         """
-        members = entry.read_members(store)
+        if members is None:
+            members = entry.read_members(store)
         holder = _Holder()
         try:
             path = store.local(entry.name, {"": (entry.bytes, entry.sha256)}, holder)

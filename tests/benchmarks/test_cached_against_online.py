@@ -1,11 +1,21 @@
 """The comparison of training from stored targets with the teacher in the loop, in a short run."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.cached_against_online import Bench, Kept, Online
+from benchmarks.cached_against_online import STORES, Bench, Kept, Online
+from benchmarks.results import RESULTS
+
+TERMS = {"dpt": ["loss", "lm", "kd"], "dft": ["loss", "lm", "kd", "attention"], "sft": ["loss", "lm"]}
+TARGETS = {
+    "16 bits against online": "16 bits, whole vocabulary",
+    "default against online": "default codes",
+    "16 bits in microbatches of 4 against 16": "*roundings alone*",
+}
+"""What the file and the document call the same."""
 
 
 @pytest.mark.slow
@@ -22,3 +32,29 @@ def test_distilled_fine_tuning_from_16_bit_targets_follows_training_with_the_tea
     for name, bound in (("lm", 1e-5), ("kd", 1e-5), ("attention", 1e-4), ("loss", 1e-5)):
         assert found["terms"][name]["largest"] < bound, name
     assert found["weights_apart_of_way_moved"] < 5e-3
+
+
+def test_the_saved_result_holds_what_the_documents_claim() -> None:
+    saved = json.loads((RESULTS / "cached_against_online.json").read_text())
+    assert (saved["steps"], saved["stores"]) == (50, STORES)
+    assert saved["stages"].keys() == TERMS.keys()
+    document = (RESULTS.parents[1] / "docs/method.md").read_text().splitlines()
+    for stage, terms in TERMS.items():
+        found = saved["stages"][stage]
+        assert found["online"]["last"]["loss"] < 0.7 * found["online"]["first"]["loss"], "something was learnt"
+        for comparison, targets in TARGETS.items():
+            assert list(found[comparison]["terms"]) == terms
+            largest = {name: term["largest"] for name, term in found[comparison]["terms"].items()}
+            apart = found[comparison]["weights_apart_of_way_moved"]
+            coded = comparison == "default against online" and stage == "dft"
+            # Float noise; of attention that of 16-bit maps, or of 4-bit ones.
+            assert max(largest["lm"], largest.get("kd", 0.0)) < (1e-4 if coded else 5e-6)
+            assert max(largest.values()) < (5e-3 if coded else 5e-4)
+            assert apart < (5e-3 if coded else 5e-5)
+            cells = [_printed(largest.get(name)) for name in ("loss", "lm", "kd", "attention")]
+            assert f"| {' | '.join([stage.upper(), targets, *cells, _printed(apart)])} |" in document
+
+
+def _printed(value: float | None) -> str:
+    """As in the document's table: one digit."""
+    return "" if value is None else f"{value:.0e}".replace("e-0", "e-")

@@ -36,6 +36,16 @@ def test_the_synthetic_store_is_read_and_resumed(tmp_path: Path) -> None:
     assert min(found["median_s"].values()) > 0
 
 
+def test_the_saved_result_holds_the_shuffle_quality_that_the_documents_claim() -> None:
+    saved = json.loads((RESULTS / "loader.json").read_text())["shuffle"]
+    assert (saved["shards"], saved["samples_a_shard"], saved["batch"]) == (1300, 512, 128)
+    shares = {name: each["neighbours_in_one_batch"] for name, each in saved["shuffle_shards"].items()}
+    document = (RESULTS.parents[1] / "docs/training.md").read_text()
+    for mixed, printed in {"8": "3.1 %", "1": "25 %", "32": "0.78 %", "full permutation": "0.02 %"}.items():
+        assert f"{100 * shares[mixed]:.2g} %" == printed
+        assert printed in document
+
+
 def test_the_saved_result_shows_that_resuming_does_not_depend_on_the_position() -> None:
     seconds = json.loads((RESULTS / "loader.json").read_text())["resume"]["median_processor_s"]
     assert seconds["99%"] < 2 * seconds["1%"]

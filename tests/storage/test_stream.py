@@ -20,7 +20,7 @@ from storage.mixture import Mixture, Source, shard_sizes
 from storage.order import deal, epoch_order, num_microbatches, num_steps, shard_rows
 from storage.samples import SampleIndex
 from storage.samples.table import table_to_bytes
-from storage.stores import open_store
+from storage.stores import LocalStore, open_store
 from storage.stream import StreamConfig, mixture_stream, target_stream
 from storage.targets import TargetStore
 from tests.storage.builders import extract, pack, write_table
@@ -244,6 +244,14 @@ def test_resuming_reads_nothing_of_what_came_before(data, tmp_path):
     assert keys_of(found) == rest
     assert first_shard not in opened
     assert len(opened) == len(set(opened))
+
+
+def test_a_member_table_is_read_once_when_its_shard_is_opened(data, monkeypatch):
+    read, asked = LocalStore.read, []
+    monkeypatch.setattr(LocalStore, "read", lambda self, path, *rest: [asked.append(path), read(self, path, *rest)][1])
+    list(stream(data, StreamConfig(seed=0, batch_size=4)))
+    tables = [path for path in asked if path.startswith("samples-")]
+    assert sorted(tables) == [f"samples-{shard:06d}.json" for shard in SIZES]
 
 
 def test_targets_of_other_samples_are_refused(data, tmp_path):

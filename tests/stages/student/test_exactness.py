@@ -7,7 +7,7 @@ is once the teacher in the loop, which differs by the rounding of 16-bit codes, 
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.student.batches import decode_windows
 from stages.student.build import Student, build_student
 from stages.student.collator import Collator
-from stages.student.config import DistilledFinetuning
+from stages.student.config import DistilledFinetuning, TrainConfig
 from stages.student.losses import answer_losses
-from stages.student.matching import LayerMatching, match_layers
+from stages.student.matching import LayerMatching, match_stage
 from stages.student.objective import BatchTotals, DistillationObjective
 from stages.student.reading import SampleReader
 from storage.codecs.answer_logits import decode_logits
@@ -38,7 +38,8 @@ from tests.checkpoints import draw_random_image, make_tiny_llava, make_tiny_lm
 from tests.stages.distilled import TinyData, extract_here
 
 MAX_LENGTH = 150
-LAYERS = (2, 3, 4, 5, 6)
+LAYERS = tuple(range(8))
+"""All of the teacher's, so that any part of them can be matched."""
 QUESTION, ANSWER = "What is the color of the square?", "The square is red."
 CPU = torch.device("cpu")
 
@@ -65,17 +66,16 @@ CASES = {
 
 @dataclass(frozen=True)
 class World:
-    """A teacher, a student's decoder, and stored targets of `RECORDS` in one shard, whole and in 16 bits."""
+    """A teacher, a student's decoder of 6 layers, and targets of `RECORDS` in one shard, whole and in 16 bits."""
 
     data: TinyData
     store: TargetStore
     samples: dict[str, StreamedSample]
+    config: TrainConfig = field(default_factory=lambda: TrainConfig(num_matched=3))
 
     @property
     def matching(self) -> LayerMatching:
-        matching, notes = match_layers(6, self.store.manifest.fingerprint, num_matched=3)
-        assert not notes
-        return matching
+        return match_stage(6, self.store.manifest, self.config, DistilledFinetuning())[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         map_codec="float16",
         logit_codec="float16",
         top_k=1000,
+        temperatures=(2.0,),
         layers=LAYERS,
         num_matched=3,
         max_length=MAX_LENGTH,
@@ -205,9 +206,11 @@ def textbook(
         said, own = teacher(name, encoded), student(**model_inputs(encoded), output_attentions=True)
         rows = answer_rows(encoded)
         num_rows += len(rows)
-        logits = own.logits[0, rows]
+        logits, temperature = own.logits[0, rows], stage.kd_temperature
         lm.append(F.cross_entropy(logits, encoded.token_ids[rows + 1], reduction="sum"))
-        kd.append(row_losses(said.probs_RV, logits.softmax(-1), stage.kd_divergence).sum())
+        softer = said.probs_RV ** (1 / temperature)
+        p, q = softer / softer.sum(-1, keepdim=True), (logits / temperature).softmax(-1)
+        kd.append(row_losses(p, q, stage.kd_divergence).sum())
         if said.windows_WNN is not None:
             p = encoded.image_positions
             maps = [own.attentions[layer][0].double().mean(0)[p][:, p] for layer in world.matching.student_layers]
@@ -269,6 +272,7 @@ def worst_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> f
 
 def test_the_records_are_what_their_names_say(world: World) -> None:
     assert list(world.samples) == list(RECORDS)
+    assert world.matching.stored_masks
     lengths = {name: len(sample.targets.token_ids) for name, sample in world.samples.items()}
     assert [name for name, length in lengths.items() if length == MAX_LENGTH] == ["cut"]
     assert bool(world.samples["cut"].targets.answer_mask[-1]), "the cut is inside an answer"
@@ -310,6 +314,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"kd_divergence": "reverse"},
     {"kd_divergence": "symmetric"},
     {"kd_divergence": "jensen_shannon"},
+    {"kd_temperature": 2.0},
+    {"kd_temperature": 2.0, "kd_divergence": "reverse"},
 ]
 
 
@@ -323,5 +329,29 @@ def test_settings_of_the_losses_change_what_is_trained_on_as_the_textbook_says(
     assert terms == pytest.approx(expected_terms, rel=1e-5)
     assert worst_difference(gradients, expected) < 1e-4
     published, _ = trained_on(world, list(RECORDS), DistilledFinetuning())
-    changed = "kd" if "kd_divergence" in settings else "attention"
+    changed = "attention" if settings.keys() & {"attention_loss", "attention_sink_mask"} else "kd"
     assert terms[changed] != pytest.approx(published[changed], rel=0.01)
+
+
+LAYER_SETTINGS: list[tuple[dict[str, Any], tuple[int, ...], tuple[tuple[int, ...], ...]]] = [
+    ({"matching": "one_to_one", "num_matched": 3}, (2, 3, 4), ((0,), (4,), (7,))),
+    ({"layers": "early"}, (0, 1), ((0, 1), (1, 2))),
+    ({"layers": "late"}, (4, 5), ((6,), (7,))),
+]
+
+
+@pytest.mark.parametrize(("settings", "layers", "windows"), LAYER_SETTINGS, ids=["one to one", "early", "late"])
+def test_other_matched_layers_are_trained_on_as_the_textbook_says(
+    settings: dict[str, Any], layers: tuple[int, ...], windows: tuple[tuple[int, ...], ...], world: World
+) -> None:
+    other = replace(world, config=TrainConfig.model_validate(settings))
+    assert (other.matching.student_layers, other.matching.windows) == (layers, windows)
+    terms, gradients = trained_on(other, list(RECORDS), DistilledFinetuning())
+    expected_terms, expected = textbook(other, list(RECORDS), DistilledFinetuning(), as_stored(other))
+    assert terms == pytest.approx(expected_terms, rel=1e-5)
+    assert worst_difference(gradients, expected) < 1e-4
+    expected_terms, expected = textbook(other, list(RECORDS), DistilledFinetuning(), in_the_loop(other))
+    assert terms == pytest.approx(expected_terms, rel=1e-3)
+    assert worst_difference(gradients, expected) < 2e-3
+    published, _ = trained_on(world, list(RECORDS), DistilledFinetuning())
+    assert terms["attention"] != pytest.approx(published["attention"], rel=0.01)
