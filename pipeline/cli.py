@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.commands import extract_targets, need, percent, say, train_stages, train_sweep, verify_targets
+from pipeline.commands import extract_targets, say, train_stages, train_sweep, verify_targets
+from pipeline.flags import need, percent
 from pipeline.interruption import Interrupted, raised_on
 from pipeline.recipes import recipe_names
 from storage.errors import UserError, disk_errors_named
@@ -238,7 +239,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint: a folder, a training run, or a hub id.")],
     pairs: Annotated[Path, typer.Option(help="Folder of KIND.json files in SugarCrepe's layout.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; none is PAIRS/images.")] = None,
-    scoring: Annotated[Scoring, typer.Option(help="By likelihood, or by the letter answered.")] = Scoring.LIKELIHOOD,
+    scoring: Annotated[Scoring | None, typer.Option(help="By likelihood, or by the letter answered.")] = None,
     limit: Annotated[int | None, typer.Option(help="Pairs of each kind.", min=1)] = None,
     report: Annotated[Path | None, typer.Option(help="Where to save the report as JSON.")] = None,
     config: ConfigOption = None,
@@ -250,7 +251,7 @@ def evaluate(
     from pipeline.run_file import load_run_file
     from pipeline.tables import print_evaluation
 
-    run = load_run_file(config, settings or [], {"evaluate.scoring": scoring.value})
+    run = load_run_file(config, settings or [], {"evaluate.scoring": scoring.value if scoring else None})
     with bars() as progress:
         result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress)
     if report is not None:

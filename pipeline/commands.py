@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.interruption import remembered
+from pipeline.flags import need
+from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remembered
 from storage.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,14 +37,29 @@ def extract_targets(config: Path | None, settings: list[str], flags: dict[str, A
 
 
 def train_stages(
-    run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool
+    run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool, more: bool = False
 ) -> "list[StageReport]":
-    """Here, or on a Ray cluster when the run names one."""
-    from pipeline.training import train, train_on_ray
+    """Here, or on a Ray cluster when the run names one.
 
+    Args:
+        run: all settings.
+        names: of the stages.
+        progress: the bars.
+        resume: see `train`.
+        more: whether there is work after this. Then a request to stop that came too late for it is not forgotten.
+    """
     on_ray = run.train.ray_address is not None or run.train.workers is not None
+    if on_ray:
+        from pipeline.training_on_ray import train_on_ray as train
+    else:
+        from pipeline.training import train
     with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
-        return (train_on_ray if on_ray else train)(run, names, progress, asked_to_stop, resume=resume)
+        reports = train(run, names, progress, asked_to_stop, resume=resume)
+        if more and asked_to_stop():
+            raise Interrupted(
+                signal.SIGTERM, f"stopped after {run.output}, which is finished; {RESUME}", SAVED_EXIT_CODE
+            )
+    return reports
 
 
 def train_sweep(
@@ -63,9 +79,11 @@ def train_sweep(
 
     sweep = load_sweep(path, config, settings, flags)
     with bars() as progress:
-        report = run_sweep(
-            sweep, lambda name, run: train_stages(run, names, TrainingBars(progress, name), resume=resume), progress
-        )
+
+        def train_one(name: str, run: "RunFile") -> "list[StageReport]":
+            return train_stages(run, names, TrainingBars(progress, name), resume=resume, more=True)
+
+        report = run_sweep(sweep, train_one, progress)
     print_page_table(sweep_table(report))
     for name, reason in report.failures.items():
         say(f"error: student {name} failed: {reason}")
@@ -89,21 +107,6 @@ def verify_targets(targets: str, samples: str | None, percent: float, seed: int)
     return report
 
 
-def percent(text: str) -> float:
-    """What `5%` says."""
-    try:
-        return float(text.removesuffix("%"))
-    except ValueError:
-        raise UserError(f"--sample is {text!r}, expected a percentage such as 5%") from None
-
-
 def say(message: str) -> None:
     """On standard error, beside the bars."""
     print(message, file=sys.stderr)
-
-
-def need(value: str | None, flag: str) -> str:
-    """The value, or an error that names the flag."""
-    if value is None:
-        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
-    return value

@@ -14,6 +14,7 @@ class Mailbox:
         self._letters: list[tuple[Any, ...]] = []
         self._places: dict[int, int] = {}
         self._asked_to_stop = False
+        self._mistake: Exception | None = None
 
     def put(self, *letter: Any) -> None:
         """Something to report."""
@@ -31,6 +32,18 @@ class Mailbox:
     def place(self, number: int) -> int | None:
         """What `at` said last."""
         return self._places.get(number)
+
+    def report_mistake(self, error: Exception) -> None:
+        """What no further try would mend; the first one is kept."""
+        self._mistake = self._mistake or error
+
+    def has_mistake(self) -> bool:
+        """Whether there is one."""
+        return self._mistake is not None
+
+    def mistake(self) -> Exception | None:
+        """The first one."""
+        return self._mistake
 
     def ask_to_stop(self) -> None:
         """From the driver, to all processes."""

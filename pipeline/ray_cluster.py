@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -162,36 +162,24 @@ def run_group(
     from ray.train.torch import TorchTrainer
 
     mailbox = _new_mailbox()
-    mistakes: list[UserError] = []
-    done = threading.Event()
 
     def in_each_process(_: dict[str, Any]) -> None:
+        if ray.get(mailbox.has_mistake.remote()):
+            # Started again, but it would be the same.
+            return
         last_sent: list[Any] = []
 
         def send(*letter: Any) -> None:
             last_sent[:] = [mailbox.put.remote(*letter)]
 
         try:
-            work(partial(send, "letter"), Rarely(lambda: bool(ray.get(mailbox.is_asked_to_stop.remote()))))
+            work(send, Rarely(lambda: bool(ray.get(mailbox.is_asked_to_stop.remote()))))
         except UserError as error:
-            # An exception would have the group started again.
-            send("mistake", error)
+            ray.get(mailbox.report_mistake.remote(error))
+            # So that the others of the group, which may wait for this process, are ended.
+            raise
         # Letters of one process arrive in order: with the last one all are there.
         ray.get(last_sent)
-
-    def deliver() -> None:
-        for kind, *letter in ray.get(mailbox.take.remote()):
-            if kind == "letter":
-                on_letter(*letter)
-            else:
-                mistakes.extend(letter)
-
-    def keep_delivering() -> None:
-        asked = False
-        while not done.wait(POLL_S):
-            deliver()
-            if not asked and (asked := should_stop()):
-                mailbox.ask_to_stop.remote()
 
     trainer = TorchTrainer(
         in_each_process,
@@ -205,20 +193,25 @@ def run_group(
             name="ray-train", storage_path=storage, failure_config=FailureConfig(max_failures=max_attempts - 1)
         ),
     )
-    postman = threading.Thread(target=keep_delivering, daemon=True)
-    postman.start()
-    try:
-        trainer.fit()
-        done.set()
-        postman.join()
-        deliver()
-    except ray.train.TrainingFailedError as error:
+    # Beside this thread: in the main one it would take Ctrl-C for itself, and end without a checkpoint.
+    with ThreadPoolExecutor(1) as beside:
+        fitting = beside.submit(trainer.fit)
+        asked = False
+        while not fitting.done():
+            wait([fitting], POLL_S)
+            for letter in ray.get(mailbox.take.remote()):
+                on_letter(*letter)
+            if not asked and (asked := should_stop()):
+                ray.get(mailbox.ask_to_stop.remote())
+    for letter in ray.get(mailbox.take.remote()):
+        on_letter(*letter)
+    mistake = ray.get(mailbox.mistake.remote())
+    ray.kill(mailbox)
+    if mistake is not None:
+        raise mistake
+    if isinstance(error := fitting.exception(), ray.train.TrainingFailedError):
         raise UserError(f"the processes of the group failed {max_attempts} times, at last with: {error}") from error
-    finally:
-        done.set()
-        ray.kill(mailbox)
-    if mistakes:
-        raise mistakes[0]
+    fitting.result()
 
 
 class _RayCalls:

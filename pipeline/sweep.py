@@ -1,6 +1,7 @@
 """Several students against one store: trained one after another, compared side by side."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
 from pipeline.page import PageTable
 from pipeline.progress import is_main_process
 from pipeline.run_file import RunFile
-from pipeline.sweep_file import CompareConfig, Sweep
+from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_places
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity
@@ -85,15 +86,23 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
             reports = {stage.stage: stage for stage in train(name, run)}
             students[name] = _compared(run, sweep.compare, reports, progress)
         except UserError as error:
+            _end_in_company()
             failures[name] = str(error)
         except Exception as error:
+            _end_in_company()
             # Whatever it is, such as too little memory, concerns no other student.
             logger.exception("student %s failed", name)
             failures[name] = f"{type(error).__name__}: {error}"
         report = SweepReport(students=students, failures=failures)
         if is_main_process:
-            open_store(sweep.output).write("sweep.json", report.model_dump_json(indent=1).encode())
+            open_store(sweep.output).write(SWEEP_REPORT, report.model_dump_json(indent=1).encode())
     return report
+
+
+def _end_in_company() -> None:
+    """Raises what is being handled, if other processes train along: they still are in this student's step."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise
 
 
 def _compared(
@@ -113,9 +122,7 @@ def _compared(
             model, compare.pairs, compare.images, run.evaluate, compare.pairs_limit, progress
         )
     if compare.similarity_samples is not None:
-        if run.samples is None or run.targets is None:
-            raise UserError("compare.similarity_samples needs samples and targets; set them for all students")
-        similarity = compare_with_targets(model, run.samples, run.targets, compare.similarity_samples, progress)
+        similarity = compare_with_targets(model, *compared_places(run), compare.similarity_samples, progress)
     measured = _Compared(
         compare=compare, evaluate=run.evaluate, steps=steps, evaluation=evaluation, similarity=similarity
     )

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from pipeline.flags import need
 from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
 from pipeline.provenance import provenance
 from pipeline.run_file import RunFile, save_run_file
@@ -27,6 +27,7 @@ from storage.stores import open_store
 from storage.stream import Source
 from storage.targets import TargetStore
 
+_USE_FSDP = "ACCELERATE_USE_FSDP"
 STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
 StageProgress = Callable[[StageName, StepProgress], None]
 
@@ -57,14 +58,15 @@ def train(
         UserError: a missing place, or what `train_stage` raises.
     """
     hide_loading_bars()
-    output = Path(_given(run.output, "--output"))
-    decoder = _given(run.student, "--student")
+    output = Path(need(run.output, "--output"))
+    decoder = need(run.student, "--student")
     run, accelerator = _with_launcher_settings(run)
     if not resume:
-        _refuse_existing(output, stages)
+        refuse_existing(output, stages)
         # No process may begin a stage while another still looks.
         accelerator.wait_for_everyone()
-    runs = {name: _stage_run(run, name, decoder, output) for name in STAGES if name in stages}
+    stores: dict[str, TargetStore] = {}
+    runs = {name: _stage_run(run, name, decoder, output, stores) for name in STAGES if name in stages}
     # All of them before anything is written: a refusal changes nothing.
     for stage in runs.values():
         check_output(stage)
@@ -93,94 +95,33 @@ def train(
     return reports
 
 
-def train_on_ray(
-    run: RunFile,
-    stages: Sequence[StageName],
-    progress: StageProgress | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    *,
-    resume: bool = True,
-) -> list[StageReport]:
-    """As `train`, in processes of a Ray cluster (Ray Train); started again from the newest checkpoint when one dies.
-
-    Folders must be seen by all nodes under the same names.
-    """
-    from pipeline import ray_cluster
-
-    output = Path(_given(run.output, "--output")).absolute()
-    if not resume:
-        _refuse_existing(output, stages)
-    # Ray Train's processes have a working folder of their own.
-    run = _with_absolute_places(run.model_copy(update={"output": str(output)}))
-    stopped: list[str] = []
-
-    def receive(kind: str, *said: Any) -> None:
-        if kind == "stopped":
-            stopped.extend(said)
-        elif progress is not None:
-            progress(*said)
-
-    with ray_cluster.connect(run.train.ray_address) as cluster:
-        ray_cluster.run_group(
-            partial(_train_in_group, run, tuple(stages)),
-            num_workers=run.train.workers or max(1, cluster.gpus),
-            gpus_per_worker=1 if cluster.gpus else 0,
-            max_attempts=run.train.max_attempts,
-            storage=str(output),
-            on_letter=receive,
-            should_stop=should_stop,
-        )
-    if stopped:
-        raise Interrupted(signal.SIGTERM, stopped[0], SAVED_EXIT_CODE)
-    reports = [output / name / "report.json" for name in STAGES if name in stages]
-    return [StageReport.model_validate_json(path.read_text()) for path in reports]
-
-
-def _refuse_existing(output: Path, stages: Sequence[StageName]) -> None:
+def refuse_existing(output: Path, stages: Sequence[StageName]) -> None:
+    """Refuses a run folder that holds one of these stages already."""
     for name in stages:
         if (output / name).exists():
             raise UserError(f"{output} holds {name} already; name a new --output, or leave out --no-resume to go on")
 
 
-def _train_in_group(
-    run: RunFile, stages: Sequence[StageName], send: Callable[..., None], should_stop: Callable[[], bool]
-) -> None:
-    """In each process of the group."""
-    first = int(os.environ["RANK"]) == 0
-    try:
-        # One that asks is enough: the processes tell each other.
-        asked = should_stop if first else (lambda: False)
-        train(run, stages, (lambda *step: send("step", *step)) if first else None, asked)
-    except Interrupted as stop:
-        if first:
-            send("stopped", str(stop))
-
-
-def _with_absolute_places(run: RunFile) -> RunFile:
-    def absolute(place: str | None) -> str | None:
-        # Anything else is the address of an object store, or the name of a model.
-        return str(Path(place).absolute()) if place is not None and Path(place).exists() else place
-
-    return run.model_copy(update={name: absolute(getattr(run, name)) for name in ("samples", "targets", "student")})
-
-
 def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
-    """The process group of whatever launcher started this process, and what it asks for as settings of the run."""
+    """The process group that a launcher began, if one did, and what it and the machine decide of the settings."""
     config = run.train
     # `accelerate launch --use_fsdp` would have Accelerate wrap the model itself, which it does not do on CPUs.
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        config = config.model_copy(update={"parallel": "fsdp"})
+    asked = os.environ.pop(_USE_FSDP, None)
     # A process that trains several students may do so in different precisions.
     AcceleratorState._reset_state()
-    # Said outright, or Accelerate would run torchrun's processes on a machine without a GPU side by side, unjoined.
-    accelerator = Accelerator(mixed_precision=_precision(config), cpu=not torch.cuda.is_available())
-    return run.model_copy(update={"train": config}), accelerator
-
-
-def _precision(config: TrainConfig) -> str:
-    """Accelerate's word for it."""
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return "bf16" if config.precision == "bf16" or (config.precision == "auto" and able) else "no"
+    precision = ("bf16" if able else "fp32") if config.precision == "auto" else config.precision
+    # Said outright, or Accelerate would run torchrun's processes on a machine without a GPU side by side, unjoined.
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, cpu=not torch.cuda.is_available()
+    )
+    found: dict[str, str] = {"precision": precision}
+    if asked is not None:
+        # For the next student of this process.
+        os.environ[_USE_FSDP] = asked
+        if asked.lower() == "true":
+            found["parallel"] = "fsdp"
+    return run.model_copy(update={"train": config.model_copy(update=found)}), accelerator
 
 
 def _note_start(output: Path, config: TrainConfig, runs: dict[StageName, StageRun], accelerator: Accelerator) -> None:
@@ -212,13 +153,14 @@ def last_student(output: Path) -> Path:
     raise UserError(f"{output} holds no finished stage; run `cdp train-student --output {output}`")
 
 
-def _stage_run(run: RunFile, name: StageName, decoder: str, output: Path) -> StageRun:
+def _stage_run(run: RunFile, name: StageName, decoder: str, output: Path, stores: dict[str, TargetStore]) -> StageRun:
+    """`stores` are those opened already: reading all records of one may take minutes."""
     return StageRun(
         name=name,
         config=run.train,
         decoder=decoder,
         initial=None,
-        sources=tuple(_opened(source) for source in _sources(run, name)),
+        sources=tuple(_opened(source, stores) for source in _sources(run, name)),
         output=output / name,
     )
 
@@ -241,20 +183,16 @@ def _sources(run: RunFile, name: StageName) -> Sequence[DataSource]:
         if stage.subset:
             raise UserError(f"train.{name}.subset is given beside train.sources; give each of the sources its subset")
         return config.sources
-    samples = stage.samples or _given(run.samples, "--samples")
-    targets = stage.targets or _given(run.targets, "--targets")
+    samples = stage.samples or need(run.samples, "--samples")
+    targets = stage.targets or need(run.targets, "--targets")
     return [DataSource(samples=samples, targets=targets, subset=stage.subset or config.subset)]
 
 
-def _opened(source: DataSource) -> Source:
+def _opened(source: DataSource, stores: dict[str, TargetStore]) -> Source:
     subset = None if source.subset is None else Path(source.subset)
-    return Source(open_store(source.samples), TargetStore.open(source.targets), source.weight, subset)
-
-
-def _given(value: str | None, flag: str) -> str:
-    if value is None:
-        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
-    return value
+    if source.targets not in stores:
+        stores[source.targets] = TargetStore.open(source.targets)
+    return Source(open_store(source.samples), stores[source.targets], source.weight, subset)
 
 
 def _for_stage(progress: StageProgress | None, name: StageName) -> Callable[[StepProgress], None] | None:

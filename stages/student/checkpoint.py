@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stages.student.parallel import part_like, whole
-from storage.digests import file_sha256
+from storage.digests import digest_of, file_sha256
 from storage.errors import StoreUnavailable, UserError, disk_errors_named
 from storage.stores import open_store
 
@@ -90,7 +90,7 @@ def save_checkpoint(folder: Path, position: Position, state: TrainerState, keep:
                     "scheduler": state.scheduler.state_dict(),
                     "sha256": {file: file_sha256(staging / file) for file in (TRAINED, OPTIMIZER)},
                 }
-                (staging / STATE).write_text(json.dumps(written, indent=1))
+                (staging / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1))
                 store.put_tree(staging, name)
             finally:
                 # On a full disk, what is half-written is in the way of everything else.
@@ -116,9 +116,7 @@ def restore_newest(folder: Path, state: TrainerState) -> Position:
             continue
         return _restore(path, state)
     if found:
-        raise UserError(
-            f"all {len(found)} checkpoints in {folder} are damaged; remove it to train from the start"
-        )
+        raise UserError(f"all {len(found)} checkpoints in {folder} are damaged; remove it to train from the start")
     return Position()
 
 
@@ -161,10 +159,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def _damaged_file(path: Path) -> str | None:
     try:
         state = json.loads((path / STATE).read_text())
+        if state.pop("digest") != digest_of(state):
+            return f"{STATE} has another digest than it says"
         for name, digest in state["sha256"].items():
             if file_sha256(path / name) != digest:
                 return f"{name} has another sha256 than {STATE} says"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -18,6 +18,7 @@ class TrainingData(Protocol):
 
 SETTINGS = (
     "train.microbatch_size=4",
+    "train.precision=fp32",
     "train.num_workers=0",
     "train.checkpoint_every=2",
     "train.log_every=1",

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import TinyWorld
 from tests.pipeline.runs import SETTINGS
+from tests.pipeline.test_training_data import keys_of
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +40,19 @@ FEW = (*SETTINGS, "train.lora.dropout=0.0", "train.dpt.batch_size=8", "train.sft
 
 
 def trained(launcher: list[str], tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> Path:
+    done = run_command(launcher, tiny, targets, output, *settings)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+def run_command(
+    launcher: list[str], tiny: TinyWorld, targets: Path, output: Path, *settings: str
+) -> "subprocess.CompletedProcess[str]":
     places = ["--samples", str(tiny.samples), "--targets", str(targets), "--student", str(tiny.student_lm)]
     words = [word for setting in (*FEW, *settings) for word in ("--set", setting)]
     command = [*launcher, "train-student", *places, "--output", str(output), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return output
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,5 +100,57 @@ def test_two_processes_of_a_ray_cluster_give_the_losses_and_weights_of_one(
     alone: Path, tiny: TinyWorld, targets: Path, ray_address: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("pandas", reason="the extra ray-train is not installed")
-    run = trained(ONE, tiny, targets, tmp_path / "run", f"train.ray_address={ray_address}", "train.workers=2")
+    # Named as seen from here, which is not where Ray's processes run.
+    here = os.path.relpath(tiny.samples)
+    places = (f"train.dpt.samples={here}", f"train.dpt.targets={os.path.relpath(targets)}")
+    on_ray = (f"train.ray_address={ray_address}", "train.workers=2")
+    run = trained(ONE, tiny, targets, tmp_path / "run", *on_ray, *places)
     assert_same_training(run, alone)
+
+
+def test_a_mistake_that_one_process_of_a_ray_cluster_meets_ends_all_at_once_and_is_said(
+    tiny: TinyWorld, ray_address: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("pandas", reason="the extra ray-train is not installed")
+    from pipeline import ray_cluster
+    from storage.errors import UserError
+
+    def work(_send: object, _asked: object) -> None:
+        import torch.distributed
+
+        if torch.distributed.get_rank() == 1:
+            raise UserError("only I cannot go on")
+        torch.distributed.barrier()
+
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="only I cannot go on"):
+        ray_cluster.run_group(
+            work,
+            num_workers=2,
+            gpus_per_worker=0,
+            max_attempts=3,
+            storage=str(tmp_path),
+            on_letter=print,
+            should_stop=lambda: False,
+        )
+    assert time.monotonic() - begun < 240
+
+
+@pytest.mark.parametrize("how", ["loss", "both"])
+def test_a_loss_that_is_not_finite_in_one_process_ends_both_with_the_samples_named(
+    how: str, tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    key = keys_of(tiny.samples)[7]
+    logs = ["--log-dir", str(tmp_path / "logs"), "--redirects", "2"]
+    module = TORCHRUN.index("-m", 2)
+    launcher = [*TORCHRUN[:module], *logs, "-m", "tests.pipeline.broken_loss", key, how]
+    # One sample a process: it is in one of them.
+    alone = ("train.microbatch_size=1", "train.dpt={batch_size: 2, epochs: 1}")
+    done = run_command(launcher, tiny, targets, tmp_path / "run", *alone)
+    assert done.returncode != 0
+    said = {path.parent.name: path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log")}
+    assert said.keys() == {"0", "1"}
+    for text in said.values():
+        assert re.search(rf"the loss is nan at step \d+; the batch holds samples .*\b{key}\b", text)
+        assert "Traceback" not in text
+    assert not (tmp_path / "run/dpt/student").exists()

@@ -75,8 +75,21 @@ def test_metrics_and_starts_of_a_resumed_run_are_told_once_each(
     assert starts[0]["packages"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("optimizer.safetensors", "step-00000004 is damaged (optimizer.safetensors has another sha256"),
+        ("state.json", "step-00000004 is damaged (state.json has another digest"),
+    ],
+)
 def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
-    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    file: str,
+    said: str,
+    tiny: TinyWorld,
+    targets: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = run_file(tiny, targets, tmp_path / "run")
     done: list[int] = []
@@ -84,14 +97,16 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
         train(run, ["dpt"], lambda _, progress: done.append(progress.step), lambda: len(done) == 4)
     checkpoints = tmp_path / "run/dpt/checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
-    damaged = checkpoints / "step-00000004/optimizer.safetensors"
+    damaged = checkpoints / "step-00000004" / file
     data = bytearray(damaged.read_bytes())
-    data[-1] ^= 1
+    # In the state, the last digit of the position's seconds.
+    place = -1 if file.endswith("safetensors") else data.index(b"\n", data.index(b'"seconds"')) - 1
+    data[place] ^= 1
     damaged.write_bytes(data)
     again: list[int] = []
     train(run, ["dpt"], lambda _, progress: again.append(progress.step))
     assert again[0] == 3
-    assert "step-00000004 is damaged (optimizer.safetensors has another sha256" in caplog.text
+    assert said in caplog.text
     assert weights(tmp_path / "run", "dpt") == weights(undisturbed, "dpt")
 
 
