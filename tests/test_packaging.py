@@ -30,8 +30,8 @@ NOT_IMPORTED = {
 }
 """Asked for without an import of ours, and why."""
 
-WITH_TORCH = re.compile(r"nvidia-.*|cuda-.*|triton|setuptools")
-"""The CUDA packages are those of the torch build; setuptools comes with the environment."""
+OF_TORCHS_BUILD = re.compile(r"nvidia-.*|cuda-.*|triton")
+"""Torch pins them itself, and its CPU build has none."""
 
 
 def undeclared(root: Path, folder: str) -> list[str]:
@@ -106,5 +106,5 @@ def test_each_pinned_version_satisfies_its_bound_and_nothing_asked_for_is_withou
 
 
 def test_constraints_name_what_the_environment_of_development_is_made_of_and_nothing_else() -> None:
-    made_of = {name for name in installed_below(requirements_of("dev")) if not WITH_TORCH.fullmatch(name)}
+    made_of = {name for name in installed_below(requirements_of("dev")) if not OF_TORCHS_BUILD.fullmatch(name)}
     assert made_of == set(pins())
