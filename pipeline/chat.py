@@ -3,14 +3,10 @@
 import sys
 from pathlib import Path
 
-import torch
-
-from pipeline.evaluation import find_checkpoint
-from stages.checkpoints import hide_loading_bars, load_processor
+from pipeline.evaluation import load_model
 from stages.conversations import UnusableConversation
 from stages.images import decode_image
 from stages.student.chat import Chat
-from stages.student.loading import load_multimodal
 from storage.errors import UserError
 
 
@@ -24,11 +20,7 @@ def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
         picture = decode_image(image.read_bytes())
     except OSError as error:
         raise UserError(f"no image at {image}: {error.strerror}; give a JPEG, PNG or WebP file") from error
-    hide_loading_bars()
-    folder = find_checkpoint(model)
-    on_gpu = torch.cuda.is_available()
-    loaded = load_multimodal(folder, torch.bfloat16 if on_gpu else torch.float32)
-    return Chat(loaded.to("cuda" if on_gpu else "cpu"), load_processor(folder), picture, max_new_tokens)
+    return Chat(*load_model(model), picture, max_new_tokens)
 
 
 def answer(chat: Chat, question: str) -> None:

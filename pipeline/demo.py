@@ -1,6 +1,7 @@
 """The demo: the whole pipeline on the bundled example, ending in one table of what attention distillation did.
 
-Every number is measured in the run that prints it; the settings are run files in `examples/scenes`.
+Every number is measured in the run that prints it; the settings are the recipe `pipeline/configs/demo.yaml` and the
+students of `examples/scenes/students.yaml`.
 """
 
 import json
@@ -49,7 +50,7 @@ class DemoConfig(BaseModel):
     num_pairs: int = 100
     """Held-out caption pairs of each kind."""
     steps: int | None = None
-    """Steps of each student's fine-tuning stage; None leaves the run files' number."""
+    """Steps of each student's fine-tuning stage; None leaves the recipe's number."""
     variant: str = "shapes"
     """shapes, or digits."""
     students: tuple[str, ...] = STUDENTS

@@ -1,9 +1,8 @@
 """Evaluating checkpoints: finding the model, scoring it, comparing its attention with cached targets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 from PIL import Image
 from rich.markup import escape
 from rich.progress import Progress
-from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from pipeline.page import PageSample
 from pipeline.progress import add_bar
@@ -24,17 +22,22 @@ from stages.evaluation.pairs import load_pairs
 from stages.evaluation.pictures import enlarged, gaze, overlay
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
-from stages.evaluation.similarity import AttentionSimilarity, attention_similarity
+from stages.evaluation.similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.images import decode_image
-from stages.student.build import Student, is_student, load_student, register_students
+from stages.student.build import Student, is_student, load_student
+from stages.student.claim import matching_settings
 from stages.student.collator import Collator
-from stages.student.matching import LayerMatching, match_layers
+from stages.student.config import TrainConfig
+from stages.student.loading import load_multimodal
+from stages.student.matching import LayerMatching, match_run
 from stages.student.reading import open_reading
 from storage.stores import open_store
 from storage.stream import StreamConfig, StreamedSample, target_stream
 from storage.targets import TargetStore
 
 BATCH_SIZE = 16
+LOOKED_AT = 8
+"""Samples that are looked at for each picture: several may share an image."""
 
 
 def find_checkpoint(model: str) -> Path:
@@ -46,16 +49,16 @@ def find_checkpoint(model: str) -> Path:
 
 
 def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A teacher or a student with its processor, on the GPU when there is one."""
+    """A teacher or a student with its processor, on the GPU when there is one.
+
+    Raises:
+        UserError: no such checkpoint, or what `load_multimodal` raises.
+    """
     hide_loading_bars()
-    register_students()
     folder = find_checkpoint(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    loaded: PreTrainedModel = (
-        AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
-    )
-    return loaded, load_processor(folder)
+    device = _device()
+    loaded: Any = load_multimodal(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return loaded.to(device), load_processor(folder)
 
 
 def evaluate_checkpoint(
@@ -79,6 +82,7 @@ class _Compared:
 
     student: Student
     matching: LayerMatching
+    layers_from: LayersFrom
     collator: Collator
     notes: list[str]
 
@@ -89,16 +93,21 @@ def compare_with_targets(model: str, samples: str, targets: str, limit: int, pro
     compared = _open_student(model, store)
     for note in compared.notes:
         progress.console.print(f"note: {escape(note)}")
-    loader = DataLoader(_stream(samples, store, limit), batch_size=None, collate_fn=compared.collator)
-    batches = islice(loader, -(-limit // BATCH_SIZE))
     bar = add_bar(progress, f"compare {Path(model).name}", limit)
-    return attention_similarity(
-        compared.student, batches, compared.matching, lambda amount: progress.advance(bar, amount)
-    )
+    with closing(_first_samples(samples, store, limit)) as batches:
+        return attention_similarity(
+            compared.student,
+            map(compared.collator, batches),
+            compared.matching,
+            lambda amount: progress.advance(bar, amount),
+            layers_from=compared.layers_from,
+        )
 
 
 def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[PageSample]:
     """The first `count` images of a store: each image, where the teacher looked, where each student looks.
+
+    Where a student learned from other teacher layers than the one before it, the teacher is shown again.
 
     Args:
         models: shown name to student checkpoint or training run.
@@ -107,22 +116,25 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
         count: images at most; those whose tokens form no square grid are left out.
     """
     store = TargetStore.open(targets)
-    with closing(iter(_stream(samples, store, 8 * count))) as stream:
-        shown = _distinct_images([sample for batch in islice(stream, 8 * count) for sample in batch], count)
+    with closing(_first_samples(samples, store, LOOKED_AT * count)) as batches:
+        shown = _distinct_images([sample for batch in batches for sample in batch], count)
     if not shown:
         return []
     images = [decode_image(sample.images[0]) for sample in shown]
     pictures: list[list[tuple[str, Image.Image | None]]] = [[("image", enlarged(image))] for image in images]
+    windows: tuple[tuple[int, ...], ...] | None = None
     for name, model in models.items():
         compared = _open_student(model, store)
         seen = gaze(
             compared.student, compared.collator(shown).to(compared.student.device, torch.float32), compared.matching
         )
+        title = "teacher" if windows is None else f"teacher, as {name} learned"
         for row, image in enumerate(images):
             n = int(seen.num_tokens_B[row])
-            if len(pictures[row]) == 1:
-                pictures[row].append(("teacher", overlay(image, seen.teacher_BN[row, :n])))
+            if compared.matching.windows != windows:
+                pictures[row].append((title, overlay(image, seen.teacher_BN[row, :n])))
             pictures[row].append((name, overlay(image, seen.student_BN[row, :n])))
+        windows = compared.matching.windows
     return [
         PageSample(_first_turns(sample), [(name, picture) for name, picture in row if picture is not None])
         for sample, row in zip(shown, pictures, strict=True)
@@ -133,16 +145,31 @@ def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     hide_loading_bars()
     reading = open_reading(store, folder, own_eyes=not is_student(folder), kd_weight=0.0)
-    student = load_student(folder)
+    # In float32 also on a GPU: figures of two machines are compared.
+    loaded: Any = load_student(folder)
+    student: Student = loaded.to(_device())
     enable_capture(student)
     depth = student.config.get_text_config().num_hidden_layers
-    matching, notes = match_layers(depth, store.manifest.fingerprint)
-    return _Compared(student, matching, Collator(reading.reader()), [*reading.notes, *notes])
+    trained = matching_settings(folder)
+    matching, notes = match_run(depth, store.manifest, trained or TrainConfig())
+    layers_from: LayersFrom = "default" if trained is None else "training"
+    return _Compared(student, matching, layers_from, Collator(reading.reader()), [*reading.notes, *notes])
 
 
-def _stream(samples: str, store: TargetStore, limit: int) -> Any:
-    config = StreamConfig(seed=0, shuffle_shards=0, batch_size=min(BATCH_SIZE, limit))
-    return target_stream(open_store(samples), store, config, rank=0, world_size=1, epoch=0)
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first_samples(samples: str, store: TargetStore, limit: int) -> Iterator[list[StreamedSample]]:
+    """The first `limit` samples of a store in its own order, in batches; it need not be complete for this."""
+    config = StreamConfig(seed=0, shuffle_shards=0, batch_size=min(BATCH_SIZE, limit), allow_incomplete=True)
+    stream = target_stream(open_store(samples), store, config, rank=0, world_size=1, epoch=0)
+    with closing(iter(stream)) as batches:
+        for batch in batches:
+            yield batch[:limit]
+            limit -= len(batch)
+            if limit <= 0:
+                return
 
 
 def _distinct_images(streamed: list[StreamedSample], count: int) -> list[StreamedSample]:

@@ -1,14 +1,16 @@
 """Exporting what a training run made: finds the student, and what the run says of it."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.evaluation import find_checkpoint
-from pipeline.run_file import load_run_file
+from pipeline.run_file import read_document
 from stages.checkpoints import hide_loading_bars
 from stages.evaluation.report import EvaluationReport
 from stages.student.card import ExportReport, ModelNames
+from stages.student.claim import STAGE_FILE
 from stages.student.export import export_student
 from storage.errors import UserError
 
@@ -35,11 +37,22 @@ def export(
 
 
 def _names_of(student: Path, teacher: str | None) -> ModelNames:
-    path = student.absolute().parent.parent / "run.yaml"
-    if not path.is_file():
+    stage = student.absolute().parent
+    path = stage.parent / "run.yaml"
+    if not (path.is_file() and (stage / STAGE_FILE).is_file()):
         return ModelNames(teacher=teacher)
-    run = load_run_file(path, [], {})
-    return ModelNames(run.student, teacher or (None if run.teacher is None else run.teacher.checkpoint))
+    # Two names are all that is wanted of it: one of another version, or damaged since, is no reason to export nothing.
+    try:
+        document = read_document(path)
+    except UserError:
+        document = {}
+    section = document.get("teacher")
+    checkpoint = section.get("checkpoint") if isinstance(section, dict) else None
+    return ModelNames(_name(document.get("student")), teacher or _name(checkpoint))
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _read_evaluation(path: Path) -> EvaluationReport:

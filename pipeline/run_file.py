@@ -19,6 +19,9 @@ _SHORT = reprlib.Repr()
 # A few lines of YAML can stand for a value of any size.
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
+_DEEPEST = 8
+"""Sections inside one another; settings have three."""
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -79,8 +82,10 @@ def lay_over(document: dict[str, Any], settings: dict[str, Any], prefix: str = "
     """Puts settings into a document, section by section; names may be dotted, sections nested.
 
     Raises:
-        UserError: a section where the document has a value.
+        UserError: a section where the document has a value, or sections deeper than any settings.
     """
+    if prefix.count(".") > _DEEPEST:
+        raise UserError(f"{prefix[:80]}... nests too deep for settings; does a YAML anchor hold itself?")
     for name, value in settings.items():
         if isinstance(value, dict):
             lay_over(document, value, f"{prefix}{name}.")

@@ -19,8 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.recipes import find_config
 from pipeline.run_file import RunFile, lay_over, read_document, resolve, validated
+from stages.evaluation.pairs import load_pairs
 from storage.errors import UserError
+from storage.stores import PARTIAL
 
+SWEEP_REPORT = "sweep.json"
+"""File of all results in a sweep's folder."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -60,7 +64,8 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
         flags: dotted names to values, for all students; `output` is the folder of the sweep.
 
     Raises:
-        UserError: unreadable, a name that is no folder name, or a setting that is unknown or out of range, by student.
+        UserError: unreadable, a name that is no folder name or taken, a setting that is unknown or out of range, by
+            student, or something that the comparison lacks.
     """
     document = read_document(path)
     base, students = document.pop("config", None), document.pop("students", None)
@@ -75,12 +80,34 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
     for name, own in students.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(f"{path}: student {name!r} cannot name a folder; take letters, digits, '-', '_' and '.'")
+        if name.lower() == SWEEP_REPORT or name.lower().endswith(PARTIAL):
+            raise UserError(f"{path}: student {name}: the sweep's folder has files of such names; take another")
         if not isinstance(own or {}, dict):
             raise UserError(f"{path}: student {name} is {own!r:.100}, expected settings such as train.seed: 1")
         run = copy.deepcopy(shared)
         lay_over(run, own or {})
         runs[name] = resolve(run, settings, {**flags, "output": str(output / name)}, f"{path}: student {name}")
+        if compare.similarity_samples is not None:
+            try:
+                compared_places(runs[name])
+            except UserError as error:
+                raise UserError(f"{path}: student {name}: {error}") from None
+    if compare.pairs is not None:
+        load_pairs(compare.pairs, compare.images, limit=compare.pairs_limit)
     return Sweep(output, runs, compare)
+
+
+def compared_places(run: RunFile) -> tuple[str, str]:
+    """Samples and targets that a student's attention is compared on: the run's, or the first of its sources.
+
+    Raises:
+        UserError: it names neither.
+    """
+    if run.samples is not None and run.targets is not None:
+        return run.samples, run.targets
+    if run.train.sources:
+        return run.train.sources[0].samples, run.train.sources[0].targets
+    raise UserError("compare.similarity_samples needs samples and targets, or train.sources; set them for all students")
 
 
 def _output(run: RunFile) -> str:

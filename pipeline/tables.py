@@ -212,8 +212,9 @@ def similarity_table(result: AttentionSimilarity) -> PageTable:
         [str(layer), ", ".join(map(str, window)), f"{similarity:.3f}", f"{loss:.4f}"]
         for layer, window, similarity, loss in pairs
     ]
+    which = "layers as trained" if result.layers_from == "training" else "layers matched by default"
     return PageTable(
-        f"attention similarity over {result.num_samples} samples",
+        f"attention similarity over {result.num_samples} samples, {which}",
         ["student layer", "teacher layers", "similarity", "alignment loss"],
         [*rows, ["average", "", f"{result.mean:.3f}", ""]],
     )

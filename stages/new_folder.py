@@ -1,12 +1,14 @@
 """A new folder that appears complete or not at all, for commands that write a whole checkpoint."""
 
+import glob
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import UserError
-from storage.stores import open_store
+from storage.stores import PARTIAL, open_store
+from storage.stores.owner import names_owner, remove_if_abandoned
 
 
 def check_new(folder: Path) -> None:
@@ -23,19 +25,21 @@ def check_new(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A place to write to, which becomes `folder` when the block ends, and is gone when it raises.
 
-    What a killed run left of it is removed first.
+    What a killed run left of it is removed first; what another process is writing is left alone.
 
     Raises:
         UserError: `folder` holds something.
     """
     folder = folder.absolute()
     check_new(folder)
-    staging = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.*{PARTIAL}"):
+        if names_owner(left):
+            remove_if_abandoned(left)
+    store = open_store(folder.parent)
+    staging = store.staging(folder.name)
     try:
         yield staging
         check_new(folder)
-        open_store(folder.parent).put_tree(staging, folder.name)
+        store.put_tree(staging, folder.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

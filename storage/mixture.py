@@ -36,11 +36,15 @@ class Source:
     def description(self) -> dict[str, Any]:
         """What decides which targets a student sees: content, not places."""
         keys = None if self.subset is None else digest_of(sorted(read_keys(self.subset)))
+        committed = sorted(self.targets.commits)
+        # Of an incomplete store: the same number of samples may be others another time.
+        shards = {} if len(committed) == self.targets.manifest.num_shards else {"shards": digest_of(committed)}
         return {
             "targets": self.targets.manifest.fingerprint.digest,
             "num_samples": sum(record.num_samples for record in self.targets.commits.values()),
             "weight": self.weight,
             "subset": keys,
+            **shards,
         }
 
 
@@ -128,6 +132,7 @@ def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[in
         raise UserError(
             f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with "
             f"{sum(sizes.values())} samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
+            + (", or train on these with train.allow_incomplete" if any(sizes.values()) else "")
         )
     return sizes
 

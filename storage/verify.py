@@ -139,7 +139,7 @@ def verify(
 
 
 def _written_index(samples: Store) -> SampleIndex:
-    """The index, which must be byte for byte as it was written: its digest leaves out where the members lie."""
+    """The index, which must be byte for byte as it was written: its digest leaves out sizes and member tables."""
     index = SampleIndex.load(samples)
     if index.to_bytes() != samples.read("index.json"):
         raise CorruptData(f"{samples.url}/index.json is not as it was written; restore it or pack the samples again")

@@ -7,6 +7,7 @@ Shape letters: B samples, N image tokens, W matched pairs.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +18,8 @@ from stages.student.build import Student
 from stages.student.losses import below_sink_threshold, matched_loss
 from stages.student.matching import LayerMatching
 
+LayersFrom = Literal["training", "default"]
+
 
 class AttentionSimilarity(BaseModel):
     """Means over samples, for each matched pair of layers."""
@@ -25,6 +28,8 @@ class AttentionSimilarity(BaseModel):
 
     student_layers: tuple[int, ...]
     windows: tuple[tuple[int, ...], ...]
+    layers_from: LayersFrom = "default"
+    """Which layers these are: those that the run trained, by its own record, or those matched by default."""
     num_samples: int
     similarity: tuple[float, ...]
     """Cosine of the raw maps without sinks, 1 is equal."""
@@ -43,6 +48,8 @@ def attention_similarity(
     batches: Iterable[Batch],
     matching: LayerMatching,
     progress: Callable[[int], None] | None = None,
+    *,
+    layers_from: LayersFrom = "default",
 ) -> AttentionSimilarity:
     """Runs the student over `batches` and compares its maps with the stored ones.
 
@@ -51,6 +58,7 @@ def attention_similarity(
         batches: from the collator; samples without an image do not count.
         matching: which layers are compared.
         progress: called with the number of samples finished since the last call.
+        layers_from: where `matching` is from, for the report.
     """
     student.eval()
     device = student.device
@@ -74,6 +82,7 @@ def attention_similarity(
     return AttentionSimilarity(
         student_layers=matching.student_layers,
         windows=matching.windows,
+        layers_from=layers_from,
         num_samples=count,
         similarity=tuple((similarity_W / max(count, 1)).tolist()),
         alignment_loss=tuple((loss_W / max(count, 1)).tolist()),

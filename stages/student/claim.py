@@ -2,10 +2,12 @@
 
 import json
 from functools import lru_cache
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from stages.checkpoints import resolve_checkpoint, weights_digest
-from stages.student.config import HARMLESS_ON_RESUME
+from stages.student.config import HARMLESS_ON_RESUME, TrainConfig
 from stages.student.stage import StageRun
 from storage.errors import FingerprintMismatch
 from storage.stores import open_store
@@ -13,6 +15,7 @@ from storage.stores import open_store
 STAGE_FILE = "stage.json"
 _PLACES = {"samples", "targets", "sources", "subset"}
 """Settings that say where data lies; what counts is what lies there."""
+_MATCHING = ("student_layers", "num_matched", "matching", "layers")
 
 
 def check_output(run: StageRun) -> None:
@@ -27,6 +30,11 @@ def check_output(run: StageRun) -> None:
     stage, found = _description(run), json.loads(store.read(STAGE_FILE))
     flat_found, flat_wanted = ({**s, **s["settings"]} for s in (found, stage))
     differing = [k for k in flat_wanted if k != "settings" and flat_found.get(k) != flat_wanted[k]]
+    if differing and "shards" in found:
+        raise FingerprintMismatch(
+            f"{run.output} was begun while its targets were incomplete, or with other settings (differs in: "
+            f"{', '.join(sorted(differing))}); train into a new folder: other shards are another order of samples"
+        )
     if differing:
         raise FingerprintMismatch(
             f"{run.output} was begun with other settings (differs in: {', '.join(sorted(differing))}); "
@@ -63,8 +71,17 @@ def _description(run: StageRun) -> dict[str, Any]:
         **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json", exclude=_PLACES).items()},
         "decoder": decoder_digest(run.decoder),
         # One list for each, so that a refusal names what differs.
-        **{name: [source[name] for source in sources] for name in sources[0]},
+        **{name: [source.get(name) for source in sources] for name in chain.from_iterable(sources)},
     }
+
+
+def matching_settings(student: Path) -> TrainConfig | None:
+    """Which layers a run matched, as settings of their own; None for a checkpoint that lies in no stage's folder."""
+    store = open_store(student.absolute().parent)
+    if not store.exists(STAGE_FILE):
+        return None
+    settings = json.loads(store.read(STAGE_FILE)).get("settings", {})
+    return TrainConfig.model_validate({name: settings[name] for name in _MATCHING if name in settings})
 
 
 @lru_cache

@@ -166,6 +166,9 @@ class TrainConfig(BaseModel):
     """Text file with the keys of the samples to use, one a line; with `sources` each has its own."""
     max_samples: int | None = Field(default=None, ge=1)
     """Sample budget: so many different samples, drawn by `seed`, the same in each epoch; None uses all."""
+    allow_incomplete: bool = False
+    """Train on the shards committed so far of a store whose extraction did not finish; off, it is refused. A stage that
+    was begun so does not go on once the store holds other shards: its order of samples would be another."""
     bucket_by_length: bool = True
     """Samples of like length share a microbatch. A step has the same samples either way: less padding, same result."""
     num_workers: int | None = Field(default=None, ge=0)
@@ -190,6 +193,7 @@ class TrainConfig(BaseModel):
 
 HARMLESS_ON_RESUME = frozenset(
     {
+        "allow_incomplete",
         "num_workers",
         "prefetch",
         "bucket_by_length",
@@ -205,4 +209,5 @@ HARMLESS_ON_RESUME = frozenset(
         "trackers",
     }
 )
-"""Settings that may change between a kill and its resume: they decide speed and bookkeeping, not the result."""
+"""Settings that may change between a kill and its resume: they decide speed, bookkeeping and
+what is refused, not the result."""

@@ -52,15 +52,7 @@ def match_stage(
     student_depth: int, manifest: Manifest, config: TrainConfig, stage: StageConfig
 ) -> tuple[LayerMatching, list[str]]:
     """The matching that a stage with the attention loss asks for; see `match_layers`."""
-    found, notes = match_layers(
-        student_depth,
-        manifest.fingerprint,
-        config.student_layers,
-        config.num_matched,
-        matching=config.matching,
-        span=config.layers,
-        teacher_depth=manifest.num_layers,
-    )
+    found, notes = match_run(student_depth, manifest, config)
     name = found.codec.name
     if not stage.attention_sink_mask and name in UNMASKED_COSINES:
         notes.append(
@@ -70,6 +62,19 @@ def match_stage(
             "teacher.map_codec=float16"
         )
     return found, notes
+
+
+def match_run(student_depth: int, manifest: Manifest, config: TrainConfig) -> tuple[LayerMatching, list[str]]:
+    """The matching of a run's settings, whatever its stages do with it; see `match_layers`."""
+    return match_layers(
+        student_depth,
+        manifest.fingerprint,
+        config.student_layers,
+        config.num_matched,
+        matching=config.matching,
+        span=config.layers,
+        teacher_depth=manifest.num_layers,
+    )
 
 
 def match_layers(

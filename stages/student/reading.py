@@ -259,7 +259,8 @@ def check_first_samples(source: Source, reading: StudentReading) -> None:
     Raises:
         UserError: as `SampleReader`.
     """
-    config = StreamConfig(seed=0, shuffle_shards=0, batch_size=FIRST_SAMPLES)
+    # Whether the store is complete, the training stream itself asks.
+    config = StreamConfig(seed=0, shuffle_shards=0, batch_size=FIRST_SAMPLES, allow_incomplete=True)
     stream = mixture_stream(Mixture([source], config), rank=0, world_size=1, epochs=range(1), with_maps=False)
     read = reading.reader()
     with closing(iter(stream)) as batches:

@@ -69,6 +69,7 @@ class StageRun:
             microbatch_size=config.microbatch_size,
             bucket_by_length=config.bucket_by_length,
             max_samples=self.stage.max_samples or config.max_samples,
+            allow_incomplete=config.allow_incomplete,
         )
 
 

@@ -61,7 +61,9 @@ def train_stage(
         UserError: the folder holds the same stage with other settings, the student does not fit the targets, or the
             loss is no longer finite.
     """
-    claim_output(run)
+    with accelerator.main_process_first():
+        # The others compare with what it wrote: an incomplete store may have grown between two looks at it.
+        claim_output(run)
     report_path = run.output / "report.json"
     if report_path.is_file():
         return StageReport.model_validate_json(report_path.read_text())

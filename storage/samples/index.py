@@ -23,7 +23,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True, slots=True)
 class SampleShardEntry:
-    """One tar. An index has one for each, so that it holds half a kilobyte and no list of samples."""
+    """One tar. An index has one for each, so that it holds 1.2 kB and no list of samples."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -32,6 +32,11 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.{owner}{PARTIAL}")
 
 
+def names_owner(path: Path) -> bool:
+    """Whether the name is one of `partial_path`, which no user gives a folder by chance."""
+    return _OWNED.search(path.name) is not None
+
+
 def is_abandoned(path: Path) -> bool:
     """Whether nobody will finish this `.partial`: its owner is dead, or unknown and silent for `STALE_S`."""
     owned = _OWNED.search(path.name)

@@ -269,6 +269,7 @@ MISTAKES = {
     "train: unknown stage": ("train-student --stage xyz", "xyz"),
     "evaluate: no such model": ("evaluate {new}/model --pairs {pairs}", "{new}/model"),
     "evaluate: no checkpoint": ("evaluate {images} --pairs {pairs}", "{images}"),
+    "evaluate: model is a bare decoder": ("evaluate {lm} --pairs {pairs}", "of type qwen2, which takes no images"),
     "evaluate: training without a finished stage": ("evaluate {begun} --pairs {pairs}", "holds no finished stage"),
     "evaluate: no pairs": ("evaluate {teacher} --pairs {new}/pairs", "is not a folder"),
     "evaluate: no pair at all": ("evaluate {teacher} --pairs {pairs} --limit 0", "--limit"),

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.chat import open_chat
 from pipeline.evaluation import load_model
+from pipeline.export import export
 from pipeline.training import STAGES
 from stages.evaluation.report import EvaluationReport, KindResult
 from storage.targets import TargetStore
@@ -93,6 +95,29 @@ def test_an_earlier_stage_is_exported_by_its_folder_and_its_card_ends_there(
     card = (out / "README.md").read_text()
     assert "| dft |" in card
     assert "| sft |" not in card
+
+
+@pytest.mark.parametrize(
+    ("text", "teacher"),
+    [
+        ("student: some-org/lm\nteacher: {checkpoint: some-org/teacher, of_old: 1}\ngone: 3\n", "some-org/teacher"),
+        ("student: [1]\nteacher: 3\n", None),
+        ("no: [run file", None),
+    ],
+)
+def test_a_run_file_of_another_version_or_none_at_all_does_not_hinder_an_export(
+    text: str, teacher: str | None, undisturbed: Path, tmp_path: Path
+) -> None:
+    stage = tmp_path / "run" / "dft"
+    shutil.copytree(undisturbed / "dft", stage)
+    (tmp_path / "run" / "run.yaml").write_text(text)
+    export(str(stage), tmp_path / "out", fold=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("its teacher `some-org/teacher`, begun from `some-org/lm`" in card) == (teacher is not None)
+    # Two folders above a checkpoint that no run made lies whatever lies there.
+    (stage / "stage.json").unlink()
+    export(str(stage), tmp_path / "again", fold=False)
+    assert "some-org" not in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_an_export_is_evaluated_and_asked_like_the_run(

@@ -10,7 +10,7 @@ from pipeline.interruption import Interrupted
 from pipeline.progress import bars
 from pipeline.run_file import RunFile
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
-from pipeline.sweep_file import load_sweep
+from pipeline.sweep_file import compared_places, load_sweep
 from stages.student.stage import StageReport
 from storage.errors import UserError
 from tests.conftest import TinyWorld
@@ -127,14 +127,36 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
         ("students: {a: 3}\n", "student a is 3, expected settings"),
         ("students: {a: {}}\ncompare: {pears: x}\n", r"compare:\n  pears: Extra inputs"),
         ("students: {a: {}}\nconfig: nowhere\n", "nor a recipe of that name; recipes are demo, "),
+        ("students: {Sweep.json: {}}\n", "student Sweep.json: the sweep's folder has files of such names"),
+        ("students: {a.partial: {}}\n", "student a.partial: the sweep's folder has files of such names"),
+        ("students: {a: &own {train: *own}}\n", "nests too deep for settings; does a YAML anchor hold"),
+        ("students: {a: {}}\ncompare: {similarity_samples: 4}\n", "student a: .* needs samples and targets"),
+        ("students: {a: {}}\ncompare: {pairs: nowhere}\n", "nowhere is not a folder; expected KIND.json files"),
     ],
 )
 def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_sweep(write(tmp_path / "s.yaml", text), None, [], {"output": str(tmp_path / "out")})
-    with pytest.raises(UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe"):
+    with pytest.raises(UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe|such"):
         load_sweep(tmp_path / "s.yaml", None, [], {})
     assert not (tmp_path / "out").exists()
+
+
+def test_students_of_several_sources_are_compared_on_the_first(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = f"train.sources: [{{samples: {tiny.samples}, targets: {targets}}}, {{samples: x, targets: y}}]\n"
+    run = load_sweep(write(tmp_path / "two.yaml", sources + "students: {a: }\n"), None, [], {"output": "out"}).runs["a"]
+    assert compared_places(run) == (str(tiny.samples), str(targets))
+    one = sources.replace(", {samples: x, targets: y}", "")
+    text = f"student: {tiny.student_lm}\n{SHARED}{one}compare: {{similarity_samples: 4}}\nstudents: {{a: }}\n"
+    sweep, output = write(tmp_path / "one.yaml", text), tmp_path / "out"
+    arguments = ("--sweep", sweep, "--output", output, "--stage", "dpt")
+    done = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    similarity = SweepReport.model_validate_json((output / "sweep.json").read_text()).students["a"].similarity
+    assert similarity is not None
+    assert similarity.layers_from == "training"
 
 
 def finished(name: str) -> StageReport:

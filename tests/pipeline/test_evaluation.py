@@ -1,0 +1,92 @@
+"""Commands that look at a finished run: how it is scored, which layers are compared, on what, and where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.evaluation import compare_with_targets, gaze_pictures
+from pipeline.progress import bars
+from pipeline.tables import similarity_table
+from pipeline.training import train
+from tests.conftest import NUM_SAMPLES, TinyWorld
+from tests.pipeline.processes import run_here
+from tests.pipeline.runs import run_file
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "scoring"),
+    [
+        ((), "likelihood"),
+        (("--set", "evaluate.scoring=letters"), "letters"),
+        (("--config", "run.yaml"), "letters"),
+        (("--config", "run.yaml", "--scoring", "likelihood"), "likelihood"),
+    ],
+)
+def test_the_run_file_says_how_to_score_unless_a_flag_does(
+    words: tuple[str, ...],
+    scoring: str,
+    tiny: TinyWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("evaluate: {scoring: letters}\n")
+    command = ("evaluate", tiny.teacher, "--pairs", tiny.pairs, "--limit", 1, "--report", "report.json", *words)
+    done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    assert json.loads(Path("report.json").read_text())["scoring"] == scoring
+
+
+def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_default_ones(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    run = run_file(tiny, targets, tmp_path / "run", "train.student_layers=[1, 4]", "train.dft.max_steps=1")
+    train(run, ["dft"])
+    (tmp_path / "run/dft/student").rename(tmp_path / "alone")
+    (tmp_path / "run/dft/student").symlink_to(tmp_path / "alone")
+    places = str(tiny.samples), str(targets)
+    with bars() as progress:
+        trained = compare_with_targets(str(tmp_path / "run"), *places, 4, progress)
+        default = compare_with_targets(str(tmp_path / "alone"), *places, 4, progress)
+    assert (trained.student_layers, trained.layers_from) == ((1, 4), "training")
+    assert default.layers_from == "default"
+    assert default.student_layers != trained.student_layers
+    assert similarity_table(trained).title.endswith("layers as trained")
+    assert similarity_table(default).title.endswith("layers matched by default")
+    models = {"run": str(tmp_path / "run"), "alone": str(tmp_path / "alone")}
+    (sample,) = gaze_pictures(models, *places, count=1)
+    assert [name for name, _ in sample.pictures] == ["image", "teacher", "run", "teacher, as alone learned", "alone"]
+
+
+@pytest.mark.parametrize("limit", [3, 18, NUM_SAMPLES + 5])
+def test_as_many_samples_are_compared_as_were_asked_for(
+    limit: int, undisturbed: Path, tiny: TinyWorld, targets: Path
+) -> None:
+    with bars() as progress:
+        compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), limit, progress)
+        assert progress.tasks[0].completed == min(limit, NUM_SAMPLES)
+
+
+def test_the_comparison_runs_where_models_are_put(
+    undisturbed: Path, tiny: TinyWorld, targets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+
+    def note(student: Any, *_: Any, **__: Any) -> None:
+        devices.append(student.device.type)
+
+    # Stands for a GPU, which tests do not have.
+    monkeypatch.setattr("pipeline.evaluation._device", lambda: torch.device("meta"))
+    monkeypatch.setattr("pipeline.evaluation.attention_similarity", note)
+    with bars() as progress:
+        compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), 1, progress)
+    assert devices == ["meta"]
