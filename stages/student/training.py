@@ -1,6 +1,7 @@
 """The training loop of one stage: stream, step, log, checkpoint, resume."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
@@ -193,22 +194,22 @@ class _StageLoop:
             total_loss += loss.detach()
             for name, value in shares.items():
                 terms[name] = terms.get(name, torch.zeros_like(value)) + value
-        norm = clip_gradients(self.trained, self.run_config.config.max_grad_norm)
-        for name, value in (("loss", total_loss), ("gradient", norm)):
-            if not bool(torch.isfinite(value)):
-                # A loss is this process's own and a gradient that of all, but each of them ends here once.
+        norm = float(clip_gradients(self.trained, self.run_config.config.max_grad_norm))
+        # Of all processes: one whose own loss is finite must end here too.
+        summed = self.accelerator.reduce(torch.stack([total_loss, *terms.values()]), reduction="sum").tolist()
+        for name, value in (("loss", summed[0]), ("gradient", norm)):
+            if not math.isfinite(value):
                 keys = ", ".join(gather_object([key for batch in group for key in batch.keys]))
                 raise UserError(
-                    f"the {name} is {value.item()} at step {self.position.step + 1}; the batch holds samples {keys}. "
+                    f"the {name} is {value} at step {self.position.step + 1}; the batch holds samples {keys}. "
                     "Lower the learning rate, or look at these samples"
                 )
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        summed = self.accelerator.reduce(torch.stack([total_loss, *terms.values()]), reduction="sum").tolist()
         names = ["loss", *terms]
-        return {**dict(zip(names, summed, strict=True)), "learning_rate": rate, "grad_norm": float(norm)}
+        return {**dict(zip(names, summed, strict=True)), "learning_rate": rate, "grad_norm": norm}
 
     def _seed_step(self) -> None:
         """Dropout draws the same in a step, whatever ran before it in this process, or was not run again."""

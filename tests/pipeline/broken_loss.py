@@ -1,0 +1,28 @@
+"""`cdp`, but with a loss that is not a number in the process that has a certain sample; for torchrun.
+
+    python -m tests.pipeline.broken_loss KEY HOW train-student ...
+
+HOW is `loss` for one with finite gradients, which no other process sees, or `both`: what a broken forward pass gives.
+"""
+
+import math
+import sys
+from typing import Any
+from unittest.mock import patch
+
+from pipeline import cli
+from stages.student.batches import Batch
+from stages.student.objective import DistillationObjective
+
+if __name__ == "__main__":
+    key, how = sys.argv.pop(1), sys.argv.pop(1)
+    forward = DistillationObjective.forward
+
+    def broken(self: DistillationObjective, batch: Batch, totals: Any) -> Any:
+        loss, terms = forward(self, batch, totals)
+        if key in batch.keys:
+            loss = loss + math.nan if how == "loss" else loss * math.nan
+        return loss, terms
+
+    with patch.object(DistillationObjective, "forward", broken):
+        cli.main()
