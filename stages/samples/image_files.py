@@ -52,7 +52,9 @@ class ImageFolder:
                 raise UnusableSample("path_leaves_folder", f"{relative} is a link to a place outside the folder")
             # Also keeps out pipes and devices, which would block or never end.
             if not path.is_file():
-                raise UnusableSample("missing_image", f"{relative} is not a file of the image folder")
+                above = Path(relative).parts[:1] == (self._root.name,) and (self._root.parent / relative).is_file()
+                hint = "; it is one of the folder above, so give that" if above else ""
+                raise UnusableSample("missing_image", f"{relative} is not a file of the image folder{hint}")
             num_bytes = path.stat().st_size
             if num_bytes > self._max_bytes:
                 raise UnusableSample("image_too_large", f"{relative} has {num_bytes:,} bytes")

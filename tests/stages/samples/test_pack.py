@@ -431,6 +431,14 @@ def test_a_data_file_that_changes_between_the_passes_is_noticed(llava: LlavaFold
         pack_samples(source, llava.images, tmp_path / "out", progress=spoil)
 
 
+def test_paths_that_start_at_the_folder_above_say_so(llava: LlavaFolder, tmp_path: Path) -> None:
+    for path, hinted in (("images/a.jpg", True), ("images/lost.png", False), ("other/a.jpg", False)):
+        with pytest.raises(TooManySkipped) as refused:
+            pack_samples(llava.write_json([record("x", path), record("t")]), llava.images, tmp_path / "out")
+        assert f"{path} is not a file of the image folder" in str(refused.value)
+        assert ("it is one of the folder above, so give that" in str(refused.value)) == hinted
+
+
 def test_a_missing_image_folder_is_named(llava: LlavaFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         pack_samples(llava.write_json([record("x")]), tmp_path / "nowhere", tmp_path / "out")
