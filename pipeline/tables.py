@@ -87,7 +87,7 @@ def print_estimate(estimate: Estimate) -> None:
     for note in estimate.notes:
         table.add_row("note", escape(note))
     output.print(table)
-    settings = Table(title=f"a whole extraction on {estimate.workers} workers")
+    settings = Table(title=f"a whole extraction, workers: {estimate.workers}")
     for column in ("map codec", "shards", "95 % interval", "a sample", "whole store", hours, "wall time"):
         settings.add_column(column, justify="left" if column == "map codec" else "right")
     for name, setting in estimate.settings.items():
@@ -139,7 +139,7 @@ def print_extraction_report(report: ExtractionReport, folder: str) -> None:
     table.add_row("maps", f"{report.maps:,}")
     table.add_row("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)")
     table.add_row("size", f"{_size(report.bytes)}, {_size(report.bytes / max(report.samples, 1))} a sample")
-    table.add_row("time", f"{report.seconds:.1f} s on {report.workers} workers, {report.samples_per_s:.1f} samples/s")
+    table.add_row("time", f"{report.seconds:.1f} s, {report.samples_per_s:.1f} samples/s, workers: {report.workers}")
     waited = [worker.waited_share for worker in report.per_worker if worker.waited_share is not None]
     if waited:
         most = f"; of the worker that waited most {max(waited):.1%}" if len(waited) > 1 else ""
