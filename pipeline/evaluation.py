@@ -1,6 +1,6 @@
 """Evaluating checkpoints: finding the model, scoring it, comparing its attention with cached targets."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _first_samples(samples: str, store: TargetStore, limit: int) -> Iterator[list[StreamedSample]]:
+def _first_samples(samples: str, store: TargetStore, limit: int) -> Generator[list[StreamedSample]]:
     """The first `limit` samples of a store in its own order, in batches; it need not be complete for this."""
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=min(BATCH_SIZE, limit), allow_incomplete=True)
     stream = target_stream(open_store(samples), store, config, rank=0, world_size=1, epoch=0)

@@ -20,7 +20,7 @@ from stages.evaluation.report import EvaluationReport, KindResult
 from storage.targets import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.conftest import TinyWorld
-from tests.pipeline.test_cli import run_here
+from tests.pipeline.processes import run_here
 
 EVALUATION = EvaluationReport(
     model="student",
