@@ -19,7 +19,6 @@ from storage.stores import open_store
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp
 from tests.pipeline.runs import SETTINGS, run_file
-from tests.pipeline.test_training import Stopped, stop_at
 
 
 @pytest.fixture(autouse=True)
@@ -132,30 +131,31 @@ def test_the_cut_into_microbatches_and_bucketing_change_the_weights_by_rounding_
             torch.testing.assert_close(weights(tmp_path / name, "dft")[weight], value, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_resuming_in_the_second_epoch_on_another_number_of_processes_gives_the_same_weights(
-    processes: int, tiny: TinyWorld, targets: Path, tmp_path: Path
-) -> None:
-    settings = (
-        "train.lora.dropout=0.0",
-        "train.checkpoint_every=1",
-        "train.microbatch_size=2",
-        # 24 samples: three steps an epoch, the last one shorter.
-        "train.dft={batch_size: 10, epochs: 2, learning_rate: 1.0e-3}",
-    )
-    (report,) = train(run_file(tiny, targets, tmp_path / "undisturbed", *settings), ["dft"])
+SECOND_EPOCH = (
+    "train.lora.dropout=0.0",
+    "train.checkpoint_every=1",
+    "train.keep_checkpoints=3",
+    "train.microbatch_size=2",
+    # 24 samples: three steps an epoch, the last one shorter.
+    "train.dft={batch_size: 10, epochs: 2, learning_rate: 1.0e-3}",
+)
+"""Six steps."""
+PLACES = ("--samples", "--targets", "--student", "--output")
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("two_epochs") / "run"
+    (report,) = train(run_file(tiny, targets, output, *SECOND_EPOCH), ["dft"])
     assert report.steps == 6
-    output = tmp_path / "resumed"
-    with pytest.raises(Stopped):
-        train(run_file(tiny, targets, output, *settings), ["dft"], stop_at("dft", 5))
-    assert sorted(path.name for path in (output / "dft/checkpoints").iterdir())[-1] == "step-00000004"
-    places = ["--samples", str(tiny.samples), "--targets", str(targets), "--student", str(tiny.student_lm)]
-    words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *torchrun, "-m", "pipeline.cli", "train-student", *places, "--stage", "dft"]
+    return output
+
+
+def torchrun(processes: int, module: str, *arguments: object) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module]
     done = subprocess.run(
-        [*command, "--output", str(output), *words],
+        [sys.executable, *launcher, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -163,11 +163,32 @@ def test_resuming_in_the_second_epoch_on_another_number_of_processes_gives_the_s
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "dft/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "parallel", "after"), [(1, "ddp", 1), (1, "ddp", 2), (2, "ddp", 1), (2, "fsdp", 1), (1, "fsdp", 2)]
+)
+def test_resuming_in_the_second_epoch_on_another_number_of_processes_gives_the_same_weights(
+    before: int, parallel: str, after: int, tiny: TinyWorld, targets: Path, two_epochs: Path, tmp_path: Path
+) -> None:
+    output, settings = tmp_path / "run", (*SECOND_EPOCH, f"train.parallel={parallel}")
+    places = (tiny.samples, targets, tiny.student_lm, output)
+    torchrun(before, "tests.pipeline.stopped_training", "dft", 5, *places, *settings)
+    assert checkpoints(output) == ["step-00000002", "step-00000003", "step-00000004"]
+    flags = (word for pair in zip(PLACES, places, strict=True) for word in pair)
+    words = (word for setting in (*SETTINGS, *settings) for word in ("--set", setting))
+    torchrun(after, "pipeline.cli", "train-student", "--stage", "dft", *flags, *words)
+    assert checkpoints(output) == ["step-00000003", "step-00000004", "step-00000005"]
     lines = [json.loads(line) for line in (output / "dft/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["samples"] == 48
-    if processes == 1:
-        assert same(output, tmp_path / "undisturbed", "dft")
-    expected = weights(tmp_path / "undisturbed", "dft")
+    if before == after == 1:
+        assert same(output, two_epochs, "dft")
+    expected = weights(two_epochs, "dft")
     for name, value in weights(output, "dft").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-4)
