@@ -1,8 +1,9 @@
 """The run file: every setting of a run in one YAML document, and how flags and `--set` change it."""
 
 import reprlib
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -104,9 +105,21 @@ def validated(model: type[Settings], values: dict[str, Any], place: str) -> Sett
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {_SHORT.repr(e.get('input'))})"
+            + (_meant(model, e["loc"]) if e["type"] == "extra_forbidden" else "")
             for e in error.errors()
         ]
         raise UserError(f"{place}:\n" + "\n".join(lines)) from error
+
+
+def _meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """What the unknown key at `place` may have been meant to be; empty when nothing is near."""
+    section: type[BaseModel] | None = model
+    for name in place[:-1]:
+        field = section.model_fields.get(str(name)) if section else None
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    near = get_close_matches(str(place[-1]), section.model_fields, n=1) if section else []
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def save_run_file(run: RunFile, path: Path) -> None:

@@ -72,8 +72,10 @@ def test_a_saved_run_file_says_everything_and_loads_to_the_same_settings(path: P
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.dft.lerning_rate=1", "train.dft.lerning_rate: Extra inputs are not permitted"),
-        ("nonsense=1", "nonsense: Extra inputs"),
+        ("train.dft.lerning_rate=1", r"lerning_rate: Extra inputs are not permitted .*; did you mean learning_rate\?"),
+        ("teacher.lyers=[1]", r"teacher.lyers: .*; did you mean layers\?"),
+        ("trian.seed=1", r"trian: .*; did you mean train\?"),
+        ("nonsense=1", r"nonsense: Extra inputs are not permitted \(found 1\)$"),
         ("train.seed=abc", "train.seed: .*integer.*found 'abc'"),
         ("train.seed=-1", "train.seed: .*greater than or equal to 0"),
         ("extract.workers=0", "extract.workers: .*greater than or equal to 1"),
