@@ -84,13 +84,14 @@ def on_two_ranks(folder: Path, microbatch_size: int, parallel: str, num_samples:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("microbatch_size", "parallel"), [(8, "ddp"), (4, "ddp"), (4, "fsdp")])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
 def test_two_ranks_give_the_gradients_and_loss_terms_of_one(
-    microbatch_size: int, parallel: str, folder: Path, whole: Path
+    num_microbatches: int, parallel: str, folder: Path, whole: Path
 ) -> None:
-    found = on_two_ranks(folder, microbatch_size, parallel)
+    found = on_two_ranks(folder, BATCH_SIZE // (2 * num_microbatches), parallel)
     microbatches = counts(found, 2)
-    assert len(microbatches) == BATCH_SIZE // microbatch_size
+    assert len(microbatches) == 2 * num_microbatches
     assert_uneven(microbatches)
     assert_same_step(found, whole)
 
