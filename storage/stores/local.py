@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError, disk_errors_named
@@ -135,7 +136,7 @@ class LocalStore:
         return folder
 
     def put_tree(self, local_dir: Path, path: str) -> None:
-        """Fsync every file, then rename the folder into place."""
+        """Fsync every file, then rename the folder into place; who may look into it may read its files."""
         with disk_errors_named(self._at(path)):
             self._put_tree(local_dir, path)
 
@@ -148,8 +149,13 @@ class LocalStore:
             shutil.rmtree(local_dir)
             local_dir = nearer
         for folder, _, files in os.walk(local_dir):
+            readers = Path(folder).stat().st_mode & 0o444
             for name in files:
-                _fsync(Path(folder) / name)
+                file = Path(folder) / name
+                # safetensors writes for the owner alone, whatever the umask.
+                if readers & ~(mode := file.stat().st_mode):
+                    file.chmod(S_IMODE(mode) | readers)
+                _fsync(file)
             _fsync(Path(folder))
         while True:
             try:

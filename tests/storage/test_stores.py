@@ -3,8 +3,11 @@
 import multiprocessing
 import pickle
 from pathlib import Path
+from stat import S_IMODE
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError
@@ -73,6 +76,16 @@ def test_putting_a_tree_twice_leaves_the_last_content(store):
         store.put_tree(staged, "shards/x")
     assert store.read("shards/x/file") == b"other"
     assert store.list() == ["shards/x/file"]
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_who_may_look_into_a_folder_may_read_weights_in_it(folder: int, file: int, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    staged = store.staging("student")
+    save_file({"weight": torch.ones(1)}, staged / "model.safetensors")
+    staged.chmod(folder)
+    store.put_tree(staged, "student")
+    assert S_IMODE(store.local("student/model.safetensors").stat().st_mode) == file
 
 
 def test_folders_are_named_without_what_is_in_them(store):
