@@ -24,9 +24,11 @@ def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
 
 
 def answer(chat: Chat, question: str) -> None:
-    """Writes the answer to standard output while it is made."""
-    chat.ask(question, _write)
+    """Writes the answer to standard output while it is made; of an empty one standard error says that it was."""
+    text = chat.ask(question, _write)
     _write("\n")
+    if not text:
+        sys.stderr.write("(an empty answer: the model ended it at once)\n")
 
 
 def talk(chat: Chat) -> None:
