@@ -105,8 +105,15 @@ class Bench:
 
 
 def make_model(shape: Shape) -> LlavaForConditionalGeneration:
-    """A random LLaVA: a small vision tower and a Qwen2 decoder."""
-    config = LlavaConfig(
+    """A random LLaVA of `model_config`, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(model_config(shape))
+
+
+def model_config(shape: Shape) -> LlavaConfig:
+    """Of a LLaVA with a small vision tower and a Qwen2 decoder."""
+    return LlavaConfig(
         text_config=Qwen2Config(
             vocab_size=shape.vocab,
             hidden_size=shape.hidden,
@@ -129,9 +136,6 @@ def make_model(shape: Shape) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlavaForConditionalGeneration(config)
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

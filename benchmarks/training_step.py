@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import Qwen2Config
 
+from benchmarks.capture import IMAGE_TOKEN, make_model
+from benchmarks.capture import Shape as TeacherShape
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
 from stages.attention import AttentionCapture, enable_capture
@@ -47,7 +49,6 @@ from storage.codecs.maps import MapCodecConfig
 from storage.codecs.windows import encode_image, window_rows
 from storage.records import MapTargets
 
-IMAGE_TOKEN = 1
 MATCHED = 7
 WAYS = ("supervised", "cached", "compiled", "online", "released")
 
@@ -97,7 +98,7 @@ class Bench:
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
         self.dtype = getattr(torch, shape.dtype)
-        self.teacher = _random_model(_teacher_config(shape)).to(device, self.dtype).eval().requires_grad_(False)
+        self.teacher = make_model(_teacher_shape(shape)).to(device, self.dtype).eval().requires_grad_(False)
         self.stage = DistilledFinetuning()
         self.student = self._make_student()
         self.captured = tuple(visual_understanding_layers(shape.teacher_layers))
@@ -291,37 +292,17 @@ def _student_text(shape: Shape) -> Qwen2Config:
     )
 
 
-def _teacher_config(shape: Shape) -> LlavaConfig:
-    return LlavaConfig(
-        text_config=Qwen2Config(
-            vocab_size=shape.vocab,
-            hidden_size=shape.teacher_hidden,
-            intermediate_size=shape.teacher_intermediate,
-            num_hidden_layers=shape.teacher_layers,
-            num_attention_heads=shape.teacher_heads,
-            num_key_value_heads=shape.teacher_heads,
-            max_position_embeddings=4096,
-        ),
-        # Small, as it is the same in all ways.
-        vision_config=SiglipVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=14 * shape.patches,
-            patch_size=14,
-            vision_use_head=False,
-        ),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
+def _teacher_shape(shape: Shape) -> TeacherShape:
+    # Its vision tower is small: it is the same in all ways.
+    return TeacherShape(
+        layers=shape.teacher_layers,
+        hidden=shape.teacher_hidden,
+        intermediate=shape.teacher_intermediate,
+        heads=shape.teacher_heads,
+        kv_heads=shape.teacher_heads,
+        vocab=shape.vocab,
+        patches=shape.patches,
     )
-
-
-def _random_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlavaForConditionalGeneration(config)
 
 
 def measure(shape: Shape, device: torch.device, repeats: int, memory: dict[str, int]) -> dict[str, Any]:
