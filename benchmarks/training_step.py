@@ -115,12 +115,11 @@ class Bench:
         trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
         self.student.train()
-        for layer in self.student.model.language_model.layers:
-            layer.mlp.compile()
+        self.compiled = False
 
     def step(self, way: str) -> float:
         """One optimizer step; its loss."""
-        with self._autocast(), _compiling(way == "compiled"):
+        with self._autocast(), self._compiling(way):
             loss = self._loss(way)
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -129,7 +128,7 @@ class Bench:
 
     def loss_of(self, way: str) -> float:
         """Without a step."""
-        with torch.no_grad(), self._autocast(), _compiling(way == "compiled"):
+        with torch.no_grad(), self._autocast(), self._compiling(way):
             return float(self._loss(way))
 
     def spent(self, way: str) -> Spent:
@@ -164,6 +163,14 @@ class Bench:
         memory = PeakMemory()
         self.step(way)
         return memory.grown_bytes
+
+    def _compiling(self, way: str) -> AbstractContextManager[None]:
+        if way == "compiled" and not self.compiled:
+            for layer in self.student.model.language_model.layers:
+                layer.mlp.compile()
+            self.compiled = True
+        eager = self.compiled and way != "compiled"
+        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -269,10 +276,6 @@ class Bench:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _compiling(enabled: bool) -> AbstractContextManager[None]:
-    return nullcontext() if enabled else torch.compiler.set_stance("force_eager")
 
 
 def _image_block(attention_BHTT: Tensor, where_N: Tensor) -> Tensor:
