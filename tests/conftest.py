@@ -13,6 +13,8 @@ import pytest
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As extraction sets it: a process that began before and one that began after would differ in the last bit.
+os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
 pytest_plugins = ["tests.s3_server", "tests.faulty_s3", "tests.small_disk"]
 

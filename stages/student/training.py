@@ -65,6 +65,9 @@ def train_stage(
     with accelerator.main_process_first():
         # The others compare with what it wrote: an incomplete store may have grown between two looks at it.
         claim_output(run)
+    if accelerator.is_main_process:
+        # What a killed process left half-written; there may be gigabytes of it.
+        open_store(run.output).remove_partials()
     report_path = run.output / "report.json"
     if report_path.is_file():
         return StageReport.model_validate_json(report_path.read_text())
@@ -119,8 +122,6 @@ class _StageLoop:
 
         objective = DistillationObjective(self.student, stage, run.targets.manifest.fingerprint.logit_codec, matching)
         self.checkpoints = run.output / "checkpoints"
-        if accelerator.is_main_process:
-            open_store(self.checkpoints).remove_partials()
         self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)

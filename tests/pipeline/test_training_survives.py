@@ -99,8 +99,8 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
     damaged = checkpoints / "step-00000004" / file
     data = bytearray(damaged.read_bytes())
-    # In the state, the last digit of the position's seconds.
-    place = -1 if file.endswith("safetensors") else data.index(b"\n", data.index(b'"seconds"')) - 1
+    # In the state, the number of the step.
+    place = -1 if file.endswith("safetensors") else data.index(b'"step": ') + len('"step": ')
     data[place] ^= 1
     damaged.write_bytes(data)
     again: list[int] = []
