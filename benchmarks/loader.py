@@ -110,6 +110,7 @@ def measure(root: Path, shape: Shape, cache: Path) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "local": measure_rates(mixture, sample_bytes),
         "s3": measure_s3(root, shape, cache, sample_bytes),
+        "waiting": measure_waiting(mixture),
         "resume": measure_resume(root),
         "shuffle": shuffle_quality(),
         "padding": padding_saved(shape),
@@ -148,6 +149,25 @@ def _rate(read: Callable[[], Iterable[int]], sample_bytes: float) -> dict[str, A
         "mb_per_s": num_samples * sample_bytes / wall / 1e6,
         "processor_ms_a_sample": 1000 * cpu / num_samples,
     }
+
+
+def measure_waiting(mixture: Mixture, seconds_a_sample: Sequence[float] = (0.02, 0.04, 0.08)) -> dict[str, Any]:
+    """What share of its time a training process waits that is busy so long with each sample, beside one loader process.
+
+    It sleeps, as one does whose GPU computes. The start of the loader process is not counted.
+    """
+    shares = {}
+    for busy_s in seconds_a_sample:
+        with closing(_loader(mixture, 1).steps(range(1), 0)) as steps:
+            next(steps)
+            begun, waited = time.perf_counter(), 0.0
+            asked = begun
+            for step in steps:
+                waited += time.perf_counter() - asked
+                time.sleep(busy_s * sum(len(batch.keys) for batch in step))
+                asked = time.perf_counter()
+            shares[f"{1 / busy_s:g} samples/s"] = waited / (time.perf_counter() - begun)
+    return {"wait_share": shares}
 
 
 def measure_s3(root: Path, shape: Shape, cache: Path, sample_bytes: float) -> dict[str, Any]:
