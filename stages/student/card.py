@@ -159,7 +159,14 @@ def _losses(history: Sequence[StageRecord]) -> str:
         ]
         for stage in history
     ]
-    header = ["stage", "samples", "steps", "trained parameters", "hours", *(f"{term} loss" for term in terms)]
+    header = [
+        "stage",
+        "samples",
+        "steps",
+        "trained parameters",
+        "hours",
+        *("loss" if term == "loss" else f"{term} loss" for term in terms),
+    ]
     return f"{_table(header, rows)}\n\nLosses are means over the last tenth of a stage's steps."
 
 
