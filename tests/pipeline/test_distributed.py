@@ -16,7 +16,9 @@ from tests.conftest import TinyWorld
 from tests.pipeline.runs import SETTINGS
 from tests.pipeline.test_training_data import keys_of
 
-pytestmark = pytest.mark.slow
+# A group of processes on a busy machine takes minutes to start.
+PATIENCE_S = 500
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_S)]
 
 ONE = [sys.executable, "-m", "pipeline.cli"]
 TORCHRUN = [
@@ -52,7 +54,7 @@ def run_command(
     words = [word for setting in (*FEW, *settings) for word in ("--set", setting)]
     command = [*launcher, "train-student", *places, "--output", str(output), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -239,6 +239,7 @@ def test_sigterm_saves_in_all_processes_of_torchrun_also_when_it_comes_twice(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_sigterm_to_the_driver_saves_in_the_processes_of_a_ray_cluster(
     tiny: TinyWorld, targets: Path, ray_address: str, tmp_path: Path
 ) -> None:
