@@ -26,8 +26,9 @@ import examples.scenes
 from benchmarks.results import RESULTS, Spent, command_line, save_result, spent
 from examples.scenes.dataset import write_dataset
 from pipeline.extraction import SHARDS_IN_FLIGHT, stored_bytes
+from pipeline.order_of_sums import fix_order_of_sums
 from pipeline.run_file import load_run_file
-from pipeline.shard_extractor import ShardExtractor, fix_order_of_sums
+from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.estimate import EstimateConfig
 from stages.teacher.identity import TeacherConfig, identify_teacher

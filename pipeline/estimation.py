@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pipeline.extraction import ExtractConfig, threads_of_each
-from pipeline.shard_extractor import fix_order_of_sums
+from pipeline.order_of_sums import fix_order_of_sums
 from storage.samples import SampleIndex
 from storage.stores import open_store
 

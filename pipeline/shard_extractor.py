@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.order_of_sums import fix_order_of_sums
 from pipeline.task_pool import DEATHS_AT_A_PLACE
 from pipeline.workers import ProcessUnfit, Whereabouts
 from storage.errors import FingerprintMismatch
@@ -126,11 +127,3 @@ class ShardExtractor:
         staging = self.targets.staging("teacher")
         self.teacher.save_vision(staging)
         save_teacher(self.targets, self.manifest, staging)
-
-
-def fix_order_of_sums() -> None:
-    """Makes a matrix product on a CPU the same for any number of threads, and with it of workers.
-
-    The library reads this when it first multiplies.
-    """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

@@ -110,6 +110,7 @@ def test_two_processes_of_a_ray_cluster_give_the_losses_and_weights_of_one(
     assert_same_training(run, alone)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 def test_a_mistake_that_one_process_of_a_ray_cluster_meets_ends_all_at_once_and_is_said(
     tiny: TinyWorld, ray_address: str, tmp_path: Path
 ) -> None:
