@@ -5,17 +5,18 @@ from pathlib import Path
 
 
 def fix_order_of_sums() -> None:
-    """Makes a matrix product on a CPU the same for any number of threads, and with it of workers.
+    """Makes a matrix product on an Intel CPU the same for any number of threads, and with it of workers.
 
-    MKL reads this when it first multiplies, and keeps the promise on Intel's processors. On those of AMD it splits sums
-    by threads when it is asked (measured: EPYC), and does not when it is left alone.
+    MKL reads this when it first multiplies. On other processors it does not keep the promise (measured: AMD EPYC, with
+    and without it); there the bytes are the same for one number of threads.
     """
-    if _made_by_intel():
+    if made_by_intel():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
-def _made_by_intel() -> bool:
+def made_by_intel() -> bool:
+    """Whether this machine's processor is."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
-        return True
+        return False
