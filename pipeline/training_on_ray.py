@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import ray_cluster
 from pipeline.flags import need
-from pipeline.interruption import SAVED_EXIT_CODE, Interrupted
+from pipeline.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.run_file import RunFile
 from pipeline.training import STAGES, StageProgress, refuse_existing, train
 from stages.student.config import StageName
@@ -42,7 +42,9 @@ def train_on_ray(
         elif progress is not None:
             progress(*said)
 
-    with ray_cluster.connect(run.train.ray_address) as cluster:
+    # Connecting takes the signals for Ray, so that they are remembered anew after it.
+    signals = remembered(signal.SIGTERM, signal.SIGINT)
+    with ray_cluster.connect(run.train.ray_address) as cluster, signals as asked_to_stop:
         ray_cluster.run_group(
             partial(_train_in_group, _with_absolute_places(run), tuple(stages)),
             num_workers=run.train.workers or max(1, cluster.gpus),
@@ -50,7 +52,7 @@ def train_on_ray(
             max_attempts=run.train.max_attempts,
             storage=str(output),
             on_letter=receive,
-            should_stop=should_stop,
+            should_stop=lambda: should_stop() or asked_to_stop(),
         )
     if stopped:
         raise Interrupted(signal.SIGTERM, stopped[0], SAVED_EXIT_CODE)
