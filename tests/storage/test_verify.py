@@ -226,7 +226,9 @@ def test_damaged_samples_are_named_and_never_moved(damaged, name):
     (damaged / "samples" / name).write_bytes(b"short")
     before = files_of(damaged)
     report = check(damaged)
-    assert {(finding.shard, finding.file) for finding in report.findings} == {("samples-000001.tar", name)}
+    # A table is held by what the index says of it alone, so that either may be wrong.
+    doubted = {("samples", "index.json")} if name.endswith(".json") else set()
+    assert {(finding.shard, finding.file) for finding in report.findings} == {("samples-000001.tar", name)} | doubted
     repaired = repair(report)
     assert repaired.moved == ()
     assert repaired.left == report.findings
