@@ -8,14 +8,18 @@ def fix_order_of_sums() -> None:
     """Makes a matrix product on an Intel CPU the same for any number of threads, and with it of workers.
 
     MKL reads this when it first multiplies. On other processors it does not keep the promise (measured: AMD EPYC, with
-    and without it); there the bytes are the same for one number of threads.
+    and without it); there `reproducible_threads` does.
     """
-    if made_by_intel():
+    if _made_by_intel():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
-def made_by_intel() -> bool:
-    """Whether this machine's processor is."""
+def reproducible_threads(threads: int) -> int:
+    """As many, or one where another number would give other bytes: a resumed run may have fewer workers."""
+    return threads if _made_by_intel() else 1
+
+
+def _made_by_intel() -> bool:
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.order_of_sums import fix_order_of_sums
+from pipeline.order_of_sums import fix_order_of_sums, reproducible_threads
 from pipeline.task_pool import DEATHS_AT_A_PLACE
 from pipeline.workers import ProcessUnfit, Whereabouts
 from storage.errors import FingerprintMismatch
@@ -40,7 +40,7 @@ class ShardExtractor:
         from stages.teacher.observe import Observer
         from stages.teacher.teacher import load_teacher
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads if torch.cuda.is_available() else reproducible_threads(threads))
         self.samples, self.targets, self.manifest = open_store(samples), open_store(targets), manifest
         self.index = SampleIndex.load(self.samples)
         self.teacher = load_teacher(teacher)

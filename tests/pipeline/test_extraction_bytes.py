@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.order_of_sums import made_by_intel
 from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig, identify_teacher
@@ -77,7 +76,6 @@ ShardExtractor(settings, samples, out, manifest, threads=int(threads))(0, lambda
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not made_by_intel(), reason="promised on Intel's processors only: docs/method.md")
 def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
     # Large enough that matrix products are shared among threads.
     teacher = make_tiny_llava(tmp_path / "teacher", num_layers=4, hidden=512, heads=8, image_size=64, patch_size=4)
