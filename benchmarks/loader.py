@@ -151,23 +151,28 @@ def _rate(read: Callable[[], Iterable[int]], sample_bytes: float) -> dict[str, A
     }
 
 
-def measure_waiting(mixture: Mixture, seconds_a_sample: Sequence[float] = (0.02, 0.04, 0.08)) -> dict[str, Any]:
-    """What share of its time a training process waits that is busy so long with each sample, beside one loader process.
+def measure_waiting(
+    mixture: Mixture, paces: Sequence[tuple[float, int]] = ((12.5, 1), (25, 1), (25, 2), (50, 2))
+) -> list[dict[str, float]]:
+    """What share of its time a training process waits that uses so many samples a second, beside loader processes.
 
-    It sleeps, as one does whose GPU computes. The start of the loader process is not counted.
+    It sleeps between steps, as one does whose GPU computes. What comes before its first data is given apart.
     """
-    shares = {}
-    for busy_s in seconds_a_sample:
-        with closing(_loader(mixture, 1).steps(range(1), 0)) as steps:
-            next(steps)
-            begun, waited = time.perf_counter(), 0.0
+    found = []
+    for samples_per_s, num_workers in paces:
+        begun = time.perf_counter()
+        loader = _loader(mixture, num_workers)
+        with closing(loader.steps(range(1), 0)) as steps:
+            waits = []
             asked = begun
             for step in steps:
-                waited += time.perf_counter() - asked
-                time.sleep(busy_s * sum(len(batch.keys) for batch in step))
+                waits.append(time.perf_counter() - asked)
+                time.sleep(sum(len(batch.keys) for batch in step) / samples_per_s)
                 asked = time.perf_counter()
-            shares[f"{1 / busy_s:g} samples/s"] = waited / (time.perf_counter() - begun)
-    return {"wait_share": shares}
+            share = sum(waits[1:]) / (asked - begun - waits[0])
+        pace = {"samples_per_s": samples_per_s, "loader_processes": num_workers}
+        found.append({**pace, "first_batch_s": waits[0], "wait_share": share})
+    return found
 
 
 def measure_s3(root: Path, shape: Shape, cache: Path, sample_bytes: float) -> dict[str, Any]:

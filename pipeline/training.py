@@ -22,7 +22,7 @@ from stages.student.config import DataSource, StageName, TrainConfig
 from stages.student.stage import StageReport, StageRun, StepProgress, TrainingStopped
 from stages.student.start import StudentStart
 from stages.student.training import train_stage
-from storage.errors import UserError
+from storage.errors import FingerprintMismatch, UserError
 from storage.stores import open_store
 from storage.stream import Source
 from storage.targets import TargetStore
@@ -67,6 +67,8 @@ def train(
         accelerator.wait_for_everyone()
     stores: dict[str, TargetStore] = {}
     runs = {name: _stage_run(run, name, decoder, output, stores) for name in STAGES if name in stages}
+    if run.train.adapter == "teacher":
+        _check_one_teacher(runs)
     # All of them before anything is written: a refusal changes nothing.
     for stage in runs.values():
         check_output(stage)
@@ -163,6 +165,17 @@ def _stage_run(run: RunFile, name: StageName, decoder: str, output: Path, stores
         sources=tuple(_opened(source, stores) for source in _sources(run, name)),
         output=output / name,
     )
+
+
+def _check_one_teacher(runs: dict[StageName, StageRun]) -> None:
+    """A student keeps the eyes of its first stage's teacher."""
+    teachers = {name: stage.targets.manifest.fingerprint.teacher_weights for name, stage in runs.items()}
+    if len(set(teachers.values())) > 1:
+        raise FingerprintMismatch(
+            "the stages have targets of different teachers (sha256 of weights: "
+            + ", ".join(f"{name} {digest[:12]}" for name, digest in teachers.items())
+            + "), but a student sees with the eyes of one; extract the targets of all stages with the same teacher"
+        )
 
 
 def _sources(run: RunFile, name: StageName) -> Sequence[DataSource]:

@@ -7,8 +7,15 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import CONFIG_MAPPING, AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import logging as transformers_logging
 
 from storage.digests import parse_json
@@ -77,6 +84,23 @@ def refuse_code(folder: Path) -> None:
                 "checkpoint of a family that transformers has; for a teacher whose code you have read there is --set "
                 "teacher.trust_remote_code=true"
             )
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A checkpoint's config.
+
+    Raises:
+        UserError: it is of a type that the installed transformers does not know, or holds what its type cannot have.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: {first}; expected "
+            "the config of a model that this version knows"
+        ) from error
+    return config
 
 
 def hide_loading_bars() -> None:

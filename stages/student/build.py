@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stages.checkpoints import refuse_code, resolve_checkpoint
+from stages.checkpoints import load_config, refuse_code, resolve_checkpoint
 from stages.families import FAMILIES, family_of
 from stages.families.family import Family
 from stages.student import modeling_any_teacher, modeling_compodistill
@@ -29,6 +30,9 @@ Student: TypeAlias = (
     CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration | PreTrainedModel
 )
 """With the teacher's eyes one of the first two; with its own, a class of the library."""
+
+_PREFIXES = {CompoDistillStudentConfig.model_type: "model.", AnyTeacherStudentConfig.model_type: "model.eyes."}
+"""Where the teacher's image side is: in the model for teachers of any family, it is a part of its own."""
 
 
 def build_student(
@@ -53,17 +57,17 @@ def build_student(
     decoder_folder = resolve_checkpoint(decoder)
     for folder in (teacher_folder, decoder_folder):
         refuse_code(folder)
-    teacher_config = AutoConfig.from_pretrained(teacher_folder, trust_remote_code=False)
+    teacher_config = load_config(teacher_folder)
     family = able_family(teacher_config.model_type)
     language_model = AutoModelForCausalLM.from_pretrained(decoder_folder, dtype=dtype, trust_remote_code=False)
+    _check_head(decoder_folder, language_model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = _untrained(teacher_config, language_model.config, family, image_token_id).to(dtype)
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
-    # In the model for teachers of any family, the teacher's image side is a part of its own.
-    place = "model.eyes." if isinstance(student, AnyTeacherStudentForConditionalGeneration) else "model."
+    place = _PREFIXES[student.config.model_type]
     seen = {
         name.replace("model.", place, 1): tensor
         for name, tensor in load_file(teacher_folder / "model.safetensors").items()
@@ -93,6 +97,41 @@ def able_family(teacher_type: str) -> Family:
             f"students can be built for {', '.join(able)}"
         )
     return family
+
+
+def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuses what cannot be a student's decoder, before any weights are loaded.
+
+    Raises:
+        UserError: no causal language model, or one whose parts are not where those of Llama and its kin are.
+    """
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"{folder} is of type {config.model_type}, which is no causal language model; name one such as Qwen or "
+            "Llama as the student's decoder"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None or not hasattr(getattr(model, "model", None), "layers"):
+        raise UserError(
+            f"{folder} is of type {config.model_type}, which cannot be a student's decoder: expected its layers at "
+            "model.layers and a linear lm_head without bias, as Llama and its kin have; name such a model"
+        )
+
+
+def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
+    """The student has decoder and head, but nothing that a family may do to logits besides, such as a cap."""
+    # Several, since that of padding may have an embedding of zeros.
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = language_model(tokens).logits
+        plain = language_model.lm_head(language_model.model(tokens).last_hidden_state)
+    if not torch.allclose(logits, plain, rtol=1e-5, atol=1e-6):
+        raise UserError(
+            f"{folder} is of type {language_model.config.model_type}, which scales or caps the logits that its head "
+            "makes; students do not, so they would learn and answer differently: name another decoder"
+        )
 
 
 def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
@@ -126,10 +165,15 @@ def register_students() -> None:
     modeling_any_teacher.register()
 
 
+def eyes_prefix(folder: Path) -> str:
+    """Before the names of a student's tensors that are `model.` in the teacher; `folder` is the student's."""
+    return _PREFIXES[json.loads((folder / "config.json").read_text())["model_type"]]
+
+
 def is_student(folder: Path) -> bool:
     """Whether a checkpoint is a student with a teacher's eyes, rather than a bare decoder or a model of the library."""
     config = json.loads((folder / "config.json").read_text())
-    return config.get("model_type") in (CompoDistillStudentConfig.model_type, AnyTeacherStudentConfig.model_type)
+    return config.get("model_type") in _PREFIXES
 
 
 def student_config(teacher: dict[str, object], text: dict[str, object]) -> CompoDistillStudentConfig:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from stages.checkpoints import refuse_code
+from stages.checkpoints import load_config, refuse_code
 from stages.conversations import EncodedConversation
 from stages.families import family_of, llava
 from stages.families.batch import batch_inputs
@@ -29,7 +29,7 @@ def load_multimodal(folder: Path, dtype: "torch.dtype | str" = "auto") -> PreTra
     """
     register_students()
     refuse_code(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{folder} is of type {config.model_type}, which takes no images; give a multimodal model")
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
-from stages.checkpoints import load_processor, refuse_code
+from stages.checkpoints import load_config, load_processor, refuse_code
 from stages.conversations import ConversationEncoder, UnusableConversation
 from stages.families import FAMILIES, family_of, llava
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
 from stages.images import decode_image
-from stages.student.build import able_family, is_student, register_students
+from stages.student.build import able_family, check_decoder, is_student, register_students
 from stages.student.own_tokens import students_processor
 from stages.student.tokens import other_tokenizer, tokenizer_differences
 from storage.errors import UserError
@@ -205,10 +205,8 @@ def open_reading(targets: TargetStore, folder: Path, *, own_eyes: bool, kd_weigh
     refuse_code(folder)
     teacher_folder = targets.teacher_folder()
     teacher = load_processor(teacher_folder)
-    teacher_config, config = (
-        AutoConfig.from_pretrained(place, trust_remote_code=False) for place in (teacher_folder, folder)
-    )
-    family = _family(folder, config.model_type, teacher_config.model_type, own_eyes=own_eyes)
+    teacher_config, config = load_config(teacher_folder), load_config(folder)
+    family = _family(folder, config, teacher_config.model_type, own_eyes=own_eyes)
     differences = tokenizer_differences(teacher, folder)
     if differences and kd_weight > 0:
         raise other_tokenizer(folder, differences)
@@ -233,15 +231,19 @@ def open_reading(targets: TargetStore, folder: Path, *, own_eyes: bool, kd_weigh
     )
 
 
-def _family(folder: Path, model_type: str, teacher_type: str, *, own_eyes: bool) -> Family:
+def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_eyes: bool) -> Family:
     """The family of the eyes; own ones take a whole model, the teacher's a decoder without any."""
+    model_type = config.model_type
     if not own_eyes:
         if model_type in FAMILIES:
             raise UserError(
                 f"{folder} is a whole multimodal model ({model_type}); give --adapter own for it to keep its tower and "
                 "adapter, or name a causal language model as the student's decoder"
             )
-        return able_family(teacher_type)
+        family = able_family(teacher_type)
+        if not is_student(folder):
+            check_decoder(folder, config)
+        return family
     if model_type not in FAMILIES:
         raise UserError(
             f"{folder} is of type {model_type}, which has no vision tower and adapter of its own; name a multimodal "

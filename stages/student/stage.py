@@ -21,8 +21,10 @@ class StageReport(BaseModel):
     trained_parameters: int
     seconds: float
     samples_per_s: float
+    first_batch_s: float
+    """Seconds until the first data came, after the last start: loader processes began and opened the stores."""
     wait_share: float
-    """Share of the time since its last start that the loop waited for data."""
+    """Share of the time since then that the loop waited for data."""
     losses: dict[str, float]
     """Each term, mean over the last tenth of the steps."""
     notes: list[str] = []

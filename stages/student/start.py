@@ -7,8 +7,9 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from stages.checkpoints import resolve_checkpoint
-from stages.student.build import Student, build_student, load_student
+from stages.student.build import Student, build_student, is_student, load_student
 from stages.student.collator import Collator
+from stages.student.eyes import check_eyes
 from stages.student.reading import check_first_samples, open_reading
 from stages.student.stage import StageRun
 from stages.student.trainable import prepare_for_stage
@@ -22,6 +23,7 @@ class StudentStart:
 
     Raises:
         UserError: the student cannot read the store's samples, or cannot be of the kind that is asked for.
+        FingerprintMismatch: it was built for another teacher.
     """
 
     def __init__(self, run: StageRun) -> None:
@@ -34,6 +36,9 @@ class StudentStart:
             lengths = [source.targets.manifest.fingerprint.max_length for source in run.sources]
             reading = replace(reading, max_length=max(lengths))
         self._reading = reading
+        self._saved = run.initial is not None or is_student(self._folder)
+        if self._saved and not self._own_eyes:
+            check_eyes(self._folder, run.targets.teacher_folder())
 
     @property
     def processor(self) -> ProcessorMixin:
@@ -60,7 +65,7 @@ class StudentStart:
     def load(self) -> tuple[Student, PeftModel | None]:
         """The student with what the stage trains of it, and the wrapper of its LoRA updates if it has any."""
         run = self._run
-        if run.initial is not None or self._own_eyes:
+        if self._saved or self._own_eyes:
             student = load_student(self._folder)
         else:
             student = build_student(

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterator
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -29,6 +30,8 @@ class LoaderDied(UserError):
 
 class StepLoader:
     """This rank's part of every optimizer step.
+
+    Make it early: what loader processes are copied from begins at once, and imports for seconds beside the caller.
 
     Args:
         mixture: the samples and how they are cut.
@@ -56,6 +59,7 @@ class StepLoader:
         self.rank, self.world_size, self.with_maps = rank, world_size, with_maps
         self.num_workers = spare_workers(device) if num_workers is None else num_workers
         self.prefetch = prefetch
+        self._context = _context(remote=mixture.is_remote) if self.num_workers else None
 
     def steps(self, epochs: range, start_step: int) -> Generator[list[Batch]]:
         """The microbatches of each step from `start_step` of the first of these epochs on, over all of them.
@@ -99,7 +103,7 @@ class StepLoader:
             prefetch_factor=self.prefetch if workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_begin_worker,
-            multiprocessing_context=_context(remote=self.mixture.is_remote) if workers else None,
+            multiprocessing_context=self._context,
             # Without its own it draws from the generator of dropout, once more after each resume.
             generator=torch.Generator().manual_seed(self.mixture.config.seed),
         )
@@ -120,13 +124,15 @@ def _context(*, remote: bool) -> BaseContext:
     """How loader processes begin: never as a copy of this process, whose threads may hold a lock that none in the copy
     would ever give back.
 
-    They are copies of a server that has imported all this and done nothing else. For object stores each is a new
-    process: the server has the environment of its first use, and credentials may be newer.
+    They are copies of a server that has imported all this and done nothing else; it begins here, if it did not before.
+    For object stores each is a new process: the server has the environment of its first use, and credentials may be
+    newer.
     """
     if remote:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
     return context
 
 

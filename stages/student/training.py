@@ -89,7 +89,17 @@ class _StageLoop:
         config, stage = run.config, run.stage
         _check_temperature(run)
         start = StudentStart(run)
-        self.collator = start.collator()
+        # Before the student is loaded: what makes loader processes gets ready meanwhile.
+        self.loader = StepLoader(
+            Mixture(run.sources, run.stream),
+            start.collator(),
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=accelerator.device,
+            num_workers=config.num_workers,
+            prefetch=config.prefetch,
+            with_maps=stage.attention_weight > 0,
+        )
         self.student, self.peft = start.load()
         enable_capture(self.student)
         if config.activation_checkpointing:
@@ -107,16 +117,6 @@ class _StageLoop:
             # Now, and not only in the report: what they say may be a reason to stop.
             for note in self.notes:
                 logger.warning("%s: %s", run.name, note)
-        self.loader = StepLoader(
-            Mixture(run.sources, run.stream),
-            self.collator,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            device=accelerator.device,
-            num_workers=config.num_workers,
-            prefetch=config.prefetch,
-            with_maps=stage.attention_weight > 0,
-        )
         self.steps_per_epoch = self.loader.mixture.num_steps
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
@@ -135,7 +135,7 @@ class _StageLoop:
         """Trains to the last step and saves the student."""
         config = self.run_config.config
         recent: list[dict[str, float]] = []
-        waited = 0.0
+        waiting: list[float] = []
         self.student.train()
         begun = time.perf_counter()
         started = begun - self.position.seconds
@@ -144,7 +144,7 @@ class _StageLoop:
             while self.position.step < self.num_steps:
                 before = time.perf_counter()
                 group = self._next_group(groups)
-                waited += time.perf_counter() - before
+                waiting.append(time.perf_counter() - before)
                 totals = self._totals(group)
                 losses = self._step(group, totals)
                 self._advance(time.perf_counter() - started)
@@ -156,7 +156,9 @@ class _StageLoop:
                     self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
                 if step % config.checkpoint_every == 0 and step < self.num_steps:
                     self._save_checkpoint()
-        return self._finish(recent, waited / max(time.perf_counter() - begun, 1e-9))
+        first_batch_s, *later = waiting or [0.0]
+        seconds = time.perf_counter() - begun - first_batch_s
+        return self._finish(recent, first_batch_s, sum(later) / max(seconds, 1e-9))
 
     def _metrics_log(self) -> MetricsLog:
         run = self.run_config
@@ -245,7 +247,7 @@ class _StageLoop:
             epoch, epoch_step = epoch + 1, 0
         self.position = Position(position.step + 1, epoch, epoch_step, position.samples + self.samples_in_step, seconds)
 
-    def _finish(self, recent: list[dict[str, float]], wait_share: float) -> StageReport:
+    def _finish(self, recent: list[dict[str, float]], first_batch_s: float, wait_share: float) -> StageReport:
         run = self.run_config
         names = [name for name in (recent[-1] if recent else {}) if name not in ("learning_rate", "grad_norm")]
         report = StageReport(
@@ -255,6 +257,7 @@ class _StageLoop:
             trained_parameters=sum(p.numel() for p in self.trained),
             seconds=self.position.seconds,
             samples_per_s=self.position.samples / max(self.position.seconds, 1e-9),
+            first_batch_s=first_batch_s,
             wait_share=wait_share,
             losses={name: sum(step[name] for step in recent) / len(recent) for name in names},
             notes=self.notes,

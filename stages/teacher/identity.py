@@ -7,10 +7,17 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoConfig, PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention import CAPTURE_VERSION
-from stages.checkpoints import load_processor, refuse_code, resolve_checkpoint, tokenizer_digest, weights_digest
+from stages.checkpoints import (
+    load_config,
+    load_processor,
+    refuse_code,
+    resolve_checkpoint,
+    tokenizer_digest,
+    weights_digest,
+)
 from stages.conversations import chat_template, image_processor_backend
 from stages.families import family_of
 from stages.families.family import Family
@@ -122,7 +129,7 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
     folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
     if not settings.trust_remote_code:
         refuse_code(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
     layers = settings.layers or tuple(visual_understanding_layers(num_layers))

@@ -31,8 +31,8 @@ def test_the_synthetic_store_is_read_and_resumed(tmp_path: Path) -> None:
     mixture = loader._mixture(tmp_path / "samples", tmp_path / "targets", batch_size=5)
     rates = loader._rate(lambda: loader._loaded(mixture, 0), 1e6)
     assert rates["mb_per_s"] == pytest.approx(rates["samples_per_s"])
-    (share,) = loader.measure_waiting(mixture, [0.01])["wait_share"].values()
-    assert 0 < share < 1
+    (found,) = loader.measure_waiting(mixture, [(100, 0)])
+    assert 0 < found["wait_share"] < 1
     found = measure_resume(tmp_path, repeats=1)
     assert found["steps_an_epoch"] == 3
     assert min(found["median_s"].values()) > 0

@@ -168,6 +168,7 @@ def finished(name: str) -> StageReport:
         trained_parameters=1,
         seconds=2.0,
         samples_per_s=2.0,
+        first_batch_s=0.0,
         wait_share=0.0,
         losses=losses,
         notes=[name],

@@ -2,6 +2,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 
 from pipeline.run_file import load_run_file
 from pipeline.training import STAGES, last_student, train
+from stages.student.build import load_student
 from stages.student.config import StageName
+from stages.student.folding import fold_post_connector, take_apart
 from stages.student.objective import DistillationObjective
 from stages.student.stage import StageReport, StepProgress
 from storage.errors import FingerprintMismatch, UserError
@@ -138,6 +141,45 @@ def test_a_stage_does_not_go_on_from_another_start(tiny: TinyWorld, targets: Pat
     train(run, ["dpt"])
     with pytest.raises(FingerprintMismatch, match="begun from decoder, now it would start from dpt"):
         train(run, ["dft"])
+
+
+def test_a_stage_may_begin_from_the_student_of_another_run(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    saved = undisturbed / "dpt" / "student"
+    train(run_file(replace(tiny, student_lm=saved), targets, tmp_path / "run"), ["dft"])
+    assert weights(tmp_path / "run/dft") == weights(undisturbed / "dft")
+
+
+@pytest.mark.parametrize("change", ["another tower", "exported"])
+def test_a_saved_student_with_other_eyes_than_the_targets_teacher_is_refused_and_nothing_is_written(
+    change: str, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    student = load_student(undisturbed / "dpt" / "student")
+    if change == "exported":
+        student = fold_post_connector(take_apart(student)).build()
+        found = r"another model\.multi_modal_projector\.linear_2\.(bias|weight)"
+    else:
+        student.model.vision_tower.post_layernorm.bias.data += 1e-3
+        found = r"another model\.vision_tower\.post_layernorm\.bias"
+    shutil.copytree(undisturbed / "dpt" / "student", tmp_path / "student")
+    student.save_pretrained(tmp_path / "student")
+    with pytest.raises(FingerprintMismatch, match=f"the eyes of the targets' teacher: it has {found}"):
+        train(run_file(replace(tiny, student_lm=tmp_path / "student"), targets, tmp_path / "run"), ["dft"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_with_targets_of_two_teachers_are_refused_and_nothing_is_written(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    manifest = TargetStore.open(targets).manifest
+    fingerprint = manifest.fingerprint.model_copy(update={"teacher_weights": "0" * 64})
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_bytes(manifest.model_copy(update={"fingerprint": fingerprint}).to_bytes())
+    with pytest.raises(FingerprintMismatch, match=r"targets of different teachers .*: dpt \w{12}, dft 0{12}, sft"):
+        train(run_file(tiny, targets, tmp_path / "run", f"train.dft.targets={other}"), STAGES)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bookkeeping_may_change_between_a_stop_and_its_resume(
