@@ -110,7 +110,7 @@ def measure(root: Path, shape: Shape, cache: Path) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "local": measure_rates(mixture, sample_bytes),
         "s3": measure_s3(root, shape, cache, sample_bytes),
-        "waiting": measure_waiting(mixture),
+        "waiting": measure_waiting(_mixture(root / "samples", root / "targets", batch_size=64)),
         "resume": measure_resume(root),
         "shuffle": shuffle_quality(),
         "padding": padding_saved(shape),
@@ -156,13 +156,14 @@ def measure_waiting(
 ) -> list[dict[str, float]]:
     """What share of its time a training process waits that uses so many samples a second, beside loader processes.
 
-    It sleeps between steps, as one does whose GPU computes. What comes before its first data is given apart.
+    A step has eight microbatches. It sleeps between steps, as one does whose GPU computes. What comes before its first
+    data is given apart.
     """
     found = []
     for samples_per_s, num_workers in paces:
         begun = time.perf_counter()
         loader = _loader(mixture, num_workers)
-        with closing(loader.steps(range(1), 0)) as steps:
+        with closing(loader.steps(range(3), 0)) as steps:
             waits = []
             asked = begun
             for step in steps:
@@ -306,7 +307,7 @@ def _loader(mixture: Mixture, num_workers: int) -> StepLoader:
         world_size=1,
         device=CPU,
         num_workers=num_workers,
-        prefetch=2,
+        prefetch=None,
         with_maps=True,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from pipeline.flags import need
 from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
@@ -28,6 +29,12 @@ from storage.stream import Source
 from storage.targets import TargetStore
 
 _USE_FSDP = "ACCELERATE_USE_FSDP"
+_NOT_SERVED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""Ways of `accelerate launch` that would wrap the student in another way than `train.parallel` says."""
 STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
 StageProgress = Callable[[StageName, StepProgress], None]
 
@@ -107,6 +114,12 @@ def refuse_existing(output: Path, stages: Sequence[StageName]) -> None:
 def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
     """The process group that a launcher began, if one did, and what it and the machine decide of the settings."""
     config = run.train
+    for variable, name in _NOT_SERVED.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise UserError(
+                f"{variable} asks for {name}, which students are not trained with; launch with --multi_gpu or "
+                "--use_fsdp, or unset it"
+            )
     # `accelerate launch --use_fsdp` would have Accelerate wrap the model itself, which it does not do on CPUs.
     asked = os.environ.pop(_USE_FSDP, None)
     # A process that trains several students may do so in different precisions.
@@ -114,8 +127,12 @@ def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     precision = ("bf16" if able else "fp32") if config.precision == "auto" else config.precision
     # Said outright, or Accelerate would run torchrun's processes on a machine without a GPU side by side, unjoined.
+    # And outright how gradients are summed and that nothing is compiled, which else the environment decides.
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, cpu=not torch.cuda.is_available()
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
     )
     found: dict[str, str] = {"precision": precision}
     if asked is not None:

@@ -174,8 +174,9 @@ class TrainConfig(BaseModel):
     num_workers: int | None = Field(default=None, ge=0)
     """Loader processes of each training process; 0 loads in it. None is one for each core that nothing computes with,
     up to 4: on a machine without a GPU torch computes with all cores unless OMP_NUM_THREADS says otherwise."""
-    prefetch: int = Field(default=2, ge=1)
-    """Microbatches that each loader process has ready; a longer stall is bridged, for more memory."""
+    prefetch: int | None = Field(default=None, ge=1)
+    """Microbatches that each loader process has ready; None is its share of a step, so that the next step is made while
+    one is taken, and at least 2. More bridge longer stalls; all lie in shared memory."""
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -1,5 +1,6 @@
 """Optimizer steps' batches, made ahead of the training process by loader processes."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ from storage.stream import Mixture, StreamedSample, mixture_stream
 
 MOST_WORKERS = 4
 """Loader processes of one training process, unless the user says so."""
+LEAST_AHEAD = 2
+"""Microbatches that each of them makes ahead, unless the user says so."""
 
 
 class LoaderDied(UserError):
@@ -39,7 +42,7 @@ class StepLoader:
         rank, world_size: this process among those that train together.
         device: where batches go; pinned memory for a GPU.
         num_workers: loader processes; None takes what `spare_workers` says.
-        prefetch: microbatches that each of them makes ahead.
+        prefetch: microbatches that each of them makes ahead; None is its share of a step, at least 2.
         with_maps: whether attention maps are read.
     """
 
@@ -52,7 +55,7 @@ class StepLoader:
         world_size: int,
         device: torch.device,
         num_workers: int | None,
-        prefetch: int,
+        prefetch: int | None,
         with_maps: bool,
     ) -> None:
         self.mixture, self.collator, self.device = mixture, collator, device
@@ -84,6 +87,14 @@ class StepLoader:
             if self.num_workers:
                 batches._shutdown_workers()
 
+    def _num_ahead(self) -> int:
+        """For each loader process. With less than a step, the rest would be made while the training process waits."""
+        if self.prefetch is not None:
+            return self.prefetch
+        config = self.mixture.config
+        count = num_microbatches(config.batch_size, config.microbatch_size, self.world_size)
+        return max(LEAST_AHEAD, math.ceil(count / self.num_workers))
+
     def _loader(self, epochs: range, start_step: int) -> "DataLoader[Any]":
         stream = mixture_stream(
             self.mixture,
@@ -100,7 +111,7 @@ class StepLoader:
             batch_size=None,
             collate_fn=_Packing(self.collator),
             num_workers=workers,
-            prefetch_factor=self.prefetch if workers else None,
+            prefetch_factor=self._num_ahead() if workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_begin_worker,
             multiprocessing_context=self._context,

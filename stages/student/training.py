@@ -71,8 +71,12 @@ def train_stage(
     report_path = run.output / "report.json"
     if report_path.is_file():
         return StageReport.model_validate_json(report_path.read_text())
-    with torch.random.fork_rng(devices=[]):
-        return _StageLoop(run, accelerator, progress, should_stop).run()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _StageLoop(run, accelerator, progress, should_stop).run()
+    finally:
+        # It holds what it prepared: a student for each stage, on the GPU.
+        accelerator.free_memory()
 
 
 class _StageLoop:
@@ -173,14 +177,12 @@ class _StageLoop:
     def _next_group(self, groups: Iterator[list[Batch]]) -> list[Batch]:
         """The microbatches of one optimizer step; fewer at an epoch's end."""
         try:
-            group = next(groups)
+            return next(groups)
         except LoaderDied:
             if not self.should_stop():
                 raise
             # Who stops a job may stop its loader processes with it.
-            group = []
-        dtype = self.student.dtype
-        return [batch.to(self.accelerator.device, dtype) for batch in group]
+            return []
 
     def _step(self, group: list[Batch], totals: BatchTotals) -> dict[str, float]:
         """One optimizer step; returns each loss term of the global batch, and the rate and norm it was taken with."""
@@ -188,6 +190,8 @@ class _StageLoop:
         terms: dict[str, Tensor] = {}
         total_loss = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(group):
+            # One at a time: the device holds no more than it computes with.
+            batch = batch.to(self.accelerator.device, self.student.dtype)
             last = index == len(group) - 1
             with nullcontext() if last else gradients_stay(self.objective, self.accelerator):
                 with self.accelerator.autocast():
