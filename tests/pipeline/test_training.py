@@ -1,6 +1,8 @@
+import gc
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,12 @@ from safetensors.torch import load_file
 
 from pipeline.run_file import load_run_file
 from pipeline.training import STAGES, last_student, train
-from stages.student.build import load_student
+from stages.student.build import Student, load_student
 from stages.student.config import StageName
 from stages.student.folding import fold_post_connector, take_apart
 from stages.student.objective import DistillationObjective
 from stages.student.stage import StageReport, StepProgress
+from stages.student.start import StudentStart
 from storage.errors import FingerprintMismatch, UserError
 from storage.targets import TargetStore
 from tests.conftest import TinyWorld
@@ -180,6 +183,38 @@ def test_stages_with_targets_of_two_teachers_are_refused_and_nothing_is_written(
     with pytest.raises(FingerprintMismatch, match=r"targets of different teachers .*: dpt \w{12}, dft 0{12}, sft"):
         train(run_file(tiny, targets, tmp_path / "run", f"train.dft.targets={other}"), STAGES)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_stage_frees_its_student(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students: list[weakref.ref[Student]] = []
+    load = StudentStart.load
+
+    def remembered(start: StudentStart) -> Any:
+        alive = [student for student in students if student() is not None]
+        assert len(alive) <= 1, "besides that of the stage that now saves its own"
+        loaded = load(start)
+        students.append(weakref.ref(loaded[0]))
+        return loaded
+
+    monkeypatch.setattr(StudentStart, "load", remembered)
+    train(run_file(tiny, targets, tmp_path / "run"), ["dpt", "dft"])
+    gc.collect()
+    assert len(students) == 4
+    assert [student() for student in students] == [None] * 4
+
+
+def test_what_the_environment_says_to_accelerate_changes_no_gradient(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    train(run_file(tiny, targets, tmp_path / "run"), ["dpt"])
+    assert weights(tmp_path / "run/dpt") == weights(undisturbed / "dpt")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_DEEPSPEED asks for DeepSpeed, which students are not trained"):
+        train(run_file(tiny, targets, tmp_path / "other"), ["dpt"])
 
 
 def test_bookkeeping_may_change_between_a_stop_and_its_resume(
