@@ -233,9 +233,9 @@ def _differentiable_maps(
     dtype = torch.promote_types(query_BHTd.dtype, torch.float32)
     total_BNN = torch.zeros(batch, size, size, dtype=dtype, device=query_BHTd.device)
     for head in range(num_heads):
-        total_BNN = total_BNN + checkpoint(
-            one_head, query_BHTd[:, head], key_BGTd[:, head // group], use_reentrant=False
-        )
+        query_BTd, key_BTd = query_BHTd[:, head], key_BGTd[:, head // group]
+        # Nothing inside is random: its state need be neither kept nor restored for every head.
+        total_BNN = total_BNN + checkpoint(one_head, query_BTd, key_BTd, use_reentrant=False, preserve_rng_state=False)
     return total_BNN * (valid_BN[:, :, None] & valid_BN[:, None, :]) / num_heads
 
 

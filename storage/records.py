@@ -6,6 +6,7 @@ Letters: T tokens, R answer rows, B bytes of a record.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from storage.codecs.maps import EncodedMaps
@@ -38,6 +39,11 @@ class MapTargets:
     """Codes of the captured layers."""
     windows: EncodedWindows | None
     """What makes the standard windows exact; None where only some of the layers were read."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "MapTargets":
+        """The same on a device."""
+        windows = None if self.windows is None else self.windows.to(device, non_blocking=non_blocking)
+        return MapTargets(self.num_tokens, self.maps.to(device, non_blocking=non_blocking), windows)
 
 
 @dataclass(frozen=True)

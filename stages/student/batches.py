@@ -63,6 +63,7 @@ class Batch:
             row_position_R=move(self.row_position_R),
             answer_R=move(self.answer_R),
             logits_RB=move(self.logits_RB),
+            maps=tuple(None if maps is None else maps.to(device, non_blocking=True) for maps in self.maps),
         )
 
 
@@ -84,7 +85,7 @@ def decode_windows(
         maps: stored maps of each sample; None gives zeros.
         matching: windows, codec, and what the store foresaw; for windows that it did not, masks are made from the
             decoded maps and the exact thresholds.
-        device: where to decode.
+        device: where to decode; `Batch.to` has moved a batch's maps there, so that nothing waits for a copy.
         sink_mask: False keeps sinks too: every key that a query may attend to.
 
     Raises:
@@ -109,9 +110,10 @@ def decode_windows(
 
 def _decoded(stored: MapTargets, matching: LayerMatching, device: torch.device) -> tuple[Tensor, Tensor]:
     """`[W, N, N]` maps and masks of one image."""
+    stored = stored.to(device)
     if stored.windows is None:
         raise ValueError("the maps were read without their windows; read all captured layers")
-    coded = stored.maps.to(device), stored.windows.to(device), stored.num_tokens
+    coded = stored.maps, stored.windows, stored.num_tokens
     if not matching.stored_masks:
         return estimate_windows(matching.codec, window_rows(matching.captured_layers, matching.windows), *coded)
     decoded = decode_stored(matching.codec, window_rows(matching.captured_layers, matching.foreseen), *coded)

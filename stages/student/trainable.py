@@ -1,16 +1,20 @@
 """Which parameters of a student learn in a stage, and folding LoRA away afterwards."""
 
+import logging
+import re
 import warnings
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from stages.student.build import Student
 from stages.student.config import LoraSettings, StageConfig
 from stages.student.parts import connector_parameters, decoder_of, has_own_eyes
 from storage.errors import UserError
 
-_DECODER_LINEARS = r".*(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+logger = logging.getLogger(__name__)
 
 
 def prepare_for_stage(
@@ -18,7 +22,8 @@ def prepare_for_stage(
 ) -> PeftModel | None:
     """Freezes all but what the stage trains; puts LoRA into `student` in place when it trains that.
 
-    `requires_grad` is not part of a checkpoint, so this runs after every load; new weights follow from `seed`.
+    `requires_grad` is not part of a checkpoint, so this runs after every load; new weights follow from `seed`. LoRA
+    adapts every linear layer of the decoder's layers, whatever its name; a warning says which matrices are in none.
 
     Args:
         student: freshly loaded.
@@ -33,11 +38,13 @@ def prepare_for_stage(
     wrapper = None
     student.requires_grad_(False)
     if stage.trains == "lora":
+        _warn_of_what_lora_leaves(student)
         settings = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=_DECODER_LINEARS,
+            # As one pattern: a long list of names peft cuts down to their endings.
+            target_modules="|".join(map(re.escape, decoder_linears(student))),
             bias="none",
         )
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -57,6 +64,39 @@ def prepare_for_stage(
             "leave that stage out, or let it train lora or full"
         )
     return wrapper
+
+
+def decoder_linears(student: Student) -> list[str]:
+    """Names of the linear layers in the decoder's layers, in the model's order: what LoRA adapts."""
+    inside = {id(module) for module in _layers(student).modules() if isinstance(module, nn.Linear)}
+    return [name for name, module in student.named_modules() if id(module) in inside]
+
+
+def beyond_lora(student: Student) -> dict[str, nn.Parameter]:
+    """The matrices of the decoder's layers that are in no linear layer, such as experts kept as one tensor, by name."""
+    layers = _layers(student)
+    adapted = {id(p) for module in layers.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
+    inside = {id(p) for p in layers.parameters() if p.dim() > 1} - adapted
+    return {name: parameter for name, parameter in student.named_parameters() if id(parameter) in inside}
+
+
+def _warn_of_what_lora_leaves(student: Student) -> None:
+    if beyond := beyond_lora(student):
+        logger.warning(
+            "LoRA adapts linear layers; %d matrices of the decoder's layers (%.0f %% of their parameters), such as "
+            "%s, belong to none and stay frozen. They learn in a stage with trains: full",
+            len(beyond),
+            100 * _count(beyond.values()) / _count(_layers(student).parameters()),
+            next(iter(beyond)),
+        )
+
+
+def _layers(student: Student) -> nn.Module:
+    return decoder_of(student).get_submodule("layers")
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def keep_frozen_in(student: Student, dtype: torch.dtype) -> None:

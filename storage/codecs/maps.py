@@ -79,9 +79,9 @@ class EncodedMaps:
     caps_L: Tensor
     """float32; the value of the highest code, 1 for float16."""
 
-    def to(self, device: torch.device) -> "EncodedMaps":
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "EncodedMaps":
         """The same on a device."""
-        return EncodedMaps(self.codes_LC.to(device), self.caps_L.to(device))
+        return EncodedMaps(*(part.to(device, non_blocking=non_blocking) for part in vars(self).values()))
 
 
 def checked_entries(config: MapCodecConfig, maps_LNN: Tensor) -> Tensor:

@@ -48,9 +48,9 @@ class EncodedWindows:
     corners_LY: Tensor
     """float16, the uncoded entries of the last `corner_size` queries and keys, packed as a map of so many tokens."""
 
-    def to(self, device: torch.device) -> "EncodedWindows":
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "EncodedWindows":
         """The same on a device."""
-        return EncodedWindows(*(part.to(device) for part in vars(self).values()))
+        return EncodedWindows(*(part.to(device, non_blocking=non_blocking) for part in vars(self).values()))
 
 
 def window_rows(layers: Sequence[int], windows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

@@ -179,6 +179,21 @@ def test_gradients_through_captured_maps_equal_those_through_eager_attention(che
     assert compared > 10
 
 
+def test_maps_with_gradients_neither_read_nor_set_the_state_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in them is random, and on a GPU each look at that state is a wait, for every head of every layer."""
+    generator = torch.Generator().manual_seed(5)
+    query, key = torch.randn(1, 4, 20, 8, generator=generator), torch.randn(1, 2, 20, 8, generator=generator)
+    capture = AttentionCapture(layers=LAYERS, positions=[torch.arange(3, 18)])
+    looks: list[str] = []
+    for name in ("get_rng_state", "set_rng_state"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, o=original, n=name: (looks.append(n), o(*args))[1])
+    image_block_maps(query.requires_grad_(), key, None, capture, 0.25).square().sum().backward()
+    assert query.grad is not None
+    assert float(query.grad.abs().sum()) > 0
+    assert looks == []
+
+
 def test_activation_checkpointing_keeps_the_gradient_of_captured_maps(checkpoint: Path) -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -70,3 +70,19 @@ def test_an_empty_batch_can_be_packed() -> None:
     none = torch.zeros(0, dtype=torch.long)
     batch = Batch((), {"input_ids": torch.zeros(0, 0)}, none, none, none, torch.zeros(0, 0, dtype=torch.uint8), (), ())
     assert same(pack(batch).unpack(), batch)
+
+
+def test_a_batch_moves_with_its_stored_maps_so_that_no_step_waits_for_a_copy() -> None:
+    batch = make_batch()
+    there = torch.device("meta")
+    moved = batch.to(there, torch.bfloat16)
+    assert moved.maps[1] is None
+    assert moved.maps[0] is not None
+    assert moved.maps[0].windows is not None
+    assert batch.maps[0] is not None
+    assert moved.maps[0].num_tokens == batch.maps[0].num_tokens
+    for part, given in ((moved.maps[0].maps, batch.maps[0].maps), (moved.maps[0].windows, batch.maps[0].windows)):
+        assert {tensor.device for tensor in vars(part).values()} == {there}
+        # Codes and exact values alike keep their precision.
+        assert [tensor.dtype for tensor in vars(part).values()] == [tensor.dtype for tensor in vars(given).values()]
+    assert same(batch.to(torch.device("cpu"), torch.float32), batch)
