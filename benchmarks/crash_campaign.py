@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.results import RESULTS, save_result
-from pipeline.training import STAGES
 from stages.samples.pack import PackConfig, pack_samples
+from stages.student.config import STAGES
 from tests.checkpoints import make_llava_data, make_tiny_llava
 from tests.pipeline.crash_points import (
     Place,

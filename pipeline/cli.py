@@ -61,6 +61,14 @@ class Adapter(StrEnum):
     OWN = "own"
 
 
+class Dtype(StrEnum):
+    """What `--dtype` takes."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
 class Scoring(StrEnum):
     """What `--scoring` takes."""
 
@@ -176,7 +184,9 @@ def train_student(
     ] = None,
     adapter: Annotated[Adapter | None, typer.Option(help="The teacher's tower and adapter, or the student's.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
-    stage: Annotated[Stages, typer.Option(help="One stage, or all three in a row.")] = Stages.ALL,
+    stage: Annotated[
+        Stages | None, typer.Option(help="One stage, or all three in a row; none is train.stages of the run file.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint; else begin a new run.")] = True,
     ray_address: Annotated[str | None, typer.Option(help="Train on this Ray cluster, with Ray Train.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes of Ray Train; none is one a GPU.")] = None,
@@ -184,29 +194,29 @@ def train_student(
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Student from cached targets, one stage or the three in a row; resumes. Never loads the teacher."""
+    """Student from cached targets, one stage or several in a row; resumes. Never loads the teacher."""
     from pipeline.progress import bars
     from pipeline.run_file import load_run_file
     from pipeline.tables import TrainingBars, print_training_reports
-    from pipeline.training import STAGES
+    from stages.student.config import STAGES
 
     flags = {
         "samples": samples,
         "targets": targets,
         "student": student,
         "output": output,
+        "train.stages": [name for name in STAGES if stage in (Stages.ALL, name)] or None,
         "train.adapter": adapter.value if adapter is not None else None,
         "train.ray_address": ray_address,
         "train.workers": workers,
     }
-    names = [name for name in STAGES if stage in (Stages.ALL, name)]
     if sweep is not None:
-        if not train_sweep(sweep, config, settings or [], flags, names, resume=resume):
+        if not train_sweep(sweep, config, settings or [], flags, resume=resume):
             raise typer.Exit(1)
         return
     run = load_run_file(config, settings or [], flags)
     with bars() as progress:
-        reports = train_stages(run, names, TrainingBars(progress), resume=resume)
+        reports = train_stages(run, TrainingBars(progress), resume=resume)
     print_training_reports(reports, Path(need(run.output, "--output")))
 
 
@@ -265,6 +275,7 @@ def export(
     model: Annotated[str, typer.Argument(help="Training run or checkpoint.", metavar="RUN_OR_CHECKPOINT")],
     output: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
     fold: Annotated[bool, typer.Option(help="Post-connector into the adapter, where exact.")] = True,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; none is as trained, float32 of a run.")] = None,
     teacher: Annotated[str | None, typer.Option(help="How the model card names the teacher.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Report of `cdp evaluate`, for the card.")] = None,
 ) -> None:
@@ -272,7 +283,9 @@ def export(
     from pipeline.export import export as export_folder
     from pipeline.tables import print_export_report
 
-    print_export_report(export_folder(model, output, fold=fold, teacher=teacher, evaluation=evaluation), output)
+    rounded_to = dtype.value if dtype is not None else None
+    report = export_folder(model, output, fold=fold, dtype=rounded_to, teacher=teacher, evaluation=evaluation)
+    print_export_report(report, output)
 
 
 @app.command()

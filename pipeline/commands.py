@@ -15,7 +15,6 @@ from storage.errors import UserError
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
     from pipeline.tables import TrainingBars
-    from stages.student.config import StageName
     from stages.student.stage import StageReport
     from storage.verify import VerifyReport
 
@@ -36,14 +35,11 @@ def extract_targets(config: Path | None, settings: list[str], flags: dict[str, A
     print_extraction_report(report, places[1])
 
 
-def train_stages(
-    run: "RunFile", names: "list[StageName]", progress: "TrainingBars", *, resume: bool, more: bool = False
-) -> "list[StageReport]":
+def train_stages(run: "RunFile", progress: "TrainingBars", *, resume: bool, more: bool = False) -> "list[StageReport]":
     """Here, or on a Ray cluster when the run names one.
 
     Args:
         run: all settings.
-        names: of the stages.
         progress: the bars.
         resume: see `train`.
         more: whether there is work after this. Then a request to stop that came too late for it is not forgotten.
@@ -54,7 +50,7 @@ def train_stages(
     else:
         from pipeline.training import train
     with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
-        reports = train(run, names, progress, asked_to_stop, resume=resume)
+        reports = train(run, run.train.stages, progress, asked_to_stop, resume=resume)
         if more and asked_to_stop():
             raise Interrupted(
                 signal.SIGTERM, f"stopped after {run.output}, which is finished; {RESUME}", SAVED_EXIT_CODE
@@ -67,7 +63,6 @@ def train_sweep(
     config: Path | None,
     settings: list[str],
     flags: dict[str, Any],
-    names: "list[StageName]",
     *,
     resume: bool,
 ) -> bool:
@@ -81,7 +76,7 @@ def train_sweep(
     with bars() as progress:
 
         def train_one(name: str, run: "RunFile") -> "list[StageReport]":
-            return train_stages(run, names, TrainingBars(progress, name), resume=resume, more=True)
+            return train_stages(run, TrainingBars(progress, name), resume=resume, more=True)
 
         report = run_sweep(sweep, train_one, progress)
     print_page_table(sweep_table(report))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pipeline.page import PageSample
 from pipeline.progress import add_bar
-from pipeline.training import STAGES, last_student
+from pipeline.training import last_student
 from stages.attention import enable_capture
 from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
 from stages.evaluation.evaluate import evaluate_pairs
@@ -27,7 +27,7 @@ from stages.images import decode_image
 from stages.student.build import Student, is_student, load_student
 from stages.student.claim import matching_settings
 from stages.student.collator import Collator
-from stages.student.config import TrainConfig
+from stages.student.config import STAGES, TrainConfig
 from stages.student.loading import load_multimodal
 from stages.student.matching import LayerMatching, match_run
 from stages.student.reading import open_reading

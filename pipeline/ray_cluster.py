@@ -22,11 +22,13 @@ from pipeline.crew import Crew, WorkerLost, WorkRaised
 from pipeline.mailbox import Mailbox, Rarely
 from pipeline.task_pool import TaskPool
 from pipeline.workers import Outcome, Work, Worker
-from storage.errors import UserError
+from storage.errors import PassingFailure, UserError
 
 POLL_S = 0.2
 REPORT_S = 0.5
 CONNECT_TIMEOUT_S = 10.0
+NOTES = "ray-train"
+"""Folder that Ray Train keeps its own notes in, inside the one it is given."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,15 @@ def run_group(
             whether the driver was asked to stop.
         num_workers: processes.
         gpus_per_worker: GPUs each holds; 0 is one CPU each.
-        max_attempts: times the whole group is started, the first included, when a process dies.
+        max_attempts: times the whole group is started, the first included, when a process dies or meets a
+            `PassingFailure`.
         storage: folder, seen by all nodes, that Ray Train keeps its own notes in.
         on_letter: called with what was sent.
         should_stop: asked a few times a second, as long as it says no.
 
     Raises:
-        UserError: one that `work` raised; it is not tried again. Or the group died too often.
+        UserError: one that `work` raised; it is not tried again, but for a `PassingFailure`. Or the group failed too
+            often.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -174,6 +178,8 @@ def run_group(
 
         try:
             work(send, Rarely(lambda: bool(ray.get(mailbox.is_asked_to_stop.remote()))))
+        except PassingFailure:
+            raise
         except UserError as error:
             ray.get(mailbox.report_mistake.remote(error))
             # So that the others of the group, which may wait for this process, are ended.
@@ -190,7 +196,7 @@ def run_group(
             resources_per_worker={"GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1},
         ),
         run_config=RunConfig(
-            name="ray-train", storage_path=storage, failure_config=FailureConfig(max_failures=max_attempts - 1)
+            name=NOTES, storage_path=storage, failure_config=FailureConfig(max_failures=max_attempts - 1)
         ),
     )
     # Beside this thread: in the main one it would take Ctrl-C for itself, and end without a checkpoint.

@@ -19,7 +19,7 @@ from pipeline.provenance import provenance
 from pipeline.run_file import RunFile, save_run_file
 from stages.checkpoints import hide_loading_bars
 from stages.student.claim import check_output, decoder_digest
-from stages.student.config import DataSource, StageName, TrainConfig
+from stages.student.config import STAGES, DataSource, StageName, TrainConfig
 from stages.student.stage import StageReport, StageRun, StepProgress, TrainingStopped
 from stages.student.start import StudentStart
 from stages.student.training import train_stage
@@ -35,7 +35,6 @@ _NOT_SERVED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 """Ways of `accelerate launch` that would wrap the student in another way than `train.parallel` says."""
-STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
 StageProgress = Callable[[StageName, StepProgress], None]
 
 

@@ -18,7 +18,11 @@ class CorruptData(UserError):
     """Stored bytes are missing or differ from what was committed."""
 
 
-class StoreUnavailable(UserError):
+class PassingFailure(UserError):
+    """Something that may be over by itself: whoever may try again, should."""
+
+
+class StoreUnavailable(PassingFailure):
     """A disk or an object store refused or did not answer: nothing is known of the bytes it holds."""
 
 

@@ -2,12 +2,13 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from stages.layers import LayerSpan, Matching
 from stages.student.losses import AttentionLoss, Divergence
 
 StageName = Literal["dpt", "dft", "sft"]
+STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
 Parallel = Literal["ddp", "fsdp"]
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -121,6 +122,9 @@ class TrainConfig(BaseModel):
     """Distilled fine-tuning."""
     sft: SupervisedFinetuning = SupervisedFinetuning()
     """Supervised fine-tuning."""
+    stages: tuple[StageName, ...] = Field(default=STAGES, min_length=1)
+    """Which of them are trained, in this order. Each starts from the student of the last one before it that the run
+    folder holds, the first from the decoder."""
     adapter: Literal["teacher", "own"] = "teacher"
     """teacher: the teacher's tower and adapter, a post-connector, and the decoder named as the student. own: a whole
     multimodal checkpoint with its own tower and adapter, which must make as many image tokens of each sample as the
@@ -186,6 +190,13 @@ class TrainConfig(BaseModel):
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     """Where else metrics go: tensorboard (if installed), wandb (extra `wandb`)."""
 
+    @field_validator("stages")
+    @classmethod
+    def _check_order(cls, stages: tuple[StageName, ...]) -> tuple[StageName, ...]:
+        if list(stages) != [name for name in STAGES if name in stages]:
+            raise ValueError(f"expected some of {', '.join(STAGES)}, each once and in this order")
+        return stages
+
     def stage(self, name: StageName) -> StageConfig:
         """The settings of one stage."""
         config: StageConfig = getattr(self, name)
@@ -194,6 +205,7 @@ class TrainConfig(BaseModel):
 
 HARMLESS_ON_RESUME = frozenset(
     {
+        "stages",
         "allow_incomplete",
         "num_workers",
         "prefetch",

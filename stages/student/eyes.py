@@ -1,5 +1,6 @@
 """Whether a saved student sees with the eyes of the teacher whose targets it is to learn from."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,26 +20,18 @@ def check_eyes(student: Path, teacher: Path) -> None:
     Raises:
         FingerprintMismatch: they differ; names a tensor.
     """
-    files = {name: path for path in sorted(student.glob("*.safetensors")) for name in _names(path)}
     prefix = eyes_prefix(student)
-    with safe_open(teacher / "model.safetensors", "pt") as seen:
-        for name in seen.keys():  # noqa: SIM118, it is no dict
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in sorted(student.glob("*.safetensors"))]
+        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118, it is no dict
+        seen = opened.enter_context(safe_open(teacher / "model.safetensors", "pt"))
+        for name in seen.keys():  # noqa: SIM118
             own = name.replace("model.", prefix, 1)
-            if own not in files or not _same(seen.get_tensor(name), files[own], own):
+            found = file_of[own].get_tensor(own) if own in file_of else None
+            if found is None or not torch.equal(found, seen.get_tensor(name).to(found.dtype)):
                 raise FingerprintMismatch(
                     f"{student} does not see with the eyes of the targets' teacher: it has "
-                    f"{'no' if own not in files else 'another'} {own}. A saved student goes on with targets of the "
+                    f"{'no' if found is None else 'another'} {own}. A saved student goes on with targets of the "
                     "teacher that it was built for; one that was exported has its post-connector folded in: name "
                     "STAGE/student of its run folder instead"
                 )
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, "pt") as tensors:
-        return list(tensors.keys())
-
-
-def _same(expected: torch.Tensor, file: Path, name: str) -> bool:
-    with safe_open(file, "pt") as tensors:
-        found = tensors.get_tensor(name)
-    return torch.equal(found, expected.to(found.dtype))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from stages.student.batches import Batch
 from stages.student.collator import Collator
 from stages.student.packing import PackedBatch, pack
-from storage.errors import UserError
+from storage.errors import PassingFailure, UserError
 from storage.order import num_microbatches
 from storage.stream import Mixture, StreamedSample, mixture_stream
 
@@ -27,7 +27,7 @@ LEAST_AHEAD = 2
 """Microbatches that each of them makes ahead, unless the user says so."""
 
 
-class LoaderDied(UserError):
+class LoaderDied(PassingFailure):
     """A loader process was killed, for want of memory or by a signal."""
 
 

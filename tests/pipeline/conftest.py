@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.training import STAGES, train
+from pipeline.training import train
+from stages.student.config import STAGES
 from tests.conftest import TinyWorld
 from tests.pipeline.runs import run_file
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.training import STAGES
 from stages.student.build import load_student
+from stages.student.config import STAGES
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import cdp, run_here, tree
 

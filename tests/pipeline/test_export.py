@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from pipeline.chat import open_chat
 from pipeline.evaluation import load_model
 from pipeline.export import export
-from pipeline.training import STAGES
 from stages.evaluation.report import EvaluationReport, KindResult
+from stages.student.config import STAGES
 from storage.targets import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.conftest import TinyWorld

@@ -19,10 +19,10 @@ import examples.scenes
 from pipeline.cli import app
 from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
-from pipeline.training import STAGES
 from stages.families import family_of
 from stages.layers import sliding_windows, student_layers, visual_understanding_layers
 from stages.student.build import Student, build_student
+from stages.student.config import STAGES
 from stages.student.matching import match_stage
 from stages.student.trainable import prepare_for_stage
 from storage.errors import UserError

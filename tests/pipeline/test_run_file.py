@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_a_saved_run_file_says_everything_and_loads_to_the_same_settings(path: P
     assert "microbatch_size: 8" in saved.read_text()
 
 
+def test_a_run_file_is_replaced_in_one_step_when_the_run_goes_on(path: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "new" / "run.yaml"
+    save_run_file(load_run_file(path, [], {}), saved)
+    # The file as whoever opened it has it: not cut while the new one is written.
+    os.link(saved, tmp_path / "before")
+    before = saved.read_bytes()
+    save_run_file(load_run_file(path, ["train.seed=17"], {}), saved)
+    assert (tmp_path / "before").read_bytes() == before
+    assert load_run_file(saved, [], {}).train.seed == 17
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -80,6 +92,10 @@ def test_a_saved_run_file_says_everything_and_loads_to_the_same_settings(path: P
         ("train.seed=-1", "train.seed: .*greater than or equal to 0"),
         ("extract.workers=0", "extract.workers: .*greater than or equal to 1"),
         ("train.dpt.trains=everything", "train.dpt.trains: .*'post_connector', 'lora' or 'full'"),
+        ("train.stages=[dpt, rlhf]", "train.stages.1: .*'dpt', 'dft' or 'sft'.*found 'rlhf'"),
+        ("train.stages=[dpt, dpt]", "train.stages: .*some of dpt, dft, sft, each once and in this order"),
+        ("train.stages=[dft, dpt]", "train.stages: .*some of dpt, dft, sft, each once and in this order"),
+        ("train.stages=[]", "train.stages: .*at least 1 item"),
         ("train=5", "train: "),
         ("train.seed", "expected section.field=value"),
         ("train.seed=[1", "--set train.seed=.* is not YAML"),

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.interruption import Interrupted
 from pipeline.progress import bars
-from pipeline.run_file import RunFile
+from pipeline.run_file import RunFile, load_run_file
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_places, load_sweep
 from stages.student.stage import StageReport
@@ -157,6 +157,34 @@ def test_students_of_several_sources_are_compared_on_the_first(
     similarity = SweepReport.model_validate_json((output / "sweep.json").read_text()).students["a"].similarity
     assert similarity is not None
     assert similarity.layers_from == "training"
+
+
+def test_each_student_can_have_stages_of_its_own_and_the_flag_has_the_last_word(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {tiny.student_lm}\n{SHARED}  stages: [dpt, dft]\n"
+        "students:\n  with-dpt: {}\n  without: {train.stages: [dft]}\n"
+    )
+    sweep, output = write(tmp_path / "sweep.yaml", text), tmp_path / "out"
+    done = run_here("train-student", "--sweep", sweep, "--output", output, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    report = SweepReport.model_validate_json((output / "sweep.json").read_text())
+    stages = {name: list(student.stages) for name, student in report.students.items()}
+    assert stages == {"with-dpt": ["dpt", "dft"], "without": ["dft"]}
+    begun = {name: json.loads((output / name / "dft/stage.json").read_text()) for name in stages}
+    assert {name: stage["starts_from"] for name, stage in begun.items()} == {"with-dpt": "dpt", "without": "decoder"}
+
+    # Other stages are no other settings: what is finished stays as it is.
+    before = {name: tree(output / name / "dft") for name in stages}
+    flag = ("--sweep", sweep, "--output", output, "--stage", "dft")
+    done = run_here("train-student", *flag, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    report = SweepReport.model_validate_json((output / "sweep.json").read_text())
+    assert all(list(student.stages) == ["dft"] for student in report.students.values())
+    assert {name: tree(output / name / "dft") for name in stages} == before
+    for name in stages:
+        assert load_run_file(output / name / "run.yaml", [], {}).train.stages == ("dft",)
 
 
 def finished(name: str) -> StageReport:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.run_file import load_run_file
-from pipeline.training import STAGES, last_student, train
+from pipeline.training import last_student, train
 from stages.student.build import Student, load_student
-from stages.student.config import StageName
+from stages.student.config import STAGES, StageName
 from stages.student.folding import fold_post_connector, take_apart
 from stages.student.objective import DistillationObjective
 from stages.student.stage import StageReport, StepProgress

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.training import STAGES, train
-from stages.student.config import StageName
+from pipeline.training import train
+from stages.student.config import STAGES, StageName
 from tests.pipeline.forks import Forked
 from tests.pipeline.processes import is_alive
 from tests.pipeline.runs import TrainingData, run_file
