@@ -15,6 +15,7 @@ from stages.student.config import TrainConfig
 from stages.teacher.estimate import EstimateConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
+from storage.stores import open_store
 
 _SHORT = reprlib.Repr()
 # A few lines of YAML can stand for a value of any size.
@@ -124,8 +125,7 @@ def _meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
 
 def save_run_file(run: RunFile, path: Path) -> None:
     """Writes the resolved settings, so that the run can be repeated from them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+    open_store(path.parent).write(path.name, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stages.student.parallel import part_like, whole
+from stages.student.parallel import gathered, part_like
 from storage.digests import digest_of, file_sha256
 from storage.errors import StoreUnavailable, UserError, disk_errors_named
 from storage.stores import open_store
@@ -44,6 +44,8 @@ class Position:
             ranks and any microbatch size.
         samples: samples used, over all ranks and epochs.
         seconds: training time so far.
+        loss_sums: each loss term summed over the steps that the stage's report is about: the last ones.
+        num_summed: how many of these are finished.
     """
 
     step: int = 0
@@ -51,6 +53,8 @@ class Position:
     epoch_step: int = 0
     samples: int = 0
     seconds: float = 0.0
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    num_summed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,62 +66,79 @@ class TrainerState:
     scheduler: LRScheduler
 
 
-def save_checkpoint(folder: Path, position: Position, state: TrainerState, keep: int, *, write: bool = True) -> None:
-    """Writes `folder/step-N` and removes all whole ones but the newest `keep`.
+class Checkpoints:
+    """The checkpoints of one stage.
 
     Args:
-        folder: the stage's checkpoints.
-        position: how far it is.
-        state: of all processes: each must call this, since parts of a tensor are gathered from all.
-        keep: at least 1.
+        folder: where they lie.
+        keep: how many of the newest whole ones stay; at least 1.
         write: False in all processes but one.
-
-    Raises:
-        StoreUnavailable: the disk is full or not to be written; the checkpoints before stay as they are.
     """
-    trained, moments = trained_tensors(state.model), _optimizer_tensors(state)
-    if not write:
-        return
-    store, name = open_store(folder), f"step-{position.step:08d}"
-    try:
-        with disk_errors(folder / name):
-            staging = store.staging(name)
-            try:
-                save_file(trained, staging / TRAINED)
-                save_file(moments, staging / OPTIMIZER)
-                written = {
-                    "position": asdict(position),
-                    "scheduler": state.scheduler.state_dict(),
-                    "sha256": {file: file_sha256(staging / file) for file in (TRAINED, OPTIMIZER)},
-                }
-                (staging / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1))
-                store.put_tree(staging, name)
-            finally:
-                # On a full disk, what is half-written is in the way of everything else.
-                shutil.rmtree(staging, ignore_errors=True)
-    except StoreUnavailable as error:
-        before = list_checkpoints(folder)
-        kept = f"the newest one, {before[-1]}, is whole" if before else "there is none before it"
-        raise StoreUnavailable(f"the checkpoint of step {position.step} was not saved; {kept}: {error}") from error
-    for old in list_checkpoints(folder)[:-keep]:
-        store.remove_tree(old.name)
 
+    def __init__(self, folder: Path, keep: int, *, write: bool = True) -> None:
+        self._folder, self._keep, self._write = folder, keep, write
+        self._damaged: set[str] = set()
 
-def restore_newest(folder: Path, state: TrainerState) -> Position:
-    """Puts the newest whole checkpoint into a freshly built state; the start of the stage if there is none.
+    def save(self, position: Position, state: TrainerState) -> None:
+        """Writes `step-N`, then removes the whole ones but the newest, and the damaged ones that `restore` met.
 
-    Raises:
-        UserError: there are checkpoints, but all are damaged.
-    """
-    found = list_checkpoints(folder)
-    for path in reversed(found):
-        if damaged := _damaged_file(path):
-            logger.warning("checkpoint %s is damaged (%s); going on from the one before", path, damaged)
-            continue
-        return _restore(path, state)
-    if found:
-        raise UserError(f"all {len(found)} checkpoints in {folder} are damaged; remove it to train from the start")
-    return Position()
+        Args:
+            position: how far the stage is.
+            state: of all processes: each must call this, since parts of a tensor are gathered from all.
+
+        Raises:
+            StoreUnavailable: the disk is full or not to be written; the checkpoints before stay as they are.
+        """
+        trained = trained_tensors(state.model, wanted=self._write)
+        moments = gathered(_optimizer_tensors(state), wanted=self._write)
+        if not self._write:
+            return
+        store, name = open_store(self._folder), f"step-{position.step:08d}"
+        try:
+            with disk_errors(self._folder / name):
+                staging = store.staging(name)
+                try:
+                    save_file(trained, staging / TRAINED)
+                    save_file(moments, staging / OPTIMIZER)
+                    written = {
+                        "position": asdict(position),
+                        "scheduler": state.scheduler.state_dict(),
+                        "sha256": {file: file_sha256(staging / file) for file in (TRAINED, OPTIMIZER)},
+                    }
+                    (staging / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1))
+                    store.put_tree(staging, name)
+                finally:
+                    # On a full disk, what is half-written is in the way of everything else.
+                    shutil.rmtree(staging, ignore_errors=True)
+        except StoreUnavailable as error:
+            before = [path for path in list_checkpoints(self._folder) if path.name not in self._damaged]
+            kept = f"the newest one, {before[-1]}, is whole" if before else "there is none before it"
+            raise StoreUnavailable(f"the checkpoint of step {position.step} was not saved; {kept}: {error}") from error
+        # They would count as the newest ones.
+        for damaged in self._damaged - {name}:
+            store.remove_tree(damaged)
+        self._damaged.clear()
+        for old in list_checkpoints(self._folder)[: -self._keep]:
+            store.remove_tree(old.name)
+
+    def restore(self, state: TrainerState) -> Position:
+        """Puts the newest whole one into a freshly built state; the start of the stage if there is none.
+
+        Raises:
+            UserError: there are checkpoints, but all are damaged.
+        """
+        found = list_checkpoints(self._folder)
+        for path in reversed(found):
+            if damaged := _damaged_file(path):
+                logger.warning("checkpoint %s is damaged (%s); going on from the one before", path, damaged)
+                self._damaged.add(path.name)
+                continue
+            return _restore(path, state)
+        if found:
+            raise UserError(
+                f"all {len(found)} checkpoints in {self._folder} are damaged; remove it to train from the start"
+            )
+        return Position()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -125,9 +146,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if not path.name.endswith(".partial"))
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that learn, by name, whole and on the CPU; tied ones once. All processes must call this."""
-    return {name: whole(parameter) for name, parameter in _trained(model).items()}
+def trained_tensors(model: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
+    """The parameters that learn, by name, whole and on the CPU, tied ones once; as `gathered`, where it is wanted."""
+    return gathered(_trained(model), wanted=wanted)
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -187,7 +208,7 @@ def _restore(path: Path, state: TrainerState) -> Position:
 
 def _optimizer_tensors(state: TrainerState) -> dict[str, Tensor]:
     return {
-        f"{name}.{key}": whole(torch.as_tensor(value))
+        f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in _trained(state.model).items()
         for key, value in state.optimizer.state.get(parameter, {}).items()
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkpoints import resolve_checkpoint, weights_digest
-from stages.student.config import HARMLESS_ON_RESUME, TrainConfig
+from stages.student.config import HARMLESS_ON_RESUME, StageName, TrainConfig
 from stages.student.stage import StageRun
 from storage.errors import FingerprintMismatch
 from storage.stores import open_store
@@ -28,7 +28,9 @@ def check_output(run: StageRun) -> None:
     if not store.exists(STAGE_FILE):
         return
     stage, found = _description(run), json.loads(store.read(STAGE_FILE))
-    flat_found, flat_wanted = ({**s, **s["settings"]} for s in (found, stage))
+    # A setting that the folder's version did not have counts as its default.
+    defaults = _settings(TrainConfig(), run.name)
+    flat_found, flat_wanted = (_flat(defaults, description) for description in (found, stage))
     differing = [k for k in flat_wanted if k != "settings" and flat_found.get(k) != flat_wanted[k]]
     if differing and "shards" in found:
         raise FingerprintMismatch(
@@ -67,12 +69,28 @@ def _description(run: StageRun) -> dict[str, Any]:
     sources = [source.description() for source in run.sources]
     return {
         "stage": run.name,
-        "settings": run.config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | _PLACES | HARMLESS_ON_RESUME),
-        **{f"{run.name}.{key}": value for key, value in run.stage.model_dump(mode="json", exclude=_PLACES).items()},
+        **_settings(run.config, run.name),
         "decoder": decoder_digest(run.decoder),
         # One list for each, so that a refusal names what differs.
         **{name: [source.get(name) for source in sources] for name in chain.from_iterable(sources)},
     }
+
+
+def _settings(config: TrainConfig, name: StageName) -> dict[str, Any]:
+    stage = config.stage(name).model_dump(mode="json", exclude=_PLACES)
+    return {
+        "settings": config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | _PLACES | HARMLESS_ON_RESUME),
+        **{f"{name}.{key}": value for key, value in stage.items()},
+    }
+
+
+def _flat(defaults: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """All of a description side by side; what it lacks of the settings, or of a section of them, as in `defaults`."""
+    flat = {**defaults, **defaults["settings"]}
+    for name, value in {**description, **description["settings"]}.items():
+        inner = flat.get(name)
+        flat[name] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+    return flat
 
 
 def matching_settings(student: Path) -> TrainConfig | None:

@@ -9,6 +9,9 @@ from uuid import uuid4
 
 from stages.student.config import Tracker
 from storage.errors import UserError
+from storage.stores import open_store
+
+_WANDB_ID = "wandb-id.txt"
 
 
 class _Curves(Protocol):
@@ -61,7 +64,7 @@ class _JsonLines:
         lines = path.read_text().splitlines() if path.exists() else []
         # The last line may have been cut by a kill.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        open_store(path.parent).write(path.name, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -91,11 +94,13 @@ class _WeightsAndBiases:
         import wandb
 
         # The id is the folder's, so that a resumed stage goes on in the same run of the tracker.
-        file = folder / "wandb-id.txt"
-        if not file.exists():
-            file.write_text(uuid4().hex[:8])
+        store = open_store(folder)
+        known = store.read(_WANDB_ID).decode().strip() if store.exists(_WANDB_ID) else ""
+        if not known:
+            known = uuid4().hex[:8]
+            store.write(_WANDB_ID, known.encode())
         self._run = wandb.init(
-            id=file.read_text(),
+            id=known,
             resume="allow",
             dir=str(folder),
             name=f"{folder.parent.name}/{folder.name}",

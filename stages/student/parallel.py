@@ -3,7 +3,7 @@
 FSDP2 is torch's own `fully_shard`, not Accelerate's wrapping of it, which does not run on CPUs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -61,10 +61,22 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter, or what is kept of it, in one piece on the CPU; all processes must call this."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+def gathered(tensors: Mapping[str, Tensor], *, wanted: bool) -> dict[str, Tensor]:
+    """Parameters, or what is kept of them, each in one piece on the CPU; all processes must call this.
+
+    Args:
+        tensors: with the same names, in the same order, in all processes.
+        wanted: False gives nothing and copies nothing to the CPU; of what is spread, each is dropped as soon as the
+            others have this process's part.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        one = tensor.detach()
+        if isinstance(one, DTensor):
+            one = one.full_tensor()
+        if wanted:
+            found[name] = one.cpu().contiguous()
+    return found
 
 
 def part_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stages.student.config import StageConfig, StageName, TrainConfig
+from storage.errors import UserError
 from storage.stream import Source, StreamConfig
 from storage.targets import TargetStore
+
+REPORT_FILE = "report.json"
 
 
 class StageReport(BaseModel):
@@ -21,13 +24,31 @@ class StageReport(BaseModel):
     trained_parameters: int
     seconds: float
     samples_per_s: float
-    first_batch_s: float
-    """Seconds until the first data came, after the last start: loader processes began and opened the stores."""
+    first_batch_s: float = 0.0
+    """Seconds until the first data came, after the last start: loader processes began and opened the stores. 0 when
+    no step was left to do by then, and in reports of versions that did not measure it."""
     wait_share: float
     """Share of the time since then that the loop waited for data."""
     losses: dict[str, float]
     """Each term, mean over the last tenth of the steps."""
     notes: list[str] = []
+
+    @classmethod
+    def read(cls, stage: Path) -> "StageReport":
+        """The report in a finished stage's folder.
+
+        Raises:
+            UserError: it is not one of this version.
+        """
+        path = stage / REPORT_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
+            raise UserError(
+                f"{path} is not a stage's report as this version writes it ({wrong}); go on with the version that "
+                "wrote it, or remove the file: the stage then goes on from its newest checkpoint and is saved again"
+            ) from error
 
 
 @dataclass(frozen=True)

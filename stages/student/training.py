@@ -15,22 +15,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention import enable_capture
 from stages.student.batches import Batch
-from stages.student.checkpoint import (
-    Position,
-    TrainerState,
-    disk_errors,
-    load_trained,
-    restore_newest,
-    save_checkpoint,
-    trained_tensors,
-)
+from stages.student.checkpoint import Checkpoints, Position, TrainerState, disk_errors, load_trained, trained_tensors
 from stages.student.claim import claim_output
 from stages.student.matching import match_stage
 from stages.student.metrics import MetricsLog
 from stages.student.objective import BatchTotals, DistillationObjective
 from stages.student.parallel import clip_gradients, gradients_stay, spread
 from stages.student.parts import decoder_of
-from stages.student.stage import StageReport, StageRun, StepProgress, TrainingStopped
+from stages.student.stage import REPORT_FILE, StageReport, StageRun, StepProgress, TrainingStopped
 from stages.student.start import StudentStart
 from stages.student.step_loader import LoaderDied, StepLoader
 from stages.student.trainable import keep_frozen_in, merge_lora
@@ -68,9 +60,8 @@ def train_stage(
     if accelerator.is_main_process:
         # What a killed process left half-written; there may be gigabytes of it.
         open_store(run.output).remove_partials()
-    report_path = run.output / "report.json"
-    if report_path.is_file():
-        return StageReport.model_validate_json(report_path.read_text())
+    if (run.output / REPORT_FILE).is_file():
+        return StageReport.read(run.output)
     try:
         with torch.random.fork_rng(devices=[]):
             return _StageLoop(run, accelerator, progress, should_stop).run()
@@ -125,7 +116,6 @@ class _StageLoop:
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
         objective = DistillationObjective(self.student, stage, run.targets.manifest.fingerprint.logit_codec, matching)
-        self.checkpoints = run.output / "checkpoints"
         self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
@@ -133,12 +123,14 @@ class _StageLoop:
             self.optimizer, round(stage.warmup_ratio * self.num_steps), self.num_steps
         )
         self.state = TrainerState(self.student, self.optimizer, self.scheduler)
-        self.position = restore_newest(self.checkpoints, self.state)
+        self.checkpoints = Checkpoints(
+            run.output / "checkpoints", config.keep_checkpoints, write=accelerator.is_main_process
+        )
+        self.position = self.checkpoints.restore(self.state)
 
     def run(self) -> StageReport:
         """Trains to the last step and saves the student."""
         config = self.run_config.config
-        recent: list[dict[str, float]] = []
         waiting: list[float] = []
         self.student.train()
         begun = time.perf_counter()
@@ -151,28 +143,24 @@ class _StageLoop:
                 waiting.append(time.perf_counter() - before)
                 totals = self._totals(group)
                 losses = self._step(group, totals)
-                self._advance(time.perf_counter() - started)
-                recent = [*recent, losses][-max(1, self.num_steps // 10) :]
+                self._advance(losses, time.perf_counter() - started)
                 step = self.position.step
                 if step % config.log_every == 0 or step == self.num_steps:
                     log.write(step, {**losses, "samples": self.position.samples, "seconds": self.position.seconds})
                 if self.progress is not None:
                     self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
-                if step % config.checkpoint_every == 0 and step < self.num_steps:
-                    self._save_checkpoint()
+                # After the last step too: whatever happens while the student is saved, none is done again.
+                if step % config.checkpoint_every == 0 or step == self.num_steps:
+                    self.checkpoints.save(self.position, self.state)
         first_batch_s, *later = waiting or [0.0]
         seconds = time.perf_counter() - begun - first_batch_s
-        return self._finish(recent, first_batch_s, sum(later) / max(seconds, 1e-9))
+        return self._finish(first_batch_s, sum(later) / max(seconds, 1e-9))
 
     def _metrics_log(self) -> MetricsLog:
         run = self.run_config
         settings = run.config.model_dump(mode="json") | {"stage": run.name, "decoder": run.decoder}
         main = self.accelerator.is_main_process
         return MetricsLog(run.output, run.config.trackers, self.position.step, settings, enabled=main)
-
-    def _save_checkpoint(self) -> None:
-        main, keep = self.accelerator.is_main_process, self.run_config.config.keep_checkpoints
-        save_checkpoint(self.checkpoints, self.position, self.state, keep, write=main)
 
     def _next_group(self, groups: Iterator[list[Batch]]) -> list[Batch]:
         """The microbatches of one optimizer step; fewer at an epoch's end."""
@@ -240,20 +228,25 @@ class _StageLoop:
         )
         rows, images, self.samples_in_step, stop = self.accelerator.reduce(counts, reduction="sum").tolist()
         if stop:
-            self._save_checkpoint()
+            self.checkpoints.save(self.position, self.state)
             raise TrainingStopped(self.run_config.name, self.position.step)
         return BatchTotals(rows, images)
 
-    def _advance(self, seconds: float) -> None:
+    def _advance(self, losses: dict[str, float], seconds: float) -> None:
         position = self.position
+        sums, num_summed = position.loss_sums, position.num_summed
+        if position.step >= self.num_steps - max(1, self.num_steps // 10):
+            terms = {name: value for name, value in losses.items() if name not in ("learning_rate", "grad_norm")}
+            sums = {name: sums.get(name, 0.0) + value for name, value in terms.items()}
+            num_summed += 1
         epoch, epoch_step = position.epoch, position.epoch_step + 1
         if epoch_step == self.steps_per_epoch:
             epoch, epoch_step = epoch + 1, 0
-        self.position = Position(position.step + 1, epoch, epoch_step, position.samples + self.samples_in_step, seconds)
+        samples = position.samples + self.samples_in_step
+        self.position = Position(position.step + 1, epoch, epoch_step, samples, seconds, sums, num_summed)
 
-    def _finish(self, recent: list[dict[str, float]], first_batch_s: float, wait_share: float) -> StageReport:
+    def _finish(self, first_batch_s: float, wait_share: float) -> StageReport:
         run = self.run_config
-        names = [name for name in (recent[-1] if recent else {}) if name not in ("learning_rate", "grad_norm")]
         report = StageReport(
             stage=run.name,
             steps=self.position.step,
@@ -263,13 +256,13 @@ class _StageLoop:
             samples_per_s=self.position.samples / max(self.position.seconds, 1e-9),
             first_batch_s=first_batch_s,
             wait_share=wait_share,
-            losses={name: sum(step[name] for step in recent) / len(recent) for name in names},
+            losses={name: value / self.position.num_summed for name, value in self.position.loss_sums.items()},
             notes=self.notes,
         )
-        trained = trained_tensors(self.student)
+        trained = trained_tensors(self.student, wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             _save_student(run, trained)
-            open_store(run.output).write("report.json", report.model_dump_json(indent=1).encode())
+            open_store(run.output).write(REPORT_FILE, report.model_dump_json(indent=1).encode())
         self.accelerator.wait_for_everyone()
         return report
 

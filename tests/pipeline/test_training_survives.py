@@ -150,7 +150,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny: TinyWorld, targets: Path, tm
     settings = ("train.checkpoint_every=1", "train.keep_checkpoints=2")
     train(run_file(tiny, targets, tmp_path / "run", *settings), ["dpt"])
     left = sorted(path.name for path in (tmp_path / "run/dpt/checkpoints").iterdir())
-    assert left == ["step-00000003", "step-00000004"]
+    assert left == ["step-00000004", "step-00000005"]
 
 
 def test_a_run_that_must_be_new_is_refused_where_a_stage_is_already(
