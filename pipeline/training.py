@@ -20,7 +20,7 @@ from pipeline.run_file import RunFile, save_run_file
 from stages.checkpoints import hide_loading_bars
 from stages.student.claim import check_output, decoder_digest
 from stages.student.config import STAGES, DataSource, StageName, TrainConfig
-from stages.student.stage import StageReport, StageRun, StepProgress, TrainingStopped
+from stages.student.stage import REPORT_FILE, StageReport, StageRun, StepProgress, TrainingStopped
 from stages.student.start import StudentStart
 from stages.student.training import train_stage
 from storage.errors import FingerprintMismatch, UserError
@@ -66,6 +66,8 @@ def train(
     hide_loading_bars()
     output = Path(need(run.output, "--output"))
     decoder = need(run.student, "--student")
+    # What is saved is what was done, also where the stages were named beside the settings.
+    run = run.model_copy(update={"train": run.train.model_copy(update={"stages": tuple(stages)})})
     run, accelerator = _with_launcher_settings(run)
     if not resume:
         refuse_existing(output, stages)
@@ -76,29 +78,21 @@ def train(
     if run.train.adapter == "teacher":
         _check_one_teacher(runs)
     # All of them before anything is written: a refusal changes nothing.
-    for stage in runs.values():
-        check_output(stage)
-        if not (stage.output / "report.json").is_file():
-            # Whether the student can read the targets at all, with the losses of this stage.
-            StudentStart(stage)
+    starts = {name: _checked(stage) for name, stage in runs.items()}
     if accelerator.is_main_process:
         save_run_file(run, output / "run.yaml")
         _note_start(output, run.train, runs, accelerator)
     reports = []
-    initial: Path | None = None
-    for name in STAGES:
-        if name in runs:
-            stage = replace(runs[name], initial=initial)
-            try:
-                reports.append(train_stage(stage, accelerator, _for_stage(progress, name), should_stop))
-            except TrainingStopped as stop:
-                raise Interrupted(signal.SIGTERM, f"{stop}; {RESUME}", SAVED_EXIT_CODE) from None
-        if (output / name / "report.json").is_file():
-            initial = output / name / "student"
+    for name, stage in runs.items():
+        shown = _for_stage(progress, name)
+        try:
+            reports.append(train_stage(stage, accelerator, shown, should_stop, starts.pop(name)))
+        except TrainingStopped as stop:
+            raise Interrupted(signal.SIGTERM, f"{stop}; {RESUME}", SAVED_EXIT_CODE) from None
     if accelerator.is_main_process:
         # Of all finished stages, also of earlier commands.
-        files = {name: output / name / "report.json" for name in STAGES}
-        summary = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+        finished = [name for name in STAGES if _is_finished(output / name)]
+        summary = {name: json.loads((output / name / REPORT_FILE).read_text()) for name in finished}
         open_store(output).write("summary.json", json.dumps(summary, indent=1).encode())
     return reports
 
@@ -166,18 +160,37 @@ def _note_start(output: Path, config: TrainConfig, runs: dict[StageName, StageRu
 def last_student(output: Path) -> Path:
     """The student of the last finished stage of a run folder."""
     for name in reversed(STAGES):
-        if (output / name / "report.json").is_file():
+        if _is_finished(output / name):
             return output / name / "student"
     raise UserError(f"{output} holds no finished stage; run `cdp train-student --output {output}`")
 
 
+def _checked(stage: StageRun) -> StudentStart | None:
+    """Refuses a stage that cannot be trained; what it starts from, if it is to be trained and that is there already."""
+    check_output(stage)
+    if _is_finished(stage.output):
+        return None
+    if stage.initial is None or _is_finished(stage.initial.parent):
+        return StudentStart(stage)
+    # Whether the decoder, which the student to come will have, can read the targets at all, with this stage's losses.
+    StudentStart(replace(stage, initial=None))
+    return None
+
+
+def _is_finished(stage: Path) -> bool:
+    return (stage / REPORT_FILE).is_file()
+
+
 def _stage_run(run: RunFile, name: StageName, decoder: str, output: Path, stores: dict[str, TargetStore]) -> StageRun:
     """`stores` are those opened already: reading all records of one may take minutes."""
+    earlier = STAGES[: STAGES.index(name)]
+    # That are finished, or will be when this one's turn comes.
+    before = [one for one in earlier if one in run.train.stages or _is_finished(output / one)]
     return StageRun(
         name=name,
         config=run.train,
         decoder=decoder,
-        initial=None,
+        initial=output / before[-1] / "student" if before else None,
         sources=tuple(_opened(source, stores) for source in _sources(run, name)),
         output=output / name,
     )

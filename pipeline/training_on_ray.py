@@ -2,18 +2,23 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipeline import ray_cluster
 from pipeline.flags import need
 from pipeline.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.run_file import RunFile
-from pipeline.training import STAGES, StageProgress, refuse_existing, train
-from stages.student.config import StageName
+from pipeline.training import StageProgress, refuse_existing, train
+from stages.student.config import STAGES, StageName
 from stages.student.stage import StageReport
+from storage.errors import UserError
+from storage.stores import open_store
 
 PLACES = ("samples", "targets", "student", "output", "subset")
 """Settings, of the run or of its parts, that may name a folder or file."""
@@ -29,7 +34,10 @@ def train_on_ray(
 ) -> list[StageReport]:
     """As `train`, with Ray Train; the group is started again from the newest checkpoint when a process dies.
 
-    Folders must be seen by all nodes under the same names.
+    Folders must be seen by all nodes, and by this process, under the same names.
+
+    Raises:
+        UserError: a process does not see this one's run folder, or what `train` raises.
     """
     output = Path(need(run.output, "--output")).absolute()
     if not resume:
@@ -44,9 +52,10 @@ def train_on_ray(
 
     # Connecting takes the signals for Ray, so that they are remembered anew after it.
     signals = remembered(signal.SIGTERM, signal.SIGINT)
-    with ray_cluster.connect(run.train.ray_address) as cluster, signals as asked_to_stop:
+    connected = ray_cluster.connect(run.train.ray_address)
+    with connected as cluster, signals as asked_to_stop, _mark_of_the_driver(output) as mark:
         ray_cluster.run_group(
-            partial(_train_in_group, _with_absolute_places(run), tuple(stages)),
+            partial(_train_in_group, _with_absolute_places(run), tuple(stages), mark),
             num_workers=run.train.workers or max(1, cluster.gpus),
             gpus_per_worker=1 if cluster.gpus else 0,
             max_attempts=run.train.max_attempts,
@@ -56,14 +65,36 @@ def train_on_ray(
         )
     if stopped:
         raise Interrupted(signal.SIGTERM, stopped[0], SAVED_EXIT_CODE)
-    reports = [output / name / "report.json" for name in STAGES if name in stages]
-    return [StageReport.model_validate_json(path.read_text()) for path in reports]
+    return [StageReport.read(output / name) for name in STAGES if name in stages]
+
+
+@contextmanager
+def _mark_of_the_driver(output: Path) -> Iterator[Path]:
+    """A file by which a process on another machine knows that it sees the folder that the driver sees."""
+    # In the folder that Ray Train makes in any case.
+    store, name = open_store(output / ray_cluster.NOTES), f"driver-{uuid4().hex}"
+    store.write(name, b"")
+    mark = output / ray_cluster.NOTES / name
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 def _train_in_group(
-    run: RunFile, stages: Sequence[StageName], send: Callable[..., None], should_stop: Callable[[], bool]
+    run: RunFile,
+    stages: Sequence[StageName],
+    mark: Path,
+    send: Callable[..., None],
+    should_stop: Callable[[], bool],
 ) -> None:
     """In each process of the group."""
+    if not mark.is_file():
+        raise UserError(
+            f"{run.output} on {socket.gethostname()} is another folder than where the command was given: it lacks "
+            f"{mark.name}, written there. Name an --output that all nodes of the Ray cluster and the machine of the "
+            "command see, such as a folder of a network file system"
+        )
     first = int(os.environ["RANK"]) == 0
     try:
         # One that asks is enough: the processes tell each other.

@@ -19,11 +19,13 @@ _MATCHING = ("student_layers", "num_matched", "matching", "layers")
 
 
 def check_output(run: StageRun) -> None:
-    """Compares what the stage is with what its folder was begun with; changes nothing.
+    """Compares what the stage is with what its folder and the stage before were begun with; changes nothing.
 
     Raises:
-        FingerprintMismatch: the folder was begun with other settings; names them.
+        FingerprintMismatch: the folder was begun with other settings, which are named, or from another student; or the
+            student that it starts from was made of another decoder.
     """
+    _check_decoder(run)
     store = open_store(run.output)
     if not store.exists(STAGE_FILE):
         return
@@ -42,26 +44,61 @@ def check_output(run: StageRun) -> None:
             f"{run.output} was begun with other settings (differs in: {', '.join(sorted(differing))}); "
             "train into a new folder, or use the settings of its run.yaml to resume"
         )
+    _check_start(run, found)
 
 
 def claim_output(run: StageRun) -> None:
     """Writes down what the stage is, unless its folder says so already.
 
     Raises:
-        FingerprintMismatch: the folder was begun with other settings, or from another student.
+        FingerprintMismatch: as `check_output`.
     """
     check_output(run)
     store = open_store(run.output)
-    start = run.initial.parent.name if run.initial is not None else "decoder"
     if not store.exists(STAGE_FILE):
-        store.write(STAGE_FILE, json.dumps({**_description(run), "starts_from": start}, indent=1).encode())
-    begun_from = json.loads(store.read(STAGE_FILE))["starts_from"]
-    if begun_from != start:
-        # A checkpoint holds what was trained only; on another base it would be another student.
+        store.write(STAGE_FILE, json.dumps({**_description(run), **_start(run)}, indent=1).encode())
+
+
+def _check_decoder(run: StageRun) -> None:
+    if run.initial is None:
+        return
+    before = open_store(run.initial.parent)
+    if not (run.initial.is_dir() and before.exists(STAGE_FILE)):
+        return
+    found, wanted = json.loads(before.read(STAGE_FILE))["decoder"], decoder_digest(run.decoder)
+    if found != wanted:
         raise FingerprintMismatch(
-            f"{run.output} was begun from {begun_from}, now it would start from {start}, a stage trained since; "
-            "train it in a new folder"
+            f"{run.output} would start from {run.initial}, which was made of a decoder with weights {found[:12]}, but "
+            f"--student is {run.decoder} with weights {wanted[:12]}; name the decoder that the run began with, or "
+            "another --output"
         )
+
+
+def _check_start(run: StageRun, found: dict[str, Any]) -> None:
+    """A checkpoint holds what was trained only; on another base it would be another student."""
+    start = _start(run)
+    # Weights that are not known yet, or were not written down by the folder's version, are any.
+    known = start["start_weights"] and found.get("start_weights")
+    if found["starts_from"] == start["starts_from"] and (not known or known == start["start_weights"]):
+        return
+    begun, now = (
+        one["starts_from"] + (f" with weights {digest[:12]}" if (digest := one.get("start_weights")) else "")
+        for one in (found, start)
+    )
+    raise FingerprintMismatch(
+        f"{run.output} was begun from {begun}, now it would start from {now}; put back the student that it was begun "
+        "from, or train it in a new folder"
+    )
+
+
+def _start(run: StageRun) -> dict[str, Any]:
+    name = "decoder" if run.initial is None else run.initial.parent.name
+    return {"starts_from": name, "start_weights": start_weights(run)}
+
+
+def start_weights(run: StageRun) -> str | None:
+    """sha256 of the weights of the student that the stage goes on from, None if it does not, or that is yet to come."""
+    return None if run.initial is None or not run.initial.is_dir() else _weights(run.initial)
 
 
 def _description(run: StageRun) -> dict[str, Any]:
@@ -102,7 +139,20 @@ def matching_settings(student: Path) -> TrainConfig | None:
     return TrainConfig.model_validate({name: settings[name] for name in _MATCHING if name in settings})
 
 
-@lru_cache
 def decoder_digest(decoder: str) -> str:
     """sha256 of the weights of the decoder that a run starts from."""
-    return weights_digest(resolve_checkpoint(decoder))
+    return _weights(_local_folder(decoder))
+
+
+_local_folder = lru_cache(resolve_checkpoint)
+
+
+def _weights(folder: Path) -> str:
+    """Their digest, for which they are read again only if a file has changed: there may be gigabytes."""
+    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    return _digest_of(folder, tuple((name, seen.st_size, seen.st_mtime_ns, seen.st_ino) for name, seen in files))
+
+
+@lru_cache
+def _digest_of(folder: Path, _files: tuple[tuple[str, int, int, int], ...]) -> str:
+    return weights_digest(folder)

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention import enable_capture
+from stages.student.agreement import check_same_folder, check_same_position
 from stages.student.batches import Batch
 from stages.student.checkpoint import Checkpoints, Position, TrainerState, disk_errors, load_trained, trained_tensors
-from stages.student.claim import claim_output
+from stages.student.claim import check_output, claim_output
 from stages.student.matching import match_stage
 from stages.student.metrics import MetricsLog
 from stages.student.objective import BatchTotals, DistillationObjective
@@ -38,6 +39,7 @@ def train_stage(
     accelerator: Accelerator,
     progress: Callable[[StepProgress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    start: StudentStart | None = None,
 ) -> StageReport:
     """Trains one stage, from its newest whole checkpoint when there is one; a finished stage is not run again.
 
@@ -48,15 +50,21 @@ def train_stage(
         accelerator: of this process.
         progress: called after each step.
         should_stop: asked before each step; as soon as it says so in any process, all save a checkpoint and stop.
+        start: of this run, if it is known already.
 
     Raises:
         TrainingStopped: after such a checkpoint.
-        UserError: the folder holds the same stage with other settings, the student does not fit the targets, or the
-            loss is no longer finite.
+        UserError: the folder holds the same stage with other settings, the student does not fit the targets, the
+            processes do not see the same folder, or the loss is no longer finite.
     """
-    with accelerator.main_process_first():
-        # The others compare with what it wrote: an incomplete store may have grown between two looks at it.
+    # In all of them, so that all say what is wrong.
+    check_output(run)
+    if accelerator.is_main_process:
         claim_output(run)
+    accelerator.wait_for_everyone()
+    check_same_folder(accelerator, run)
+    # With what was written: an incomplete store may have grown between two looks at it.
+    check_output(run)
     if accelerator.is_main_process:
         # What a killed process left half-written; there may be gigabytes of it.
         open_store(run.output).remove_partials()
@@ -64,7 +72,7 @@ def train_stage(
         return StageReport.read(run.output)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _StageLoop(run, accelerator, progress, should_stop).run()
+            return _StageLoop(run, start or StudentStart(run), accelerator, progress, should_stop).run()
     finally:
         # It holds what it prepared: a student for each stage, on the GPU.
         accelerator.free_memory()
@@ -76,14 +84,15 @@ class _StageLoop:
     def __init__(
         self,
         run: StageRun,
+        start: StudentStart,
         accelerator: Accelerator,
         progress: Callable[[StepProgress], None] | None,
         should_stop: Callable[[], bool],
     ) -> None:
         self.run_config, self.accelerator, self.progress, self.should_stop = run, accelerator, progress, should_stop
+        self.start = start
         config, stage = run.config, run.stage
         _check_temperature(run)
-        start = StudentStart(run)
         # Before the student is loaded: what makes loader processes gets ready meanwhile.
         self.loader = StepLoader(
             Mixture(run.sources, run.stream),
@@ -127,6 +136,7 @@ class _StageLoop:
             run.output / "checkpoints", config.keep_checkpoints, write=accelerator.is_main_process
         )
         self.position = self.checkpoints.restore(self.state)
+        check_same_position(accelerator, run, self.position)
 
     def run(self) -> StageReport:
         """Trains to the last step and saves the student."""
@@ -261,15 +271,14 @@ class _StageLoop:
         )
         trained = trained_tensors(self.student, wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            _save_student(run, trained)
+            _save_student(run, self.start, trained)
             open_store(run.output).write(REPORT_FILE, report.model_dump_json(indent=1).encode())
         self.accelerator.wait_for_everyone()
         return report
 
 
-def _save_student(run: StageRun, trained: dict[str, Tensor]) -> None:
+def _save_student(run: StageRun, start: StudentStart, trained: dict[str, Tensor]) -> None:
     """The student that the stage started from with what was trained, LoRA merged; in float32, with plain sdpa."""
-    start = StudentStart(run)
     student, peft = start.load()
     load_trained(student, trained)
     student = merge_lora(peft, student)

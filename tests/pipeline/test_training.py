@@ -22,6 +22,7 @@ from stages.student.stage import StageReport, StepProgress
 from stages.student.start import StudentStart
 from storage.errors import FingerprintMismatch, UserError
 from storage.targets import TargetStore
+from tests.checkpoints import make_tiny_lm
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp, kill_when, start_cdp, tree
 from tests.pipeline.runs import SETTINGS, run_file
@@ -142,8 +143,52 @@ def test_a_stage_does_not_go_on_from_another_start(tiny: TinyWorld, targets: Pat
     with pytest.raises(Stopped):
         train(run, ["dft"], stop_at("dft", 3))
     train(run, ["dpt"])
-    with pytest.raises(FingerprintMismatch, match="begun from decoder, now it would start from dpt"):
+    before = tree(tmp_path / "run")
+    for stages in (["dft"], STAGES):
+        with pytest.raises(FingerprintMismatch, match="begun from decoder, now it would start from dpt with weights"):
+            train(run, stages)
+    assert tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["half-finished", "finished"])
+def test_a_stage_does_not_go_on_from_a_stage_before_it_that_was_trained_anew(
+    finished: bool, tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = run_file(tiny, targets, output)
+    train(run, ["dpt"])
+    if finished:
         train(run, ["dft"])
+    else:
+        with pytest.raises(Stopped):
+            train(run, ["dft"], stop_at("dft", 3))
+    shutil.move(output / "dpt", tmp_path / "dpt")
+    train(run_file(tiny, targets, output, "train.dpt.learning_rate=0.01"), ["dpt"])
+    before = tree(output)
+    with pytest.raises(FingerprintMismatch, match=r"begun from dpt with weights \w{12}, now .* from dpt with weights"):
+        train(run, ["dft"])
+    assert tree(output) == before
+
+    # The same weights are the same start, whenever they were made.
+    shutil.rmtree(output / "dpt")
+    train(run, ["dpt", "dft"])
+    assert weights(output / "dpt") == weights(tmp_path / "dpt")
+
+
+def test_a_stage_that_starts_from_a_student_of_another_decoder_is_refused_and_nothing_is_written(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    for file in ("dpt/stage.json", "dpt/report.json", "run.yaml"):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(undisturbed / file, output / file)
+    shutil.copytree(undisturbed / "dpt" / "student", output / "dpt" / "student")
+    other = make_tiny_lm(tmp_path / "other", tokenizer_from=tiny.teacher, seed=5)
+    before = tree(output)
+    found = rf"dpt/student, which was made of a decoder with weights \w{{12}}, but --student is {other} with weights"
+    with pytest.raises(FingerprintMismatch, match=found):
+        train(run_file(replace(tiny, student_lm=other), targets, output), ["dft"])
+    assert tree(output) == before
 
 
 def test_a_stage_may_begin_from_the_student_of_another_run(
