@@ -196,7 +196,8 @@ def image_side(teacher_config: PreTrainedConfig) -> PreTrainedModel:
     for name, value in {**small, "pad_token_id": None}.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, value)
-    model: PreTrainedModel = AutoModel.from_config(config)
+    # Not in the teacher's own precision, which its config names: in that in which the student is made or loaded.
+    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.get_default_dtype())
     decoder = model.get_decoder()
     (name,) = (name for name, child in model.named_children() if child is decoder)
     setattr(model, name, None)

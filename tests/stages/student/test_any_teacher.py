@@ -3,6 +3,7 @@
 The textbook takes eager attention of both models, one sample at a time, with inputs from the library's processor.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
@@ -83,6 +85,26 @@ def test_a_student_sees_the_teachers_image_features(model_type: str, extract: Ex
         with torch.no_grad():
             own = student.get_image_features(**pixels_only(student, inputs))
         torch.testing.assert_close(own, student.model.post_connector(seen), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ABLE)
+def test_a_student_loads_in_the_precision_asked_for_whatever_its_teacher_ran_in(
+    model_type: str, extract: Extract, tmp_path: Path
+) -> None:
+    extracted = extract(model_type)
+    # As extraction on a GPU leaves it.
+    eyes = shutil.copytree(extracted.store.teacher_folder(), tmp_path / "teacher")
+    config = AutoConfig.from_pretrained(eyes)
+    for part in (config, config.get_text_config(), config.vision_config):
+        part.dtype = torch.bfloat16
+    config.save_pretrained(eyes)
+    student = build_student(eyes, make_tiny_lm(tmp_path / "lm", tokenizer_from=eyes, num_layers=3), seed=0)
+    student.save_pretrained(tmp_path / "student")
+    exact = load_student(tmp_path / "student")
+    assert {parameter.dtype for parameter in exact.parameters()} == {torch.float32}
+    assert all(torch.equal(value, exact.get_parameter(name)) for name, value in student.named_parameters())
+    half = load_student(tmp_path / "student", torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("model_type", ABLE)
