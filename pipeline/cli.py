@@ -283,9 +283,8 @@ def export(
     from pipeline.export import export as export_folder
     from pipeline.tables import print_export_report
 
-    rounded_to = dtype.value if dtype is not None else None
-    report = export_folder(model, output, fold=fold, dtype=rounded_to, teacher=teacher, evaluation=evaluation)
-    print_export_report(report, output)
+    settings: dict[str, Any] = {"fold": fold, "dtype": None if dtype is None else dtype.value}
+    print_export_report(export_folder(model, output, **settings, teacher=teacher, evaluation=evaluation), output)
 
 
 @app.command()

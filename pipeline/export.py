@@ -11,12 +11,18 @@ from stages.checkpoints import hide_loading_bars
 from stages.evaluation.report import EvaluationReport
 from stages.student.card import ExportReport, ModelNames
 from stages.student.claim import STAGE_FILE
-from stages.student.export import export_student
+from stages.student.export import Dtype, export_student
 from storage.errors import UserError
 
 
 def export(
-    model: str, output: Path, *, fold: bool = True, teacher: str | None = None, evaluation: Path | None = None
+    model: str,
+    output: Path,
+    *,
+    fold: bool = True,
+    dtype: Dtype | None = None,
+    teacher: str | None = None,
+    evaluation: Path | None = None,
 ) -> ExportReport:
     """A self-contained Hugging Face folder of a training run's last student, or of a checkpoint.
 
@@ -24,6 +30,7 @@ def export(
         model: training run, checkpoint folder or hub id.
         output: new folder.
         fold: see `export_student`.
+        dtype: see `export_student`.
         teacher: how the card names the teacher; None takes the name in the run's own run file, where it has one.
         evaluation: report of `cdp evaluate`, for the card.
 
@@ -33,7 +40,8 @@ def export(
     hide_loading_bars()
     folder = find_checkpoint(model)
     report = None if evaluation is None else _read_evaluation(evaluation)
-    return export_student(folder, output, fold=fold, names=_names_of(folder, teacher), evaluation=report)
+    names = _names_of(folder, teacher)
+    return export_student(folder, output, fold=fold, dtype=dtype, names=names, evaluation=report)
 
 
 def _names_of(student: Path, teacher: str | None) -> ModelNames:

@@ -125,7 +125,10 @@ def print_export_report(report: ExportReport, folder: Path) -> None:
     table.add_row("class", report.model_class + code)
     table.add_row("weights", f"{report.parameters:,} parameters, {report.dtype}, {_size(report.bytes)}")
     table.add_row("post-connector", report.post_connector)
-    table.add_row("logits", f"{report.logit_error:.2g} off at most, the largest is {report.logit_scale:.3g}")
+    rounded = ""
+    if report.dtype != report.trained_dtype:
+        rounded = f" ({report.rounding_error:.2g} by rounding from {report.trained_dtype} alone)"
+    table.add_row("logits", f"{report.logit_error:.2g} off at most{rounded}, the largest is {report.logit_scale:.3g}")
     table.add_row("image token", f"{report.image_token_id}, {report.added_rows} rows added to the vocabulary")
     table.add_row("time", f"{report.seconds:.1f} s")
     output.print(table)

@@ -20,7 +20,7 @@ model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
 processor = AutoProcessor.from_pretrained("{name}")
 content = [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]
 text = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
-inputs = processor(images=Image.open("picture.jpg"), text=text, return_tensors="pt")
+inputs = processor(images=Image.open("picture.jpg"), text=text, return_tensors="pt").to(model.device, model.dtype)
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
@@ -41,6 +41,8 @@ class ExportReport(BaseModel):
     """What became of it; none: the checkpoint had none."""
     dtype: str
     """Of the weights."""
+    trained_dtype: str
+    """Of the checkpoint's weights."""
     parameters: int
     """Of the exported model; tied ones once."""
     bytes: int
@@ -53,7 +55,10 @@ class ExportReport(BaseModel):
     """Tokens that end an answer."""
     logit_error: float
     """Largest difference between logits of the checkpoint and of the exported folder, for a question about a picture
-    made up for it; both computed in float32, so that it shows the folding and its rounding to `dtype`."""
+    made up for it; both computed in float32, so that it shows the folding and the rounding of weights to `dtype`."""
+    rounding_error: float
+    """What rounding all weights from `trained_dtype` to `dtype` changes by itself, measured in the same way; 0 where
+    they are one. A model that computes in `dtype` also rounds in each operation."""
     logit_scale: float
     """Largest of these logits."""
     seconds: float
@@ -215,12 +220,18 @@ def _export(export: ExportReport) -> str:
         "kept": "The post-connector is a layer of its own. ",
         "none": "",
     }
+    rounded = ""
+    if export.dtype != export.trained_dtype:
+        rounded = (
+            f" Weights were rounded from {export.trained_dtype}, which by itself changes logits by "
+            f"{export.rounding_error:.2g} at most."
+        )
     rows = f" {export.added_rows} rows of zeros were put to the vocabulary." if export.added_rows else ""
     return (
         f"`{export.model_class}`, {export.parameters:,} parameters in {export.dtype}. "
         f"{became[export.post_connector]}Logits differ from those of the trained student by "
         f"{export.logit_error:.2g} at most, the largest being {export.logit_scale:.3g}, in float32 on one picture "
-        f"and question.{rows}"
+        f"and question.{rounded}{rows}"
     )
 
 

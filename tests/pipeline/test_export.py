@@ -97,6 +97,23 @@ def test_an_earlier_stage_is_exported_by_its_folder_and_its_card_ends_there(
     assert "| sft |" not in card
 
 
+def test_a_run_is_exported_in_another_precision_with_what_that_changes(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    done = run_here("export", undisturbed, out, "--dtype", "bfloat16", monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    report = json.loads((out / "export.json").read_text())
+    assert (report["dtype"], report["trained_dtype"]) == ("bfloat16", "float32")
+    assert 0 < report["rounding_error"] < 0.1 * report["logit_scale"]
+    assert f"({report['rounding_error']:.2g} by rounding from float32 alone)" in " ".join(done.out.split())
+    trained = (undisturbed / "sft" / "student" / "model.safetensors").stat().st_size
+    assert 0.4 < (out / "model.safetensors").stat().st_size / trained < 0.6
+    done = run_here("export", undisturbed, tmp_path / "no", "--dtype", "int8", monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 2
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "teacher"),
     [

@@ -26,7 +26,7 @@ from stages.conversations import ConversationEncoder
 from stages.student.build import build_student
 from stages.student.card import ExportReport
 from stages.student.chat import Chat
-from stages.student.export import export_student
+from stages.student.export import Dtype, export_student
 from stages.student.folding import ModelParts, fold_post_connector
 from stages.student.loading import load_multimodal, model_inputs
 from stages.teacher.identity import TeacherConfig
@@ -78,6 +78,43 @@ for folder in folders:
         "single": [generated(*pair)[0] for pair in pairs],
         "uncached": [generated(*pair, use_cache=False)[0] for pair in pairs],
         "batch": generated([[image] for image in images], texts),
+    }
+with open(sys.argv[1], "w") as file:
+    json.dump(found, file)
+"""
+
+
+ELSEWHERE_AS_STORED = """
+import json, sys
+for name in ("stages", "storage", "pipeline", "examples"):
+    sys.modules[name] = None
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+torch.set_num_threads(1)
+found = {}
+for folder in sys.argv[2:]:
+    # As the card says.
+    with open(f"{folder}/export.json") as file:
+        code = json.load(file)["custom_code"] is not None
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=code)
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    image = Image.new("RGB", (48, 48), "red")
+    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device, model.dtype)
+    output = model.generate(**inputs, min_new_tokens=4, max_new_tokens=4)
+    # As stored, and what the weights come to in float32.
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    with torch.inference_mode():
+        logits = model.float()(**load_file(f"{folder}.inputs")).logits[0]
+    found[folder] = {
+        "class": type(model).__name__,
+        "dtypes": dtypes,
+        "new_tokens": output.shape[1] - inputs["input_ids"].shape[1],
+        "logits": logits.tolist(),
     }
 with open(sys.argv[1], "w") as file:
     json.dump(found, file)
@@ -200,6 +237,7 @@ def exports(
     }
 
 
+DEFAULT_AND_SAME: dict[str, Dtype | None] = {"default": None, "same": "float32"}
 CASES = {
     "narrow": ("CompoDistillStudentForConditionalGeneration", "modeling_compodistill.py", "folded", 0),
     "narrow, not folded": ("CompoDistillStudentForConditionalGeneration", "modeling_compodistill.py", "kept", 0),
@@ -306,6 +344,85 @@ def test_weights_of_half_precision_stay_so_and_the_report_says_what_folding_chan
     assert report.dtype == "bfloat16"
     assert 0 < report.logit_error < 0.05 * report.logit_scale
     assert export_student(student, tmp_path / "kept", fold=False).logit_error == 0
+
+
+ROUNDED: dict[str, tuple[Dtype, bool, str]] = {
+    "narrow": ("bfloat16", True, "CompoDistillStudentForConditionalGeneration"),
+    "narrow, not folded": ("float16", False, "CompoDistillStudentForConditionalGeneration"),
+    "wide": ("float16", True, "LlavaForConditionalGeneration"),
+    "tiles": ("bfloat16", True, "AnyTeacherStudentForConditionalGeneration"),
+    "own adapter": ("bfloat16", True, "LlavaForConditionalGeneration"),
+}
+"""Precision, whether folded, class."""
+
+
+def test_an_export_of_another_precision_loads_in_it_where_only_transformers_is_and_says_what_rounding_changed(
+    teacher: Path, extract: Callable[[str], Extracted], tmp_path: Path
+) -> None:
+    students = {
+        "narrow": make_student(tmp_path / "narrow", teacher),
+        "wide": make_student(tmp_path / "wide", teacher, hidden=40),
+        "tiles": make_student(tmp_path / "tiles", extract("llava_next").store.teacher_folder()),
+        "own adapter": shutil.copytree(teacher.with_name("checkpoint"), tmp_path / "own"),
+    }
+    reports, exact = {}, {}
+    for case, (dtype, fold, _) in ROUNDED.items():
+        source = students[case.split(",")[0]]
+        folder = tmp_path / "out" / case.replace(" ", "-").replace(",", "")
+        reports[folder] = case, export_student(source, folder, dtype=dtype, fold=fold)
+        student, processor = load_multimodal(source), load_processor(source)
+        encoder = ConversationEncoder(processor, student.config.image_token_id, 10_000)
+        probe = encoder.encode_pair(*export_module._PROBE, [export_module._picture()])
+        inputs = model_inputs(student, probe)
+        save_file(inputs, f"{folder}.inputs")
+        with torch.inference_mode():
+            exact[folder] = student(**inputs).logits[0]
+    command = [sys.executable, "-c", ELSEWHERE_AS_STORED, str(tmp_path / "found.json"), *map(str, reports)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for folder, (case, report) in reports.items():
+        dtype, _, model_class = ROUNDED[case]
+        there = found[str(folder)]
+        assert (there["class"], there["dtypes"], there["new_tokens"]) == (model_class, [f"torch.{dtype}"], 4), case
+        assert (report.dtype, report.trained_dtype) == (dtype, "float32")
+        assert {str(tensor.dtype) for tensor in load_file(folder / "model.safetensors").values()} == {f"torch.{dtype}"}
+        config = json.loads((folder / "config.json").read_text())
+        assert {config["dtype"], config["text_config"]["dtype"]} == {dtype}
+        difference = float((torch.tensor(there["logits"]) - exact[folder]).abs().max())
+        assert difference == pytest.approx(report.logit_error, rel=1e-3), case
+        # Folding alone changes a thousandth of it.
+        assert report.rounding_error == pytest.approx(report.logit_error, rel=1e-2)
+        assert 1e-4 * report.logit_scale < report.rounding_error < 0.1 * report.logit_scale
+        card = (folder / "README.md").read_text()
+        assert f"rounded from float32, which by itself changes logits by {report.rounding_error:.2g} at most" in card
+
+
+def test_the_precision_that_the_weights_have_changes_nothing(teacher: Path, tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", teacher)
+    reports = [export_student(student, tmp_path / name, dtype=dtype) for name, dtype in DEFAULT_AND_SAME.items()]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in DEFAULT_AND_SAME]
+    assert files[0] == files[1]
+    assert {(report.dtype, report.trained_dtype, report.rounding_error) for report in reports} == {
+        ("float32", "float32", 0.0)
+    }
+    assert "rounded from" not in (tmp_path / "same" / "README.md").read_text()
+
+
+def test_weights_that_the_precision_does_not_hold_are_refused_and_nothing_is_left(
+    teacher: Path, tmp_path: Path
+) -> None:
+    student = make_student(tmp_path / "student", teacher)
+    tensors = load_file(student / "model.safetensors")
+    tensors["model.post_connector.bias"][0] = 1e5
+    save_file(tensors, student / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"rounded to torch.float16 differ .* nothing was written. Export with another"):
+        export_student(student, tmp_path / "out", dtype="float16")
+    assert not list(tmp_path.glob("out*"))
+    assert export_student(student, tmp_path / "out", dtype="bfloat16").dtype == "bfloat16"
 
 
 def test_answers_end_where_those_of_the_template_do(teacher: Path, tmp_path: Path) -> None:
