@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.commands import extract_targets, say, train_stages, train_sweep, verify_targets
+from pipeline.commands import extract_targets, say, say_which_student, train_stages, train_sweep, verify_targets
 from pipeline.flags import need, percent
 from pipeline.interruption import Interrupted, raised_on
 from pipeline.recipes import recipe_names
@@ -262,6 +262,7 @@ def evaluate(
     from pipeline.tables import print_evaluation
 
     run = load_run_file(config, settings or [], {"evaluate.scoring": scoring.value if scoring else None})
+    say_which_student(model)
     with bars() as progress:
         result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress)
     if report is not None:
@@ -283,6 +284,7 @@ def export(
     from pipeline.export import export as export_folder
     from pipeline.tables import print_export_report
 
+    say_which_student(model)
     settings: dict[str, Any] = {"fold": fold, "dtype": None if dtype is None else dtype.value}
     print_export_report(export_folder(model, output, **settings, teacher=teacher, evaluation=evaluation), output)
 
@@ -297,6 +299,7 @@ def chat(
     """Asks a model about an image; the answer comes word by word, always the most likely next token."""
     from pipeline.chat import answer, open_chat, talk
 
+    say_which_student(model)
     opened = open_chat(model, image, max_new_tokens)
     if question is None:
         talk(opened)
@@ -319,6 +322,7 @@ def compare_attention(
     from pipeline.progress import bars
     from pipeline.tables import print_similarity, similarity_table
 
+    say_which_student(model)
     with bars() as progress:
         result = compare_with_targets(model, need(samples, "--samples"), need(targets, "--targets"), limit, progress)
     if report is not None:

@@ -102,6 +102,14 @@ def verify_targets(targets: str, samples: str | None, percent: float, seed: int)
     return report
 
 
+def say_which_student(model: str) -> None:
+    """Which of a training run's students a command uses."""
+    from pipeline.evaluation import which_student
+
+    for note in which_student(model):
+        say(note)
+
+
 def say(message: str) -> None:
     """On standard error, beside the bars."""
     print(message, file=sys.stderr)

@@ -25,7 +25,7 @@ from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.images import decode_image
 from stages.student.build import Student, is_student, load_student
-from stages.student.claim import matching_settings
+from stages.student.claim import STAGE_FILE, matching_settings
 from stages.student.collator import Collator
 from stages.student.config import STAGES, TrainConfig
 from stages.student.loading import load_multimodal
@@ -43,9 +43,36 @@ LOOKED_AT = 8
 def find_checkpoint(model: str) -> Path:
     """The checkpoint folder: of a training run the last stage's student, else the folder or hub id itself."""
     folder = Path(model)
-    if any((folder / stage).is_dir() for stage in STAGES):
+    if _is_run(folder):
         return last_student(folder)
     return folder / "student" if (folder / "student" / "config.json").is_file() else resolve_checkpoint(model)
+
+
+def which_student(model: str) -> list[str]:
+    """Which student of a training run `find_checkpoint` takes, and a warning if it lacks a stage that was begun after.
+
+    Empty for anything but a run folder: there is no choice then.
+
+    Raises:
+        UserError: no stage has finished.
+    """
+    folder = Path(model)
+    if not _is_run(folder):
+        return []
+    student = last_student(folder)
+    used = student.parent.name
+    begun = [name for name in STAGES[STAGES.index(used) + 1 :] if (folder / name / STAGE_FILE).is_file()]
+    notes = [f"student: {student}, of {used}, the last stage that finished"]
+    if begun:
+        notes.append(
+            f"warning: {' and '.join(begun)} of {folder} began and did not finish, so this student lacks what it "
+            "trained; run `cdp train-student` again to go on with it"
+        )
+    return notes
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / stage).is_dir() for stage in STAGES)
 
 
 def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:

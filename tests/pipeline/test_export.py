@@ -137,6 +137,37 @@ def test_a_run_file_of_another_version_or_none_at_all_does_not_hinder_an_export(
     assert "some-org" not in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_of_a_run_whose_last_stage_is_half_trained_the_command_says_which_student_it_takes_and_warns(
+    undisturbed: Path,
+    picture: Path,
+    tiny: TinyWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    commands: list[tuple[object, ...]] = [
+        ("export", run, tmp_path / "out", "--no-fold"),
+        ("chat", run, picture, "What?", "--max-new-tokens", 2),
+        ("evaluate", run, "--pairs", tiny.pairs, "--limit", 1),
+    ]
+    for finished in (True, False):
+        for command in commands:
+            done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
+            assert done.code == 0, done.err
+            used = run / ("sft" if finished else "dft") / "student"
+            assert f"student: {used}, of {used.parent.name}, the last stage that finished" in done.err
+            assert ("warning: sft of" in done.err) == (not finished)
+        # As after a kill: begun, with checkpoints, without report and student.
+        shutil.rmtree(tmp_path / "out")
+        (run / "sft" / "report.json").unlink(missing_ok=True)
+        shutil.rmtree(run / "sft" / "student", ignore_errors=True)
+    done = run_here(
+        "chat", run / "dft", picture, "What?", "--max-new-tokens", 2, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert "the last stage" not in done.err
+
+
 def test_an_export_is_evaluated_and_asked_like_the_run(
     undisturbed: Path,
     picture: Path,
