@@ -18,6 +18,7 @@ from stages.student.build import Student, load_student
 from stages.student.config import STAGES, StageName
 from stages.student.folding import fold_post_connector, take_apart
 from stages.student.objective import DistillationObjective
+from stages.student.reading import StudentReading, open_reading
 from stages.student.stage import StageReport, StepProgress
 from stages.student.start import StudentStart
 from storage.errors import FingerprintMismatch, UserError
@@ -173,6 +174,22 @@ def test_a_stage_does_not_go_on_from_a_stage_before_it_that_was_trained_anew(
     shutil.rmtree(output / "dpt")
     train(run, ["dpt", "dft"])
     assert weights(output / "dpt") == weights(tmp_path / "dpt")
+
+
+def test_what_a_stage_starts_from_is_read_once(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def noted(targets: TargetStore, folder: Path, **settings: Any) -> StudentReading:
+        read.append(folder)
+        return open_reading(targets, folder, **settings)
+
+    monkeypatch.setattr("stages.student.start.open_reading", noted)
+    run = run_file(tiny, targets, tmp_path / "run")
+    train(run, ["dpt"])
+    train(run, ["dft"])
+    assert read == [tiny.student_lm, tmp_path / "run/dpt/student"]
 
 
 def test_a_stage_that_starts_from_a_student_of_another_decoder_is_refused_and_nothing_is_written(
