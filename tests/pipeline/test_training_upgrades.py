@@ -53,7 +53,7 @@ def test_a_report_of_a_newer_version_is_refused_and_the_stage_can_be_ended_anew_
 @pytest.mark.parametrize(
     ("settings", "forget"),
     [
-        ([], lambda begun: begun["settings"].pop("matching")),
+        ([], lambda begun: begun["settings"].pop("max_grad_norm")),
         ([], lambda begun: begun.pop("dpt.kd_divergence")),
         (["train.lora.dropout=0.0"], lambda begun: begun["settings"]["lora"].pop("dropout")),
     ],
@@ -70,7 +70,7 @@ def test_a_setting_that_the_folder_does_not_know_counts_as_its_default(
 @pytest.mark.parametrize(
     ("settings", "forget", "named"),
     [
-        (["train.matching=one_to_one"], lambda begun: begun["settings"].pop("matching"), "matching"),
+        (["train.max_grad_norm=0.5"], lambda begun: begun["settings"].pop("max_grad_norm"), "max_grad_norm"),
         ([], lambda begun: begun["settings"]["lora"].pop("dropout"), "lora"),
         ([], lambda begun: begun.pop("num_samples"), "num_samples"),
     ],
