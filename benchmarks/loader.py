@@ -11,6 +11,7 @@ of moto, in a process of its own on the same machine: its figures say what the c
 import argparse
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -231,8 +232,8 @@ def s3_server() -> Iterator[dict[str, str]]:
 
 def measure_resume(root: Path, repeats: int = 5) -> dict[str, Any]:
     """Until the first samples of a stream that begins at 1 % and at 99 % of an epoch, taken in turns."""
-    mixture = _mixture(root / "samples", root / "targets", batch_size=4)
-    steps = {share: int(share * mixture.num_steps) for share in (0.01, 0.99)}
+    mixture = _mixture(root / "samples", root / "targets", batch_size=1)
+    steps = {share: math.ceil(share * mixture.num_steps) for share in (0.01, 0.99)}
     wall: dict[float, list[float]] = {share: [] for share in steps}
     cpu: dict[float, list[float]] = {share: [] for share in steps}
     for _ in range(repeats):

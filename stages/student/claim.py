@@ -33,7 +33,9 @@ def check_output(run: StageRun) -> None:
     # A setting that the folder's version did not have counts as its default.
     defaults = _settings(TrainConfig(), run.name)
     flat_found, flat_wanted = (_flat(defaults, description) for description in (found, stage))
-    differing = [k for k in flat_wanted if k != "settings" and flat_found.get(k) != flat_wanted[k]]
+    # Which layers would be matched decides nothing of a stage that matches none.
+    unused = {"settings", *(() if run.stage.attention_weight > 0 else _MATCHING)}
+    differing = [k for k in flat_wanted if k not in unused and flat_found.get(k) != flat_wanted[k]]
     if differing and "shards" in found:
         raise FingerprintMismatch(
             f"{run.output} was begun while its targets were incomplete, or with other settings (differs in: "

@@ -10,20 +10,30 @@ from stages.checkpoints import resolve_checkpoint
 from stages.student.build import Student, build_student, is_student, load_student
 from stages.student.collator import Collator
 from stages.student.eyes import check_eyes
+from stages.student.matching import LayerMatching, match_stage
 from stages.student.reading import check_first_samples, open_reading
 from stages.student.stage import StageRun
 from stages.student.trainable import prepare_for_stage
+from storage.errors import UserError
+from storage.stream import Mixture
 
 
 class StudentStart:
-    """A stage's student, known from its folder before any weights are loaded.
+    """A stage's student and what it trains on, known before any weights are loaded and anything is written.
 
     Args:
         run: the stage.
 
+    Attributes:
+        mixture: the stage's samples.
+        collator: reads them as this student does.
+        matching: layers that learn from the teacher's maps; None without the attention loss.
+        notes: for the user.
+
     Raises:
-        UserError: the student cannot read the store's samples, or cannot be of the kind that is asked for.
-        FingerprintMismatch: it was built for another teacher.
+        UserError: the student cannot read the store's samples, or cannot be of the kind that is asked for; the targets
+            lack what the stage's losses need, or are not complete.
+        FingerprintMismatch: it was built for another teacher, or targets and samples do not belong together.
     """
 
     def __init__(self, run: StageRun) -> None:
@@ -39,28 +49,22 @@ class StudentStart:
         self._saved = run.initial is not None or is_student(self._folder)
         if self._saved and not self._own_eyes:
             check_eyes(self._folder, run.targets.teacher_folder())
+        _check_temperature(run)
+        self.notes = list(reading.notes)
+        self.matching: LayerMatching | None = None
+        if run.stage.attention_weight > 0:
+            self.matching, notes = match_stage(reading.num_layers, run.targets.manifest, run.config, run.stage)
+            self.notes += notes
+        self.mixture = Mixture(run.sources, run.stream)
+        if reading.own_eyes or reading.max_length is not None:
+            for source in run.sources:
+                check_first_samples(source, reading)
+        self.collator = Collator(reading.reader())
 
     @property
     def processor(self) -> ProcessorMixin:
         """What is saved with the student."""
         return self._reading.processor
-
-    @property
-    def notes(self) -> list[str]:
-        """For the user."""
-        return list(self._reading.notes)
-
-    def collator(self) -> Collator:
-        """Reads the store's samples as this student does.
-
-        Raises:
-            UserError: one of the first samples has another number of image tokens for the student.
-        """
-        reading = self._reading
-        if reading.own_eyes or reading.max_length is not None:
-            for source in self._run.sources:
-                check_first_samples(source, reading)
-        return Collator(reading.reader())
 
     def load(self) -> tuple[Student, PeftModel | None]:
         """The student with what the stage trains of it, and the wrapper of its LoRA updates if it has any."""
@@ -76,3 +80,12 @@ class StudentStart:
             )
         own_adapter = run.config.own_adapter == "trained"
         return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_adapter=own_adapter)
+
+
+def _check_temperature(run: StageRun) -> None:
+    codec, wanted = run.targets.manifest.fingerprint.logit_codec, run.stage.kd_temperature
+    if run.stage.kd_weight > 0 and not codec.serves(wanted):
+        raise UserError(
+            f"kd_temperature of {run.name} is {wanted}, but {run.targets.store.url} holds what a student needs at "
+            f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in teacher.temperatures"
+        )

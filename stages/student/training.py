@@ -18,7 +18,6 @@ from stages.student.agreement import check_same_folder, check_same_position
 from stages.student.batches import Batch
 from stages.student.checkpoint import Checkpoints, Position, TrainerState, disk_errors, load_trained, trained_tensors
 from stages.student.claim import check_output, claim_output
-from stages.student.matching import match_stage
 from stages.student.metrics import MetricsLog
 from stages.student.objective import BatchTotals, DistillationObjective
 from stages.student.parallel import clip_gradients, gradients_stay, spread
@@ -29,7 +28,6 @@ from stages.student.step_loader import LoaderDied, StepLoader
 from stages.student.trainable import keep_frozen_in, merge_lora
 from storage.errors import UserError
 from storage.stores import open_store
-from storage.stream import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +90,10 @@ class _StageLoop:
         self.run_config, self.accelerator, self.progress, self.should_stop = run, accelerator, progress, should_stop
         self.start = start
         config, stage = run.config, run.stage
-        _check_temperature(run)
         # Before the student is loaded: what makes loader processes gets ready meanwhile.
         self.loader = StepLoader(
-            Mixture(run.sources, run.stream),
-            start.collator(),
+            start.mixture,
+            start.collator,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=accelerator.device,
@@ -111,20 +108,15 @@ class _StageLoop:
             self.student.activation_checkpointing_enable({"use_reentrant": False})
         if accelerator.mixed_precision == "bf16":
             keep_frozen_in(self.student, torch.bfloat16)
-        self.notes: list[str] = start.notes
-        matching = None
-        if stage.attention_weight > 0:
-            depth = self.student.config.get_text_config().num_hidden_layers
-            matching, notes = match_stage(depth, run.targets.manifest, config, stage)
-            self.notes += notes
         if accelerator.is_main_process:
             # Now, and not only in the report: what they say may be a reason to stop.
-            for note in self.notes:
+            for note in start.notes:
                 logger.warning("%s: %s", run.name, note)
         self.steps_per_epoch = self.loader.mixture.num_steps
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
-        objective = DistillationObjective(self.student, stage, run.targets.manifest.fingerprint.logit_codec, matching)
+        logits = run.targets.manifest.fingerprint.logit_codec
+        objective = DistillationObjective(self.student, stage, logits, start.matching)
         self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
@@ -267,7 +259,7 @@ class _StageLoop:
             first_batch_s=first_batch_s,
             wait_share=wait_share,
             losses={name: value / self.position.num_summed for name, value in self.position.loss_sums.items()},
-            notes=self.notes,
+            notes=self.start.notes,
         )
         trained = trained_tensors(self.student, wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
@@ -288,12 +280,3 @@ def _save_student(run: StageRun, start: StudentStart, trained: dict[str, Tensor]
         student.save_pretrained(staging)
         start.processor.save_pretrained(staging)
         store.put_tree(staging, "student")
-
-
-def _check_temperature(run: StageRun) -> None:
-    codec, wanted = run.targets.manifest.fingerprint.logit_codec, run.stage.kd_temperature
-    if run.stage.kd_weight > 0 and not codec.serves(wanted):
-        raise UserError(
-            f"kd_temperature of {run.name} is {wanted}, but {run.targets.store.url} holds what a student needs at "
-            f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in teacher.temperatures"
-        )

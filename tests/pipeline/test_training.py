@@ -302,11 +302,31 @@ def test_going_on_with_other_settings_is_refused_by_name_and_changes_nothing(
     assert tree(undisturbed) == before
 
 
-def test_a_temperature_that_the_targets_do_not_hold_is_refused_before_training(
-    tiny: TinyWorld, targets: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.dft.kd_temperature=2.0", r"kd_temperature of dft is 2.0, but .* holds .* at \[1.0\] only"),
+        ("train.student_layers=[30,31]", r"student layers \[30, 31\] were asked for, but the decoder has layers 0 to"),
+        ("train.num_matched=9", "the student has 4 layers but 9 are to be matched"),
+        ("train.dft.subset={subset}", "unknown-key"),
+    ],
+)
+def test_a_mistake_in_a_later_stage_is_said_before_the_first_is_trained_and_nothing_is_written(
+    setting: str, message: str, tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"kd_temperature of dpt is 2.0, but .* holds .* at \[1.0\] only"):
-        train(run_file(tiny, targets, tmp_path / "out", "train.dpt.kd_temperature=2.0"), STAGES)
+    subset = tmp_path / "subset.txt"
+    subset.write_text("unknown-key\n")
+    with pytest.raises(UserError, match=message):
+        train(run_file(tiny, targets, tmp_path / "out", setting.format(subset=subset)), STAGES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_which_layers_are_matched_may_change_for_a_stage_that_matches_none(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / "dpt", tmp_path / "run" / "dpt")
+    train(run_file(tiny, targets, tmp_path / "run", "train.num_matched=2"), ["dpt", "dft"])
+    assert weights(tmp_path / "run/dpt") == weights(undisturbed / "dpt")
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])

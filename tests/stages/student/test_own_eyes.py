@@ -229,7 +229,7 @@ def test_another_number_of_image_tokens_is_refused_before_training_and_in_each_b
     folder = make_tiny_llava(tmp_path / "student", image_size=48)
     message = r"sample \d{9}: the student makes 36 image tokens of its 1 images, the teacher's targets hold 16"
     with pytest.raises(UserError, match=message):
-        StudentStart(stage_run(llava, folder, tmp_path / "run", dft={"batch_size": 4})).collator()
+        StudentStart(stage_run(llava, folder, tmp_path / "run", dft={"batch_size": 4}))
     collator = Collator(open_reading(llava.store, folder, own_eyes=True, kd_weight=1.0).reader())
     with pytest.raises(UserError, match=message):
         collator(streamed(llava))
