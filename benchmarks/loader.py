@@ -233,7 +233,7 @@ def s3_server() -> Iterator[dict[str, str]]:
 def measure_resume(root: Path, repeats: int = 5) -> dict[str, Any]:
     """Until the first samples of a stream that begins at 1 % and at 99 % of an epoch, taken in turns."""
     mixture = _mixture(root / "samples", root / "targets", batch_size=1)
-    steps = {share: math.ceil(share * mixture.num_steps) for share in (0.01, 0.99)}
+    steps = {0.01: math.ceil(0.01 * mixture.num_steps), 0.99: int(0.99 * mixture.num_steps)}
     wall: dict[float, list[float]] = {share: [] for share in steps}
     cpu: dict[float, list[float]] = {share: [] for share in steps}
     for _ in range(repeats):
