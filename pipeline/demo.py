@@ -26,7 +26,6 @@ from pipeline.tables import TrainingBars, output, print_page_table
 from pipeline.training import train
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.config import StageName
 from storage.errors import UserError
 from storage.inspect import StoreSummary, summarize
 from storage.stores import open_store
@@ -34,7 +33,6 @@ from storage.stores import open_store
 SCENES = Path(examples.scenes.__file__).parent
 TEACHER, STUDENT_LM = SCENES / "teacher", SCENES / "student_lm"
 STUDENTS = ("sft", "logits", "compodistill")
-STAGES: tuple[StageName, ...] = ("dpt", "dft")
 RECIPE = Path("demo")
 COMPARED_SAMPLES = 256
 PICTURES = 8
@@ -118,7 +116,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
         with clock.part("train and evaluate students"):
             swept = run_sweep(
                 _students(folder, config),
-                lambda name, student: train(student, STAGES, TrainingBars(progress, name)),
+                lambda name, student: train(student, student.train.stages, TrainingBars(progress, name)),
                 progress,
             )
         students = _results(swept)
