@@ -2,7 +2,8 @@
 
     python -m tests.pipeline.broken_loss KEY HOW train-student ...
 
-HOW is `loss` for one with finite gradients, which no other process sees, or `both`: what a broken forward pass gives.
+HOW is `loss` for one with finite gradients, which no other process sees, `both`: what a broken forward pass gives, or
+`error`: an exception in its place.
 """
 
 import math
@@ -21,6 +22,8 @@ if __name__ == "__main__":
     def broken(self: DistillationObjective, batch: Batch, totals: Any) -> Any:
         loss, terms = forward(self, batch, totals)
         if key in batch.keys:
+            if how == "error":
+                raise RuntimeError("out of memory")
             loss = loss + math.nan if how == "loss" else loss * math.nan
         return loss, terms
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TinyWorld
-from tests.pipeline.runs import SETTINGS
+from tests.pipeline.runs import SETTINGS, TrainingData
 from tests.pipeline.test_training_data import keys_of
 
 # A group of processes on a busy machine takes minutes to start.
@@ -41,20 +41,35 @@ ACCELERATE = [
 FEW = (*SETTINGS, "train.lora.dropout=0.0", "train.dpt.batch_size=8", "train.sft={batch_size: 23}")
 
 
-def trained(launcher: list[str], tiny: TinyWorld, targets: Path, output: Path, *settings: str) -> Path:
-    done = run_command(launcher, tiny, targets, output, *settings)
+def trained(launcher: list[str], data: TrainingData, targets: Path, output: Path, *settings: str) -> Path:
+    done = run_command(launcher, data, targets, output, *settings)
     assert done.returncode == 0, done.stderr[-4000:]
     return output
 
 
 def run_command(
-    launcher: list[str], tiny: TinyWorld, targets: Path, output: Path, *settings: str
+    launcher: list[str], data: TrainingData, targets: Path, output: Path, *settings: str
 ) -> "subprocess.CompletedProcess[str]":
-    places = ["--samples", str(tiny.samples), "--targets", str(targets), "--student", str(tiny.student_lm)]
-    words = [word for setting in (*FEW, *settings) for word in ("--set", setting)]
-    command = [*launcher, "train-student", *places, "--output", str(output), *words]
+    places = ("--samples", data.samples, "--targets", targets, "--student", data.student_lm, "--output", output)
+    return train_student(launcher, *places, *(word for setting in (*FEW, *settings) for word in ("--set", setting)))
+
+
+def train_student(launcher: list[str], *arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [*launcher, "train-student", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+
+def broken_launcher(logs: Path, key: str, how: str) -> list[str]:
+    """Two processes in which the loss of a sample is broken, see `broken_loss`; `said` reads what they say."""
+    module = TORCHRUN.index("-m", 2)
+    redirected = ("--log-dir", str(logs), "--redirects", "2")
+    return [*TORCHRUN[:module], *redirected, "-m", "tests.pipeline.broken_loss", key, how]
+
+
+def said(logs: Path) -> dict[str, str]:
+    """Standard error of each process, by rank."""
+    return {path.parent.name: path.read_text() for path in logs.glob("*/attempt_0/*/stderr.log")}
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +79,22 @@ def alone(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFacto
 
 def assert_same_training(found: Path, expected: Path) -> None:
     for stage in ("dpt", "dft", "sft"):
-        lines, wanted = (
-            [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-            for run in (found, expected)
-        )
-        assert len(lines) == len(wanted) > 1
-        for one, other in zip(lines, wanted, strict=True):
-            assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-            assert one["samples"] == other["samples"]
-        student, reference = (load_file(run / stage / "student" / "model.safetensors") for run in (found, expected))
-        assert student.keys() == reference.keys()
-        for name in reference:
-            torch.testing.assert_close(student[name], reference[name], rtol=1e-3, atol=2e-4)
+        assert_same_stage(found / stage, expected / stage)
+
+
+def assert_same_stage(found: Path, expected: Path) -> None:
+    lines, wanted = (
+        [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()] for stage in (found, expected)
+    )
+    assert len(lines) == len(wanted) > 1
+    for one, other in zip(lines, wanted, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert one["samples"] == other["samples"]
+    student, reference = (load_file(stage / "student" / "model.safetensors") for stage in (found, expected))
+    assert student.keys() == reference.keys()
+    for name in reference:
+        torch.testing.assert_close(student[name], reference[name], rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +162,14 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_both_with_the_samples_nam
     how: str, tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
     key = keys_of(tiny.samples)[7]
-    logs = ["--log-dir", str(tmp_path / "logs"), "--redirects", "2"]
-    module = TORCHRUN.index("-m", 2)
-    launcher = [*TORCHRUN[:module], *logs, "-m", "tests.pipeline.broken_loss", key, how]
+    launcher = broken_launcher(tmp_path / "logs", key, how)
     # One sample a process: it is in one of them.
     alone = ("train.microbatch_size=1", "train.dpt={batch_size: 2, epochs: 1}")
     done = run_command(launcher, tiny, targets, tmp_path / "run", *alone)
     assert done.returncode != 0
-    said = {path.parent.name: path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log")}
-    assert said.keys() == {"0", "1"}
-    for text in said.values():
+    found = said(tmp_path / "logs")
+    assert found.keys() == {"0", "1"}
+    for text in found.values():
         assert re.search(rf"the loss is nan at step \d+; the batch holds samples .*\b{key}\b", text)
         assert "Traceback" not in text
     assert not (tmp_path / "run/dpt/student").exists()

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,13 +12,14 @@ import pytest
 import torch
 
 from pipeline.interruption import SAVED_EXIT_CODE, Interrupted
-from pipeline.training import STAGES, train
+from pipeline.training import train
+from stages.student.config import STAGES
 from stages.student.stage import StepProgress
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import PATIENCE_S, descendants, runs_until, tree
+from tests.pipeline.processes import PATIENCE_S, descendants, runs_until, tree, wait_until_dead
 from tests.pipeline.runs import SETTINGS, run_file
-from tests.pipeline.test_distributed import TORCHRUN
+from tests.pipeline.test_distributed import ONE, TORCHRUN, assert_same_training
 from tests.pipeline.training_kills import kill_stages, weights
 
 
@@ -210,18 +210,37 @@ class Launched:
                 start_new_session=True,
             )
 
-    def wait_for_dft(self) -> None:
-        """Until its first step is done."""
+    def wait_for_dft(self, steps: int = 1) -> None:
+        """Until so many of its steps are done."""
         metrics = self.output / "dft/metrics.jsonl"
-        assert runs_until(self.process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= 1)
+        assert runs_until(self.process, lambda: metrics.is_file() and metrics.read_text().count("\n") >= steps)
+
+    def finish(self) -> None:
+        assert self.process.wait(PATIENCE_S) == 0, self.said.read_text()
+
+
+# Dropout draws on each rank for itself; long enough for a signal to come before its end.
+TOGETHER = ("train.lora.dropout=0.0", "train.dft={batch_size: 8, epochs: 8, learning_rate: 1.0e-3}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_in_two(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes in one go."""
+    output = tmp_path_factory.mktemp("undisturbed-in-two") / "run"
+    Launched(TORCHRUN, tiny, targets, output, *TOGETHER).finish()
+    return output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passed_on", [False, True], ids=["to-the-launcher", "to-all-and-passed-on"])
+@pytest.mark.parametrize(
+    ("passed_on", "resumed_by"),
+    [(False, TORCHRUN), (True, ONE)],
+    ids=["to-the-launcher-resumed-by-two", "to-all-and-passed-on-resumed-by-one"],
+)
 def test_sigterm_saves_in_all_processes_of_torchrun_also_when_it_comes_twice(
-    passed_on: bool, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+    passed_on: bool, resumed_by: list[str], tiny: TinyWorld, targets: Path, undisturbed_in_two: Path, tmp_path: Path
 ) -> None:
-    launched = Launched(TORCHRUN, tiny, targets, tmp_path / "run")
+    launched = Launched(TORCHRUN, tiny, targets, tmp_path / "run", *TOGETHER)
     launched.wait_for_dft()
     if passed_on:
         for pid in descendants(launched.process.pid):
@@ -231,11 +250,29 @@ def test_sigterm_saves_in_all_processes_of_torchrun_also_when_it_comes_twice(
     launched.process.wait(PATIENCE_S)
     assert launched.said.read_text().count("which is saved; run the same command again") == 2
     assert list((tmp_path / "run/dft/checkpoints").iterdir())
-    again = Launched([sys.executable, "-m", "pipeline.cli"], tiny, targets, tmp_path / "run")
-    assert again.process.wait(PATIENCE_S) == 0, again.said.read_text()
-    first = json.loads((tmp_path / "run/dft/metrics.jsonl").read_text().splitlines()[0])
-    wanted = json.loads((undisturbed / "dft/metrics.jsonl").read_text().splitlines()[0])
-    assert first["samples"] == wanted["samples"]
+    assert not (tmp_path / "run/dft/student").exists()
+    Launched(resumed_by, tiny, targets, tmp_path / "run", *TOGETHER).finish()
+    assert_same_training(tmp_path / "run", undisturbed_in_two)
+    if resumed_by == TORCHRUN:
+        assert_same_students(tmp_path / "run", undisturbed_in_two)
+
+
+@pytest.mark.slow
+def test_a_run_with_loader_processes_that_is_killed_leaves_none_and_goes_on_to_the_same_weights(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    launched = Launched(ONE, tiny, targets, tmp_path / "run", "train.num_workers=1")
+    launched.wait_for_dft(steps=3)
+    children = descendants(launched.process.pid)
+    # Loaders are children of the server that they are copies of.
+    loaders = [pid for child in children for pid in descendants(child)]
+    launched.process.kill()
+    assert launched.process.wait(PATIENCE_S) == -signal.SIGKILL
+    assert loaders
+    assert all(map(wait_until_dead, children))
+    assert not (tmp_path / "run/dft/student").exists()
+    Launched(ONE, tiny, targets, tmp_path / "run", "train.num_workers=1").finish()
+    assert_same_students(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
@@ -245,7 +282,7 @@ def test_sigterm_to_the_driver_saves_in_the_processes_of_a_ray_cluster(
 ) -> None:
     pytest.importorskip("pandas", reason="the extra ray-train is not installed")
     settings = (f"train.ray_address={ray_address}", "train.workers=2", "train.dft={batch_size: 8, epochs: 400}")
-    launched = Launched([sys.executable, "-m", "pipeline.cli"], tiny, targets, tmp_path / "run", *settings)
+    launched = Launched(ONE, tiny, targets, tmp_path / "run", *settings)
     launched.wait_for_dft()
     launched.process.send_signal(signal.SIGTERM)
     assert launched.process.wait(PATIENCE_S) == SAVED_EXIT_CODE, launched.said.read_text()
@@ -258,15 +295,14 @@ def test_sigterm_to_the_driver_saves_in_the_processes_of_a_ray_cluster(
 def test_sigterm_ends_the_command_with_a_code_of_its_own_after_a_checkpoint(
     num_workers: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    launcher, settings = [sys.executable, "-m", "pipeline.cli"], f"train.num_workers={num_workers}"
-    launched = Launched(launcher, tiny, targets, tmp_path / "run", settings)
+    settings = f"train.num_workers={num_workers}"
+    launched = Launched(ONE, tiny, targets, tmp_path / "run", settings)
     launched.wait_for_dft()
     launched.process.send_signal(signal.SIGTERM)
     assert launched.process.wait(PATIENCE_S) == SAVED_EXIT_CODE
     assert "which is saved; run the same command again" in launched.said.read_text()
     assert "Traceback" not in launched.said.read_text()
-    again = Launched(launcher, tiny, targets, tmp_path / "run", settings)
-    assert again.process.wait(PATIENCE_S) == 0, again.said.read_text()
+    Launched(ONE, tiny, targets, tmp_path / "run", settings).finish()
     assert_same_students(tmp_path / "run", undisturbed)
 
 
