@@ -16,6 +16,7 @@ from pipeline.page import PageSample
 from pipeline.progress import add_bar
 from pipeline.training import last_student
 from stages.attention import enable_capture
+from stages.captured_layers import check_maps
 from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
 from stages.evaluation.evaluate import evaluate_pairs
 from stages.evaluation.pairs import load_pairs
@@ -172,13 +173,13 @@ def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     hide_loading_bars()
     reading = open_reading(store, folder, own_eyes=not is_student(folder), kd_weight=0.0)
+    trained = matching_settings(folder)
+    matching, notes = match_run(reading.decoder.num_hidden_layers, store.manifest, trained or TrainConfig())
+    check_maps(str(folder), reading.decoder, matching.student_layers, "attention can be compared in others only")
     # In float32 also on a GPU: figures of two machines are compared.
     loaded: Any = load_student(folder)
     student: Student = loaded.to(_device())
     enable_capture(student)
-    depth = student.config.get_text_config().num_hidden_layers
-    trained = matching_settings(folder)
-    matching, notes = match_run(depth, store.manifest, trained or TrainConfig())
     layers_from: LayersFrom = "default" if trained is None else "training"
     return _Compared(student, matching, layers_from, Collator(reading.reader()), [*reading.notes, *notes])
 

@@ -78,10 +78,15 @@ def enable_capture(model: PreTrainedModel) -> None:
 
     Not saved to config.json: call it after every load, in every process.
     """
+    register_capture()
+    model.set_attn_implementation({"text_config": CAPTURING_SDPA, "vision_config": "sdpa"})
+
+
+def register_capture() -> None:
+    """Makes transformers know `CAPTURING_SDPA`; safe to call again."""
     AttentionInterface.register(CAPTURING_SDPA, _sdpa_with_capture)
     # Under the same name, or the mask arrives as None even with padding: no error, wrong logits.
     AttentionMaskInterface.register(CAPTURING_SDPA, sdpa_mask)
-    model.set_attn_implementation({"text_config": CAPTURING_SDPA, "vision_config": "sdpa"})
 
 
 def _sdpa_with_capture(

@@ -12,12 +12,14 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoProcessor,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.utils import logging as transformers_logging
 
+from stages.weights import WEIGHTS, check_files
 from storage.digests import parse_json
 from storage.errors import UserError
 
@@ -25,7 +27,6 @@ MAX_CONFIG_BYTES = 64 * 2**20
 """Largest config that is read; real ones have kilobytes."""
 
 _NEEDED_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-_WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
 
 _VIDEO = "video_processor"
 
@@ -38,11 +39,11 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
         with_weights: False neither downloads nor looks for them.
 
     Raises:
-        UserError: no such folder or id, or a checkpoint without safetensors weights.
+        UserError: no such folder or id, or a checkpoint without safetensors weights, or with files that are not whole.
     """
     folder = Path(name)
     if not folder.is_dir():
-        patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
+        patterns = _NEEDED_FILES + [WEIGHTS] * with_weights
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=patterns))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -52,11 +53,8 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
             ) from error
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
-    if with_weights and not any(folder.glob(_WEIGHTS)):
-        raise UserError(
-            f"{folder} holds no *.safetensors weights. Pickled ones (*.bin, *.pth) are never loaded, as that can run "
-            "code: where you trust them, load the model and call save_pretrained(..., safe_serialization=True)"
-        )
+    if with_weights:
+        check_files(folder)
     return folder
 
 
@@ -95,12 +93,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: {first}; expected "
+            f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: "
+            f"{_first_line(error)}; expected "
             "the config of a model that this version knows"
         ) from error
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def hide_loading_bars() -> None:
@@ -112,10 +114,10 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
     """A checkpoint's processor; see `images_only` for those that also read videos.
 
     Raises:
-        UserError: the library lacks a package for it.
+        UserError: the library lacks a package for it, or its files are not there or damaged.
     """
-    cls = None if trust_remote_code else _processor_class(folder)
     try:
+        cls = None if trust_remote_code else _processor_class(folder)
         processor: ProcessorMixin = (
             AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
             if cls is None or _VIDEO not in cls.get_attributes()
@@ -125,7 +127,36 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
         raise UserError(
             f"the processor of {folder} cannot be built here: {error} (SmolVLM: pip install 'compodistill[smolvlm]')"
         ) from error
+    # Whatever it is: for a damaged tokenizer.json the library raises an Exception without a class of its own.
+    except Exception as error:
+        raise UserError(
+            f"{folder} has no processor that can be read ({type(error).__name__}: {_first_line(error)}); expected "
+            "processor_config.json or preprocessor_config.json, tokenizer_config.json and tokenizer.json in it, whole: "
+            "fetch or save them again"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise UserError(
+            f"{folder} has a {type(processor).__name__} and no processor for images and text; expected "
+            "processor_config.json or preprocessor_config.json beside the tokenizer: fetch or save them again"
+        )
     return processor
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        UserError: its files are not there or damaged.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # As in `load_processor`.
+    except Exception as error:
+        raise UserError(
+            f"{folder} has no tokenizer that can be read ({type(error).__name__}: {_first_line(error)}); expected "
+            "tokenizer_config.json and tokenizer.json in it, whole: fetch or save them again"
+        ) from error
+    return tokenizer
 
 
 def images_only(cls: Any) -> Any:
@@ -174,7 +205,7 @@ def _processor_class(folder: Path) -> Any:
 def weights_digest(folder: Path) -> str:
     """sha256 over the names and contents of all weight files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(_WEIGHTS)):
+    for path in sorted(folder.glob(WEIGHTS)):
         with path.open("rb") as file:
             digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

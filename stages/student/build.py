@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from stages.captured_layers import check_sdpa
 from stages.checkpoints import load_config, refuse_code, resolve_checkpoint
 from stages.families import FAMILIES, family_of
 from stages.families.family import Family
@@ -24,6 +25,7 @@ from stages.student.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
+from stages.weights import load_weights
 from storage.errors import UserError
 
 Student: TypeAlias = (
@@ -52,14 +54,14 @@ def build_student(
         image_token_id: the placeholder's id; None takes the teacher's.
 
     Raises:
-        UserError: the teacher's family takes no student, or its folder is not whole.
+        UserError: the teacher's family takes no student, or its folder or the decoder's is not whole.
     """
     decoder_folder = resolve_checkpoint(decoder)
     for folder in (teacher_folder, decoder_folder):
         refuse_code(folder)
     teacher_config = load_config(teacher_folder)
     family = able_family(teacher_config.model_type)
-    language_model = AutoModelForCausalLM.from_pretrained(decoder_folder, dtype=dtype, trust_remote_code=False)
+    language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=dtype, trust_remote_code=False)
     _check_head(decoder_folder, language_model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -103,7 +105,8 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
     """Refuses what cannot be a student's decoder, before any weights are loaded.
 
     Raises:
-        UserError: no causal language model, or one whose parts are not where those of Llama and its kin are.
+        UserError: no causal language model, or one whose parts are not where those of Llama and its kin are, or that
+            has no sdpa attention.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
@@ -118,6 +121,7 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
             f"{folder} is of type {config.model_type}, which cannot be a student's decoder: expected its layers at "
             "model.layers and a linear lm_head without bias, as Llama and its kin have; name such a model"
         )
+    check_sdpa(model)
 
 
 def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
@@ -135,10 +139,27 @@ def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
 
 
 def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
-    """A student saved by an earlier stage, or a multimodal checkpoint that keeps its own eyes."""
+    """A student saved by an earlier stage, or a multimodal checkpoint that keeps its own eyes.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
     register_students()
-    student: Student = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    return student
+    return load_weights(AutoModelForImageTextToText, folder, nothing_else=is_student(folder), dtype=dtype)
+
+
+def check_weights(folder: Path, *, bare: bool) -> None:
+    """Whether a checkpoint can be loaded, from the headers of its files.
+
+    Args:
+        folder: the checkpoint.
+        bare: whether it is a decoder alone, rather than a student or a multimodal model.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    auto_class = AutoModelForCausalLM if bare else AutoModelForImageTextToText
+    load_weights(auto_class, folder, nothing_else=is_student(folder), device_map="meta")
 
 
 def _untrained(

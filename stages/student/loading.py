@@ -12,9 +12,10 @@ from stages.conversations import EncodedConversation
 from stages.families import family_of, llava
 from stages.families.batch import batch_inputs
 from stages.families.family import Family
-from stages.student.build import register_students
+from stages.student.build import is_student, register_students
 from stages.student.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.student.modeling_compodistill import CompoDistillStudentForConditionalGeneration
+from stages.weights import load_weights
 from storage.errors import UserError
 
 OWN_CLASSES = (CompoDistillStudentForConditionalGeneration, AnyTeacherStudentForConditionalGeneration)
@@ -25,14 +26,16 @@ def load_multimodal(folder: Path, dtype: "torch.dtype | str" = "auto") -> PreTra
     """The model in evaluation mode; no code of the folder is run.
 
     Raises:
-        UserError: it takes no images, or needs code of its own.
+        UserError: it takes no images, needs code of its own, or lacks weights.
     """
     register_students()
     refuse_code(folder)
     config = load_config(folder)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{folder} is of type {config.model_type}, which takes no images; give a multimodal model")
-    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model = load_weights(
+        AutoModelForImageTextToText, folder, nothing_else=is_student(folder), dtype=dtype, trust_remote_code=False
+    )
     return model.eval()
 
 

@@ -23,6 +23,12 @@ ONE_TO_ONE_COSINES = {"float16": 0.9999, "sqrt8": 0.9992, "sqrt4": 0.9985, "sqrt
 UNMASKED_COSINES = {"sqrt8": 0.9916, "sqrt4": 0.9406, "sqrt2": 0.8926}
 """The same of foreseen windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file."""
 
+WITHOUT_MAPS = (
+    "match others (train.student_layers), choose another decoder, or set attention_weight to 0 in the stages that "
+    "have it"
+)
+"""What to do about student layers that give no attention maps."""
+
 
 @dataclass(frozen=True)
 class LayerMatching:

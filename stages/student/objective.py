@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stages.captured_layers import refuse_without_maps
 from stages.student.batches import Batch, WindowTargets, capture_for, decode_windows
 from stages.student.build import Student
 from stages.student.config import StageConfig
 from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
-from stages.student.matching import LayerMatching
+from stages.student.matching import WITHOUT_MAPS, LayerMatching
 from stages.student.parts import connector_parameters
 from storage.codecs.answer_logits import LogitCodecConfig, decode_logits
 
@@ -57,6 +58,7 @@ class DistillationObjective(nn.Module):
         if matching is not None and capture is not None:
             sink_mask = self.stage.attention_sink_mask
             targets = decode_windows(batch.maps, matching, device, sink_mask=sink_mask)
+            refuse_without_maps("the student", matching.student_layers, capture.maps, WITHOUT_MAPS)
             student_maps = [capture.maps[layer] for layer in matching.student_layers]
             loss_B = alignment_loss_B(student_maps, targets, self.stage.attention_loss, sink_mask=sink_mask)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)

@@ -8,7 +8,7 @@ import jinja2
 from transformers import AddedToken, AutoTokenizer, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stages.checkpoints import load_processor
+from stages.checkpoints import load_processor, load_tokenizer
 from stages.conversations import chat_template
 from storage.errors import UserError
 
@@ -40,7 +40,7 @@ def students_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin
     Raises:
         UserError: the decoder's tokenizer cannot take part in a processor of the teacher's class.
     """
-    tokenizer = AutoTokenizer.from_pretrained(decoder, trust_remote_code=False)
+    tokenizer = load_tokenizer(decoder)
     named = {
         name: str(token)
         for name, token in teacher.tokenizer.special_tokens_map.items()
@@ -61,9 +61,9 @@ def students_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin
         (folder / "chat_template.jinja").write_text(students_template(teacher, tokenizer))
         try:
             return load_processor(folder)
-        except (AttributeError, ValueError) as error:
+        except UserError as error:
             raise UserError(
-                f"the tokenizer of {decoder} cannot be used in a {type(teacher).__name__}: {error}; "
+                f"the tokenizer of {decoder} cannot be used in a {type(teacher).__name__}: {error.__cause__}; "
                 "choose a student with the teacher's tokenizer"
             ) from error
 

@@ -158,7 +158,7 @@ class StudentReading:
         processor: saved with the student; reads what the student reads.
         image_token_id: of the student's config.
         vocab_size: of the student's decoder.
-        num_layers: of the student's decoder.
+        decoder: config of the student's decoder.
         family: of the model that sees the pixels.
         stored_image_id: the placeholder's id in the store.
         own_eyes: whether the student keeps its own tower and adapter.
@@ -169,7 +169,7 @@ class StudentReading:
     processor: ProcessorMixin
     image_token_id: int
     vocab_size: int
-    num_layers: int
+    decoder: PreTrainedConfig
     family: Family
     stored_image_id: int
     own_eyes: bool
@@ -225,7 +225,7 @@ def open_reading(targets: TargetStore, folder: Path, *, own_eyes: bool, kd_weigh
         processor=processor,
         image_token_id=image_token_id,
         vocab_size=config.get_text_config().vocab_size,
-        num_layers=config.get_text_config().num_hidden_layers,
+        decoder=config.get_text_config(),
         family=family,
         stored_image_id=teacher_config.image_token_id,
         own_eyes=own_eyes,

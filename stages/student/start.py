@@ -1,16 +1,16 @@
 """What a stage starts from: which checkpoint, how it reads the stored samples, what of it learns."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from peft import PeftModel
 from transformers import ProcessorMixin
 
+from stages.captured_layers import check_maps
 from stages.checkpoints import resolve_checkpoint
-from stages.student.build import Student, build_student, is_student, load_student
+from stages.student.build import Student, build_student, check_weights, is_student, load_student
 from stages.student.collator import Collator
 from stages.student.eyes import check_eyes
-from stages.student.matching import LayerMatching, match_stage
+from stages.student.matching import WITHOUT_MAPS, LayerMatching, match_stage
 from stages.student.reading import check_first_samples, open_reading
 from stages.student.stage import StageRun
 from stages.student.trainable import prepare_for_stage
@@ -32,14 +32,15 @@ class StudentStart:
 
     Raises:
         UserError: the student cannot read the store's samples, or cannot be of the kind that is asked for; the targets
-            lack what the stage's losses need, or are not complete.
+            lack what the stage's losses need, or are not complete; the student's files lack weights, or its layers
+            give no attention maps.
         FingerprintMismatch: it was built for another teacher, or targets and samples do not belong together.
     """
 
     def __init__(self, run: StageRun) -> None:
         self._run = run
         self._own_eyes = run.config.adapter == "own"
-        self._folder: Path = run.initial or resolve_checkpoint(run.decoder)
+        self._folder = resolve_checkpoint(run.initial or run.decoder)
         reading = open_reading(run.targets, self._folder, own_eyes=self._own_eyes, kd_weight=run.stage.kd_weight)
         if reading.max_length is not None:
             # Stores of one mixture may differ in it; each of their samples fits into the longest.
@@ -49,11 +50,14 @@ class StudentStart:
         self._saved = run.initial is not None or is_student(self._folder)
         if self._saved and not self._own_eyes:
             check_eyes(self._folder, run.targets.teacher_folder())
+        check_weights(self._folder, bare=not (self._saved or self._own_eyes))
         _check_temperature(run)
         self.notes = list(reading.notes)
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:
-            self.matching, notes = match_stage(reading.num_layers, run.targets.manifest, run.config, run.stage)
+            depth = reading.decoder.num_hidden_layers
+            self.matching, notes = match_stage(depth, run.targets.manifest, run.config, run.stage)
+            check_maps(str(self._folder), reading.decoder, self.matching.student_layers, WITHOUT_MAPS)
             self.notes += notes
         self.mixture = Mixture(run.sources, run.stream)
         if reading.own_eyes or reading.max_length is not None:

@@ -23,7 +23,7 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
         A line each for vocabulary entries and added tokens, with an example.
 
     Raises:
-        UserError: there is no `tokenizer.json` to compare with.
+        UserError: there is no `tokenizer.json` to compare with, or it is damaged.
     """
     file = student_folder / "tokenizer.json"
     if not file.is_file():
@@ -34,7 +34,15 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
     teacher = processor.tokenizer
     # The image's placeholder is replaced by features and padding is masked: no student reads their ids.
     unread = {getattr(processor, "image_token_id", None), teacher.pad_token_id} - {teacher.eos_token_id}
-    return token_differences(teacher.backend_tokenizer, Tokenizer.from_file(str(file)), unread)
+    return token_differences(teacher.backend_tokenizer, _read(file), unread)
+
+
+def _read(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    # It has no class of its own for what it cannot read.
+    except Exception as error:
+        raise UserError(f"{file} cannot be read as a fast tokenizer ({error}); fetch or save it again") from error
 
 
 def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:

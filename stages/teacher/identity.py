@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention import CAPTURE_VERSION
+from stages.captured_layers import check_maps
 from stages.checkpoints import (
     load_config,
     load_processor,
@@ -135,6 +136,7 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
     layers = settings.layers or tuple(visual_understanding_layers(num_layers))
     if layers != tuple(range(layers[0], layers[-1] + 1)) or not 0 <= layers[0] <= layers[-1] < num_layers:
         raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
+    check_maps(str(folder), config.get_text_config(), layers, "set teacher.layers to others, or choose another teacher")
     num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     return TeacherIdentity(

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from stages.attention import enable_capture
 from stages.conversations import ConversationEncoder
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
+from stages.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ def load_teacher(settings: TeacherConfig) -> Teacher:
     """Loads the teacher with its fast attention kernel, on the GPU when there is one.
 
     Raises:
-        UserError: as `identify_teacher`.
+        UserError: as `identify_teacher` and `load_weights`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     identity = identify_teacher(settings, on_gpu=device == "cuda")
-    model = AutoModelForImageTextToText.from_pretrained(
-        identity.folder, dtype=identity.dtype, trust_remote_code=settings.trust_remote_code
+    model = load_weights(
+        AutoModelForImageTextToText,
+        identity.folder,
+        dtype=identity.dtype,
+        trust_remote_code=settings.trust_remote_code,
     )
     model.to(device).eval().requires_grad_(False)
     enable_capture(model)

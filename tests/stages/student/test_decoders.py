@@ -9,6 +9,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -59,9 +61,15 @@ def test_a_decoder_with_its_layers_elsewhere_is_refused(tiny: TinyWorld, targets
     assert "is of type gpt2, which cannot be a student's decoder: expected its layers at model.layers" in found
 
 
-def test_a_decoder_that_caps_its_logits_is_refused(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
-    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **HEADS, final_logit_softcapping=0.05))
-    assert "which scales or caps the logits" in refusal(saved(model, tiny, tmp_path / "gemma2"), targets)
+def test_a_decoder_that_scales_its_logits_is_refused(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    model = GraniteForCausalLM(GraniteConfig(**SIZES, **HEADS, logits_scaling=8.0))
+    assert "which scales or caps the logits" in refusal(saved(model, tiny, tmp_path / "granite"), targets)
+
+
+def test_a_decoder_without_sdpa_is_refused(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **HEADS))
+    found = refusal(saved(model, tiny, tmp_path / "gemma2"), targets)
+    assert found.startswith("Gemma2ForCausalLM has no sdpa attention in transformers")
 
 
 def test_a_config_that_the_library_does_not_know_is_refused(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Which layers of a decoder give attention maps at all, known from its config before any weights are loaded."""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import AutoModel, PreTrainedConfig
+
+from stages.attention import CAPTURING_SDPA, AttentionCapture, register_capture
+from storage.errors import UserError
+
+
+def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
+    """The layers, counted from 0, whose attention `AttentionCapture` sees: one forward pass without numbers.
+
+    Linear attention and state space layers have no maps; in some families layers do not hand `capture` on.
+
+    Args:
+        decoder: config of a language model, such as `config.get_text_config()`.
+
+    Returns:
+        The layers; None for a family whose forward pass depends on numbers, or that the library does not know.
+
+    Raises:
+        UserError: it cannot run with sdpa, beside which maps are captured.
+    """
+    register_capture()
+    capture = AttentionCapture(frozenset(range(decoder.num_hidden_layers)), [torch.arange(2)])
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(decoder)
+            embeddings = torch.zeros(1, 4, decoder.hidden_size, dtype=model.dtype)
+    except (ValueError, RuntimeError):
+        return None
+    check_sdpa(model)
+    try:
+        model.set_attn_implementation(CAPTURING_SDPA)
+        # The default of mixtures of experts looks at how many tokens each got.
+        model.set_experts_implementation("batched_mm")
+        # With a cache, without which the library looks at positions for several samples in one row.
+        model(inputs_embeds=embeddings, capture=capture, use_cache=True)
+    except (ValueError, RuntimeError):
+        return None
+    return frozenset(capture.maps)
+
+
+def check_sdpa(model: object) -> None:
+    """Refuses a model that transformers runs without sdpa.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not getattr(model, "_supports_sdpa", True):
+        raise UserError(
+            f"{type(model).__name__} has no sdpa attention in transformers, beside which attention maps are captured "
+            "and students are trained; choose another decoder"
+        )
+
+
+def check_maps(what: str, decoder: PreTrainedConfig, wanted: Iterable[int], remedy: str) -> None:
+    """Refuses layers that give no attention maps.
+
+    Args:
+        what: whose layers they are, for the message.
+        decoder: as `layers_with_maps`.
+        wanted: layers whose maps are needed.
+        remedy: what to do about it.
+
+    Raises:
+        UserError: some of them give none; names them and those that do.
+    """
+    able = layers_with_maps(decoder)
+    if able is not None:
+        refuse_without_maps(what, wanted, able, remedy)
+
+
+def refuse_without_maps(what: str, wanted: Iterable[int], able: Iterable[int], remedy: str) -> None:
+    """As `check_maps`, with the layers that give maps known."""
+    able = sorted(able)
+    if lacking := sorted(set(wanted) - set(able)):
+        those = f"only its layers {able} do" if able else "none of its layers does"
+        raise UserError(
+            f"layers {lacking} of {what} give no attention map ({those}): they have no softmax attention, or do not "
+            f"hand on what captures it; {remedy}"
+        )
