@@ -1,5 +1,6 @@
 """Extraction: which shards are missing, who makes them, what came of it."""
 
+import logging
 import signal
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ from storage.targets.commits import COMMITS, committed_shards, iter_commits
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig
+
+logger = logging.getLogger(__name__)
 
 REPORT = "reports/extraction.json"
 SHOWN_FAILURES = 20
@@ -90,6 +93,8 @@ class ExtractionReport(BaseModel):
     """Shard -> each try of it that failed, where and why; shards that succeeded later are among them."""
     failures: dict[int, str]
     """Shard given up -> its last error."""
+    notes: tuple[str, ...] = ()
+    """What students will not learn from these targets; said before the first shard, too."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def extract(
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
         missing = [shard for shard in range(len(index.shards)) if shard not in committed]
-        run = _Run(index, progress)
+        run = _Run(index, progress, identity.notes)
         run.start(missing)
         make_worker = partial(
             ShardExtractor,
@@ -196,14 +201,16 @@ def threads_of_each(cpus: int, gpus: int, workers: int | None, num_shards: int) 
 class _Run:
     """What a run has made so far. Of a commit record only sums are kept: there may be 100,000."""
 
-    def __init__(self, index: SampleIndex, progress: ExtractionProgress | None) -> None:
-        self._index, self._progress = index, progress
+    def __init__(self, index: SampleIndex, progress: ExtractionProgress | None, notes: tuple[str, ...]) -> None:
+        self._index, self._progress, self.notes = index, progress, notes
         self.made: set[int] = set()
         self.most_workers = 0
         self.samples = self.made_samples = self.maps = self.bytes = 0
         self.skipped: Counter[str] = Counter()
 
     def start(self, missing: list[int]) -> None:
+        for note in self.notes:
+            logger.warning("%s", note)
         if self._progress is not None:
             total = self._index.num_samples
             self._progress.start(total, total - sum(self._index.shards[shard].num_samples for shard in missing))
@@ -278,6 +285,7 @@ def _conclude(
         failed_starts=outcome.failed_starts,
         failed_tries={shard: tuple(tries) for shard, tries in sorted(outcome.tries.items())},
         failures=outcome.failures,
+        notes=run.notes,
     )
     targets.write(REPORT, report.model_dump_json(indent=1).encode())
     if outcome.failures:

@@ -155,6 +155,8 @@ def print_extraction_report(report: ExtractionReport, folder: str) -> None:
         count = sum(report.failed_starts.values())
         table.add_row("workers that did not start", f"{count:,}, the reasons in reports/extraction.json")
     output.print(table)
+    for note in report.notes:
+        output.print(f"note: {escape(note)}")
 
 
 def print_training_reports(reports: list[StageReport], folder: Path) -> None:

@@ -189,12 +189,19 @@ class ConversationEncoder:
         return texts[0], spans[0] if track else []
 
     def _render_with_answers(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        if self._has_generation_blocks:
-            return self._render_tracked(messages, track=True)
-        return self._render_by_prefixes(messages)
+        """The text and the answers in it, less white space at their ends: in many tokenizers the space before a word is
+        a part of it, and that word is the next turn's.
+        """
+        text, spans = (
+            self._render_tracked(messages, track=True)
+            if self._has_generation_blocks
+            else self._render_by_prefixes(messages)
+        )
+        ends = [len(text[:end].rstrip()) for _, end in spans]
+        return text, [(start, end) for (start, _), end in zip(spans, ends, strict=True) if start < end]
 
     def _render_by_prefixes(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        """An answer spans from the end of its prompt to the end of its turn, less white space there."""
+        """An answer spans from the end of its prompt to the end of its turn."""
         text = self._render(messages)
         spans: list[Span] = []
         for index, message in enumerate(messages):
@@ -208,7 +215,7 @@ class ConversationEncoder:
                     f"the chat template renders the turns up to answer {len(spans)} differently once more "
                     "follow, so the answers cannot be found; use a template with {% generation %} blocks",
                 )
-            spans.append((len(before), len(until.rstrip())))
+            spans.append((len(before), len(until)))
         return text, spans
 
     def _tokenize(self, text: str, spans: list[Span], images: Sequence[Image.Image]) -> EncodedConversation:

@@ -8,39 +8,17 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreT
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from stages.chat_templates import read_template
 from stages.convert.layout import class_tokens
 from storage.errors import UserError
 
 IMAGE_TOKEN: Final = "<image>"  # noqa: S105
 END_TOKEN: Final = "<|endoftext|>"  # noqa: S105
+_TEMPLATE: Final = "llava-1.5"
+"""The released models were trained on LLaVA-1.5's format, where an answer ends with `END_TOKEN` if there is one."""
 
 _UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError)
 """What the library raises for a place that holds nothing of use, and for one that cannot be reached."""
-
-CHAT_TEMPLATE: Final = """\
-{%- macro render(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- else -%}
-{%- for part in content -%}
-{%- if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- if messages[0]['role'] == 'system' -%}{{- render(messages[0]['content']) + ' ' -}}
-{%- else -%}
-{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, \
-and polite answers to the user's questions. " -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}{{- 'USER: ' + render(message['content']) + ' ' -}}
-{%- elif message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}{{- ' ' + render(message['content']) + 'END' -}}{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
-"""The format the published models were trained on; END is the token that ends an answer."""
 
 
 def load_tokenizer(
@@ -127,7 +105,7 @@ def make_processor(
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=class_tokens(config),
         image_token=IMAGE_TOKEN,
-        chat_template=CHAT_TEMPLATE.replace("END", str(end)),
+        chat_template=read_template(_TEMPLATE).replace("eos_token", f"'{end}'"),
     )
 
 

@@ -130,7 +130,8 @@ def estimate_from_configs(
             "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
             "records of answer rows and tokens as before zstd",
         )
-        + (() if samples is not None else (_assumptions(config, num_image_tokens),)),
+        + (() if samples is not None else (_assumptions(config, num_image_tokens),))
+        + identity.notes,
     )
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention import CAPTURE_VERSION
 from stages.captured_layers import check_maps
+from stages.chat_templates import notes_of_ends, read_template
 from stages.checkpoints import (
     load_config,
     load_processor,
@@ -36,6 +37,9 @@ class TeacherConfig(BaseModel):
 
     checkpoint: str
     """Folder or hub id of the teacher."""
+    chat_template: str | None = None
+    """A jinja file, or the name of a template that comes with the package (llava-1.5), in place of the checkpoint's
+    own. It is stored with the targets, and students are saved with it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_length: int = Field(default=1536, ge=8)
@@ -78,6 +82,17 @@ class TeacherIdentity:
     weights: str
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What students of this teacher will not learn, for the user."""
+        return notes_of_ends(
+            self.processor,
+            self.config.image_token_id,
+            f"the chat template of {self.settings.chat_template or self.settings.checkpoint}",
+            "Set teacher.chat_template to a template that writes one after each answer: a jinja file, or llava-1.5, "
+            "which comes with the package and is for LLaVA-1.5",
+        )
+
+    @property
     def logit_codec(self) -> LogitCodecConfig:
         """How answer rows are coded."""
         settings = self.settings
@@ -117,7 +132,7 @@ class TeacherIdentity:
 
 
 def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: bool = True) -> TeacherIdentity:
-    """Reads config and processor and digests the weight files.
+    """Reads config, processor and chat template and digests the weight files.
 
     Args:
         settings: which teacher and what is kept.
@@ -125,7 +140,7 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
         with_weights: False for an estimate, which needs none: they are not looked for, and their digest is empty.
 
     Raises:
-        UserError: no such checkpoint, an unknown family, or layers that the decoder does not have.
+        UserError: no such checkpoint or chat template, an unknown family, or layers that the decoder does not have.
     """
     folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
     if not settings.trust_remote_code:
@@ -139,11 +154,14 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
     check_maps(str(folder), config.get_text_config(), layers, "set teacher.layers to others, or choose another teacher")
     num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+    processor = load_processor(folder, trust_remote_code=settings.trust_remote_code)
+    if settings.chat_template is not None:
+        processor.chat_template = read_template(settings.chat_template)
     return TeacherIdentity(
         folder=folder,
         settings=settings,
         config=config,
-        processor=load_processor(folder, trust_remote_code=settings.trust_remote_code),
+        processor=processor,
         family=family,
         codec=MapCodecConfig(name=settings.map_codec, causal=family.causal_image_tokens),
         layers=layers,

@@ -119,7 +119,7 @@ def estimate_by_probe(
         settings={name: scale.setting(each, seen.seconds_per_sample, coded["float16"]) for name, each in coded.items()},
         answer_bytes_by_top_k=answer_bytes(teacher.identity.logit_codec, num_rows, share_left),
         files_per_shard=chosen.num_files + 1,
-        notes=_notes(scale, seen, on_gpu=on_gpu),
+        notes=_notes(scale, seen, on_gpu=on_gpu) + teacher.identity.notes,
     )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import pipeline.extraction
 from pipeline.extraction import ExtractConfig, ExtractionReport, WorkerLine, extract
 from pipeline.shard_extractor import ShardExtractor
+from pipeline.tables import print_extraction_report
 from pipeline.workers import Whereabouts
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
@@ -23,7 +24,7 @@ from storage.errors import FingerprintMismatch, TooManySkipped, UserError
 from storage.records import SkippedSample
 from storage.targets import CommitRecord, TargetStore
 from storage.verify import verify
-from tests.checkpoints import make_llava_data, make_tiny_llava
+from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import descendants, kill_when, runs_until, start_cdp, tree, wait_until_dead
 
@@ -82,6 +83,29 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny
         assert {"forward", "coding", "preparing", "writing"} <= worker.timings.keys()
         assert worker.waited_share is not None
         assert 0 <= worker.waited_share < 1
+
+
+def test_answers_without_an_end_are_said_before_the_first_shard_and_in_the_report(
+    tiny: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "stock.jinja"
+    template.write_text(CHAT_TEMPLATE_OF_LLAVA_1_5)
+
+    class Said(Counting):
+        def start(self, total_samples: int, done_samples: int) -> None:
+            super().start(total_samples, done_samples)
+            self.before = caplog.messages.copy()
+
+    counting = Said()
+    report = run(tiny, tmp_path / "store", counting=counting, chat_template=str(template))
+    (note,) = report.notes
+    assert note in counting.before
+    assert note.startswith(f"the chat template of {template} ends 0 of 2 answers")
+    assert "Set teacher.chat_template to a template" in note
+    print_extraction_report(report, "store")
+    assert "note: the chat template of" in capsys.readouterr().out
+    with pytest.raises(FingerprintMismatch, match="differs in:\n  chat_template: "):
+        run(tiny, tmp_path / "store")
 
 
 def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:

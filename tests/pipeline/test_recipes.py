@@ -19,6 +19,7 @@ import examples.scenes
 from pipeline.cli import app
 from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
+from stages.chat_templates import read_template
 from stages.families import family_of
 from stages.layers import sliding_windows, student_layers, visual_understanding_layers
 from stages.student.build import Student, build_student
@@ -266,6 +267,18 @@ def test_published_pairs_have_the_published_settings(name: str) -> None:
     assert [stage.trains for stage in stages] == ["post_connector", "lora", "lora"]
     assert stages[0].samples != run.samples
     assert stages[0].targets != run.targets
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - {"demo"}))
+def test_one_unusable_conversation_of_a_published_data_set_does_not_fail_an_extraction(name: str) -> None:
+    assert 0 < load_run_file(Path(name), [], {}).extract.max_skipped_fraction <= 0.001
+
+
+def test_answers_of_the_llava_recipe_end_with_a_token() -> None:
+    teacher = load_run_file(Path("llava-1.5-7b-to-tinyllama"), [], {}).teacher
+    assert teacher is not None
+    assert teacher.chat_template is not None
+    assert "+ eos_token -}}{%- endgeneration" in read_template(teacher.chat_template)
 
 
 def test_a_name_that_is_neither_file_nor_recipe_is_refused_with_those_there_are(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from stages.conversations import (
 )
 from storage.errors import UserError
 from tests.checkpoints import (
+    CHAT_TEMPLATE_OF_LLAVA_1_5,
     CHAT_TEMPLATE_WITHOUT_GENERATION,
     draw_random_image,
     load_tiny_llava,
@@ -144,6 +145,16 @@ def test_white_space_between_turns_is_not_part_of_an_answer(processor: Any) -> N
     encoded = encoder.encode(*_with_images("several turns"))
     found = answers(processor, encoded.token_ids, encoded.answer_mask)
     assert found == [" A red square.<|endoftext|>", " Left.<|endoftext|>", " So.<|endoftext|>"]
+
+
+def test_white_space_that_ends_a_generation_block_does_not_pull_the_next_turn_into_the_answer(processor: Any) -> None:
+    processor.chat_template = CHAT_TEMPLATE_OF_LLAVA_1_5
+    # In tokenizers of the Llama family, the space before a word is a part of it.
+    processor.tokenizer.add_tokens([" USER"])
+    encoder = ConversationEncoder(processor, processor.image_token_id, 512)
+    encoded = encoder.encode(*_with_images("several turns"))
+    found = answers(processor, encoded.token_ids, encoded.answer_mask)
+    assert [answer.strip() for answer in found] == ["A red square.", "Left.", "So."]
 
 
 def test_a_single_image_comes_first_wherever_the_turn_places_it(encoder: ConversationEncoder) -> None:

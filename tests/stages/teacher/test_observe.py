@@ -224,6 +224,7 @@ def test_the_manifest_names_whatever_changes_the_targets(data: TinyData) -> None
     manifest = base.manifest("samples", 1)
     for settings, field in [
         ({"max_length": 77}, "max_length"),
+        ({"chat_template": "llava-1.5"}, "chat_template"),
         ({"top_k": 3}, "logit_codec.top_k"),
         ({"logit_codec": "float16"}, "logit_codec.name"),
         ({"tail_draws": 7}, "logit_codec.num_draws"),

@@ -1,0 +1,134 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.chat_templates import FOLDER, notes_of_ends, read_template
+from stages.checkpoints import load_processor
+from stages.conversations import ConversationEncoder
+from stages.student.config import DistilledFinetuning, TrainConfig
+from stages.student.stage import StageRun
+from stages.student.start import StudentStart
+from storage.errors import UserError
+from storage.stores import open_store
+from storage.stream import Source
+from storage.targets import TargetStore
+from tests.checkpoints import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATE_OF_LLAVA_1_5,
+    CHATML,
+    load_tiny_llava,
+    make_foreign_lm,
+)
+from tests.stages.distilled import TinyData, extract_here, make_tiny_data
+
+TURNS = [
+    {"from": "human", "value": "What is it?"},
+    {"from": "gpt", "value": "A square."},
+    {"from": "human", "value": "Its color?"},
+    {"from": "gpt", "value": "Red."},
+]
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+WITHOUT_AN_END_AFTER_THE_FIRST = CHAT_TEMPLATE.replace("+ eos_token -}}", "+ (eos_token if loop.last else '') -}}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    return make_tiny_data(tmp_path_factory.mktemp("data"), num_samples=4)
+
+
+@pytest.fixture
+def processor(data: TinyData) -> Any:
+    return load_tiny_llava(data.teacher)[1]
+
+
+def notes(processor: Any) -> tuple[str, ...]:
+    return notes_of_ends(processor, processor.image_token_id, "the chat template of X", "Mend it.")
+
+
+def test_the_templates_that_come_with_the_package_end_every_answer(processor: Any) -> None:
+    bundled = [file.stem for file in FOLDER.iterdir()]
+    assert bundled == ["llava-1.5"]
+    for name in bundled:
+        processor.chat_template = read_template(name)
+        assert notes(processor) == ()
+
+
+def test_the_template_of_llava_1_5_is_the_text_it_was_trained_on(processor: Any) -> None:
+    processor.chat_template = read_template("llava-1.5")
+    encoded = ConversationEncoder(processor, processor.image_token_id, 512).encode(TURNS, [])
+    end = processor.tokenizer.eos_token
+    assert processor.tokenizer.decode(encoded.token_ids) == (
+        f"{SYSTEM}USER: What is it? ASSISTANT: A square.{end}USER: Its color? ASSISTANT: Red.{end}"
+    )
+    assert processor.tokenizer.decode(encoded.token_ids[encoded.answer_mask]) == f" A square.{end} Red.{end}"
+
+
+@pytest.mark.parametrize(
+    ("template", "num_ended"), [(CHAT_TEMPLATE_OF_LLAVA_1_5, 0), (WITHOUT_AN_END_AFTER_THE_FIRST, 1)]
+)
+def test_answers_without_an_end_are_noted_with_what_follows(template: str, num_ended: int, processor: Any) -> None:
+    assert notes(processor) == ()
+    processor.chat_template = template
+    (note,) = notes(processor)
+    assert note.startswith(f"the chat template of X ends {num_ended} of 2 answers of a conversation with an end token")
+    assert note.endswith("it writes on until it is cut. Mend it.")
+
+
+def test_a_template_that_refuses_every_conversation_is_left_to_the_ledger(processor: Any) -> None:
+    processor.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    assert notes(processor) == ()
+
+
+def test_a_template_is_a_file_or_the_name_of_one_that_comes_with_the_package(tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("é", encoding="utf-8")
+    assert read_template(str(own)) == "é"
+    for missing in (str(tmp_path), str(tmp_path / "none.jinja"), "llava-1.6"):
+        with pytest.raises(UserError, match=r"cannot be read: .*that come with the package: llava-1\.5$"):
+            read_template(missing)
+
+
+def store_of(data: TinyData, out: Path, template: str) -> TargetStore:
+    return extract_here(data, out, layers=(2, 3), num_matched=1, chat_template=template)
+
+
+def start_of(data: TinyData, store: TargetStore, student: Path, kd_weight: float) -> StudentStart:
+    config = TrainConfig(num_matched=1, dft=DistilledFinetuning(kd_weight=kd_weight, batch_size=4))
+    source = Source(open_store(data.samples), store)
+    return StudentStart(StageRun("dft", config, str(student), None, (source,), data.samples.parent / "out"))
+
+
+def test_targets_and_students_have_the_template_that_was_set_whatever_the_tokenizers_own(
+    data: TinyData, tmp_path: Path
+) -> None:
+    store = store_of(data, tmp_path / "store", "llava-1.5")
+    stored = load_processor(store.teacher_folder())
+    assert stored.chat_template == store.manifest.fingerprint.chat_template == read_template("llava-1.5")
+    start = start_of(data, store, data.student_lm, kd_weight=1.0)
+    assert start.processor.chat_template == read_template("llava-1.5")
+    assert start.notes == []
+
+
+def test_a_student_of_answers_without_an_end_is_told_so_before_it_is_loaded(data: TinyData, tmp_path: Path) -> None:
+    template = tmp_path / "stock.jinja"
+    template.write_text(CHAT_TEMPLATE_OF_LLAVA_1_5)
+    store = store_of(data, tmp_path / "store", str(template))
+    (note,) = start_of(data, store, data.student_lm, kd_weight=1.0).notes
+    assert note.startswith(f"the chat template that {store.store.url} was made with ends 0 of 2 answers")
+
+    foreign = make_foreign_lm(tmp_path / "foreign", None)
+    *_, note = start_of(data, store, foreign, kd_weight=0.0).notes
+    assert note.startswith(f"the chat template that {foreign} reads with ends 0 of 2 answers")
+
+
+def test_a_students_own_tokens_are_judged_by_its_own_template(data: TinyData, tmp_path: Path) -> None:
+    store = store_of(data, tmp_path / "store", "llava-1.5")
+    foreign = make_foreign_lm(tmp_path / "foreign", CHATML.replace("<|im_end|>", ""))
+    *_, note = start_of(data, store, foreign, kd_weight=0.0).notes
+    assert note.startswith(f"the chat template that {foreign} reads with ends 0 of 2 answers")
