@@ -11,7 +11,7 @@ from storage.digests import parse_json
 from storage.errors import UserError
 
 WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
-_INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_files(folder: Path) -> None:
@@ -35,15 +35,26 @@ def check_files(folder: Path) -> None:
                 f"{path} ({path.stat().st_size} bytes) is not whole, or no safetensors file ({error}); a download or "
                 "copy that broke off leaves such a file: fetch it again"
             ) from error
-    index = folder / _INDEX
-    if not index.is_file() or (folder / "model.safetensors").is_file():
-        return
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        indexed_files(folder)
+
+
+def indexed_files(folder: Path) -> set[str]:
+    """Names of the files that a checkpoint's index names, all of which are in its folder.
+
+    Raises:
+        UserError: they are not, or it is no such index.
+    """
+    index = folder / INDEX
     fields = parse_json(index.read_bytes(), str(index))
     named = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(named, dict):
         raise UserError(f"{index} has no weight_map; expected the index of a checkpoint in several files")
-    if lost := sorted(set(named.values()) - {path.name for path in files}):
-        raise UserError(f"{index} names {some(lost)}, which {folder} does not hold; fetch the checkpoint again")
+    names = {str(name) for name in named.values()}
+    # Only names of its own files: others would leave it.
+    if lost := names - {path.name for path in folder.glob(WEIGHTS)}:
+        raise UserError(f"{index} names {some(lost)}, which the folder does not hold; fetch the checkpoint again")
+    return names
 
 
 def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, **settings: Any) -> PreTrainedModel:
@@ -83,6 +94,6 @@ def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, *
 
 
 def some(names: Iterable[str]) -> str:
-    """Three of them, and how many more there are."""
+    """Three of them, and how many more there are; "none" for none."""
     first, rest = sorted(names)[:3], sorted(names)[3:]
-    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
+    return (", ".join(first) or "none") + (f" and {len(rest)} more" if rest else "")

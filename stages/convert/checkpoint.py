@@ -25,10 +25,10 @@ from stages.student.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
+from stages.weights import INDEX, SINGLE, indexed_files, some
 from storage.errors import UserError
 
 REPORT = "conversion.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
@@ -153,11 +153,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has neither {SINGLE} nor {INDEX}; a training folder must first be merged and saved whole by the "
             "released code"
         )
-    names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    lost = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
-    if lost:
-        raise UserError(f"{folder / INDEX} names {_some(lost)}, which the folder does not hold; fetch it again")
-    return sorted(folder / name for name in names)
+    return sorted(folder / name for name in indexed_files(folder))
 
 
 def _named_tensors(folder: Path) -> dict[str, _Source]:
@@ -194,8 +190,8 @@ def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrained
     unexpected = sorted(tensors[name].name for name in tensors.keys() - expected.keys())
     if missing or unexpected:
         raise UserError(
-            f"{folder} does not hold the model that its config describes: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}"
+            f"{folder} does not hold the model that its config describes: missing {some(missing)}, "
+            f"unexpected {some(unexpected)}"
         )
     grown = {EMBEDDING, HEAD}
     for name, source in tensors.items():
@@ -205,10 +201,6 @@ def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrained
                 f"tensor {source.name!r} of {source.file.name} has shape {list(source.shape)}, the config asks for "
                 f"{list(expected[name])}"
             )
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else ", ".join(names) or "none"
 
 
 def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, progress: Progress | None) -> int:
