@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from pipeline.evaluation import find_checkpoint
 from pipeline.run_file import read_document
-from stages.checkpoints import hide_loading_bars
+from stages.checkpoints import hide_loading_bars, in_hub_cache
 from stages.evaluation.report import EvaluationReport
 from stages.student.card import ExportReport, ModelNames
 from stages.student.claim import STAGE_FILE
@@ -47,8 +47,10 @@ def export(
 def _names_of(student: Path, teacher: str | None) -> ModelNames:
     stage = student.absolute().parent
     path = stage.parent / "run.yaml"
+    # Who gives the flag says where others find it; names in a run file may be folders of the machine that trained.
+    given = {teacher} if teacher is not None and teacher.count("/") == 1 and not Path(teacher).exists() else set()
     if not (path.is_file() and (stage / STAGE_FILE).is_file()):
-        return ModelNames(teacher=teacher)
+        return ModelNames(teacher=teacher, hub_ids=frozenset(given))
     # Two names are all that is wanted of it: one of another version, or damaged since, is no reason to export nothing.
     try:
         document = read_document(path)
@@ -56,7 +58,9 @@ def _names_of(student: Path, teacher: str | None) -> ModelNames:
         document = {}
     section = document.get("teacher")
     checkpoint = section.get("checkpoint") if isinstance(section, dict) else None
-    return ModelNames(_name(document.get("student")), teacher or _name(checkpoint))
+    names = _name(document.get("student")), teacher or _name(checkpoint)
+    known = {name for name in names if name is not None and not Path(name).exists() and in_hub_cache(name)}
+    return ModelNames(*names, hub_ids=frozenset(known | given))
 
 
 def _name(value: Any) -> str | None:

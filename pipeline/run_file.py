@@ -146,11 +146,33 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # noqa: S506 it is a SafeLoader
+    except _RepeatedKey as error:
+        raise UserError(f"{place}: {error}") from None
     except RecursionError:
         raise UserError(f"{place} nests too deep for a run file") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{place} is not YAML: {error}") from error
+
+
+class _RepeatedKey(Exception):
+    """Two values for one key, of which YAML would keep the last."""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader that refuses repeated keys; as they are written, before `<<` brings in others."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
+                here, there = (one.start_mark.line + 1 for one in (key, first[key.tag, key.value]))
+                raise _RepeatedKey(
+                    f"line {here} has {key.value} again, after line {there}; only one of them would count: rename or "
+                    "remove one"
+                )
+        return node
 
 
 def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:

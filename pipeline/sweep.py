@@ -3,25 +3,35 @@
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import Progress
 
-from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
+from pipeline.evaluation import compare_with_targets, evaluate_checkpoint, find_checkpoint
 from pipeline.page import PageTable
 from pipeline.progress import is_main_process
 from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_places
+from stages.checkpoints import weights_digest
+from stages.evaluation.pairs import load_pairs
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity
 from stages.student.config import StageName
 from stages.student.stage import StageReport
+from storage.digests import digest_of
 from storage.errors import UserError
-from storage.stores import open_store
+from storage.stores import Store, open_store
+from storage.stream import Source
+from storage.targets import TargetStore
 
 logger = logging.getLogger(__name__)
+
+_COMPARED = "compared.json"
+"""Beside a student's stages."""
 
 Trainer = Callable[[str, RunFile], list[StageReport]]
 """Trains the named student and gives a report for each of its stages; a finished or begun one goes on from there."""
@@ -60,14 +70,29 @@ class SweepReport(BaseModel):
     """What stopped those that have no result."""
 
 
-class _Compared(BaseModel):
-    """Figures of a finished student with what they were measured with, so that they need not be measured again."""
+class _Measured(BaseModel):
+    """What figures are of and what they were measured with; by content, since places may hold something else later."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     compare: CompareConfig
     evaluate: EvaluationConfig
-    steps: dict[StageName, int]
+    stage: str
+    """The student's last one."""
+    weights: str
+    """sha256 of the student's."""
+    pairs: str | None
+    """Digest of the pairs."""
+    targets: dict[str, Any] | None
+    """The store whose maps the student is compared with, as `Source.description` says it."""
+
+
+class _Compared(BaseModel):
+    """Figures of a finished student, so that they need not be measured again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measured: _Measured
     evaluation: EvaluationReport | None
     similarity: AttentionSimilarity | None
 
@@ -110,12 +135,11 @@ def _compared(
 ) -> SweptStudent:
     model = run.output
     assert model is not None
-    store = open_store(Path(model))
-    steps = {name: report.steps for name, report in stages.items()}
-    if store.exists("compared.json"):
-        found = _Compared.model_validate_json(store.read("compared.json"))
-        if (found.compare, found.evaluate, found.steps) == (compare, run.evaluate, steps):
-            return SweptStudent(stages=stages, evaluation=found.evaluation, similarity=found.similarity)
+    if compare.pairs is None and compare.similarity_samples is None:
+        return SweptStudent(stages=stages)
+    store, measured = open_store(Path(model)), _measured(run, compare)
+    if (found := _read(store)) is not None and found.measured == measured:
+        return SweptStudent(stages=stages, evaluation=found.evaluation, similarity=found.similarity)
     evaluation = similarity = None
     if compare.pairs is not None:
         evaluation = evaluate_checkpoint(
@@ -123,12 +147,37 @@ def _compared(
         )
     if compare.similarity_samples is not None:
         similarity = compare_with_targets(model, *compared_places(run), compare.similarity_samples, progress)
-    measured = _Compared(
-        compare=compare, evaluate=run.evaluate, steps=steps, evaluation=evaluation, similarity=similarity
-    )
+    made = _Compared(measured=measured, evaluation=evaluation, similarity=similarity)
     if is_main_process:
-        store.write("compared.json", measured.model_dump_json(indent=1).encode())
+        store.write(_COMPARED, made.model_dump_json(indent=1).encode())
     return SweptStudent(stages=stages, evaluation=evaluation, similarity=similarity)
+
+
+def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
+    student = find_checkpoint(str(run.output))
+    pairs = targets = None
+    if compare.pairs is not None:
+        kinds = load_pairs(compare.pairs, compare.images, limit=compare.pairs_limit)
+        pairs = digest_of([[str(value) for value in astuple(pair)] for kind in kinds.values() for pair in kind])
+    if compare.similarity_samples is not None:
+        samples, store = compared_places(run)
+        targets = Source(open_store(samples), TargetStore.open(store)).description()
+    return _Measured(
+        compare=compare,
+        evaluate=run.evaluate,
+        stage=student.parent.name,
+        weights=weights_digest(student),
+        pairs=pairs,
+        targets=targets,
+    )
+
+
+def _read(store: Store) -> _Compared | None:
+    """Figures that are there already; None also for those of another version, which are measured again."""
+    try:
+        return _Compared.model_validate_json(store.read(_COMPARED)) if store.exists(_COMPARED) else None
+    except ValidationError:
+        return None
 
 
 def sweep_table(report: SweepReport) -> PageTable:

@@ -72,7 +72,9 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
     compare = validated(CompareConfig, document.pop("compare", None) or {}, f"{path}: compare")
     if not isinstance(students, dict) or not students:
         raise UserError(f"{path} names no students; expected `students:` with a name and its settings for each")
-    base_path = config or (Path(base) if isinstance(base, str) else None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: config is {base!r:.100}, expected the path of a run file or the name of a recipe")
+    base_path = config or (Path(base) if base is not None else None)
     shared = read_document(find_config(base_path)) if base_path is not None else {}
     lay_over(shared, document)
     output = Path(_output(resolve(copy.deepcopy(shared), settings, flags, str(path))))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -56,6 +56,14 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
     if with_weights:
         check_files(folder)
     return folder
+
+
+def in_hub_cache(name: str) -> bool:
+    """Whether this machine got a model of that id from the hub; asks nothing of the network."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def refuse_code(folder: Path) -> None:

@@ -166,7 +166,8 @@ def read_keys(path: Path) -> frozenset[str]:
         UserError: If it cannot be read or names nothing.
     """
     try:
-        keys = frozenset(path.read_text(encoding="utf-8").split())
+        # With the byte-order mark that some editors write, which would become a part of the first key.
+        keys = frozenset(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"subset {path} cannot be read: {error}; give a text file with one sample key a line"

@@ -84,6 +84,8 @@ class ModelNames:
 
     student: str | None = None
     teacher: str | None = None
+    hub_ids: frozenset[str] = frozenset()
+    """Those of them that the hub has. A folder may have a name such as `models/teacher` too, and need not be here."""
 
 
 def read_history(student: Path) -> list[StageRecord]:
@@ -115,7 +117,7 @@ def model_card(
         names: of the models that it was made from.
         evaluation: of the model, if there is one.
     """
-    parts = [_front_matter(names), f"# {name}", _about(names, distilled=bool(history)), "## Use"]
+    parts = [_front_matter(names, history), f"# {name}", _about(names, history), "## Use"]
     if export.custom_code is not None:
         parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")
     parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
@@ -126,24 +128,32 @@ def model_card(
     return "\n\n".join([*parts, "## Export", _export(export)]) + "\n"
 
 
-def _front_matter(names: ModelNames) -> str:
+def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
     # The hub looks these up, so that only its own ids belong there. JSON is YAML too.
-    named = [model for model in (names.student, names.teacher) if model is not None]
-    ids = [model for model in named if model.count("/") == 1 and not Path(model).exists()]
+    ids = [model for model in (names.student, names.teacher) if model in names.hub_ids]
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
     lines += [f"base_model: {json.dumps(ids)}"] * bool(ids)
-    return "\n".join([*lines, "tags: [distillation, compodistill]", "---"])
+    lines += ["tags: [distillation, compodistill]"] * _is_distilled(history)
+    return "\n".join([*lines, "---"])
 
 
-def _about(names: ModelNames, *, distilled: bool) -> str:
-    if not distilled:
+def _is_distilled(history: Sequence[StageRecord]) -> bool:
+    """Whether any stage learned from what the teacher said or where it looked."""
+    return any({"kd", "attention"} & stage.report["losses"].keys() for stage in history)
+
+
+def _about(names: ModelNames, history: Sequence[StageRecord]) -> str:
+    if not history:
         return "A multimodal model."
-    known = {"its teacher": names.teacher, "begun from": names.student}
+    if _is_distilled(history):
+        made = "distilled from stored targets of a larger one ([CompoDistill](https://arxiv.org/abs/2510.12184))"
+        known = {"its teacher": names.teacher, "begun from": names.student}
+    else:
+        made = "trained on answers alone, without distillation"
+        own_eyes = history[-1].begun["settings"].get("adapter") == "own"
+        known = {"with the vision tower of": None if own_eyes else names.teacher, "begun from": names.student}
     said = [f"{role} `{_public(model)}`" for role, model in known.items() if model is not None]
-    return (
-        "A multimodal model distilled from stored targets of a larger one "
-        f"([CompoDistill](https://arxiv.org/abs/2510.12184)){''.join(f', {part}' for part in said)}."
-    )
+    return f"A multimodal model {made}{''.join(f', {part}' for part in said)}."
 
 
 def _public(model: str) -> str:

@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
-from stages.conversations import PLACEHOLDER, ConversationEncoder
+from stages.conversations import PLACEHOLDER, ConversationEncoder, EncodedConversation, UnusableConversation
 from stages.student.loading import model_inputs
 from stages.student.serving import generation_settings
+
+_NO_LIMIT = 2**31
 
 Write = Callable[[str], None]
 """Takes a piece of an answer as soon as it is there."""
@@ -24,17 +26,18 @@ class Chat:
         max_new_tokens: after which an answer is cut.
 
     Raises:
-        UserError: the processor has no chat template or a slow tokenizer.
+        UserError: the processor has no chat template or a slow tokenizer, or the model's length has no room for the
+            image and an answer of `max_new_tokens`.
     """
 
     def __init__(
         self, model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, max_new_tokens: int
     ) -> None:
         self.model, self.processor, self.image = model, processor, image
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        self._encoder = ConversationEncoder(
-            processor, model.config.image_token_id, max_length=max(1, room - max_new_tokens)
-        )
+        self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+        self._max_new_tokens = max_new_tokens
+        self._encoder = ConversationEncoder(processor, model.config.image_token_id, max_length=_NO_LIMIT)
+        self._check_room(self._encoder.encode_prompt("?", [image]))
         answered = self._encoder.encode_pair("What is this?", "This.", [image])
         self._settings = generation_settings(model, processor.tokenizer, answered, [])
         self._settings.update(
@@ -49,6 +52,7 @@ class Chat:
             UnusableConversation: the question cannot be put, or the conversation has become too long.
         """
         prompt = self._encoder.encode_prompt(question, [self.image], self._turns)
+        self._check_room(prompt)
         inputs = model_inputs(self.model, prompt)
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         # In place of printing.
@@ -60,3 +64,12 @@ class Chat:
         asked = question if self._turns or PLACEHOLDER in question else f"{PLACEHOLDER}\n{question}"
         self._turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
         return answer
+
+    def _check_room(self, prompt: EncodedConversation) -> None:
+        num_tokens = len(prompt.token_ids)
+        if num_tokens + self._max_new_tokens > self._room:
+            raise UnusableConversation(
+                "prompt_beyond_max_length",
+                f"image and conversation are {num_tokens} tokens, and --max-new-tokens is {self._max_new_tokens}; the "
+                f"model reads {self._room} in all. Give a smaller --max-new-tokens, ask less, or begin anew",
+            )

@@ -6,12 +6,13 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from stages.captured_layers import check_maps
-from stages.checkpoints import resolve_checkpoint
+from stages.chat_templates import notes_of_ends
+from stages.checkpoints import load_processor, resolve_checkpoint
 from stages.student.build import Student, build_student, check_weights, is_student, load_student
 from stages.student.collator import Collator
 from stages.student.eyes import check_eyes
 from stages.student.matching import WITHOUT_MAPS, LayerMatching, match_stage
-from stages.student.reading import check_first_samples, open_reading
+from stages.student.reading import StudentReading, check_first_samples, open_reading
 from stages.student.stage import StageRun
 from stages.student.trainable import prepare_for_stage
 from storage.errors import UserError
@@ -52,7 +53,7 @@ class StudentStart:
             check_eyes(self._folder, run.targets.teacher_folder())
         check_weights(self._folder, bare=not (self._saved or self._own_eyes))
         _check_temperature(run)
-        self.notes = list(reading.notes)
+        self.notes = [*reading.notes, *_notes_of_ends(run, reading)]
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:
             depth = reading.decoder.num_hidden_layers
@@ -84,6 +85,23 @@ class StudentStart:
             )
         own_adapter = run.config.own_adapter == "trained"
         return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_adapter=own_adapter)
+
+
+def _notes_of_ends(run: StageRun, reading: StudentReading) -> tuple[str, ...]:
+    """Whether the answers that the student reads have an end it can learn, whoever's tokens they are."""
+    if reading.max_length is not None:
+        return notes_of_ends(
+            reading.processor,
+            reading.image_token_id,
+            f"the chat template that {run.decoder} reads with",
+            "Put one that writes a token after each answer into its folder (chat_template.jinja)",
+        )
+    return notes_of_ends(
+        load_processor(run.targets.teacher_folder()),
+        reading.stored_image_id,
+        f"the chat template that {run.targets.store.url} was made with",
+        "Extract again with teacher.chat_template set to one that does",
+    )
 
 
 def _check_temperature(run: StageRun) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.chat import open_chat
 from pipeline.evaluation import load_model
-from pipeline.export import export
+from pipeline.export import _names_of, export
 from stages.evaluation.report import EvaluationReport, KindResult
 from stages.student.config import STAGES
 from storage.targets import TargetStore
@@ -79,6 +79,25 @@ def test_a_run_is_exported_with_a_card_of_its_figures(
     assert f"{exported['logit_error']:.2g} at most" in card
     # Folders of this machine are nobody else's business.
     assert not any(str(place) in card for place in (tiny.student_lm, targets, undisturbed))
+
+
+def test_only_names_that_the_hub_is_known_to_have_are_its_ids(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    document = yaml.safe_load((run / "run.yaml").read_text())
+    document["student"], document["teacher"] = "some-org/decoder", {"checkpoint": "models/teacher-4b"}
+    (run / "run.yaml").write_text(yaml.safe_dump(document))
+    monkeypatch.setattr("pipeline.export.in_hub_cache", lambda name: name == "some-org/decoder")
+    names = _names_of(run / "sft" / "student", None)
+    assert (names.student, names.teacher) == ("some-org/decoder", "models/teacher-4b")
+    assert names.hub_ids == {"some-org/decoder"}
+    assert _names_of(run / "sft" / "student", "some-org/teacher").hub_ids == {"some-org/decoder", "some-org/teacher"}
+    # A folder of that name is here.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some-org" / "teacher").mkdir(parents=True)
+    assert _names_of(run / "sft" / "student", "some-org/teacher").hub_ids == {"some-org/decoder"}
 
 
 def test_an_earlier_stage_is_exported_by_its_folder_and_its_card_ends_there(

@@ -111,6 +111,7 @@ def test_a_wrong_setting_is_one_message_that_names_it(setting: str, message: str
     ("text", "message"),
     [
         ("train: [unclosed", "is not YAML"),
+        ("train:\n  seed: 1\n  log_every: 2\n  'seed': 3\n", "run.yaml: line 4 has seed again, after line 2; only one"),
         ("- a\n- b\n", "holds a list, expected sections"),
         ("train:\n  sed: 3\n", "train.sed: Extra inputs are not permitted"),
         ("!!python/object/apply:os.system ['echo']", "is not YAML"),
@@ -122,6 +123,13 @@ def test_a_wrong_file_is_one_message_that_names_it(text: str, message: str, tmp_
     with pytest.raises(UserError, match=message) as caught:
         load_run_file(file, [], {})
     assert str(file) in str(caught.value)
+
+
+def test_an_anchor_may_be_laid_under_settings_of_its_names(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  dpt: &shared {batch_size: 4, epochs: 2}\n  dft: {<<: *shared, epochs: 5}\n")
+    train = load_run_file(file, [], {}).train
+    assert (train.dft.batch_size, train.dft.epochs, train.dpt.epochs) == (4, 5, 2)
 
 
 def test_a_missing_or_binary_file_is_one_message(tmp_path: Path) -> None:

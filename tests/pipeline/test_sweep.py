@@ -1,16 +1,20 @@
 """Several students against one store by one command: trained in turn, compared, finished ones left as they are."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from pipeline.evaluation import evaluate_checkpoint
 from pipeline.interruption import Interrupted
 from pipeline.progress import bars
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_places, load_sweep
+from stages.evaluation.report import EvaluationReport
 from stages.student.stage import StageReport
 from storage.errors import UserError
 from tests.conftest import TinyWorld
@@ -80,6 +84,43 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     assert SweepReport.model_validate_json((output / "sweep.json").read_text()) == report
 
 
+def test_figures_of_a_student_are_measured_again_once_it_or_what_it_is_compared_on_is_another(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs"
+    shutil.copytree(tiny.pairs, pairs)
+    text = f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {tiny.student_lm}\ntrain.stages: [dft]\n{SHARED}"
+    compare = f"compare: {{pairs: {pairs}, similarity_samples: 2}}\nstudents: {{a: {{}}}}\n"
+    sweep, output = write(tmp_path / "s.yaml", text + compare), tmp_path / "out"
+    measured: list[str] = []
+    as_ever = evaluate_checkpoint
+
+    def counted(*arguments: Any) -> EvaluationReport:
+        measured.append(str(arguments[0]))
+        return as_ever(*arguments)
+
+    monkeypatch.setattr("pipeline.sweep.evaluate_checkpoint", counted)
+
+    def times_measured(*settings: str) -> int:
+        done = run_here(
+            "train-student", "--sweep", sweep, "--output", output, *settings, monkeypatch=monkeypatch, capsys=capsys
+        )
+        assert done.code == 0, done.err
+        return len(measured)
+
+    assert times_measured() == 1
+    assert times_measured() == 1
+    # As many steps of the same stage, with other settings.
+    shutil.rmtree(output / "a" / "dft")
+    assert times_measured("--set", "train.dft.learning_rate=0.01") == 2
+    kind = next(pairs.glob("*.json"))
+    kind.write_text(kind.read_text().replace('"caption": "', '"caption": "now '))
+    assert times_measured("--set", "train.dft.learning_rate=0.01") == 3
+    # As an older version left it.
+    (output / "a" / "compared.json").write_text('{"steps": {"dft": 2}}')
+    assert times_measured("--set", "train.dft.learning_rate=0.01") == 4
+
+
 def test_a_student_that_fails_is_reported_and_the_others_are_trained(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +167,14 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
         ("students: {../a: {}}\n", "student '../a' cannot name a folder"),
         ("students: {a: 3}\n", "student a is 3, expected settings"),
         ("students: {a: {}}\ncompare: {pears: x}\n", r"compare:\n  pears: Extra inputs"),
+        (
+            "students: {a: {}}\nconfig: {train: {seed: 1}}\n",
+            "config is {'train': {'seed': 1}}, expected the path of a run",
+        ),
+        (
+            "students:\n  a: {train.seed: 1}\n  b: {}\n  a: {train.seed: 2}\n",
+            "s.yaml: line 4 has a again, after line 2; ",
+        ),
         ("students: {a: {}}\nconfig: nowhere\n", "nor a recipe of that name; recipes are demo, "),
         ("students: {Sweep.json: {}}\n", "student Sweep.json: the sweep's folder has files of such names"),
         ("students: {a.partial: {}}\n", "student a.partial: the sweep's folder has files of such names"),
@@ -137,7 +186,9 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
 def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_sweep(write(tmp_path / "s.yaml", text), None, [], {"output": str(tmp_path / "out")})
-    with pytest.raises(UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe|such"):
+    with pytest.raises(
+        UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe|such|again"
+    ):
         load_sweep(tmp_path / "s.yaml", None, [], {})
     assert not (tmp_path / "out").exists()
 

@@ -8,7 +8,7 @@ import pytest
 
 from storage.codecs import MapCodecConfig
 from storage.errors import FingerprintMismatch, UserError
-from storage.mixture import Mixture, Source
+from storage.mixture import Mixture, Source, read_keys
 from storage.order import StreamConfig
 from storage.samples import SampleIndex
 from storage.stores import open_store
@@ -159,6 +159,12 @@ def test_a_subset_is_the_listed_samples_of_its_store(data, tmp_path):
     read = [s.key for batch in mixture_stream(mixture, rank=0, world_size=1, epochs=range(1)) for s in batch]
     small = [f"s{shard}-{row}" for shard, size in enumerate(SMALL) for row in range(size)]
     assert sorted(read) == sorted([*keys, *keys, *small])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_subsets_first_key(tmp_path):
+    listed = tmp_path / "keys.txt"
+    listed.write_text("s2-6\ns0-3\n", encoding="utf-8-sig")
+    assert read_keys(listed) == {"s2-6", "s0-3"}
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,20 @@ def test_a_question_that_names_another_image_or_is_too_long_is_refused_and_leave
     assert chat.ask("What is it?", lambda _: None) == alone.ask("What is it?", lambda _: None)
 
 
+def test_a_length_that_leaves_no_room_names_the_flag_and_the_models_length(checkpoint: Path) -> None:
+    prompt = 16 + len(load_tiny_llava(checkpoint)[1].tokenizer("USER: \n? ASSISTANT:")["input_ids"])
+    with pytest.raises(
+        UserError, match=rf"are {prompt} tokens, and --max-new-tokens is 5000; the model reads 2048 in all"
+    ):
+        open_chat(checkpoint, max_new_tokens=5000)
+    most = 2048 - prompt
+    with pytest.raises(UserError, match=f"--max-new-tokens is {most + 1}"):
+        open_chat(checkpoint, max_new_tokens=most + 1)
+    chat = open_chat(checkpoint, max_new_tokens=most)
+    with pytest.raises(UnusableConversation, match=f"--max-new-tokens is {most}; the model reads 2048"):
+        chat.ask("What is it, and what is beside it?", lambda _: None)
+
+
 def test_a_model_without_a_chat_template_is_refused(checkpoint: Path) -> None:
     model, processor = load_tiny_llava(checkpoint)
     processor.chat_template = processor.tokenizer.chat_template = None
