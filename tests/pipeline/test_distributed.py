@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TinyWorld
+from tests.pipeline.processes import kill
 from tests.pipeline.runs import SETTINGS, TrainingData
 from tests.pipeline.test_training_data import keys_of
 
@@ -57,7 +58,13 @@ def run_command(
 def train_student(launcher: list[str], *arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [*launcher, "train-student", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        # Processes that wait for each other would go on waiting.
+        kill(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def broken_launcher(logs: Path, key: str, how: str) -> list[str]:

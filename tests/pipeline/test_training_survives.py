@@ -268,8 +268,11 @@ def test_a_run_with_loader_processes_that_is_killed_leaves_none_and_goes_on_to_t
     loaders = [pid for child in children for pid in descendants(child)]
     launched.process.kill()
     assert launched.process.wait(PATIENCE_S) == -signal.SIGKILL
+    left = [pid for pid in children if not wait_until_dead(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
     assert loaders
-    assert all(map(wait_until_dead, children))
+    assert not left
     assert not (tmp_path / "run/dft/student").exists()
     Launched(ONE, tiny, targets, tmp_path / "run", "train.num_workers=1").finish()
     assert_same_students(tmp_path / "run", undisturbed)
