@@ -19,7 +19,7 @@ from stages.student.batches import Batch
 from stages.student.config import DistilledFinetuning, Parallel, TrainConfig
 from stages.student.losses import answer_losses
 from stages.student.objective import DistillationObjective
-from stages.student.parallel import whole
+from stages.student.parallel import gathered
 from stages.student.stage import StageRun
 from stages.student.training import train_stage
 from storage.stores import open_store
@@ -64,7 +64,7 @@ def take_step(folder: Path, microbatch_size: int, parallel: Parallel = "ddp", nu
 
     def kept(self: torch.optim.AdamW, *arguments: Any) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        named = {f"{number:04}": whole(g).clone() for number, g in enumerate(gradients) if g is not None}
+        named = gathered({f"{number:04}": g for number, g in enumerate(gradients) if g is not None}, wanted=True)
         if accelerator.is_main_process:
             save_file(named, output / "gradients.safetensors")
         return step(self, *arguments)
