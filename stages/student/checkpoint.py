@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stages.student.parallel import gathered, part_like
 from storage.digests import digest_of, file_sha256
-from storage.errors import StoreUnavailable, UserError, disk_errors_named
+from storage.errors import FingerprintMismatch, StoreUnavailable, UserError, disk_errors_named
 from storage.stores import open_store
 
 logger = logging.getLogger(__name__)
@@ -152,9 +152,17 @@ def trained_tensors(model: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Puts what `trained_tensors` gave into the parameters that learn."""
+    """Puts what `trained_tensors` gave into the parameters that learn.
+
+    Raises:
+        FingerprintMismatch: others were trained then.
+    """
     wanted = _trained(model)
-    assert tensors.keys() == wanted.keys(), "written for other trained parameters"
+    if differing := sorted(tensors.keys() ^ wanted.keys()):
+        raise FingerprintMismatch(
+            f"{len(tensors)} parameters were trained so far, {len(wanted)} are to be trained now; {len(differing)} "
+            f"differ, such as {differing[0]}. A version that chose others began this stage: train it in a new folder"
+        )
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(part_like(tensors[name], parameter))

@@ -14,7 +14,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from stages.student.checkpoint import TRAINED, Checkpoints, Position, TrainerState, trained_tensors
 from stages.student.parallel import gathered
-from storage.errors import StoreUnavailable
+from storage.errors import FingerprintMismatch, StoreUnavailable
 
 
 def trainer(device: str = "cpu") -> TrainerState:
@@ -81,6 +81,14 @@ def test_a_checkpoint_that_finds_no_room_removes_none_and_names_the_newest_whole
     with pytest.raises(StoreUnavailable, match=r"step 600 was not saved; the newest one, .*/step-00000500, is whole"):
         checkpoints.save(Position(600), trainer())
     assert names(folder) == ["step-00000500", "step-00001000"]
+
+
+def test_a_checkpoint_of_other_trained_parameters_is_refused_by_name(tmp_path: Path) -> None:
+    state = trainer()
+    Checkpoints(tmp_path, keep=1).save(Position(500), state)
+    state.model.bias.requires_grad_(False)
+    with pytest.raises(FingerprintMismatch, match=r"2 parameters were trained so far, 1 are .* 1 differ, such as bias"):
+        Checkpoints(tmp_path, keep=1).restore(state)
 
 
 def test_a_process_that_does_not_write_copies_no_tensor_to_the_cpu(tmp_path: Path) -> None:
