@@ -163,6 +163,8 @@ class StudentReading:
         stored_image_id: the placeholder's id in the store.
         own_eyes: whether the student keeps its own tower and adapter.
         max_length: set when the student reads its own tokens.
+        teacher_folder: `teacher/` of the store, checked just now.
+        teacher_processor: what is in it.
         notes: for the user.
     """
 
@@ -174,6 +176,8 @@ class StudentReading:
     stored_image_id: int
     own_eyes: bool
     max_length: int | None
+    teacher_folder: Path
+    teacher_processor: ProcessorMixin
     notes: tuple[str, ...] = ()
 
     def reader(self) -> SampleReader:
@@ -230,6 +234,8 @@ def open_reading(targets: TargetStore, folder: Path, *, own_eyes: bool, kd_weigh
         stored_image_id=teacher_config.image_token_id,
         own_eyes=own_eyes,
         max_length=targets.manifest.fingerprint.max_length if differences else None,
+        teacher_folder=teacher_folder,
+        teacher_processor=teacher,
         notes=(note + differences[0],) if differences else (),
     )
 

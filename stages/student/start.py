@@ -7,7 +7,7 @@ from transformers import ProcessorMixin
 
 from stages.captured_layers import check_maps
 from stages.chat_templates import notes_of_ends
-from stages.checkpoints import load_processor, resolve_checkpoint
+from stages.checkpoints import resolve_checkpoint
 from stages.student.build import Student, build_student, check_weights, is_student, load_student
 from stages.student.collator import Collator
 from stages.student.eyes import check_eyes
@@ -50,7 +50,7 @@ class StudentStart:
         self._reading = reading
         self._saved = run.initial is not None or is_student(self._folder)
         if self._saved and not self._own_eyes:
-            check_eyes(self._folder, run.targets.teacher_folder())
+            check_eyes(self._folder, reading.teacher_folder)
         check_weights(self._folder, bare=not (self._saved or self._own_eyes))
         _check_temperature(run)
         self.notes = [*reading.notes, *_notes_of_ends(run, reading)]
@@ -97,7 +97,7 @@ def _notes_of_ends(run: StageRun, reading: StudentReading) -> tuple[str, ...]:
             "Put one that writes a token after each answer into its folder (chat_template.jinja)",
         )
     return notes_of_ends(
-        load_processor(run.targets.teacher_folder()),
+        reading.teacher_processor,
         reading.stored_image_id,
         f"the chat template that {run.targets.store.url} was made with",
         "Extract again with teacher.chat_template set to one that does",
