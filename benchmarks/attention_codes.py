@@ -41,7 +41,7 @@ from storage.codecs import (
 )
 from storage.codecs.maps import MapCodecName
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.records import MapTargets, SampleTargets
+from storage.sample_targets import MapTargets, SampleTargets
 from storage.stores import open_store
 from storage.targets import write_shard
 
@@ -55,7 +55,7 @@ Coded = tuple[EncodedMaps, EncodedWindows]
 def measure(data: MapSet, repeats: int) -> dict[str, Any]:
     """Every codec on every sample of `data`."""
     rows = window_rows(data.layers, data.windows)
-    # As for a student that matches fewer layers than was foreseen.
+    # As for a student that matches fewer layers than are stored.
     others = window_rows(data.layers, sliding_windows(data.layers, max(1, len(data.windows) - 2)))
     gradients = [_Gradients(maps, seed) for seed, maps in enumerate(data.maps)]
     num_tokens = [maps.shape[-1] for maps in data.maps]

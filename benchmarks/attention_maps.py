@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.scenes.dataset import write_dataset
+from pipeline.demo.assets import TEACHER as BUNDLED_TEACHER
+from pipeline.demo.scenes.dataset import write_dataset
 from stages.attention import AttentionCapture
 from stages.families.batch import batch_inputs
 from stages.images import decode_image
@@ -25,7 +26,6 @@ from storage.samples import SampleIndex, SampleShard
 from storage.stores import open_store
 
 HEADS, HEAD_SIZE, TEXT_KEYS = 20, 32, 31
-BUNDLED_TEACHER = Path(__file__).parents[1] / "examples" / "scenes" / "teacher"
 
 
 @dataclass(frozen=True)

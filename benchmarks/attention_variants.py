@@ -58,9 +58,9 @@ def _gradients(
     config: MapCodecConfig, data: MapSet, maps_LNN: Tensor, variant: str, loss: dict[str, Any], seed: int
 ) -> tuple[Tensor, Tensor]:
     """With uncoded and with coded maps."""
-    foreseen, num_tokens = window_rows(data.layers, data.windows), maps_LNN.shape[-1]
-    image = encode_image(config, foreseen, maps_LNN)
-    rows, decode = foreseen, decode_windows
+    stored_windows, num_tokens = window_rows(data.layers, data.windows), maps_LNN.shape[-1]
+    image = encode_image(config, stored_windows, maps_LNN)
+    rows, decode = stored_windows, decode_windows
     if variant == "one teacher layer each":
         rows, decode = window_rows(data.layers, single_layers(tuple(data.layers), len(data.windows))), estimate_windows
     exact_WNN, (maps_WNN, keep_WNN) = window_means(maps_LNN, rows), decode(config, rows, *image, num_tokens)

@@ -21,25 +21,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
-import examples.scenes
 from benchmarks.results import RESULTS, command_line, save_result
-from examples.scenes.dataset import write_dataset
+from pipeline.demo.assets import STUDENT_LM, TEACHER
+from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.run_file import load_run_file
 from pipeline.shard_extractor import ShardExtractor
 from pipeline.training import train
 from stages.layers import window_means
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.batches import Batch
 from stages.student.config import StageName
+from stages.student.data.batch import Batch
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
-from stages.student.objective import BatchTotals, DistillationObjective
+from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from storage.manifest import create_or_check
 from storage.samples import SampleIndex
 from storage.stores import open_store
 
-SCENES = Path(examples.scenes.__file__).parent
-TEACHER, STUDENT_LM = SCENES / "teacher", SCENES / "student_lm"
 STORES: dict[str, dict[str, Any]] = {
     "16 bits": {"map_codec": "float16", "logit_codec": "float16", "top_k": 10_000},
     "default": {},
@@ -156,7 +154,7 @@ class Bench:
             ]
             places = {"samples": self.folder / "samples", "targets": self.folder / store, "student": STUDENT_LM}
             run = load_run_file(None, settings, {name: str(p) for name, p in {**places, "output": output}.items()})
-            with patch("stages.student.training.DistillationObjective", objective):
+            with patch("stages.student.training.loop.DistillationObjective", objective):
                 train(run, [stage])
             lines = (Path(output) / stage / "metrics.jsonl").read_text().splitlines()
         return Trained([json.loads(line) for line in lines], objective.made.pop())

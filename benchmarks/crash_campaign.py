@@ -23,6 +23,7 @@ from benchmarks.results import RESULTS, save_result
 from stages.samples.pack import PackConfig, pack_samples
 from stages.student.config import STAGES
 from tests.checkpoints import make_llava_data, make_tiny_llava
+from tests.pipeline.cluster.ray_kills import RayCampaign
 from tests.pipeline.crash_points import (
     Place,
     World,
@@ -31,7 +32,6 @@ from tests.pipeline.crash_points import (
     at_random_operations,
     make_world,
 )
-from tests.pipeline.ray_kills import RayCampaign
 from tests.pipeline.training_kills import kill_stages, train_in_fork
 from tests.stages.distilled import extract_here, make_tiny_data
 

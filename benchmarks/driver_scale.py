@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
-from pipeline.task_pool import TaskPool
+from pipeline.cluster.task_queue import TaskQueue
 from storage.codecs import LogitCodecConfig, MapCodecConfig
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.samples import SampleIndex
@@ -160,10 +160,10 @@ def sum_records(folder: Path) -> tuple[int, int]:
     return samples, num_bytes
 
 
-def give_out(num_tasks: int) -> TaskPool:
+def give_out(num_tasks: int) -> TaskQueue:
     """Every worker always has two tasks; one task in a hundred fails once."""
-    logging.getLogger("pipeline.task_pool").setLevel(logging.ERROR)
-    pool = TaskPool(range(num_tasks), max_attempts=3, tasks_per_worker=2)
+    logging.getLogger("pipeline.cluster.task_queue").setLevel(logging.ERROR)
+    pool = TaskQueue(range(num_tasks), max_attempts=3, tasks_per_worker=2)
     workers: list[list[int]] = [[] for _ in range(WORKERS)]
     while pool.num_unfinished:
         for worker in workers:

@@ -22,34 +22,33 @@ from unittest.mock import patch
 
 import torch
 
-import examples.scenes
 from benchmarks.results import RESULTS, Spent, command_line, save_result, spent
-from examples.scenes.dataset import write_dataset
+from pipeline.cpu_determinism import make_cpu_deterministic
+from pipeline.demo.assets import TEACHER
+from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction import SHARDS_IN_FLIGHT, stored_bytes
-from pipeline.order_of_sums import fix_order_of_sums
 from pipeline.run_file import load_run_file
 from pipeline.shard_extractor import ShardExtractor
+from stages.estimate.measured import estimate_by_measurement
+from stages.estimate.report import EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.estimate import EstimateConfig
 from stages.teacher.identity import TeacherConfig, identify_teacher
-from stages.teacher.probe import estimate_by_probe
 from storage.codecs.maps import MapCodecName
 from storage.manifest import create_or_check
 from storage.samples import SampleIndex
 from storage.stores import open_store
 
-SCENES = Path(examples.scenes.__file__).parent
 THREADS = 1
 
 
 def compare(folder: Path, codec: MapCodecName, repeats: int, config: EstimateConfig) -> dict[str, Any]:
     """Estimated over found for one codec, on the samples in `folder`."""
-    flags = {"teacher.checkpoint": str(SCENES / "teacher"), "teacher.map_codec": codec, "extract.workers": 1}
+    flags = {"teacher.checkpoint": str(TEACHER), "teacher.map_codec": codec, "extract.workers": 1}
     run = load_run_file(Path("demo"), [], flags)
     assert run.teacher is not None
     samples = str(folder / "samples")
     found: list[dict[str, Any]] = []
-    probe = partial(estimate_by_probe, run.teacher, open_store(samples), config, workers=1, threads=THREADS)
+    probe = partial(estimate_by_measurement, run.teacher, open_store(samples), config, workers=1, threads=THREADS)
     for number in range(repeats):
         by_wall = probe().settings[codec]
         # All seconds that the estimate measures, by the other clock.
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", default=["sqrt4", "float16"])
     parser.add_argument("--out", type=Path, default=RESULTS / "estimate.json")
     flags = parser.parse_args()
-    fix_order_of_sums()
+    make_cpu_deterministic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dataset(folder / "scenes", flags.images, 0, "shapes", 4)

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-import examples.scenes
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
-from examples.scenes.dataset import write_dataset
+from pipeline.demo.assets import TEACHER
+from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction import SHARDS_IN_FLIGHT
 from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.ahead import Batcher, ReadySample, SampleMaker
+from stages.teacher.batching import LengthBatcher, PreparedSample, SamplePreparer
 from stages.teacher.forward import BatchSize, model_inputs
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer
@@ -38,7 +38,6 @@ from storage.manifest import Manifest, create_or_check
 from storage.samples import SampleIndex, SampleShard
 from storage.stores import open_store
 
-SCENES = Path(examples.scenes.__file__).parent
 WAYS = ("forward_loop", "overlapped", "one_after_the_other")
 
 
@@ -129,20 +128,20 @@ class Bench:
         yield
         shutil.rmtree(out)
 
-    def _ready_batches(self) -> Iterator[list[ReadySample]]:
-        batcher = Batcher(BatchSize(self.settings.batch_size, on_gpu=False))
+    def _ready_batches(self) -> Iterator[list[PreparedSample]]:
+        batcher = LengthBatcher(BatchSize(self.settings.batch_size, on_gpu=False))
         for entry in self.index.shards:
             with SampleShard.open(open_store(self.folder / "samples"), entry) as shard:
-                maker = SampleMaker(self.teacher.encoder, shard, Timings())
+                maker = SamplePreparer(self.teacher.encoder, shard, Timings())
                 for sample in map(maker, range(len(shard))):
-                    if isinstance(sample, ReadySample) and (batch := batcher.add(sample)) is not None:
+                    if isinstance(sample, PreparedSample) and (batch := batcher.add(sample)) is not None:
                         yield batch
             yield from batcher.rest()
 
 
 def make_teacher(size: Size, folder: Path) -> None:
     """The scenes' teacher, untrained, with a larger decoder and a larger image."""
-    config = AutoConfig.from_pretrained(SCENES / "teacher")
+    config = AutoConfig.from_pretrained(TEACHER)
     text = config.text_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = size.hidden, 3 * size.hidden, size.layers
     text.num_attention_heads = text.num_key_value_heads = size.heads
@@ -153,7 +152,7 @@ def make_teacher(size: Size, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(SCENES / "teacher")
+    processor = AutoProcessor.from_pretrained(TEACHER)
     side = config.vision_config.image_size
     processor.image_processor.size = {"height": side, "width": side}
     processor.save_pretrained(folder)

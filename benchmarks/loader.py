@@ -32,17 +32,17 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from benchmarks.attention_maps import synthetic_maps
 from benchmarks.results import RESULTS, command_line, save_result
-from stages.student.collator import Collator
-from stages.student.reading import SampleReader
-from stages.student.step_loader import StepLoader
+from stages.student.data.collator import Collator
+from stages.student.data.loader import StepLoader
+from stages.student.data.sample_reader import SampleReader
 from storage.codecs import LogitCodecConfig, MapCodecConfig, encode_image, encode_logits, row_addresses, window_rows
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.mixture import Mixture, Source
-from storage.order import StreamConfig, deal, epoch_order, shard_rows
-from storage.records import MapTargets, SampleTargets
+from storage.sample_targets import MapTargets, SampleTargets
 from storage.samples import SampleIndex, SampleShardWriter, StoredSample
 from storage.stores import open_store
-from storage.stream import mixture_stream
+from storage.streaming.mixture import Mixture, Source
+from storage.streaming.order import StreamConfig, deal, epoch_order, shard_rows
+from storage.streaming.stream import mixture_stream
 from storage.targets import TargetStore, write_shard
 
 VOCABULARY, IMAGE_TOKEN = 151_936, 151_655

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import examples.scenes
 from benchmarks.results import RESULTS, command_line, save_result
-from examples.scenes.dataset import write_dataset
+from pipeline.demo.assets import TEACHER
+from pipeline.demo.scenes.dataset import write_dataset
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import ShardObservations, observe_shard
@@ -29,14 +29,13 @@ from storage.samples import SampleIndex, SampleShard
 from storage.stores import open_store
 from storage.targets import MapTargets
 
-SCENES = Path(examples.scenes.__file__).parent
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def measure(dtype: str, samples: Path, codec: MapCodecName) -> dict[str, Any]:
     """How the first shard differs between the two kernels."""
     settings = TeacherConfig(
-        checkpoint=str(SCENES / "teacher"),
+        checkpoint=str(TEACHER),
         dtype=dtype,
         map_codec=codec,
         layers=(2, 3, 4, 5, 6),

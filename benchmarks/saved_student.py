@@ -17,18 +17,19 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.cached_against_online import STUDENT_LM, Bench
+from benchmarks.cached_against_online import Bench
 from benchmarks.results import RESULTS, command_line, save_result
+from pipeline.demo.assets import STUDENT_LM
 from pipeline.run_file import load_run_file
 from pipeline.training import train
-from stages.student.batches import Batch
-from stages.student.build import Student, load_student
-from stages.student.collator import Collator
 from stages.student.config import StageName
-from stages.student.objective import DistillationObjective
-from stages.student.reading import open_reading
+from stages.student.data.batch import Batch
+from stages.student.data.collator import Collator
+from stages.student.data.sample_reader import resolve_reader_spec
+from stages.student.model.build import Student, load_student
+from stages.student.training.objective import DistillationObjective
 from storage.stores import open_store
-from storage.stream import StreamConfig, target_stream
+from storage.streaming.stream import StreamConfig, target_stream
 from storage.targets import TargetStore
 
 BEFORE: dict[StageName, StageName | None] = {"dpt": None, "dft": "dpt", "sft": "dft"}
@@ -68,7 +69,7 @@ def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[St
     """The three stages in a row, in bfloat16."""
     samples, store = open_store(bench.folder / "samples"), TargetStore.open(str(bench.folder / "default"))
     stream = target_stream(samples, store, StreamConfig(seed=1, batch_size=num_samples), rank=0, world_size=1, epoch=0)
-    reading = open_reading(store, STUDENT_LM, own_eyes=False, kd_weight=1.0)
+    reading = resolve_reader_spec(store, STUDENT_LM, own_vision=False, kd_weight=1.0)
     batch = Collator(reading.reader())(next(iter(stream)))
     settings = ["train.precision=bf16", "train.microbatch_size=16", "train.num_workers=0", "train.trackers=[]"]
     settings += ["train.lora={rank: 16, alpha: 32}"]
@@ -78,7 +79,7 @@ def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[St
     run = load_run_file(None, settings, places)
     found: dict[StageName, Any] = {}
     for name, before in BEFORE.items():
-        with patch("stages.student.training.DistillationObjective", Kept):
+        with patch("stages.student.training.loop.DistillationObjective", Kept):
             train(run, [name])
         trained = Kept.made.pop().student
         folder = output / name / "student"

@@ -23,13 +23,13 @@ import torch
 from benchmarks.driver_scale import FILES, OPEN, write_index
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
+from stages.estimate.report import EstimateConfig
 from stages.samples.pack import pack_samples
-from stages.teacher.estimate import EstimateConfig
 from storage.codecs.answer_logits import LogitCodecConfig
-from storage.order import epoch_order, shard_rows
 from storage.samples import SampleIndex
 from storage.samples.index import INDEX_PATH
 from storage.stores import open_store
+from storage.streaming.order import epoch_order, shard_rows
 from storage.targets.layout import ARRAYS
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"

@@ -36,18 +36,18 @@ from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
 from stages.attention import AttentionCapture, enable_capture
 from stages.layers import sliding_windows, student_layers, visual_understanding_layers, window_means
-from stages.student.batches import Batch, capture_for
-from stages.student.build import student_config
 from stages.student.config import DistilledFinetuning, LoraSettings
+from stages.student.data.batch import Batch, capture_for
+from stages.student.layer_matching import LayerMatching
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
-from stages.student.matching import LayerMatching
-from stages.student.modeling_compodistill import CompoDistillStudentForConditionalGeneration
-from stages.student.objective import BatchTotals, DistillationObjective
-from stages.student.trainable import keep_frozen_in, prepare_for_stage
+from stages.student.model.build import student_config
+from stages.student.model.modeling_compodistill import CompoDistillStudentForConditionalGeneration
+from stages.student.model.trainable import keep_frozen_in, prepare_for_stage
+from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import LogitCodecConfig, encode_logits, row_addresses
 from storage.codecs.maps import MapCodecConfig
 from storage.codecs.windows import encode_image, window_rows
-from storage.records import MapTargets
+from storage.sample_targets import MapTargets
 
 MATCHED = 7
 WAYS = ("supervised", "cached", "compiled", "online", "released")

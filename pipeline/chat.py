@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.evaluation import load_model
 from stages.conversations import UnusableConversation
 from stages.images import decode_image
-from stages.student.chat import Chat
+from stages.student.model.chat import Chat
 from storage.errors import UserError
 
 

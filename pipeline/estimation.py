@@ -3,15 +3,15 @@
 import os
 from typing import TYPE_CHECKING
 
+from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.extraction import ExtractConfig, threads_of_each
-from pipeline.order_of_sums import fix_order_of_sums
 from storage.samples import SampleIndex
 from storage.stores import open_store
 
 if TYPE_CHECKING:
-    from stages.teacher.estimate import Estimate, EstimateConfig
+    from stages.estimate.measured import Progress
+    from stages.estimate.report import Estimate, EstimateConfig
     from stages.teacher.identity import TeacherConfig
-    from stages.teacher.probe import Progress
 
 
 def make_estimate(
@@ -34,21 +34,21 @@ def make_estimate(
         progress: what is shown.
 
     Raises:
-        UserError: as `estimate_by_probe` and `estimate_from_configs`.
+        UserError: as `estimate_by_measurement` and `estimate_from_configs`.
     """
     samples = None if samples_url is None else open_store(samples_url)
     if config_only:
-        from stages.teacher.coarse import estimate_from_configs
+        from stages.estimate.analytic import estimate_from_configs
 
         return estimate_from_configs(teacher, samples, config, workers=extract.workers or 1)
-    fix_order_of_sums()
+    make_cpu_deterministic()
     import torch
 
-    from stages.teacher.probe import estimate_by_probe
+    from stages.estimate.measured import estimate_by_measurement
 
     assert samples is not None
     num_shards = len(SampleIndex.load(samples).shards)
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
     threads = threads_of_each(cpus, gpus, min(workers, cpus), num_shards)
-    return estimate_by_probe(teacher, samples, config, workers=workers, threads=threads, progress=progress)
+    return estimate_by_measurement(teacher, samples, config, workers=workers, threads=threads, progress=progress)

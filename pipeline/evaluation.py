@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pipeline.page import PageSample
-from pipeline.progress import add_bar
 from pipeline.training import last_student
+from pipeline.ui.html_report import ReportSample
+from pipeline.ui.progress import add_bar
 from stages.attention import enable_capture
 from stages.captured_layers import check_maps
 from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
@@ -25,15 +25,15 @@ from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.images import decode_image
-from stages.student.build import Student, is_student, load_student
-from stages.student.claim import STAGE_FILE, matching_settings
-from stages.student.collator import Collator
 from stages.student.config import STAGES, TrainConfig
-from stages.student.loading import load_multimodal
-from stages.student.matching import LayerMatching, match_run
-from stages.student.reading import open_reading
+from stages.student.data.collator import Collator
+from stages.student.data.sample_reader import resolve_reader_spec
+from stages.student.layer_matching import LayerMatching, match_run
+from stages.student.model.build import Student, is_student, load_student
+from stages.student.model.loading import load_multimodal
+from stages.student.training.resume_guard import STAGE_FILE, matching_settings
 from storage.stores import open_store
-from storage.stream import StreamConfig, StreamedSample, target_stream
+from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
 from storage.targets import TargetStore
 
 BATCH_SIZE = 16
@@ -132,7 +132,7 @@ def compare_with_targets(model: str, samples: str, targets: str, limit: int, pro
         )
 
 
-def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[PageSample]:
+def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[ReportSample]:
     """The first `count` images of a store: each image, where the teacher looked, where each student looks.
 
     Where a student learned from other teacher layers than the one before it, the teacher is shown again.
@@ -164,7 +164,7 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
             pictures[row].append((name, overlay(image, seen.student_BN[row, :n])))
         windows = compared.matching.windows
     return [
-        PageSample(_first_turns(sample), [(name, picture) for name, picture in row if picture is not None])
+        ReportSample(_first_turns(sample), [(name, picture) for name, picture in row if picture is not None])
         for sample, row in zip(shown, pictures, strict=True)
     ]
 
@@ -172,7 +172,7 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
 def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     hide_loading_bars()
-    reading = open_reading(store, folder, own_eyes=not is_student(folder), kd_weight=0.0)
+    reading = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
     trained = matching_settings(folder)
     matching, notes = match_run(reading.decoder.num_hidden_layers, store.manifest, trained or TrainConfig())
     check_maps(str(folder), reading.decoder, matching.student_layers, "attention can be compared in others only")

@@ -9,9 +9,9 @@ from pipeline.evaluation import find_checkpoint
 from pipeline.run_file import read_document
 from stages.checkpoints import hide_loading_bars, in_hub_cache
 from stages.evaluation.report import EvaluationReport
-from stages.student.card import ExportReport, ModelNames
-from stages.student.claim import STAGE_FILE
-from stages.student.export import Dtype, export_student
+from stages.export.export import Dtype, export_student
+from stages.export.model_card import ExportReport, ModelNames
+from stages.student.training.resume_guard import STAGE_FILE
 from storage.errors import UserError
 
 

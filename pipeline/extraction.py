@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.cluster.task_queue import FailedTry
+from pipeline.cluster.worker import Outcome, Worker
 from pipeline.interruption import RESUME, Interrupted, raised_on
 from pipeline.shard_extractor import TEACHER_ONLY, ShardExtractor
-from pipeline.task_pool import FailedTry
-from pipeline.workers import Outcome, Worker
 from storage.errors import TooManySkipped, UserError
 from storage.manifest import Manifest, create_or_check
 from storage.samples import SampleIndex
@@ -143,13 +143,13 @@ def extract(
         UserError: a shard failed on every attempt; the others are stored.
         Interrupted: Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
-    from pipeline import ray_cluster
+    from pipeline.cluster import ray_backend
     from stages.teacher.identity import identify_teacher
 
     started = time.perf_counter()
     samples, targets = open_store(samples_url), open_store(targets_url)
     index = SampleIndex.load(samples)
-    with ray_cluster.connect(config.ray_address) as cluster:
+    with ray_backend.connect(config.ray_address) as cluster:
         identity = identify_teacher(teacher, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
@@ -169,7 +169,7 @@ def extract(
         try:
             # Here, because ray, too, installs a handler of SIGTERM when it starts.
             with raised_on(signal.SIGINT, signal.SIGTERM):
-                outcome = ray_cluster.run_tasks(
+                outcome = ray_backend.run_tasks(
                     make_worker,
                     missing or ([] if has_teacher(targets) else [TEACHER_ONLY]),
                     num_workers=config.workers,

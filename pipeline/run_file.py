@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.extraction import ExtractConfig
 from pipeline.recipes import find_config
+from stages.estimate.report import EstimateConfig
 from stages.evaluation.scoring import EvaluationConfig
 from stages.student.config import TrainConfig
-from stages.teacher.estimate import EstimateConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
 from storage.stores import open_store

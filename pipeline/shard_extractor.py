@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.order_of_sums import fix_order_of_sums, reproducible_threads
-from pipeline.task_pool import DEATHS_AT_A_PLACE
-from pipeline.workers import ProcessUnfit, Whereabouts
+from pipeline.cluster.task_queue import DEATHS_AT_A_PLACE
+from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
+from pipeline.cpu_determinism import make_cpu_deterministic, reproducible_threads
 from storage.errors import FingerprintMismatch
 from storage.manifest import Manifest
 from storage.samples import SampleIndex, SampleShard
@@ -34,7 +34,7 @@ class ShardExtractor:
     """
 
     def __init__(self, teacher: "TeacherConfig", samples: str, targets: str, manifest: Manifest, threads: int) -> None:
-        fix_order_of_sums()
+        make_cpu_deterministic()
         import torch
 
         from stages.teacher.observe import Observer
@@ -58,25 +58,25 @@ class ShardExtractor:
         """Observes and commits one shard, unless another extraction has done so by now."""
         return self._make(shard, progress, lambda samples: self.observer.observe(samples, progress))
 
-    def carefully(self, shard: int, progress: Callable[[int], None], whereabouts: Whereabouts) -> CommitRecord | None:
+    def carefully(self, shard: int, progress: Callable[[int], None], marker: ProgressMarker) -> CommitRecord | None:
         """As calling it, after that failed: one sample after the other, those at fault go to the ledger.
 
         Raises:
             ProcessUnfit: a sample left the teacher unusable.
         """
-        from stages.teacher.apart import NOWHERE, TeacherUnusable, observe_apart
+        from stages.teacher.isolate import NOWHERE, TeacherUnusable, run_isolated
 
-        deaths = Counter(whereabouts.deaths)
-        killers = {row for row, count in deaths.items() if row != NOWHERE and count >= DEATHS_AT_A_PLACE}
+        deaths = Counter(marker.deaths)
+        crashing_rows = {row for row, count in deaths.items() if row != NOWHERE and count >= DEATHS_AT_A_PLACE}
 
         def observe(samples: SampleShard) -> "ShardObservations":
             with contextlib.ExitStack() as opened:
-                return observe_apart(
+                return run_isolated(
                     self.teacher,
                     samples,
                     controls=self._controls(shard, deaths.total(), opened),
-                    killers=killers,
-                    at=whereabouts.at,
+                    crashing_rows=crashing_rows,
+                    at=marker.at,
                     progress=progress,
                     timings=self.observer.timings,
                 )

@@ -11,21 +11,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import Progress
 
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint, find_checkpoint
-from pipeline.page import PageTable
-from pipeline.progress import is_main_process
 from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_places
+from pipeline.ui.html_report import ReportTable
+from pipeline.ui.progress import is_main_process
 from stages.checkpoints import weights_digest
 from stages.evaluation.pairs import load_pairs
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity
 from stages.student.config import StageName
-from stages.student.stage import StageReport
+from stages.student.training.stage import StageReport
 from storage.digests import digest_of
 from storage.errors import UserError
 from storage.stores import Store, open_store
-from storage.stream import Source
+from storage.streaming.stream import Source
 from storage.targets import TargetStore
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def _read(store: Store) -> _Compared | None:
         return None
 
 
-def sweep_table(report: SweepReport) -> PageTable:
+def sweep_table(report: SweepReport) -> ReportTable:
     """A line a student: its last stage's losses, time, and what was compared."""
     terms = sorted({term for student in report.students.values() for term in _last_losses(student)} - {"loss"})
     names = ["lm", "kd", "attention"]
@@ -204,7 +204,7 @@ def sweep_table(report: SweepReport) -> PageTable:
     # What was not asked for would only make the rest too narrow to read.
     columns = [(head, *cells) for head, *cells in zip(header, *rows, strict=True) if any(cells)]
     header, *rows = map(list, zip(*columns, strict=True))
-    return PageTable("students side by side", header, rows)
+    return ReportTable("students side by side", header, rows)
 
 
 def _last_losses(student: SweptStudent) -> dict[str, float]:

@@ -13,19 +13,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from pipeline.flags import need
+from pipeline.cli.options import need
 from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
 from pipeline.provenance import provenance
 from pipeline.run_file import RunFile, save_run_file
 from stages.checkpoints import hide_loading_bars
-from stages.student.claim import check_output, decoder_digest
 from stages.student.config import STAGES, DataSource, StageName, TrainConfig
-from stages.student.stage import REPORT_FILE, StageReport, StageRun, StepProgress, TrainingStopped
-from stages.student.start import StudentStart
-from stages.student.training import train_stage
+from stages.student.training.loop import train_stage
+from stages.student.training.resume_guard import check_resumable, decoder_digest
+from stages.student.training.setup import StageSetup
+from stages.student.training.stage import REPORT_FILE, StageReport, StageRun, StepProgress, TrainingStopped
 from storage.errors import FingerprintMismatch, UserError
 from storage.stores import open_store
-from storage.stream import Source
+from storage.streaming.stream import Source
 from storage.targets import TargetStore
 
 _USE_FSDP = "ACCELERATE_USE_FSDP"
@@ -165,15 +165,15 @@ def last_student(output: Path) -> Path:
     raise UserError(f"{output} holds no finished stage; run `cdp train-student --output {output}`")
 
 
-def _checked(stage: StageRun) -> StudentStart | None:
+def _checked(stage: StageRun) -> StageSetup | None:
     """Refuses a stage that cannot be trained; what it starts from, if it is to be trained and that is there already."""
-    check_output(stage)
+    check_resumable(stage)
     if _is_finished(stage.output):
         return None
     if stage.initial is None or _is_finished(stage.initial.parent):
-        return StudentStart(stage)
+        return StageSetup(stage)
     # Whether the decoder, which the student to come will have, can read the targets at all, with this stage's losses.
-    StudentStart(replace(stage, initial=None))
+    StageSetup(replace(stage, initial=None))
     return None
 
 

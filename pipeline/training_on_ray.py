@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline import ray_cluster
-from pipeline.flags import need
+from pipeline.cli.options import need
+from pipeline.cluster import ray_backend, ray_train_group
 from pipeline.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.run_file import RunFile
 from pipeline.training import StageProgress, refuse_existing, train
 from stages.student.config import STAGES, StageName
-from stages.student.stage import StageReport
+from stages.student.training.stage import StageReport
 from storage.errors import UserError
 from storage.stores import open_store
 
@@ -52,9 +52,9 @@ def train_on_ray(
 
     # Connecting takes the signals for Ray, so that they are remembered anew after it.
     signals = remembered(signal.SIGTERM, signal.SIGINT)
-    connected = ray_cluster.connect(run.train.ray_address)
+    connected = ray_backend.connect(run.train.ray_address)
     with connected as cluster, signals as asked_to_stop, _mark_of_the_driver(output) as mark:
-        ray_cluster.run_group(
+        ray_train_group.run_group(
             partial(_train_in_group, _with_absolute_places(run), tuple(stages), mark),
             num_workers=run.train.workers or max(1, cluster.gpus),
             gpus_per_worker=1 if cluster.gpus else 0,
@@ -72,9 +72,9 @@ def train_on_ray(
 def _mark_of_the_driver(output: Path) -> Iterator[Path]:
     """A file by which a process on another machine knows that it sees the folder that the driver sees."""
     # In the folder that Ray Train makes in any case.
-    store, name = open_store(output / ray_cluster.NOTES), f"driver-{uuid4().hex}"
+    store, name = open_store(output / ray_train_group.NOTES), f"driver-{uuid4().hex}"
     store.write(name, b"")
-    mark = output / ray_cluster.NOTES / name
+    mark = output / ray_train_group.NOTES / name
     try:
         yield mark
     finally:

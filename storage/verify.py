@@ -15,10 +15,10 @@ from storage.codecs.answer_logits import decode_logits, faults_of
 from storage.codecs.sinks import decode_flips
 from storage.codecs.windows import num_mask_entries
 from storage.errors import CorruptData, StoreUnavailable, UserError
-from storage.join import joined_rows
 from storage.manifest import MANIFEST_PATH, Manifest
 from storage.samples import SampleIndex, SampleShard, SampleShardEntry
 from storage.stores import Store, open_store
+from storage.streaming.join import joined_rows
 from storage.targets import CommitRecord, TargetShard
 from storage.targets.commits import COMMITS, SHARDS, Committed, commit_path, committed_shards, measure_files
 from storage.targets.teacher import TEACHER, TEACHER_RECORD, TeacherRecord

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.order_of_sums import fix_order_of_sums
+from pipeline.cpu_determinism import make_cpu_deterministic
 
 # Hidden devices and one thread: the same bytes on any machine.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # As extraction does: a process that began before and one that began after would differ in the last bit.
-fix_order_of_sums()
+make_cpu_deterministic()
 
 pytest_plugins = ["tests.s3_server", "tests.faulty_s3", "tests.small_disk"]
 

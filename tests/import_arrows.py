@@ -7,7 +7,7 @@ from pathlib import Path
 LAYERS = {
     "storage": {"storage"},
     "stages": {"stages", "storage"},
-    "pipeline": {"pipeline", "stages", "storage", "examples"},
+    "pipeline": {"pipeline", "stages", "storage"},
 }
 """What each package of the product may import of this repository."""
 
@@ -15,8 +15,8 @@ OWN = {"storage", "stages", "pipeline", "examples", "benchmarks", "tests"}
 
 APART = ("stages.teacher", "stages.student")
 
-ONE_FILE = ("ray", "typer", "yaml")
-"""Each imported in one file of pipeline and in no other."""
+ONE_PLACE = {"ray": "pipeline/cluster/", "typer": "pipeline/cli/", "yaml": "pipeline/run_file.py"}
+"""The one folder or file that imports each of these libraries."""
 
 ONLY_STORAGE = ("zarr", "webdataset")
 
@@ -26,18 +26,42 @@ UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal
 def arrow_violations(root: Path) -> list[str]:
     """One line for each import in `root`'s packages that an arrow forbids."""
     found: list[str] = []
-    users: dict[str, list[str]] = {library: [] for library in ONE_FILE}
     for path in python_files(root, *LAYERS):
         place = path.relative_to(root).as_posix()
-        modules = list(imported_modules(path, root))
+        modules = imported_modules(path, root)
         found += [f"{place}:{line}: {name}: {why}" for line, name in modules if (why := _forbidden(place, name))]
-        for library in ONE_FILE:
-            if any(_within(name, library) for _, name in modules):
-                users[library].append(place)
-    for library, places in users.items():
-        if len(places) > 1:
-            found.append(f"{library} is imported in {len(places)} files: {', '.join(places)}")
     return found
+
+
+def package_circles(root: Path) -> list[list[str]]:
+    """Folders of the product that import each other in a circle, each circle as a sorted list of dotted names."""
+    packages = {_dotted(path.parent, root) for path in python_files(root, *LAYERS)}
+    modules = {_dotted(path.with_suffix(""), root): _dotted(path.parent, root) for path in python_files(root, *LAYERS)}
+    arrows: dict[str, set[str]] = {package: set() for package in packages}
+    for path in python_files(root, *LAYERS):
+        here = _dotted(path.parent, root)
+        for _, name in imported_modules(path, root):
+            there = modules.get(name, name if name in packages else None)
+            if there is not None and there != here:
+                arrows[here].add(there)
+    reached = {package: _reachable(arrows, package) for package in packages}
+    circles = {frozenset(b for b in reached[a] if a in reached[b]) for a in packages}
+    return sorted(sorted(circle) for circle in circles if circle)
+
+
+def _reachable(arrows: dict[str, set[str]], start: str) -> set[str]:
+    """Packages that an import of `start` leads to, itself only if a circle leads back."""
+    seen: set[str] = set()
+    waiting = list(arrows[start])
+    while waiting:
+        if (package := waiting.pop()) not in seen:
+            seen.add(package)
+            waiting += arrows[package]
+    return seen
+
+
+def _dotted(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).parts)
 
 
 def unsafe_calls(root: Path, *folders: str) -> list[str]:
@@ -91,8 +115,8 @@ def _forbidden(place: str, name: str) -> str | None:
     for here, there in (APART, APART[::-1]):
         if _within(module, here) and _within(name, there):
             return f"{here} and {there} may not know each other"
-    if package != "pipeline" and imported in ONE_FILE:
-        return f"{imported} belongs to pipeline"
+    if imported in ONE_PLACE and not place.startswith(ONE_PLACE[imported]):
+        return f"{imported} belongs to {ONE_PLACE[imported]}"
     if package != "storage" and imported in ONLY_STORAGE:
         return f"{imported} belongs to storage"
     if package == "storage" and imported == "transformers":

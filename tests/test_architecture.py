@@ -6,16 +6,23 @@ from statistics import median
 
 import pytest
 
-from tests.import_arrows import ONE_FILE, arrow_violations, imported_modules, python_files, unsafe_calls
+from tests.import_arrows import (
+    ONE_PLACE,
+    arrow_violations,
+    imported_modules,
+    package_circles,
+    python_files,
+    unsafe_calls,
+)
 
 ROOT = Path(__file__).parent.parent
 
 PURE_MODULES = [
     "stages.attention",
     "stages.student.losses",
-    "stages.student.objective",
-    "stages.student.modeling_any_teacher",
-    "stages.student.modeling_compodistill",
+    "stages.student.training.objective",
+    "stages.student.model.modeling_any_teacher",
+    "stages.student.model.modeling_compodistill",
 ] + [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in python_files(ROOT, "storage/codecs")
@@ -30,14 +37,30 @@ def test_the_imports_of_every_file_follow_the_arrows() -> None:
     assert arrow_violations(ROOT) == []
 
 
-@pytest.mark.parametrize("library", ONE_FILE)
-def test_the_library_is_imported_in_one_file_of_pipeline(library: str) -> None:
-    users = [
-        path.name
-        for path in python_files(ROOT, "pipeline")
+@pytest.mark.parametrize("library", ONE_PLACE)
+def test_a_library_that_belongs_to_one_place_is_imported_there(library: str) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in python_files(ROOT, "pipeline", "stages", "storage")
         if any(name.split(".")[0] == library for _, name in imported_modules(path, ROOT))
-    ]
-    assert len(users) == 1
+    }
+    assert users
+    assert all(user.startswith(ONE_PLACE[library]) for user in users)
+
+
+def test_no_two_packages_import_each_other_in_a_circle() -> None:
+    assert package_circles(ROOT) == []
+
+
+def test_a_circle_of_packages_is_found(tmp_path: Path) -> None:
+    files = {
+        "stages/a/x.py": "from stages.b import y",
+        "stages/b/y.py": "from stages.c.z import thing",
+        "stages/c/z.py": "def f():\n    import stages.a.x",
+        "stages/d/w.py": "import stages.a.x",
+    }
+    write_tree(tmp_path, files)
+    assert package_circles(tmp_path) == [["stages.a", "stages.b", "stages.c"]]
 
 
 def test_nothing_unpickles_or_runs_code_from_a_checkpoint() -> None:
@@ -47,13 +70,13 @@ def test_nothing_unpickles_or_runs_code_from_a_checkpoint() -> None:
 BAD_IMPORTS = {
     "storage looks up": ("storage/a.py", "import stages.images", "storage may not import stages"),
     "stages look up": ("stages/a.py", "from pipeline import cli", "stages may not import pipeline"),
-    "inside a function": ("stages/a.py", "def f():\n    from pipeline.cli import app", "pipeline"),
+    "inside a function": ("stages/a.py", "def f():\n    from pipeline.cli.app import app", "pipeline"),
     "for types only": (
         "stages/a.py",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.cli",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.cli.app",
         "stages may not import pipeline",
     ),
-    "by a string": ("stages/a.py", "import importlib\nimportlib.import_module('pipeline.cli')", "pipeline"),
+    "by a string": ("stages/a.py", "import importlib\nimportlib.import_module('pipeline.cli.app')", "pipeline"),
     "relative and upwards": (
         "stages/student/a.py",
         "from ..teacher import teacher",
@@ -85,9 +108,12 @@ def test_a_forbidden_import_is_found(case: str, tmp_path: Path) -> None:
     assert all(line.startswith(f"{name}:") and message in line for line in violations)
 
 
-def test_a_second_file_with_a_one_file_library_is_found(tmp_path: Path) -> None:
-    write_tree(tmp_path, {"pipeline/a.py": "import ray", "pipeline/b.py": "from ray import util"})
-    assert arrow_violations(tmp_path) == ["ray is imported in 2 files: pipeline/a.py, pipeline/b.py"]
+@pytest.mark.parametrize(
+    ("library", "place"), [("ray", "pipeline/a.py"), ("typer", "pipeline/ui/a.py"), ("yaml", "pipeline/a.py")]
+)
+def test_a_library_outside_its_place_is_found(library: str, place: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, {place: f"import {library}"})
+    assert arrow_violations(tmp_path) == [f"{place}:1: {library}: {library} belongs to {ONE_PLACE[library]}"]
 
 
 def test_allowed_imports_are_not_reported(tmp_path: Path) -> None:
@@ -95,7 +121,7 @@ def test_allowed_imports_are_not_reported(tmp_path: Path) -> None:
         "storage/a.py": "import zarr, webdataset, numpy\nfrom storage import errors\nfrom . import errors",
         "stages/student/a.py": "import transformers\nfrom stages.student import losses\nimport storage",
         "stages/teacher/a.py": "from ..attention import capture\nfrom .teacher import run",
-        "pipeline/a.py": "import ray\nfrom stages.teacher import teacher\nimport examples.scenes",
+        "pipeline/cluster/a.py": "import ray\nfrom stages.teacher import teacher",
     }
     write_tree(tmp_path, allowed)
     assert arrow_violations(tmp_path) == []
@@ -134,7 +160,7 @@ def test_capture_codecs_losses_and_the_student_model_import_without_ray_zarr_and
 
 HELP = """
 import sys
-from pipeline.cli import main
+from pipeline.cli.app import main
 sys.argv = ["cdp", "--help"]
 try:
     main()

@@ -20,7 +20,7 @@ from storage.samples.members import BLOCK_BYTES
 from storage.samples.table import table_to_bytes
 from storage.stores import open_store
 from tests.storage.builders import stored_samples, write_table
-from tests.storage.test_reading import measured
+from tests.storage.targets.test_reading import measured
 
 
 def one_sample(folder: Path) -> tuple[SampleMembers, ...]:

@@ -14,9 +14,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from examples.scenes.draw import GRID, PATCH_SIZE
 from examples.scenes.processor import EOS, IMAGE, PAD, VOCABULARY
-from examples.scenes.world import IMAGE_SIZE
+from pipeline.demo.scenes.draw import GRID, PATCH_SIZE
+from pipeline.demo.scenes.world import IMAGE_SIZE
 
 _PAD_ID, _EOS_ID, _IMAGE_ID = (VOCABULARY.index(token) for token in (PAD, EOS, IMAGE))
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from examples.scenes.draw import GRID
-from examples.scenes.language import Exchange
 from examples.scenes.processor import EOS, IMAGE, PAD, VOCABULARY, word_ids
+from pipeline.demo.scenes.draw import GRID
+from pipeline.demo.scenes.language import Exchange
 
 _INDEX = {token: index for index, token in enumerate(VOCABULARY)}
 _USER = word_ids("USER:")

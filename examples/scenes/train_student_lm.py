@@ -1,6 +1,6 @@
 """Trains the students' language model on captions' text alone: no image, no question, no teacher.
 
-    python -m examples.scenes.train_student_lm examples/scenes/student_lm
+    python -m examples.scenes.train_student_lm pipeline/demo/student_lm
 
 Students of large models start from a pretrained language model; this is the example's.
 """
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.scenes.language import ask_caption
 from examples.scenes.models import build_student_lm
 from examples.scenes.processor import EOS, PAD, VOCABULARY, build_tokenizer, word_ids
 from examples.scenes.training import Log, Optimizers, machine
-from examples.scenes.world import generator, sample_scenes
+from pipeline.demo.scenes.language import ask_caption
+from pipeline.demo.scenes.world import generator, sample_scenes
 
 _TEXT_STREAM = 3
 _EOS_ID, _PAD_ID = VOCABULARY.index(EOS), VOCABULARY.index(PAD)

@@ -1,6 +1,6 @@
 """Trains the bundled teacher from nothing: its tower on patch labels, then all of it from words to captions.
 
-    python -m examples.scenes.train_teacher examples/scenes/teacher
+    python -m examples.scenes.train_teacher pipeline/demo/teacher
 
 Scenes are drawn on the fly from the seed's training stream; the pairs that score it come from another.
 """
@@ -23,8 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from examples.scenes.draw import NO_KIND, PatchLabels, draw, patch_labels
-from examples.scenes.language import (
+from examples.scenes.models import build_teacher, place_code
+from examples.scenes.packing import Batch, Row, pack
+from examples.scenes.processor import build_processor
+from examples.scenes.scoring import pair_accuracy
+from examples.scenes.training import Log, Optimizers, machine
+from pipeline.demo.scenes.draw import NO_KIND, PatchLabels, draw, patch_labels
+from pipeline.demo.scenes.language import (
     DESCRIBE,
     PAIR_KINDS,
     Exchange,
@@ -34,12 +39,8 @@ from examples.scenes.language import (
     ask_without_image,
     hard_negative,
 )
-from examples.scenes.models import build_teacher, place_code
-from examples.scenes.packing import Batch, Row, pack
-from examples.scenes.processor import build_processor
-from examples.scenes.scoring import TRAIN_STREAM, pair_accuracy, sample_pairs
-from examples.scenes.training import Log, Optimizers, machine
-from examples.scenes.world import COLOURS, Scenes, Variant, generator, sample_scenes
+from pipeline.demo.scenes.pairs import TRAIN_STREAM, sample_pairs
+from pipeline.demo.scenes.world import COLOURS, Scenes, Variant, generator, sample_scenes
 
 EVALUATION_SEED = 1_000_003
 

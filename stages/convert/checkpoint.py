@@ -21,7 +21,7 @@ from stages.checkpoints import resolve_checkpoint
 from stages.convert.layout import converted_config, converted_name, read_released_config
 from stages.convert.processor import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_processor
 from stages.new_folder import check_new, new_folder
-from stages.student.modeling_compodistill import (
+from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
-from stages.student.modeling_compodistill import CompoDistillStudentConfig
+from stages.student.model.modeling_compodistill import CompoDistillStudentConfig
 from storage.errors import UserError
 
 MODEL_TYPES: Final = ("compodistill", "tinyllava")

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stages.student.batches import Batch, capture_for, decode_windows
-from stages.student.build import Student
+from stages.student.data.batch import Batch, capture_for, decode_windows
+from stages.student.layer_matching import LayerMatching
 from stages.student.losses import below_sink_threshold, pool_keys
-from stages.student.matching import LayerMatching
+from stages.student.model.build import Student
 
 PICTURE_SIZE = 192
 _WARM = (255, 90, 0)

@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from stages.student.batches import Batch, capture_for, decode_windows
-from stages.student.build import Student
+from stages.student.data.batch import Batch, capture_for, decode_windows
+from stages.student.layer_matching import LayerMatching
 from stages.student.losses import below_sink_threshold, matched_loss
-from stages.student.matching import LayerMatching
+from stages.student.model.build import Student
 
 LayersFrom = Literal["training", "default"]
 

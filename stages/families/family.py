@@ -16,7 +16,7 @@ class Family:
     Attributes:
         model_types: `model_type` of the configs that belong to it.
         vision_prefixes: parameter names of the vision tower and the adapter start with one of these.
-        adapter_prefixes: those of the adapter alone, what a student with its own eyes may train of them.
+        projector_prefixes: those of the adapter alone, what a student with its own eyes may train of them.
         causal_image_tokens: whether an image token attends only to those before it (maps are zero above the diagonal).
             Where it is not, an image token still sees no token after its own image: maps depend on nothing else.
         pixel_inputs: the processor's outputs that depend on the image's pixels, and how those of several samples join.
@@ -31,7 +31,7 @@ class Family:
 
     model_types: tuple[str, ...]
     vision_prefixes: tuple[str, ...]
-    adapter_prefixes: tuple[str, ...]
+    projector_prefixes: tuple[str, ...]
     causal_image_tokens: bool
     pixel_inputs: Mapping[str, Joining]
     modality_input: str | None = None
@@ -48,7 +48,7 @@ class Family:
             return "it also adds image features inside its decoder, where a student has no place for them"
         return None
 
-    def why_not_with_own_eyes(self) -> str | None:
+    def why_not_with_own_vision(self) -> str | None:
         """Why a model of the family can neither be a student with its own tower and adapter nor teach one; or None."""
         if not self.causal_image_tokens:
             return "its image tokens attend in both directions, and only causal maps are matched"

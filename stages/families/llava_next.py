@@ -5,7 +5,7 @@ from stages.families.family import Family
 FAMILY = Family(
     model_types=("llava_next",),
     vision_prefixes=("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
-    adapter_prefixes=("model.multi_modal_projector.", "model.image_newline"),
+    projector_prefixes=("model.multi_modal_projector.", "model.image_newline"),
     causal_image_tokens=True,
     # [images, tiles, channels, height, width]: the model takes as many tiles as the image's size says.
     pixel_inputs={"pixel_values": "pad", "image_sizes": "cat"},

@@ -5,7 +5,7 @@ from stages.families.family import Family
 FAMILY = Family(
     model_types=("llava_onevision",),
     vision_prefixes=("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
-    adapter_prefixes=("model.multi_modal_projector.", "model.image_newline"),
+    projector_prefixes=("model.multi_modal_projector.", "model.image_newline"),
     causal_image_tokens=True,
     # batch_num_images says which images stand alone; without it the model would look for tiles in all of them.
     pixel_inputs={"pixel_values": "pad", "image_sizes": "cat", "batch_num_images": "cat"},

@@ -7,7 +7,7 @@ from stages.families.family import Family
 FAMILY = Family(
     model_types=("qwen2_vl", "qwen2_5_vl"),
     vision_prefixes=("model.visual.",),
-    adapter_prefixes=("model.visual.merger.",),
+    projector_prefixes=("model.visual.merger.",),
     causal_image_tokens=True,
     pixel_inputs={"pixel_values": "cat", "image_grid_thw": "cat"},
     # The model works out its 3D positions from these and the grid.
@@ -19,7 +19,7 @@ FAMILY = Family(
 QWEN3 = replace(
     FAMILY,
     model_types=("qwen3_vl",),
-    adapter_prefixes=("model.visual.merger.", "model.visual.deepstack_merger_list."),
+    projector_prefixes=("model.visual.merger.", "model.visual.deepstack_merger_list."),
     features_enter_once=False,
     last_linear=None,
 )

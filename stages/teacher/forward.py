@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from stages.attention import AttentionCapture
 from stages.families.batch import batch_inputs
-from stages.teacher.ahead import LENGTH_STEP, ReadySample
+from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher
 from storage.codecs.answer_logits import encode_logits, row_addresses
 from storage.errors import UserError
@@ -70,13 +70,15 @@ class Observed:
         maps: `[N, N]` of each captured layer, on the teacher's device, not yet coded; None when not asked for.
     """
 
-    sample: ReadySample
+    sample: PreparedSample
     logits_RB: Tensor | None
     maps: tuple[Tensor, ...] | None
 
 
 @torch.inference_mode()
-def run_teacher(teacher: Teacher, batch: Sequence[ReadySample], wanted_maps: Collection[ReadySample]) -> list[Observed]:
+def run_teacher(
+    teacher: Teacher, batch: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]
+) -> list[Observed]:
     """One forward pass; returns when it is done, on a GPU too.
 
     Args:
@@ -137,7 +139,7 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
     return torch.cat(records)[:num_rows], torch.cat(finite)[:num_rows]
 
 
-def model_inputs(teacher: Teacher, batch: Sequence[ReadySample]) -> dict[str, Tensor]:
+def model_inputs(teacher: Teacher, batch: Sequence[PreparedSample]) -> dict[str, Tensor]:
     """What the model is called with, on its device."""
     inputs = batch_inputs(
         teacher.identity.family,

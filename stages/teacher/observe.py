@@ -19,7 +19,7 @@ from typing import Self, TypeGuard
 import torch
 from torch import Tensor
 
-from stages.teacher.ahead import Batcher, ReadySample, SampleMaker, made_ahead
+from stages.teacher.batching import LengthBatcher, PreparedSample, SamplePreparer, prefetch
 from stages.teacher.forward import BatchSize, Observed, run_teacher
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
@@ -98,7 +98,7 @@ class Observer:
         Raises:
             UserError: a batch does not fit into memory and its size was set.
         """
-        work = ShardWork(self, SampleMaker(self.teacher.encoder, shard, self.timings), progress or (lambda _: None))
+        work = ShardWork(self, SamplePreparer(self.teacher.encoder, shard, self.timings), progress or (lambda _: None))
         with closing(work.batches(len(shard))) as batches:
             first = list(itertools.islice(batches, 1))
             with self._turn:
@@ -122,13 +122,13 @@ class Observer:
         while len(self._uncoded) > num_batches:
             wait(self._uncoded.popleft())
 
-    def try_out(self, sample: ReadySample) -> None:
+    def try_out(self, sample: PreparedSample) -> None:
         """Runs the teacher on one sample for nothing but to see whether it can."""
         run_teacher(self.teacher, [sample], ())
 
-    def made_ahead(self, maker: SampleMaker, num_rows: int) -> Generator[ReadySample | SkippedSample, None, None]:
+    def prefetch(self, maker: SamplePreparer, num_rows: int) -> Generator[PreparedSample | SkippedSample, None, None]:
         """The shard's rows in order."""
-        return made_ahead(maker, num_rows, self._preparing, self.batch_size)
+        return prefetch(maker, num_rows, self._preparing, self.batch_size)
 
     def _start_coding(self, maps: tuple[Tensor, ...]) -> "Future[MapTargets | None]":
         if self._coding is not None:
@@ -153,7 +153,7 @@ class Observer:
 class _Outcome:
     """One sample, once the teacher has seen it."""
 
-    sample: ReadySample
+    sample: PreparedSample
     logits_RB: Tensor | None = None
     fault: str | None = None
 
@@ -161,17 +161,17 @@ class _Outcome:
 class ShardWork:
     """The state of one shard on its way through the teacher."""
 
-    def __init__(self, observer: Observer, maker: SampleMaker, progress: Callable[[int], None]) -> None:
+    def __init__(self, observer: Observer, maker: SamplePreparer, progress: Callable[[int], None]) -> None:
         self._observer, self._maker, self._progress = observer, maker, progress
         self._skipped: list[SkippedSample] = []
-        self._owners: dict[str, ReadySample] = {}
+        self._owners: dict[str, PreparedSample] = {}
         self._maps: dict[str, Future[MapTargets | None]] = {}
         self._outcomes: dict[int, _Outcome] = {}
 
-    def batches(self, num_rows: int) -> Generator[list[ReadySample], None, None]:
+    def batches(self, num_rows: int) -> Generator[list[PreparedSample], None, None]:
         """The shard's samples in batches; the first in the tar that needs a map becomes its owner."""
-        batcher = Batcher(self._observer.batch_size)
-        with closing(self._observer.made_ahead(self._maker, num_rows)) as samples:
+        batcher = LengthBatcher(self._observer.batch_size)
+        with closing(self._observer.prefetch(self._maker, num_rows)) as samples:
             for sample in samples:
                 if not self.admit(sample):
                     continue
@@ -179,7 +179,7 @@ class ShardWork:
                     yield batch
         yield from batcher.rest()
 
-    def admit(self, sample: ReadySample | SkippedSample) -> TypeGuard[ReadySample]:
+    def admit(self, sample: PreparedSample | SkippedSample) -> TypeGuard[PreparedSample]:
         """Whether the sample goes to the teacher; one that does not is in the ledger from now on."""
         if isinstance(sample, SkippedSample):
             self._skipped.append(sample)
@@ -189,13 +189,13 @@ class ShardWork:
             self._owners.setdefault(sample.map_key, sample)
         return True
 
-    def forget(self, sample: ReadySample) -> None:
+    def forget(self, sample: PreparedSample) -> None:
         """As if it had never come; the next that needs its map becomes the map's owner."""
         self._outcomes.pop(sample.row, None)
         if sample.map_key is not None and self._owners.get(sample.map_key) is sample:
             del self._owners[sample.map_key]
 
-    def run(self, batch: Sequence[ReadySample]) -> None:
+    def run(self, batch: Sequence[PreparedSample]) -> None:
         """Runs samples of one padded length, in parts if they do not fit into memory together."""
         waiting = deque(batch)
         while waiting:
@@ -213,7 +213,7 @@ class ShardWork:
             for row, outcome in sorted(self._outcomes.items()):
                 if outcome.sample.map_key == key and outcome.fault is None and key not in self._maps:
                     again = self._maker(row)
-                    assert isinstance(again, ReadySample)
+                    assert isinstance(again, PreparedSample)
                     self._owners[key] = again
                     self._run_part([again])
                     self._outcomes[row] = outcome
@@ -247,7 +247,7 @@ class ShardWork:
         result.skipped.sort(key=lambda skipped: skipped.key)
         return result
 
-    def _run_part(self, part: Sequence[ReadySample]) -> bool:
+    def _run_part(self, part: Sequence[PreparedSample]) -> bool:
         """One forward pass; False if it must be tried again with fewer samples."""
         observer = self._observer
         observed = self._attempt(part)
@@ -267,7 +267,7 @@ class ShardWork:
             sample.pixel_inputs = {}
         return True
 
-    def _attempt(self, part: Sequence[ReadySample]) -> list[Observed] | None:
+    def _attempt(self, part: Sequence[PreparedSample]) -> list[Observed] | None:
         owned = {sample for sample in part if sample.map_key and self._owners[sample.map_key] is sample}
         try:
             with self._observer.timings.forward():

@@ -136,7 +136,7 @@ def decode_windows(
 def estimate_windows(
     config: MapCodecConfig, rows: WindowRows, encoded: EncodedMaps, windows: EncodedWindows, num_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Maps and masks of windows that were not foreseen: decoded maps, compared with the exact threshold.
+    """Maps and masks of windows that are not stored: decoded maps, compared with the exact threshold.
 
     Maps are within the bounds of `encode_entries`, and within those of float16 in the corner, where one wrong mask
     entry is much of a column. Elsewhere a mask errs where the codes pass the threshold, and where a value was cut at

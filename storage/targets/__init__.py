@@ -1,6 +1,6 @@
 """The target store: what the teacher said of each sample, as one committed Zarr group a shard."""
 
-from storage.records import MapTargets, SampleTargets, SkippedSample
+from storage.sample_targets import MapTargets, SampleTargets, SkippedSample
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import CommitRecord, read_commits
 from storage.targets.reader import TargetShard, TargetStore

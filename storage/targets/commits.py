@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from storage.digests import canonical_json, digest_of, file_sha256
 from storage.errors import CorruptData
 from storage.manifest import FORMAT_VERSION, parse_record
-from storage.records import SkippedSample
+from storage.sample_targets import SkippedSample
 from storage.stores import Store
 from storage.targets.file_table import StoredFiles
 

@@ -19,7 +19,7 @@ from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.manifest import Manifest
-from storage.records import MapTargets, SampleTargets
+from storage.sample_targets import MapTargets, SampleTargets
 from storage.stores import Store, open_store
 from storage.targets.chunks import CheckedFolder, declared
 from storage.targets.commits import CommitRecord, read_commits

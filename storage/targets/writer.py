@@ -18,7 +18,7 @@ from storage.codecs.triangle import num_entries
 from storage.codecs.windows import EncodedWindows, num_mask_entries
 from storage.errors import CorruptData, disk_errors_named
 from storage.manifest import Manifest
-from storage.records import MapTargets, SampleTargets, SkippedSample
+from storage.sample_targets import MapTargets, SampleTargets, SkippedSample
 from storage.stores import Store
 from storage.targets.commits import SHARDS, CommitRecord, measure_files, publish
 from storage.targets.layout import write_group

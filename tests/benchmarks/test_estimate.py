@@ -5,9 +5,9 @@ import pytest
 
 from benchmarks.estimate import compare
 from benchmarks.results import RESULTS
-from examples.scenes.dataset import write_dataset
+from pipeline.demo.scenes.dataset import write_dataset
+from stages.estimate.report import EstimateConfig
 from stages.samples.pack import pack_samples
-from stages.teacher.estimate import EstimateConfig
 
 NEARNESS = 0.15
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
-from examples.scenes import language, packing, processor, scoring, world
-from examples.scenes.dataset import write_dataset
-from examples.scenes.draw import GRID, NO_KIND, PATCH_SIZE, draw, patch_labels
+from examples.scenes import packing, processor, scoring
 from examples.scenes.models import build_student_lm, build_teacher
 from examples.scenes.train_teacher import answer_logprobs
+from pipeline.demo.scenes import language, pairs, world
+from pipeline.demo.scenes.dataset import write_dataset
+from pipeline.demo.scenes.draw import GRID, NO_KIND, PATCH_SIZE, draw, patch_labels
 
 VARIANTS: tuple[world.Variant, ...] = ("shapes", "digits")
 SCENES = Path(scoring.__file__).parent
@@ -268,7 +269,7 @@ def test_the_chat_template_marks_answers_with_their_end_and_matches_its_generati
 def test_packed_questions_are_answered_as_if_each_stood_alone() -> None:
     model = build_teacher(seed=0).eval()
     chat = processor.build_processor()
-    pair = scoring.sample_pairs(1, seed=0, variant="shapes")["swap_obj"][0]
+    pair = pairs.sample_pairs(1, seed=0, variant="shapes")["swap_obj"][0]
     pixels = torch.from_numpy(pair.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     row = packing.Row(length=200)
     for caption in (pair.negative, pair.caption):
@@ -316,7 +317,7 @@ def test_the_bundled_teacher_is_a_small_stock_llava(teacher: tuple) -> None:
 def test_the_bundled_teacher_tells_captions_from_hard_negatives(
     teacher: tuple, variant: world.Variant, floor: float
 ) -> None:
-    accuracy = scoring.pair_accuracy(*teacher, scoring.sample_pairs(40, seed=77, variant=variant))
+    accuracy = scoring.pair_accuracy(*teacher, pairs.sample_pairs(40, seed=77, variant=variant))
     assert min(accuracy.values()) >= floor, accuracy
 
 

@@ -11,9 +11,9 @@ import sys
 from typing import Any
 from unittest.mock import patch
 
-from pipeline import cli
-from stages.student.batches import Batch
-from stages.student.objective import DistillationObjective
+from pipeline.cli import app
+from stages.student.data.batch import Batch
+from stages.student.training.objective import DistillationObjective
 
 if __name__ == "__main__":
     key, how = sys.argv.pop(1), sys.argv.pop(1)
@@ -28,4 +28,4 @@ if __name__ == "__main__":
         return loss, terms
 
     with patch.object(DistillationObjective, "forward", broken):
-        cli.main()
+        app.main()

@@ -24,9 +24,9 @@ from unittest.mock import patch
 import torch
 
 import stages.teacher.teacher
-from pipeline import ray_cluster
+from pipeline.cluster import ray_backend
+from pipeline.cluster.worker import Outcome
 from pipeline.extraction import ExtractConfig, extract
-from pipeline.workers import Outcome
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
@@ -61,8 +61,8 @@ class World:
         """The command, its tasks in this process."""
 
         @contextlib.contextmanager
-        def connect(_: str | None) -> Iterator[ray_cluster.Cluster]:
-            yield ray_cluster.Cluster(cpus=1, gpus=0)
+        def connect(_: str | None) -> Iterator[ray_backend.Cluster]:
+            yield ray_backend.Cluster(cpus=1, gpus=0)
 
         def run_tasks(make_worker: Any, tasks: list[int], **calls: Any) -> Outcome:
             work = make_worker()
@@ -75,8 +75,8 @@ class World:
             return Outcome()
 
         with (
-            patch.object(ray_cluster, "connect", connect),
-            patch.object(ray_cluster, "run_tasks", run_tasks),
+            patch.object(ray_backend, "connect", connect),
+            patch.object(ray_backend, "run_tasks", run_tasks),
             patch.object(stages.teacher.teacher, "load_teacher", lambda _: self.teacher),
         ):
             extract(self.teacher.identity.settings, self.samples, targets, ExtractConfig())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
+from pipeline.cli import app
 
 PATIENCE_S = 240
 
@@ -43,7 +43,7 @@ def run_here(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     """What `cdp` does and says, without a new process."""
     monkeypatch.setattr(sys, "argv", ["cdp", *map(str, arguments)])
     try:
-        cli.main()
+        app.main()
         code = 0
     except SystemExit as ended:
         code = int(ended.code or 0)
@@ -130,7 +130,7 @@ def tree(folder: Path, *parts: str) -> dict[str, bytes]:
 
 
 def _command(arguments: tuple[object, ...]) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "pipeline.cli.app", *map(str, arguments)]
 
 
 def _environment() -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from pipeline.run_file import RunFile, load_run_file
 from storage.stores import open_store
-from storage.stream import StreamConfig, StreamedSample, target_stream
+from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
 
 
 class TrainingData(Protocol):

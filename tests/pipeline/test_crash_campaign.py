@@ -15,7 +15,7 @@ import pytest
 from stages.samples.pack import PackConfig, pack_samples
 from tests.checkpoints import make_llava_data
 from tests.conftest import TinyWorld
-from tests.pipeline.ray_kills import RayCampaign
+from tests.pipeline.cluster.ray_kills import RayCampaign
 
 pytestmark = pytest.mark.slow
 

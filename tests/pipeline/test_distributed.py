@@ -21,7 +21,7 @@ from tests.pipeline.test_training_data import keys_of
 PATIENCE_S = 500
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_S)]
 
-ONE = [sys.executable, "-m", "pipeline.cli"]
+ONE = [sys.executable, "-m", "pipeline.cli.app"]
 TORCHRUN = [
     sys.executable,
     "-m",
@@ -30,7 +30,7 @@ TORCHRUN = [
     "--nproc-per-node",
     "2",
     "-m",
-    "pipeline.cli",
+    "pipeline.cli.app",
 ]
 # What these processes run on, a GPU or none, they find out themselves.
 ACCELERATE = [
@@ -109,8 +109,8 @@ def assert_same_stage(found: Path, expected: Path) -> None:
     [
         (TORCHRUN, [], "ddp"),
         (TORCHRUN, ["train.parallel=fsdp"], "fsdp"),
-        ([*ACCELERATE, "--multi_gpu", "-m", "pipeline.cli"], [], "ddp"),
-        ([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "-m", "pipeline.cli"], [], "fsdp"),
+        ([*ACCELERATE, "--multi_gpu", "-m", "pipeline.cli.app"], [], "ddp"),
+        ([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "-m", "pipeline.cli.app"], [], "fsdp"),
     ],
     ids=["torchrun-ddp", "torchrun-fsdp", "accelerate-ddp", "accelerate-fsdp"],
 )
@@ -140,7 +140,7 @@ def test_a_mistake_that_one_process_of_a_ray_cluster_meets_ends_all_at_once_and_
     tiny: TinyWorld, ray_address: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("pandas", reason="the extra ray-train is not installed")
-    from pipeline import ray_cluster
+    from pipeline.cluster import ray_train_group
     from storage.errors import UserError
 
     def work(_send: object, _asked: object) -> None:
@@ -152,7 +152,7 @@ def test_a_mistake_that_one_process_of_a_ray_cluster_meets_ends_all_at_once_and_
 
     begun = time.monotonic()
     with pytest.raises(UserError, match="only I cannot go on"):
-        ray_cluster.run_group(
+        ray_train_group.run_group(
             work,
             num_workers=2,
             gpus_per_worker=0,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.cli.tables import similarity_table
 from pipeline.evaluation import compare_with_targets, gaze_pictures
-from pipeline.progress import bars
-from pipeline.tables import similarity_table
 from pipeline.training import train
+from pipeline.ui.progress import bars
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import run_here
 from tests.pipeline.runs import run_file

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline.extraction
+from pipeline.cli.tables import print_extraction_report
+from pipeline.cluster.worker import ProgressMarker
 from pipeline.extraction import ExtractConfig, ExtractionReport, WorkerLine, extract
 from pipeline.shard_extractor import ShardExtractor
-from pipeline.tables import print_extraction_report
-from pipeline.workers import Whereabouts
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
-from storage.records import SkippedSample
+from storage.sample_targets import SkippedSample
 from storage.targets import CommitRecord, TargetStore
 from storage.verify import verify
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
@@ -264,7 +264,7 @@ class FailsOnShardTwo(ShardExtractor):
             raise RuntimeError("this shard is poison")
         return super().__call__(shard, progress)
 
-    def carefully(self, shard: int, progress: Callable[[int], None], _: Whereabouts) -> CommitRecord:
+    def carefully(self, shard: int, progress: Callable[[int], None], _: ProgressMarker) -> CommitRecord:
         return self(shard, progress)
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.evaluation import compare_with_targets
-from pipeline.progress import bars
 from pipeline.run_file import RunFile
 from pipeline.training import train
+from pipeline.ui.progress import bars
 from storage.errors import FingerprintMismatch, UserError
 from tests.conftest import NUM_SAMPLES, SAMPLES_PER_SHARD, TinyWorld
 from tests.pipeline.processes import tree

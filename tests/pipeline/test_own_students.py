@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig
 
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
-from pipeline.progress import bars
 from pipeline.run_file import RunFile
 from pipeline.training import train
+from pipeline.ui.progress import bars
 from stages.evaluation.scoring import EvaluationConfig
 from stages.student.config import STAGES
 from storage.errors import UserError

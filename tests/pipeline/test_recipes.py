@@ -15,21 +15,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from typer.testing import CliRunner
 
-import examples.scenes
 from pipeline.cli import app
+from pipeline.demo import assets
 from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
 from stages.chat_templates import read_template
 from stages.families import family_of
 from stages.layers import sliding_windows, student_layers, visual_understanding_layers
-from stages.student.build import Student, build_student
 from stages.student.config import STAGES
-from stages.student.matching import match_stage
-from stages.student.trainable import prepare_for_stage
+from stages.student.layer_matching import match_stage
+from stages.student.model.build import Student, build_student
+from stages.student.model.trainable import prepare_for_stage
 from storage.errors import UserError
 from tests.storage.builders import manifest
 
-SCENES = Path(examples.scenes.__file__).parent
+SCENES = Path(assets.__file__).parent
 SIGLIP = {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "image_size": 384, "patch_size": 14}
 CLIP = {"model_type": "clip_vision_model", "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
 CUT = {"vision_feature_select_strategy": "default", "vision_feature_layer": -2}

@@ -10,12 +10,12 @@ import torch
 
 from pipeline.evaluation import evaluate_checkpoint
 from pipeline.interruption import Interrupted
-from pipeline.progress import bars
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_places, load_sweep
+from pipeline.ui.progress import bars
 from stages.evaluation.report import EvaluationReport
-from stages.student.stage import StageReport
+from stages.student.training.stage import StageReport
 from storage.errors import UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here, tree

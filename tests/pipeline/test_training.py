@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from pipeline.run_file import load_run_file
 from pipeline.training import last_student, train
-from stages.student.build import Student, load_student
 from stages.student.config import STAGES, StageName
-from stages.student.folding import fold_post_connector, take_apart
-from stages.student.objective import DistillationObjective
-from stages.student.reading import StudentReading, open_reading
-from stages.student.stage import StageReport, StepProgress
-from stages.student.start import StudentStart
+from stages.student.data.sample_reader import ReaderSpec, resolve_reader_spec
+from stages.student.model.build import Student, load_student
+from stages.student.model.folding import fold_post_connector, take_apart
+from stages.student.training.objective import DistillationObjective
+from stages.student.training.setup import StageSetup
+from stages.student.training.stage import StageReport, StepProgress
 from storage.errors import FingerprintMismatch, UserError
 from storage.targets import TargetStore
 from tests.checkpoints import make_tiny_lm
@@ -181,11 +181,11 @@ def test_what_a_stage_starts_from_is_read_once(
 ) -> None:
     read: list[Path] = []
 
-    def noted(targets: TargetStore, folder: Path, **settings: Any) -> StudentReading:
+    def noted(targets: TargetStore, folder: Path, **settings: Any) -> ReaderSpec:
         read.append(folder)
-        return open_reading(targets, folder, **settings)
+        return resolve_reader_spec(targets, folder, **settings)
 
-    monkeypatch.setattr("stages.student.start.open_reading", noted)
+    monkeypatch.setattr("stages.student.training.setup.resolve_reader_spec", noted)
     run = run_file(tiny, targets, tmp_path / "run")
     train(run, ["dpt"])
     train(run, ["dft"])
@@ -251,16 +251,16 @@ def test_a_finished_stage_frees_its_student(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     students: list[weakref.ref[Student]] = []
-    load = StudentStart.load
+    load = StageSetup.load
 
-    def remembered(start: StudentStart) -> Any:
+    def remembered(start: StageSetup) -> Any:
         alive = [student for student in students if student() is not None]
         assert len(alive) <= 1, "besides that of the stage that now saves its own"
         loaded = load(start)
         students.append(weakref.ref(loaded[0]))
         return loaded
 
-    monkeypatch.setattr(StudentStart, "load", remembered)
+    monkeypatch.setattr(StageSetup, "load", remembered)
     train(run_file(tiny, targets, tmp_path / "run"), ["dpt", "dft"])
     gc.collect()
     assert len(students) == 4

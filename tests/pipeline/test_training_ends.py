@@ -9,7 +9,7 @@ import torch
 
 from pipeline.interruption import Interrupted
 from pipeline.training import train
-from stages.student.stage import StageReport, StepProgress
+from stages.student.training.stage import StageReport, StepProgress
 from storage.errors import StoreUnavailable
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import tree

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ray_cluster
-from stages.student.step_loader import LoaderDied
+from pipeline.cluster import ray_train_group
+from stages.student.data.loader import LoaderDied
 from storage.errors import CorruptData, StoreUnavailable, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.runs import SETTINGS
@@ -33,7 +33,7 @@ def tries(error: UserError, folder: Path) -> int:
         raise error
 
     with pytest.raises(UserError, match=str(error)):
-        ray_cluster.run_group(
+        ray_train_group.run_group(
             work,
             num_workers=1,
             gpus_per_worker=0,
@@ -68,7 +68,7 @@ def test_a_run_folder_that_the_processes_of_a_cluster_do_not_see_is_refused_befo
     where = ("--output", tmp_path / "runs/run", "--ray-address", ray_address, "--workers", 2, "--stage", "dpt")
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
     done = subprocess.run(
-        [*alone, sys.executable, "-m", "pipeline.cli", "train-student", *map(str, (*places, *where)), *settings],
+        [*alone, sys.executable, "-m", "pipeline.cli.app", "train-student", *map(str, (*places, *where)), *settings],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

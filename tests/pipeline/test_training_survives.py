@@ -14,7 +14,7 @@ import torch
 from pipeline.interruption import SAVED_EXIT_CODE, Interrupted
 from pipeline.training import train
 from stages.student.config import STAGES
-from stages.student.stage import StepProgress
+from stages.student.training.stage import StepProgress
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import PATIENCE_S, descendants, runs_until, tree, wait_until_dead

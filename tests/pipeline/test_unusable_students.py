@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM, S
 
 from pipeline.evaluation import compare_with_targets
 from pipeline.export import export
-from pipeline.progress import bars
 from pipeline.run_file import RunFile
 from pipeline.training import train
+from pipeline.ui.progress import bars
 from stages.student.config import STAGES
 from storage.errors import UserError
 from tests.conftest import TinyWorld

@@ -9,13 +9,13 @@ import os
 import sys
 from unittest.mock import patch
 
-from pipeline import cli
-from stages.student import agreement
+from pipeline.cli import app
+from stages.student.training import rank_consistency
 
 if __name__ == "__main__":
     other = sys.argv.pop(1)
     if os.environ["RANK"] == "1":
         sys.argv[sys.argv.index("--output") + 1] = other
     # No network file system is behind these folders that could be late.
-    with patch.object(agreement, "LOOKS", 2), patch.object(agreement, "PAUSE_S", 0.1):
-        cli.main()
+    with patch.object(rank_consistency, "LOOKS", 2), patch.object(rank_consistency, "PAUSE_S", 0.1):
+        app.main()

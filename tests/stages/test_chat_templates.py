@@ -7,11 +7,11 @@ from stages.chat_templates import FOLDER, notes_of_ends, read_template
 from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder
 from stages.student.config import DistilledFinetuning, TrainConfig
-from stages.student.stage import StageRun
-from stages.student.start import StudentStart
+from stages.student.training.setup import StageSetup
+from stages.student.training.stage import StageRun
 from storage.errors import UserError
 from storage.stores import open_store
-from storage.stream import Source
+from storage.streaming.stream import Source
 from storage.targets import TargetStore
 from tests.checkpoints import (
     CHAT_TEMPLATE,
@@ -98,10 +98,10 @@ def store_of(data: TinyData, out: Path, template: str) -> TargetStore:
     return extract_here(data, out, layers=(2, 3), num_matched=1, chat_template=template)
 
 
-def start_of(data: TinyData, store: TargetStore, student: Path, kd_weight: float) -> StudentStart:
+def start_of(data: TinyData, store: TargetStore, student: Path, kd_weight: float) -> StageSetup:
     config = TrainConfig(num_matched=1, dft=DistilledFinetuning(kd_weight=kd_weight, batch_size=4))
     source = Source(open_store(data.samples), store)
-    return StudentStart(StageRun("dft", config, str(student), None, (source,), data.samples.parent / "out"))
+    return StageSetup(StageRun("dft", config, str(student), None, (source,), data.samples.parent / "out"))
 
 
 def test_targets_and_students_have_the_template_that_was_set_whatever_the_tokenizers_own(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages.checkpoints import load_processor, load_tokenizer
-from stages.student.tokens import tokenizer_differences
+from stages.student.data.tokenizers import tokenizer_differences
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stages.checkpoints import resolve_checkpoint
-from stages.student.loading import load_multimodal
+from stages.student.model.loading import load_multimodal
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from stages.weights import load_weights

@@ -19,7 +19,7 @@ from storage.codecs import (
     window_rows,
 )
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.records import MapTargets, SampleTargets, SkippedSample
+from storage.sample_targets import MapTargets, SampleTargets, SkippedSample
 from storage.samples import SampleIndex, SampleShardWriter, StoredSample
 from storage.stores import Store, open_store, owner
 from storage.targets import CommitRecord, write_shard

@@ -25,7 +25,7 @@ from storage.codecs import (
 )
 from storage.codecs.moments import window_thresholds
 from storage.manifest import create_or_check
-from storage.records import MapTargets
+from storage.sample_targets import MapTargets
 from storage.stores import open_store
 from storage.targets import write_shard
 from tests.storage.builders import extract, fingerprint, manifest, pack, shard_content
@@ -209,7 +209,7 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
                 value = total / units + (float(data["window_shifts"][w, begin + j]) if keep else 0)
                 assert value == pytest.approx(float(own_windows[w, i, j]), rel=1e-6, abs=1e-9)
     assert torch.count_nonzero(own_windows.triu(1)) == 0
-    # A window that was not foreseen: all layers.
+    # A window that is not stored: all layers.
     means, covariances = data["map_means"][:, m].tolist(), data["map_covariances"][:, m].tolist()
     g = len(layers)
     total_covariance = sum(

@@ -12,11 +12,11 @@ _IMPORTS = """
 import sys
 HEAVY = {"zarr", "webdataset", "ray", "transformers", "obstore", "stages", "pipeline"}
 loaded = lambda: print(sorted(HEAVY & {name.partition(".")[0] for name in sys.modules}))
-import storage.codecs, storage.records, storage.manifest, storage.samples, storage.stores
+import storage.codecs, storage.sample_targets, storage.manifest, storage.samples, storage.stores
 loaded()
 import storage.targets, storage.verify, storage.inspect
 loaded()
-import storage.stream
+import storage.streaming.stream
 loaded()
 """
 

@@ -14,7 +14,7 @@ from stages.evaluation import rows as rows_module
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
 from stages.families import family_of
-from stages.student.modeling_compodistill import (
+from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )

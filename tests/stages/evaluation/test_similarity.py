@@ -10,22 +10,22 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.evaluation.pictures import PICTURE_SIZE, gaze, overlay
 from stages.evaluation.similarity import attention_similarity, map_similarity
-from stages.student.batches import Batch, capture_for
-from stages.student.build import Student, build_student
-from stages.student.collator import Collator
-from stages.student.matching import LayerMatching
-from stages.student.reading import SampleReader
+from stages.student.data.batch import Batch, capture_for
+from stages.student.data.collator import Collator
+from stages.student.data.sample_reader import SampleReader
+from stages.student.layer_matching import LayerMatching
+from stages.student.model.build import Student, build_student
 from storage.codecs import MapCodecConfig, encode_image, sink_keep_mask
-from storage.records import MapTargets
+from storage.sample_targets import MapTargets
 from storage.stores import open_store
-from storage.stream import StreamConfig, target_stream
+from storage.streaming.stream import StreamConfig, target_stream
 from tests.stages.distilled import extract_here, make_tiny_data
 
 MATCHING = LayerMatching(
     student_layers=(2, 3),
     captured_layers=(2, 3),
     windows=((2,), (3,)),
-    foreseen=((2,), (3,)),
+    stored_windows=((2,), (3,)),
     codec=MapCodecConfig(name="float16"),
 )
 

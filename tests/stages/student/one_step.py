@@ -15,15 +15,15 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from stages.student.batches import Batch
 from stages.student.config import DistilledFinetuning, Parallel, TrainConfig
+from stages.student.data.batch import Batch
 from stages.student.losses import answer_losses
-from stages.student.objective import DistillationObjective
-from stages.student.parallel import gathered
-from stages.student.stage import StageRun
-from stages.student.training import train_stage
+from stages.student.training.loop import train_stage
+from stages.student.training.objective import DistillationObjective
+from stages.student.training.parallel import gathered
+from stages.student.training.stage import StageRun
 from storage.stores import open_store
-from storage.stream import Source
+from storage.streaming.stream import Source
 from storage.targets import TargetStore
 
 BATCH_SIZE = 16

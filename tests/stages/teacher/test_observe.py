@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stages.teacher.observe
-from stages.teacher.ahead import ReadySample
+from stages.teacher.batching import PreparedSample
 from stages.teacher.forward import BatchSize, Observed, run_teacher
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer, ShardObservations, observe_shard
@@ -159,7 +159,7 @@ class LittleMemory:
         self.most, self.huge = most, huge
         self.tried: list[int] = []
 
-    def __call__(self, teacher: Teacher, batch: list[ReadySample], wanted: set[ReadySample]) -> list[Observed]:
+    def __call__(self, teacher: Teacher, batch: list[PreparedSample], wanted: set[PreparedSample]) -> list[Observed]:
         self.tried.append(len(batch))
         if len(batch) > self.most or any(sample.key in self.huge for sample in batch):
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -1,0 +1,5 @@
+"""`python -m pipeline.cli` and `torchrun -m pipeline.cli`."""
+
+from pipeline.cli.app import main
+
+main()

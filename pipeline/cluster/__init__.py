@@ -1,0 +1,1 @@
+"""Running tasks on a Ray cluster. The only folder that imports ray."""

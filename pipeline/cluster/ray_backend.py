@@ -1,0 +1,283 @@
+"""Running tasks on a Ray cluster: long-lived actors, as many as the cluster has room for, and their progress.
+
+It knows nothing of what a task is.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
+from pipeline.cluster.mailbox import Mailbox
+from pipeline.cluster.task_queue import TaskQueue
+from pipeline.cluster.worker import Outcome, Work, Worker
+from storage.errors import UserError
+
+POLL_S = 0.2
+REPORT_S = 0.5
+CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a connected cluster has."""
+
+    cpus: int
+    gpus: int
+
+
+@contextlib.contextmanager
+def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Cluster]:
+    """Connects to a cluster, or starts one on this machine for the time of the block.
+
+    Args:
+        address: of a running cluster ("auto", "host:6379", "ray://host:10001"); None starts a local one.
+        num_cpus: slots of a local cluster; None is the number of cores.
+    """
+    started = not ray.is_initialized()
+    if started:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            options |= {"num_cpus": num_cpus, "include_dashboard": False, "address": "local"}
+        else:
+            _check_reachable(address)
+            options["address"] = address
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(cpus=int(resources.get("CPU", 1)), gpus=int(resources.get("GPU", 0)))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes where nothing listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
+
+
+def run_tasks(
+    make_worker: Callable[[], Work],
+    tasks: list[int],
+    *,
+    num_workers: int | None,
+    gpus_per_worker: float,
+    max_attempts: int,
+    on_progress: Callable[[int, int], None],
+    on_result: Callable[[int, Any], None],
+    on_workers: Callable[[list[Worker]], None] | None = None,
+    tasks_per_worker: int = 1,
+) -> Outcome:
+    """Runs every task on some worker, a failed one again, until it is done or out of attempts.
+
+    Workers follow the cluster: nodes that join get theirs, those of lost nodes are replaced where there is room.
+    What a failure costs a task is said in `task_queue`.
+
+    Args:
+        make_worker: called once in each actor; what it returns does the work. A `UserError` from it ends the run,
+            unless another worker was ready before.
+        tasks: task numbers, started in this order.
+        num_workers: actors at most; those the cluster has no room for wait for it to grow. None is one a GPU (or
+            CPU, when `gpus_per_worker` is 0) that the cluster has at the time.
+        gpus_per_worker: GPUs an actor holds.
+        max_attempts: tries of one task, crashes and exceptions counted alike; also how many workers in a row may
+            fail to start, while none works, before the run is given up.
+        on_progress: called with (task, units of work) as workers report them; with a negative number when an
+            attempt failed, so that the sum over a task is what its successful attempt reported.
+        on_result: called with (task, result) as tasks finish.
+        on_workers: called with the workers that there are, a few times a second.
+        tasks_per_worker: tasks an actor has in flight; with more than one, its work is called from as many threads,
+            so that it can read and write for one task while it computes for another.
+    """
+    calls = _RayExecutor(make_worker, num_workers, gpus_per_worker, tasks_per_worker)
+    pool = TaskQueue(tasks, max_attempts, tasks_per_worker)
+    actor_pool = ActorPool(pool, calls, on_progress, on_result)
+    polled = 0.0
+    try:
+        while pool.num_unfinished:
+            actor_pool.scale()
+            for reference in _finished(list(actor_pool.running)):
+                actor_pool.finish(reference)
+            if (now := time.monotonic()) > polled + POLL_S:
+                polled = now
+                with contextlib.suppress(RayError):
+                    # What a lost letter said comes again with the task's result.
+                    actor_pool.progress(calls.letters())
+                if on_workers is not None:
+                    on_workers(actor_pool.workers)
+        if on_workers is not None:
+            on_workers(actor_pool.workers)
+    finally:
+        actor_pool.close()
+        calls.close()
+    return Outcome(pool.given_up, pool.tries, actor_pool.ever_ready, dict(actor_pool.failed_starts))
+
+
+class _RayExecutor:
+    """`actor_pool.Executor` on the connected cluster, and the mailbox of its actors."""
+
+    def __init__(
+        self, make_worker: Callable[[], Work], num_workers: int | None, gpus_per_worker: float, tasks_per_worker: int
+    ) -> None:
+        self._make_worker = make_worker
+        self._num_workers, self._gpus_per_worker = num_workers, gpus_per_worker
+        self._mailbox = new_mailbox()
+        self._actor_class = ray.remote(
+            num_cpus=1, num_gpus=gpus_per_worker, max_restarts=0, max_concurrency=tasks_per_worker
+        )(_Actor)
+
+    def new_actor(self) -> Any:
+        return self._actor_class.remote(self._make_worker, self._mailbox)
+
+    def start(self, actor: Any) -> Any:
+        return actor.start.remote()
+
+    def run(self, actor: Any, task: int, number: int, deaths: tuple[int, ...] | None) -> Any:
+        return actor.run.remote(task, number, deaths)
+
+    def place(self, number: int) -> int | None:
+        with contextlib.suppress(RayError):
+            place: int | None = ray.get(self._mailbox.place.remote(number))
+            return place
+        return None
+
+    def result(self, call: Any) -> Any:
+        try:
+            return ray.get(call)
+        except RayTaskError as error:
+            node, pid = _place(error)
+            # The text that ray makes of an exception is a page; that of a `UserError` may have several lines.
+            why = str(error.cause) if isinstance(error.cause, UserError) else _last_line(error)
+            raise WorkRaised(why, node, pid, error.cause) from None
+        except RayError as error:
+            raise WorkerLost(_cause_of_death(error)) from None
+
+    def end(self, actor: Any) -> None:
+        ray.kill(actor)
+
+    def num_slots(self) -> int:
+        if self._num_workers:
+            return self._num_workers
+        resources = ray.cluster_resources()
+        if self._gpus_per_worker:
+            return int(resources.get("GPU", 0) / self._gpus_per_worker)
+        return int(resources.get("CPU", 0))
+
+    def letters(self) -> list[tuple[int, int, int]]:
+        """What the actors reported since the last call: task, number of the try, units of work."""
+        letters: list[tuple[int, int, int]] = ray.get(self._mailbox.take.remote())
+        return letters
+
+    def close(self) -> None:
+        """Ends the mailbox."""
+        ray.kill(self._mailbox)
+
+
+def _finished(references: list[Any]) -> list[Any]:
+    """Those that are finished, after waiting a moment for the first one."""
+    if not references:
+        time.sleep(POLL_S)
+        return []
+    done, _ = ray.wait(references, timeout=POLL_S)
+    if done:
+        done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+    return list(done)
+
+
+def new_mailbox() -> Any:
+    """The actor through which processes and driver talk."""
+    # Without a slot of its own: on a cluster whose every core holds a worker it would wait for ever. On the head node:
+    # that one is not lost while the cluster lives.
+    return ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(Mailbox).remote()
+
+
+class _Actor:
+    """Holds one worker for its lifetime, so that what it loaded is loaded once."""
+
+    def __init__(self, make_worker: Callable[[], Work], mailbox: Any) -> None:
+        self._make_worker = make_worker
+        self._mailbox = mailbox
+
+    def start(self) -> tuple[str, int]:
+        """Makes the worker; says on which machine and in which process."""
+        # Not in the constructor: of an exception there ray keeps the text only.
+        self._work = self._make_worker()
+        return socket.gethostname(), os.getpid()
+
+    def run(self, task: int, number: int, deaths: tuple[int, ...] | None) -> tuple[Any, int, dict[str, float]]:
+        """The result, the units of work it was, and what the worker's time went into."""
+        report = _Report(task, number, self._mailbox)
+        carefully = getattr(self._work, "carefully", None)
+        if deaths is None or carefully is None:
+            result = self._work(task, report)
+        else:
+            result = carefully(task, report, _ProgressMarker(deaths, number, self._mailbox))
+        timings: dict[str, float] = getattr(self._work, "timings", dict)()
+        return result, report.total, timings
+
+
+class _ProgressMarker:
+    """`workers.ProgressMarker`, kept in the mailbox: on the head node, whatever becomes of this one."""
+
+    def __init__(self, deaths: tuple[int, ...], number: int, mailbox: Any) -> None:
+        self.deaths = deaths
+        self._number, self._mailbox = number, mailbox
+
+    def at(self, place: int) -> None:
+        # Waits for the answer: the process may die at the next instruction.
+        ray.get(self._mailbox.at.remote(self._number, place))
+
+
+class _Report:
+    """Adds up what one try of a task reports, and sends it now and then."""
+
+    def __init__(self, task: int, number: int, mailbox: Any) -> None:
+        self._task, self._number, self._mailbox = task, number, mailbox
+        self._lock = threading.Lock()
+        self.total = self._sent = 0
+        self._sent_at = 0.0
+
+    def __call__(self, amount: int) -> None:
+        with self._lock:
+            self.total += amount
+            if (now := time.monotonic()) > self._sent_at + REPORT_S:
+                self._mailbox.put.remote(self._task, self._number, self.total - self._sent)
+                self._sent, self._sent_at = self.total, now
+
+
+def _cause_of_death(error: RayError) -> str:
+    """The sentence of ray's page of text that says what happened."""
+    if isinstance(error, OutOfMemoryError):
+        return f"killed, as its machine ran out of memory: {str(error).strip().splitlines()[0]}"
+    _, found, detail = str(error).partition("Worker exit detail: ")
+    return detail.splitlines()[0].split(" Some common causes")[0] if found else _last_line(error)
+
+
+def _place(error: RayTaskError) -> tuple[str, str]:
+    """Address and process; the exception of the worker's own type, which ray raises, knows them as text only."""
+    found = re.search(r"\(pid=(\d+), ip=([^,)]+)", str(error))
+    return (found[2], found[1]) if found else ("?", "?")
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

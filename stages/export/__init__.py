@@ -1,0 +1,1 @@
+"""A trained student as a self-contained Hugging Face folder."""

@@ -1,0 +1,204 @@
+"""Exports a student: a Hugging Face folder that needs nothing of this project, checked against the student itself."""
+
+import inspect
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from stages.checkpoints import load_processor
+from stages.conversations import ConversationEncoder, EncodedConversation
+from stages.evaluation.report import EvaluationReport
+from stages.export.model_card import ExportReport, ModelNames, model_card, read_history
+from stages.new_folder import check_new, new_folder
+from stages.student.model.folding import fold_post_connector, has_post_connector, take_apart
+from stages.student.model.generation import (
+    generation_settings,
+    grow_vocabulary,
+    name_video_half,
+    pad_on_the_left,
+    vocabulary_tables,
+)
+from stages.student.model.loading import OWN_CLASSES, load_multimodal, model_inputs
+from storage.errors import UserError
+
+REPORT = "export.json"
+CARD = "README.md"
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+_PROBE = ("What is in the picture?", "A picture of all colours.")
+_NO_LIMIT = 2**31
+_MOST_BY_ROUNDING = 0.25
+"""Of the largest logit. bfloat16 changed the tests' models by up to 0.08; where weights overflow, none is finite."""
+
+
+def export_student(
+    source: Path,
+    output: Path,
+    *,
+    fold: bool = True,
+    dtype: Dtype | None = None,
+    names: ModelNames = ModelNames(),  # noqa: B008 a frozen value
+    evaluation: EvaluationReport | None = None,
+) -> ExportReport:
+    """Writes `output`: weights, config, processor with chat template, generation settings, a model card.
+
+    A student that transformers has no class for gets its modelling file beside it, for `trust_remote_code`. A
+    checkpoint of a class that transformers has stays of that class.
+
+    Args:
+        source: a checkpoint folder, such as `RUN/sft/student`.
+        output: a folder that does not exist yet, or is empty.
+        fold: whether the post-connector becomes part of the adapter, where that is exact.
+        dtype: what the weights are rounded to, after folding; None leaves them in the checkpoint's, float32 of a run.
+        names: of the models that it was made from, for the card.
+        evaluation: goes into the card.
+
+    Raises:
+        UserError: `output` holds something, `source` is no multimodal model, has no chat template or asks to run code
+            of its own, or the export computes something else than the student, because of folding or of weights that
+            `dtype` does not hold. Nothing is left behind then.
+    """
+    started = time.perf_counter()
+    check_new(output)
+    student, processor = load_multimodal(source), load_processor(source)
+    pad_on_the_left(processor.tokenizer)
+    eyes = getattr(student.config, "teacher_config", student.config).model_type
+    probe = ConversationEncoder(processor, student.config.image_token_id, _NO_LIMIT).encode_pair(*_PROBE, [_picture()])
+    parts = whole = take_apart(student)
+    had_post_connector = has_post_connector(whole)
+    if fold and had_post_connector:
+        parts = fold_post_connector(parts)
+    folded = had_post_connector and not has_post_connector(parts)
+    parts, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
+    generation = generation_settings(student, processor.tokenizer, probe, added_ids)
+
+    with new_folder(output) as staging:
+        # Itself where nothing changed: the library writes some families under other names than it holds.
+        model = student if parts is whole else parts.build()
+        trained, stored = student.dtype, student.dtype if dtype is None else getattr(torch, dtype)
+        num_parameters, expected_TV, unrounded_TV = _save_rounded(model, stored, generation, staging, student, probe)
+        del student, parts, whole, model
+        processor.save_pretrained(staging)
+        name_video_half(eyes, staging)
+        exported = load_multimodal(staging)
+        stored = exported.dtype
+        found_TV = _logits(exported, probe)
+        unrounded_TV = found_TV if unrounded_TV is None else unrounded_TV
+        # Far more than one rounding of the folded weights can do, far less than a mistake in them would.
+        share = torch.finfo(trained).eps ** 0.5
+        _check(unrounded_TV, expected_TV, share, "the export's logits", "Export with --no-fold")
+        what = f"the logits of weights rounded to {stored}"
+        rounding_error = _check(found_TV, unrounded_TV, _MOST_BY_ROUNDING, what, "Export with another --dtype")
+        report = ExportReport(
+            # Not the whole path, which is nobody else's business.
+            source="/".join(source.absolute().parts[-3:]),
+            model_class=type(exported).__name__,
+            custom_code=_code_of(type(exported)).name if isinstance(exported, OWN_CLASSES) else None,
+            post_connector="folded" if folded else "kept" if had_post_connector else "none",
+            dtype=str(stored).removeprefix("torch."),
+            trained_dtype=str(trained).removeprefix("torch."),
+            parameters=num_parameters,
+            bytes=sum(path.stat().st_size for path in staging.glob("*.safetensors")),
+            image_token_id=exported.config.image_token_id,
+            added_rows=len(added_ids),
+            end_token_ids=generation.eos_token_id,
+            logit_error=_difference(found_TV, expected_TV),
+            rounding_error=rounding_error,
+            logit_scale=float(expected_TV.abs().max()),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        (staging / REPORT).write_text(report.model_dump_json(indent=1))
+        card = model_card(output.name, report, read_history(source), names, evaluation)
+        (staging / CARD).write_text(card, encoding="utf-8")
+    return report
+
+
+def _save_rounded(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    generation: GenerationConfig,
+    folder: Path,
+    student: PreTrainedModel,
+    probe: EncodedConversation,
+) -> tuple[int, Tensor, Tensor | None]:
+    """Saves the model with its weights in `dtype`.
+
+    Returns:
+        How many parameters it has, what the student puts out, and what the model did before it was rounded; None where
+        it was not.
+    """
+    if dtype == student.dtype:
+        num_parameters = _save(model, generation, folder)
+        # Afterwards: it turns the student, which the model may be, to float32.
+        return num_parameters, _logits(student, probe), None
+    expected_TV = _logits(student, probe)
+    unrounded_TV = expected_TV if model is student else _logits(model, probe)
+    return _save(_rounded(model, dtype), generation, folder), expected_TV, unrounded_TV
+
+
+def _save(model: PreTrainedModel, generation: GenerationConfig, folder: Path) -> int:
+    """Writes weights, configs and, for a student of this project, its modelling file; returns how many parameters."""
+    model.generation_config = generation
+    if isinstance(model, OWN_CLASSES):
+        code = _code_of(type(model))
+        shutil.copyfile(code, folder / code.name)
+        names = {"AutoConfig": type(model.config).__name__, "AutoModelForImageTextToText": type(model).__name__}
+        model.config.auto_map = {auto: f"{code.stem}.{name}" for auto, name in names.items()}
+    for part in (model.config, model.config.get_text_config()):
+        # Where it once lay on this machine.
+        part._name_or_path = ""
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights in `dtype`, in place, and configs that say so."""
+
+    def note(config: PreTrainedConfig) -> None:
+        config.dtype = dtype
+        for name in config.sub_configs:
+            if (part := getattr(config, name, None)) is not None:
+                note(part)
+
+    note(model.config)
+    return model.to(dtype)
+
+
+def _code_of(model_class: type) -> Path:
+    return Path(inspect.getfile(model_class))
+
+
+def _picture() -> Image.Image:
+    """All colours, with edges nowhere."""
+    return Image.merge("RGB", [Image.linear_gradient("L").rotate(turn).resize((96, 64)) for turn in (0, 90, 180)])
+
+
+def _logits(model: PreTrainedModel, probe: EncodedConversation) -> Tensor:
+    """`[T, V]` in float32, which the model is turned to if its weights are in another dtype."""
+    model = model.float()
+    with torch.inference_mode():
+        logits_TV: Tensor = model(**model_inputs(model, probe)).logits[0]
+    return logits_TV
+
+
+def _difference(found_TV: Tensor, expected_TV: Tensor) -> float:
+    """The largest over the ids that both have."""
+    return float((found_TV[:, : expected_TV.shape[1]] - expected_TV).abs().max())
+
+
+def _check(found_TV: Tensor, expected_TV: Tensor, share: float, what: str, advice: str) -> float:
+    """The largest difference, which must not be more than this share of the largest logit."""
+    difference, scale = _difference(found_TV, expected_TV), float(expected_TV.abs().max())
+    if not difference <= share * scale:
+        raise UserError(
+            f"{what} differ from the student's by {difference:.3g} where {share * scale:.3g} are expected at most "
+            f"(largest logit {scale:.3g}); nothing was written. {advice}"
+        )
+    return difference

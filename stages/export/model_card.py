@@ -1,0 +1,254 @@
+"""What an export says of itself: its report, and the model card made of that and of the run's own files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from stages.evaluation.report import EvaluationReport
+from stages.student.training.resume_guard import STAGE_FILE
+
+_USE = """\
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
+processor = AutoProcessor.from_pretrained("{name}")
+content = [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]
+text = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+inputs = processor(images=Image.open("picture.jpg"), text=text, return_tensors="pt").to(model.device, model.dtype)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+
+class ExportReport(BaseModel):
+    """What was exported; `export.json` beside the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """Last names of the checkpoint's path: run, stage, `student`."""
+    model_class: str
+    """Class of transformers, or of the modelling file in the folder."""
+    custom_code: str | None
+    """The modelling file, which is run with `trust_remote_code`; None: a class of transformers itself."""
+    post_connector: Literal["folded", "kept", "none"]
+    """What became of it; none: the checkpoint had none."""
+    dtype: str
+    """Of the weights."""
+    trained_dtype: str
+    """Of the checkpoint's weights."""
+    parameters: int
+    """Of the exported model; tied ones once."""
+    bytes: int
+    """Of the weight files."""
+    image_token_id: int
+    """Stands for one image token."""
+    added_rows: int
+    """Rows of zeros put to the vocabulary so that it holds every id of the tokenizer; they are never generated."""
+    end_token_ids: list[int]
+    """Tokens that end an answer."""
+    logit_error: float
+    """Largest difference between logits of the checkpoint and of the exported folder, for a question about a picture
+    made up for it; both computed in float32, so that it shows the folding and the rounding of weights to `dtype`."""
+    rounding_error: float
+    """What rounding all weights from `trained_dtype` to `dtype` changes by itself, measured in the same way; 0 where
+    they are one. A model that computes in `dtype` also rounds in each operation."""
+    logit_scale: float
+    """Largest of these logits."""
+    seconds: float
+    """Time taken."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a run folder says of one stage: its report, and what it was begun with."""
+
+    report: dict[str, Any]
+    begun: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """dpt, dft or sft."""
+        return str(self.report["stage"])
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """Folders or hub ids of the models that a student was made from; None where nothing says so."""
+
+    student: str | None = None
+    teacher: str | None = None
+    hub_ids: frozenset[str] = frozenset()
+    """Those of them that the hub has. A folder may have a name such as `models/teacher` too, and need not be here."""
+
+
+def read_history(student: Path) -> list[StageRecord]:
+    """The stages that a student went through, in order; empty for a checkpoint that lies in no run folder."""
+    history: list[StageRecord] = []
+    folder = student.absolute().parent
+    while (folder / STAGE_FILE).is_file() and (folder / "report.json").is_file():
+        report, begun = (json.loads((folder / name).read_text("utf-8")) for name in ("report.json", STAGE_FILE))
+        history.insert(0, StageRecord(report, begun))
+        if len(history) > 3 or begun.get("starts_from") in (None, "decoder"):
+            break
+        folder = folder.with_name(begun["starts_from"])
+    return history
+
+
+def model_card(
+    name: str,
+    export: ExportReport,
+    history: Sequence[StageRecord],
+    names: ModelNames,
+    evaluation: EvaluationReport | None,
+) -> str:
+    """The card in Markdown, with the front matter that the hub reads.
+
+    Args:
+        name: of the model.
+        export: what was exported.
+        history: of `read_history`.
+        names: of the models that it was made from.
+        evaluation: of the model, if there is one.
+    """
+    parts = [_front_matter(names, history), f"# {name}", _about(names, history), "## Use"]
+    if export.custom_code is not None:
+        parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")
+    parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
+    if history:
+        parts += ["## Training", _losses(history), _made_from(history), "### Settings", *_settings(history)]
+    if evaluation is not None:
+        parts += ["## Evaluation", _evaluation(evaluation)]
+    return "\n\n".join([*parts, "## Export", _export(export)]) + "\n"
+
+
+def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
+    # The hub looks these up, so that only its own ids belong there. JSON is YAML too.
+    ids = [model for model in (names.student, names.teacher) if model in names.hub_ids]
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    lines += [f"base_model: {json.dumps(ids)}"] * bool(ids)
+    lines += ["tags: [distillation, compodistill]"] * _is_distilled(history)
+    return "\n".join([*lines, "---"])
+
+
+def _is_distilled(history: Sequence[StageRecord]) -> bool:
+    """Whether any stage learned from what the teacher said or where it looked."""
+    return any({"kd", "attention"} & stage.report["losses"].keys() for stage in history)
+
+
+def _about(names: ModelNames, history: Sequence[StageRecord]) -> str:
+    if not history:
+        return "A multimodal model."
+    if _is_distilled(history):
+        made = "distilled from stored targets of a larger one ([CompoDistill](https://arxiv.org/abs/2510.12184))"
+        known = {"its teacher": names.teacher, "begun from": names.student}
+    else:
+        made = "trained on answers alone, without distillation"
+        own_vision = history[-1].begun["settings"].get("adapter") == "own"
+        known = {"with the vision tower of": None if own_vision else names.teacher, "begun from": names.student}
+    said = [f"{role} `{_public(model)}`" for role, model in known.items() if model is not None]
+    return f"A multimodal model {made}{''.join(f', {part}' for part in said)}."
+
+
+def _public(model: str) -> str:
+    # The whole path of a folder is nobody else's business.
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
+
+
+def _losses(history: Sequence[StageRecord]) -> str:
+    terms = list(dict.fromkeys(term for stage in history for term in stage.report["losses"]))
+    rows = [
+        [
+            stage.name,
+            f"{stage.report['samples']:,}",
+            f"{stage.report['steps']:,}",
+            f"{stage.report['trained_parameters']:,}",
+            f"{stage.report['seconds'] / 3600:,.3g}",
+            *(f"{stage.report['losses'][term]:.4f}" if term in stage.report["losses"] else "" for term in terms),
+        ]
+        for stage in history
+    ]
+    header = [
+        "stage",
+        "samples",
+        "steps",
+        "trained parameters",
+        "hours",
+        *("loss" if term == "loss" else f"{term} loss" for term in terms),
+    ]
+    return f"{_table(header, rows)}\n\nLosses are means over the last tenth of a stage's steps."
+
+
+def _made_from(history: Sequence[StageRecord]) -> str:
+    """Digests, by which others can tell whether they have the same targets and weights."""
+    lines = [
+        f"- {what}: {', '.join(f'`{digest}`' for digest in digests)}"
+        for key, what in (
+            ("targets", "fingerprint of the target store"),
+            ("decoder", "weights that training began from"),
+        )
+        if (digests := list(dict.fromkeys(digest for stage in history for digest in _list(stage.begun.get(key)))))
+    ]
+    return "\n".join(lines)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] * (value is not None)
+
+
+def _settings(history: Sequence[StageRecord]) -> list[str]:
+    """What differs by stage as a table, the rest as a list."""
+    own = [
+        {key.split(".", 1)[1]: value for key, value in stage.begun.items() if key.startswith(f"{stage.name}.")}
+        for stage in history
+    ]
+    names = list(dict.fromkeys(name for settings in own for name in settings))
+    rows = [[f"`{name}`", *(_value(settings.get(name)) for settings in own)] for name in names]
+    shared = [f"- `{name}`: {_value(value)}" for name, value in history[-1].begun["settings"].items()]
+    return [_table(["", *(stage.name for stage in history)], rows), "\n".join(shared)]
+
+
+def _evaluation(report: EvaluationReport) -> str:
+    rows = [
+        [kind, f"{result.num_pairs:,}", f"{result.accuracy:.3f}", "{:.3f} to {:.3f}".format(*result.interval_95)]
+        for kind, result in report.kinds.items()
+    ]
+    rows.append(["average", f"{report.num_pairs:,}", f"{report.average:.3f}", ""])
+    table = _table(["kind", "pairs", "accuracy", "95 % interval"], rows)
+    return f"Caption pairs, scored by {report.scoring}, in {report.dtype}; a guess has 0.5.\n\n{table}"
+
+
+def _export(export: ExportReport) -> str:
+    became = {
+        "folded": "The post-connector was folded into the adapter's last linear layer. ",
+        "kept": "The post-connector is a layer of its own. ",
+        "none": "",
+    }
+    rounded = ""
+    if export.dtype != export.trained_dtype:
+        rounded = (
+            f" Weights were rounded from {export.trained_dtype}, which by itself changes logits by "
+            f"{export.rounding_error:.2g} at most."
+        )
+    rows = f" {export.added_rows} rows of zeros were put to the vocabulary." if export.added_rows else ""
+    return (
+        f"`{export.model_class}`, {export.parameters:,} parameters in {export.dtype}. "
+        f"{became[export.post_connector]}Logits differ from those of the trained student by "
+        f"{export.logit_error:.2g} at most, the largest being {export.logit_scale:.3g}, in float32 on one picture "
+        f"and question.{rounded}{rows}"
+    )
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else f"`{json.dumps(value)}`" if isinstance(value, list | dict) else str(value)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

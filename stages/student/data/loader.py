@@ -1,0 +1,212 @@
+"""Optimizer steps' batches, made ahead of the training process by loader processes."""
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from stages.student.data.batch import Batch
+from stages.student.data.batch_transport import FlatBatch, pack
+from stages.student.data.collator import Collator
+from storage.errors import PassingFailure, UserError
+from storage.streaming.order import num_microbatches
+from storage.streaming.stream import Mixture, StreamedSample, mixture_stream
+
+MOST_WORKERS = 4
+"""Loader processes of one training process, unless the user says so."""
+LEAST_AHEAD = 2
+"""Microbatches that each of them makes ahead, unless the user says so."""
+
+
+class LoaderDied(PassingFailure):
+    """A loader process was killed, for want of memory or by a signal."""
+
+
+class StepLoader:
+    """This rank's part of every optimizer step.
+
+    Make it early: what loader processes are copied from begins at once, and imports for seconds beside the caller.
+
+    Args:
+        mixture: the samples and how they are cut.
+        collator: makes a batch of a microbatch's samples.
+        rank, world_size: this process among those that train together.
+        device: where batches go; pinned memory for a GPU.
+        num_workers: loader processes; None takes what `spare_workers` says.
+        prefetch: microbatches that each of them makes ahead; None is its share of a step, at least 2.
+        with_maps: whether attention maps are read.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        collator: Collator,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        num_workers: int | None,
+        prefetch: int | None,
+        with_maps: bool,
+    ) -> None:
+        self.mixture, self.collator, self.device = mixture, collator, device
+        self.rank, self.world_size, self.with_maps = rank, world_size, with_maps
+        self.num_workers = spare_workers(device) if num_workers is None else num_workers
+        self.prefetch = prefetch
+        self._context = _context(remote=mixture.is_remote) if self.num_workers else None
+
+    def steps(self, epochs: range, start_step: int) -> Generator[list[Batch]]:
+        """The microbatches of each step from `start_step` of the first of these epochs on, over all of them.
+
+        Close it when you stop before its end: that ends the loader processes.
+
+        Raises:
+            UserError: what reading or collating raised, in whichever process.
+            LoaderDied: a loader process was killed.
+        """
+        mixture, config = self.mixture, self.mixture.config
+        batches: Any = iter(self._loader(epochs, start_step))
+        try:
+            for epoch in epochs:
+                for step in range(start_step if epoch == epochs[0] else 0, mixture.num_steps):
+                    size = min(config.batch_size, mixture.num_samples - step * config.batch_size)
+                    count = num_microbatches(size, config.microbatch_size, self.world_size)
+                    yield [_received(batches).unpack() for _ in range(count)]
+        finally:
+            # Whoever holds an error holds this iterator. Left to the garbage collector, it would lose the threads of
+            # its queues first, and then wait in vain for its processes to read that they may end.
+            if self.num_workers:
+                batches._shutdown_workers()
+
+    def _num_ahead(self) -> int:
+        """For each loader process. With less than a step, the rest would be made while the training process waits."""
+        if self.prefetch is not None:
+            return self.prefetch
+        config = self.mixture.config
+        count = num_microbatches(config.batch_size, config.microbatch_size, self.world_size)
+        return max(LEAST_AHEAD, math.ceil(count / self.num_workers))
+
+    def _loader(self, epochs: range, start_step: int) -> "DataLoader[Any]":
+        stream = mixture_stream(
+            self.mixture,
+            rank=self.rank,
+            world_size=self.world_size,
+            epochs=epochs,
+            start_step=start_step,
+            with_maps=self.with_maps,
+        )
+        workers = self.num_workers
+        # Not prepared by accelerate, which would deal the stream out a second time.
+        return DataLoader(
+            _ErrorsAsItems(stream),
+            batch_size=None,
+            collate_fn=_Packing(self.collator),
+            num_workers=workers,
+            prefetch_factor=self._num_ahead() if workers else None,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=self._context,
+            # Without its own it draws from the generator of dropout, once more after each resume.
+            generator=torch.Generator().manual_seed(self.mixture.config.seed),
+        )
+
+
+def spare_workers(device: torch.device) -> int:
+    """Loader processes for which this machine has cores that nothing computes with, at most `MOST_WORKERS`.
+
+    For each training process: one on a GPU keeps one core busy, one on the CPU as many as torch has threads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    computing = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(0, min(MOST_WORKERS, cores // processes - computing))
+
+
+def _context(*, remote: bool) -> BaseContext:
+    """How loader processes begin: never as a copy of this process, whose threads may hold a lock that none in the copy
+    would ever give back.
+
+    They are copies of a server that has imported all this and done nothing else; it begins here, if it did not before.
+    For object stores each is a new process: the server has the environment of its first use, and credentials may be
+    newer.
+    """
+    if remote:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+    return context
+
+
+class _ErrorsAsItems(IterableDataset[Any]):
+    """The stream, whose last item is the error that ended it, if it is one for the user.
+
+    The DataLoader would put the worker's traceback into the error's message.
+    """
+
+    def __init__(self, stream: IterableDataset[Any]) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[list[StreamedSample] | UserError]:
+        try:
+            yield from self._stream
+        except UserError as error:
+            yield error
+
+
+class _Packing:
+    """Collates and packs in the loader process; hands errors through."""
+
+    def __init__(self, collator: Collator) -> None:
+        self._collator = collator
+
+    def __call__(self, samples: list[StreamedSample] | UserError) -> FlatBatch | UserError:
+        if isinstance(samples, UserError):
+            return samples
+        try:
+            return pack(self._collator(samples))
+        except UserError as error:
+            return error
+
+
+def _received(batches: Iterator[FlatBatch | UserError]) -> FlatBatch:
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LoaderDied(
+            f"a loader process died ({error}); give the run more memory, or shared memory (/dev/shm), or set "
+            "train.num_workers and train.prefetch lower, then run the same command again"
+        ) from error
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _begin_worker(_number: int) -> None:
+    """Signals to the whole group are for the training process, which saves what it has and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    threading.Thread(target=_end_with, args=[trainer], daemon=True).start()
+
+
+def _end_with(trainer: BaseProcess) -> None:
+    """Ends this process when the training process is gone, however it went.
+
+    The DataLoader's own watch is for the death of the direct parent, which is the server that made this process, and
+    which lives as long as this does.
+    """
+    trainer.join()
+    os._exit(1)

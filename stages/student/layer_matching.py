@@ -1,0 +1,172 @@
+"""Which student layers learn from which windows of a target store."""
+
+from dataclasses import dataclass
+
+from stages.layers import (
+    LayerSpan,
+    Matching,
+    default_num_matched,
+    single_layers,
+    sliding_windows,
+    span_layers,
+    student_layers,
+)
+from stages.student.config import StageConfig, TrainConfig
+from storage.codecs.maps import MapCodecConfig
+from storage.errors import UserError
+from storage.manifest import Fingerprint, Manifest
+
+UNSTORED_WINDOW_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, "sqrt2": 0.9348}
+"""Least cosine of the gradient with windows that are not stored, in `benchmarks/results/attention_codes.json`."""
+ONE_TO_ONE_COSINES = {"float16": 0.9999, "sqrt8": 0.9992, "sqrt4": 0.9985, "sqrt2": 0.9492}
+"""The same of one teacher layer for each student layer, in `benchmarks/results/attention_variants.json`."""
+UNMASKED_COSINES = {"sqrt8": 0.9916, "sqrt4": 0.9406, "sqrt2": 0.8926}
+"""The same of stored windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file."""
+
+WITHOUT_MAPS = (
+    "match others (train.student_layers), choose another decoder, or set attention_weight to 0 in the stages that "
+    "have it"
+)
+"""What to do about student layers that give no attention maps."""
+
+
+@dataclass(frozen=True)
+class LayerMatching:
+    """Which student layer learns from which teacher layers, and how the stored maps are coded.
+
+    Attributes:
+        student_layers: matched layers of the student, counted from 0.
+        captured_layers: the store's teacher layers, in stored order.
+        windows: teacher layers of each student layer.
+        stored_windows: windows for which the store holds exact sink masks and means of keys.
+        codec: how the store's maps are coded.
+    """
+
+    student_layers: tuple[int, ...]
+    captured_layers: tuple[int, ...]
+    windows: tuple[tuple[int, ...], ...]
+    stored_windows: tuple[tuple[int, ...], ...]
+    codec: MapCodecConfig
+
+    @property
+    def stored_masks(self) -> bool:
+        """Whether the store holds exact sink masks and means of keys for all of `windows`."""
+        return set(self.windows) <= set(self.stored_windows)
+
+
+def match_stage(
+    student_depth: int, manifest: Manifest, config: TrainConfig, stage: StageConfig
+) -> tuple[LayerMatching, list[str]]:
+    """The matching that a stage with the attention loss asks for; see `match_layers`."""
+    found, notes = match_run(student_depth, manifest, config)
+    name = found.codec.name
+    if not stage.attention_sink_mask and name in UNMASKED_COSINES:
+        notes.append(
+            f"attention sinks take part (attention_sink_mask is off), but {name} codes cut what is far above the sink "
+            f"threshold: the cosine between the attention gradient and the exact one, measured on large maps, was at "
+            f"least {UNMASKED_COSINES[name]} (docs/method.md; less with small maps); for an exact one extract with "
+            "teacher.map_codec=float16"
+        )
+    return found, notes
+
+
+def match_run(student_depth: int, manifest: Manifest, config: TrainConfig) -> tuple[LayerMatching, list[str]]:
+    """The matching of a run's settings, whatever its stages do with it; see `match_layers`."""
+    return match_layers(
+        student_depth,
+        manifest.fingerprint,
+        config.student_layers,
+        config.num_matched,
+        matching=config.matching,
+        span=config.layers,
+        teacher_depth=manifest.num_layers,
+    )
+
+
+def match_layers(
+    student_depth: int,
+    fingerprint: Fingerprint,
+    layers: tuple[int, ...] | None = None,
+    num_matched: int | None = None,
+    *,
+    matching: Matching = "group",
+    span: LayerSpan | None = None,
+    teacher_depth: int | None = None,
+) -> tuple[LayerMatching, list[str]]:
+    """Matching of a student with a store's captured layers.
+
+    Args:
+        student_depth: decoder layers of the student.
+        fingerprint: of the target store.
+        layers: matched student layers; None takes the first ones of the span.
+        num_matched: how many, when `layers` is None; None follows the store where it holds just this span, else takes
+            as many as `default_num_matched` says; for `all` it takes all layers of the shallower model.
+        matching: a window of teacher layers for each student layer, or one layer.
+        span: part of both decoders; None takes all captured teacher layers and the student's middle third.
+        teacher_depth: decoder layers of the teacher; needed for a span.
+
+    Returns:
+        The matching, and notes for the user.
+
+    Raises:
+        UserError: layers the student does not have, that were not captured, or more than were captured.
+    """
+    captured = fingerprint.layers
+    if span is not None:
+        assert teacher_depth is not None
+        captured = tuple(span_layers(teacher_depth, span))
+        _check_captured(captured, fingerprint.layers, span)
+    if layers is None:
+        layers = student_layers(
+            student_depth,
+            num_matched or _default_num_matched(student_depth, fingerprint, captured, span),
+            span or "middle",
+        )
+    if not layers or min(layers) < 0 or max(layers) >= student_depth:
+        raise UserError(
+            f"student layers {list(layers)} were asked for, but the decoder has layers 0 to {student_depth - 1}"
+        )
+    windows = (sliding_windows if matching == "group" else single_layers)(captured, len(layers))
+    found = LayerMatching(layers, fingerprint.layers, windows, fingerprint.windows, fingerprint.map_codec)
+    return found, [] if found.stored_masks else [_note(found, matching, captured)]
+
+
+def _default_num_matched(
+    student_depth: int, fingerprint: Fingerprint, captured: tuple[int, ...], span: LayerSpan | None
+) -> int:
+    if span is None:
+        return min(len(fingerprint.windows), default_num_matched(student_depth))
+    shallower = min(len(captured), len(span_layers(student_depth, span)))
+    if span == "all":
+        return shallower
+    most = len(fingerprint.windows) if captured == fingerprint.layers else default_num_matched(student_depth)
+    return min(shallower, most)
+
+
+def _check_captured(wanted: tuple[int, ...], captured: tuple[int, ...], span: LayerSpan) -> None:
+    if not set(wanted) <= set(captured):
+        raise UserError(
+            f"the {span} layers of the teacher are {wanted[0]} to {wanted[-1]}, but the targets hold layers "
+            f"{captured[0]} to {captured[-1]}; choose other train.layers, or extract with "
+            f"teacher.layers=[{', '.join(map(str, wanted))}]"
+        )
+
+
+def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -> str:
+    """What masks of windows that the store did not foresee are made of, and which extraction would foresee them."""
+    count, name = len(found.windows), found.codec.name
+    cosine = (ONE_TO_ONE_COSINES if matching == "one_to_one" else UNSTORED_WINDOW_COSINES)[name]
+    how = " with one teacher layer each" if matching == "one_to_one" else ""
+    part = "," if captured == found.captured_layers else f", of teacher layers {captured[0]} to {captured[-1]},"
+    remedy = f"teacher.num_matched={len(captured) if matching == 'one_to_one' else count}"
+    if captured != found.captured_layers:
+        remedy = f"teacher.layers=[{', '.join(map(str, captured))}] and {remedy}"
+    elif matching == "group":
+        remedy = f"{remedy}; or match {len(found.stored_windows)} layers"
+    return (
+        f"{count} layers are matched{how}{part} but the targets hold exact sink masks for {len(found.stored_windows)} "
+        f"windows of {len(found.stored_windows[0])}: masks are made from decoded maps; the cosine between the "
+        "attention "
+        f"gradient and the exact one, measured on large maps, with {name} codes was at least {cosine} (docs/method.md; "
+        f"less with small maps); for exact ones extract with {remedy}"
+    )

@@ -1,0 +1,96 @@
+"""What a student needs to answer questions: rows for every token id, the tokens that end an answer, padding."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from stages.conversations import EncodedConversation
+from stages.student.model.folding import ModelParts
+
+_VIDEO_HALVES: Final = {
+    "internvl": "InternVLVideoProcessor",
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "smolvlm": "SmolVLMVideoProcessor",
+}
+
+
+def vocabulary_tables(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters with a row for each token id: the embedding, and the head."""
+    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables]
+
+
+def grow_vocabulary(parts: ModelParts, tables: Sequence[str], tokenizer: Any) -> tuple[ModelParts, list[int]]:
+    """The same model with a row for every id that the tokenizer can put out, and the ids that got one.
+
+    The image token and the padding token are the teacher's, and may lie past the student's vocabulary. The student's
+    own code never looks them up; the library's does. New rows are zeros, so the other logits stay.
+    """
+    rows = int(parts.tensors[tables[0]].shape[0])
+    added_ids = list(range(rows, max(tokenizer.get_vocab().values()) + 1))
+    if not added_ids:
+        return parts, []
+    tensors, config = dict(parts.tensors), copy.deepcopy(parts.config)
+    for name in tables:
+        tensors[name] = _with_zero_rows(tensors[name], len(added_ids))
+    config.get_text_config().vocab_size = rows + len(added_ids)
+    return replace(parts, config=config, tensors=tensors), added_ids
+
+
+def generation_settings(
+    student: PreTrainedModel, tokenizer: Any, answered: EncodedConversation, added_ids: Sequence[int]
+) -> GenerationConfig:
+    """The student's, ended by the tokens that end an answer; image tokens and `added_ids` are never generated.
+
+    Args:
+        student: as it was trained.
+        tokenizer: with the padding token that batches get.
+        answered: a conversation whose `answer_mask` takes in the token that ends the answer, if there is one.
+        added_ids: of `grow_vocabulary`.
+    """
+    settings = copy.deepcopy(student.generation_config)
+    # Or loading would make them of the model's config again.
+    settings._from_model_config = False
+    named = (settings.eos_token_id, student.config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    ends = {token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None}
+    last = int(answered.token_ids[answered.answer_mask][-1])
+    if last in tokenizer.added_tokens_decoder:
+        ends.add(last)
+    settings.eos_token_id = sorted(ends)
+    settings.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings.suppress_tokens = sorted({student.config.image_token_id, *added_ids} - ends)
+    return settings
+
+
+def pad_on_the_left(tokenizer: Any) -> None:
+    """So that answers of a batch of questions begin side by side; a tokenizer without a padding token gets one."""
+    tokenizer.padding_side = "left"
+    # Only what a tokenizer was made with is saved.
+    tokenizer.init_kwargs["padding_side"] = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def name_video_half(model_type: str, folder: Path) -> None:
+    """Names the half of a processor that reads videos, where its family has one.
+
+    This project leaves that half out. The library insists on it when it loads such a processor, and needs torchvision
+    for it.
+    """
+    if (name := _VIDEO_HALVES.get(model_type)) is not None:
+        settings = {"video_processor_type": name}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def _with_zero_rows(table: Tensor, count: int) -> Tensor:
+    return torch.cat([table, table.new_zeros(count, *table.shape[1:])])

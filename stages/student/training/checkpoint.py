@@ -1,0 +1,222 @@
+"""Training checkpoints: complete or absent, safetensors and JSON only.
+
+A checkpoint is a folder `step-00000100` with the trained parameters, the optimizer's tensors under the parameters'
+names, and `state.json` (position in the stream, schedule, sha256 of the other files). It is written under another name
+and renamed when it is whole. Tensors are stored whole, however many processes hold a part of each, so a stage may go on
+with another number of them. There is no random state: what a step draws follows from its number.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from stages.student.training.parallel import gathered, part_like
+from storage.digests import digest_of, file_sha256
+from storage.errors import FingerprintMismatch, StoreUnavailable, UserError, disk_errors_named
+from storage.stores import open_store
+
+logger = logging.getLogger(__name__)
+
+TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a stage has come.
+
+    Attributes:
+        step: finished optimizer steps.
+        epoch: the epoch of the next step, counted from 0.
+        epoch_step: finished steps of that epoch; a step is the same slice of the global order for any number of
+            ranks and any microbatch size.
+        samples: samples used, over all ranks and epochs.
+        seconds: training time so far.
+        loss_sums: each loss term summed over the steps that the stage's report is about: the last ones.
+        num_summed: how many of these are finished.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    num_summed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What learns and how it is made to learn; a checkpoint holds the state of all three."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+
+
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    Args:
+        folder: where they lie.
+        keep: how many of the newest whole ones stay; at least 1.
+        write: False in all processes but one.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, write: bool = True) -> None:
+        self._folder, self._keep, self._write = folder, keep, write
+        self._damaged: set[str] = set()
+
+    def save(self, position: Position, state: TrainerState) -> None:
+        """Writes `step-N`, then removes the whole ones but the newest, and the damaged ones that `restore` met.
+
+        Args:
+            position: how far the stage is.
+            state: of all processes: each must call this, since parts of a tensor are gathered from all.
+
+        Raises:
+            StoreUnavailable: the disk is full or not to be written; the checkpoints before stay as they are.
+        """
+        trained = trained_tensors(state.model, wanted=self._write)
+        moments = gathered(_optimizer_tensors(state), wanted=self._write)
+        if not self._write:
+            return
+        store, name = open_store(self._folder), f"step-{position.step:08d}"
+        try:
+            with disk_errors(self._folder / name):
+                staging = store.staging(name)
+                try:
+                    save_file(trained, staging / TRAINED)
+                    save_file(moments, staging / OPTIMIZER)
+                    written = {
+                        "position": asdict(position),
+                        "scheduler": state.scheduler.state_dict(),
+                        "sha256": {file: file_sha256(staging / file) for file in (TRAINED, OPTIMIZER)},
+                    }
+                    (staging / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1))
+                    store.put_tree(staging, name)
+                finally:
+                    # On a full disk, what is half-written is in the way of everything else.
+                    shutil.rmtree(staging, ignore_errors=True)
+        except StoreUnavailable as error:
+            before = [path for path in list_checkpoints(self._folder) if path.name not in self._damaged]
+            kept = f"the newest one, {before[-1]}, is whole" if before else "there is none before it"
+            raise StoreUnavailable(f"the checkpoint of step {position.step} was not saved; {kept}: {error}") from error
+        # They would count as the newest ones.
+        for damaged in self._damaged - {name}:
+            store.remove_tree(damaged)
+        self._damaged.clear()
+        for old in list_checkpoints(self._folder)[: -self._keep]:
+            store.remove_tree(old.name)
+
+    def restore(self, state: TrainerState) -> Position:
+        """Puts the newest whole one into a freshly built state; the start of the stage if there is none.
+
+        Raises:
+            UserError: there are checkpoints, but all are damaged.
+        """
+        found = list_checkpoints(self._folder)
+        for path in reversed(found):
+            if damaged := _damaged_file(path):
+                logger.warning("checkpoint %s is damaged (%s); going on from the one before", path, damaged)
+                self._damaged.add(path.name)
+                continue
+            return _restore(path, state)
+        if found:
+            raise UserError(
+                f"all {len(found)} checkpoints in {self._folder} are damaged; remove it to train from the start"
+            )
+        return Position()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Those that were written to the end, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if not path.name.endswith(".partial"))
+
+
+def trained_tensors(model: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
+    """The parameters that learn, by name, whole and on the CPU, tied ones once; as `gathered`, where it is wanted."""
+    return gathered(_trained(model), wanted=wanted)
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts what `trained_tensors` gave into the parameters that learn.
+
+    Raises:
+        FingerprintMismatch: others were trained then.
+    """
+    wanted = _trained(model)
+    if differing := sorted(tensors.keys() ^ wanted.keys()):
+        raise FingerprintMismatch(
+            f"{len(tensors)} parameters were trained so far, {len(wanted)} are to be trained now; {len(differing)} "
+            f"differ, such as {differing[0]}. A version that chose others began this stage: train it in a new folder"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(part_like(tensors[name], parameter))
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """As `disk_errors_named`, also for files that safetensors writes, which has an exception of its own."""
+    with disk_errors_named(path):
+        try:
+            yield
+        except SafetensorError as error:
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _damaged_file(path: Path) -> str | None:
+    try:
+        state = json.loads((path / STATE).read_text())
+        if state.pop("digest") != digest_of(state):
+            return f"{STATE} has another digest than it says"
+        for name, digest in state["sha256"].items():
+            if file_sha256(path / name) != digest:
+                return f"{name} has another sha256 than {STATE} says"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _restore(path: Path, state: TrainerState) -> Position:
+    load_trained(state.model, load_file(path / TRAINED))
+    parameters = _trained(state.model)
+    for name, value in load_file(path / OPTIMIZER).items():
+        parameter_name, key = name.rsplit(".", 1)
+        parameter = parameters[parameter_name]
+        # The count of steps is a number; all else has the parameter's shape and is spread as it is.
+        state.optimizer.state[parameter][key] = part_like(value, parameter) if value.dim() else value
+    written = json.loads((path / STATE).read_text())
+    state.scheduler.load_state_dict(written["scheduler"])
+    # The schedule only sets the rate at its next step; until then the optimizer would use that of step 0.
+    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    return Position(**written["position"])
+
+
+def _optimizer_tensors(state: TrainerState) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": torch.as_tensor(value)
+        for name, parameter in _trained(state.model).items()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }

@@ -1,0 +1,164 @@
+"""Samples of a shard made ready ahead of the teacher, and put into batches of one padded length.
+
+Which samples make a batch follows from the shard's content and the batch size, never from timing.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
+from stages.images import BadImage, decode_image
+from stages.teacher.timings import Timings
+from storage.samples import SampleShard, StoredSample
+from storage.targets import SkippedSample
+
+LENGTH_STEP = 32
+"""Rows are padded to a multiple of this, whatever else is in their batch: a sample is computed in the same shapes alone
+and in company, which on a CPU makes the bytes the same."""
+
+HELD_BATCHES = 4
+"""Batches' worth of samples that may wait for others of their length."""
+LEAST_HELD = 64
+HELD_BYTES = 512 * 2**20
+"""Pixels of the samples that may wait."""
+AHEAD_BATCHES = 2
+"""Batches' worth of samples that are made ready while the teacher runs."""
+
+
+@dataclass(eq=False)
+class PreparedSample:
+    """One sample as the teacher reads it.
+
+    Attributes:
+        row: its row in the tar.
+        map_key: digest of all that its maps depend on; None without an image.
+        pixel_inputs: emptied once the teacher has seen them.
+    """
+
+    row: int
+    key: str
+    id: str
+    token_ids: Tensor
+    answer_mask: Tensor
+    image_positions: Tensor
+    map_key: str | None
+    pixel_inputs: dict[str, Tensor]
+
+    @property
+    def padded_length(self) -> int:
+        """T of its batch."""
+        return -(-len(self.token_ids) // LENGTH_STEP) * LENGTH_STEP
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Memory it takes while it waits."""
+        return sum(pixels.nbytes for pixels in self.pixel_inputs.values())
+
+
+class SamplePreparer:
+    """Reads, decodes and tokenizes one row of a shard; for several threads at once."""
+
+    def __init__(self, encoder: ConversationEncoder, shard: SampleShard, timings: Timings) -> None:
+        self._encoder, self._shard, self._timings = encoder, shard, timings
+
+    def __call__(self, row: int) -> PreparedSample | SkippedSample:
+        """The sample, or why it cannot be used."""
+        return self.make(row, self._shard.read(row))
+
+    def make(self, row: int, sample: StoredSample) -> PreparedSample | SkippedSample:
+        """As calling it, of a row that is read already."""
+        with self._timings.measured("preparing"):
+            name = str(sample.record.get("id", ""))
+            try:
+                images = [decode_image(data) for data in sample.images]
+                encoded = self._encoder.encode(sample.record["conversations"], images)
+            except (BadImage, UnusableConversation) as error:
+                return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
+            return PreparedSample(
+                row=row,
+                key=sample.key,
+                id=name,
+                token_ids=encoded.token_ids,
+                answer_mask=encoded.answer_mask,
+                image_positions=encoded.image_positions,
+                map_key=_map_key(sample, encoded),
+                pixel_inputs=encoded.pixel_inputs,
+            )
+
+
+def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
+    if not len(encoded.image_positions):
+        return None
+    digest = hashlib.sha256()
+    for data in sample.images:
+        digest.update(hashlib.sha256(data).digest())
+    last = int(encoded.image_positions[-1])
+    digest.update(encoded.token_ids[: last + 1].to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Sized(Protocol):
+    """Where the batch size is asked for; it may shrink on the way."""
+
+    @property
+    def value(self) -> int:
+        """Samples of a batch."""
+
+
+def prefetch(
+    make: Callable[[int], PreparedSample | SkippedSample],
+    num_rows: int,
+    threads: ThreadPoolExecutor | None,
+    size: Sized,
+) -> Generator[PreparedSample | SkippedSample, None, None]:
+    """All rows in order, made by `threads` a bounded number of rows ahead; without, each when it is asked for."""
+    if threads is None:
+        yield from map(make, range(num_rows))
+        return
+    waiting: deque[Future[PreparedSample | SkippedSample]] = deque()
+    try:
+        for row in range(num_rows):
+            waiting.append(threads.submit(make, row))
+            if len(waiting) > AHEAD_BATCHES * size.value:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+class LengthBatcher:
+    """Collects samples by padded length.
+
+    Args:
+        size: samples of a batch.
+    """
+
+    def __init__(self, size: Sized) -> None:
+        self._size = size
+        self._held: dict[int, list[PreparedSample]] = {}
+
+    def add(self, sample: PreparedSample) -> list[PreparedSample] | None:
+        """A batch that is now full, or the fullest when too much is held; None when neither."""
+        group = self._held.setdefault(sample.padded_length, [])
+        group.append(sample)
+        if len(group) >= self._size.value:
+            return self._held.pop(sample.padded_length)
+        held = [one for group in self._held.values() for one in group]
+        too_many = len(held) >= max(HELD_BATCHES * self._size.value, LEAST_HELD)
+        if too_many or sum(one.pixel_bytes for one in held) >= HELD_BYTES:
+            return self._held.pop(max(self._held, key=lambda length: (len(self._held[length]), length)))
+        return None
+
+    def rest(self) -> Iterator[list[PreparedSample]]:
+        """What is still held, the longest first."""
+        for length in sorted(self._held, reverse=True):
+            yield self._held.pop(length)

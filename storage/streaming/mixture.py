@@ -1,0 +1,225 @@
+"""Which samples an epoch has, out of one target store or several."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.digests import digest_of
+from storage.errors import FingerprintMismatch, UserError
+from storage.samples import SampleIndex
+from storage.stores import Store
+from storage.streaming.order import Ints, StreamConfig, epoch_order, num_steps, permutation, raw_bits, shard_rows
+from storage.targets import TargetStore
+
+MAY_DIFFER = frozenset({"samples", "max_length", "dtype"})
+"""Of two stores in one mixture; all else that a fingerprint holds decides what a student is or how targets are read."""
+
+_FOR_PASSES, _FOR_BUDGET = 1, 2
+"""Last numbers of the addresses of random bits; those of an epoch's order end with the epoch."""
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sample set with its targets, and how much of it an epoch takes."""
+
+    samples: Store
+    targets: TargetStore
+    weight: float = 1.0
+    """Passes over it in one epoch. 0.5 is a seeded half, in the next epoch the other one; 2 has each sample twice."""
+    subset: Path | None = None
+    """A text file with the keys of the samples to use, one a line; None uses all."""
+
+    def description(self) -> dict[str, Any]:
+        """What decides which targets a student sees: content, not places."""
+        keys = None if self.subset is None else digest_of(sorted(read_keys(self.subset)))
+        committed = sorted(self.targets.commits)
+        # Of an incomplete store: the same number of samples may be others another time.
+        shards = {} if len(committed) == self.targets.manifest.num_shards else {"shards": digest_of(committed)}
+        return {
+            "targets": self.targets.manifest.fingerprint.digest,
+            "num_samples": sum(record.num_samples for record in self.targets.commits.values()),
+            "weight": self.weight,
+            "subset": keys,
+            **shards,
+        }
+
+
+class Mixture:
+    """All epochs of one or several sources. May be sent to workers.
+
+    Rows are (shard, row) as in `epoch_order`; shards of all sources are counted in one row, source after source.
+
+    Raises:
+        FingerprintMismatch: If targets were made from other samples than those beside them, or targets of two sources
+            differ in what a student needs of them.
+        UserError: If extraction did not finish (see `StreamConfig.allow_incomplete`), or a subset cannot be used.
+    """
+
+    def __init__(self, sources: Sequence[Source], config: StreamConfig) -> None:
+        self.sources, self.config = tuple(sources), config
+        check_agreement([source.targets for source in self.sources])
+        self.indexes = tuple(SampleIndex.load(source.samples) for source in self.sources)
+        self._firsts = np.cumsum([0, *(source.targets.manifest.num_shards for source in self.sources)])
+        rows = []
+        for number, (source, index) in enumerate(zip(self.sources, self.indexes, strict=True)):
+            check_same_samples(source.samples, index, source.targets)
+            sizes = shard_sizes(source.targets, config.allow_incomplete)
+            rows.append(_usable_rows(source, index, sizes, int(self._firsts[number])))
+        self._rows = _within_budget(rows, config)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of each epoch, repeated ones counted each time."""
+        return sum(self._counts())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of each epoch."""
+        return num_steps(self.num_samples, self.config.batch_size)
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of the shards that are mixed together, on average."""
+        num_parts = sum(1 for _ in self._parts(0))
+        return -(-self.num_samples * max(1, self.config.shuffle_shards) // num_parts)
+
+    def order(self, epoch: int) -> Ints:
+        """`[num_samples, 2]`: the epoch's rows in their global order."""
+        return epoch_order(list(self._parts(epoch)), self.config.seed, epoch, self.config.shuffle_shards)
+
+    def place(self, shard: int) -> tuple[int, int]:
+        """The source a shard belongs to, and its number there."""
+        number = int(np.searchsorted(self._firsts, shard, side="right")) - 1
+        return number, shard - int(self._firsts[number])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether anything of it lies in an object store."""
+        return any("://" in url for source in self.sources for url in (source.samples.url, source.targets.store.url))
+
+    def _counts(self) -> list[int]:
+        """Samples that each source gives to an epoch."""
+        return [
+            max(1, round(source.weight * len(rows))) if len(rows) else 0
+            for source, rows in zip(self.sources, self._rows, strict=True)
+        ]
+
+    def _parts(self, epoch: int) -> Iterator[Ints]:
+        """The epoch's rows, those of one shard and one pass together."""
+        for number, (rows, count) in enumerate(zip(self._rows, self._counts(), strict=True)):
+            if not count:
+                continue
+            passes, rest = divmod(count, len(rows))
+            drawn = np.sort(_turn(len(rows), rest, epoch, raw_bits(self.config.seed, number, _FOR_PASSES)))
+            for part in [rows] * passes + [rows[drawn]] * (rest > 0):
+                yield from np.split(part, np.flatnonzero(np.diff(part[:, 0])) + 1)
+
+
+def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[int, int]:
+    """Usable samples of each committed shard.
+
+    Raises:
+        UserError: If shards are not committed yet and that is not allowed, or nothing is committed.
+    """
+    sizes = {shard: record.num_samples for shard, record in targets.commits.items()}
+    planned = targets.manifest.num_shards
+    missing = sorted(set(range(planned)) - set(sizes))
+    if (missing and not allow_incomplete) or not any(sizes.values()):
+        raise UserError(
+            f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with "
+            f"{sum(sizes.values())} samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
+            + (", or train on these with train.allow_incomplete" if any(sizes.values()) else "")
+        )
+    return sizes
+
+
+def check_same_samples(samples: Store, index: SampleIndex, targets: TargetStore) -> None:
+    """Raises FingerprintMismatch unless the targets were made from these samples."""
+    wanted = targets.manifest.fingerprint.samples
+    if index.digest != wanted:
+        raise FingerprintMismatch(
+            f"targets at {targets.store.url} were made from samples {wanted[:12]}, {samples.url} holds "
+            f"{index.digest[:12]} (differs in: samples); give the right sample set, or extract again"
+        )
+
+
+def check_agreement(stores: Sequence[TargetStore]) -> None:
+    """Raises FingerprintMismatch unless a student can learn from all these stores at once; names what differs."""
+    first = stores[0]
+    for other in stores[1:]:
+        names = first.manifest.fingerprint.differences(other.manifest.fingerprint)
+        if differing := [name for name in names if name.split(".")[0] not in MAY_DIFFER]:
+            raise FingerprintMismatch(
+                f"targets at {first.store.url} and {other.store.url} cannot be mixed (differs in: "
+                f"{', '.join(differing)}); extract both with the same teacher and settings"
+            )
+
+
+def read_keys(path: Path) -> frozenset[str]:
+    """Sample keys of a text file, one a line; empty lines do not count.
+
+    Raises:
+        UserError: If it cannot be read or names nothing.
+    """
+    try:
+        # With the byte-order mark that some editors write, which would become a part of the first key.
+        keys = frozenset(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"subset {path} cannot be read: {error}; give a text file with one sample key a line"
+        ) from error
+    if not keys:
+        raise UserError(f"subset {path} names no sample; give a text file of sample keys, one a line")
+    return keys
+
+
+def _usable_rows(source: Source, index: SampleIndex, sizes: Mapping[int, int], first: int) -> Ints:
+    """All rows of a source, or those of its subset, by shard and row."""
+    rows = [shard_rows(first + shard, size) for shard, size in sorted(sizes.items())]
+    if source.subset is None:
+        return np.concatenate(rows)
+    wanted = read_keys(source.subset)
+    found: set[str] = set()
+    for number, shard in enumerate(sorted(sizes)):
+        skipped = {sample.key for sample in source.targets.commits[shard].skipped}
+        keys = [members.key for members in index.shards[shard].members if members.key not in skipped]
+        rows[number] = rows[number][[row for row, key in enumerate(keys) if key in wanted]]
+        found.update(wanted.intersection(keys))
+    if unknown := sorted(wanted - found):
+        names = ", ".join(unknown[:_NAMED]) + (", ..." if len(unknown) > _NAMED else "")
+        raise UserError(
+            f"subset {source.subset} names {len(wanted)} samples, {source.targets.store.url} has no targets for "
+            f"{len(unknown)} of them: {names}; correct the list, or leave them out"
+        )
+    return np.concatenate(rows)
+
+
+def _within_budget(rows: list[Ints], config: StreamConfig) -> list[Ints]:
+    """`config.max_samples` of the rows of all sources, in their order."""
+    ends = np.cumsum([len(each) for each in rows])
+    if config.max_samples is None or config.max_samples >= ends[-1]:
+        return rows
+    drawn = np.sort(permutation(raw_bits(config.seed, 0, _FOR_BUDGET), int(ends[-1]))[: config.max_samples])
+    return [
+        each[drawn[(drawn >= end - len(each)) & (drawn < end)] - (end - len(each))]
+        for each, end in zip(rows, ends, strict=True)
+    ]
+
+
+def _turn(size: int, count: int, epoch: int, bits: np.random.PCG64) -> Ints:
+    """`count` different numbers below `size` for each epoch, those that earlier epochs left first."""
+    taken = left = np.zeros(0, dtype=np.int64)
+    for _ in range(epoch + 1 if count else 0):
+        taken, left = left[:count], left[count:]
+        if len(taken) < count:
+            fresh = permutation(bits, size)
+            again = np.isin(fresh, taken)
+            # What this epoch has already comes last in the new pass.
+            fresh = np.concatenate([fresh[~again], fresh[again]])
+            more = count - len(taken)
+            taken, left = np.concatenate([taken, fresh[:more]]), fresh[more:]
+    return taken

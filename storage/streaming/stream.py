@@ -1,0 +1,174 @@
+"""The training stream: one WebDataset pipeline that joins tars and target shards, key by key."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import get_worker_info
+from webdataset import DataPipeline
+
+from storage.stores import Store
+from storage.streaming.join import JoinedShard, OpenShards, StreamedSample
+from storage.streaming.mixture import Mixture, Source
+from storage.streaming.order import Ints, StreamConfig, deal, num_microbatches
+from storage.targets import TargetStore
+
+__all__ = ["Mixture", "Source", "StreamConfig", "StreamedSample", "mixture_stream", "target_stream"]
+
+
+def target_stream(
+    samples: Store,
+    targets: TargetStore | str | Path,
+    config: StreamConfig,
+    *,
+    rank: int,
+    world_size: int,
+    epoch: int,
+    start_step: int = 0,
+    layers: Sequence[int] | None = None,
+    with_maps: bool = True,
+) -> DataPipeline:
+    """`mixture_stream` of one epoch over one sample set with its targets."""
+    opened = targets if isinstance(targets, TargetStore) else TargetStore.open(targets)
+    return mixture_stream(
+        Mixture([Source(samples, opened)], config),
+        rank=rank,
+        world_size=world_size,
+        epochs=range(epoch, epoch + 1),
+        start_step=start_step,
+        layers=layers,
+        with_maps=with_maps,
+    )
+
+
+def mixture_stream(
+    mixture: Mixture,
+    *,
+    rank: int,
+    world_size: int,
+    epochs: range,
+    start_step: int = 0,
+    layers: Sequence[int] | None = None,
+    with_maps: bool = True,
+) -> DataPipeline:
+    """This rank's microbatches of all steps, each a list of StreamedSample.
+
+    Give it to `DataLoader(stream, batch_size=None, num_workers=W)`: batches come in the same order for any
+    W. Object stores need `multiprocessing_context="spawn"` (or `"forkserver"`).
+
+    Args:
+        mixture: The samples, their order and the sizes of steps and microbatches.
+        rank: This process, from 0.
+        world_size: Processes that train together; each gets the same number of microbatches in each step.
+        epochs: Which ones, counted from 0; each decides an order together with the seed.
+        start_step: Steps of the first of them to leave out; nothing of them is read.
+        layers: Teacher layers whose maps are read; None means all captured ones.
+        with_maps: False leaves the attention maps unread, for a stage without the attention loss.
+
+    Raises:
+        CorruptData: While it is read, for damaged or missing bytes; names the shard.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} of {world_size}, expected 0 to {world_size - 1}")
+    return DataPipeline(
+        _Plan(mixture, epochs, start_step, world_size),
+        _split_by_worker,
+        _Join(mixture, rank, world_size, layers, with_maps),
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step as all ranks and workers see it."""
+
+    rows: Ints
+    """`[n, 2]`: its slice of the global order."""
+    ahead: Ints
+    """The slice and what comes after it: rows whose shards should be open, or be opened now."""
+    batches: tuple[int, ...]
+    """Its microbatches, or those of them that this worker makes."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """First stage: all steps, worked out anew in each worker rather than sent to it."""
+
+    mixture: Mixture
+    epochs: range
+    start_step: int
+    world_size: int
+
+    def __call__(self) -> Iterator[_Step]:
+        mixture, config = self.mixture, self.mixture.config
+        num_ahead = config.batch_size + mixture.group_rows
+        order: Ints | None = None
+        for epoch in self.epochs:
+            order = mixture.order(epoch) if order is None else order
+            following: Ints | None = None
+            for step in range(self.start_step if epoch == self.epochs[0] else 0, mixture.num_steps):
+                first = step * config.batch_size
+                rows, ahead = order[first : first + config.batch_size], order[first : first + num_ahead]
+                if len(ahead) < num_ahead and epoch + 1 in self.epochs:
+                    # Also the next epoch should find its first shards open.
+                    following = mixture.order(epoch + 1) if following is None else following
+                    ahead = np.concatenate([ahead, following[: num_ahead - len(ahead)]])
+                count = num_microbatches(len(rows), config.microbatch_size, self.world_size)
+                yield _Step(rows, ahead, tuple(range(count)))
+            order = following
+
+
+def _split_by_worker(plan: Iterator[_Step]) -> Iterator[_Step]:
+    """Microbatch i of all goes to worker i % W: the DataLoader asks its workers in turn, so the order stays."""
+    worker = get_worker_info()
+    done = 0
+    for step in plan:
+        if worker is None:
+            yield step
+            continue
+        if mine := tuple(n for n in step.batches if (done + n) % worker.num_workers == worker.id):
+            yield _Step(step.rows, step.ahead, mine)
+        done += len(step.batches)
+
+
+@dataclass(frozen=True)
+class _Join:
+    """Last stage: deals a step out and reads it from both sides. Shards are opened in the process that reads them."""
+
+    mixture: Mixture
+    rank: int
+    world_size: int
+    layers: Sequence[int] | None
+    with_maps: bool
+
+    def __call__(self, steps: Iterator[_Step]) -> Iterator[list[StreamedSample]]:
+        config = self.mixture.config
+        opened = OpenShards(self._open)
+        try:
+            for step in steps:
+                opened.need(step.ahead[_first_rows(step.ahead[:, 0]), 0].tolist())
+                lengths = _lengths(step.rows, opened) if config.bucket_by_length else None
+                dealt = deal(len(step.rows), config.microbatch_size, self.world_size, lengths)
+                for number in step.batches:
+                    rows = step.rows[dealt[number][self.rank]].tolist()
+                    yield [opened[shard].read(row, self.layers, self.with_maps) for shard, row in rows]
+        finally:
+            opened.close()
+
+    def _open(self, shard: int) -> JoinedShard:
+        number, shard = self.mixture.place(shard)
+        source = self.mixture.sources[number]
+        return JoinedShard(source.samples, self.mixture.indexes[number], source.targets, shard)
+
+
+def _first_rows(shards: Ints) -> Ints:
+    """Where each shard comes first, in this order."""
+    return np.sort(np.unique(shards, return_index=True)[1])
+
+
+def _lengths(rows: Ints, opened: OpenShards) -> Ints:
+    lengths = np.zeros(len(rows), dtype=np.int64)
+    for shard in np.unique(rows[:, 0]).tolist():
+        of_shard = rows[:, 0] == shard
+        lengths[of_shard] = opened[shard].num_tokens[rows[of_shard, 1]]
+    return lengths

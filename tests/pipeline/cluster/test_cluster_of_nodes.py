@@ -1,0 +1,69 @@
+"""Extraction on a cluster whose nodes come and go."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipeline.extraction import ExtractionReport
+from storage.verify import verify
+from tests.conftest import TinyWorld
+from tests.pipeline.cluster.ray_nodes import nodes
+from tests.pipeline.processes import PATIENCE_S, runs_until, start_cdp, tree
+
+
+@pytest.mark.slow
+def test_a_lost_node_loses_no_shard_and_one_that_joins_is_used(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    store, err = tmp_path / "store", tmp_path / "err.txt"
+    places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", store)
+    settings = ("--set", "teacher.batch_size=4")
+    with nodes("one") as cluster:
+        driver = start_cdp("extract-teacher", *places, *settings, "--ray-address", cluster.address, err=err)
+        assert runs_until(driver, lambda: any((store / "commits").glob("*.json"))), err.read_text()
+        # It holds shards that are not committed yet.
+        cluster.kill("one")
+        cluster.add("two")
+        assert driver.wait(PATIENCE_S) == 0, err.read_text()
+    lasting = ("manifest.json", "teacher/", "shards/", "commits/")
+    assert tree(store, *lasting) == tree(targets, *lasting)
+    assert verify(store, tiny.samples).ok
+    report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
+    lost, joined = report.per_worker
+    assert "its worker process died" in lost.ended
+    assert lost.shards + joined.shards == report.shards_made_now == report.shards
+    assert lost.samples + joined.samples == report.samples
+    assert report.failed_tries
+    assert all(failed.pid == lost.pid for tries in report.failed_tries.values() for failed in tries)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_in_the_middle_of_shards_while_another_has_joined_and_works_loses_none(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store, err = tmp_path / "store", tmp_path / "err.txt"
+    places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", store)
+    settings = ("--set", "teacher.batch_size=4")
+
+    def num_commits() -> int:
+        return len(list((store / "commits").glob("0*.json")))
+
+    with nodes("one") as cluster:
+        driver = start_cdp("extract-teacher", *places, *settings, "--ray-address", cluster.address, err=err)
+        assert runs_until(driver, lambda: num_commits() > 0), err.read_text()
+        # From now on it stands still in the middle of what it has in hand.
+        (worker,) = cluster.workers()
+        os.kill(worker, signal.SIGSTOP)
+        num_before = num_commits()
+        cluster.add("two")
+        assert runs_until(driver, lambda: num_commits() > num_before), err.read_text()
+        cluster.kill("one")
+        assert driver.wait(PATIENCE_S) == 0, err.read_text()
+    lasting = ("manifest.json", "teacher/", "shards/", "commits/")
+    assert tree(store, *lasting) == tree(targets, *lasting)
+    report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
+    lost, *others = report.per_worker
+    assert lost.pid == worker
+    assert "its worker process died" in lost.ended
+    assert report.failed_tries
+    assert lost.shards + sum(other.shards for other in others) == report.shards_made_now == report.shards

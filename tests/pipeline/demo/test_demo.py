@@ -1,0 +1,45 @@
+"""The demo in miniature, and that the README shows what a real one measured."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.demo.demo import DemoConfig, DemoReport, accuracy_table, run_demo
+from storage.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+PUBLISHED = ROOT / "docs" / "demo" / "report.json"
+
+
+@pytest.mark.slow
+def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
+    config = DemoConfig(num_images=40, num_pairs=5, steps=3)
+    report = run_demo(tmp_path / "demo", config)
+    assert set(report.students) == {"sft", "logits", "compodistill"}
+    assert report.target_bytes > 0
+    for student in report.students.values():
+        assert set(student.evaluation.kinds) == set(report.teacher.kinds)
+        assert 0 < student.similarity <= 1
+    assert json.loads((tmp_path / "demo" / "report.json").read_text())["config"]["num_images"] == 40
+    assert "data:image/png;base64" in (tmp_path / "demo" / "report.html").read_text()
+
+    again = run_demo(tmp_path / "demo", config)
+    assert {name: s.evaluation.average for name, s in again.students.items()} == {
+        name: s.evaluation.average for name, s in report.students.items()
+    }
+    with pytest.raises(UserError, match="num_images"):
+        run_demo(tmp_path / "demo", DemoConfig(num_images=41, num_pairs=5, steps=3))
+
+
+def test_the_readmes_table_is_that_of_the_published_report() -> None:
+    report = DemoReport.model_validate_json(PUBLISHED.read_text())
+    table = accuracy_table(report)
+    shown = {
+        cells[0]: cells[1:]
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if (cells := [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("| "))]) and len(cells) > 1
+    }
+    for row in table.rows:
+        assert shown[row[0]] == row[1:], row[0]

@@ -1,0 +1,141 @@
+"""Estimates against what extraction then wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import RESULTS
+from pipeline.demo.assets import TEACHER
+from pipeline.demo.scenes.dataset import write_dataset
+from stages.estimate.analytic import BYTES_PER_ENTRY, METADATA_BYTES_PER_ARRAY, estimate_from_configs
+from stages.estimate.extrapolate import longest_share, student_t
+from stages.estimate.measured import CODECS, estimate_by_measurement
+from stages.estimate.report import Estimate, EstimateConfig
+from stages.samples.pack import PackConfig, pack_samples
+from stages.teacher.identity import TeacherConfig
+from storage.codecs.triangle import num_entries
+from storage.errors import UserError
+from storage.inspect import summarize
+from storage.stores import open_store
+from storage.targets.layout import ARRAYS
+from tests.stages.distilled import TinyData, extract_here, make_tiny_data
+
+SETTINGS = {"layers": (2, 3, 4, 5, 6), "num_matched": 3, "max_length": 512, "batch_size": 16, "top_k": 32}
+NEARNESS = 0.15
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """60 scenes, about twice as many conversations, for the bundled teacher."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_dataset(folder, 60, 0, "shapes", 1)
+    pack_samples(folder / "train.json", folder, folder / "samples", PackConfig(max_samples_per_shard=64))
+    return TinyData(TEACHER, TEACHER, folder / "samples")
+
+
+@pytest.fixture(scope="module")
+def estimate(scenes: TinyData) -> Estimate:
+    """Of a part of the scenes: 64 read, 32 seen by the teacher."""
+    settings = TeacherConfig.model_validate({"checkpoint": str(TEACHER), **SETTINGS})
+    config = EstimateConfig(counted_samples=64, probed_samples=32)
+    return estimate_by_measurement(settings, open_store(scenes.samples), config, workers=2, threads=1)
+
+
+@pytest.mark.parametrize("codec", ["sqrt4", "float16"])
+def test_estimated_bytes_are_near_those_that_extraction_writes(
+    scenes: TinyData, estimate: Estimate, codec: str, tmp_path: Path
+) -> None:
+    extract_here(scenes, tmp_path / codec, **SETTINGS, map_codec=codec)
+    found = summarize(tmp_path / codec)
+    expected = estimate.settings[codec]
+    assert estimate.counted_samples < found.num_samples
+    assert expected.shard_bytes == pytest.approx(found.total_bytes, rel=NEARNESS)
+    maps = "map_codes"
+    assert expected.bytes_by_array[maps] == pytest.approx(found.array_bytes[maps], rel=NEARNESS)
+    written = sum(file.stat().st_size for file in (tmp_path / codec).rglob("*") if file.is_file())
+    assert expected.store_bytes == pytest.approx(written, rel=NEARNESS)
+
+
+def test_every_codec_has_bytes_an_interval_and_hours_and_coarser_codes_are_smaller(estimate: Estimate) -> None:
+    assert estimate.basis == "probe"
+    assert tuple(estimate.settings) == CODECS
+    sizes = [setting.shard_bytes for setting in estimate.settings.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    for setting in estimate.settings.values():
+        assert setting.shard_bytes_95 is not None
+        low, high = setting.shard_bytes_95
+        assert 0 < low < setting.shard_bytes < high
+        assert sum(setting.bytes_by_array.values()) == pytest.approx(setting.shard_bytes, rel=1e-3)
+        assert estimate.load_seconds < setting.wall_seconds
+        assert setting.worker_seconds > estimate.teacher_seconds_per_sample * estimate.num_samples * 0.9
+    rows = list(estimate.answer_bytes_by_top_k)
+    assert 32 in rows
+    assert estimate.answer_bytes_by_top_k[16] < estimate.answer_bytes_by_top_k[32]
+    assert estimate.settings["sqrt4"].bytes_by_array["logit_records"] == pytest.approx(
+        estimate.answer_bytes_by_top_k[32], rel=1e-3
+    )
+
+
+def test_unusable_samples_are_counted_and_shown_with_their_reasons(tmp_path: Path) -> None:
+    data = make_tiny_data(tmp_path)
+    # Most samples have an image, whose 16 tokens alone are more; the others' answers come later.
+    settings = TeacherConfig(checkpoint=str(data.teacher), max_length=12, batch_size=4)
+    config = EstimateConfig(runs=2, counted_samples=20, probed_samples=4)
+    with pytest.raises(UserError, match=r"none of 20 samples .* can be used \(image_beyond_max_length: 16"):
+        estimate_by_measurement(settings, open_store(data.samples), config, workers=1, threads=1)
+    # Long enough for the shorter conversations.
+    settings = settings.model_copy(update={"max_length": 24})
+    estimate = estimate_by_measurement(settings, open_store(data.samples), config, workers=1, threads=1)
+    assert 0 < sum(estimate.unusable.values()) < 20
+    assert estimate.per_sample["samples"] == pytest.approx(1 - sum(estimate.unusable.values()) / 20)
+    assert all(reason in " ".join(estimate.unusable_examples) for reason in list(estimate.unusable)[:1])
+
+
+def test_configs_alone_give_a_coarse_estimate_without_reading_weights(scenes: TinyData, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in TEACHER.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    settings = TeacherConfig.model_validate({"checkpoint": str(bare), **SETTINGS})
+    counted = estimate_from_configs(settings, open_store(scenes.samples), EstimateConfig(), workers=4)
+    assert counted.basis == "configs"
+    assert counted.counted_samples == counted.num_samples
+    assert counted.settings["sqrt4"].shard_bytes_95 is None
+    assert "coarse" in counted.notes[0]
+    assumed = estimate_from_configs(settings, None, EstimateConfig(samples=1000), workers=4)
+    assert assumed.per_sample["map_entries"] == num_entries(36, causal=True) / 2
+    assert (assumed.num_samples, assumed.num_shards) == (1000, 2)
+    assert assumed.settings["sqrt4"].wall_seconds == pytest.approx(0.512 * assumed.settings["sqrt4"].worker_seconds)
+    faster = EstimateConfig(samples=1000, efficiency=0.8)
+    halved = estimate_from_configs(settings, None, faster, workers=4)
+    assert 2 * halved.teacher_seconds_per_sample == pytest.approx(assumed.teacher_seconds_per_sample)
+    with pytest.raises(UserError, match=r"estimate\.samples=NUMBER"):
+        estimate_from_configs(settings, None, EstimateConfig(), workers=1)
+
+
+def test_bytes_of_an_entry_are_those_of_the_benchmark() -> None:
+    measured = json.loads((RESULTS / "attention_codes.json").read_text())["synthetic"]
+    (num_tokens,) = measured["image_tokens"]
+    entries = len(measured["layers"]) * num_entries(num_tokens, causal=True)
+    assert BYTES_PER_ENTRY.keys() == measured["codecs"].keys()
+    for codec, per_entry in BYTES_PER_ENTRY.items():
+        assert per_entry == pytest.approx(measured["codecs"][codec]["bytes_a_sample"] / entries, rel=1e-3)
+
+
+def test_metadata_of_an_array_is_about_as_large_as_assumed(scenes: TinyData, estimate: Estimate) -> None:
+    found = estimate.settings["sqrt4"].bytes_by_array["(metadata)"] / estimate.num_shards
+    assert found / (len(ARRAYS) + 1) == pytest.approx(METADATA_BYTES_PER_ARRAY, rel=0.25)
+
+
+def test_the_busiest_worker_gets_what_falls_to_it_shard_by_shard() -> None:
+    assert longest_share([10, 10, 10], 1) == 1
+    assert longest_share([10, 10, 10], 2) == pytest.approx(2 / 3)
+    assert longest_share([10, 10, 1], 2) == pytest.approx(11 / 21)
+    assert longest_share([10], 8) == 1
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (3, 3.182), (7, 2.365), (30, 2.042)])
+def test_the_quantiles_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_t(freedom) == pytest.approx(quantile, rel=0.01)

@@ -1,0 +1,68 @@
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.export.model_card import ExportReport, ModelNames, StageRecord, model_card
+
+EXPORT = ExportReport(
+    source="run/sft/student",
+    model_class="LlavaForConditionalGeneration",
+    custom_code=None,
+    post_connector="folded",
+    dtype="float32",
+    trained_dtype="float32",
+    parameters=10,
+    bytes=40,
+    image_token_id=1,
+    added_rows=0,
+    end_token_ids=[0],
+    logit_error=0.0,
+    rounding_error=0.0,
+    logit_scale=1.0,
+    seconds=1.0,
+)
+NAMES = ModelNames("some-org/decoder", "models/teacher-4b", frozenset({"some-org/decoder"}))
+
+
+def card_of(*terms: set[str], adapter: str = "teacher") -> tuple[dict[str, Any], str]:
+    """Front matter and text of the card of a student whose stages had these losses."""
+    history = [
+        StageRecord(
+            {
+                "stage": name,
+                "samples": 4,
+                "steps": 1,
+                "trained_parameters": 5,
+                "seconds": 1.0,
+                "losses": dict.fromkeys(sorted(losses), 1.0),
+            },
+            {"settings": {"adapter": adapter}, "targets": ["ab"], "decoder": "cd"},
+        )
+        for name, losses in zip(("dpt", "dft", "sft"), terms, strict=False)
+    ]
+    _, front, text = model_card("student", EXPORT, history, NAMES, None).split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+@pytest.mark.parametrize("terms", [({"lm", "kd"}, {"lm"}), ({"lm"}, {"lm", "attention"}, {"lm"})])
+def test_a_student_with_a_stage_that_learned_from_the_teacher_is_called_distilled(terms: tuple[set[str], ...]) -> None:
+    front, text = card_of(*terms)
+    assert front["tags"] == ["distillation", "compodistill"]
+    assert "distilled from stored targets" in text
+    assert "its teacher `models/teacher-4b`" in text
+
+
+@pytest.mark.parametrize("adapter", ["teacher", "own"])
+def test_a_student_of_answers_alone_is_not_called_distilled(adapter: str) -> None:
+    front, text = card_of({"lm"}, {"lm"}, adapter=adapter)
+    assert "tags" not in front
+    assert "trained on answers alone, without distillation" in text
+    assert "distilled" not in text
+    assert ("with the vision tower of `models/teacher-4b`" in text) == (adapter == "teacher")
+
+
+def test_a_folder_with_a_name_like_an_id_is_no_base_model() -> None:
+    front, text = card_of({"lm", "kd"})
+    assert front["base_model"] == ["some-org/decoder"]
+    assert "`models/teacher-4b`" in text

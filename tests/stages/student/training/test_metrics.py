@@ -1,0 +1,60 @@
+"""Files beside a stage's metrics: none is lost to a kill, none is used half-written."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.student.training.metrics import MetricsLog
+
+FAKE = """
+ids = []
+
+class Run:
+    def finish(self):
+        pass
+
+def init(**settings):
+    ids.append(settings["id"])
+    return Run()
+"""
+"""In the place of Weights & Biases."""
+
+
+def test_the_losses_so_far_are_replaced_in_one_step_when_a_stage_goes_on(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, (), 0, {}, enabled=True)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0 / step})
+    log.close()
+    # The file as whoever opened it has it: not cut while the new one is written.
+    os.link(tmp_path / "metrics.jsonl", tmp_path / "before")
+    before = (tmp_path / "before").read_bytes()
+    log = MetricsLog(tmp_path, (), 2, {}, enabled=True)
+    log.write(3, {"loss": 0.5})
+    log.close()
+    assert (tmp_path / "before").read_bytes() == before
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("left", ["", "\n", "0123abcd"], ids=["empty", "blank", "whole"])
+def test_a_run_of_weights_and_biases_goes_on_under_its_id_and_never_under_an_empty_one(
+    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "wandb.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    folder = tmp_path / "dpt"
+    folder.mkdir()
+    (folder / "wandb-id.txt").write_text(left)
+    for _ in range(2):
+        MetricsLog(folder, ("wandb",), 0, {}, enabled=True).close()
+    first, second = sys.modules["wandb"].ids
+    assert first == second == (folder / "wandb-id.txt").read_text()
+    assert len(first) == 8
+    assert left.strip() in ("", first)
+    monkeypatch.delitem(sys.modules, "wandb")
