@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipeline.cluster.task_queue import FailedTry
 from pipeline.cluster.worker import Outcome, Worker
@@ -19,6 +19,7 @@ from storage.errors import TooManySkipped, UserError
 from storage.manifest import Manifest, create_or_check
 from storage.samples import SampleIndex
 from storage.stores import Store, open_store
+from storage.strict_model import StrictModel
 from storage.targets import CommitRecord, clean_partials, has_teacher
 from storage.targets.commits import COMMITS, committed_shards, iter_commits
 
@@ -33,10 +34,8 @@ SHARDS_IN_FLIGHT = 2
 """Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""
 
 
-class ExtractConfig(BaseModel):
+class ExtractConfig(StrictModel):
     """How extraction runs; none of it changes what is stored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ray_address: str | None = None
     """Address of a Ray cluster; None starts one on this machine."""
@@ -49,10 +48,8 @@ class ExtractConfig(BaseModel):
     """Samples that may be unusable before the command fails; they are in the ledger either way."""
 
 
-class WorkerReport(BaseModel):
+class WorkerReport(StrictModel):
     """One worker of a run: a process with a teacher in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     node: str
     pid: int
@@ -70,10 +67,8 @@ class WorkerReport(BaseModel):
     """Why it ended."""
 
 
-class ExtractionReport(BaseModel):
+class ExtractionReport(StrictModel):
     """What a run of `cdp extract-teacher` did; saved in the store as `reports/extraction.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shards: int
     shards_made_now: int

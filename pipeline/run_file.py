@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.extraction import ExtractConfig
 from pipeline.recipes import find_config
@@ -16,6 +16,7 @@ from stages.student.config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
 from storage.stores import open_store
+from storage.strict_model import StrictModel
 
 _SHORT = reprlib.Repr()
 # A few lines of YAML can stand for a value of any size.
@@ -27,10 +28,8 @@ _DEEPEST = 8
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-class RunFile(BaseModel):
+class RunFile(StrictModel):
     """All settings; a command uses the sections it needs. Unknown keys fail."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: str | None = None
     """Sample shards: a folder or an object-store URL."""

@@ -7,7 +7,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from rich.progress import Progress
 
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint, find_checkpoint
@@ -26,6 +26,7 @@ from storage.digests import digest_of
 from storage.errors import UserError
 from storage.stores import Store, open_store
 from storage.streaming.stream import Source
+from storage.strict_model import StrictModel
 from storage.targets import TargetStore
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,8 @@ Trainer = Callable[[str, RunFile], list[StageReport]]
 """Trains the named student and gives a report for each of its stages; a finished or begun one goes on from there."""
 
 
-class SweptStudent(BaseModel):
+class SweptStudent(StrictModel):
     """What came of one student."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stages: dict[StageName, StageReport]
     """Each stage's report, its final losses among it."""
@@ -60,20 +59,16 @@ class SweptStudent(BaseModel):
         return sum(report.samples for report in self.stages.values()) / max(self.seconds, 1e-9)
 
 
-class SweepReport(BaseModel):
+class SweepReport(StrictModel):
     """Results side by side; saved as `sweep.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     students: dict[str, SweptStudent]
     failures: dict[str, str]
     """What stopped those that have no result."""
 
 
-class _Measured(BaseModel):
+class _Measured(StrictModel):
     """What figures are of and what they were measured with; by content, since places may hold something else later."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     compare: CompareConfig
     evaluate: EvaluationConfig
@@ -87,10 +82,8 @@ class _Measured(BaseModel):
     """The store whose maps the student is compared with, as `Source.description` says it."""
 
 
-class _Compared(BaseModel):
+class _Compared(StrictModel):
     """Figures of a finished student, so that they need not be measured again."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     measured: _Measured
     evaluation: EvaluationReport | None

@@ -15,23 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pipeline.recipes import find_config
 from pipeline.run_file import RunFile, lay_over, read_document, resolve, validated
 from stages.evaluation.pairs import load_pairs
 from storage.errors import UserError
 from storage.stores import PARTIAL
+from storage.strict_model import StrictModel
 
 SWEEP_REPORT = "sweep.json"
 """File of all results in a sweep's folder."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class CompareConfig(BaseModel):
+class CompareConfig(StrictModel):
     """What is measured of each student once it is trained; nothing unless asked for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: Path | None = None
     """Folder of caption pairs in SugarCrepe's layout, for the accuracy; the run file's `evaluate` says how."""

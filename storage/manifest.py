@@ -2,13 +2,14 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from storage.codecs.answer_logits import LogitCodecConfig
 from storage.codecs.maps import MapCodecConfig
 from storage.digests import canonical_json, check_canonical, digest_of, parse_json
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.stores import Store
+from storage.strict_model import StrictModel
 
 MANIFEST_PATH = "manifest.json"
 FORMAT_VERSION = 2
@@ -20,10 +21,8 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 _SHOWN_CHARS = 60
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(StrictModel):
     """All that decides which bytes an extraction writes; no default, so nothing is unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher_weights: str
     """Digest of the teacher's weights."""
@@ -64,10 +63,8 @@ class Fingerprint(BaseModel):
         return sorted(_differences(self.model_dump(mode="json"), other.model_dump(mode="json")))
 
 
-class Manifest(BaseModel):
+class Manifest(StrictModel):
     """The head of a target store: its format, fingerprint and sizes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int
     """Layout of the store, see FORMAT.md."""

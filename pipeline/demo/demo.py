@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from pipeline.cli.tables import TrainingBars, output, print_page_table
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
@@ -31,6 +29,7 @@ from stages.samples.pack import PackConfig, pack_samples
 from storage.errors import UserError
 from storage.inspect import StoreSummary, summarize
 from storage.stores import open_store
+from storage.strict_model import StrictModel
 
 STUDENTS = ("sft", "logits", "compodistill")
 RECIPE = Path("demo")
@@ -38,10 +37,8 @@ COMPARED_SAMPLES = 256
 PICTURES = 8
 
 
-class DemoConfig(BaseModel):
+class DemoConfig(StrictModel):
     """How large the demo is."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_images: int = 1500
     """Training images; about two conversations each."""
@@ -56,10 +53,8 @@ class DemoConfig(BaseModel):
     seed: int = 0
 
 
-class StudentResult(BaseModel):
+class StudentResult(StrictModel):
     """One student of the demo."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     evaluation: EvaluationReport
     similarity: float
@@ -68,10 +63,8 @@ class StudentResult(BaseModel):
     """Training time."""
 
 
-class DemoReport(BaseModel):
+class DemoReport(StrictModel):
     """What the demo measured; saved as `report.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: DemoConfig
     seconds: dict[str, float]

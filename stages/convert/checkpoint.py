@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from stages.student.model.modeling_compodistill import (
 )
 from stages.weights import INDEX, SINGLE, indexed_files, some
 from storage.errors import UserError
+from storage.strict_model import StrictModel
 
 REPORT = "conversion.json"
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -36,10 +36,8 @@ Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes of all weights)."""
 
 
-class ConversionReport(BaseModel):
+class ConversionReport(StrictModel):
     """What was converted; `conversion.json` beside the weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     """The released checkpoint."""

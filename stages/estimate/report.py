@@ -2,15 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from storage.codecs.maps import MapCodecName
+from storage.strict_model import StrictModel
 
 
-class EstimateConfig(BaseModel):
+class EstimateConfig(StrictModel):
     """How `cdp estimate` looks at the samples, and what it assumes where nothing can be measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 0
     """Draws the samples; another seed shows how much the draw matters."""
@@ -37,10 +36,8 @@ class EstimateConfig(BaseModel):
     """From configs alone: share of the peak that the teacher's forward pass reaches."""
 
 
-class SettingEstimate(BaseModel):
+class SettingEstimate(StrictModel):
     """A whole extraction with one map codec."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard_bytes: int
     """All files of all target shards: what `cdp extract-teacher` reports as the size."""
@@ -56,10 +53,8 @@ class SettingEstimate(BaseModel):
     """From the start of the workers to the last shard, with as many workers as the estimate names."""
 
 
-class Estimate(BaseModel):
+class Estimate(StrictModel):
     """What `cdp estimate` found, before anything is written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     basis: Literal["probe", "configs"]
     """probe: measured on samples that went through the teacher. configs: worked out, coarse."""

@@ -2,13 +2,11 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from storage.strict_model import StrictModel
 
 
-class KindResult(BaseModel):
+class KindResult(StrictModel):
     """The result on one kind of pairs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_pairs: int
     """Pairs scored."""
@@ -20,10 +18,8 @@ class KindResult(BaseModel):
     """How often the model preferred A over both orders; only for letters."""
 
 
-class EvaluationReport(BaseModel):
+class EvaluationReport(StrictModel):
     """The result on a suite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     """Name or folder the model was loaded from."""

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
@@ -30,6 +30,7 @@ from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
 from stages.images import MAX_PIXELS, BadImage, decode_image
 from storage.errors import UserError
+from storage.strict_model import StrictModel
 
 Progress = Callable[[int], None]
 
@@ -37,10 +38,8 @@ NO_LIMIT: Final = 2**31
 """Length at which nothing is cut: half a caption must not be compared with a whole one."""
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(StrictModel):
     """How pairs are scored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scoring: Literal["likelihood", "letters"] = "likelihood"
     """`likelihood` compares the captions as answers, `letters` lets the model choose A or B."""

@@ -10,21 +10,19 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from stages.student.data.batch import Batch, capture_for, decode_windows
 from stages.student.layer_matching import LayerMatching
 from stages.student.losses import below_sink_threshold, matched_loss
 from stages.student.model.build import Student
+from storage.strict_model import StrictModel
 
 LayersFrom = Literal["training", "default"]
 
 
-class AttentionSimilarity(BaseModel):
+class AttentionSimilarity(StrictModel):
     """Means over samples, for each matched pair of layers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     student_layers: tuple[int, ...]
     windows: tuple[tuple[int, ...], ...]

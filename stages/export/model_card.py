@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from stages.evaluation.report import EvaluationReport
 from stages.student.training.resume_guard import STAGE_FILE
+from storage.strict_model import StrictModel
 
 _USE = """\
 ```python
@@ -26,10 +25,8 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-class ExportReport(BaseModel):
+class ExportReport(StrictModel):
     """What was exported; `export.json` beside the weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     """Last names of the checkpoint's path: run, stage, `student`."""

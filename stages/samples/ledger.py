@@ -5,9 +5,8 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from storage.errors import TooManySkipped
+from storage.strict_model import StrictModel
 
 NUM_EXAMPLES = 5
 
@@ -21,10 +20,8 @@ class UnusableSample(Exception):
         self.detail = detail
 
 
-class SkippedSample(BaseModel):
+class SkippedSample(StrictModel):
     """One line of the ledger."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ordinal: int
     """The record's place in the source file, from 0."""

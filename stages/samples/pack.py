@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from stages.samples.image_files import ImageFolder
 from stages.samples.ledger import Ledger, UnusableSample
@@ -16,6 +16,7 @@ from stages.samples.llava_record import LlavaRecord, parse_record, record_id
 from stages.samples.staged_folder import LEDGER, REPORT, SHARDS, StagedFolder
 from storage.errors import UserError
 from storage.samples import SampleShardWriter, StoredSample
+from storage.strict_model import StrictModel
 
 Progress = Callable[[int, int | None, int], None]
 """Called with (samples done, total, image bytes packed).
@@ -26,10 +27,8 @@ First while records are read, with total None; then, from the start again, as th
 _RECORDS_BETWEEN_REPORTS = 1000
 
 
-class PackConfig(BaseModel):
+class PackConfig(StrictModel):
     """How samples are packed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_samples_per_shard: int = Field(512, ge=1)
     """A shard is one unit of extraction work: smaller ones spread and resume better, larger stream better."""
@@ -41,10 +40,8 @@ class PackConfig(BaseModel):
     """Width times height above which an image is refused, before it is decoded."""
 
 
-class PackReport(BaseModel):
+class PackReport(StrictModel):
     """What packing did; `pack-report.json` beside the shards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_samples: int
     """Samples in the shards."""

@@ -2,10 +2,11 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from stages.layers import LayerSpan, Matching
 from stages.student.losses import AttentionLoss, Divergence
+from storage.strict_model import StrictModel
 
 StageName = Literal["dpt", "dft", "sft"]
 STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
@@ -13,10 +14,8 @@ Parallel = Literal["ddp", "fsdp"]
 Tracker = Literal["tensorboard", "wandb"]
 
 
-class LoraSettings(BaseModel):
+class LoraSettings(StrictModel):
     """Low-rank adaptation of the decoder's linear layers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(default=128, ge=1)
     """Rank of each update; higher learns more and costs memory."""
@@ -26,10 +25,8 @@ class LoraSettings(BaseModel):
     """Dropout on the update's input."""
 
 
-class DataSource(BaseModel):
+class DataSource(StrictModel):
     """A target store with its samples, as one of several to train on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: str
     """Sample shards: a folder or an object-store URL."""
@@ -41,10 +38,8 @@ class DataSource(BaseModel):
     """Text file with the keys of the samples to use, one a line; None uses all."""
 
 
-class StageConfig(BaseModel):
+class StageConfig(StrictModel):
     """One stage of training; its subclasses hold the published settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     trains: Literal["post_connector", "lora", "full"]
     """What learns: the post-connector alone, LoRA on the decoder with it, or the whole decoder with it. A student with
@@ -111,10 +106,8 @@ class SupervisedFinetuning(StageConfig):
     attention_weight: float = Field(default=0.0, ge=0)
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(StrictModel):
     """Everything about a training run but its places, which are given beside it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dpt: DistilledPretraining = DistilledPretraining()
     """Distilled pre-training."""

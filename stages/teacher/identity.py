@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention import CAPTURE_VERSION
@@ -28,12 +28,11 @@ from storage.codecs.answer_logits import LogitCodecConfig
 from storage.codecs.maps import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest
+from storage.strict_model import StrictModel
 
 
-class TeacherConfig(BaseModel):
+class TeacherConfig(StrictModel):
     """Which teacher, and what is kept of what it sees."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: str
     """Folder or hub id of the teacher."""

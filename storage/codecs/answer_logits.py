@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from storage.codecs.bits import num_bytes, pack_bits, pack_integers, unpack_bits, unpack_integers
+from storage.strict_model import StrictModel
 
 LOWEST_LOGPROB = -50.0
 """The `levels` codec stores rarer tokens as this rare: 2e-22 each, 4e-6 at temperature 4."""
@@ -28,10 +29,8 @@ _ROWS_AT_ONCE = 32
 """Bounds the float64 copies: 32 rows of 151,936 words are 39 MB each."""
 
 
-class LogitCodecConfig(BaseModel):
+class LogitCodecConfig(StrictModel):
     """How an answer row is coded; its dict stands in the manifest and is all a reader needs to decode."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["float16", "levels"] = "levels"
     """`float16` keeps every log-probability in 2 bytes; `levels` 9 of them, and about 4 bits of each other."""

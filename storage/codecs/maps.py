@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from storage.codecs.bits import pack_narrow, unpack_narrow
 from storage.codecs.sinks import map_mean_std
 from storage.codecs.triangle import num_entries, pack_entries, unpack_entries
+from storage.strict_model import StrictModel
 
 MapCodecName = Literal["float16", "sqrt8", "sqrt4", "sqrt2"]
 _BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
@@ -27,10 +28,8 @@ CORNER_SHARE = 32
 """One of so many keys is in the corner: a thousandth of the entries."""
 
 
-class MapCodecConfig(BaseModel):
+class MapCodecConfig(StrictModel):
     """How maps are coded; its dict stands in the manifest and is all a reader needs to decode."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: MapCodecName
     """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry."""

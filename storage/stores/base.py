@@ -1,5 +1,6 @@
 """The protocol every store keeps, and which paths it accepts."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,19 @@ class Store(Protocol):
 
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Move `local_dir` to the folder `path`; one with the same content is left alone."""
+
+    @contextmanager
+    def new_tree(self, path: str) -> Iterator[Path]:
+        """A new local folder to write to, which becomes the folder `path` when the block ends.
+
+        The folder appears complete or not at all: it is gone when the block raises.
+        """
+        staging = self.staging(path)
+        try:
+            yield staging
+            self.put_tree(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     def remove_tree(self, path: str) -> None:
         """Remove a folder and all below it; nothing happens when it is absent."""

@@ -10,11 +10,11 @@ from stat import S_IMODE
 
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError, disk_errors_named
-from storage.stores.base import PARTIAL, ExpectedFiles, relative_path
+from storage.stores.base import PARTIAL, ExpectedFiles, Store, relative_path
 from storage.stores.owner import partial_path, remove_if_abandoned
 
 
-class LocalStore:
+class LocalStore(Store):
     """Files below one folder, each replaced or created in one atomic step after an fsync."""
 
     def __init__(self, root: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from storage.digests import digest_of, file_sha256
 from storage.errors import CorruptData, StoreUnavailable, UserError, disk_errors_named
-from storage.stores.base import PARTIAL, ExpectedFiles, relative_path
+from storage.stores.base import PARTIAL, ExpectedFiles, Store, relative_path
 from storage.stores.cache import cache_dir, cached
 from storage.stores.local import LocalStore
 from storage.stores.owner import partial_path, remove_if_abandoned
@@ -35,7 +35,7 @@ _used_by: set[int] = set()
 """Process numbers that used obstore: a forked child inherits its parent's and must not go on."""
 
 
-class ObjectStore:
+class ObjectStore(Store):
     """Whole objects below `scheme://bucket/prefix`; credentials and endpoint come from the environment.
 
     What is read through `local` is kept in the cache folder (`storage.stores.cache`), under a name made of the

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from storage.strict_model import StrictModel
 
 Ints = NDArray[np.int64]
 
 
-class StreamConfig(BaseModel):
+class StreamConfig(StrictModel):
     """How samples are chosen, ordered and cut into steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(ge=0)
     """Another seed is another order of every epoch."""

@@ -266,7 +266,7 @@ class _StageLoop:
             first_batch_s=first_batch_s,
             wait_share=wait_share,
             losses={name: value / self.position.num_summed for name, value in self.position.loss_sums.items()},
-            notes=self.start.notes,
+            notes=tuple(self.start.notes),
         )
         trained = trained_tensors(self.student, wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:

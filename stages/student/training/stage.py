@@ -3,20 +3,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from stages.student.config import StageConfig, StageName, TrainConfig
 from storage.errors import UserError
 from storage.streaming.stream import Source, StreamConfig
+from storage.strict_model import StrictModel
 from storage.targets import TargetStore
 
 REPORT_FILE = "report.json"
 
 
-class StageReport(BaseModel):
+class StageReport(StrictModel):
     """What a finished stage did; saved as `report.json` beside its student."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: StageName
     steps: int
@@ -31,7 +30,7 @@ class StageReport(BaseModel):
     """Share of the time since then that the loop waited for data."""
     losses: dict[str, float]
     """Each term, mean over the last tenth of the steps."""
-    notes: list[str] = []
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, stage: Path) -> "StageReport":

@@ -1,0 +1,9 @@
+"""The base of every config, report and stored record."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class StrictModel(BaseModel):
+    """Cannot be changed once made; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
