@@ -341,7 +341,7 @@ def inspect(
 ) -> None:
     """What a target store holds: shards, samples, maps, bytes by array, fingerprint."""
     from pipeline.cli.tables import print_store_summary
-    from storage.inspect import summarize
+    from storage.targets.summary import summarize
 
     print_store_summary(summarize(targets))
 
@@ -358,7 +358,7 @@ def verify(
 ) -> None:
     """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
     from pipeline.cli.tables import print_repair_report
-    from storage.repair import repair as set_aside
+    from storage.integrity.repair import repair as set_aside
 
     share = percent(sample)
     report = verify_targets(targets, samples, share, seed)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.cli.tables import TrainingBars
     from pipeline.run_file import RunFile
     from stages.student.training.stage import StageReport
-    from storage.verify import VerifyReport
+    from storage.integrity.findings import VerifyReport
 
 
 def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def verify_targets(targets: str, samples: str | None, percent: float, seed: int)
     """One check, its findings printed."""
     from pipeline.cli.tables import print_verify_report
     from pipeline.ui.progress import add_bar, bars
-    from storage.verify import verify as verify_store
+    from storage.integrity.verify import verify as verify_store
 
     with bars() as progress:
         bar = add_bar(progress, "verify", unit="shards")

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from stages.export.model_card import ExportReport
     from stages.samples.pack import PackReport
     from stages.student.training.stage import StageReport, StepProgress
-    from storage.inspect import StoreSummary
-    from storage.repair import RepairReport
-    from storage.verify import VerifyReport
+    from storage.integrity.findings import VerifyReport
+    from storage.integrity.repair import RepairReport
+    from storage.targets.summary import StoreSummary
 
 output = Console(quiet=not is_main_process)
 """Results, on standard output."""
