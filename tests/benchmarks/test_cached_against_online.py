@@ -8,7 +8,7 @@ import torch
 from benchmarks.cached_against_online import STORES, Bench, Kept, Online
 from benchmarks.results import RESULTS
 from stages.student.config import StageName
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
 
 TERMS: dict[StageName, list[str]] = {
