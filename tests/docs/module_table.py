@@ -1,6 +1,6 @@
 """Writes the list of modules in `docs/architecture.md` from the first lines of their docstrings.
 
-    python -m tests.docs.module_table
+python -m tests.docs.module_table
 """
 
 import ast
