@@ -354,7 +354,7 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tmp_path: Path) -> N
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("sklearn", "examples")])
+@pytest.mark.parametrize(("package", "extra"), [("pyarrow", "ray-train"), ("sklearn", "digits")])
 def test_a_missing_optional_package_is_named_with_its_extra(
     package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
