@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli.commands import extract_targets, say, say_which_student, train_stages, train_sweep, verify_targets
-from pipeline.cli.options import need, percent
+from pipeline.cli.options import need, percent, renamed
 from pipeline.interruption import Interrupted, raised_on
 from pipeline.recipes import recipe_names
 from storage.errors import UserError, disk_errors_named
@@ -54,8 +54,8 @@ class Stages(StrEnum):
     SFT = "sft"
 
 
-class Adapter(StrEnum):
-    """What `--adapter` takes."""
+class Vision(StrEnum):
+    """What `--vision` takes."""
 
     TEACHER = "teacher"
     OWN = "own"
@@ -180,9 +180,13 @@ def train_student(
     samples: SamplesOption = None,
     targets: TargetsOption = None,
     student: Annotated[
-        str | None, typer.Option(help="The student's decoder, or with --adapter own a whole model: folder or hub id.")
+        str | None, typer.Option(help="The student's decoder, or with --vision own a whole model: folder or hub id.")
     ] = None,
-    adapter: Annotated[Adapter | None, typer.Option(help="The teacher's tower and adapter, or the student's.")] = None,
+    vision: Annotated[
+        Vision | None,
+        typer.Option(help="Vision tower and projector: the teacher's (teacher adapter fetching, TAF), or its own."),
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(hidden=True, callback=renamed("--vision"))] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     stage: Annotated[
         Stages | None, typer.Option(help="One stage, or all three in a row; none is train.stages of the run file.")
@@ -206,9 +210,9 @@ def train_student(
         "student": student,
         "output": output,
         "train.stages": [name for name in STAGES if stage in (Stages.ALL, name)] or None,
-        "train.adapter": adapter.value if adapter is not None else None,
-        "train.ray_address": ray_address,
-        "train.workers": workers,
+        "train.vision": vision.value if vision is not None else None,
+        "train.cluster.ray_address": ray_address,
+        "train.cluster.workers": workers,
     }
     if sweep is not None:
         if not train_sweep(sweep, config, settings or [], flags, resume=resume):

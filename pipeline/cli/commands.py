@@ -15,7 +15,7 @@ from storage.errors import UserError
 if TYPE_CHECKING:
     from pipeline.cli.tables import TrainingBars
     from pipeline.run_file import RunFile
-    from stages.student.training.stage import StageReport
+    from stages.student.run_folder import StageReport
     from storage.verify import VerifyReport
 
 
@@ -44,7 +44,7 @@ def train_stages(run: "RunFile", progress: "TrainingBars", *, resume: bool, more
         resume: see `train`.
         more: whether there is work after this. Then a request to stop that came too late for it is not forgotten.
     """
-    on_ray = run.train.ray_address is not None or run.train.workers is not None
+    on_ray = run.train.cluster.ray_address is not None or run.train.cluster.workers is not None
     if on_ray:
         from pipeline.training_on_ray import train_on_ray as train
     else:

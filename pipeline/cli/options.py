@@ -1,5 +1,7 @@
 """What flags must say."""
 
+from collections.abc import Callable
+
 from storage.errors import UserError
 
 
@@ -8,6 +10,16 @@ def need(value: str | None, flag: str) -> str:
     if value is None:
         raise UserError(f"{flag} is missing; give the flag or set it in the run file")
     return value
+
+
+def renamed(flag: str) -> Callable[[str | None], None]:
+    """Callback of a flag that has another name now, and says which."""
+
+    def refuse(value: str | None) -> None:
+        if value is not None:
+            raise UserError(f"this flag is called {flag} now; give {flag} {value}")
+
+    return refuse
 
 
 def percent(text: str) -> float:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from stages.evaluation.similarity import AttentionSimilarity
     from stages.export.model_card import ExportReport
     from stages.samples.pack import PackReport
-    from stages.student.training.stage import StageReport, StepProgress
+    from stages.student.run_folder import StageReport
+    from stages.student.training.stage import StepProgress
     from storage.inspect import StoreSummary
     from storage.repair import RepairReport
     from storage.verify import VerifyReport
