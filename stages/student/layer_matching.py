@@ -13,10 +13,10 @@ from stages.layers import (
     span_layers,
     student_layers,
 )
-from storage.codecs.maps import MapCodecConfig
+from storage.codecs.config import MapCodecConfig
 from storage.errors import UserError
-from storage.manifest import Fingerprint, Manifest
 from storage.strict_model import StrictModel
+from storage.targets.manifest import Fingerprint, Manifest
 
 UNSTORED_WINDOW_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, "sqrt2": 0.9348}
 """Least cosine of the gradient with windows that are not stored, in `benchmarks/results/attention_codes.json`."""

@@ -7,7 +7,7 @@ from stages.student.config import StageConfig, StageName
 from stages.student.run_folder import StageFolder
 from stages.student.training.config import TrainConfig
 from storage.streaming.stream import Source, StreamConfig
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 
 @dataclass(frozen=True)
