@@ -63,7 +63,8 @@ def ray_address() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def targets(tiny: TinyWorld, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The target store of the tiny data, made by an undisturbed run; tests read it and write elsewhere."""
-    from pipeline.extraction import ExtractConfig, extract
+    from pipeline.extraction.config import ExtractConfig
+    from pipeline.extraction.extract import extract
     from stages.teacher.identity import TeacherConfig
 
     assert ray_address

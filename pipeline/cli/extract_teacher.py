@@ -15,7 +15,7 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.extraction import ExtractionReport
+    from pipeline.extraction.report import ExtractionReport
 
 
 def extract_teacher(
@@ -42,7 +42,7 @@ def extract_teacher(
 
 def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
     """Extracts and prints the report; `cdp verify --repair` ends with it, too."""
-    from pipeline.extraction import extract
+    from pipeline.extraction.extract import extract
     from pipeline.run_file import load_run_file, need
     from pipeline.ui.progress import progress_display
 

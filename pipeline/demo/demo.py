@@ -16,7 +16,7 @@ from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.demo.scenes.world import Variant
 from pipeline.evaluation import evaluate_checkpoint, gaze_pictures
-from pipeline.extraction import extract
+from pipeline.extraction.extract import extract
 from pipeline.run_file import load_run_file
 from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep

@@ -26,7 +26,8 @@ import torch
 import stages.teacher.teacher
 from pipeline.cluster import ray_backend
 from pipeline.cluster.worker import Outcome
-from pipeline.extraction import ExtractConfig, extract
+from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.extract import extract
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
@@ -64,7 +65,7 @@ class World:
         def connect(_: str | None) -> Iterator[ray_backend.Cluster]:
             yield ray_backend.Cluster(cpus=1, gpus=0)
 
-        def run_tasks(make_worker: Any, tasks: list[int], **calls: Any) -> Outcome:
+        def run_tasks(make_worker: Any, tasks: list[int], _: ray_backend.TaskLimits, **calls: Any) -> Outcome:
             work = make_worker()
 
             def run(task: int) -> None:
