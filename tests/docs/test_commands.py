@@ -1,5 +1,6 @@
 """Commands, flags and settings in the pages are those that the command line and the run file know."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -76,7 +77,9 @@ def test_every_yaml_block_is_a_run_file_or_a_sweep(
     monkeypatch.chdir(tmp_path)
     for folder in ("sugarcrepe", "val2017"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "sugarcrepe" / "swap_obj.json").write_text("{}")
+    pair = {"filename": "0.jpg", "caption": "a", "negative_caption": "b"}
+    (tmp_path / "sugarcrepe" / "swap_obj.json").write_text(json.dumps({"0": pair}))
+    (tmp_path / "val2017" / "0.jpg").touch()
     for block in page.blocks("yaml"):
         if "students:" in block:
             (tmp_path / "sweep.yaml").write_text(block)
