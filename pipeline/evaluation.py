@@ -18,19 +18,19 @@ from pipeline.ui.progress import add_bar
 from stages.attention import enable_capture
 from stages.captured_layers import check_maps
 from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
+from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
+from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.evaluation.evaluate import evaluate_pairs
 from stages.evaluation.pairs import load_pairs
-from stages.evaluation.pictures import enlarged, gaze, overlay
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
-from stages.evaluation.similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.images import decode_image
 from stages.student.config import STAGES, TrainConfig
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import LayerMatching, match_run
-from stages.student.model.build import Student, is_student, load_student
-from stages.student.model.loading import load_multimodal
+from stages.student.model.loading import load_multimodal, load_student
+from stages.student.model.student import Student, is_student
 from stages.student.training.resume_guard import STAGE_FILE, matching_settings
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
@@ -132,7 +132,7 @@ def compare_with_targets(model: str, samples: str, targets: str, limit: int, pro
         )
 
 
-def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[ReportSample]:
+def attention_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[ReportSample]:
     """The first `count` images of a store: each image, where the teacher looked, where each student looks.
 
     Where a student learned from other teacher layers than the one before it, the teacher is shown again.
@@ -153,7 +153,7 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
     windows: tuple[tuple[int, ...], ...] | None = None
     for name, model in models.items():
         compared = _open_student(model, store)
-        seen = gaze(
+        seen = pooled_attention(
             compared.student, compared.collator(shown).to(compared.student.device, torch.float32), compared.matching
         )
         title = "teacher" if windows is None else f"teacher, as {name} learned"
@@ -172,16 +172,16 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
 def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     hide_loading_bars()
-    reading = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
+    spec = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
     trained = matching_settings(folder)
-    matching, notes = match_run(reading.decoder.num_hidden_layers, store.manifest, trained or TrainConfig())
-    check_maps(str(folder), reading.decoder, matching.student_layers, "attention can be compared in others only")
+    matching, notes = match_run(spec.decoder.num_hidden_layers, store.manifest, trained or TrainConfig())
+    check_maps(str(folder), spec.decoder, matching.student_layers, "attention can be compared in others only")
     # In float32 also on a GPU: figures of two machines are compared.
     loaded: Any = load_student(folder)
     student: Student = loaded.to(_device())
     enable_capture(student)
     layers_from: LayersFrom = "default" if trained is None else "training"
-    return _Compared(student, matching, layers_from, Collator(reading.reader()), [*reading.notes, *notes])
+    return _Compared(student, matching, layers_from, Collator(spec.reader), [*spec.notes, *notes])
 
 
 def _device() -> torch.device:

@@ -318,7 +318,7 @@ def compare_attention(
 ) -> None:
     """How alike a student's visual attention is to the teacher's cached maps: numbers and pictures."""
     from pipeline.cli.tables import print_similarity, similarity_table
-    from pipeline.evaluation import compare_with_targets, gaze_pictures
+    from pipeline.evaluation import attention_pictures, compare_with_targets
     from pipeline.ui.html_report import render_report
     from pipeline.ui.progress import bars
 
@@ -329,7 +329,7 @@ def compare_attention(
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(result.model_dump_json(indent=1))
     if page is not None:
-        pictures = gaze_pictures({Path(model).name: model}, str(samples), str(targets), count=8)
+        pictures = attention_pictures({Path(model).name: model}, str(samples), str(targets), count=8)
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(render_report(f"Attention of {model}", [similarity_table(result)], pictures), encoding="utf-8")
     print_similarity(result)

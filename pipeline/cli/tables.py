@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pipeline.extraction import ExtractionReport
     from stages.convert.checkpoint import ConversionReport
     from stages.estimate.report import Estimate
+    from stages.evaluation.attention_similarity import AttentionSimilarity
     from stages.evaluation.report import EvaluationReport
-    from stages.evaluation.similarity import AttentionSimilarity
     from stages.export.model_card import ExportReport
     from stages.samples.pack import PackReport
     from stages.student.training.stage import StageReport, StepProgress

@@ -24,7 +24,9 @@ from stages.student.model.generation import (
     pad_on_the_left,
     vocabulary_tables,
 )
-from stages.student.model.loading import OWN_CLASSES, load_multimodal, model_inputs
+from stages.student.model.inputs import model_inputs
+from stages.student.model.loading import load_multimodal
+from stages.student.model.student import OWN_CLASSES
 from storage.errors import UserError
 
 REPORT = "export.json"
@@ -184,7 +186,7 @@ def _logits(model: PreTrainedModel, probe: EncodedConversation) -> Tensor:
     """`[T, V]` in float32, which the model is turned to if its weights are in another dtype."""
     model = model.float()
     with torch.inference_mode():
-        logits_TV: Tensor = model(**model_inputs(model, probe)).logits[0]
+        logits_TV: Tensor = model(**model_inputs(model, [probe])).logits[0]
     return logits_TV
 
 

@@ -24,7 +24,8 @@ from stages.families import family_of
 from stages.layers import sliding_windows, student_layers, visual_understanding_layers
 from stages.student.config import STAGES
 from stages.student.layer_matching import match_stage
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
 from storage.errors import UserError
 from tests.storage.builders import manifest

@@ -16,8 +16,9 @@ from pipeline.run_file import load_run_file
 from pipeline.training import last_student, train
 from stages.student.config import STAGES, StageName
 from stages.student.data.sample_reader import ReaderSpec, resolve_reader_spec
-from stages.student.model.build import Student, load_student
 from stages.student.model.folding import fold_post_connector, take_apart
+from stages.student.model.loading import load_student
+from stages.student.model.student import Student
 from stages.student.training.objective import DistillationObjective
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage import StageReport, StepProgress

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from stages.student.data.batch import Batch
-from stages.student.data.batch_transport import FlatBatch, pack
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Batch, Collator
+from stages.student.data.batch_transport import FlatBatch, flatten
 from storage.errors import PassingFailure, UserError
 from storage.streaming.order import num_microbatches
 from storage.streaming.stream import Mixture, StreamedSample, mixture_stream
@@ -80,7 +79,7 @@ class StepLoader:
                 for step in range(start_step if epoch == epochs[0] else 0, mixture.num_steps):
                     size = min(config.batch_size, mixture.num_samples - step * config.batch_size)
                     count = num_microbatches(size, config.microbatch_size, self.world_size)
-                    yield [_received(batches).unpack() for _ in range(count)]
+                    yield [_received(batches).restore() for _ in range(count)]
         finally:
             # Whoever holds an error holds this iterator. Left to the garbage collector, it would lose the threads of
             # its queues first, and then wait in vain for its processes to read that they may end.
@@ -109,7 +108,7 @@ class StepLoader:
         return DataLoader(
             _ErrorsAsItems(stream),
             batch_size=None,
-            collate_fn=_Packing(self.collator),
+            collate_fn=_CollateFlat(self.collator),
             num_workers=workers,
             prefetch_factor=self._num_ahead() if workers else None,
             pin_memory=self.device.type == "cuda",
@@ -163,8 +162,8 @@ class _ErrorsAsItems(IterableDataset[Any]):
             yield error
 
 
-class _Packing:
-    """Collates and packs in the loader process; hands errors through."""
+class _CollateFlat:
+    """Collates and flattens in the loader process; hands errors through."""
 
     def __init__(self, collator: Collator) -> None:
         self._collator = collator
@@ -173,7 +172,7 @@ class _Packing:
         if isinstance(samples, UserError):
             return samples
         try:
-            return pack(self._collator(samples))
+            return flatten(self._collator(samples))
         except UserError as error:
             return error
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from stages.conversations import PLACEHOLDER, ConversationEncoder, EncodedConversation, UnusableConversation
 from stages.student.model.generation import generation_settings
-from stages.student.model.loading import model_inputs
+from stages.student.model.inputs import model_inputs
 
 _NO_LIMIT = 2**31
 
@@ -53,7 +53,7 @@ class Chat:
         """
         prompt = self._encoder.encode_prompt(question, [self.image], self._turns)
         self._check_room(prompt)
-        inputs = model_inputs(self.model, prompt)
+        inputs = model_inputs(self.model, [prompt])
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         # In place of printing.
         streamer.on_finalized_text = lambda text, stream_end=False: write(text)

@@ -28,7 +28,8 @@ from stages.export.model_card import ExportReport
 from stages.student.model.build import build_student
 from stages.student.model.chat import Chat
 from stages.student.model.folding import ModelParts, fold_post_connector
-from stages.student.model.loading import load_multimodal, model_inputs
+from stages.student.model.inputs import model_inputs
+from stages.student.model.loading import load_multimodal
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
@@ -215,7 +216,7 @@ def exports(
             image.save(f"{folder}.{number}.png")
         student, processor = load_multimodal(students[name]), load_processor(students[name])
         encoder = ConversationEncoder(processor, student.config.image_token_id, 10_000)
-        inputs = model_inputs(student, encoder.encode_pair(QUESTIONS[1], "It is red.", images[1:]))
+        inputs = model_inputs(student, [encoder.encode_pair(QUESTIONS[1], "It is red.", images[1:])])
         save_file(inputs, f"{folder}.inputs")
         with torch.inference_mode():
             expected[case] = student(**inputs).logits[0]
@@ -373,7 +374,7 @@ def test_an_export_of_another_precision_loads_in_it_where_only_transformers_is_a
         student, processor = load_multimodal(source), load_processor(source)
         encoder = ConversationEncoder(processor, student.config.image_token_id, 10_000)
         probe = encoder.encode_pair(*export_module._PROBE, [export_module._picture()])
-        inputs = model_inputs(student, probe)
+        inputs = model_inputs(student, [probe])
         save_file(inputs, f"{folder}.inputs")
         with torch.inference_mode():
             exact[folder] = student(**inputs).logits[0]

@@ -11,7 +11,6 @@ import torch
 
 from stages.layers import LayerSpan, sliding_windows, window_means
 from stages.student.config import DistilledFinetuning, TrainConfig
-from stages.student.data.batch import decode_windows
 from stages.student.layer_matching import (
     ONE_TO_ONE_COSINES,
     UNMASKED_COSINES,
@@ -19,6 +18,7 @@ from stages.student.layer_matching import (
     match_layers,
     match_stage,
 )
+from stages.student.training.forward import decode_windows
 from storage.codecs import MapCodecConfig, decode_maps, sink_keep_mask
 from storage.codecs.sinks import sink_threshold
 from storage.errors import UserError

@@ -19,12 +19,14 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES, family_of
 from stages.student.config import DistilledFinetuning, TrainConfig
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import match_layers
 from stages.student.losses import attention_alignment_loss
-from stages.student.model.build import Student, build_student, is_student, load_student
+from stages.student.model.build import build_student
+from stages.student.model.loading import load_student
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
+from stages.student.model.student import Student, is_student
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.stage import StageRun
@@ -121,7 +123,7 @@ def test_losses_of_a_ragged_batch_are_those_of_one_sample_at_a_time(
     assert len({len(positions) for positions in batch.image_positions}) > 2, "counts of image tokens differ"
     codec = extracted.store.manifest.fingerprint.logit_codec
     objective = DistillationObjective(student, DistilledFinetuning(), codec, matching)
-    loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
     for name, value in expected.items():
         assert float(terms[name]) == pytest.approx(float(value), rel=2e-3), name
     loss.backward()

@@ -21,7 +21,8 @@ from transformers import (
 
 from stages.attention import AttentionCapture, enable_capture
 from stages.student.config import DistilledFinetuning, LoraSettings
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
