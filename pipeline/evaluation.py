@@ -98,8 +98,7 @@ def evaluate_checkpoint(
     """Scores a checkpoint on a folder of pairs in SugarCrepe's layout."""
     suite = load_pairs(pairs, images, limit=limit)
     loaded, processor = load_model(model)
-    task = progress.task(f"evaluate {Path(model).name}", sum(map(len, suite.values())), unit="pairs")
-    return evaluate_pairs(loaded, processor, suite, config, task.advance)
+    return evaluate_pairs(loaded, processor, suite, config, progress, title=f"evaluate {Path(model).name}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def compare_with_targets(
             compared.student,
             map(compared.collator, batches),
             compared.matching,
-            task.advance,
+            task,
             layers_from=compared.layers_from,
         )
 

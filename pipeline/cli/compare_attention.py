@@ -23,7 +23,7 @@ def compare_attention(
     html: Annotated[Path | None, typer.Option(help="File to save an HTML report with pictures in.")] = None,
 ) -> None:
     """Compares a student's visual attention with the teacher's cached maps: numbers and pictures."""
-    from pipeline.evaluation import compare_with_targets, attention_pictures
+    from pipeline.evaluation import attention_pictures, compare_with_targets
     from pipeline.run_file import need
     from pipeline.ui.html_report import render_report
     from pipeline.ui.progress import progress_display

@@ -6,7 +6,7 @@ models have similar pooled vectors, which the loss compares; raw maps separate m
 Shape letters: B samples, N image tokens, E entries of a map, W matched pairs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -17,7 +17,10 @@ from stages.student.layer_matching import LayerMatching
 from stages.student.losses import below_sink_threshold, matched_loss
 from stages.student.model.student import Student
 from stages.student.training.forward import run_student
+from storage.progress import SILENT, ProgressTask
 from storage.strict_model import StrictModel
+
+_NOT_SHOWN = SILENT.task("compare")
 
 LayersFrom = Literal["training", "default"]
 
@@ -46,7 +49,7 @@ def attention_similarity(
     student: Student,
     batches: Iterable[Batch],
     matching: LayerMatching,
-    progress: Callable[[int], None] | None = None,
+    task: ProgressTask = _NOT_SHOWN,
     *,
     layers_from: LayersFrom = "default",
 ) -> AttentionSimilarity:
@@ -56,7 +59,7 @@ def attention_similarity(
         student: With capture enabled; left in evaluation mode.
         batches: From the collator; samples without an image do not count.
         matching: Which layers are compared.
-        progress: Called with the samples of each batch.
+        task: Advances by the samples of each batch.
         layers_from: Where `matching` is from, for the report.
     """
     student.eval()
@@ -74,8 +77,7 @@ def attention_similarity(
                 similarity_W[w] += float(map_similarity(*maps, num_tokens_B)[num_tokens_B > 0].sum())
                 loss_W[w] += float(matched_loss(*maps, num_tokens_B).sum())
             count += batch.num_with_image
-        if progress is not None:
-            progress(len(batch.keys))
+        task.advance(len(batch.keys))
     return AttentionSimilarity(
         student_layers=matching.student_layers,
         windows=matching.windows,

@@ -74,7 +74,8 @@ class RowReader:
     def log_probs(self, hidden_Rd: Tensor, token_ids_RK: Tensor) -> Tensor:
         """`[R, K]` float32 on the CPU: the log-probabilities of K tokens at each row."""
         parts = []
-        for hidden_rd, ids in zip(hidden_Rd.split(ROWS_AT_ONCE), token_ids_RK.split(ROWS_AT_ONCE), strict=True):
+        blocks = (torch.split(tensor, ROWS_AT_ONCE) for tensor in (hidden_Rd, token_ids_RK))
+        for hidden_rd, ids in zip(*blocks, strict=True):
             logits_RV = self.head(hidden_rd).float()
             chosen_RK = logits_RV.gather(1, ids.to(logits_RV.device))
             parts.append((chosen_RK - logits_RV.logsumexp(-1, keepdim=True)).cpu())

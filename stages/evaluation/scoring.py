@@ -31,8 +31,10 @@ from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
 from stages.images import MAX_PIXELS, BadImage, decode_image
 from storage.errors import UserError
-from storage.progress import ProgressTask
+from storage.progress import SILENT, ProgressTask
 from storage.strict_model import StrictModel
+
+_NOT_SHOWN = SILENT.task("score")
 
 NO_LIMIT: Final = 2**31
 """A length at which no caption is cut: half a caption must not be compared with a whole one."""
@@ -75,7 +77,11 @@ class LetterTokens:
 
 
 def likelihood_scores(
-    model: Any, encoder: ConversationEncoder, pairs: Sequence[CaptionPair], config: EvaluationConfig, task: ProgressTask
+    model: Any,
+    encoder: ConversationEncoder,
+    pairs: Sequence[CaptionPair],
+    config: EvaluationConfig,
+    task: ProgressTask = _NOT_SHOWN,
 ) -> Tensor:
     """Scores of both captions of each pair as answers to `config.prompt`.
 
@@ -110,7 +116,11 @@ def likelihood_scores(
 
 
 def letter_scores(
-    model: Any, encoder: ConversationEncoder, pairs: Sequence[CaptionPair], config: EvaluationConfig, task: ProgressTask
+    model: Any,
+    encoder: ConversationEncoder,
+    pairs: Sequence[CaptionPair],
+    config: EvaluationConfig,
+    task: ProgressTask = _NOT_SHOWN,
 ) -> Tensor:
     """Scores of the letters of both captions of each pair, in both orders.
 
@@ -184,13 +194,14 @@ def _encoded_batches(
     """Batches of encoded pairs; threads encode one batch ahead."""
 
     def encode_or_name(pair: CaptionPair) -> list[EncodedConversation]:
+        where = f"pair {pair.key!r} of {pair.kind}, image {pair.image}"
         try:
             encoded = encode(pair, decode_image(pair.image.read_bytes(), config.max_pixels))
-            if (longest := max(len(item.token_ids) for item in encoded)) > config.max_length:
-                raise UserError(f"{longest} tokens, max_length is {config.max_length}; raise it")
-            return encoded
         except (BadImage, UnusableConversation, UserError, OSError) as error:
-            raise UserError(f"pair {pair.key!r} of {pair.kind}, image {pair.image}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
+        if (longest := max(len(item.token_ids) for item in encoded)) > config.max_length:
+            raise UserError(f"{where}: {longest} tokens, max_length is {config.max_length}; raise it")
+        return encoded
 
     pending: deque[Future[list[EncodedConversation]]] = deque()
     waiting = iter(pairs)

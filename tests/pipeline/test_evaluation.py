@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.cli.compare_attention import similarity_table
-from pipeline.evaluation import compare_with_targets, attention_pictures
+from pipeline.evaluation import attention_pictures, compare_with_targets
 from pipeline.training import train
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import run_here
