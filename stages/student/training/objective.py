@@ -52,7 +52,7 @@ class DistillationObjective(nn.Module):
             loss_B = alignment_loss_B(student_maps, windows, self.stage.attention_loss, sink_mask=sink_mask)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
         elif self.matching is not None:
-            # There also for a batch of text alone: all ranks sum up the same terms.
+            # Also for a batch of text alone, because all ranks sum up the same terms.
             terms["attention"] = torch.zeros((), device=hidden_BTd.device)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if "pixel_values" not in batch.inputs:
