@@ -41,7 +41,7 @@ def answer_losses(
         hidden_Rd: The last hidden states at the answer rows.
         answer_R: The answer tokens.
         teacher: The teacher's distributions at these rows; None without distillation.
-        divergence: See `stored_logit_distillation_loss`.
+        divergence: See `TeacherRows.loss`.
         vocab_size: V.
         logits_at_once: Logits that exist at a time, but at least one row of them.
 

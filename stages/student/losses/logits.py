@@ -1,7 +1,7 @@
 """Logit distillation and next-token cross entropy, row by row.
 
-The forward divergence is the published loss. The others compare buckets: each stored id is one, and all other tokens
-together are one more, with the teacher's stored tail mass and the student's probability of all ids not stored.
+The forward divergence is the published loss. The others compare buckets: each stored id is one, and all other ids
+together are one more, with the teacher's stored tail mass and the student's probability of all of them.
 
 Shape letters: R answer rows, V vocabulary, K stored ids of a row, D its draws, J ids that have a weight.
 """
@@ -38,38 +38,6 @@ def logit_distillation_loss(student_RV: Tensor, teacher_RV: Tensor, temperature:
     return -(teacher_probs * student_logprobs).sum(-1).mean()
 
 
-def stored_logit_distillation_loss(
-    student_RV: Tensor, stored: AnswerLogits, temperature: float = 1.0, divergence: Divergence = "forward"
-) -> Tensor:
-    """`[R]` logit distillation from the stored logits of the teacher.
-
-    `forward` is the cross entropy under the teacher's whole distribution: exact for stored ids, by tail samples for all
-    others. If the teacher's whole vocabulary is stored, it equals `logit_distillation_loss` row by row, up to the
-    codec's rounding. Otherwise loss and gradient equal it in expectation over the tail samples (`encode_logits` states
-    the variance). The gradient for a student that equals its teacher is zero in expectation, not row by row.
-
-    The others compare K + 1 buckets, p of the teacher and q of the student. `reverse` is KL(q || p) = sum q log(q / p),
-    `symmetric` the mean of KL(p || q) and KL(q || p), `jensen_shannon` the mean of KL(p || m) and KL(q || m) with
-    m = (p + q) / 2. They are zero row by row where the buckets agree, and use no tail samples. Differences inside the
-    tail cost nothing, so each is a lower bound of the same divergence over the whole vocabulary.
-
-    If the student's vocabulary is longer than the teacher's, the further ids have probability zero. If it is shorter,
-    stored ids past its end are left out and the rest is renormalised. Tail samples past its end are left out too, but
-    the tail's mass stays whole, because its share s past the end is not known. The expected forward gradient then has
-    the dense gradient's direction and (1 - s) of its length; s is nearly zero for ids that only pad the vocabulary.
-
-    Args:
-        student_RV: Student logits, any floating type; summed in float32 (float64 stays).
-        stored: The teacher's decoded logits of the same rows.
-        temperature: 1 or one of the stored ones; divides the logits of both.
-        divergence: See above.
-
-    Raises:
-        ValueError: If the temperature was not stored.
-    """
-    return teacher_rows(stored, student_RV.shape[1], temperature).loss(student_RV, divergence)
-
-
 def next_token_loss(student_RV: Tensor, answer_R: Tensor) -> Tensor:
     """`[R]` cross entropy of the answer tokens, in float32."""
     return sparse_cross_entropy(student_RV, answer_R[:, None], student_RV.new_ones((len(answer_R), 1)).float())
@@ -100,7 +68,22 @@ class TeacherRows:
         return TeacherRows(self.temperature, *(tensor[rows] for tensor in tensors))
 
     def loss(self, student_RV: Tensor, divergence: Divergence) -> Tensor:
-        """`[R]`, see `stored_logit_distillation_loss`."""
+        """`[R]` logit distillation from the stored logits of the teacher.
+
+        `forward` is the cross entropy under the teacher's whole distribution: exact for stored ids, by tail samples for
+        all others. If the teacher's whole vocabulary is stored, it equals `logit_distillation_loss` row by row, up to
+        the codec's rounding. Otherwise loss and gradient equal it in expectation over the tail samples (`encode_logits`
+        states the variance). The gradient for a student that equals its teacher is zero in expectation, not row by row.
+
+        The others compare K + 1 buckets, p of the teacher and q of the student. `reverse` is KL(q || p) = sum q log(q /
+        p), `symmetric` the mean of KL(p || q) and KL(q || p), `jensen_shannon` the mean of KL(p || m) and KL(q || m)
+        with m = (p + q) / 2. They are zero row by row where the buckets agree, and use no tail samples. Differences
+        inside the tail cost nothing, so each is a lower bound of the same divergence over the whole vocabulary.
+
+        Args:
+            student_RV: Student logits, any floating type; summed in float32 (float64 stays).
+            divergence: See above.
+        """
         if divergence == "forward":
             return sparse_cross_entropy(student_RV, self.ids_RJ, self.weights_RJ, self.temperature)
         kept_RK, rest_R = support_probabilities(student_RV, self.ids_RK, self.temperature)
@@ -114,10 +97,20 @@ class TeacherRows:
 
 
 def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> TeacherRows:
-    """Cuts stored records to a student's vocabulary and renormalises them.
+    """Cuts the teacher's stored logits to a student's vocabulary and renormalises them.
+
+    If the student's vocabulary is longer than the teacher's, the further ids have probability zero. If it is shorter,
+    stored ids past its end are left out and the rest is renormalised. Tail samples past its end are left out too, but
+    the tail's mass stays whole, because its share s past the end is not known. The expected forward gradient then has
+    the dense gradient's direction and (1 - s) of its length; s is nearly zero for ids that only pad the vocabulary.
+
+    Args:
+        stored: Decoded logits of some answer rows.
+        vocab_size: The student's.
+        temperature: 1 or one of the stored ones; divides the logits of both.
 
     Raises:
-        ValueError: for a temperature that was not stored.
+        ValueError: If the temperature was not stored.
     """
     kept_RK, tail_R, draws_RD = stored.probabilities(temperature)
     kept_RK = kept_RK * (stored.ids_RK < vocab_size)
