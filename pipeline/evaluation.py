@@ -32,7 +32,7 @@ from stages.student.training.resume_guard import STAGE_FILE, matching_settings
 from storage.progress import SILENT, Progress
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 BATCH_SIZE = 16
 LOOKED_AT = 8

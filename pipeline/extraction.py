@@ -14,13 +14,14 @@ from pipeline.cluster.worker import Outcome, Worker
 from pipeline.interruption import RESUME, Interrupted, raised_on
 from pipeline.shard_extractor import TEACHER_ONLY, ShardExtractor
 from storage.errors import TooManySkipped, UserError
-from storage.manifest import Manifest, create_or_check
 from storage.progress import SILENT, Progress, ProgressTask
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import Store, open_store
 from storage.strict_model import StrictModel
-from storage.targets import CommitRecord, clean_partials, has_teacher
-from storage.targets.commits import COMMITS, committed_shards, iter_commits
+from storage.targets.cleaning import clean_partials
+from storage.targets.commits import COMMITS, CommitRecord, committed_shards, iter_commits
+from storage.targets.manifest import Manifest, create_or_check
+from storage.targets.teacher import has_teacher
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig

@@ -27,7 +27,7 @@ from storage.progress import SILENT, Progress
 from storage.stores import Store, open_store
 from storage.streaming.stream import Source
 from storage.strict_model import StrictModel
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 logger = logging.getLogger(__name__)
 

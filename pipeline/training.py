@@ -25,7 +25,7 @@ from stages.student.training.stage import REPORT_FILE, StageReport, StageRun, St
 from storage.errors import FingerprintMismatch, UserError
 from storage.stores import open_store
 from storage.streaming.stream import Source
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 _USE_FSDP = "ACCELERATE_USE_FSDP"
 _NOT_SERVED = {

@@ -7,7 +7,7 @@ from pipeline.cli.options import TargetsArgument
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from storage.inspect import StoreSummary
+    from storage.targets.summary import StoreSummary
 
 SHOWN_OF_FINGERPRINT = (
     "teacher_weights",
@@ -24,7 +24,7 @@ SHOWN_OF_FINGERPRINT = (
 def inspect(targets: TargetsArgument) -> None:
     """Shows what a target store holds: shards, samples, maps, bytes of each array, fingerprint."""
     from pipeline.ui.console import results
-    from storage.inspect import summarize
+    from storage.targets.summary import summarize
 
     summary = summarize(targets)
     results.print(_facts(summary))

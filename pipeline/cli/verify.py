@@ -9,8 +9,8 @@ from pipeline.cli.options import ConfigOption, SamplesOption, TargetsArgument
 from storage.errors import UserError
 
 if TYPE_CHECKING:
-    from storage.repair import RepairReport
-    from storage.verify import VerifyReport
+    from storage.integrity.findings import VerifyReport
+    from storage.integrity.repair import RepairReport
 
 
 def verify(
@@ -27,7 +27,7 @@ def verify(
     config: ConfigOption = None,
 ) -> None:
     """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
-    from storage.repair import repair as set_aside
+    from storage.integrity.repair import repair as set_aside
 
     percent = _percent(sample)
     report = _check(targets, samples, percent, seed)
@@ -50,7 +50,7 @@ def _percent(text: str) -> float:
 
 def _check(targets: str, samples: str | None, percent: float, seed: int) -> "VerifyReport":
     from pipeline.ui.progress import progress_display
-    from storage.verify import verify as verify_store
+    from storage.integrity.verify import verify as verify_store
 
     with progress_display() as progress:
         task = progress.task("verify", unit="shards")

@@ -28,9 +28,9 @@ from pipeline.ui.tables import ReportTable, print_report_table
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
 from storage.errors import UserError
-from storage.inspect import StoreSummary, summarize
 from storage.stores import open_store
 from storage.strict_model import StrictModel
+from storage.targets.summary import StoreSummary, summarize
 
 STUDENTS = ("sft", "logits", "compodistill")
 RECIPE = Path("demo")

@@ -21,10 +21,11 @@ from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
+from storage.integrity.verify import verify
 from storage.progress import SILENT, Progress
-from storage.sample_targets import SkippedSample
-from storage.targets import CommitRecord, TargetStore
-from storage.verify import verify
+from storage.targets.commits import CommitRecord
+from storage.targets.sample_targets import SkippedSample
+from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import descendants, kill_when, runs_until, start_cdp, tree, wait_until_dead

@@ -12,8 +12,8 @@ from torch import Tensor
 from stages.answer_rows import AnswerRows, answer_rows
 from stages.families.batch import batch_inputs, move_inputs
 from stages.student.data.sample_reader import SampleReader
-from storage.sample_targets import MapTargets
 from storage.streaming.stream import StreamedSample
+from storage.targets.sample_targets import MapTargets
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from stages.student.model.build import check_decoder, teacher_family
 from stages.student.model.student import is_student, register_students
 from storage.errors import UserError
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 FIRST_SAMPLES = 16
 """Samples looked at before training starts."""

@@ -17,7 +17,7 @@ from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.model.student import Student
 from storage.codecs.windows import decode_windows as decode_stored
 from storage.codecs.windows import estimate_windows, window_rows
-from storage.sample_targets import MapTargets
+from storage.targets.sample_targets import MapTargets
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from stages.student.layer_matching import LayerMatching
 from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
 from stages.student.model.student import Student, projector_parameters
 from stages.student.training.forward import WindowTargets, run_student
-from storage.codecs.answer_logits import LogitCodecConfig, decode_logits
+from storage.codecs.answer_logits import decode_logits
+from storage.codecs.config import LogitCodecConfig
 
 
 @dataclass(frozen=True)
