@@ -235,7 +235,7 @@ def test_each_stage_trains_the_connector_and_what_it_says_of_the_decoder(name: s
     for number, stage_name in enumerate(STAGES):
         stage = run.train.stage(stage_name)
         student = student_of(run, tmp_path / str(number))
-        prepare_for_stage(student, stage, run.train.lora, 0, own_adapter=run.train.own_adapter == "trained")
+        prepare_for_stage(student, stage, run.train.lora, 0, own_projector=run.train.own_adapter == "trained")
         learning = {n: p for n, p in student.named_parameters() if p.requires_grad}
         rest = {n: p for n, p in learning.items() if not n.startswith(connector)}
         assert len(rest) < len(learning)
