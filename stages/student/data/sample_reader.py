@@ -111,7 +111,7 @@ class SampleReader:
                 f"sample {key}: the student makes {found} image tokens of its {num_images} images, the teacher's "
                 f"targets hold {stored}. The maps of both must be over the same image tokens: choose a student that "
                 "reads images as the teacher does (its image processor's size and patches), or give it the teacher's "
-                "vision tower (--adapter teacher)"
+                "vision tower (--vision teacher)"
             )
 
     def _check_no_image(self, key: str, text_ids: Tensor) -> None:
@@ -212,7 +212,7 @@ def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vi
     if not own_vision:
         if model_type in FAMILIES:
             raise UserError(
-                f"{folder} is a whole multimodal model ({model_type}); give --adapter own to keep its vision tower "
+                f"{folder} is a whole multimodal model ({model_type}); give --vision own to keep its vision tower "
                 "and projector, or name a causal language model as the student's decoder"
             )
         family = teacher_family(teacher_type)
@@ -222,7 +222,7 @@ def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vi
     if model_type not in FAMILIES:
         raise UserError(
             f"{folder} is of type {model_type}, which has no vision tower of its own; name a multimodal "
-            f"checkpoint ({', '.join(sorted(FAMILIES))}), or give it the teacher's vision tower (--adapter teacher)"
+            f"checkpoint ({', '.join(sorted(FAMILIES))}), or give it the teacher's vision tower (--vision teacher)"
         )
     for role, name in (("student", model_type), ("teacher", teacher_type)):
         if (reason := family_of(name).why_not_with_own_vision()) is not None:
