@@ -71,9 +71,7 @@ def exists(kind: Any, path: list[str]) -> bool:
 
 
 @pages
-def test_every_yaml_block_is_a_run_file_or_a_sweep(
-    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_yaml_block_is_a_run_file_or_a_sweep(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("sugarcrepe", "val2017"):
         (tmp_path / folder).mkdir()
