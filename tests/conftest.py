@@ -1,5 +1,9 @@
-"""Data shared by all tests: a tiny teacher and student, packed samples, extracted targets, one Ray cluster."""
+"""Data shared by all tests: a tiny teacher and student, packed samples, extracted targets, one Ray cluster.
 
+Also which tests run in one process when pytest-xdist spreads them over several.
+"""
+
+import gc
 import json
 import os
 import random
@@ -22,6 +26,29 @@ pytest_plugins = ["tests.s3_server", "tests.faulty_s3", "tests.small_disk"]
 
 NUM_SAMPLES = 24
 SAMPLES_PER_SHARD = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sends all tests of the Ray cluster to one worker, which begins with them, and each other file to one worker.
+
+    Before pytest-xdist's own hook, which reads the groups.
+    """
+    items.sort(key=lambda item: not _needs_ray(item))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            file = item.path.relative_to(config.rootpath).as_posix()
+            item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else file))
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what the imports and the collection made: it lasts until the process ends."""
+    gc.collect()
+    gc.freeze()
+
+
+def _needs_ray(item: pytest.Item) -> bool:
+    return "ray_address" in getattr(item, "fixturenames", ())
 
 
 @dataclass(frozen=True)
@@ -61,15 +88,16 @@ def ray_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def targets(tiny: TinyWorld, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The target store of the tiny data, made by an undisturbed run; tests read it and write elsewhere."""
+def targets(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target store of the tiny data, made in this process without Ray; tests read it and write elsewhere."""
     from pipeline.extraction import ExtractConfig, extract
     from stages.teacher.identity import TeacherConfig
+    from tests.pipeline.in_process import without_ray
 
-    assert ray_address
     folder = tmp_path_factory.mktemp("targets") / "store"
     teacher = TeacherConfig(checkpoint=str(tiny.teacher), batch_size=4)
-    extract(teacher, str(tiny.samples), str(folder), ExtractConfig(workers=2))
+    with without_ray():
+        extract(teacher, str(tiny.samples), str(folder), ExtractConfig())
     return folder
 
 

@@ -71,14 +71,20 @@ class Counting:
         self.names |= {line.name for line in lines}
 
 
-def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny: TinyWorld, targets: Path) -> None:
-    checked = verify(targets, tiny.samples)
+def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    returned = run(tiny, store, workers=2)
+    assert same_targets(store, targets)
+    checked = verify(store, tiny.samples)
     assert checked.ok
     assert checked.num_samples == NUM_SAMPLES
-    report = ExtractionReport.model_validate_json((targets / "reports/extraction.json").read_text())
+    report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
+    assert report == returned
     assert (report.samples, report.skipped, report.failures) == (NUM_SAMPLES, {}, {})
     assert report.failed_starts == {}
-    assert report.shards == report.shards_made_now == len(TargetStore.open(targets).commits)
+    assert report.shards == report.shards_made_now == len(TargetStore.open(store).commits)
     for worker in report.per_worker:
         assert {"forward", "coding", "preparing", "writing"} <= worker.timings.keys()
         assert worker.waited_share is not None
