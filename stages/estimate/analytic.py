@@ -15,13 +15,13 @@ from stages.estimate.extrapolate import answer_bytes, longest_share
 from stages.estimate.report import Estimate, EstimateConfig, SettingEstimate
 from stages.estimate.sampling import UNITS, count_runs, plan_runs
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
-from storage.codecs.maps import MapCodecName
+from storage.codecs.config import MapCodecName
 from storage.codecs.triangle import num_entries
 from storage.errors import UserError
-from storage.sample_targets import SkippedSample
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import Store
 from storage.targets.layout import ARRAYS
+from storage.targets.sample_targets import SkippedSample
 
 BYTES_PER_ENTRY: dict[MapCodecName, float] = {
     "float16": 1.77782,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from stages.estimate.report import SettingEstimate
 from stages.estimate.sampling import UNITS, CountedRun, Counts
-from storage.codecs.answer_logits import LogitCodecConfig
-from storage.samples import SampleIndex
+from storage.codecs.config import LogitCodecConfig
+from storage.samples.index import SampleIndex
 from storage.targets.layout import ARRAYS
 
 METADATA = "(metadata)"

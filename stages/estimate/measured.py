@@ -20,16 +20,20 @@ from stages.estimate.sampling import CountedRun, Counts, count_runs, plan_runs
 from stages.teacher.identity import TeacherConfig, TeacherIdentity
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.codecs.maps import MapCodecName, decode_maps
+from storage.codecs.config import MapCodecName
+from storage.codecs.maps import decode_maps
 from storage.codecs.triangle import num_entries
 from storage.codecs.windows import encode_image, window_rows
 from storage.errors import UserError
-from storage.manifest import Manifest
-from storage.sample_targets import MapTargets, SampleTargets
-from storage.samples import SampleIndex, SampleShard, StoredSample
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
 from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store
-from storage.targets import CommitRecord, write_shard
+from storage.targets.commits import CommitRecord
+from storage.targets.manifest import Manifest
+from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.writer import write_shard
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the amount done and the whole."""

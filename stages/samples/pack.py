@@ -15,7 +15,8 @@ from stages.samples.llava_json import LlavaRecords, open_llava_records
 from stages.samples.llava_record import LlavaRecord, parse_record, record_id
 from stages.samples.staged_folder import LEDGER, REPORT, SHARDS, StagedFolder
 from storage.errors import UserError
-from storage.samples import SampleShardWriter, StoredSample
+from storage.samples.members import StoredSample
+from storage.samples.writer import SampleShardWriter
 from storage.strict_model import StrictModel
 
 Progress = Callable[[int, int | None, int], None]

@@ -16,8 +16,9 @@ from torch import Tensor
 from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
 from stages.images import BadImage, decode_image
 from stages.teacher.timings import Timings
-from storage.samples import SampleShard, StoredSample
-from storage.targets import SkippedSample
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
+from storage.targets.sample_targets import SkippedSample
 
 LENGTH_STEP = 32
 """Rows are padded to a multiple of this, whatever else is in their batch: a sample is computed in the same shapes alone

@@ -13,8 +13,9 @@ from stages.teacher.observe import Observer, ShardObservations, ShardWork
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from storage.errors import UserError
-from storage.samples import SampleShard, StoredSample
-from storage.targets import SkippedSample
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
+from storage.targets.sample_targets import SkippedSample
 
 NOWHERE = -1
 """No sample of the shard is in hand."""

@@ -24,8 +24,8 @@ from stages.teacher.forward import BatchSize, Observed, run_teacher
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from storage.codecs.windows import encode_image, window_rows
-from storage.samples import SampleShard
-from storage.targets import MapTargets, SampleTargets, SkippedSample
+from storage.samples.shard import SampleShard
+from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
 
 UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
 PREPARING_THREADS = 4

@@ -27,7 +27,7 @@ from stages.student.data.tokenizers import other_tokenizer, tokenizer_difference
 from stages.student.model.build import able_family, check_decoder, is_student, register_students
 from storage.errors import UserError
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 FIRST_SAMPLES = 16
 """Samples looked at before training starts."""

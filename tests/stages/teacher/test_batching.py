@@ -11,7 +11,7 @@ import torch
 from stages.teacher import batching
 from stages.teacher.batching import LengthBatcher, PreparedSample, prefetch
 from stages.teacher.forward import BatchSize
-from storage.targets import SkippedSample
+from storage.targets.sample_targets import SkippedSample
 
 
 def size_of(value: int) -> BatchSize:
