@@ -1,9 +1,9 @@
 """How far a saved student is from the one that was trained in bfloat16, on the bundled teacher and decoder.
 
-While a stage trains in bfloat16 (`train.precision`), what is frozen is rounded to it and the forward pass computes in
-it; what is saved are the unrounded weights with the updates added, in float32. Compared are the logits of answer rows:
-of the student in memory after the last step, as training runs it, and of the saved one in float32. For scale: the saved
-one loaded and run in bfloat16, and the student that the stage began from.
+While a stage trains in bfloat16 (`train.parallel.precision`), what is frozen is rounded to it and the forward pass
+computes in it; what is saved are the unrounded weights with the updates added, in float32. Compared are the logits of
+answer rows: of the student in memory after the last step, as training runs it, and of the saved one in float32. For
+scale: the saved one loaded and run in bfloat16, and the student that the stage began from.
 
     python -m benchmarks.saved_student
 """
@@ -23,10 +23,10 @@ from pipeline.demo.assets import STUDENT_LM
 from pipeline.run_file import load_run_file
 from pipeline.training import train
 from stages.student.config import StageName
-from stages.student.data.batch import Batch
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Batch, Collator
 from stages.student.data.sample_reader import resolve_reader_spec
-from stages.student.model.build import Student, load_student
+from stages.student.model.loading import load_student
+from stages.student.model.student import Student
 from stages.student.training.objective import DistillationObjective
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, target_stream
@@ -51,7 +51,7 @@ def answer_logits(student: Student, batch: Batch, *, as_trained: bool = False) -
     batch = batch.to(torch.device("cpu"), student.dtype)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=as_trained):
         hidden_BTd = student.model(**batch.inputs, use_cache=False).last_hidden_state
-        logits_RV: Tensor = student.lm_head(hidden_BTd[batch.row_index_R, batch.row_position_R])
+        logits_RV: Tensor = student.lm_head(hidden_BTd[batch.answers.sequence_R, batch.answers.position_R])
     return logits_RV.float()
 
 
@@ -69,9 +69,14 @@ def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[St
     """The three stages in a row, in bfloat16."""
     samples, store = open_store(bench.folder / "samples"), TargetStore.open(str(bench.folder / "default"))
     stream = target_stream(samples, store, StreamConfig(seed=1, batch_size=num_samples), rank=0, world_size=1, epoch=0)
-    reading = resolve_reader_spec(store, STUDENT_LM, own_vision=False, kd_weight=1.0)
-    batch = Collator(reading.reader())(next(iter(stream)))
-    settings = ["train.precision=bf16", "train.microbatch_size=16", "train.num_workers=0", "train.trackers=[]"]
+    spec = resolve_reader_spec(store, STUDENT_LM, own_vision=False, kd_weight=1.0)
+    batch = Collator(spec.reader)(next(iter(stream)))
+    settings = [
+        "train.parallel.precision=bf16",
+        "train.loader.microbatch_size=16",
+        "train.loader.num_workers=0",
+        "train.logging.trackers=[]",
+    ]
     settings += ["train.lora={rank: 16, alpha: 32}"]
     stage = f"{{batch_size: 16, epochs: 50, max_steps: {steps}, learning_rate: 1.0e-3}}"
     settings += [f"train.{name}={stage}" for name in BEFORE]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.cli.compare_attention import similarity_table
-from pipeline.evaluation import compare_with_targets, gaze_pictures
+from pipeline.evaluation import attention_pictures, compare_with_targets
 from pipeline.training import train
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import run_here
@@ -49,7 +49,7 @@ def test_the_run_file_says_how_to_score_unless_a_flag_does(
 def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_default_ones(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
-    run = run_file(tiny, targets, tmp_path / "run", "train.student_layers=[0, 1, 3]", "train.dft.max_steps=1")
+    run = run_file(tiny, targets, tmp_path / "run", "train.matching.student_layers=[0, 1, 3]", "train.dft.max_steps=1")
     train(run, ["dft"])
     (tmp_path / "run/dft/student").rename(tmp_path / "alone")
     (tmp_path / "run/dft/student").symlink_to(tmp_path / "alone")
@@ -62,7 +62,7 @@ def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_de
     assert similarity_table(trained).title.endswith("layers as trained")
     assert similarity_table(default).title.endswith("layers matched by default")
     models = {"run": str(tmp_path / "run"), "alone": str(tmp_path / "alone")}
-    (sample,) = gaze_pictures(models, *places, count=1)
+    (sample,) = attention_pictures(models, *places, count=1)
     assert [name for name, _ in sample.pictures] == ["image", "teacher", "run", "teacher, as alone learned", "alone"]
 
 

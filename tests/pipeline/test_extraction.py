@@ -28,7 +28,8 @@ from storage.targets.sample_targets import SkippedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
-from tests.pipeline.processes import descendants, kill_when, runs_until, start_cdp, tree, wait_until_dead
+from tests.pipeline.processes import start_cdp, tree
+from tests.processes import descendants, kill_when, runs_until, wait_until_dead
 from tests.recorded_progress import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("ray_address")

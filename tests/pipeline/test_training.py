@@ -13,20 +13,23 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.run_file import load_run_file
-from pipeline.training import last_student, train
+from pipeline.training import train
 from stages.student.config import STAGES, StageName
 from stages.student.data.sample_reader import ReaderSpec, resolve_reader_spec
-from stages.student.model.build import Student, load_student
 from stages.student.model.folding import fold_post_connector, take_apart
+from stages.student.model.loading import load_student
+from stages.student.model.student import Student
+from stages.student.run_folder import RunFolder, StageReport
 from stages.student.training.objective import DistillationObjective
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageReport, StepProgress
+from stages.student.training.stage import StepProgress
 from storage.errors import FingerprintMismatch, UserError
 from storage.targets.store import TargetStore
 from tests.checkpoints import make_tiny_lm
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import cdp, kill_when, start_cdp, tree
+from tests.pipeline.processes import cdp, start_cdp, tree
 from tests.pipeline.runs import SETTINGS, run_file
+from tests.processes import kill_when
 
 
 @pytest.fixture(autouse=True)
@@ -61,17 +64,17 @@ def test_each_stage_leaves_a_student_metrics_a_report_and_the_resolved_run_file(
     assert list(summary) == list(STAGES)
     assert "attention" in summary["dft"]["losses"]
     assert "kd" not in summary["sft"]["losses"]
-    assert last_student(undisturbed) == undisturbed / "sft" / "student"
+    assert RunFolder(undisturbed).last_student() == undisturbed / "sft" / "student"
 
 
-def test_the_teachers_eyes_stay_as_they_were_and_each_stage_trains_what_it_says(
+def test_the_teachers_vision_tower_stays_as_it_was_and_each_stage_trains_what_it_says(
     undisturbed: Path, targets: Path
 ) -> None:
-    eyes = load_file(TargetStore.open(targets).teacher_folder() / "model.safetensors")
+    vision = load_file(TargetStore.open(targets).teacher_folder() / "model.safetensors")
     dpt, dft, sft = (load_file(undisturbed / stage / "student" / "model.safetensors") for stage in STAGES)
     for student in (dpt, dft, sft):
-        assert eyes.keys() <= student.keys()
-        assert all(torch.equal(student[name], eyes[name]) for name in eyes)
+        assert vision.keys() <= student.keys()
+        assert all(torch.equal(student[name], vision[name]) for name in vision)
     changed = {name for name in dpt if not torch.equal(dpt[name], dft[name])}
     assert any("language_model.layers" in name for name in changed)
     assert all("language_model.layers" in name or "post_connector" in name for name in changed)
@@ -95,7 +98,7 @@ def test_windows_that_the_store_did_not_foresee_are_said_when_the_stage_starts_a
     def said_by_now(stage: StageName, step: StepProgress) -> None:
         assert "dft: 1 layers are matched, but the targets hold exact sink masks for" in caplog.text
 
-    run = run_file(tiny, targets, tmp_path / "run", "train.num_matched=1", "train.dft.max_steps=1")
+    run = run_file(tiny, targets, tmp_path / "run", "train.matching.num_matched=1", "train.dft.max_steps=1")
     (report,) = train(run, ["dft"], said_by_now)
     (note,) = report.notes
     assert "extract with teacher.num_matched=1" in note
@@ -217,7 +220,7 @@ def test_a_stage_may_begin_from_the_student_of_another_run(
 
 
 @pytest.mark.parametrize("change", ["another tower", "exported"])
-def test_a_saved_student_with_other_eyes_than_the_targets_teacher_is_refused_and_nothing_is_written(
+def test_a_saved_student_with_another_vision_tower_than_the_targets_teacher_is_refused_and_nothing_is_written(
     change: str, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     student = load_student(undisturbed / "dpt" / "student")
@@ -229,7 +232,7 @@ def test_a_saved_student_with_other_eyes_than_the_targets_teacher_is_refused_and
         found = r"another model\.vision_tower\.post_layernorm\.bias"
     shutil.copytree(undisturbed / "dpt" / "student", tmp_path / "student")
     student.save_pretrained(tmp_path / "student")
-    with pytest.raises(FingerprintMismatch, match=f"the eyes of the targets' teacher: it has {found}"):
+    with pytest.raises(FingerprintMismatch, match=f"the vision tower of the targets' teacher: it has {found}"):
         train(run_file(replace(tiny, student_lm=tmp_path / "student"), targets, tmp_path / "run"), ["dft"])
     assert not (tmp_path / "run").exists()
 
@@ -285,7 +288,7 @@ def test_bookkeeping_may_change_between_a_stop_and_its_resume(
     output = tmp_path / "run"
     with pytest.raises(Stopped):
         train(run_file(tiny, targets, output), STAGES, stop_at("dpt", 3))
-    train(run_file(tiny, targets, output, "train.checkpoint_every=1", "train.keep_checkpoints=5"), STAGES)
+    train(run_file(tiny, targets, output, "train.checkpoint.every=1", "train.checkpoint.keep=5"), STAGES)
     assert same_students(output, undisturbed)
 
 
@@ -306,8 +309,11 @@ def test_going_on_with_other_settings_is_refused_by_name_and_changes_nothing(
     ("setting", "message"),
     [
         ("train.dft.kd_temperature=2.0", r"kd_temperature of dft is 2.0, but .* holds .* at \[1.0\] only"),
-        ("train.student_layers=[30,31]", r"student layers \[30, 31\] were asked for, but the decoder has layers 0 to"),
-        ("train.num_matched=9", "the student has 4 layers but 9 are to be matched"),
+        (
+            "train.matching.student_layers=[30,31]",
+            r"student layers \[30, 31\] were asked for, but the decoder has layers 0 to",
+        ),
+        ("train.matching.num_matched=9", "the student has 4 layers but 9 are to be matched"),
         ("train.dft.subset={subset}", "unknown-key"),
     ],
 )
@@ -325,7 +331,7 @@ def test_which_layers_are_matched_may_change_for_a_stage_that_matches_none(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed / "dpt", tmp_path / "run" / "dpt")
-    train(run_file(tiny, targets, tmp_path / "run", "train.num_matched=2"), ["dpt", "dft"])
+    train(run_file(tiny, targets, tmp_path / "run", "train.matching.num_matched=2"), ["dpt", "dft"])
     assert weights(tmp_path / "run/dpt") == weights(undisturbed / "dpt")
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
-from stages.student.data.loader import MOST_WORKERS, LoaderDied, StepLoader, spare_workers
+from stages.student.data.loader import MOST_WORKERS, LoaderConfig, LoaderDied, StepLoader, spare_workers
 from storage.errors import CorruptData, UserError
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig
 from storage.streaming.stream import StreamedSample
 from storage.targets.store import TargetStore
-from tests.pipeline.processes import descendants, is_alive
+from tests.processes import descendants, is_alive
 from tests.storage.builders import extract, pack
 
 SHARDS = (5, 6)
@@ -37,7 +38,7 @@ def batch_of(samples: Sequence[StreamedSample]) -> Batch:
     none = torch.zeros(0, dtype=torch.long)
     maps = tuple(sample.maps for sample in samples)
     keys = tuple(sample.key for sample in samples)
-    return Batch(keys, {"input_ids": ids}, none, none, none, torch.zeros(0, 0, dtype=torch.uint8), (), maps)
+    return Batch(keys, {"input_ids": ids}, AnswerRows(none, none, none), torch.zeros(0, 0, dtype=torch.uint8), (), maps)
 
 
 def refuse_s1(samples: Sequence[StreamedSample]) -> Batch:
@@ -73,8 +74,7 @@ def loader(root: Path, num_workers: int, collator=batch_of, rank: int = 0, world
         rank=rank,
         world_size=world_size,
         device=CPU,
-        num_workers=num_workers,
-        prefetch=2,
+        config=LoaderConfig(num_workers=num_workers, prefetch=2),
         with_maps=True,
     )
 

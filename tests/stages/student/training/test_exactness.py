@@ -22,13 +22,14 @@ from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.config import DistilledFinetuning, TrainConfig
-from stages.student.data.batch import decode_windows
-from stages.student.data.collator import Collator
+from stages.student.config import DistilledFinetuning
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
-from stages.student.layer_matching import LayerMatching, match_stage
+from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses import answer_losses
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
+from stages.student.training.forward import decode_windows
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import decode_logits
 from storage.stores import open_store
@@ -71,11 +72,11 @@ class World:
     data: TinyData
     store: TargetStore
     samples: dict[str, StreamedSample]
-    config: TrainConfig = field(default_factory=lambda: TrainConfig(num_matched=3))
+    matched: MatchingConfig = field(default_factory=lambda: MatchingConfig(num_matched=3))
 
     @property
     def matching(self) -> LayerMatching:
-        return match_stage(6, self.store.manifest, self.config, DistilledFinetuning())[0]
+        return match_layers(6, self.store.manifest, self.matched)[0]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def trained_on(world: World, names: list[str], stage: DistilledFinetuning) -> Re
     reader = SampleReader(load_processor(world.store.teacher_folder()), student.config.image_token_id, 10_000)
     batch = Collator(reader)([world.samples[name] for name in names]).to(CPU, torch.float64)
     objective = DistillationObjective(student, stage, world.store.manifest.fingerprint.logit_codec, world.matching)
-    loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
     loss.backward()
     return result_of(student, terms)
 
@@ -334,9 +335,9 @@ def test_settings_of_the_losses_change_what_is_trained_on_as_the_textbook_says(
 
 
 LAYER_SETTINGS: list[tuple[dict[str, Any], tuple[int, ...], tuple[tuple[int, ...], ...]]] = [
-    ({"matching": "one_to_one", "num_matched": 3}, (2, 3, 4), ((0,), (4,), (7,))),
-    ({"layers": "early"}, (0, 1), ((0, 1), (1, 2))),
-    ({"layers": "late"}, (4, 5), ((6,), (7,))),
+    ({"kind": "one_to_one", "num_matched": 3}, (2, 3, 4), ((0,), (4,), (7,))),
+    ({"span": "early"}, (0, 1), ((0, 1), (1, 2))),
+    ({"span": "late"}, (4, 5), ((6,), (7,))),
 ]
 
 
@@ -344,7 +345,7 @@ LAYER_SETTINGS: list[tuple[dict[str, Any], tuple[int, ...], tuple[tuple[int, ...
 def test_other_matched_layers_are_trained_on_as_the_textbook_says(
     settings: dict[str, Any], layers: tuple[int, ...], windows: tuple[tuple[int, ...], ...], world: World
 ) -> None:
-    other = replace(world, config=TrainConfig.model_validate(settings))
+    other = replace(world, matched=MatchingConfig.model_validate(settings))
     assert (other.matching.student_layers, other.matching.windows) == (layers, windows)
     terms, gradients = trained_on(other, list(RECORDS), DistilledFinetuning())
     expected_terms, expected = textbook(other, list(RECORDS), DistilledFinetuning(), as_stored(other))
