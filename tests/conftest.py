@@ -24,31 +24,34 @@ make_cpu_deterministic()
 
 pytest_plugins = ["tests.s3_server", "tests.faulty_s3", "tests.small_disk"]
 
+EXPENSIVE = ("ray_address", "undisturbed", "extract")
+"""Session fixtures that are made once, by the worker that runs all tests of them: a cluster, a training run, targets of
+every family."""
+
 NUM_SAMPLES = 24
 SAMPLES_PER_SHARD = 4
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sends all tests of the Ray cluster to one worker, which begins with them, and each other file to one worker.
+    """Sends the tests of each expensive fixture to one worker, which begins with them, and each other file to one worker.
 
     Before pytest-xdist's own hook, which reads the groups.
     """
-    items.sort(key=lambda item: not _needs_ray(item))
+    items.sort(key=lambda item: (*EXPENSIVE, "").index(_expensive_fixture(item)))
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            file = item.path.relative_to(config.rootpath).as_posix()
-            item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else file))
+            item.add_marker(pytest.mark.xdist_group(_expensive_fixture(item) or item.path.as_posix()))
 
 
 def pytest_collection_finish() -> None:
-    """Spares the garbage collector what the imports and the collection made: it lasts until the process ends."""
+    """Spares the garbage collector what imports and collection made: it lasts until the process ends."""
     gc.collect()
     gc.freeze()
 
 
-def _needs_ray(item: pytest.Item) -> bool:
-    return "ray_address" in getattr(item, "fixturenames", ())
+def _expensive_fixture(item: pytest.Item) -> str:
+    return next((name for name in EXPENSIVE if name in getattr(item, "fixturenames", ())), "")
 
 
 @dataclass(frozen=True)

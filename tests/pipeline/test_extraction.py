@@ -73,6 +73,7 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
         assert 0 <= worker.waited_share < 1
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_answers_without_an_end_are_said_before_the_first_shard_and_in_the_report(
     tiny: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,6 +324,7 @@ def test_resuming_with_another_teacher_or_other_samples_is_refused_by_name_and_c
     assert tree(targets) == before
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_too_long_conversations_are_in_the_ledger_and_fail_the_command_unless_allowed(
     tiny: TinyWorld, tmp_path: Path
 ) -> None:
@@ -345,6 +347,7 @@ def test_too_long_conversations_are_in_the_ledger_and_fail_the_command_unless_al
     assert verify(store, tmp_path / "samples").ok
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_samples_for_which_the_teacher_gives_nan_are_in_the_ledger_and_all_others_are_stored(
     tiny: TinyWorld, tmp_path: Path
 ) -> None:
