@@ -34,7 +34,7 @@ SAMPLES_PER_SHARD = 4
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sends the tests of each expensive fixture to one worker, which begins with them, and each other file to one worker.
+    """Sends all tests of an expensive fixture to one worker, which begins with them, and every other file as a whole.
 
     Before pytest-xdist's own hook, which reads the groups.
     """
