@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.extraction import ExtractConfig, threads_of_each
+from storage.progress import SILENT, Progress
 from storage.samples import SampleIndex
 from storage.stores import open_store
 
 if TYPE_CHECKING:
-    from stages.estimate.measured import Progress
     from stages.estimate.report import Estimate, EstimateConfig
     from stages.teacher.identity import TeacherConfig
 
@@ -21,7 +21,7 @@ def make_estimate(
     config: "EstimateConfig",
     *,
     config_only: bool,
-    progress: "Progress | None" = None,
+    progress: Progress = SILENT,
 ) -> "Estimate":
     """Bytes and hours of extracting these samples; the target store is not touched.
 
@@ -40,7 +40,7 @@ def make_estimate(
     if config_only:
         from stages.estimate.analytic import estimate_from_configs
 
-        return estimate_from_configs(teacher, samples, config, workers=extract.workers or 1)
+        return estimate_from_configs(teacher, samples, config, workers=extract.workers or 1, progress=progress)
     make_cpu_deterministic()
     import torch
 

@@ -101,7 +101,7 @@ def pack_samples(
     """LLaVA JSON and images -> sample shards; same-image conversations side by side."""
     from pipeline.cli.tables import print_pack_report
     from pipeline.run_file import validated
-    from pipeline.ui.progress import add_bar, bars
+    from pipeline.ui.progress import Bars, bars
     from stages.samples.pack import PackConfig
     from stages.samples.pack import pack_samples as pack
 
@@ -112,14 +112,7 @@ def pack_samples(
     }
     config = validated(PackConfig, flags, "the flags of pack-samples")
     with bars() as progress:
-        bar = add_bar(progress, "pack")
-        report = pack(
-            source,
-            images,
-            output,
-            config,
-            lambda done, total, size: progress.update(bar, completed=done, total=total, note=f"{size / 1e6:,.1f} MB"),
-        )
+        report = pack(source, images, output, config, Bars(progress))
     print_pack_report(report, output)
 
 
@@ -137,7 +130,7 @@ def estimate(
     from pipeline.cli.tables import print_estimate
     from pipeline.estimation import make_estimate
     from pipeline.run_file import load_run_file
-    from pipeline.ui.progress import StepBars, bars
+    from pipeline.ui.progress import Bars, bars
 
     flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
     run = load_run_file(config, settings or [], flags)
@@ -146,7 +139,7 @@ def estimate(
     place = run.samples if config_only else need(run.samples, "--samples")
     with bars() as progress:
         result = make_estimate(
-            run.teacher, place, run.extract, run.estimate, config_only=config_only, progress=StepBars(progress)
+            run.teacher, place, run.extract, run.estimate, config_only=config_only, progress=Bars(progress)
         )
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -229,18 +222,11 @@ def convert_checkpoint(
 ) -> None:
     """Released CompoDistill or TinyLLaVA checkpoint -> Hugging Face Llava with processor and chat template."""
     from pipeline.cli.tables import print_conversion_report
-    from pipeline.ui.progress import add_bar, bars
+    from pipeline.ui.progress import Bars, bars
     from stages.convert.checkpoint import convert_checkpoint as convert
 
     with bars() as progress:
-        bar = add_bar(progress, "convert", unit="MB")
-        report = convert(
-            source,
-            output,
-            tokenizer=tokenizer,
-            image_processor=image_processor,
-            progress=lambda done, total: progress.update(bar, completed=done / 1e6, total=total / 1e6),
-        )
+        report = convert(source, output, tokenizer=tokenizer, image_processor=image_processor, progress=Bars(progress))
     print_conversion_report(report, output)
 
 

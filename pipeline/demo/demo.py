@@ -23,7 +23,7 @@ from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
 from pipeline.ui.html_report import ReportTable, render_report
-from pipeline.ui.progress import ExtractionBar, add_bar, bars
+from pipeline.ui.progress import Bars, ExtractionBar, bars
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
 from storage.errors import UserError
@@ -91,13 +91,12 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
                 write_dataset(folder / "scenes", config.num_images, config.seed, config.variant, config.num_pairs)
         with clock.part("pack samples"):
             if not (samples / "index.json").is_file():
-                bar = add_bar(progress, "pack")
                 pack_samples(
                     folder / "scenes" / "train.json",
                     folder / "scenes",
                     samples,
                     PackConfig(max_samples_per_shard=256),
-                    lambda done, total, _: progress.update(bar, completed=done, total=total),
+                    Bars(progress),
                 )
         with clock.part("extract teacher"):
             run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})

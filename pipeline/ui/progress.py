@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -73,18 +73,46 @@ def _one_line() -> Column:
     return Column(no_wrap=True)
 
 
-class StepBars:
-    """A bar for each step of some work, made when it begins."""
+class Bars:
+    """Bars as `storage.progress.Progress`."""
 
-    def __init__(self, progress: Progress, unit: str = "steps") -> None:
-        self._progress, self._unit = progress, unit
-        self._bars: dict[str, TaskID] = {}
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
-    def __call__(self, step: str, done: int, total: int) -> None:
-        """Shows how far a step is."""
-        if step not in self._bars:
-            self._bars[step] = add_bar(self._progress, step, unit=self._unit)
-        self._progress.update(self._bars[step], completed=done, total=total)
+    def task(self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False) -> Bar:
+        """Adds a bar."""
+        return Bar(self._progress, add_bar(self._progress, name, total, unit))
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bars."""
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+class Bar:
+    """One bar as `storage.progress.ProgressTask`."""
+
+    def __init__(self, progress: Progress, bar: TaskID) -> None:
+        self._progress, self._bar = progress, bar
+
+    def advance(self, amount: float = 1) -> None:
+        """Adds to the amount done."""
+        self._progress.advance(self._bar, amount)
+
+    def update(
+        self,
+        *,
+        done: float | None = None,
+        total: float | None = None,
+        note: str | None = None,
+        rate: float | None = None,
+    ) -> None:
+        """Sets what is given."""
+        fields: dict[str, Any] = {name: value for name, value in (("note", note), ("rate", rate)) if value is not None}
+        self._progress.update(self._bar, completed=done, total=total, **fields)
+
+    def remove(self) -> None:
+        """Takes the bar off the screen."""
+        self._progress.remove_task(self._bar)
 
 
 class ExtractionBar:

@@ -5,7 +5,6 @@ Weight files are copied one by one under new names, so that no more than the lar
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,14 +25,12 @@ from stages.student.model.modeling_compodistill import (
 )
 from stages.weights import INDEX, SINGLE, indexed_files, some
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.strict_model import StrictModel
 
 REPORT = "conversion.json"
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes written, bytes of all weights)."""
 
 
 class ConversionReport(StrictModel):
@@ -81,7 +78,7 @@ def convert_checkpoint(
     *,
     tokenizer: str | None = None,
     image_processor: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> ConversionReport:
     """Writes `output`, a Hugging Face folder with processor and chat template.
 
@@ -93,7 +90,7 @@ def convert_checkpoint(
         output: a folder that does not exist yet, or is empty.
         tokenizer: folder or hub id, if not the one in `source` or named by its config.
         image_processor: the same for the image processor.
-        progress: called as weights are written.
+        progress: where the megabytes written are shown.
 
     Raises:
         UserError: an unknown layout, pickled weights, missing or unexpected tensors or shapes, or an output that
@@ -201,10 +198,10 @@ def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrained
             )
 
 
-def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, progress: Progress | None) -> int:
+def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, progress: Progress) -> int:
     """One file for each released one, and the index that Hugging Face expects of several."""
     files = sorted({source.file for source in tensors.values()})
-    total = sum(path.stat().st_size for path in files)
+    task = progress.task("convert", sum(path.stat().st_size for path in files) / 1e6, unit="MB")
     weight_map: dict[str, str] = {}
     num_bytes = 0
     for number, path in enumerate(files):
@@ -217,8 +214,7 @@ def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, p
         save_file(held, folder / target, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, target)
         num_bytes += sum(tensor.nbytes for tensor in held.values())
-        if progress is not None:
-            progress(num_bytes, total)
+        task.update(done=num_bytes / 1e6)
     if len(files) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=1))

@@ -18,6 +18,7 @@ from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_tea
 from storage.codecs.maps import MapCodecName
 from storage.codecs.triangle import num_entries
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.sample_targets import SkippedSample
 from storage.samples import SampleIndex
 from storage.stores import Store
@@ -56,7 +57,7 @@ class Work:
 
 
 def estimate_from_configs(
-    settings: TeacherConfig, samples: Store | None, config: EstimateConfig, *, workers: int
+    settings: TeacherConfig, samples: Store | None, config: EstimateConfig, *, workers: int, progress: Progress = SILENT
 ) -> Estimate:
     """What a whole extraction takes, without the teacher's weights.
 
@@ -65,6 +66,7 @@ def estimate_from_configs(
         samples: the sample set, read and tokenised as for a probe; None takes the numbers of `config`.
         config: what is assumed.
         workers: GPUs side by side.
+        progress: where the samples read are shown.
 
     Raises:
         UserError: neither samples nor their number, or a teacher that extraction would refuse.
@@ -77,7 +79,7 @@ def estimate_from_configs(
         index = SampleIndex.load(samples)
         shard_sizes = [entry.num_samples for entry in index.shards]
         runs = plan_runs(index.num_samples, config.runs, config.counted_samples, config.seed)
-        counted = count_runs(samples, index, encoder, runs, causal=identity.codec.causal)
+        counted = count_runs(samples, index, encoder, runs, causal=identity.codec.causal, progress=progress)
         num_read = sum(run.num_read for run in counted)
         per_sample = {unit: sum(run.counts[unit] for run in counted) / num_read for unit in UNITS}
         skipped = [one for run in counted for one in run.skipped]

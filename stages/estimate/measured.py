@@ -25,14 +25,12 @@ from storage.codecs.triangle import num_entries
 from storage.codecs.windows import encode_image, window_rows
 from storage.errors import UserError
 from storage.manifest import Manifest
+from storage.progress import SILENT, Progress
 from storage.sample_targets import MapTargets, SampleTargets
 from storage.samples import SampleIndex, SampleShard, StoredSample
 from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store
 from storage.targets import CommitRecord, write_shard
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the amount done and the whole."""
 
 CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
 SHOWN_UNUSABLE = 5
@@ -55,7 +53,7 @@ def estimate_by_measurement(
     *,
     workers: int,
     threads: int,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Estimate:
     """What a whole extraction takes, with each map codec.
 
@@ -74,21 +72,20 @@ def estimate_by_measurement(
     Raises:
         UserError: as extraction for a teacher that cannot be used; no usable sample among those drawn.
     """
-    show = progress or (lambda *_: None)
     index = SampleIndex.load(samples)
     runs = plan_runs(index.num_samples, config.runs, config.counted_samples, config.seed)
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    show("load teacher", 0, 1)
+    loading = progress.task("load teacher", 1, unit="teachers")
     # In 16 bits, from which all other codes are made; the teacher then has to look only once.
     teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}))
     load_seconds = time.perf_counter() - started
-    show("load teacher", 1, 1)
-    counted = _count(teacher, samples, index, runs, config.probed_samples, show)
+    loading.advance()
+    counted = _count(teacher, samples, index, runs, config.probed_samples, progress)
     with tempfile.TemporaryDirectory(prefix="cdp-estimate-") as folder:
-        seen = _observe(teacher, counted, Path(folder) / "samples", show)
+        seen = _observe(teacher, counted, Path(folder) / "samples", progress)
         manifest = _manifest_of(teacher.identity, index)
-        coded = _code_all(teacher, seen, settings.map_codec, manifest, Path(folder), show)
+        coded = _code_all(teacher, seen, settings.map_codec, manifest, Path(folder), progress)
         teacher.save_vision(Path(folder) / "teacher")
         vision_bytes = sum(file.stat().st_size for file in (Path(folder) / "teacher").rglob("*") if file.is_file())
     on_gpu = teacher.model.device.type == "cuda"
@@ -136,16 +133,8 @@ def _count(
     index: SampleIndex,
     runs: Sequence[range],
     num_probed: int,
-    show: Progress,
+    progress: Progress,
 ) -> list[CountedRun]:
-    total = sum(map(len, runs))
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        show("count", done, total)
-
     with Observer(teacher) as observer:
         batch_size = observer.batch_size.value
     counted = count_runs(
@@ -155,33 +144,27 @@ def _count(
         runs,
         causal=teacher.identity.codec.causal,
         num_kept=-(-max(num_probed, 2 * batch_size) // len(runs)),
-        progress=advance,
+        progress=progress,
     )
     if not any(run.kept for run in counted):
         reasons = Counter(skipped.reason for run in counted for skipped in run.skipped)
         raise UserError(
-            f"none of {total} samples drawn from {samples.url} can be used "
+            f"none of {sum(map(len, runs))} samples drawn from {samples.url} can be used "
             f"({', '.join(f'{reason}: {count}' for reason, count in reasons.most_common())})"
         )
     return counted
 
 
-def _observe(teacher: Teacher, runs: Sequence[CountedRun], folder: Path, show: Progress) -> _Seen:
+def _observe(teacher: Teacher, runs: Sequence[CountedRun], folder: Path, progress: Progress) -> _Seen:
     """The kept samples as one shard through the teacher, after a first batch that is not counted."""
     kept = [sample for run in runs for sample in run.kept]
     with Observer(teacher, overlap=teacher.model.device.type == "cuda") as observer:
         with _packed(folder / "warm-up", kept[: observer.batch_size.value]) as shard:
             observer.observe(shard)
-        done = 0
-
-        def advance(number: int) -> None:
-            nonlocal done
-            done += number
-            show("probe", done, len(kept))
-
+        task = progress.task("run teacher", len(kept))
         with _packed(folder / "kept", kept) as shard:
             started = time.perf_counter()
-            whole = observer.observe(shard, advance)
+            whole = observer.observe(shard, task.advance)
             seconds = time.perf_counter() - started
         batch_size = observer.batch_size.value
     keys = [{sample.key for sample in run.kept} for run in runs]
@@ -214,16 +197,16 @@ def _code_all(
     chosen: MapCodecName,
     manifest_of: Callable[[MapCodecName], Manifest],
     folder: Path,
-    show: Progress,
+    progress: Progress,
 ) -> dict[MapCodecName, CodedProbe]:
     """The probed samples in every codec; how runs differ, and what a shard costs to write, is measured with one."""
-    show("code and write", 0, len(CODECS))
+    task = progress.task("code and write", len(CODECS), unit="codecs")
     coded = {chosen: _code(teacher, seen, manifest_of(chosen), folder / chosen)}
+    task.advance()
     for name in CODECS:
-        show("code and write", len(coded), len(CODECS))
         if name != chosen:
             coded[name] = _code(teacher, seen, manifest_of(name), folder / name, like=coded[chosen])
-    show("code and write", len(coded), len(CODECS))
+            task.advance()
     return {name: coded[name] for name in CODECS}
 
 

@@ -6,7 +6,7 @@ Letters: N image tokens.
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stages.conversations import ConversationEncoder
@@ -14,6 +14,7 @@ from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.timings import Timings
 from storage.codecs.triangle import num_entries
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.sample_targets import SkippedSample
 from storage.samples import SampleIndex, SampleShard, StoredSample
 from storage.stores import Store
@@ -65,7 +66,7 @@ def count_runs(
     *,
     causal: bool,
     num_kept: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> list[CountedRun]:
     """Reads and tokenises the samples of each run.
 
@@ -79,8 +80,9 @@ def count_runs(
         runs: as `plan_runs` makes them.
         causal: whether half of a map is stored.
         num_kept: usable samples of each run to give back.
-        progress: called with the number of samples read since the last call.
+        progress: where the samples read are shown.
     """
+    task = progress.task("count", sum(map(len, runs)))
     counted = []
     for run in runs:
         counts = dict.fromkeys(UNITS, 0.0)
@@ -99,8 +101,7 @@ def count_runs(
                         usable.append(found)
                         if len(kept) < num_kept:
                             kept.append(shard.read(row))
-                    if progress is not None:
-                        progress(1)
+                    task.advance()
                 for sample, share in zip(usable, _shares(make, len(shard), usable), strict=True):
                     _add(counts, sample, share, causal)
         counted.append(CountedRun(len(run), counts, tuple(skipped), tuple(kept)))
