@@ -210,6 +210,11 @@ def _processor_class(folder: Path) -> Any:
     return None
 
 
+def image_processor_backend(processor: Any) -> str:
+    """Class name of what makes the pixels, such as `SiglipImageProcessorPil`; the saved JSON lacks it."""
+    return type(processor.image_processor).__name__
+
+
 def weights_digest(folder: Path) -> str:
     """sha256 over the names and contents of all weight files."""
     digest = hashlib.sha256()

@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreT
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from stages.chat_templates import read_template
+from stages.conversations.chat_templates import read_template
 from stages.convert.layout import class_tokens
 from storage.errors import UserError
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.extrapolate import answer_bytes, longest_share
 from stages.estimate.report import Estimate, EstimateConfig, SettingEstimate
 from stages.estimate.sampling import UNITS, count_runs, plan_runs

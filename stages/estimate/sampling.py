@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.timings import Timings
 from storage.codecs.triangle import num_entries

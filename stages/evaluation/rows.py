@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration
 
-from stages.conversations import EncodedConversation
+from stages.conversations.encoder import EncodedConversation
 from storage.errors import UserError
 
 ROWS_AT_ONCE: Final = 128

@@ -25,10 +25,10 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
-from stages.images import MAX_PIXELS, BadImage, decode_image
+from stages.images import MAX_PIXELS, decode_image
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 
@@ -214,7 +214,7 @@ def _encoded_batches(
     def encode_or_name(pair: CaptionPair) -> list[EncodedConversation]:
         try:
             return encode(pair)
-        except (BadImage, UnusableConversation, UserError, OSError) as error:
+        except (UserError, OSError) as error:
             raise UserError(f"pair {pair.key!r} of {pair.kind}, image {pair.image}: {error}") from error
 
     pending: deque[Future[list[EncodedConversation]]] = deque()

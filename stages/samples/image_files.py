@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from stages.images import BadImage, decode_image
-from stages.samples.ledger import UnusableSample
+from stages.images import decode_image
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 
 
@@ -42,8 +42,8 @@ class ImageFolder:
     def _check(self, relative: str, data: bytes) -> None:
         try:
             decode_image(data, self._max_pixels)
-        except BadImage as bad:
-            raise UnusableSample(bad.reason, f"{relative}: {bad.detail}") from bad
+        except UnusableSample as why:
+            raise UnusableSample(why.reason, f"{relative}: {why.detail}") from why
 
     def _read_bytes(self, relative: str) -> bytes:
         try:

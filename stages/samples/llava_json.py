@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from stages.samples.ledger import UnusableSample
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 
 MAX_JSON_BYTES = 4 * 2**30

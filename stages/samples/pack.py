@@ -10,10 +10,11 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.samples.image_files import ImageFolder
-from stages.samples.ledger import Ledger, UnusableSample
+from stages.samples.ledger import Ledger
 from stages.samples.llava_json import LlavaRecords, open_llava_records
 from stages.samples.llava_record import LlavaRecord, parse_record, record_id
 from stages.samples.staged_folder import LEDGER, REPORT, SHARDS, StagedFolder
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples import SampleShardWriter, StoredSample

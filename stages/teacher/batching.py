@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
-from stages.images import BadImage, decode_image
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.images import decode_image
 from stages.teacher.timings import Timings
+from stages.unusable_sample import UnusableSample
 from storage.samples import SampleShard, StoredSample
 from storage.targets import SkippedSample
 
@@ -79,7 +80,7 @@ class SamplePreparer:
             try:
                 images = [decode_image(data) for data in sample.images]
                 encoded = self._encoder.encode(sample.record["conversations"], images)
-            except (BadImage, UnusableConversation) as error:
+            except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
             return PreparedSample(
                 row=row,

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention import CAPTURE_VERSION
 from stages.captured_layers import check_maps
-from stages.chat_templates import notes_of_ends, read_template
 from stages.checkpoints import (
+    image_processor_backend,
     load_config,
     load_processor,
     refuse_code,
@@ -20,7 +20,8 @@ from stages.checkpoints import (
     tokenizer_digest,
     weights_digest,
 )
-from stages.conversations import chat_template, image_processor_backend
+from stages.conversations.answer_ends import notes_of_ends
+from stages.conversations.chat_templates import chat_template, read_template
 from stages.families import family_of
 from stages.families.family import Family
 from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers

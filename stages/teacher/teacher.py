@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from stages.attention import enable_capture
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
 from stages.weights import load_weights
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from stages.checkpoints import load_config, refuse_code
-from stages.conversations import EncodedConversation
+from stages.conversations.encoder import EncodedConversation
 from stages.families import family_of, llava
 from stages.families.batch import batch_inputs
 from stages.families.family import Family
