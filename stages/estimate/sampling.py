@@ -97,7 +97,7 @@ def count_runs(
                     if isinstance(found, SkippedSample):
                         skipped.append(found)
                     else:
-                        found.pixel_inputs = {}
+                        found.encoded.pixel_inputs.clear()
                         usable.append(found)
                         if len(kept) < num_kept:
                             kept.append(shard.read(row))
@@ -109,10 +109,10 @@ def count_runs(
 
 
 def _add(counts: dict[str, float], sample: PreparedSample, share: float, causal: bool) -> None:
-    num_tokens = len(sample.image_positions)
+    num_tokens = len(sample.encoded.image_positions)
     counts["samples"] += 1
-    counts["tokens"] += len(sample.token_ids)
-    counts["answer_rows"] += int(sample.answer_mask.sum())
+    counts["tokens"] += len(sample.encoded.token_ids)
+    counts["answer_rows"] += int(sample.encoded.answer_mask.sum())
     counts["maps"] += share
     counts["image_tokens"] += share * num_tokens
     counts["map_entries"] += share * num_entries(num_tokens, causal)

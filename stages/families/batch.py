@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.families.family import Family
 from storage.errors import UserError
@@ -51,6 +52,14 @@ def batch_inputs(
     if family.modality_input is not None:
         inputs[family.modality_input] = (input_ids == image_token_id).long()
     return {**inputs, **join_pixels(family, pixel_inputs)}
+
+
+def to_model(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The inputs on the model's device, floating-point ones in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
 
 
 def pixels_of(family: Family, processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Samples of a shard made ready ahead of the teacher, and put into batches of one padded length.
+"""Samples of a shard prepared before the teacher needs them, and put into batches of one padded length.
 
 Which samples make a batch follows from the shard's content and the batch size, never from timing.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.teacher.timings import Timings
-from stages.unusable_sample import UnusableSample
+from stages.unusable_sample import Reason, UnusableSample
 from storage.samples import SampleShard, StoredSample
 from storage.targets import SkippedSample
 
@@ -29,38 +29,36 @@ HELD_BATCHES = 4
 LEAST_HELD = 64
 HELD_BYTES = 512 * 2**20
 """Pixels of the samples that may wait."""
-AHEAD_BATCHES = 2
-"""Batches' worth of samples that are made ready while the teacher runs."""
+PREFETCHED_BATCHES = 2
+"""Batches' worth of samples that are prepared while the teacher runs."""
 
 
 @dataclass(eq=False)
 class PreparedSample:
-    """One sample as the teacher reads it.
-
-    Attributes:
-        row: its row in the tar.
-        map_key: digest of all that its maps depend on; None without an image.
-        pixel_inputs: emptied once the teacher has seen them.
-    """
+    """One sample as the teacher reads it, and what became of it there."""
 
     row: int
+    """Its row in the tar."""
     key: str
     id: str
-    token_ids: Tensor
-    answer_mask: Tensor
-    image_positions: Tensor
+    encoded: EncodedConversation
+    """The pixels in it are dropped once the teacher has seen them."""
     map_key: str | None
-    pixel_inputs: dict[str, Tensor]
+    """Digest of all that its maps depend on; None without an image."""
+    logits_RB: Tensor | None = None
+    """Records of its answer rows, once the teacher has run; None where a row is not finite."""
+    fault: Reason | None = None
+    """Why the teacher could not run."""
 
     @property
     def padded_length(self) -> int:
         """T of its batch."""
-        return -(-len(self.token_ids) // LENGTH_STEP) * LENGTH_STEP
+        return -(-len(self.encoded.token_ids) // LENGTH_STEP) * LENGTH_STEP
 
     @property
     def pixel_bytes(self) -> int:
         """Memory it takes while it waits."""
-        return sum(pixels.nbytes for pixels in self.pixel_inputs.values())
+        return sum(pixels.nbytes for pixels in self.encoded.pixel_inputs.values())
 
 
 class SamplePreparer:
@@ -86,11 +84,8 @@ class SamplePreparer:
                 row=row,
                 key=sample.key,
                 id=name,
-                token_ids=encoded.token_ids,
-                answer_mask=encoded.answer_mask,
-                image_positions=encoded.image_positions,
+                encoded=encoded,
                 map_key=_map_key(sample, encoded),
-                pixel_inputs=encoded.pixel_inputs,
             )
 
 
@@ -119,7 +114,7 @@ def prefetch(
     threads: ThreadPoolExecutor | None,
     size: Sized,
 ) -> Generator[PreparedSample | SkippedSample, None, None]:
-    """All rows in order, made by `threads` a bounded number of rows ahead; without, each when it is asked for."""
+    """All rows in order, prepared by `threads` a bounded number of rows ahead; without threads, each when it is asked for."""
     if threads is None:
         yield from map(make, range(num_rows))
         return
@@ -127,7 +122,7 @@ def prefetch(
     try:
         for row in range(num_rows):
             waiting.append(threads.submit(make, row))
-            if len(waiting) > AHEAD_BATCHES * size.value:
+            if len(waiting) > PREFETCHED_BATCHES * size.value:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

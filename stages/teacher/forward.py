@@ -6,14 +6,14 @@ V vocabulary.
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from stages.attention import AttentionCapture
-from stages.families.batch import batch_inputs
+from stages.families.batch import batch_inputs, to_model
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher
 from storage.codecs.answer_logits import encode_logits, row_addresses
@@ -61,24 +61,19 @@ class BatchSize:
         self._settled = False
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What one forward pass gave of one sample.
+class ForwardOutput(NamedTuple):
+    """What one forward pass gave of a batch."""
 
-    Attributes:
-        logits_RB: records of its answer rows, on the CPU; None when a row is not finite.
-        maps: `[N, N]` of each captured layer, on the teacher's device, not yet coded; None when not asked for.
-    """
-
-    sample: PreparedSample
-    logits_RB: Tensor | None
-    maps: tuple[Tensor, ...] | None
+    logits: list[Tensor | None]
+    """For each sample the records of its answer rows, on the CPU; None where a row is not finite."""
+    maps: dict[str, tuple[Tensor, ...]]
+    """Map key -> `[N, N]` of each captured layer, on the teacher's device, not yet coded."""
 
 
 @torch.inference_mode()
 def run_teacher(
     teacher: Teacher, batch: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]
-) -> list[Observed]:
+) -> ForwardOutput:
     """One forward pass; returns when it is done, on a GPU too.
 
     Args:
@@ -87,34 +82,34 @@ def run_teacher(
         wanted_maps: those of them whose attention maps are taken.
 
     Raises:
-        torch.OutOfMemoryError: nothing of the batch was kept.
+        torch.OutOfMemoryError: If the batch does not fit; nothing of it is kept then.
     """
     device = teacher.model.device
     layers = teacher.identity.layers
     no_positions = torch.zeros(0, dtype=torch.long)
     capture = AttentionCapture(
         layers=frozenset(layers),
-        positions=[sample.image_positions if sample in wanted_maps else no_positions for sample in batch],
+        positions=[sample.encoded.image_positions if sample in wanted_maps else no_positions for sample in batch],
     ).to(device)
     # The base model, not the one with the head: logits are wanted at answer rows only.
     inputs = model_inputs(teacher, batch)
     hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
-    answers = [sample.answer_mask.nonzero()[:, 0] for sample in batch]
+    answers = [sample.encoded.answer_mask.nonzero()[:, 0] for sample in batch]
     hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
     # Addresses by key and row, so that the draws do not depend on the batch.
     addresses_R = torch.cat([row_addresses(sample.key, len(t)) for sample, t in zip(batch, answers, strict=True)])
     logits_RB, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
-    observed, start = [], 0
+    sizes = list(map(len, answers))
+    rows = zip(logits_RB.split(sizes), finite_R.split(sizes), strict=True)
+    logits = [of_sample_RB if bool(finite.all()) else None for of_sample_RB, finite in rows]
+    maps = {}
     for row, sample in enumerate(batch):
-        stop = start + len(answers[row])
-        n = len(sample.image_positions)
-        maps = tuple(capture.maps[layer][row, :n, :n] for layer in layers) if sample in wanted_maps else None
-        finite = bool(finite_R[start:stop].all())
-        observed.append(Observed(sample, logits_RB[start:stop] if finite else None, maps))
-        start = stop
+        if sample in wanted_maps and sample.map_key is not None:
+            n = len(sample.encoded.image_positions)
+            maps[sample.map_key] = tuple(capture.maps[layer][row, :n, :n] for layer in layers)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return observed
+    return ForwardOutput(logits, maps)
 
 
 def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,11 +125,11 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
     hidden_Rd = pad(hidden_Rd, (0, 0, 0, -num_rows % ROW_STEP))
     addresses_R = pad(addresses_R, (0, -num_rows % ROW_STEP))
     records, finite = [], []
-    for rows_Rd, places_R in zip(torch.split(hidden_Rd, LOGIT_ROWS), torch.split(addresses_R, LOGIT_ROWS), strict=True):
+    for rows_Rd, seeds_R in zip(torch.split(hidden_Rd, LOGIT_ROWS), torch.split(addresses_R, LOGIT_ROWS), strict=True):
         logits_RV = head(rows_Rd).float()
         finite_R = torch.isfinite(logits_RV).all(-1)
         logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
-        records.append(encode_logits(codec, logits_RV, places_R).cpu())
+        records.append(encode_logits(codec, logits_RV, seeds_R).cpu())
         finite.append(finite_R.cpu())
     return torch.cat(records)[:num_rows], torch.cat(finite)[:num_rows]
 
@@ -144,15 +139,11 @@ def model_inputs(teacher: Teacher, batch: Sequence[PreparedSample]) -> dict[str,
     inputs = batch_inputs(
         teacher.identity.family,
         teacher.encoder.image_token_id,
-        [sample.token_ids for sample in batch],
-        [sample.pixel_inputs for sample in batch],
+        [sample.encoded.token_ids for sample in batch],
+        [sample.encoded.pixel_inputs for sample in batch],
         multiple=LENGTH_STEP,
     )
     # Padding lies behind each sample, where no token of it looks. Without a mask the attention kernel is the plain
     # causal one for every batch: the fastest there is, and the same whether a batch is padded or not.
     del inputs["attention_mask"]
-    model = teacher.model
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
+    return to_model(inputs, teacher.model)

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from stages.checkpoints import load_config, refuse_code
 from stages.conversations.encoder import EncodedConversation
 from stages.families import family_of, llava
-from stages.families.batch import batch_inputs
+from stages.families.batch import batch_inputs, to_model
 from stages.families.family import Family
 from stages.student.model.build import is_student, register_students
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
@@ -42,8 +42,7 @@ def load_multimodal(folder: Path, dtype: "torch.dtype | str" = "auto") -> PreTra
 def model_inputs(model: PreTrainedModel, encoded: EncodedConversation) -> dict[str, Tensor]:
     """What `model` is called with for one conversation, on its device, pixels in its dtype."""
     inputs = batch_inputs(_family(model), model.config.image_token_id, [encoded.token_ids], [encoded.pixel_inputs])
-    moved = {name: value.to(model.device) for name, value in inputs.items()}
-    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}
+    return to_model(inputs, model)
 
 
 def _family(model: PreTrainedModel) -> Family:
