@@ -114,7 +114,7 @@ def prefetch(
     threads: ThreadPoolExecutor | None,
     size: Sized,
 ) -> Generator[PreparedSample | SkippedSample, None, None]:
-    """All rows in order, prepared by `threads` a bounded number of rows ahead; without threads, each when it is asked for."""
+    """All rows in order, prepared by `threads` a bounded number of rows ahead; without threads, each when asked for."""
     if threads is None:
         yield from map(make, range(num_rows))
         return
