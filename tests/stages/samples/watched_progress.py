@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class RecordedProgress:
+class WatchedProgress:
     """Each task's steps as (name, done, total), and each message."""
 
     def __init__(self, at_step: Callable[[str, float], Any] = lambda name, done: None) -> None:
@@ -16,15 +16,15 @@ class RecordedProgress:
 
     def task(
         self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False
-    ) -> "RecordedTask":
-        return RecordedTask(self, name, total)
+    ) -> "WatchedTask":
+        return WatchedTask(self, name, total)
 
     def message(self, text: str) -> None:
         self.messages.append(text)
 
 
-class RecordedTask:
-    def __init__(self, progress: RecordedProgress, name: str, total: float | None) -> None:
+class WatchedTask:
+    def __init__(self, progress: WatchedProgress, name: str, total: float | None) -> None:
         self._progress, self._name, self._total, self._done = progress, name, total, 0.0
 
     def advance(self, amount: float = 1) -> None:
