@@ -65,7 +65,7 @@ def print_pack_report(report: PackReport, folder: Path) -> None:
 def print_estimate(estimate: Estimate) -> None:
     """What was looked at, then bytes and hours of each setting; the one that would be used is marked."""
     hours = "core-hours" if estimate.device == "CPU" else "GPU-hours"
-    looked = f"{estimate.counted_samples:,} read, {estimate.probed_samples:,} through the teacher"
+    looked = f"{estimate.num_sampled:,} read, {estimate.num_measured:,} through the teacher"
     table = _plain("estimate", f"{estimate.teacher} over {estimate.samples_url or 'samples to come'}")
     table.add_row("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({looked})")
     table.add_row("unusable among them", _reasons(estimate.unusable))
