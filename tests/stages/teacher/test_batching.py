@@ -92,7 +92,7 @@ def test_when_too_many_samples_wait_the_fullest_length_goes() -> None:
     # Nine lengths, one of them twice as frequent as the others.
     held = [batcher.add(sample(row, length=32 * (1 + row % 10 % 9))) for row in range(81)]
     assert [row for row, batch in enumerate(held) if batch] == [79]
-    assert {len(one.token_ids) for one in held[79] or []} == {32}
+    assert {len(one.encoded.token_ids) for one in held[79] or []} == {32}
     assert len(held[79] or []) == 16
 
 
