@@ -4,45 +4,19 @@ from typing import Literal
 
 from storage.errors import UserError
 
-Reason = Literal[
-    # of a record in the data file
-    "bad_id",
-    "bad_image_field",
-    "bad_json_line",
-    "duplicate_id",
-    "line_too_long",
-    "not_an_object",
-    "not_utf8",
-    # of a conversation
-    "answer_missing",
-    "bad_turn",
-    "empty_conversation",
-    "image_without_placeholder",
-    "placeholder_misplaced",
-    "placeholder_without_image",
-    "question_missing",
-    "unknown_role",
-    "wrong_turn_order",
-    # of an image
-    "broken_image",
-    "image_too_large",
-    "missing_image",
-    "path_leaves_folder",
-    "unsupported_image",
-    # of a conversation as a model reads it
-    "image_beyond_max_length",
-    "image_count_mismatch",
-    "no_answer_within_max_length",
-    "prompt_beyond_max_length",
-    "refused_by_processor",
-    "refused_by_template",
-    "template_not_prefix_stable",
-    # of a sample in the teacher
-    "kills_worker",
-    "not_finite",
-    "out_of_memory",
-    "teacher_error",
+_OfRecord = Literal[
+    "bad_id", "bad_image_field", "bad_json_line", "duplicate_id", "line_too_long", "not_an_object", "not_utf8"
 ]
+_OfTurns = Literal[
+    "answer_missing", "bad_turn", "empty_conversation", "question_missing", "unknown_role", "wrong_turn_order"
+]
+_OfPlaceholders = Literal["image_without_placeholder", "placeholder_misplaced", "placeholder_without_image"]
+_OfImage = Literal["broken_image", "image_too_large", "missing_image", "path_leaves_folder", "unsupported_image"]
+_OfText = Literal["refused_by_processor", "refused_by_template", "template_not_prefix_stable", "image_count_mismatch"]
+_OfLength = Literal["image_beyond_max_length", "no_answer_within_max_length", "prompt_beyond_max_length"]
+_OfTeacher = Literal["kills_worker", "not_finite", "out_of_memory", "teacher_error"]
+
+Reason = Literal[_OfRecord, _OfTurns, _OfPlaceholders, _OfImage, _OfText, _OfLength, _OfTeacher]
 """The words that ledgers and reports count by."""
 
 

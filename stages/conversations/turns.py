@@ -63,13 +63,8 @@ def check_complete(turns: tuple[Turn, ...]) -> None:
 def check_placeholders(num_placeholders: int, num_images: int, where: str) -> None:
     """Refuses images without a placeholder, and placeholders without an image.
 
-    Args:
-        num_placeholders: how often `PLACEHOLDER` was found.
-        num_images: images of the sample.
-        where: where it was looked for, for the message.
-
     Raises:
-        UnusableSample: If the numbers differ.
+        UnusableSample: If the numbers differ; the message says `where` placeholders were looked for.
     """
     if num_placeholders != num_images:
         raise UnusableSample(

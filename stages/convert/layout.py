@@ -1,7 +1,4 @@
-"""The released layout: its config, its tensor names, and what both are called in a Hugging Face folder.
-
-Source: METHOD, "The released checkpoints".
-"""
+"""The released layout: its config, its tensor names, and what both are called in a Hugging Face folder."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Settings of student training; defaults are the published recipe (METHOD, "The three stages")."""
+"""Settings of student training; defaults are the published recipe (docs/method.md#stages-of-training)."""
 
 from typing import Literal
 

@@ -4,11 +4,11 @@ Which samples make a batch follows from the shard's content and the batch size, 
 """
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,14 @@ from stages.conversations.encoder import ConversationEncoder, EncodedConversatio
 from stages.images import decode_image
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason, UnusableSample
+from storage.errors import UserError
 from storage.samples import SampleShard, StoredSample
 from storage.targets import SkippedSample
 
+logger = logging.getLogger(__name__)
+
+CPU_BATCH = 8
+GPU_FIRST_TRY = 64
 LENGTH_STEP = 32
 """Rows are padded to a multiple of this, whatever else is in their batch: a sample is computed in the same shapes alone
 and in company, which on a CPU makes the bytes the same."""
@@ -100,19 +105,45 @@ def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
     return digest.hexdigest()
 
 
-class Sized(Protocol):
-    """Where the batch size is asked for; it may shrink on the way."""
+class BatchSize:
+    """Samples of one forward pass: as set, or on a GPU the largest power of two that fits.
 
-    @property
-    def value(self) -> int:
-        """Samples of a batch."""
+    Args:
+        wanted: `TeacherConfig.batch_size`; None lets it be found.
+        on_gpu: where the teacher runs.
+    """
+
+    def __init__(self, wanted: int | None, *, on_gpu: bool) -> None:
+        self.value = wanted or (GPU_FIRST_TRY if on_gpu else CPU_BATCH)
+        self._may_shrink = wanted is None
+        self._settled = wanted is not None or not on_gpu
+
+    def fitted(self, num_samples: int) -> None:
+        """A batch went through; the first full one settles the size."""
+        if not self._settled and num_samples >= self.value:
+            self._settled = True
+            logger.info("the teacher runs %d samples at a time, found by trying", self.value)
+
+    def shrink(self, num_samples: int) -> None:
+        """A batch of `num_samples` > 1 did not fit into memory: down to the next power of two.
+
+        Raises:
+            UserError: the size was set, and so is kept: another would change the bytes on a GPU.
+        """
+        if not self._may_shrink:
+            raise UserError(
+                f"a batch of {num_samples} samples does not fit into the GPU's memory; set teacher.batch_size below "
+                f"{num_samples}, or leave it out to have it found"
+            )
+        self.value = min(self.value, 1 << (num_samples - 1).bit_length() - 1)
+        self._settled = False
 
 
 def prefetch(
     make: Callable[[int], PreparedSample | SkippedSample],
     num_rows: int,
     threads: ThreadPoolExecutor | None,
-    size: Sized,
+    size: BatchSize,
 ) -> Generator[PreparedSample | SkippedSample, None, None]:
     """All rows in order, prepared by `threads` a bounded number of rows ahead; without threads, each when asked for."""
     if threads is None:
@@ -138,7 +169,7 @@ class LengthBatcher:
         size: samples of a batch.
     """
 
-    def __init__(self, size: Sized) -> None:
+    def __init__(self, size: BatchSize) -> None:
         self._size = size
         self._held: dict[int, list[PreparedSample]] = {}
 

@@ -1,10 +1,9 @@
-"""One batch through the teacher, and how many samples a batch may have.
+"""One batch through the teacher.
 
 Shape letters: B samples of a batch (bytes of a record in `logits_RB`), T tokens, N image tokens, R answer rows,
 V vocabulary.
 """
 
-import logging
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -17,48 +16,9 @@ from stages.families.batch import batch_inputs, to_model
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher
 from storage.codecs.answer_logits import encode_logits, row_addresses
-from storage.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-CPU_BATCH = 8
-GPU_FIRST_TRY = 64
 LOGIT_ROWS = 512  # rows of vocabulary logits that exist at a time
 ROW_STEP = 32  # answer rows of a batch are filled up to a multiple: a product with one row is summed in another order
-
-
-class BatchSize:
-    """Samples of one forward pass: as set, or on a GPU the largest power of two that fits.
-
-    Args:
-        wanted: `TeacherConfig.batch_size`; None lets it be found.
-        on_gpu: where the teacher runs.
-    """
-
-    def __init__(self, wanted: int | None, *, on_gpu: bool) -> None:
-        self.value = wanted or (GPU_FIRST_TRY if on_gpu else CPU_BATCH)
-        self._may_shrink = wanted is None
-        self._settled = wanted is not None or not on_gpu
-
-    def fitted(self, num_samples: int) -> None:
-        """A batch went through; the first full one settles the size."""
-        if not self._settled and num_samples >= self.value:
-            self._settled = True
-            logger.info("the teacher runs %d samples at a time, found by trying", self.value)
-
-    def shrink(self, num_samples: int) -> None:
-        """A batch of `num_samples` > 1 did not fit into memory: down to the next power of two.
-
-        Raises:
-            UserError: the size was set, and so is kept: another would change the bytes on a GPU.
-        """
-        if not self._may_shrink:
-            raise UserError(
-                f"a batch of {num_samples} samples does not fit into the GPU's memory; set teacher.batch_size below "
-                f"{num_samples}, or leave it out to have it found"
-            )
-        self.value = min(self.value, 1 << (num_samples - 1).bit_length() - 1)
-        self._settled = False
 
 
 class ForwardOutput(NamedTuple):

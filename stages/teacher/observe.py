@@ -16,8 +16,8 @@ from typing import Self, TypeGuard
 
 import torch
 
-from stages.teacher.batching import LengthBatcher, PreparedSample, SamplePreparer, prefetch
-from stages.teacher.forward import BatchSize, ForwardOutput, run_teacher
+from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, SamplePreparer, prefetch
+from stages.teacher.forward import ForwardOutput, run_teacher
 from stages.teacher.map_coder import MapCoder
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings

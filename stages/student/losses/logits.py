@@ -1,6 +1,6 @@
 """Logit distillation and next-token cross entropy, row by row.
 
-The forward divergence is the loss of METHOD. The others compare buckets: each stored id is one, all other tokens
+The forward divergence is the method's loss. The others compare buckets: each stored id is one, all other tokens
 together are one more, with the teacher's stored tail mass and the student's probability of all that is not stored.
 
 Shape letters: R answer rows, V vocabulary, K stored ids of a row, D its draws, J ids that have a weight.
@@ -31,7 +31,7 @@ def logit_distillation_loss(student_RV: Tensor, teacher_RV: Tensor, temperature:
             student's and renormalised; a shorter one gives the student's further ids probability zero.
         temperature: divides the logits of both. Gradients shrink as its square; the loss is not scaled up for it.
 
-    Source: METHOD, "Logit KD".
+    Source: docs/method.md#logit-distillation
     """
     teacher_probs = (teacher_RV[:, : student_RV.shape[1]].float() / temperature).softmax(-1)
     student_logprobs = (student_RV.float() / temperature).log_softmax(-1)[:, : teacher_probs.shape[1]]

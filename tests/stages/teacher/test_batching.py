@@ -10,8 +10,7 @@ import torch
 
 from stages.conversations.encoder import EncodedConversation
 from stages.teacher import batching
-from stages.teacher.batching import LengthBatcher, PreparedSample, prefetch
-from stages.teacher.forward import BatchSize
+from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, prefetch
 from storage.targets import SkippedSample
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import stages.teacher.observe
-from stages.teacher.batching import PreparedSample
-from stages.teacher.forward import BatchSize, ForwardOutput, run_teacher
+from stages.teacher.batching import BatchSize, PreparedSample
+from stages.teacher.forward import ForwardOutput, run_teacher
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer, ShardObservations, observe_shard
 from stages.teacher.teacher import Teacher, load_teacher
