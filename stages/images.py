@@ -37,8 +37,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             pixel is decoded. Pillow's own limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
 
     Raises:
-        UnusableSample: `unsupported_image` for another format, `image_too_large`, or `broken_image` for a file that
-            is empty, truncated or damaged.
+        UnusableSample: If the file has another format, is too large, empty, truncated or damaged.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

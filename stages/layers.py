@@ -44,7 +44,7 @@ def span_layers(num_layers: int, span: LayerSpan) -> range:
     [[0, 1, 2], [3, 4, 5], [6, 7]]
 
     Raises:
-        UserError: there are none.
+        UserError: If there are none.
     """
     middle = visual_understanding_layers(num_layers)
     ends = {"early": (0, middle.start), "middle": (middle.start, middle.stop), "late": (middle.stop, num_layers)}

@@ -86,7 +86,7 @@ class ConversationEncoder:
         return self._truncate(self._tokenize(text, spans, images))
 
     def encode_pair(self, question: str, answer: str, images: Sequence[Image.Image]) -> EncodedConversation:
-        """One question and its answer; images the question does not place come before it."""
+        """One question and its answer; images without a placeholder come before it."""
         turns = [
             {"from": "human", "value": with_placeholders(question, len(images))},
             {"from": "gpt", "value": answer},
@@ -101,7 +101,7 @@ class ConversationEncoder:
         Args:
             question: the last turn.
             images: of all turns.
-            earlier: turns before it (`from`, `value`), which then place the images.
+            earlier: turns before it (`from`, `value`), which then hold the images' placeholders.
 
         Raises:
             UnusableSample: If the question cannot be asked, or is longer than `max_length`: a prompt is never cut.

@@ -17,7 +17,7 @@ def to_messages(turns: Sequence[Turn], num_images: int) -> list[Message]:
     Raises:
         UnusableSample: If the human turns have another number of placeholders than images.
     """
-    messages = [
+    messages: list[Message] = [
         {"role": _ROLES[role], "content": _parts(text, num_images) if role == "human" else [text_part(text)]}
         for role, text in turns
     ]

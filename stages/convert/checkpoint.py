@@ -1,4 +1,4 @@
-"""Converts a released checkpoint: every tensor accounted for before anything is written, the folder whole or absent.
+"""Converts a released checkpoint; every tensor is accounted for before anything is written.
 
 Weight files are copied one by one under new names, so that no more than the largest of them is in memory.
 """
@@ -54,7 +54,7 @@ class ConversionReport(StrictModel):
     """Rows of zeros put to the vocabulary because it had no id left for the image token; 0 for most models. The logit
     of such a row is always 0."""
     tokenizer_from: str | None
-    """Where the tokenizer was read. None: neither the checkpoint nor the place its config names had one, and no
+    """Where the tokenizer was read. None: neither the checkpoint nor what its config names had one, and no
     processor was written; such a folder is a model, but not yet a teacher."""
     image_processor_from: str
     """Where the image processor was read, or that it was made of the vision tower's config."""
@@ -83,7 +83,7 @@ def convert_checkpoint(
     """Writes `output`, a Hugging Face folder with processor and chat template.
 
     A teacher, and a student trained without a post-connector, become a stock Llava. A student with a post-connector
-    becomes this project's student model, since Llava's adapter has the decoder's width.
+    becomes this project's student model, since Llava's projector has the decoder's width.
 
     Args:
         source: folder or hub id of a checkpoint in the released layout.
@@ -93,8 +93,8 @@ def convert_checkpoint(
         progress: where the megabytes written are shown.
 
     Raises:
-        UserError: an unknown layout, pickled weights, missing or unexpected tensors or shapes, or an output that
-            holds something. Nothing is left behind then.
+        UserError: If the layout is unknown, weights are pickled, tensors or shapes are missing or unexpected, or
+            `output` holds something. Nothing is left behind then.
     """
     started = time.perf_counter()
     output = Path(output)

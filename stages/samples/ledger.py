@@ -20,7 +20,7 @@ class SkippedRecord(StrictModel):
     id: str | None
     """The record's own id; null when the record is too broken to have one."""
     reason: str
-    """A word to count by."""
+    """A word of `stages.unusable_sample.Reason`."""
     detail: str
     """What was found."""
 
@@ -35,7 +35,7 @@ class Ledger:
         return len(self._skipped)
 
     def skip(self, ordinal: int, sample_id: str | None, why: UnusableSample) -> None:
-        """Enter one sample."""
+        """Enters one sample."""
         self._skipped.append(SkippedRecord(ordinal=ordinal, id=sample_id, reason=why.reason, detail=why.detail))
 
     def num_by_reason(self) -> dict[str, int]:

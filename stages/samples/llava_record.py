@@ -9,7 +9,7 @@ from stages.unusable_sample import UnusableSample
 
 @dataclass(frozen=True, slots=True)
 class LlavaRecord:
-    """A record that can be used as far as its JSON goes; its images have not been looked at."""
+    """A record whose JSON can be used; its images are not read yet."""
 
     id: str
     """The record's own id, or its ordinal when it has none."""
@@ -47,7 +47,7 @@ def parse_record(value: object, ordinal: int) -> LlavaRecord:
     """Validate one record.
 
     Raises:
-        UnusableSample: with the first rule that `value` breaks.
+        UnusableSample: If `value` breaks a rule; with the first.
     """
     if not isinstance(value, dict):
         raise UnusableSample("not_an_object", f"found a {type(value).__name__}, expected an object")

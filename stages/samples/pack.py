@@ -1,4 +1,4 @@
-"""Packs LLaVA data into sample shards, the conversations about one image side by side."""
+"""Packs LLaVA data into sample shards; conversations about one image lie side by side."""
 
 import json
 import time
@@ -77,8 +77,8 @@ def pack_samples(
     changes nothing.
 
     Raises:
-        TooManySkipped: more unusable samples than allowed; `out` then holds the ledger and nothing else.
-        UserError: input that cannot be read at all, or an `out` that holds something else.
+        TooManySkipped: If more samples are unusable than allowed; `out` then holds the ledger and nothing else.
+        UserError: If the input cannot be read at all, or `out` holds something else.
     """
     started = time.monotonic()
     config = config or PackConfig()
@@ -132,9 +132,8 @@ def _group_records(records: LlavaRecords, ledger: Ledger, progress: Progress) ->
 class _Ids:
     """Ids already taken.
 
-    LLaVA's own files name the image by the id: the same id comes again, with the same image and another
-    conversation. That is no duplicate. The same id with another image, or without one, or with the same
-    conversation again, is one.
+    In LLaVA's own files the id names the image, so it comes again with the same image and another conversation: that
+    is no duplicate. The same id with another image, without one, or with the same conversation is a duplicate.
     """
 
     def __init__(self) -> None:
@@ -174,7 +173,7 @@ class _Packer:
         with SampleShardWriter(staged.path, self._config.max_samples_per_shard, self._config.max_shard_bytes) as writer:
             for group in groups:
                 images = self._read_images(group)
-                # Past the limit nothing more is written; the rest is still looked at, for the ledger.
+                # Past the limit nothing more is written; the rest is still read, for the ledger.
                 if images is not None and not self._over_limit(num_records):
                     for samples in self._samples(group, images):
                         writer.add_group(samples)
@@ -197,7 +196,7 @@ class _Packer:
             return None
 
     def _samples(self, group: _Group, images: tuple[bytes, ...]) -> Iterator[list[StoredSample]]:
-        """The group's samples, no more at a time than fit one shard."""
+        """The group's samples, at most as many at a time as fit into one shard."""
         self.images.update(group.images)
         self.num_samples += len(group.rows)
         self.num_text_only += 0 if group.images else len(group.rows)

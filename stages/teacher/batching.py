@@ -62,7 +62,7 @@ class PreparedSample:
 
     @property
     def pixel_bytes(self) -> int:
-        """Memory it takes while it waits."""
+        """Memory of its pixels."""
         return sum(pixels.nbytes for pixels in self.encoded.pixel_inputs.values())
 
 
@@ -77,7 +77,7 @@ class SamplePreparer:
         return self.make(row, self._shard.read(row))
 
     def make(self, row: int, sample: StoredSample) -> PreparedSample | SkippedSample:
-        """As calling it, of a row that is read already."""
+        """As calling it, for a row that is read already."""
         with self._timings.measured("preparing"):
             name = str(sample.record.get("id", ""))
             try:
@@ -128,7 +128,7 @@ class BatchSize:
         """A batch of `num_samples` > 1 did not fit into memory: down to the next power of two.
 
         Raises:
-            UserError: the size was set, and so is kept: another would change the bytes on a GPU.
+            UserError: If the size was set: another one would change the bytes on a GPU.
         """
         if not self._may_shrink:
             raise UserError(

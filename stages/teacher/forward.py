@@ -56,7 +56,7 @@ def run_teacher(
     hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
     answers = [sample.encoded.answer_mask.nonzero()[:, 0] for sample in batch]
     hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
-    # Addresses by key and row, so that the draws do not depend on the batch.
+    # Addresses by key and row, so that the tail samples do not depend on the batch.
     addresses_R = torch.cat([row_addresses(sample.key, len(t)) for sample, t in zip(batch, answers, strict=True)])
     logits_RB, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
     sizes = list(map(len, answers))
@@ -73,7 +73,7 @@ def run_teacher(
 
 
 def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes the logits of answer rows, a bounded number of rows of vocabulary logits at a time.
+    """Codes the logits of answer rows; a bounded number of rows of vocabulary logits exists at a time.
 
     Returns:
         The records on the CPU, and `[R]` bool: whether all logits of the row were finite (the record of a row that
