@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result, spent
 from stages.student.losses import TeacherRows, answer_losses, next_token_loss, teacher_rows
-from storage.codecs.answer_logits import LogitCodecConfig, decode_logits, encode_logits, row_addresses
+from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.student.losses import stored_logit_distillation_loss
-from storage.codecs.answer_logits import LogitCodecConfig, decode_logits, encode_logits, row_addresses
+from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig
 
 KINDS = ("peaked", "medium", "flat", "options", "normal")
 BUDGET_BYTES = 220

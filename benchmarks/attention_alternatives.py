@@ -30,18 +30,11 @@ except ImportError as error:
 
 from benchmarks.attention_maps import MapSet, synthetic_maps
 from benchmarks.results import RESULTS, command_line, median_ratio, save_result
-from storage.codecs import (
-    MapCodecConfig,
-    decode_maps,
-    encode_image,
-    pack_entries,
-    sink_keep_mask,
-    unpack_entries,
-    window_means,
-    window_rows,
-)
-from storage.codecs.maps import code_squares
-from storage.codecs.sinks import map_mean_std
+from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import code_squares, decode_maps
+from storage.codecs.sinks import map_mean_std, sink_keep_mask
+from storage.codecs.triangle import pack_entries, unpack_entries
+from storage.codecs.windows import encode_image, window_means, window_rows
 
 QueryGradients = Callable[[Tensor, Tensor, int], Tensor]
 _Array = np.ndarray[Any, Any]

@@ -25,25 +25,23 @@ from benchmarks.attention_maps import TEXT_KEYS, MapSet, bundled_teacher_maps, s
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
 from stages.layers import sliding_windows
 from stages.student.losses import AttentionLoss, matched_loss
-from storage.codecs import (
-    EncodedMaps,
+from storage.codecs.answer_logits import encode_logits
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
+from storage.codecs.maps import EncodedMaps
+from storage.codecs.sinks import sink_keep_mask
+from storage.codecs.triangle import num_entries
+from storage.codecs.windows import (
     EncodedWindows,
-    LogitCodecConfig,
-    MapCodecConfig,
     decode_windows,
     encode_image,
-    encode_logits,
     estimate_windows,
-    num_entries,
-    sink_keep_mask,
     window_means,
     window_rows,
 )
-from storage.codecs.maps import MapCodecName
-from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.sample_targets import MapTargets, SampleTargets
 from storage.stores import open_store
-from storage.targets import write_shard
+from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.writer import write_shard
 
 CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
 MAP_ARRAYS = ("map_", "window_")

@@ -22,7 +22,8 @@ from stages.layers import default_num_matched, sliding_windows, visual_understan
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.samples import SampleIndex, SampleShard
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
 
 HEADS, HEAD_SIZE, TEXT_KEYS = 20, 32, 31

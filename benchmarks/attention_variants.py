@@ -18,15 +18,9 @@ from benchmarks.attention_codes import CODECS, query_gradients
 from benchmarks.attention_maps import MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.layers import single_layers
-from storage.codecs import (
-    MapCodecConfig,
-    decode_windows,
-    encode_image,
-    estimate_windows,
-    sink_keep_mask,
-    window_means,
-    window_rows,
-)
+from storage.codecs.config import MapCodecConfig
+from storage.codecs.sinks import sink_keep_mask
+from storage.codecs.windows import decode_windows, encode_image, estimate_windows, window_means, window_rows
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},

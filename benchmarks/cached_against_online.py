@@ -34,9 +34,9 @@ from stages.student.data.batch import Batch
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.teacher.identity import TeacherConfig, identify_teacher
-from storage.manifest import create_or_check
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
+from storage.targets.manifest import create_or_check
 
 STORES: dict[str, dict[str, Any]] = {
     "16 bits": {"map_codec": "float16", "logit_codec": "float16", "top_k": 10_000},

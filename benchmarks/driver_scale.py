@@ -28,13 +28,13 @@ import torch
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.cluster.task_queue import TaskQueue
-from storage.codecs import LogitCodecConfig, MapCodecConfig
-from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.samples import SampleIndex
-from storage.samples.index import INDEX_PATH, SampleShardEntry
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.samples.index import INDEX_PATH, SampleIndex, SampleShardEntry
 from storage.stores import LocalStore, open_store
-from storage.targets import CommitRecord, TargetStore, clean_partials
-from storage.targets.commits import COMMITS, READS_AT_ONCE, committed_shards, iter_commits
+from storage.targets.cleaning import clean_partials
+from storage.targets.commits import COMMITS, READS_AT_ONCE, CommitRecord, committed_shards, iter_commits
+from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.store import TargetStore
 
 FILES = (4, 40)
 """Files a commit record names: two numbers, so that what a shard and what a file takes can be told apart. Real ones

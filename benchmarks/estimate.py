@@ -33,10 +33,10 @@ from stages.estimate.measured import estimate_by_measurement
 from stages.estimate.report import EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig, identify_teacher
-from storage.codecs.maps import MapCodecName
-from storage.manifest import create_or_check
-from storage.samples import SampleIndex
+from storage.codecs.config import MapCodecName
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
+from storage.targets.manifest import create_or_check
 
 THREADS = 1
 

@@ -34,9 +34,10 @@ from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings, waited_share
-from storage.manifest import Manifest, create_or_check
-from storage.samples import SampleIndex, SampleShard
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
+from storage.targets.manifest import Manifest, create_or_check
 
 WAYS = ("forward_loop", "overlapped", "one_after_the_other")
 

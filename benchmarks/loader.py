@@ -35,15 +35,20 @@ from benchmarks.results import RESULTS, command_line, save_result
 from stages.student.data.collator import Collator
 from stages.student.data.loader import StepLoader
 from stages.student.data.sample_reader import SampleReader
-from storage.codecs import LogitCodecConfig, MapCodecConfig, encode_image, encode_logits, row_addresses, window_rows
-from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.sample_targets import MapTargets, SampleTargets
-from storage.samples import SampleIndex, SampleShardWriter, StoredSample
+from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.windows import encode_image, window_rows
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample
+from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig, deal, epoch_order, shard_rows
 from storage.streaming.stream import mixture_stream
-from storage.targets import TargetStore, write_shard
+from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.store import TargetStore
+from storage.targets.writer import write_shard
 
 VOCABULARY, IMAGE_TOKEN = 151_936, 151_655
 CPU = torch.device("cpu")

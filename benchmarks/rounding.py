@@ -23,11 +23,13 @@ from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import ShardObservations, observe_shard
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import decode_logits
-from storage.codecs.maps import MapCodecName, code_squares, decode_maps
+from storage.codecs.config import MapCodecName
+from storage.codecs.maps import code_squares, decode_maps
 from storage.codecs.windows import decode_windows, window_rows
-from storage.samples import SampleIndex, SampleShard
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from storage.targets import MapTargets
+from storage.targets.sample_targets import MapTargets
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -30,7 +30,7 @@ from stages.student.model.build import Student, load_student
 from stages.student.training.objective import DistillationObjective
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, target_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 BEFORE: dict[StageName, StageName | None] = {"dpt": None, "dft": "dpt", "sft": "dft"}
 

@@ -25,9 +25,8 @@ from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.estimate.report import EstimateConfig
 from stages.samples.pack import pack_samples
-from storage.codecs.answer_logits import LogitCodecConfig
-from storage.samples import SampleIndex
-from storage.samples.index import INDEX_PATH
+from storage.codecs.config import LogitCodecConfig
+from storage.samples.index import INDEX_PATH, SampleIndex
 from storage.stores import open_store
 from storage.streaming.order import epoch_order, shard_rows
 from storage.targets.layout import ARRAYS

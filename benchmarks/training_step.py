@@ -44,10 +44,10 @@ from stages.student.model.build import student_config
 from stages.student.model.modeling_compodistill import CompoDistillStudentForConditionalGeneration
 from stages.student.model.trainable import keep_frozen_in, prepare_for_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
-from storage.codecs.answer_logits import LogitCodecConfig, encode_logits, row_addresses
-from storage.codecs.maps import MapCodecConfig
+from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
 from storage.codecs.windows import encode_image, window_rows
-from storage.sample_targets import MapTargets
+from storage.targets.sample_targets import MapTargets
 
 MATCHED = 7
 WAYS = ("supervised", "cached", "compiled", "online", "released")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.extraction import ExtractConfig, threads_of_each
 from storage.progress import SILENT, Progress
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
 
 if TYPE_CHECKING:

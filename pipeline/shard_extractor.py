@@ -11,11 +11,13 @@ from pipeline.cluster.task_queue import DEATHS_AT_A_PLACE
 from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
 from pipeline.cpu_determinism import make_cpu_deterministic, reproducible_threads
 from storage.errors import FingerprintMismatch
-from storage.manifest import Manifest
-from storage.samples import SampleIndex, SampleShard
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from storage.targets import CommitRecord, has_teacher, save_teacher, write_shard
-from storage.targets.commits import commit_path
+from storage.targets.commits import CommitRecord, commit_path
+from storage.targets.manifest import Manifest
+from storage.targets.teacher import has_teacher, save_teacher
+from storage.targets.writer import write_shard
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig

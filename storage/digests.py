@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from storage.errors import CorruptData
+from storage.errors import CorruptData, UserError
 
 _CHUNK_BYTES = 1 << 20
 MAX_DEPTH = 64
@@ -35,6 +35,35 @@ def parse_json(data: bytes, where: str) -> Any:
         raise CorruptData(f"{where} nests lists and objects too deep to be a record; restore it") from None
     except ValueError as error:
         raise CorruptData(f"{where} is not JSON ({error}); restore it or run `cdp verify`") from error
+
+
+def parse_record(data: bytes, where: str, format_version: int, *, canonical: bool = True) -> dict[str, Any]:
+    """The fields of a stored JSON record, once its format version is known to be ours.
+
+    Raises:
+        CorruptData: If it is no JSON object with a format version, or not `canonical` as it should be.
+        UserError: If the version is another one.
+    """
+    fields = parse_json(data, where)
+    if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
+        raise CorruptData(f"{where} has no format_version; restore it or run `cdp verify`")
+    found = fields["format_version"]
+    if found != format_version:
+        digests = (_digest_without(fields, "digest"), _digest_without(fields, "digest", "path"))
+        if canonical and "digest" in fields and fields["digest"] not in digests:
+            raise CorruptData(f"{where} is damaged: its digest is not that of its content; restore it")
+        todo = "upgrade compodistill" if found > format_version else "make it again with this version"
+        raise UserError(f"{where} has format version {found}, this version reads {format_version}; {todo}")
+    if canonical:
+        check_canonical(fields, data, where)
+    return fields
+
+
+def _digest_without(fields: dict[str, Any], *names: str) -> str:
+    try:
+        return digest_of({key: value for key, value in fields.items() if key not in names})
+    except (ValueError, RecursionError):
+        return ""
 
 
 def check_canonical(value: Any, data: bytes, where: str) -> None:

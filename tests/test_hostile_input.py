@@ -14,11 +14,13 @@ from pipeline.run_file import load_run_file
 from stages.checkpoints import refuse_code
 from storage.digests import canonical_json
 from storage.errors import CorruptData, UserError
-from storage.manifest import Manifest
-from storage.samples import SampleIndex, SampleMembers, SampleShard, SampleShardWriter
+from storage.samples.index import SampleIndex
 from storage.samples.members import BLOCK_BYTES
-from storage.samples.table import table_to_bytes
+from storage.samples.shard import SampleShard
+from storage.samples.table import SampleMembers, table_to_bytes
+from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
+from storage.targets.manifest import Manifest
 from tests.storage.builders import stored_samples, write_table
 from tests.storage.targets.test_reading import measured
 

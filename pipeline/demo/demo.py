@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.cli.tables import TrainingBars, output, print_page_table
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.scenes.dataset import write_dataset
@@ -22,14 +21,16 @@ from pipeline.run_file import load_run_file
 from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
-from pipeline.ui.html_report import ReportTable, render_report
-from pipeline.ui.progress import Bars, ExtractionBar, bars
+from pipeline.ui.console import results
+from pipeline.ui.html_report import render_report
+from pipeline.ui.progress import progress_display, show_steps
+from pipeline.ui.tables import ReportTable, print_report_table
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
 from storage.errors import UserError
-from storage.inspect import StoreSummary, summarize
 from storage.stores import open_store
 from storage.strict_model import StrictModel
+from storage.targets.summary import StoreSummary, summarize
 
 STUDENTS = ("sft", "logits", "compodistill")
 RECIPE = Path("demo")
@@ -84,7 +85,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     _claim(folder, config)
     clock = _Clock()
     samples, targets = folder / "samples", folder / "targets"
-    with bars() as progress:
+    with progress_display() as progress:
         with clock.part("draw scenes"):
             if not (folder / "scenes" / "train.json").is_file():
                 shutil.rmtree(folder / "scenes", ignore_errors=True)
@@ -96,19 +97,19 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
                     folder / "scenes",
                     samples,
                     PackConfig(max_samples_per_shard=256),
-                    Bars(progress),
+                    progress,
                 )
         with clock.part("extract teacher"):
             run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})
             assert run.teacher is not None
-            extract(run.teacher, str(samples), str(targets), run.extract, ExtractionBar(progress))
+            extract(run.teacher, str(samples), str(targets), run.extract, progress)
         pairs = folder / "scenes" / "pairs"
         with clock.part("evaluate teacher"):
             teacher = evaluate_checkpoint(str(TEACHER), pairs, None, run.evaluate, None, progress)
         with clock.part("train and evaluate students"):
             swept = run_sweep(
                 _students(folder, config),
-                lambda name, student: train(student, student.train.stages, TrainingBars(progress, name)),
+                lambda name, student: train(student, student.train.stages, show_steps(progress, name)),
                 progress,
             )
         students = _results(swept)
@@ -127,10 +128,10 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     table = accuracy_table(report)
     page = render_report("cdp demo: what attention distillation did", [table], pictures)
     open_store(folder).write("report.html", page.encode())
-    print_page_table(table)
+    print_report_table(table)
     for line in summary_lines(report, stored):
-        output.print(line)
-    output.print(f"pictures: {folder / 'report.html'}")
+        results.print(line)
+    results.print(f"pictures: {folder / 'report.html'}")
     return report
 
 

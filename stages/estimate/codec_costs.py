@@ -1,5 +1,6 @@
 """What each map codec costs on the measured samples: bytes of an array's unit, seconds of coding and of writing."""
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -13,16 +14,18 @@ import torch
 from stages.estimate.sampling import Counts
 from stages.teacher.observe import ShardObservations
 from stages.teacher.teacher import Teacher
-from storage.codecs.maps import MapCodecName, decode_maps
+from storage.codecs.config import MapCodecName
+from storage.codecs.maps import decode_maps
 from storage.codecs.triangle import num_entries
 from storage.codecs.windows import encode_image, window_rows
-from storage.manifest import Manifest
 from storage.progress import Progress
-from storage.sample_targets import MapTargets
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
-from storage.targets import CommitRecord, write_shard
+from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
+from storage.targets.manifest import Manifest
+from storage.targets.sample_targets import MapTargets
+from storage.targets.writer import write_shard
 
 CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
 
@@ -126,7 +129,7 @@ def _standard_error(values: Sequence[float]) -> float:
     """Of the mean, as a share of it; 0 for a single value."""
     if len(values) < 2:
         return 0.0
-    return statistics.stdev(values) / statistics.mean(values) / len(values) ** 0.5
+    return statistics.stdev(values) / statistics.mean(values) / math.sqrt(len(values))
 
 
 def _recoded(teacher: Teacher, seen: ShardObservations, manifest: Manifest) -> ShardObservations:

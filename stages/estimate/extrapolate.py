@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from stages.estimate.codec_costs import UNIT_OF_ARRAY, CodecCost, predicted
 from stages.estimate.report import SettingEstimate
 from stages.estimate.sampling import SetCounts
-from storage.codecs.answer_logits import LogitCodecConfig
+from storage.codecs.config import LogitCodecConfig
 
 METADATA = "(metadata)"
 TOP_KS = (16, 32, 48, 64, 128, 256)

@@ -21,7 +21,9 @@ from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.samples import SampleIndex, SampleShard, StoredSample
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
 from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store
 

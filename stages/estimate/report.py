@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from storage.codecs.maps import MapCodecName
-from storage.sample_targets import SkippedSample
+from storage.codecs.config import MapCodecName
 from storage.strict_model import StrictModel
+from storage.targets.sample_targets import SkippedSample
 
 SHOWN_UNUSABLE = 5
 

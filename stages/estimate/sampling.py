@@ -13,9 +13,11 @@ from stages.teacher.timings import Timings
 from storage.codecs.triangle import num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.sample_targets import SkippedSample
-from storage.samples import SampleIndex, SampleShard, StoredSample
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
 from storage.stores import Store
+from storage.targets.sample_targets import SkippedSample
 
 UNITS = ("samples", "tokens", "answer_rows", "maps", "image_tokens", "map_entries")
 """What bytes grow with. The last three are counted once for all samples that share a map."""

@@ -12,9 +12,9 @@ from stages.layers import (
     student_layers,
 )
 from stages.student.config import StageConfig, TrainConfig
-from storage.codecs.maps import MapCodecConfig
+from storage.codecs.config import MapCodecConfig
 from storage.errors import UserError
-from storage.manifest import Fingerprint, Manifest
+from storage.targets.manifest import Fingerprint, Manifest
 
 UNSTORED_WINDOW_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, "sqrt2": 0.9348}
 """Least cosine of the gradient with windows that are not stored, in `benchmarks/results/attention_codes.json`."""

@@ -18,8 +18,9 @@ from stages.images import decode_image
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason, UnusableSample
 from storage.errors import UserError
-from storage.samples import SampleShard, StoredSample
-from storage.targets import SkippedSample
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
+from storage.targets.sample_targets import SkippedSample
 
 logger = logging.getLogger(__name__)
 

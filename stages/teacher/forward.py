@@ -60,7 +60,7 @@ def run_teacher(
     addresses_R = torch.cat([row_addresses(sample.key, len(t)) for sample, t in zip(batch, answers, strict=True)])
     logits_RB, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
     sizes = list(map(len, answers))
-    rows = zip(logits_RB.split(sizes), finite_R.split(sizes), strict=True)
+    rows = zip(torch.split(logits_RB, sizes), torch.split(finite_R, sizes), strict=True)
     logits = [of_sample_RB if bool(finite.all()) else None for of_sample_RB, finite in rows]
     maps = {}
     for row, sample in enumerate(batch):

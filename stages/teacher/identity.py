@@ -25,11 +25,10 @@ from stages.conversations.chat_templates import chat_template, read_template
 from stages.families import family_of
 from stages.families.family import Family
 from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
-from storage.codecs.answer_logits import LogitCodecConfig
-from storage.codecs.maps import MapCodecConfig, MapCodecName
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
 from storage.errors import UserError
-from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest
 from storage.strict_model import StrictModel
+from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
 
 
 class TeacherConfig(StrictModel):

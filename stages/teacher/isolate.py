@@ -14,8 +14,9 @@ from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
 from storage.errors import UserError
-from storage.samples import SampleShard, StoredSample
-from storage.targets import SkippedSample
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
+from storage.targets.sample_targets import SkippedSample
 
 NOWHERE = -1
 """Told to `at` while no sample of the shard is in the teacher."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from storage.codecs.windows import encode_image, window_rows
-from storage.targets import MapTargets
+from storage.targets.sample_targets import MapTargets
 
 UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
 

@@ -22,8 +22,8 @@ from stages.teacher.map_coder import MapCoder
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
-from storage.samples import SampleShard
-from storage.targets import MapTargets, SampleTargets, SkippedSample
+from storage.samples.shard import SampleShard
+from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
 
 PREPARING_THREADS = 4
 

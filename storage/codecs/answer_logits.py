@@ -10,14 +10,12 @@ log-probabilities of D tokens drawn from these others. FORMAT.md says the same b
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from storage.codecs.bits import num_bytes, pack_bits, pack_integers, unpack_bits, unpack_integers
-from storage.strict_model import StrictModel
+from storage.codecs.bits import pack_bits, pack_integers, unpack_bits, unpack_integers
+from storage.codecs.config import LogitCodecConfig
 
 LOWEST_LOGPROB = -50.0
 """The `levels` codec stores rarer tokens as this rare: 2e-22 each, 4e-6 at temperature 4."""
@@ -27,89 +25,6 @@ MAX_MASS_ERROR = 0.25
 
 _ROWS_AT_ONCE = 32
 """Bounds the float64 copies: 32 rows of 151,936 words are 39 MB each."""
-
-
-class LogitCodecConfig(StrictModel):
-    """How an answer row is coded; its dict stands in the manifest and is all a reader needs to decode."""
-
-    name: Literal["float16", "levels"] = "levels"
-    """`float16` keeps every log-probability in 2 bytes; `levels` 9 of them, and about 4 bits of each other."""
-    vocab_size: int = Field(ge=1, le=2**24)
-    """V: width of the teacher's logits."""
-    top_k: int = Field(default=48, ge=1)
-    """Tokens kept of each row; more than V means all."""
-    num_draws: int = Field(default=30, ge=1)
-    """Tokens drawn from the others; the variance of the loss's gradient falls as one over this."""
-    temperatures: tuple[float, ...] = ()
-    """Temperatures besides 1 at which a student may be distilled; 4 bytes of a record each, and 2 of each draw."""
-    num_exact: int = Field(default=8, ge=1)
-    """levels only: log-probabilities in float16 before the coded ones."""
-    num_levels: int = Field(default=128, ge=64, le=4096)
-    """levels only: steps between the last exact log-probability and the lowest kept one."""
-
-    @model_validator(mode="after")
-    def _check_temperatures(self) -> Self:
-        if any(not 0 < t < float("inf") or t == 1 for t in self.temperatures) or len(set(self.temperatures)) < len(
-            self.temperatures
-        ):
-            raise ValueError(f"temperatures {self.temperatures} are not positive, distinct and other than 1")
-        return self
-
-    @property
-    def num_kept(self) -> int:
-        """K."""
-        return min(self.top_k, self.vocab_size)
-
-    @property
-    def num_stored_draws(self) -> int:
-        """D: none where nothing is left to draw from."""
-        return 0 if self.num_kept == self.vocab_size else self.num_draws
-
-    @property
-    def num_draw_values(self) -> int:
-        """Log-probabilities of draws: at temperature 1 all draws weigh the same, and none is needed."""
-        return self.num_stored_draws if self.temperatures else 0
-
-    @property
-    def id_bits(self) -> int:
-        """Bits of a token id."""
-        return max(1, (self.vocab_size - 1).bit_length())
-
-    @property
-    def num_values(self) -> int:
-        """H: log-probabilities in float16, the last of them the lowest kept one."""
-        return self.num_kept if self.name == "float16" else min(self.num_kept, self.num_exact + 1)
-
-    @property
-    def num_coded(self) -> int:
-        """C: log-probabilities between the last exact one and the lowest."""
-        return self.num_kept - self.num_values
-
-    @property
-    def num_level_bits(self) -> int:
-        """Bits of the coded log-probabilities: one for each, one for each step from a level to the next."""
-        return self.num_coded + self.num_levels - 1 if self.num_coded else 0
-
-    @property
-    def sections(self) -> dict[str, int]:
-        """Name -> bytes of each part of a record, in stored order."""
-        return {
-            "ids": num_bytes(self.num_kept * self.id_bits),
-            "values": 2 * self.num_values,
-            "levels": num_bytes(self.num_level_bits),
-            "tails": 4 * (1 + len(self.temperatures)),
-            "draw_ids": num_bytes(self.num_stored_draws * self.id_bits),
-            "draw_values": 2 * self.num_draw_values,
-        }
-
-    @property
-    def row_bytes(self) -> int:
-        """B."""
-        return sum(self.sections.values())
-
-    def serves(self, temperature: float) -> bool:
-        """Whether a student can be distilled at this temperature; at any, if the whole vocabulary is stored."""
-        return temperature in (1.0, *self.temperatures) or not self.num_stored_draws
 
 
 @dataclass(frozen=True)

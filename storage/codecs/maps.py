@@ -8,65 +8,17 @@ cap are sinks in almost any window.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from storage.codecs.bits import pack_narrow, unpack_narrow
+from storage.codecs.config import MapCodecConfig
 from storage.codecs.sinks import map_mean_std
 from storage.codecs.triangle import num_entries, pack_entries, unpack_entries
-from storage.strict_model import StrictModel
 
-MapCodecName = Literal["float16", "sqrt8", "sqrt4", "sqrt2"]
-_BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
 CAP_GRID = 2.0**24
 """Caps are whole multiples of 2^-24, so that sums of codes times caps are exact in float64 on any machine."""
-
-CORNER_SHARE = 32
-"""One of so many keys is in the corner: a thousandth of the entries."""
-
-
-class MapCodecConfig(StrictModel):
-    """How maps are coded; its dict stands in the manifest and is all a reader needs to decode."""
-
-    name: MapCodecName
-    """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry."""
-    causal: bool = True
-    """Store the lower triangle only; False for models whose image tokens attend in both directions."""
-    cap_factor: float = Field(default_factory=lambda fields: _cap_factor(**fields), gt=0, allow_inf_nan=False)
-    """sqrt codes only: values are cut at this many times the sink threshold (mean + std) of their map; 3, but 2 for
-    `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a window averages
-    several layers, and one of them may lie above its threshold where the mean does not."""
-
-    @property
-    def bits(self) -> int:
-        """Bits of one stored entry."""
-        return _BITS[self.name]
-
-    @property
-    def max_code(self) -> int:
-        """The highest code, whose value is the cap; 1 for float16, whose codes are the values."""
-        return 1 if self.name == "float16" else 2**self.bits - 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type of the stored codes."""
-        return torch.float16 if self.name == "float16" else torch.uint8
-
-    def num_codes(self, num_tokens: int) -> int:
-        """C: stored elements of one layer of one map, of which each byte holds 8 / bits entries."""
-        entries = num_entries(num_tokens, self.causal)
-        return entries if self.bits >= 8 else -(-entries * self.bits // 8)
-
-    def corner_size(self, num_tokens: int) -> int:
-        """How many of a causal map's last keys, which few queries see, are stored as float16 beside their codes."""
-        return -(-num_tokens // CORNER_SHARE) if self.causal else 0
-
-
-def _cap_factor(name: MapCodecName, **_: object) -> float:
-    return {"sqrt2": 2.0, "sqrt8": 6.0}.get(name, 3.0)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from storage.codecs.maps import (
-    EncodedMaps,
-    MapCodecConfig,
-    checked_entries,
-    code_squares,
-    encode_entries,
-)
+from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import EncodedMaps, checked_entries, code_squares, encode_entries
 from storage.codecs.moments import layer_moments, window_thresholds
 from storage.codecs.sinks import below_threshold, decode_flips, encode_flips, sink_threshold
 from storage.codecs.triangle import num_entries, pack_entries, unpack_entries

@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from storage.digests import digest_of
+from storage.digests import digest_of, parse_record
 from storage.errors import CorruptData, UserError
-from storage.manifest import parse_record
 from storage.samples.table import MAX_TABLE_BYTES, SAMPLES_VERSION, SampleMembers, parse_table
 from storage.stores import Store
 

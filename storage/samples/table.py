@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
+from storage.digests import parse_record
 from storage.errors import CorruptData
-from storage.manifest import parse_record
 from storage.samples.members import BLOCK_BYTES, MAX_MEMBER_BYTES, is_key
 
 SAMPLES_VERSION = 2

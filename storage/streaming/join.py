@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CorruptData
-from storage.sample_targets import MapTargets, SampleTargets
-from storage.samples import SampleIndex, SampleMembers, SampleShard, SampleShardEntry
+from storage.samples.index import SampleIndex, SampleShardEntry
+from storage.samples.shard import SampleShard
+from storage.samples.table import SampleMembers
 from storage.stores import Store
-from storage.targets import TargetShard, TargetStore
+from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.shard import TargetShard
+from storage.targets.store import TargetStore
 
 OPENING_THREADS = 4
 """Shards that one loader process opens, and downloads, at once."""

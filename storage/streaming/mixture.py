@@ -9,10 +9,10 @@ import numpy as np
 
 from storage.digests import digest_of
 from storage.errors import FingerprintMismatch, UserError
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import Store
 from storage.streaming.order import Ints, StreamConfig, epoch_order, num_steps, permutation, raw_bits, shard_rows
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 MAY_DIFFER = frozenset({"samples", "max_length", "dtype"})
 """Of two stores in one mixture; all else that a fingerprint holds decides what a student is or how targets are read."""

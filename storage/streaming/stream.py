@@ -12,7 +12,7 @@ from storage.stores import Store
 from storage.streaming.join import JoinedShard, OpenShards, StreamedSample
 from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import Ints, StreamConfig, deal, num_microbatches
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 __all__ = ["Mixture", "Source", "StreamConfig", "StreamedSample", "mixture_stream", "target_stream"]
 

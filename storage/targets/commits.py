@@ -9,12 +9,12 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from storage.digests import canonical_json, digest_of, file_sha256
+from storage.digests import canonical_json, digest_of, file_sha256, parse_record
 from storage.errors import CorruptData
-from storage.manifest import FORMAT_VERSION, parse_record
-from storage.sample_targets import SkippedSample
 from storage.stores import Store
 from storage.targets.file_table import StoredFiles
+from storage.targets.manifest import FORMAT_VERSION
+from storage.targets.sample_targets import SkippedSample
 
 READS_AT_ONCE = 32
 READ_BATCH = 1024

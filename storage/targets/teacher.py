@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from storage.errors import CorruptData, UserError
-from storage.manifest import Manifest
 from storage.stores import Store
 from storage.targets.commits import COMMITS, Committed, measure_files, publish
+from storage.targets.manifest import Manifest
 
 TEACHER = "teacher"
 TEACHER_RECORD = f"{COMMITS}/{TEACHER}.json"

@@ -17,11 +17,11 @@ from storage.codecs.sinks import decode_flips
 from storage.codecs.triangle import num_entries
 from storage.codecs.windows import EncodedWindows, num_mask_entries
 from storage.errors import CorruptData, disk_errors_named
-from storage.manifest import Manifest
-from storage.sample_targets import MapTargets, SampleTargets, SkippedSample
 from storage.stores import Store
 from storage.targets.commits import SHARDS, CommitRecord, measure_files, publish
 from storage.targets.layout import write_group
+from storage.targets.manifest import Manifest
+from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
 
 _Array = np.ndarray[Any, Any]
 

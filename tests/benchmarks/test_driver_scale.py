@@ -15,9 +15,9 @@ from benchmarks.driver_scale import (
     sum_records,
     write_index,
 )
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 NUM_SHARDS = 20
 

@@ -30,9 +30,9 @@ from pipeline.extraction import ExtractConfig, extract
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
+from storage.integrity.verify import verify
 from storage.stores import PARTIAL, open_store
 from storage.stores.cache import cache_dir
-from storage.verify import verify
 from tests.checkpoints import make_llava_data, make_tiny_llava
 from tests.pipeline.forks import PATIENCE_S, Ended, Forked
 

@@ -17,7 +17,7 @@ from pipeline.evaluation import load_model
 from pipeline.export import _names_of, export
 from stages.evaluation.report import EvaluationReport, KindResult
 from stages.student.config import STAGES
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here

@@ -12,9 +12,9 @@ import pytest
 from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig, identify_teacher
-from storage.manifest import Manifest, create_or_check
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
+from storage.targets.manifest import Manifest, create_or_check
 from tests.checkpoints import make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, SAMPLES_PER_SHARD, TinyWorld
 from tests.pipeline.processes import tree

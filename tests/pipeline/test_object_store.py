@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from storage.integrity.verify import verify
 from storage.stores import open_store
-from storage.verify import verify
 from tests.conftest import TinyWorld
 from tests.pipeline.runs import SETTINGS
 

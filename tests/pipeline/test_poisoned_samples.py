@@ -17,10 +17,11 @@ from pipeline.shard_extractor import ShardExtractor
 from stages.teacher.forward import ForwardOutput
 from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError
-from storage.samples import SampleIndex, SampleShard
+from storage.integrity.verify import verify
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from storage.targets import TargetStore
-from storage.verify import verify
+from storage.targets.store import TargetStore
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import tree
 

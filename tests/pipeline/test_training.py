@@ -22,7 +22,7 @@ from stages.student.training.objective import DistillationObjective
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage import StageReport, StepProgress
 from storage.errors import FingerprintMismatch, UserError
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.checkpoints import make_tiny_lm
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp, kill_when, start_cdp, tree

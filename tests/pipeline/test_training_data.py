@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.training import train
 from storage.errors import FingerprintMismatch, UserError
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from storage.integrity.verify import verify
 from storage.stores import open_store
-from storage.verify import verify
 from tests.conftest import TinyWorld
 
 pytestmark = pytest.mark.slow

@@ -7,10 +7,13 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import observe_shard
 from stages.teacher.teacher import load_teacher
-from storage.manifest import create_or_check
-from storage.samples import SampleIndex, SampleShard
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from storage.targets import TargetStore, save_teacher, write_shard
+from storage.targets.manifest import create_or_check
+from storage.targets.store import TargetStore
+from storage.targets.teacher import save_teacher
+from storage.targets.writer import write_shard
 from tests.checkpoints import make_llava_data, make_tiny_llava, make_tiny_lm
 
 

@@ -13,9 +13,12 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
-from storage.samples import SampleIndex, SampleShard, StoredSample
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from storage.targets import MapTargets, SampleTargets, TargetStore
+from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.stages.distilled import TinyData, extract_here
 from tests.tiny_families import make_tiny_family

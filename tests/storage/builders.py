@@ -10,19 +10,17 @@ from unittest.mock import patch
 
 import torch
 
-from storage.codecs import (
-    LogitCodecConfig,
-    MapCodecConfig,
-    encode_image,
-    encode_logits,
-    row_addresses,
-    window_rows,
-)
-from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.sample_targets import MapTargets, SampleTargets, SkippedSample
-from storage.samples import SampleIndex, SampleShardWriter, StoredSample
+from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.windows import encode_image, window_rows
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample
+from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store, owner
-from storage.targets import CommitRecord, write_shard
+from storage.targets.commits import CommitRecord
+from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.targets.writer import write_shard
 
 VOCAB = 50
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -12,22 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from storage.codecs import (
-    LogitCodecConfig,
-    MapCodecConfig,
-    decode_logits,
-    decode_maps,
-    decode_windows,
-    encode_logits,
-    estimate_windows,
-    row_addresses,
-    window_rows,
-)
+from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.maps import decode_maps
 from storage.codecs.moments import window_thresholds
-from storage.manifest import create_or_check
-from storage.sample_targets import MapTargets
+from storage.codecs.windows import decode_windows, estimate_windows, window_rows
 from storage.stores import open_store
-from storage.targets import write_shard
+from storage.targets.manifest import create_or_check
+from storage.targets.sample_targets import MapTargets
+from storage.targets.writer import write_shard
 from tests.storage.builders import extract, fingerprint, manifest, pack, shard_content
 
 DOCUMENT = Path(__file__).parents[2] / "storage" / "FORMAT.md"

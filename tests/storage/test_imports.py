@@ -12,9 +12,10 @@ _IMPORTS = """
 import sys
 HEAVY = {"zarr", "webdataset", "ray", "transformers", "obstore", "stages", "pipeline"}
 loaded = lambda: print(sorted(HEAVY & {name.partition(".")[0] for name in sys.modules}))
-import storage.codecs, storage.sample_targets, storage.manifest, storage.samples, storage.stores
+import storage.codecs.windows, storage.codecs.answer_logits, storage.targets.sample_targets, storage.targets.manifest
+import storage.samples.shard, storage.samples.writer, storage.stores
 loaded()
-import storage.targets, storage.verify, storage.inspect
+import storage.targets.store, storage.integrity.verify, storage.targets.summary
 loaded()
 import storage.streaming.stream
 loaded()

@@ -13,7 +13,7 @@ from stages.attention import AttentionCapture
 from stages.student.layer_matching import LayerMatching
 from storage.codecs.windows import decode_windows as decode_stored
 from storage.codecs.windows import estimate_windows, window_rows
-from storage.sample_targets import MapTargets
+from storage.targets.sample_targets import MapTargets
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from stages.student.model.build import able_family, check_decoder, is_student, r
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 FIRST_SAMPLES = 16
 """Samples looked at before training starts."""

@@ -15,7 +15,8 @@ from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
 from stages.student.model.build import Student
 from stages.student.model.parts import projector_parameters
-from storage.codecs.answer_logits import LogitCodecConfig, decode_logits
+from storage.codecs.answer_logits import decode_logits
+from storage.codecs.config import LogitCodecConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from stages.student.config import StageConfig, StageName, TrainConfig
 from storage.errors import UserError
 from storage.streaming.stream import Source, StreamConfig
 from storage.strict_model import StrictModel
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 REPORT_FILE = "report.json"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.extraction import ExtractionReport
-from storage.verify import verify
+from storage.integrity.verify import verify
 from tests.pipeline.crash_points import Snapshot, assert_complete_or_absent, difference, snapshot_of
 from tests.pipeline.processes import is_alive, start_cdp, wait_until_dead
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.verify import verify
+from storage.integrity.verify import verify
 from tests.conftest import TinyWorld
 from tests.pipeline.cluster.ray_nodes import nodes
 from tests.pipeline.processes import PATIENCE_S, tree

@@ -13,7 +13,7 @@ from stages.student.training.stage import StageRun
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.streaming.stream import Source
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.checkpoints import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_OF_LLAVA_1_5,

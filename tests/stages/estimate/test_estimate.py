@@ -17,9 +17,9 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.codecs.triangle import num_entries
 from storage.errors import UserError
-from storage.inspect import summarize
 from storage.stores import open_store
 from storage.targets.layout import ARRAYS
+from storage.targets.summary import summarize
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 
 SETTINGS = {"layers": (2, 3, 4, 5, 6), "num_matched": 3, "max_length": 512, "batch_size": 16, "top_k": 32}

@@ -6,7 +6,7 @@ from stages.estimate.sampling import UNITS, count_blocks, plan_blocks
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import UserError
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 

@@ -15,10 +15,12 @@ from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching
 from stages.student.model.build import Student, build_student
-from storage.codecs import MapCodecConfig, encode_image, sink_keep_mask
-from storage.sample_targets import MapTargets
+from storage.codecs.config import MapCodecConfig
+from storage.codecs.sinks import sink_keep_mask
+from storage.codecs.windows import encode_image
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, target_stream
+from storage.targets.sample_targets import MapTargets
 from tests.stages.distilled import extract_here, make_tiny_data
 
 MATCHING = LayerMatching(

@@ -13,7 +13,9 @@ import pytest
 from stages.samples import image_files, pack
 from stages.samples.pack import PackConfig, PackReport, pack_samples
 from storage.errors import TooManySkipped, UserError
-from storage.samples import SampleIndex, SampleShard, StoredSample
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from tests.stages.samples.llava_data import LlavaFolder, bomb_png, image_bytes, record, turns
 from tests.stages.samples.watched_progress import WatchedProgress

@@ -24,7 +24,7 @@ from stages.student.training.parallel import gathered
 from stages.student.training.stage import StageRun
 from storage.stores import open_store
 from storage.streaming.stream import Source
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 
 BATCH_SIZE = 16
 LOGITS_AT_ONCE = 10_000

@@ -19,11 +19,12 @@ from stages.student.layer_matching import (
     match_layers,
     match_stage,
 )
-from storage.codecs import MapCodecConfig, decode_maps, sink_keep_mask
-from storage.codecs.sinks import sink_threshold
+from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import decode_maps
+from storage.codecs.sinks import sink_keep_mask, sink_threshold
 from storage.errors import UserError
-from storage.manifest import Fingerprint
-from storage.sample_targets import MapTargets
+from storage.targets.manifest import Fingerprint
+from storage.targets.sample_targets import MapTargets
 from tests.storage.builders import fingerprint, manifest, map_targets, random_maps
 
 LAYERS, WINDOWS = (2, 3, 4), ((2, 3), (3, 4))

@@ -13,7 +13,8 @@ from stages.teacher.isolate import NOWHERE, TeacherUnusable, run_isolated
 from stages.teacher.observe import ShardObservations, observe_shard
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import StoreUnavailable
-from storage.samples import SampleIndex, SampleShard
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, make_tiny_data
 

@@ -17,7 +17,8 @@ from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import decode_logits
 from storage.codecs.maps import decode_maps
 from storage.errors import UserError
-from storage.samples import SampleIndex, SampleShard
+from storage.samples.index import SampleIndex
+from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, make_tiny_data
 

@@ -9,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from storage.codecs import AnswerLogits, LogitCodecConfig, decode_logits, encode_logits, row_addresses
-from storage.codecs.answer_logits import LOWEST_LOGPROB, faults_of
+from storage.codecs.answer_logits import (
+    LOWEST_LOGPROB,
+    AnswerLogits,
+    decode_logits,
+    encode_logits,
+    faults_of,
+    row_addresses,
+)
 from storage.codecs.bits import pack_integers, unpack_integers
+from storage.codecs.config import LogitCodecConfig
 
 QWEN_VOCAB = 151_936
 

@@ -7,16 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import (
-    EncodedMaps,
-    MapCodecConfig,
-    decode_maps,
-    encode_maps,
-    num_entries,
-    pack_entries,
-    sink_keep_mask,
-    unpack_entries,
-)
+from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import EncodedMaps, decode_maps, encode_maps
+from storage.codecs.sinks import sink_keep_mask
+from storage.codecs.triangle import num_entries, pack_entries, unpack_entries
 from tests.storage.builders import random_maps
 
 NAMES = ("float16", "sqrt8", "sqrt4", "sqrt2")

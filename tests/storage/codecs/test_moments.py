@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from storage.codecs import MapCodecConfig, encode_image, estimate_windows, pack_entries, sink_keep_mask, window_means
+from storage.codecs.config import MapCodecConfig
 from storage.codecs.moments import layer_moments, window_thresholds
-from storage.codecs.sinks import sink_threshold
+from storage.codecs.sinks import sink_keep_mask, sink_threshold
+from storage.codecs.triangle import pack_entries
+from storage.codecs.windows import encode_image, estimate_windows, window_means
 from tests.storage.builders import random_maps
 
 ROWS = ((0,), (1, 3), (0, 1, 2, 3), (3, 2))

@@ -5,18 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs import (
-    MapCodecConfig,
-    decode_flips,
-    decode_maps,
-    decode_windows,
-    encode_flips,
-    encode_image,
-    sink_keep_mask,
-    window_means,
-    window_rows,
-)
-from storage.codecs.windows import num_mask_entries
+from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import decode_maps
+from storage.codecs.sinks import decode_flips, encode_flips, sink_keep_mask
+from storage.codecs.windows import decode_windows, encode_image, num_mask_entries, window_means, window_rows
 from tests.storage.builders import random_maps
 
 NAMES = ("float16", "sqrt8", "sqrt4", "sqrt2")

@@ -5,7 +5,10 @@ import tarfile
 import pytest
 
 from storage.errors import CorruptData, UserError
-from storage.samples import SampleIndex, SampleShard, SampleShardWriter, StoredSample, image_suffix
+from storage.samples.index import SampleIndex
+from storage.samples.members import StoredSample, image_suffix
+from storage.samples.shard import SampleShard
+from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
 from tests.storage.builders import JPG, PNG, files_of, stored_samples, write_table
 

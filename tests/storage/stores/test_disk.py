@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from storage.errors import StoreUnavailable
-from storage.manifest import create_or_check
 from storage.stores import open_store
-from storage.targets import TargetStore, clean_partials, write_shard
+from storage.targets.cleaning import clean_partials
+from storage.targets.manifest import create_or_check
+from storage.targets.store import TargetStore
+from storage.targets.writer import write_shard
 from tests.storage.builders import files_of, manifest, shard_content
 
 KEYS = [f"k{number}" for number in range(12)]

@@ -7,11 +7,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from storage.errors import CorruptData
-from storage.inspect import summarize
+from storage.integrity.verify import verify
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, target_stream
-from storage.targets import TargetStore, clean_partials
-from storage.verify import verify
+from storage.targets.cleaning import clean_partials
+from storage.targets.store import TargetStore
+from storage.targets.summary import summarize
 from tests.storage.builders import extract, files_of, pack
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.codecs import MapCodecConfig
+from storage.codecs.config import MapCodecConfig
 from storage.errors import FingerprintMismatch, UserError
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source, read_keys
 from storage.streaming.order import StreamConfig
 from storage.streaming.stream import mixture_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.storage.builders import extract, pack
 
 LARGE, SMALL = (7, 6, 7), (3, 4)

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.samples.table import table_to_bytes
 from storage.stores import LocalStore, open_store
 from storage.streaming.join import OPENING_THREADS, OpenShards
 from storage.streaming.mixture import Mixture, Source, shard_sizes
 from storage.streaming.order import deal, epoch_order, num_microbatches, num_steps, shard_rows
 from storage.streaming.stream import StreamConfig, mixture_stream, target_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.storage.builders import extract, pack, write_table
 
 SHARDS = (7, 1, 5, 4)

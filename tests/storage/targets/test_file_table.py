@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from benchmarks.driver_scale import records
 from benchmarks.memory import PeakMemory
-from storage.targets import CommitRecord
+from storage.targets.commits import CommitRecord
 from storage.targets.file_table import FileTable
 
 FILES = {"b/c/0/0": (2**40, "ab" * 32), "a/zarr.json": (0, "0" * 64), "b": (7, f"{7:064x}")}

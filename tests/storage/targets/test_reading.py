@@ -16,14 +16,14 @@ import zarr
 
 from storage.digests import canonical_json
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.samples import SampleIndex
+from storage.samples.index import SampleIndex
 from storage.samples.table import table_to_bytes
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, target_stream
-from storage.targets import CommitRecord, TargetStore
-from storage.targets.commits import measure_files
+from storage.targets.commits import CommitRecord, measure_files
 from storage.targets.layout import ARRAYS, ArraySpec
-from storage.targets.reader import TargetShard
+from storage.targets.shard import TargetShard
+from storage.targets.store import TargetStore
 from tests.storage.builders import extract, pack, write_table
 
 INDEX_ENTRY = 16
@@ -113,7 +113,7 @@ def test_every_missing_chunk_file_is_an_error_before_and_after_the_shard_is_open
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_at_every_length(root, monkeypatch):
-    monkeypatch.setattr("storage.targets.reader.READ_WHOLE_BYTES", 0)
+    monkeypatch.setattr("storage.targets.shard.READ_WHOLE_BYTES", 0)
     folder = folder_of(root)
     shard = TargetStore.open(root / "targets").shard(0)
     for _, file in sharded_files(folder):
@@ -244,7 +244,7 @@ import sys
 from pathlib import Path
 from benchmarks.memory import PeakMemory
 from storage.errors import CorruptData
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.storage.targets.test_reading import read_all
 memory = PeakMemory()
 for root in sys.argv[1:]:
@@ -308,6 +308,6 @@ def test_a_record_of_files_outside_its_folder_is_refused(root):
 
 def test_a_shard_is_still_read_whole_and_by_part(root, monkeypatch):
     whole = [TargetStore.open(root / "targets").shard(0).read(row) for row in range(7)]
-    monkeypatch.setattr("storage.targets.reader.READ_WHOLE_BYTES", 0)
+    monkeypatch.setattr("storage.targets.shard.READ_WHOLE_BYTES", 0)
     shard: TargetShard = TargetStore.open(root / "targets").shard(0)
     assert [shard.read(row)[0].key for row in range(7)] == [sample.key for sample, _ in whole]

@@ -12,14 +12,16 @@ import time
 import pytest
 import torch
 
-from storage.codecs import LogitCodecConfig, MapCodecConfig
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.manifest import create_or_check
-from storage.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store
-from storage.targets import TargetStore, clean_partials, write_shard
+from storage.targets.cleaning import clean_partials
 from storage.targets.layout import ROWS_A_CHUNK
-from storage.verify import verify
+from storage.targets.manifest import create_or_check
+from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.targets.store import TargetStore
+from storage.targets.writer import write_shard
 from tests.storage.builders import VOCAB, as_a_dead_process, files_of, manifest, sample_targets, shard_content
 
 KEYS = [f"k{number}" for number in range(12)]

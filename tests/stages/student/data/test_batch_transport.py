@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stages.student.data.batch import Batch
 from stages.student.data.batch_transport import ALIGNMENT, pack
-from storage.sample_targets import MapTargets
+from storage.targets.sample_targets import MapTargets
 from tests.storage.builders import manifest, map_targets
 
 

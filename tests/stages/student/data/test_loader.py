@@ -20,7 +20,7 @@ from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig
 from storage.streaming.stream import StreamedSample
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.storage.builders import extract, pack
 
 SHARDS = (5, 6)

@@ -28,7 +28,7 @@ from stages.student.training.stage import StageRun
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.streaming.stream import Source, StreamConfig, StreamedSample, target_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.checkpoints import CHATML, make_foreign_lm, make_tiny_llava
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 from tests.stages.extracted_families import Extracted, eager

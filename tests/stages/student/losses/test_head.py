@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.student.losses import Divergence, answer_losses, logit_distillation_loss, teacher_rows
-from storage.codecs.answer_logits import AnswerLogits, LogitCodecConfig, decode_logits, encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig
 
 ROWS, WIDTH, VOCAB = 13, 6, 40
 

@@ -15,13 +15,8 @@ from stages.student.losses import (
     stored_logit_distillation_loss,
     teacher_rows,
 )
-from storage.codecs.answer_logits import (
-    AnswerLogits,
-    LogitCodecConfig,
-    decode_logits,
-    encode_logits,
-    row_addresses,
-)
+from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
+from storage.codecs.config import LogitCodecConfig
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 

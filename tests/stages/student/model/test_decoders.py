@@ -21,7 +21,7 @@ from transformers import (
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.model.build import build_student
 from storage.errors import UserError
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.conftest import TinyWorld
 
 SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

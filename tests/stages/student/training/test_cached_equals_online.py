@@ -28,7 +28,7 @@ from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import decode_logits
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 
 LAYERS = [2, 3, 4, 5, 6]

@@ -33,7 +33,7 @@ from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import decode_logits
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
-from storage.targets import TargetStore
+from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image, make_tiny_llava, make_tiny_lm
 from tests.stages.distilled import TinyData, extract_here
 

@@ -5,7 +5,6 @@ import math
 import random
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +14,22 @@ from storage.codecs.answer_logits import decode_logits, faults_of
 from storage.codecs.sinks import decode_flips
 from storage.codecs.windows import num_mask_entries
 from storage.errors import CorruptData, StoreUnavailable, UserError
-from storage.manifest import MANIFEST_PATH, Manifest
-from storage.samples import SampleIndex, SampleShard, SampleShardEntry
+from storage.integrity.findings import Finding, VerifyReport
+from storage.samples.index import SampleIndex, SampleShardEntry
+from storage.samples.shard import SampleShard
 from storage.stores import Store, open_store
 from storage.streaming.join import joined_rows
-from storage.targets import CommitRecord, TargetShard
-from storage.targets.commits import COMMITS, SHARDS, Committed, commit_path, committed_shards, measure_files
+from storage.targets.commits import (
+    COMMITS,
+    SHARDS,
+    CommitRecord,
+    Committed,
+    commit_path,
+    committed_shards,
+    measure_files,
+)
+from storage.targets.manifest import MANIFEST_PATH, Manifest
+from storage.targets.shard import TargetShard
 from storage.targets.teacher import TEACHER, TEACHER_RECORD, TeacherRecord
 
 _Result = TypeVar("_Result")
@@ -31,48 +40,6 @@ _REPORT = "reports/extraction.json"
 
 Progress = Callable[[int, int, int], None]
 """Called with (shards done, shards to do, bytes read so far)."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fault."""
-
-    shard: str
-    """Number of the target shard, `teacher`, name of the tar, `samples`, or `-` for the store itself."""
-    file: str
-    """Path in the shard's folder, or in the store."""
-    found: str
-    """What is there."""
-    expected: str
-    """What was committed."""
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What was read and what was wrong."""
-
-    targets_url: str
-    samples_url: str | None
-    num_planned: int
-    """Shards that a finished extraction has."""
-    num_committed: int
-    """Shards committed, and so checked; the others are unfinished work, not faults."""
-    num_read: int
-    """Target shards of which every byte was read; of the others, record, presence and sizes."""
-    num_files: int
-    """Files read."""
-    num_bytes: int
-    """Bytes read."""
-    num_samples: int
-    """Samples whose targets were decoded."""
-    missing: tuple[int, ...]
-    """Shards without a commit record."""
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every byte that was read, and every size, is what was committed."""
-        return not self.findings
 
 
 def verify(

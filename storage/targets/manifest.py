@@ -4,9 +4,8 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
-from storage.codecs.answer_logits import LogitCodecConfig
-from storage.codecs.maps import MapCodecConfig
-from storage.digests import canonical_json, check_canonical, digest_of, parse_json
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.digests import canonical_json, digest_of, parse_record
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.stores import Store
 from storage.strict_model import StrictModel
@@ -118,35 +117,6 @@ class Manifest(StrictModel):
                 f"{where} has digest {found[:12]}, it says {str(digest)[:12]}; restore it or extract again"
             )
         return manifest
-
-
-def parse_record(data: bytes, where: str, format_version: int, *, canonical: bool = True) -> dict[str, Any]:
-    """The fields of a stored JSON record, once its format version is known to be ours.
-
-    Raises:
-        CorruptData: If it is no JSON object with a format version, or not `canonical` as it should be.
-        UserError: If the version is another one.
-    """
-    fields = parse_json(data, where)
-    if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
-        raise CorruptData(f"{where} has no format_version; restore it or run `cdp verify`")
-    found = fields["format_version"]
-    if found != format_version:
-        digests = (_digest_without(fields, "digest"), _digest_without(fields, "digest", "path"))
-        if canonical and "digest" in fields and fields["digest"] not in digests:
-            raise CorruptData(f"{where} is damaged: its digest is not that of its content; restore it")
-        todo = "upgrade compodistill" if found > format_version else "make it again with this version"
-        raise UserError(f"{where} has format version {found}, this version reads {format_version}; {todo}")
-    if canonical:
-        check_canonical(fields, data, where)
-    return fields
-
-
-def _digest_without(fields: dict[str, Any], *names: str) -> str:
-    try:
-        return digest_of({key: value for key, value in fields.items() if key not in names})
-    except (ValueError, RecursionError):
-        return ""
 
 
 def create_or_check(store: Store, manifest: Manifest) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from storage.errors import UserError
-from storage.inspect import summarize
-from storage.manifest import Manifest, create_or_check
+from storage.integrity.verify import verify
 from storage.stores import open_store
-from storage.targets import write_shard
-from storage.verify import verify
+from storage.targets.manifest import Manifest, create_or_check
+from storage.targets.summary import summarize
+from storage.targets.writer import write_shard
 from tests.storage.builders import VOCAB, extract, manifest, pack, shard_content
 
 

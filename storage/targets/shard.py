@@ -6,8 +6,7 @@ Letters as in `layout.py`.
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,71 +16,19 @@ from storage.codecs.maps import EncodedMaps
 from storage.codecs.triangle import num_entries
 from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
-from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.manifest import Manifest
-from storage.sample_targets import MapTargets, SampleTargets
-from storage.stores import Store, open_store
+from storage.errors import CorruptData, UserError
+from storage.stores import Store
 from storage.targets.chunks import CheckedFolder, declared
-from storage.targets.commits import CommitRecord, read_commits
+from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
-from storage.targets.teacher import teacher_folder
+from storage.targets.manifest import Manifest
+from storage.targets.sample_targets import MapTargets, SampleTargets
 
 _Array = np.ndarray[Any, Any]
 _Result = TypeVar("_Result")
 READ_WHOLE_BYTES = 8 * 2**20
 """A read costs about a millisecond before the first byte; for arrays this small that is more than all their bytes."""
 _LARGE = {spec.name for spec in ARRAYS if spec.sharded}
-
-
-class TargetStore:
-    """A target store as it was when opened: its manifest and its committed shards. May be sent to workers."""
-
-    def __init__(self, store: Store, manifest: Manifest, commits: dict[int, CommitRecord]) -> None:
-        self.store, self.manifest, self.commits = store, manifest, commits
-
-    @classmethod
-    def open(cls, url: str | Path | Store) -> Self:
-        """Read the manifest and all commit records.
-
-        Raises:
-            UserError: If there is no manifest, or one of another format version.
-            CorruptData: If the manifest or a record is damaged.
-            FingerprintMismatch: If a shard was committed under another manifest.
-        """
-        store = open_store(url) if isinstance(url, str | Path) else url
-        manifest = Manifest.load(store)
-        commits = read_commits(store)
-        for record in commits.values():
-            if record.manifest != manifest.digest:
-                raise FingerprintMismatch(
-                    f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the "
-                    f"store's is {manifest.digest[:12]}; restore the manifest, or run `cdp verify --repair` and "
-                    "extract the shard again"
-                )
-            if record.shard >= manifest.num_shards:
-                raise CorruptData(
-                    f"{store.url} has a record of shard {record.shard}, the manifest says "
-                    f"{manifest.num_shards} shards; run `cdp verify --repair`"
-                )
-        return cls(store, manifest, commits)
-
-    def teacher_folder(self) -> Path:
-        """The teacher's files for students; arguments and errors as for `storage.targets.teacher_folder`."""
-        return teacher_folder(self.store, self.manifest)
-
-    def shard(self, index: int) -> "TargetShard":
-        """Open a committed shard.
-
-        Raises:
-            UserError: If it was not committed.
-            CorruptData: If a file of it is missing or damaged.
-        """
-        if index not in self.commits:
-            raise UserError(
-                f"shard {index} of {self.store.url} is not committed (it has {len(self.commits)} of "
-                f"{self.manifest.num_shards}); run `cdp extract-teacher` to finish it"
-            )
-        return TargetShard(self.store, self.manifest, self.commits[index])
 
 
 class TargetShard:

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from storage.digests import canonical_json
+from storage.integrity.findings import Finding, VerifyReport
 from storage.stores import Store, open_store
 from storage.targets.commits import SHARDS, commit_path
 from storage.targets.teacher import TEACHER, TEACHER_RECORD
-from storage.verify import Finding, VerifyReport
 
 ASIDE = "aside"
 _ASIDE_NUMBER = re.compile(rf"{ASIDE}/([0-9]{{4,}})/.*")

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.manifest import Manifest
-from storage.targets import CommitRecord, TargetStore
+from storage.targets.commits import CommitRecord
+from storage.targets.manifest import Manifest
+from storage.targets.store import TargetStore
 
 _HALF_BYTES = 2
 """Raw sizes are those of 16-bit floats."""

@@ -10,12 +10,15 @@ import pytest
 
 from storage.digests import canonical_json, digest_of
 from storage.errors import StoreUnavailable, UserError
-from storage.manifest import Manifest
-from storage.repair import repair
-from storage.samples import SampleIndex
+from storage.integrity.findings import VerifyReport
+from storage.integrity.repair import repair
+from storage.integrity.verify import verify
+from storage.samples.index import SampleIndex
 from storage.stores import LocalStore, open_store
-from storage.targets import CommitRecord, TargetStore, save_teacher
-from storage.verify import VerifyReport, verify
+from storage.targets.commits import CommitRecord
+from storage.targets.manifest import Manifest
+from storage.targets.store import TargetStore
+from storage.targets.teacher import save_teacher
 from tests.storage.builders import extract, files_of, pack
 
 SHARD_SIZES = (5, 3, 4)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from storage.codecs import LogitCodecConfig, MapCodecConfig
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.stores import open_store
-from storage.targets import TargetStore
+from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.store import TargetStore
 from tests.storage.builders import VOCAB, files_of, fingerprint, manifest
 
 
