@@ -57,7 +57,7 @@ class TeacherConfig(StrictModel):
     """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
     top_k: int = Field(default=48, ge=1)
     """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each."""
-    tail_draws: int = Field(default=30, ge=1)
+    tail_samples: int = Field(default=30, ge=1)
     """Tokens drawn from the others, so that the logit loss is right in expectation; more make it less noisy."""
     temperatures: tuple[float, ...] = ()
     """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is drawn."""
@@ -99,7 +99,7 @@ class TeacherIdentity:
             name=settings.logit_codec,
             vocab_size=self.config.get_text_config().vocab_size,
             top_k=settings.top_k,
-            num_draws=settings.tail_draws,
+            num_draws=settings.tail_samples,
             temperatures=settings.temperatures,
         )
 
@@ -147,11 +147,8 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
-    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
-    if layers != tuple(range(layers[0], layers[-1] + 1)) or not 0 <= layers[0] <= layers[-1] < num_layers:
-        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
+    layers, windows = captured_layers(settings, num_layers)
     check_maps(str(folder), config.get_text_config(), layers, "set teacher.layers to others, or choose another teacher")
-    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     processor = load_processor(folder, trust_remote_code=settings.trust_remote_code)
     if settings.chat_template is not None:
@@ -164,10 +161,23 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
         family=family,
         codec=MapCodecConfig(name=settings.map_codec, causal=family.causal_image_tokens),
         layers=layers,
-        windows=sliding_windows(layers, num_matched),
+        windows=windows,
         dtype=getattr(torch, dtype),
         weights=weights_digest(folder) if with_weights else "",
     )
+
+
+def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Decoder layers whose maps are stored, and the windows of them that are stored exactly.
+
+    Raises:
+        UserError: If the layers are not consecutive ones of the decoder.
+    """
+    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
+    if layers != tuple(range(layers[0], layers[-1] + 1)) or not 0 <= layers[0] <= layers[-1] < num_layers:
+        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
+    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
+    return layers, sliding_windows(layers, num_matched)
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

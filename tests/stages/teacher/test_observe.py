@@ -228,7 +228,7 @@ def test_the_manifest_names_whatever_changes_the_targets(data: TinyData) -> None
         ({"chat_template": "llava-1.5"}, "chat_template"),
         ({"top_k": 3}, "logit_codec.top_k"),
         ({"logit_codec": "float16"}, "logit_codec.name"),
-        ({"tail_draws": 7}, "logit_codec.num_draws"),
+        ({"tail_samples": 7}, "logit_codec.num_draws"),
         ({"temperatures": (2.0,)}, "logit_codec.temperatures"),
         ({"map_codec": "float16"}, "map_codec.name"),
         ({"dtype": "bfloat16"}, "dtype"),
