@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stages.families.family import Family
 from storage.errors import UserError
@@ -54,12 +53,11 @@ def batch_inputs(
     return {**inputs, **join_pixels(family, pixel_inputs)}
 
 
-def to_model(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The inputs on the model's device, floating-point ones in its dtype."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
+def move_inputs(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs on a device, floating ones in the model's precision."""
+    # In this order pinned memory is copied while the device computes; a cast on the CPU would wait.
+    moved = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in moved.items()}
 
 
 def pixels_of(family: Family, processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
