@@ -28,6 +28,9 @@ class AtResume(StrEnum):
 
 RENAMED = {
     "teacher.tail_draws": "teacher.tail_samples",
+    "estimate.runs": "estimate.num_blocks",
+    "estimate.counted_samples": "estimate.num_sampled",
+    "estimate.probed_samples": "estimate.num_measured",
     "train.adapter": "train.vision",
     "train.own_adapter": "train.projector",
     "train.sources": "train.data.sources",

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from stages.student.config import STAGES
-from stages.student.model.build import load_student
+from stages.student.model.loading import load_student
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import cdp, run_here, tree
 
@@ -146,19 +146,19 @@ def test_estimate_prints_every_codec_and_saves_the_report_before_anything_is_wri
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "reports" / "estimate.json"
-    few = settings(("estimate.counted_samples=8", "estimate.probed_samples=4", "estimate.runs=2"))
+    few = settings(("estimate.num_sampled=8", "estimate.num_measured=4", "estimate.num_blocks=2"))
     places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--report", report)
     done = run_here("estimate", *places, "--workers", 2, *few, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     saved = json.loads(report.read_text())
-    assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "probe")
+    assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "measured")
     assert all(codec in done.out for codec in saved["settings"])
     assert "unusable among them" in done.out
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
     alone = ("--teacher", tiny.teacher, "--config-only", "--set", "estimate.samples=665000")
     coarse = run_here("estimate", *alone, monkeypatch=monkeypatch, capsys=capsys)
     assert coarse.code == 0, coarse.err
-    assert "coarse" in coarse.out
+    assert "computed from configs alone" in coarse.out
     missing = run_here("estimate", "--teacher", tiny.teacher, monkeypatch=monkeypatch, capsys=capsys)
     assert (missing.code, "--samples is missing" in missing.err) == (2, True)
 
@@ -284,7 +284,7 @@ MISTAKES = {
     "evaluate: no pair at all": ("evaluate {teacher} --pairs {pairs} --limit 0", "--limit"),
     "compare: model is a bare decoder": (
         "compare-attention {lm} --samples {samples} --targets {targets}",
-        "has no vision tower and adapter of its own",
+        "has no vision tower of its own",
     ),
     "compare: no such model": ("compare-attention {new} --samples {samples} --targets {targets}", "{new}"),
     "compare: no samples": ("compare-attention {new} --targets {targets}", "--samples is missing"),
@@ -354,7 +354,7 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tmp_path: Path) -> N
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("sklearn", "examples")])
+@pytest.mark.parametrize(("package", "extra"), [("pyarrow", "ray-train"), ("sklearn", "digits")])
 def test_a_missing_optional_package_is_named_with_its_extra(
     package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
