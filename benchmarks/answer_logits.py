@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import RESULTS, command_line, save_result
-from stages.student.losses import stored_logit_distillation_loss
+from stages.student.losses import teacher_rows
 from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
 from storage.codecs.config import LogitCodecConfig
 
@@ -185,7 +185,7 @@ def drawn_gradients(
         addresses_R = torch.rand(count, generator=generator, dtype=torch.float64)
         stored = decode_logits(codec, encode_logits(codec, teacher_V.expand(count, -1), addresses_R))
         student_RV = student_V.float().expand(count, -1).contiguous().requires_grad_()
-        loss = stored_logit_distillation_loss(student_RV, stored, temperature).sum()
+        loss = teacher_rows(stored, student_RV.shape[1], temperature).loss(student_RV, "forward").sum()
         parts.append(torch.autograd.grad(loss, student_RV)[0])
     return torch.cat(parts)
 

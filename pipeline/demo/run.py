@@ -15,7 +15,7 @@ from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.report import DemoConfig, DemoReport, StudentResult, accuracy_table, summary_lines
 from pipeline.demo.scenes.dataset import write_dataset
-from pipeline.evaluation import evaluate_checkpoint, gaze_pictures
+from pipeline.evaluation import attention_pictures, evaluate_checkpoint
 from pipeline.extraction.extract import extract
 from pipeline.run_file import load_run_file
 from pipeline.sweep import SweepReport, run_sweep
@@ -49,7 +49,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
         report = _measure(folder, config, progress)
     open_store(folder).write("report.json", report.model_dump_json(indent=1).encode())
     models = {name: str(folder / "students" / name) for name in config.students}
-    pictures = gaze_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
+    pictures = attention_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
     table = accuracy_table(report)
     html = render_report("cdp demo: what attention distillation did", [table], pictures)
     open_store(folder).write("report.html", html.encode())
@@ -69,13 +69,12 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
             write_dataset(scenes, config.num_images, config.seed, config.variant, config.num_pairs)
     with clock.part("pack samples"):
         if not (samples / "index.json").is_file():
-            task = progress.task("pack")
             pack_samples(
                 scenes / "train.json",
                 scenes,
                 samples,
                 PackConfig(max_samples_per_shard=256),
-                lambda done, total, _: task.update(done=done, total=total),
+                progress,
             )
     with clock.part("extract teacher"):
         run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from stages.student.config import STAGES
-from stages.student.model.build import load_student
+from stages.student.model.loading import load_student
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import cdp, run_here, tree
 
@@ -146,19 +146,19 @@ def test_estimate_prints_every_codec_and_saves_the_report_before_anything_is_wri
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "reports" / "estimate.json"
-    few = settings(("estimate.counted_samples=8", "estimate.probed_samples=4", "estimate.runs=2"))
+    few = settings(("estimate.num_sampled=8", "estimate.num_measured=4", "estimate.num_blocks=2"))
     places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--report", report)
     done = run_here("estimate", *places, "--workers", 2, *few, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     saved = json.loads(report.read_text())
-    assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "probe")
+    assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "measured")
     assert all(codec in done.out for codec in saved["settings"])
     assert "unusable among them" in done.out
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
     alone = ("--teacher", tiny.teacher, "--config-only", "--set", "estimate.samples=665000")
     coarse = run_here("estimate", *alone, monkeypatch=monkeypatch, capsys=capsys)
     assert coarse.code == 0, coarse.err
-    assert "coarse" in coarse.out
+    assert "computed from configs alone" in coarse.out
     missing = run_here("estimate", "--teacher", tiny.teacher, monkeypatch=monkeypatch, capsys=capsys)
     assert (missing.code, "--samples is missing" in missing.err) == (2, True)
 
@@ -177,6 +177,7 @@ def test_verify_ends_with_1_and_names_the_flipped_byte(
     assert "map_codes" in ended.out.replace("\n", "")
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
     targets: Path, tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,7 +285,7 @@ MISTAKES = {
     "evaluate: no pair at all": ("evaluate {teacher} --pairs {pairs} --limit 0", "--limit"),
     "compare: model is a bare decoder": (
         "compare-attention {lm} --samples {samples} --targets {targets}",
-        "has no vision tower and adapter of its own",
+        "has no vision tower of its own",
     ),
     "compare: no such model": ("compare-attention {new} --samples {samples} --targets {targets}", "{new}"),
     "compare: no samples": ("compare-attention {new} --targets {targets}", "--samples is missing"),
@@ -328,6 +329,7 @@ def places(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFact
     }
 
 
+@pytest.mark.usefixtures("shards_made_here")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_message_and_exit_code_2(
     mistake: str,

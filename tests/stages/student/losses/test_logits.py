@@ -1,6 +1,7 @@
 """Logit distillation and next-token loss: golden vectors, textbook versions in float64, and stored against dense."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,18 @@ from stages.student.losses import (
     Divergence,
     logit_distillation_loss,
     next_token_loss,
-    stored_logit_distillation_loss,
     teacher_rows,
 )
 from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
 from storage.codecs.config import LogitCodecConfig
 
 GOLDEN = Path(__file__).parents[3] / "golden"
+
+
+def stored_loss(
+    student_RV: torch.Tensor, stored: AnswerLogits, temperature: float = 1.0, divergence: Divergence = "forward"
+) -> torch.Tensor:
+    return teacher_rows(stored, student_RV.shape[1], temperature).loss(student_RV, divergence)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -70,7 +76,7 @@ def dense_rows(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tu
 
 def stored_rows(student: Tensor, stored: AnswerLogits, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     student = student.detach().clone().requires_grad_()
-    loss = stored_logit_distillation_loss(student, stored, temperature)
+    loss = stored_loss(student, stored, temperature)
     loss.sum().backward()
     assert student.grad is not None
     return loss.detach(), student.grad
@@ -93,10 +99,16 @@ def test_with_the_whole_vocabulary_stored_loss_and_gradient_equal_the_dense_ones
 NUM_REPEATS = 20_000
 
 
-def repeated(teacher: Tensor, student: Tensor, temperature: float = 1.0, **settings: object) -> tuple[Tensor, Tensor]:
-    """Losses and gradients of one row under many independent draws."""
+@cache
+def many_draws(scale: float, num_draws: int, temperatures: tuple[float, ...] = ()) -> AnswerLogits:
+    """What is stored of `random_logits(1, 60, seed=2, scale=scale)` under many independent draws."""
     addresses = torch.rand(NUM_REPEATS, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    stored = store(teacher.expand(NUM_REPEATS, -1), addresses, **settings)
+    teacher = random_logits(1, 60, seed=2, scale=scale).expand(NUM_REPEATS, -1)
+    return store(teacher, addresses, top_k=6, num_draws=num_draws, temperatures=temperatures)
+
+
+def repeated(stored: AnswerLogits, student: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Losses and gradients of one row under `many_draws`."""
     return stored_rows(student.expand(NUM_REPEATS, -1), stored, temperature)
 
 
@@ -113,7 +125,7 @@ def test_loss_and_gradient_equal_the_dense_ones_in_expectation_over_the_draws(
     scale: float, temperature: float, num_draws: int
 ) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=scale), random_logits(1, 60, seed=3)
-    losses, grads = repeated(teacher, student, temperature, top_k=6, num_draws=num_draws, temperatures=(2.0,))
+    losses, grads = repeated(many_draws(scale, num_draws, (2.0,)), student, temperature)
     expected_loss, expected_grad = dense_rows(student, teacher, temperature)
     assert_mean_is(losses, expected_loss[0], rounding=2e-3)
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
@@ -122,7 +134,7 @@ def test_loss_and_gradient_equal_the_dense_ones_in_expectation_over_the_draws(
 @pytest.mark.parametrize("num_draws", [1, 3])
 def test_the_variance_of_the_gradient_is_the_stated_one(num_draws: int) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=1.0), random_logits(1, 60, seed=3)
-    _, grads = repeated(teacher, student, top_k=6, num_draws=num_draws)
+    _, grads = repeated(many_draws(1.0, num_draws), student)
     probs = teacher[0].softmax(-1).sort(descending=True).values
     tail = probs[6:].sum()
     rest = (num_draws * probs[6:] / tail) % 1
@@ -133,14 +145,14 @@ def test_the_variance_of_the_gradient_is_the_stated_one(num_draws: int) -> None:
 
 def test_a_student_that_equals_its_teacher_has_no_gradient_in_expectation() -> None:
     teacher = random_logits(1, 60, seed=2)
-    _, grads = repeated(teacher, teacher, top_k=6, num_draws=2)
+    _, grads = repeated(many_draws(2.0, 2), teacher)
     assert float(grads.norm(dim=-1).mean()) > 0.02
     assert_mean_is(grads, torch.zeros(60, dtype=torch.float64), rounding=3e-4)
 
 
 def test_a_padded_student_vocabulary_learns_that_the_teacher_has_no_such_tokens() -> None:
     teacher, student = random_logits(1, 60, seed=2), random_logits(1, 75, seed=3)
-    losses, grads = repeated(teacher, student, top_k=6, num_draws=2)
+    losses, grads = repeated(many_draws(2.0, 2), student)
     expected_loss, expected_grad = dense_rows(student, teacher)
     assert_mean_is(losses, expected_loss[0], rounding=2e-3)
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
@@ -149,7 +161,7 @@ def test_a_padded_student_vocabulary_learns_that_the_teacher_has_no_such_tokens(
 
 def test_a_shorter_student_vocabulary_gives_the_cut_teachers_gradient_but_for_its_stated_length() -> None:
     teacher, student = random_logits(1, 60, seed=2), random_logits(1, 45, seed=3)
-    _, grads = repeated(teacher, student, top_k=6, num_draws=2)
+    _, grads = repeated(many_draws(2.0, 2), student)
     _, expected_grad = dense_rows(student, teacher)
     probs = teacher[0].softmax(-1)
     kept = probs.topk(6).indices
@@ -234,7 +246,7 @@ def test_divergences_over_the_stored_support_equal_a_textbook_version_and_its_gr
         assert bool((teacher.topk(6).indices >= student_vocab).any()), "a kept id is cut too"
     stored = store(teacher, top_k=6, temperatures=(2.0,))
     student.requires_grad_()
-    found = stored_logit_distillation_loss(student, stored, temperature, divergence)
+    found = stored_loss(student, stored, temperature, divergence)
     expected = compared_by_the_book(*bucketed(student, teacher, 6, temperature), divergence)
     # The codec rounds to 11 bits.
     torch.testing.assert_close(found, expected, rtol=3e-3, atol=1e-4)
@@ -249,7 +261,7 @@ def test_with_the_whole_vocabulary_stored_divergences_are_those_of_whole_distrib
     divergence: Divergence, temperature: float
 ) -> None:
     teacher, student = random_logits(6, 40, seed=0), random_logits(6, 40, seed=1).requires_grad_()
-    found = stored_logit_distillation_loss(student, store(teacher, top_k=40), temperature, divergence)
+    found = stored_loss(student, store(teacher, top_k=40), temperature, divergence)
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     expected = compared_by_the_book(p, q, divergence)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
@@ -266,9 +278,7 @@ def test_the_gradient_of_a_divergence_is_that_of_finite_differences(
 ) -> None:
     stored = store(random_logits(4, 60, seed=2), top_k=6, temperatures=(2.0,))
     student = random_logits(4, student_vocab, seed=3).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z: stored_logit_distillation_loss(z, stored, temperature, divergence), student
-    )
+    assert torch.autograd.gradcheck(lambda z: stored_loss(z, stored, temperature, divergence), student)
 
 
 @every_divergence
@@ -285,7 +295,7 @@ def test_divergences_are_zero_with_zero_gradient_row_by_row_where_the_student_sa
     others = others / others.sum(-1, keepdim=True).clamp(min=1e-9) * tail[:, None]
     probs = others.scatter(1, stored.ids_RK, kept.double())
     student = (probs.log() * temperature).requires_grad_()
-    loss = stored_logit_distillation_loss(student, stored, temperature, divergence)
+    loss = stored_loss(student, stored, temperature, divergence)
     loss.sum().backward()
     # What is stored is float32, and sums to 1 that far.
     assert float(loss.detach().abs().max()) < 1e-6
@@ -297,7 +307,7 @@ def test_divergences_are_zero_with_zero_gradient_row_by_row_where_the_student_sa
 def test_what_is_stored_bounds_the_divergence_of_whole_distributions_from_below(divergence: Divergence) -> None:
     teacher, student = random_logits(50, 60, seed=2), random_logits(50, 60, seed=3)
     whole = compared_by_the_book(teacher.softmax(-1), student.softmax(-1), divergence)
-    found = stored_logit_distillation_loss(student, store(teacher, top_k=6), 1.0, divergence)
+    found = stored_loss(student, store(teacher, top_k=6), 1.0, divergence)
     assert bool((found <= whole + 1e-3).all())
     assert bool((found > 0).all())
 
@@ -311,7 +321,7 @@ def test_divergences_and_their_gradients_are_finite_when_either_side_is_sure(div
             student = torch.zeros(2, 35)
             student[:, 4] = height
             student.requires_grad_()
-            loss = stored_logit_distillation_loss(student, store(teacher, top_k=top_k), 1.0, divergence)
+            loss = stored_loss(student, store(teacher, top_k=top_k), 1.0, divergence)
             loss.sum().backward()
             assert student.grad is not None
             assert bool(torch.isfinite(loss).all())
