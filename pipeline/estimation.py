@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.extraction import ExtractConfig, threads_of_each
+from storage.progress import SILENT, Progress, ProgressTask
 from storage.samples.index import SampleIndex
 from storage.stores import open_store
 
 if TYPE_CHECKING:
-    from stages.estimate.measured import Progress
     from stages.estimate.report import Estimate, EstimateConfig
     from stages.teacher.identity import TeacherConfig
 
@@ -21,7 +21,7 @@ def make_estimate(
     config: "EstimateConfig",
     *,
     config_only: bool,
-    progress: "Progress | None" = None,
+    progress: Progress = SILENT,
 ) -> "Estimate":
     """Bytes and hours of extracting these samples; the target store is not touched.
 
@@ -51,4 +51,11 @@ def make_estimate(
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
     threads = threads_of_each(cpus, gpus, min(workers, cpus), num_shards)
-    return estimate_by_measurement(teacher, samples, config, workers=workers, threads=threads, progress=progress)
+    tasks: dict[str, ProgressTask] = {}
+
+    def show(step: str, done: int, total: int) -> None:
+        if step not in tasks:
+            tasks[step] = progress.task(step, total, unit="steps")
+        tasks[step].update(done=done, total=total)
+
+    return estimate_by_measurement(teacher, samples, config, workers=workers, threads=threads, progress=show)

@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.markup import escape
-from rich.progress import Progress
 from transformers import PreTrainedModel, ProcessorMixin
 
 from pipeline.training import last_student
 from pipeline.ui.html_report import ReportSample
-from pipeline.ui.progress import add_bar
 from stages.attention import enable_capture
 from stages.captured_layers import check_maps
 from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
@@ -32,6 +29,7 @@ from stages.student.layer_matching import LayerMatching, match_run
 from stages.student.model.build import Student, is_student, load_student
 from stages.student.model.loading import load_multimodal
 from stages.student.training.resume_guard import STAGE_FILE, matching_settings
+from storage.progress import SILENT, Progress
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
 from storage.targets.store import TargetStore
@@ -95,13 +93,13 @@ def evaluate_checkpoint(
     images: Path | None,
     config: EvaluationConfig,
     limit: int | None,
-    progress: Progress,
+    progress: Progress = SILENT,
 ) -> EvaluationReport:
     """Scores a checkpoint on a folder of pairs in SugarCrepe's layout."""
     suite = load_pairs(pairs, images, limit=limit)
     loaded, processor = load_model(model)
-    bar = add_bar(progress, f"evaluate {Path(model).name}", sum(map(len, suite.values())), unit="pairs")
-    return evaluate_pairs(loaded, processor, suite, config, lambda amount: progress.advance(bar, amount))
+    task = progress.task(f"evaluate {Path(model).name}", sum(map(len, suite.values())), unit="pairs")
+    return evaluate_pairs(loaded, processor, suite, config, task.advance)
 
 
 @dataclass(frozen=True)
@@ -115,19 +113,21 @@ class _Compared:
     notes: list[str]
 
 
-def compare_with_targets(model: str, samples: str, targets: str, limit: int, progress: Progress) -> AttentionSimilarity:
+def compare_with_targets(
+    model: str, samples: str, targets: str, limit: int, progress: Progress = SILENT
+) -> AttentionSimilarity:
     """Compares a student's attention with the cached maps of the first `limit` samples of a store."""
     store = TargetStore.open(targets)
     compared = _open_student(model, store)
     for note in compared.notes:
-        progress.console.print(f"note: {escape(note)}")
-    bar = add_bar(progress, f"compare {Path(model).name}", limit)
+        progress.message(f"note: {note}")
+    task = progress.task(f"compare {Path(model).name}", limit)
     with closing(_first_samples(samples, store, limit)) as batches:
         return attention_similarity(
             compared.student,
             map(compared.collator, batches),
             compared.matching,
-            lambda amount: progress.advance(bar, amount),
+            task.advance,
             layers_from=compared.layers_from,
         )
 

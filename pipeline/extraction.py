@@ -1,13 +1,11 @@
 """Extraction: which shards are missing, who makes them, what came of it."""
 
-import logging
 import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -16,6 +14,7 @@ from pipeline.cluster.worker import Outcome, Worker
 from pipeline.interruption import RESUME, Interrupted, raised_on
 from pipeline.shard_extractor import TEACHER_ONLY, ShardExtractor
 from storage.errors import TooManySkipped, UserError
+from storage.progress import SILENT, Progress, ProgressTask
 from storage.samples.index import SampleIndex
 from storage.stores import Store, open_store
 from storage.strict_model import StrictModel
@@ -26,8 +25,6 @@ from storage.targets.teacher import has_teacher
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig
-
-logger = logging.getLogger(__name__)
 
 REPORT = "reports/extraction.json"
 SHOWN_FAILURES = 20
@@ -93,43 +90,12 @@ class ExtractionReport(StrictModel):
     """What students will not learn from these targets; said before the first shard, too."""
 
 
-@dataclass(frozen=True)
-class WorkerLine:
-    """One worker as it is shown."""
-
-    name: str
-    """Machine and process; no other worker has this name."""
-    samples_per_s: float
-    shards: tuple[int, ...]
-    """Those it has in flight, the oldest first."""
-    done_samples: int
-    """Of these shards."""
-    total_samples: int
-    """Of these shards."""
-
-
-class ExtractionProgress(Protocol):
-    """What the command shows while shards are made."""
-
-    def start(self, total_samples: int, done_samples: int) -> None:
-        """Before the first shard."""
-
-    def advance(self, samples: int) -> None:
-        """Samples observed since the last call; negative when a failed shard's are taken back."""
-
-    def shard_done(self, stored_bytes: int) -> None:
-        """A shard was committed."""
-
-    def workers(self, lines: Sequence[WorkerLine]) -> None:
-        """What each worker is at; called a few times a second."""
-
-
 def extract(
     teacher: "TeacherConfig",
     samples_url: str,
     targets_url: str,
     config: ExtractConfig,
-    progress: ExtractionProgress | None = None,
+    progress: Progress = SILENT,
 ) -> ExtractionReport:
     """Makes every shard that is not committed yet; running it again finishes the rest.
 
@@ -152,8 +118,8 @@ def extract(
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
         missing = [shard for shard in range(len(index.shards)) if shard not in committed]
-        run = _Run(index, progress, identity.notes)
-        run.start(missing)
+        made = _Made(index, progress, identity.notes)
+        made.start(missing)
         make_worker = partial(
             ShardExtractor,
             teacher,
@@ -172,9 +138,9 @@ def extract(
                     gpus_per_worker=1 if cluster.gpus else 0,
                     max_attempts=config.max_attempts,
                     tasks_per_worker=SHARDS_IN_FLIGHT,
-                    on_progress=run.advance,
-                    on_result=run.add,
-                    on_workers=run.show,
+                    on_progress=made.advance,
+                    on_result=made.add,
+                    on_workers=made.show,
                 )
         except Interrupted as stop:
             stored = len(committed_shards(targets.list(COMMITS)))
@@ -185,7 +151,7 @@ def extract(
             ) from None
     # What workers that died were writing, and folders that another extraction was first to commit in place of.
     clean_partials(targets)
-    return _conclude(targets, manifest, config, run, outcome, time.perf_counter() - started)
+    return _conclude(targets, manifest, config, made, outcome, time.perf_counter() - started)
 
 
 def threads_of_each(cpus: int, gpus: int, workers: int | None, num_shards: int) -> int:
@@ -194,26 +160,29 @@ def threads_of_each(cpus: int, gpus: int, workers: int | None, num_shards: int) 
     return max(1, cpus // side_by_side)
 
 
-class _Run:
-    """What a run has made so far. Of a commit record only sums are kept: there may be 100,000."""
+class _Made:
+    """What a run has made so far, and how far each worker is, shown as it grows.
 
-    def __init__(self, index: SampleIndex, progress: ExtractionProgress | None, notes: tuple[str, ...]) -> None:
+    Of a commit record only sums are kept: there may be 100,000.
+    """
+
+    def __init__(self, index: SampleIndex, progress: Progress, notes: tuple[str, ...]) -> None:
         self._index, self._progress, self.notes = index, progress, notes
         self.made: set[int] = set()
         self.most_workers = 0
-        self.samples = self.made_samples = self.maps = self.bytes = 0
+        self.samples = self.made_samples = self.maps = self.bytes = self.made_bytes = 0
         self.skipped: Counter[str] = Counter()
+        self._task = progress.task("extract", index.num_samples)
+        self._worker_tasks: dict[Worker, ProgressTask] = {}
 
     def start(self, missing: list[int]) -> None:
         for note in self.notes:
-            logger.warning("%s", note)
-        if self._progress is not None:
-            total = self._index.num_samples
-            self._progress.start(total, total - sum(self._index.shards[shard].num_samples for shard in missing))
+            self._progress.message(f"note: {note}")
+        num_missing = sum(self._index.shards[shard].num_samples for shard in missing)
+        self._task.update(done=self._index.num_samples - num_missing, note="workers start")
 
     def advance(self, _: int, samples: int) -> None:
-        if self._progress is not None:
-            self._progress.advance(samples)
+        self._task.advance(samples)
 
     def add(self, shard: int, record: CommitRecord | None) -> None:
         """A shard made by this run; nothing but `teacher/` was, if there is no record."""
@@ -221,9 +190,8 @@ class _Run:
             return
         self.made.add(shard)
         self.made_samples += record.num_samples
+        self.made_bytes += stored_bytes(record)
         self.count(record)
-        if self._progress is not None:
-            self._progress.shard_done(stored_bytes(record))
 
     def count(self, record: CommitRecord) -> None:
         """A shard of the store, whoever made it."""
@@ -235,19 +203,21 @@ class _Run:
     def show(self, workers: Sequence[Worker]) -> None:
         ready = [worker for worker in workers if worker.ready_at is not None]
         self.most_workers = max(self.most_workers, len(ready))
-        if self._progress is None:
-            return
-        lines = [
-            WorkerLine(
-                name=f"{worker.node} {worker.pid}",
-                samples_per_s=worker.rate,
-                shards=tuple(worker.in_flight),
-                done_samples=sum(worker.in_flight.values()),
-                total_samples=sum(self._index.shards[shard].num_samples for shard in worker.in_flight if shard >= 0),
+        for worker in [worker for worker in self._worker_tasks if worker not in ready]:
+            self._worker_tasks.pop(worker).remove()
+        for worker in ready:
+            if worker not in self._worker_tasks:
+                self._worker_tasks[worker] = self._progress.task(f"{worker.node} {worker.pid}", detail=True)
+            self._worker_tasks[worker].update(
+                done=sum(worker.in_flight.values()),
+                total=sum(self._index.shards[shard].num_samples for shard in worker.in_flight if shard >= 0),
+                rate=worker.rate,
+                note=f"shard {', '.join(map(str, worker.in_flight))}" if worker.in_flight else "",
             )
-            for worker in ready
-        ]
-        self._progress.workers(lines)
+        self._task.update(
+            rate=sum(worker.rate for worker in ready),
+            note=f"{len(ready)} workers, {len(self.made):,} shards, {self.made_bytes / 1e6:,.1f} MB",
+        )
 
 
 def stored_bytes(record: CommitRecord) -> int:
@@ -259,29 +229,29 @@ def _conclude(
     targets: Store,
     manifest: Manifest,
     config: ExtractConfig,
-    run: _Run,
+    made: _Made,
     outcome: Outcome,
     seconds: float,
 ) -> ExtractionReport:
     committed = committed_shards(targets.list(COMMITS))
-    earlier = {shard: path for shard, path in committed.items() if shard not in run.made}
+    earlier = {shard: path for shard, path in committed.items() if shard not in made.made}
     for record in iter_commits(targets, earlier):
-        run.count(record)
+        made.count(record)
     report = ExtractionReport(
         shards=len(committed),
-        shards_made_now=len(run.made),
-        samples=run.samples,
-        skipped=dict(run.skipped),
-        maps=run.maps,
-        bytes=run.bytes,
+        shards_made_now=len(made.made),
+        samples=made.samples,
+        skipped=dict(made.skipped),
+        maps=made.maps,
+        bytes=made.bytes,
         seconds=seconds,
-        samples_per_s=run.made_samples / seconds,
-        workers=run.most_workers,
+        samples_per_s=made.made_samples / seconds,
+        workers=made.most_workers,
         per_worker=tuple(_worker_report(worker) for worker in outcome.workers),
         failed_starts=outcome.failed_starts,
         failed_tries={shard: tuple(tries) for shard, tries in sorted(outcome.tries.items())},
         failures=outcome.failures,
-        notes=run.notes,
+        notes=made.notes,
     )
     targets.write(REPORT, report.model_dump_json(indent=1).encode())
     if outcome.failures:
@@ -294,10 +264,10 @@ def _conclude(
             f"Every try is in {targets.url}/{REPORT}. "
             "Run the same command again when the cause is mended:\n" + "\n".join(lines)
         )
-    num_skipped = sum(run.skipped.values())
+    num_skipped = sum(made.skipped.values())
     total = num_skipped + report.samples
     if num_skipped > config.max_skipped_fraction * total:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in run.skipped.most_common())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in made.skipped.most_common())
         raise TooManySkipped(
             f"{num_skipped} of {total} samples could not be used ({reasons}), allowed is a fraction of "
             f"{config.max_skipped_fraction}. They are named with their reasons in {targets.url}/commits/*.json; all "

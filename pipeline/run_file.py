@@ -26,6 +26,18 @@ _DEEPEST = 8
 """Sections inside one another; settings have three."""
 
 Settings = TypeVar("Settings", bound=BaseModel)
+Setting = TypeVar("Setting")
+
+
+def need(value: Setting | None, flag: str) -> Setting:
+    """Returns the value of a setting that a command cannot do without.
+
+    Raises:
+        UserError: If there is none; names the flag.
+    """
+    if value is None:
+        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
+    return value
 
 
 class RunFile(StrictModel):

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.progress import Progress
 
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint, find_checkpoint
 from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_places
-from pipeline.ui.html_report import ReportTable
-from pipeline.ui.progress import is_main_process
+from pipeline.ui.console import is_main_process
+from pipeline.ui.tables import ReportTable
 from stages.checkpoints import weights_digest
 from stages.evaluation.pairs import load_pairs
 from stages.evaluation.report import EvaluationReport
@@ -24,6 +23,7 @@ from stages.student.config import StageName
 from stages.student.training.stage import StageReport
 from storage.digests import digest_of
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.stores import Store, open_store
 from storage.streaming.stream import Source
 from storage.strict_model import StrictModel
@@ -90,7 +90,7 @@ class _Compared(StrictModel):
     similarity: AttentionSimilarity | None
 
 
-def run_sweep(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
+def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> SweepReport:
     """Trains and compares all students; one that fails is reported, and the others go on.
 
     Finished students are not trained again, an interrupted one goes on. Leaves each in `OUTPUT/NAME` and all results in

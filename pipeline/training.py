@@ -13,10 +13,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from pipeline.cli.options import need
 from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
 from pipeline.provenance import provenance
-from pipeline.run_file import RunFile, save_run_file
+from pipeline.run_file import RunFile, need, save_run_file
 from stages.checkpoints import hide_loading_bars
 from stages.student.config import STAGES, DataSource, StageName, TrainConfig
 from stages.student.training.loop import train_stage

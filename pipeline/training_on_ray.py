@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline.cli.options import need
 from pipeline.cluster import ray_backend, ray_train_group
 from pipeline.interruption import SAVED_EXIT_CODE, Interrupted, remembered
-from pipeline.run_file import RunFile
+from pipeline.run_file import RunFile, need
 from pipeline.training import StageProgress, refuse_existing, train
 from stages.student.config import STAGES, StageName
 from stages.student.training.stage import StageReport

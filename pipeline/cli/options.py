@@ -1,18 +1,40 @@
-"""What flags must say."""
+"""Options that several commands take, and what they do."""
 
-from storage.errors import UserError
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.recipes import recipe_names
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help=f"Run file (YAML) with any setting, or a recipe: {', '.join(recipe_names())}."),
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; wins over the run file.")]
+TeacherOption = Annotated[str | None, typer.Option("--teacher", help="Teacher checkpoint: folder or hub id.")]
+SamplesOption = Annotated[str | None, typer.Option("--samples", help="Sample shards: folder or object-store URL.")]
+TargetsOption = Annotated[str | None, typer.Option("--targets", help="Target store: folder or object-store URL.")]
+TargetsArgument = Annotated[str, typer.Argument(help="Target store: folder or object-store URL.")]
+TeachersOption = Annotated[
+    int | None, typer.Option("--workers", help="Teachers that run side by side; default: one a GPU, or one a core.")
+]
+ReportOption = Annotated[Path | None, typer.Option("--report", help="File to save the report in, as JSON.")]
+
+RENAMED = {"--json": "--report", "--page": "--html"}
+"""Options of earlier versions -> what they are called now."""
 
 
-def need(value: str | None, flag: str) -> str:
-    """The value, or an error that names the flag."""
-    if value is None:
-        raise UserError(f"{flag} is missing; give the flag or set it in the run file")
-    return value
+def save(path: Path, text: str) -> None:
+    """Writes a report into a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
-def percent(text: str) -> float:
-    """What `5%` says."""
-    try:
-        return float(text.removesuffix("%"))
-    except ValueError:
-        raise UserError(f"--sample is {text!r}, expected a percentage such as 5%") from None
+def say_which_student(model: str) -> None:
+    """Says which of a training run's students a command uses."""
+    from pipeline.evaluation import which_student
+    from pipeline.ui.console import say
+
+    for note in which_student(model):
+        say(note)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.cli.tables import TrainingBars, output, print_page_table
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.scenes.dataset import write_dataset
@@ -22,8 +21,10 @@ from pipeline.run_file import load_run_file
 from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
-from pipeline.ui.html_report import ReportTable, render_report
-from pipeline.ui.progress import ExtractionBar, add_bar, bars
+from pipeline.ui.console import results
+from pipeline.ui.html_report import render_report
+from pipeline.ui.progress import progress_display, show_steps
+from pipeline.ui.tables import ReportTable, print_report_table
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
 from storage.errors import UserError
@@ -84,32 +85,32 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     _claim(folder, config)
     clock = _Clock()
     samples, targets = folder / "samples", folder / "targets"
-    with bars() as progress:
+    with progress_display() as progress:
         with clock.part("draw scenes"):
             if not (folder / "scenes" / "train.json").is_file():
                 shutil.rmtree(folder / "scenes", ignore_errors=True)
                 write_dataset(folder / "scenes", config.num_images, config.seed, config.variant, config.num_pairs)
         with clock.part("pack samples"):
             if not (samples / "index.json").is_file():
-                bar = add_bar(progress, "pack")
+                task = progress.task("pack")
                 pack_samples(
                     folder / "scenes" / "train.json",
                     folder / "scenes",
                     samples,
                     PackConfig(max_samples_per_shard=256),
-                    lambda done, total, _: progress.update(bar, completed=done, total=total),
+                    lambda done, total, _: task.update(done=done, total=total),
                 )
         with clock.part("extract teacher"):
             run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})
             assert run.teacher is not None
-            extract(run.teacher, str(samples), str(targets), run.extract, ExtractionBar(progress))
+            extract(run.teacher, str(samples), str(targets), run.extract, progress)
         pairs = folder / "scenes" / "pairs"
         with clock.part("evaluate teacher"):
             teacher = evaluate_checkpoint(str(TEACHER), pairs, None, run.evaluate, None, progress)
         with clock.part("train and evaluate students"):
             swept = run_sweep(
                 _students(folder, config),
-                lambda name, student: train(student, student.train.stages, TrainingBars(progress, name)),
+                lambda name, student: train(student, student.train.stages, show_steps(progress, name)),
                 progress,
             )
         students = _results(swept)
@@ -128,10 +129,10 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     table = accuracy_table(report)
     page = render_report("cdp demo: what attention distillation did", [table], pictures)
     open_store(folder).write("report.html", page.encode())
-    print_page_table(table)
+    print_report_table(table)
     for line in summary_lines(report, stored):
-        output.print(line)
-    output.print(f"pictures: {folder / 'report.html'}")
+        results.print(line)
+    results.print(f"pictures: {folder / 'report.html'}")
     return report
 
 

@@ -1,1 +1,1 @@
-"""What a user sees: console, progress, HTML report."""
+"""What a user sees: consoles, progress, tables, HTML reports. Imports nothing else of `pipeline`."""

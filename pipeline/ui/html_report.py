@@ -1,4 +1,4 @@
-"""The HTML page of a comparison: tables and pictures in one file that needs nothing else."""
+"""The HTML report of a comparison: tables and pictures in one file that needs nothing else."""
 
 import base64
 import io
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from jinja2 import Environment
 from PIL import Image
+
+from pipeline.ui.tables import ReportTable
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -37,15 +39,6 @@ p.text { margin: .2rem 0; color: #444 }
 
 
 @dataclass(frozen=True)
-class ReportTable:
-    """A table of the page; the first column names the row."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
 class ReportSample:
     """One sample's pictures side by side."""
 
@@ -54,7 +47,7 @@ class ReportSample:
 
 
 def render_report(title: str, tables: list[ReportTable], samples: list[ReportSample]) -> str:
-    """The page as HTML, pictures embedded; all text is escaped."""
+    """Renders the report as HTML, pictures embedded; all text is escaped."""
     encoded = [
         {"text": sample.text, "pictures": [(name, _png(picture)) for name, picture in sample.pictures]}
         for sample in samples

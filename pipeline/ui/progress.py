@@ -1,157 +1,265 @@
-"""Progress bars of the commands: rate, amount and time left of anything that takes longer than seconds."""
-
-from __future__ import annotations
+"""Shows how far long work is: bars on a terminal, a plain line now and then in a log."""
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich import progress as rich_progress
 from rich.table import Column
 from rich.text import Text
 
-if TYPE_CHECKING:
-    # Only named here: `cdp verify` need not load what extracts.
-    from pipeline.extraction import WorkerLine
+from pipeline.ui.console import is_main_process, messages
+from storage.errors import UserError
+from storage.progress import SILENT, Progress, ProgressTask
 
-WORKER_LINES = 12
-"""Workers that have a line of their own; more would not fit a terminal."""
+DETAIL_BARS = 12
+"""Details, such as workers, that have a bar of their own; more would not fit a terminal."""
 LOG_EVERY_S = 30.0
-
-is_main_process = os.environ.get("RANK", "0") == "0"
-"""False in all but one of the processes that torchrun or accelerate starts: those stay silent."""
-
-console = Console(stderr=True, quiet=not is_main_process)
-"""Progress and messages; results go to standard output."""
+LOG_EVERY_VARIABLE = "CDP_PROGRESS_EVERY_S"
+"""Environment variable: seconds between two lines of one task in a log, in place of `LOG_EVERY_S`."""
 
 
-class _RateColumn(ProgressColumn):
+@contextmanager
+def progress_display() -> Iterator[Progress]:
+    """Shows the tasks of a block on standard error; all processes of a group but the first show nothing.
+
+    Raises:
+        UserError: If `CDP_PROGRESS_EVERY_S` is no number.
+    """
+    if not is_main_process:
+        yield SILENT
+    elif messages.is_interactive:
+        with _Bars() as bars:
+            yield bars
+    else:
+        log = _Log(_seconds_between_lines())
+        try:
+            yield log
+        finally:
+            log.close()
+
+
+def _seconds_between_lines() -> float:
+    text = os.environ.get(LOG_EVERY_VARIABLE) or str(LOG_EVERY_S)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{LOG_EVERY_VARIABLE} is {text!r}, expected seconds such as 30; correct or unset it") from None
+
+
+class _RateColumn(rich_progress.ProgressColumn):
     """Units a second, from the recent past."""
 
     max_refresh = 0.5
 
-    def render(self, task: Task) -> Text:
-        speed = task.fields.get("rate") or task.finished_speed or task.speed
+    def render(self, task: rich_progress.Task) -> Text:
+        speed = task.fields["rate"] or task.finished_speed or task.speed
         return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
 
 
-@contextmanager
-def bars() -> Iterator[Progress]:
-    """Bars on standard error; where that is no terminal only their last state is printed."""
-    columns = (
-        TextColumn("{task.description}", table_column=_one_line()),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(table_column=_one_line()),
-        _RateColumn(table_column=_one_line()),
-        TimeRemainingColumn(elapsed_when_finished=True, table_column=_one_line()),
-        # Last, because a narrow terminal cuts it.
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-    )
-    with Progress(*columns, console=console, expand=True) as progress:
-        yield progress
+class _Bars(rich_progress.Progress):
+    """A bar for each task; of details the first few, and a count of the others."""
 
+    def __init__(self) -> None:
+        def one_line() -> Column:
+            return Column(no_wrap=True)
 
-def add_bar(progress: Progress, description: str, total: float | None = None, unit: str = "samples") -> TaskID:
-    """A bar whose note can be changed with `progress.update(bar, note=...)`."""
-    return progress.add_task(description, total=total, unit=unit, note="")
-
-
-def _one_line() -> Column:
-    return Column(no_wrap=True)
-
-
-class StepBars:
-    """A bar for each step of some work, made when it begins."""
-
-    def __init__(self, progress: Progress, unit: str = "steps") -> None:
-        self._progress, self._unit = progress, unit
-        self._bars: dict[str, TaskID] = {}
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        """Shows how far a step is."""
-        if step not in self._bars:
-            self._bars[step] = add_bar(self._progress, step, unit=self._unit)
-        self._progress.update(self._bars[step], completed=done, total=total)
-
-
-class ExtractionBar:
-    """Shows an extraction: all samples, bytes and shards, and a line for each of the first workers.
-
-    Where standard error is no terminal, a plain line now and then.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._bar = add_bar(progress, "extract")
-        self._lines: dict[str, TaskID] = {}
-        self._bytes = self._shards = self._num_workers = self._done = self._total = 0
-        self._others = ""
-        self._rate = 0.0
-        self._logged_at = time.monotonic()
-
-    def start(self, total_samples: int, done_samples: int) -> None:
-        """Before the first shard."""
-        self._total, self._done = total_samples, done_samples
-        self._progress.update(self._bar, total=total_samples, completed=done_samples, note="workers start")
-
-    def advance(self, samples: int) -> None:
-        """Samples observed since the last call."""
-        self._done += samples
-        self._progress.advance(self._bar, samples)
-
-    def shard_done(self, stored_bytes: int) -> None:
-        """A shard was committed."""
-        self._bytes += stored_bytes
-        self._shards += 1
-
-    def workers(self, lines: Sequence[WorkerLine]) -> None:
-        """What each worker is at: those with a line keep it until they end, then another one gets its place."""
-        self._num_workers = len(lines)
-        self._rate = sum(line.samples_per_s for line in lines)
-        by_name = {line.name: line for line in lines}
-        for name in self._lines.keys() - by_name.keys():
-            self._progress.remove_task(self._lines.pop(name))
-        for line in lines:
-            if line.name not in self._lines and len(self._lines) < WORKER_LINES:
-                self._lines[line.name] = add_bar(self._progress, f"  {line.name}")
-        for name, bar in self._lines.items():
-            line = by_name[name]
-            shards = ", ".join(map(str, line.shards))
-            self._progress.update(
-                bar,
-                total=line.total_samples,
-                completed=line.done_samples,
-                rate=line.samples_per_s,
-                note=f"shard {shards}" if shards else "",
-            )
-        hidden = len(lines) - len(self._lines)
-        self._progress.update(
-            self._bar,
-            rate=self._rate,
-            note=self._summary() + (f"; {hidden} workers are not shown" if hidden else ""),
+        super().__init__(
+            rich_progress.TextColumn("{task.description}", markup=False, table_column=one_line()),
+            rich_progress.BarColumn(bar_width=12),
+            rich_progress.MofNCompleteColumn(table_column=one_line()),
+            _RateColumn(table_column=one_line()),
+            rich_progress.TimeRemainingColumn(elapsed_when_finished=True, table_column=one_line()),
+            # Last, because a narrow terminal cuts it.
+            rich_progress.TextColumn(
+                "{task.fields[note]}{task.fields[hidden]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
+            console=messages,
+            expand=True,
         )
-        if not console.is_terminal and time.monotonic() > self._logged_at + LOG_EVERY_S:
-            self._logged_at = time.monotonic()
-            console.print(self._plain_line(), soft_wrap=True, highlight=False)
+        self._whole: rich_progress.TaskID | None = None
+        self._details: list[rich_progress.TaskID] = []
 
-    def _summary(self) -> str:
-        return f"{self._num_workers} workers, {self._shards:,} shards, {self._bytes / 1e6:,.1f} MB"
+    def task(
+        self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False
+    ) -> ProgressTask:
+        bar = self.add_task(f"  {name}" if detail else name, total=total, unit=unit, note="", hidden="", rate=0.0)
+        if detail:
+            self._details.append(bar)
+            self._choose_details()
+        else:
+            self._whole = bar
+        return _Bar(self, bar)
 
-    def _plain_line(self) -> str:
-        line = f"extract: {self._done:,} of {self._total:,} samples, {self._rate:,.1f} samples/s, {self._summary()}"
-        if self._rate:
-            line += f", {timedelta(seconds=round((self._total - self._done) / self._rate))} left"
-        return line
+    def message(self, text: str) -> None:
+        _print_line(text)
+
+    def remove(self, bar: rich_progress.TaskID) -> None:
+        """Removes a bar; a detail that had no room gets its place."""
+        self.remove_task(bar)
+        if bar == self._whole:
+            self._whole = None
+        if bar in self._details:
+            self._details.remove(bar)
+            self._choose_details()
+
+    def _choose_details(self) -> None:
+        for number, bar in enumerate(self._details):
+            self.update(bar, visible=number < DETAIL_BARS)
+        if self._whole is not None:
+            num_hidden = len(self._details) - DETAIL_BARS
+            self.update(self._whole, hidden=f"; {num_hidden} more are not shown" if num_hidden > 0 else "")
+
+
+class _Bar:
+    """A task on a terminal."""
+
+    def __init__(self, bars: _Bars, bar: rich_progress.TaskID) -> None:
+        self._bars, self._bar = bars, bar
+
+    def advance(self, amount: float = 1) -> None:
+        self._bars.advance(self._bar, amount)
+
+    def update(
+        self,
+        *,
+        done: float | None = None,
+        total: float | None = None,
+        note: str | None = None,
+        rate: float | None = None,
+    ) -> None:
+        fields: dict[str, Any] = {name: value for name, value in (("note", note), ("rate", rate)) if value is not None}
+        self._bars.update(self._bar, completed=done, total=total, **fields)
+
+    def remove(self) -> None:
+        self._bars.remove(self._bar)
+
+
+class _Log:
+    """A line for each task now and then, and one when it ends: when the next task begins, or with the block."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._open: list[_LogTask] = []
+
+    def task(
+        self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False
+    ) -> ProgressTask:
+        if detail:
+            return SILENT.task(name)
+        for task in [task for task in self._open if task.is_complete]:
+            self.end(task)
+        self._open.append(_LogTask(self, name, total, unit, self._every_s))
+        return self._open[-1]
+
+    def message(self, text: str) -> None:
+        _print_line(text)
+
+    def end(self, task: "_LogTask") -> None:
+        """Prints the last line of a task."""
+        if task in self._open:
+            self._open.remove(task)
+            task.print_last_line()
+
+    def close(self) -> None:
+        """Ends all tasks."""
+        for task in list(self._open):
+            self.end(task)
+
+
+class _LogTask:
+    """A task in a log."""
+
+    def __init__(self, log: _Log, name: str, total: float | None, unit: str, every_s: float) -> None:
+        self._log, self._name, self._total, self._unit, self._every_s = log, name, total, unit, every_s
+        self._done = 0.0
+        self._note = ""
+        self._rate: float | None = None
+        self._begun_at = time.monotonic()
+        self._first: tuple[float, float] | None = None
+        """When work was first reported, and what was done by then: a resumed run did that earlier."""
+        self._last_line = (self._begun_at, 0.0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is done."""
+        return self._total is not None and self._done >= self._total
+
+    def advance(self, amount: float = 1) -> None:
+        if self._first is None:
+            self._first = (self._begun_at, 0.0)
+        self.update(done=self._done + amount)
+
+    def update(
+        self,
+        *,
+        done: float | None = None,
+        total: float | None = None,
+        note: str | None = None,
+        rate: float | None = None,
+    ) -> None:
+        now = time.monotonic()
+        if done is not None:
+            self._done = done
+            if self._first is None:
+                self._first = self._last_line = (now, done)
+        self._total = self._total if total is None else total
+        self._note = self._note if note is None else note
+        self._rate = self._rate if rate is None else rate
+        if self._first is not None and not self.is_complete and now >= self._last_line[0] + self._every_s:
+            rate = self._rate or self._speed_since(self._last_line, now)
+            self._print(rate, self._time_left(rate))
+            self._last_line = (now, self._done)
+
+    def remove(self) -> None:
+        self._log.end(self)
+
+    def print_last_line(self) -> None:
+        """Prints what was done and how long it took, if anything was reported."""
+        if self._first is not None:
+            now = time.monotonic()
+            self._print(self._speed_since(self._first, now), f"took {_clock(now - self._begun_at)}")
+
+    def _speed_since(self, then: tuple[float, float], now: float) -> float:
+        return max(self._done - then[1], 0) / max(now - then[0], 1e-9)
+
+    def _time_left(self, rate: float) -> str:
+        if not rate or self._total is None:
+            return ""
+        return f"{_clock((self._total - self._done) / rate)} left"
+
+    def _print(self, rate: float, time_shown: str) -> None:
+        amount = _amount(self._done) + (f" of {_amount(self._total)}" if self._total is not None else "")
+        speed = f"{rate:,.1f} {self._unit}/s" if rate else ""
+        parts = (f"{self._name}: {amount} {self._unit}", speed, time_shown, self._note)
+        _print_line(", ".join(part for part in parts if part))
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number == int(number) or number >= 100 else f"{number:,.1f}"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _print_line(text: str) -> None:
+    messages.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def show_steps(progress: Progress, student: str = "") -> Callable[[str, Any], None]:
+    """Shows training: a task for each stage, made at its first step, with the newest losses behind it."""
+    tasks: dict[str, ProgressTask] = {}
+
+    def show(stage: str, step: Any) -> None:
+        if stage not in tasks:
+            tasks[stage] = progress.task(f"{student} {stage}".strip(), step.num_steps, unit="steps")
+        losses = [f"{name} {step.losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in step.losses]
+        tasks[stage].update(done=step.step, note=" ".join(losses))
+
+    return show

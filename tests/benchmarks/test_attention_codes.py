@@ -70,7 +70,7 @@ def test_the_saved_results_reach_the_targets_in_every_sample(codec: str) -> None
 
 def test_the_saved_results_have_every_coder_that_the_documents_name() -> None:
     coders = json.loads((RESULTS / "attention_coders.json").read_text())["coders_of_4_bit_codes"]
-    text = (RESULTS.parents[1] / "docs" / "method.md").read_text()
+    text = (RESULTS.parents[1] / "docs" / "codecs.md").read_text()
     for name in (
         "zstd 1, as stored",
         "zstd 19",

@@ -51,7 +51,7 @@ def test_the_saved_result_holds_what_the_documents_claim() -> None:
     saved = json.loads((RESULTS / "cached_against_online.json").read_text())
     assert (saved["steps"], saved["stores"]) == (50, STORES)
     assert saved["stages"].keys() == TERMS.keys()
-    document = (RESULTS.parents[1] / "docs/method.md").read_text().splitlines()
+    document = (RESULTS.parents[1] / "docs/codecs.md").read_text().splitlines()
     for stage, terms in TERMS.items():
         found = saved["stages"][stage]
         assert found["online"]["last"]["loss"] < 0.7 * found["online"]["first"]["loss"], "something was learnt"

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.cli.tables import similarity_table
+from pipeline.cli.compare_attention import similarity_table
 from pipeline.evaluation import compare_with_targets, gaze_pictures
 from pipeline.training import train
-from pipeline.ui.progress import bars
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import run_here
 from tests.pipeline.runs import run_file
+from tests.recorded_progress import RecordedProgress
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +54,8 @@ def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_de
     (tmp_path / "run/dft/student").rename(tmp_path / "alone")
     (tmp_path / "run/dft/student").symlink_to(tmp_path / "alone")
     places = str(tiny.samples), str(targets)
-    with bars() as progress:
-        trained = compare_with_targets(str(tmp_path / "run"), *places, 4, progress)
-        default = compare_with_targets(str(tmp_path / "alone"), *places, 4, progress)
+    trained = compare_with_targets(str(tmp_path / "run"), *places, 4)
+    default = compare_with_targets(str(tmp_path / "alone"), *places, 4)
     assert (trained.student_layers, trained.layers_from) == ((0, 1, 3), "training")
     assert default.layers_from == "default"
     assert default.student_layers != trained.student_layers
@@ -71,9 +70,9 @@ def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_de
 def test_as_many_samples_are_compared_as_were_asked_for(
     limit: int, undisturbed: Path, tiny: TinyWorld, targets: Path
 ) -> None:
-    with bars() as progress:
-        compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), limit, progress)
-        assert progress.tasks[0].completed == min(limit, NUM_SAMPLES)
+    progress = RecordedProgress()
+    compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), limit, progress)
+    assert progress.tasks[0].done == min(limit, NUM_SAMPLES)
 
 
 def test_the_comparison_runs_where_models_are_put(
@@ -87,6 +86,5 @@ def test_the_comparison_runs_where_models_are_put(
     # Stands for a GPU, which tests do not have.
     monkeypatch.setattr("pipeline.evaluation._device", lambda: torch.device("meta"))
     monkeypatch.setattr("pipeline.evaluation.attention_similarity", note)
-    with bars() as progress:
-        compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), 1, progress)
+    compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), 1)
     assert devices == ["meta"]

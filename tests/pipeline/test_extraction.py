@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline.extraction
-from pipeline.cli.tables import print_extraction_report
+from pipeline.cli.extract_teacher import print_report
 from pipeline.cluster.worker import ProgressMarker
-from pipeline.extraction import ExtractConfig, ExtractionReport, WorkerLine, extract
+from pipeline.extraction import ExtractConfig, ExtractionReport, extract
 from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
 from storage.integrity.verify import verify
+from storage.progress import SILENT, Progress
 from storage.targets.commits import CommitRecord
 from storage.targets.sample_targets import SkippedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import descendants, kill_when, runs_until, start_cdp, tree, wait_until_dead
+from tests.recorded_progress import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -36,40 +38,18 @@ LASTING = ("manifest.json", "teacher/", "shards/", "commits/")
 
 
 def run(
-    tiny: TinyWorld, store: Path, samples: Path | None = None, counting: "Counting | None" = None, **settings: Any
+    tiny: TinyWorld, store: Path, samples: Path | None = None, progress: Progress = SILENT, **settings: Any
 ) -> ExtractionReport:
     """Extracts the tiny data; `settings` are those of `TeacherConfig` and `ExtractConfig`."""
     ours = {name: settings.pop(name) for name in list(settings) if name in ExtractConfig.model_fields}
     teacher = TeacherConfig(**{"checkpoint": str(tiny.teacher), "batch_size": 4} | settings)
     config = ExtractConfig(**{"workers": 1} | ours)
-    return extract(teacher, str(samples or tiny.samples), str(store), config, counting)
+    return extract(teacher, str(samples or tiny.samples), str(store), config, progress)
 
 
 def same_targets(found: Path, expected: Path) -> bool:
     """Byte for byte, but for reports."""
     return tree(found, *LASTING) == tree(expected, *LASTING)
-
-
-class Counting:
-    """What a progress bar would show."""
-
-    def __init__(self) -> None:
-        self.total = self.done = self.shards = 0
-        self.names: set[str] = set()
-
-    def start(self, total_samples: int, done_samples: int) -> None:
-        self.total, self.done = total_samples, done_samples
-
-    def advance(self, samples: int) -> None:
-        self.done += samples
-
-    def shard_done(self, stored_bytes: int) -> None:
-        assert stored_bytes > 0
-        self.shards += 1
-
-    def workers(self, lines: Sequence[WorkerLine]) -> None:
-        assert all(0 <= line.done_samples <= line.total_samples for line in lines)
-        self.names |= {line.name for line in lines}
 
 
 def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny: TinyWorld, targets: Path) -> None:
@@ -87,23 +67,18 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny
 
 
 def test_answers_without_an_end_are_said_before_the_first_shard_and_in_the_report(
-    tiny: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    tiny: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = tmp_path / "stock.jinja"
     template.write_text(CHAT_TEMPLATE_OF_LLAVA_1_5)
 
-    class Said(Counting):
-        def start(self, total_samples: int, done_samples: int) -> None:
-            super().start(total_samples, done_samples)
-            self.before = caplog.messages.copy()
-
-    counting = Said()
-    report = run(tiny, tmp_path / "store", counting=counting, chat_template=str(template))
+    progress = RecordedProgress()
+    report = run(tiny, tmp_path / "store", progress=progress, chat_template=str(template))
     (note,) = report.notes
-    assert note in counting.before
+    assert progress.messages == [f"note: {note}"]
     assert note.startswith(f"the chat template of {template} ends 0 of 2 answers")
     assert "Set teacher.chat_template to a template" in note
-    print_extraction_report(report, "store")
+    print_report(report, "store")
     assert "note: the chat template of" in capsys.readouterr().out
     with pytest.raises(FingerprintMismatch, match="differs in:\n  chat_template: "):
         run(tiny, tmp_path / "store")
@@ -112,10 +87,10 @@ def test_answers_without_an_end_are_said_before_the_first_shard_and_in_the_repor
 def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(targets, store)
-    counting = Counting()
-    report = run(tiny, store, counting=counting)
+    progress = RecordedProgress()
+    report = run(tiny, store, progress=progress)
     assert report.shards_made_now == 0
-    assert report.samples == counting.done == NUM_SAMPLES
+    assert report.samples == progress.named("extract").done == NUM_SAMPLES
     assert same_targets(store, targets)
 
 
@@ -128,11 +103,12 @@ def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_s
         (store / f"commits/{shard:06d}.json").unlink()
     shutil.rmtree(next((store / "shards").glob("000004-*")))
     (store / "shards/000002.zarr.left.partial").mkdir()
-    counting = Counting()
-    report = run(tiny, store, counting=counting, workers=2)
+    progress = RecordedProgress()
+    report = run(tiny, store, progress=progress, workers=2)
     assert report.shards_made_now == 2
-    assert counting.total == counting.done == NUM_SAMPLES
-    assert counting.shards == 2
+    whole = progress.named("extract")
+    assert whole.total == whole.done == NUM_SAMPLES
+    assert "2 shards" in whole.note
     assert same_targets(store, targets)
 
 
@@ -245,11 +221,12 @@ def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced_and_the_bytes_are_
     worker: type[KilledOnce], tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline.extraction, "ShardExtractor", worker)
-    counting = Counting()
+    progress = RecordedProgress()
     store = tmp_path / "store"
-    report = run(tiny, store, counting=counting)
+    report = run(tiny, store, progress=progress)
     assert (tmp_path / "store.killed").exists()
-    assert report.samples == counting.total == counting.done == NUM_SAMPLES
+    whole = progress.named("extract")
+    assert report.samples == whole.total == whole.done == NUM_SAMPLES
     assert same_targets(store, targets)
 
 

@@ -10,7 +10,6 @@ from transformers import AutoConfig
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
 from pipeline.run_file import RunFile
 from pipeline.training import train
-from pipeline.ui.progress import bars
 from stages.evaluation.scoring import EvaluationConfig
 from stages.student.config import STAGES
 from storage.errors import UserError
@@ -44,9 +43,8 @@ def test_a_whole_model_is_trained_by_command_and_its_attention_compared(
     trained = tmp_path / "run/dft/student"
     assert AutoConfig.from_pretrained(trained).model_type == "llava"
     assert "adapter: own" in (tmp_path / "run/run.yaml").read_text()
-    with bars() as progress:
-        found = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4, progress)
-        itself = compare_with_targets(str(tiny.teacher), str(tiny.samples), str(targets), 4, progress)
+    found = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4)
+    itself = compare_with_targets(str(tiny.teacher), str(tiny.samples), str(targets), 4)
     assert found.num_samples > 0
     assert 0 < found.mean < itself.mean
     assert itself.mean > 0.99
@@ -61,9 +59,8 @@ def test_a_student_with_another_tokenizer_goes_through_all_stages_and_is_evaluat
     assert [set(report.losses) - {"loss"} for report in reports] == [{"lm"}, {"lm", "attention"}, {"lm"}]
     saved = json.loads((tmp_path / "run/sft/student/tokenizer.json").read_text())
     assert "<|im_start|>" in saved["model"]["vocab"]
-    with bars() as progress:
-        result = evaluate_checkpoint(str(tmp_path / "run"), tiny.pairs, None, EvaluationConfig(), 2, progress)
-        compared = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4, progress)
+    result = evaluate_checkpoint(str(tmp_path / "run"), tiny.pairs, None, EvaluationConfig(), 2)
+    compared = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4)
     assert result.num_pairs == 4
     assert compared.num_samples > 0
 

@@ -13,7 +13,6 @@ from pipeline.interruption import Interrupted
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_places, load_sweep
-from pipeline.ui.progress import bars
 from stages.evaluation.report import EvaluationReport
 from stages.student.training.stage import StageReport
 from storage.errors import UserError
@@ -268,12 +267,11 @@ def test_what_breaks_in_one_student_spares_the_next_and_an_interruption_ends_the
             raise Interrupted(15)
         return [finished(name)]
 
-    with bars() as progress:
-        with pytest.raises(Interrupted):
-            run_sweep(sweep, train, progress)
-        saved = SweepReport.model_validate_json((tmp_path / "out/sweep.json").read_text())
-        assert (list(saved.students), saved.failures) == (["first"], {"broken": "RuntimeError: out of memory"})
-        report = run_sweep(sweep, train, progress)
+    with pytest.raises(Interrupted):
+        run_sweep(sweep, train)
+    saved = SweepReport.model_validate_json((tmp_path / "out/sweep.json").read_text())
+    assert (list(saved.students), saved.failures) == (["first"], {"broken": "RuntimeError: out of memory"})
+    report = run_sweep(sweep, train)
     assert list(report.students) == ["first", "second"]
     assert report.students["second"].samples_per_s == 2.0
     assert sweep_table(report).rows[1] == ["second", "dpt", "1.000", "2", "2.0"], (

@@ -12,7 +12,6 @@ from pipeline.evaluation import compare_with_targets
 from pipeline.export import export
 from pipeline.run_file import RunFile
 from pipeline.training import train
-from pipeline.ui.progress import bars
 from stages.student.config import STAGES
 from storage.errors import UserError
 from tests.conftest import TinyWorld
@@ -79,8 +78,8 @@ def test_it_can_be_trained_without_the_attention_loss_but_not_be_compared(
 ) -> None:
     settings = "train.dpt={batch_size: 4, max_steps: 1}", "train.dft={attention_weight: 0, max_steps: 1}"
     train(run_of(tiny, targets, stablelm(tiny, tmp_path / "stablelm"), tmp_path / "run", *settings), ("dpt", "dft"))
-    with pytest.raises(UserError, match="give no attention map"), bars() as progress:
-        compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4, progress)
+    with pytest.raises(UserError, match="give no attention map"):
+        compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4)
 
 
 def test_matched_layers_without_softmax_attention_are_refused_and_others_are_trained(

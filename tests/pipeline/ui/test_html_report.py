@@ -1,8 +1,9 @@
-"""The HTML page of a comparison."""
+"""The HTML report of a comparison."""
 
 from PIL import Image
 
-from pipeline.ui.html_report import ReportSample, ReportTable, render_report
+from pipeline.ui.html_report import ReportSample, render_report
+from pipeline.ui.tables import ReportTable
 
 
 def test_pages_escape_text_and_hold_their_pictures() -> None:

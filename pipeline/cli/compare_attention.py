@@ -1,0 +1,59 @@
+"""`cdp compare-attention`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import ReportOption, SamplesOption, TargetsOption, save, say_which_student
+
+if TYPE_CHECKING:
+    from pipeline.ui.tables import ReportTable
+    from stages.evaluation.similarity import AttentionSimilarity
+
+NUM_PICTURES = 8
+
+
+def compare_attention(
+    model: Annotated[str, typer.Argument(help="Student checkpoint or training run.")],
+    samples: SamplesOption = None,
+    targets: TargetsOption = None,
+    limit: Annotated[int, typer.Option(help="Samples to compare on.", min=1)] = 64,
+    report: ReportOption = None,
+    html: Annotated[Path | None, typer.Option(help="File to save an HTML report with pictures in.")] = None,
+) -> None:
+    """Compares a student's visual attention with the teacher's cached maps: numbers and pictures."""
+    from pipeline.evaluation import compare_with_targets, gaze_pictures
+    from pipeline.run_file import need
+    from pipeline.ui.html_report import render_report
+    from pipeline.ui.progress import progress_display
+    from pipeline.ui.tables import print_report_table
+
+    say_which_student(model)
+    samples, targets = need(samples, "--samples"), need(targets, "--targets")
+    with progress_display() as progress:
+        result = compare_with_targets(model, samples, targets, limit, progress)
+    table = similarity_table(result)
+    if report is not None:
+        save(report, result.model_dump_json(indent=1))
+    if html is not None:
+        pictures = gaze_pictures({Path(model).name: model}, samples, targets, NUM_PICTURES)
+        save(html, render_report(f"Attention of {model}", [table], pictures))
+    print_report_table(table)
+
+
+def similarity_table(result: "AttentionSimilarity") -> "ReportTable":
+    """Makes a line for each matched pair of layers, and their mean."""
+    from pipeline.ui.tables import ReportTable
+
+    pairs = zip(result.student_layers, result.windows, result.similarity, result.alignment_loss, strict=True)
+    rows = [
+        [str(layer), ", ".join(map(str, window)), f"{similarity:.3f}", f"{loss:.4f}"]
+        for layer, window, similarity, loss in pairs
+    ]
+    which = "layers as trained" if result.layers_from == "training" else "layers matched by default"
+    return ReportTable(
+        f"attention similarity over {result.num_samples} samples, {which}",
+        ["student layer", "teacher layers", "similarity", "alignment loss"],
+        [*rows, ["average", "", f"{result.mean:.3f}", ""]],
+    )

@@ -1,0 +1,48 @@
+"""`cdp convert-checkpoint`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from stages.convert.checkpoint import ConversionReport
+
+
+def convert_checkpoint(
+    source: Annotated[str, typer.Argument(help="Released checkpoint: folder or hub id.", metavar="SRC")],
+    output: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if SRC has none: folder or hub id.")] = None,
+    image_processor: Annotated[
+        str | None, typer.Option(help="Image processor, if SRC has none: folder or hub id.")
+    ] = None,
+) -> None:
+    """Converts a released CompoDistill or TinyLLaVA checkpoint to Hugging Face's Llava, with processor and template."""
+    from pipeline.ui.progress import progress_display
+    from stages.convert.checkpoint import convert_checkpoint as convert
+
+    with progress_display() as progress:
+        task = progress.task("convert", unit="MB")
+        report = convert(
+            source,
+            output,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            progress=lambda done, total: task.update(done=done / 1e6, total=total / 1e6),
+        )
+    _print_report(report, output)
+
+
+def _print_report(report: "ConversionReport", folder: Path) -> None:
+    from pipeline.ui.console import results
+    from pipeline.ui.tables import facts_table, size_text
+
+    table = facts_table("checkpoint", str(folder))
+    table.add_row("type", f"{report.layout} -> {report.model_type}, {report.dtype}")
+    table.add_row("weights", f"{report.tensors:,} tensors, {size_text(report.bytes)}")
+    table.add_row("image token", f"{report.image_token_id}, {report.added_rows} rows added to the vocabulary for it")
+    missing = "none found, so no processor was written; convert again into a new folder with --tokenizer"
+    table.add_row("tokenizer", report.tokenizer_from or f"[yellow]{missing}[/]")
+    table.add_row("image processor", report.image_processor_from)
+    table.add_row("time", f"{report.seconds:.1f} s")
+    results.print(table)

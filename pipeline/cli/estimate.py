@@ -1,0 +1,106 @@
+"""`cdp estimate`."""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    ConfigOption,
+    ReportOption,
+    SamplesOption,
+    SetOption,
+    TeacherOption,
+    TeachersOption,
+    save,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from stages.estimate.report import Estimate
+
+
+def estimate(
+    teacher: TeacherOption = None,
+    samples: SamplesOption = None,
+    workers: TeachersOption = None,
+    config_only: Annotated[bool, typer.Option("--config-only", help="Coarse, without the teacher's weights.")] = False,
+    report: ReportOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Estimates bytes and GPU-hours of an extraction with each setting, from a few samples; writes nothing."""
+    from pipeline.estimation import make_estimate
+    from pipeline.run_file import load_run_file, need
+    from pipeline.ui.console import results
+    from pipeline.ui.progress import progress_display
+
+    flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
+    run = load_run_file(config, settings or [], flags)
+    with progress_display() as progress:
+        result = make_estimate(
+            need(run.teacher, "--teacher"),
+            run.samples if config_only else need(run.samples, "--samples"),
+            run.extract,
+            run.estimate,
+            config_only=config_only,
+            progress=progress,
+        )
+    if report is not None:
+        save(report, result.model_dump_json(indent=1))
+    results.print(_facts(result))
+    results.print(_settings(result))
+
+
+def _facts(estimate: "Estimate") -> "Table":
+    from rich.markup import escape
+
+    from pipeline.ui.tables import counts_text, facts_table, size_text
+
+    read = f"{estimate.counted_samples:,} read, {estimate.probed_samples:,} through the teacher"
+    table = facts_table("estimate", f"{estimate.teacher} over {estimate.samples_url or 'samples to come'}")
+    table.add_row("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({read})")
+    table.add_row("unusable among them", counts_text(estimate.unusable))
+    for example in estimate.unusable_examples:
+        table.add_row("", f"[yellow]{escape(example)}[/]")
+    mean = estimate.per_sample
+    tokens_per_map = mean["image_tokens"] / mean["maps"] if mean["maps"] else 0
+    table.add_row(
+        "a sample has",
+        f"{mean['tokens']:,.1f} tokens, {mean['answer_rows']:,.1f} answer rows, {mean['maps']:.3f} maps of "
+        f"{tokens_per_map:,.0f} image tokens",
+    )
+    table.add_row(
+        "teacher", f"{1000 * estimate.teacher_seconds_per_sample:,.1f} ms a sample on {escape(estimate.device)}"
+    )
+    table.add_row("objects", f"{estimate.num_shards * estimate.files_per_shard:,}")
+    sizes = ", ".join(f"k {k}: {size_text(size)}" for k, size in estimate.answer_bytes_by_top_k.items())
+    table.add_row("answer rows", sizes)
+    for note in estimate.notes:
+        table.add_row("note", escape(note))
+    return table
+
+
+def _settings(estimate: "Estimate") -> "Table":
+    from rich.table import Table
+
+    from pipeline.ui.tables import size_text
+
+    hours = "core-hours" if estimate.device == "CPU" else "GPU-hours"
+    table = Table(title=f"a whole extraction, workers: {estimate.workers}")
+    for column in ("map codec", "shards", "95 % interval", "a sample", "whole store", hours, "wall time"):
+        table.add_column(column, justify="left" if column == "map codec" else "right")
+    for name, setting in estimate.settings.items():
+        is_chosen = name == estimate.chosen
+        table.add_row(
+            f"{name} (chosen)" if is_chosen else name,
+            size_text(setting.shard_bytes),
+            "-" if setting.shard_bytes_95 is None else " to ".join(map(size_text, setting.shard_bytes_95)),
+            size_text(setting.shard_bytes / estimate.num_samples),
+            size_text(setting.store_bytes),
+            f"{setting.worker_seconds / 3600:,.3g}",
+            str(timedelta(seconds=round(setting.wall_seconds))),
+            style="bold" if is_chosen else None,
+        )
+    return table

@@ -1,0 +1,80 @@
+"""`cdp extract-teacher`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.options import (
+    ConfigOption,
+    SamplesOption,
+    SetOption,
+    TargetsOption,
+    TeacherOption,
+    TeachersOption,
+)
+
+if TYPE_CHECKING:
+    from pipeline.extraction import ExtractionReport
+
+
+def extract_teacher(
+    teacher: TeacherOption = None,
+    samples: SamplesOption = None,
+    targets: TargetsOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster; default: one is started on this machine.")
+    ] = None,
+    workers: TeachersOption = None,
+) -> None:
+    """Runs the teacher over sample shards and stores the targets, as a Ray job; a rerun makes what is missing."""
+    flags = {
+        "teacher.checkpoint": teacher,
+        "samples": samples,
+        "targets": targets,
+        "extract.ray_address": ray_address,
+        "extract.workers": workers,
+    }
+    extract_targets(config, settings or [], flags)
+
+
+def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
+    """Extracts and prints the report; `cdp verify --repair` ends with it, too."""
+    from pipeline.extraction import extract
+    from pipeline.run_file import load_run_file, need
+    from pipeline.ui.progress import progress_display
+
+    run = load_run_file(config, settings, flags)
+    teacher = need(run.teacher, "--teacher")
+    samples, targets = need(run.samples, "--samples"), need(run.targets, "--targets")
+    with progress_display() as progress:
+        report = extract(teacher, samples, targets, run.extract, progress)
+    print_report(report, targets)
+
+
+def print_report(report: "ExtractionReport", targets: str) -> None:
+    """Prints what an extraction did."""
+    from pipeline.ui.console import results
+    from pipeline.ui.tables import counts_text, facts_table, print_notes, size_text
+
+    table = facts_table("targets", targets)
+    table.add_row("samples", f"{report.samples:,}")
+    table.add_row("skipped", counts_text(report.skipped))
+    table.add_row("maps", f"{report.maps:,}")
+    table.add_row("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)")
+    table.add_row("size", f"{size_text(report.bytes)}, {size_text(report.bytes / max(report.samples, 1))} a sample")
+    table.add_row("time", f"{report.seconds:.1f} s, {report.samples_per_s:.1f} samples/s, workers: {report.workers}")
+    waited = [worker.waited_share for worker in report.per_worker if worker.waited_share is not None]
+    if waited:
+        most = f"; of the worker that waited most {max(waited):.1%}" if len(waited) > 1 else ""
+        table.add_row("teachers idle", f"{sum(waited) / len(waited):.1%} of the time since their first batch{most}")
+    if report.failed_tries:
+        num_tries = sum(map(len, report.failed_tries.values()))
+        table.add_row("failed tries", f"{num_tries:,}, each in reports/extraction.json")
+    if report.failed_starts:
+        num_starts = sum(report.failed_starts.values())
+        table.add_row("workers that did not start", f"{num_starts:,}, the reasons in reports/extraction.json")
+    results.print(table)
+    print_notes(report.notes)

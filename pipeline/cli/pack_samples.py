@@ -1,0 +1,54 @@
+"""`cdp pack-samples`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from stages.samples.pack import PackReport
+
+
+def pack_samples(
+    source: Annotated[Path, typer.Argument(help="LLaVA JSON or JSONL.", metavar="JSON")],
+    images: Annotated[Path, typer.Argument(help="Folder that the records' image paths start from.")],
+    output: Annotated[Path, typer.Argument(help="New folder of sample shards.", metavar="OUT")],
+    samples_per_shard: Annotated[int, typer.Option(help="Most samples of a shard.")] = 512,
+    shard_bytes: Annotated[int, typer.Option(help="Most bytes of a shard.")] = 256 * 2**20,
+    max_skipped_fraction: Annotated[float, typer.Option(help="Fraction of samples that may be unusable.")] = 0.0,
+) -> None:
+    """Packs LLaVA JSON and images into sample shards; conversations of the same image lie side by side."""
+    from pipeline.run_file import validated
+    from pipeline.ui.progress import progress_display
+    from stages.samples.pack import PackConfig
+    from stages.samples.pack import pack_samples as pack
+
+    flags = {
+        "max_samples_per_shard": samples_per_shard,
+        "max_shard_bytes": shard_bytes,
+        "max_skipped_fraction": max_skipped_fraction,
+    }
+    config = validated(PackConfig, flags, "the flags of pack-samples")
+    with progress_display() as progress:
+        task = progress.task("pack")
+        report = pack(
+            source,
+            images,
+            output,
+            config,
+            lambda done, total, size: task.update(done=done, total=total, note=f"{size / 1e6:,.1f} MB"),
+        )
+    _print_report(report, output)
+
+
+def _print_report(report: "PackReport", folder: Path) -> None:
+    from pipeline.ui.console import results
+    from pipeline.ui.tables import counts_text, facts_table, size_text
+
+    table = facts_table("samples", str(folder))
+    table.add_row("samples", f"{report.num_samples:,} ({report.num_text_only:,} without an image)")
+    table.add_row("distinct images", f"{report.num_images:,}")
+    table.add_row("shards", f"{report.num_shards:,}, {size_text(report.num_bytes)}")
+    table.add_row("skipped", counts_text(report.num_skipped))
+    table.add_row("time", f"{report.seconds:.1f} s")
+    results.print(table)

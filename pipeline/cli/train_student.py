@@ -1,0 +1,149 @@
+"""`cdp train-student`: one student, or all of a sweep."""
+
+import signal
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption
+from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remembered
+
+if TYPE_CHECKING:
+    from pipeline.run_file import RunFile
+    from stages.student.training.stage import StageReport
+    from storage.progress import Progress
+
+
+class Stages(StrEnum):
+    """Values of `--stage`."""
+
+    ALL = "all"
+    DPT = "dpt"
+    DFT = "dft"
+    SFT = "sft"
+
+
+class Adapter(StrEnum):
+    """Values of `--adapter`."""
+
+    TEACHER = "teacher"
+    OWN = "own"
+
+
+def train_student(
+    samples: SamplesOption = None,
+    targets: TargetsOption = None,
+    student: Annotated[
+        str | None, typer.Option(help="The student's decoder, or with --adapter own a whole model: folder or hub id.")
+    ] = None,
+    adapter: Annotated[Adapter | None, typer.Option(help="The teacher's tower and adapter, or the student's.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    stage: Annotated[
+        Stages | None, typer.Option(help="One stage, or all three in a row; default: train.stages of the run file.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint; else begin a new run.")] = True,
+    ray_address: Annotated[str | None, typer.Option(help="Train on this Ray cluster, with Ray Train.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes of Ray Train; default: one a GPU.")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="YAML of several students, trained in turn and compared.")] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Trains a student from cached targets, one stage or several in a row; resumes. Never loads the teacher."""
+    from pipeline.run_file import load_run_file, need
+    from pipeline.ui.progress import progress_display
+    from stages.student.config import STAGES
+
+    flags = {
+        "samples": samples,
+        "targets": targets,
+        "student": student,
+        "output": output,
+        "train.stages": [name for name in STAGES if stage in (Stages.ALL, name)] or None,
+        "train.adapter": adapter.value if adapter is not None else None,
+        "train.ray_address": ray_address,
+        "train.workers": workers,
+    }
+    if sweep is not None:
+        _train_sweep(sweep, config, settings or [], flags, resume=resume)
+        return
+    run = load_run_file(config, settings or [], flags)
+    with progress_display() as progress:
+        reports = _train_stages(run, progress, resume=resume)
+    _print_reports(reports, need(run.output, "--output"))
+
+
+def _train_stages(
+    run: "RunFile", progress: "Progress", student: str = "", *, resume: bool, more: bool = False
+) -> "list[StageReport]":
+    """Trains here, or on a Ray cluster when the run names one.
+
+    Args:
+        run: all settings.
+        progress: where the stages are shown.
+        student: its name, where there are several.
+        resume: see `train`.
+        more: whether there is work after this. Then a request to stop that came too late for it is not forgotten.
+    """
+    from pipeline.ui.progress import show_steps
+
+    on_ray = run.train.ray_address is not None or run.train.workers is not None
+    if on_ray:
+        from pipeline.training_on_ray import train_on_ray as train
+    else:
+        from pipeline.training import train
+    with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
+        reports = train(run, run.train.stages, show_steps(progress, student), asked_to_stop, resume=resume)
+        if more and asked_to_stop():
+            raise Interrupted(
+                signal.SIGTERM, f"stopped after {run.output}, which is finished; {RESUME}", SAVED_EXIT_CODE
+            )
+    return reports
+
+
+def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: dict[str, Any], *, resume: bool) -> None:
+    """Trains all students of a sweep file and prints one table; exit code 1 if one failed."""
+    from pipeline.sweep import run_sweep, sweep_table
+    from pipeline.sweep_file import load_sweep
+    from pipeline.ui.console import say
+    from pipeline.ui.progress import progress_display
+    from pipeline.ui.tables import print_report_table
+
+    sweep = load_sweep(path, config, settings, flags)
+    with progress_display() as progress:
+        report = run_sweep(
+            sweep,
+            lambda name, run: _train_stages(run, progress, name, resume=resume, more=True),
+            progress,
+        )
+    print_report_table(sweep_table(report))
+    for name, reason in report.failures.items():
+        say(f"error: student {name} failed: {reason}")
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _print_reports(reports: "list[StageReport]", folder: str) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.ui.console import results
+    from pipeline.ui.tables import print_notes
+
+    table = Table(title=f"student in {escape(folder)}")
+    for column in ("stage", "steps", "samples", "trained", "rate", "waited", "LM", "KD", "attention"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for report in reports:
+        losses = [f"{report.losses[name]:.3f}" if name in report.losses else "-" for name in ("lm", "kd", "attention")]
+        table.add_row(
+            report.stage,
+            f"{report.steps:,}",
+            f"{report.samples:,}",
+            f"{report.trained_parameters:,}",
+            f"{report.samples_per_s:.1f}/s",
+            f"{report.wait_share:.1%}",
+            *losses,
+        )
+    results.print(table)
+    print_notes(dict.fromkeys(note for report in reports for note in report.notes))

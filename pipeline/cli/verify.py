@@ -1,0 +1,113 @@
+"""`cdp verify`: check, repair, extract again."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.extract_teacher import extract_targets
+from pipeline.cli.options import ConfigOption, SamplesOption, TargetsArgument
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from storage.integrity.findings import VerifyReport
+    from storage.integrity.repair import RepairReport
+
+
+def verify(
+    targets: TargetsArgument,
+    samples: SamplesOption = None,
+    sample: Annotated[
+        str, typer.Option(help="Share of the shards whose chunks are read; all records and sizes always are.")
+    ] = "100%",
+    seed: Annotated[int, typer.Option(help="Which shards that share is; another seed reads others.")] = 0,
+    repair: Annotated[bool, typer.Option("--repair", help="Set broken parts aside, to be extracted again.")] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --repair and --samples: extract them again now, with this teacher.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
+    from storage.integrity.repair import repair as set_aside
+
+    percent = _percent(sample)
+    report = _check(targets, samples, percent, seed)
+    if report.findings and repair:
+        repaired = set_aside(report)
+        _print_repair(repaired, report)
+        if repaired.moved and (teacher or config):
+            extract_targets(config, [], {"teacher.checkpoint": teacher, "samples": samples, "targets": targets})
+            report = _check(targets, samples, percent, seed)
+    if report.findings:
+        raise typer.Exit(1)
+
+
+def _percent(text: str) -> float:
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise UserError(f"--sample is {text!r}, expected a percentage such as 5%") from None
+
+
+def _check(targets: str, samples: str | None, percent: float, seed: int) -> "VerifyReport":
+    from pipeline.ui.progress import progress_display
+    from storage.integrity.verify import verify as verify_store
+
+    with progress_display() as progress:
+        task = progress.task("verify", unit="shards")
+        report = verify_store(
+            targets, samples, lambda done, total, _: task.update(done=done, total=total), percent=percent, seed=seed
+        )
+    _print_report(report)
+    return report
+
+
+def _print_report(report: "VerifyReport") -> None:
+    """Prints every finding, or that there is none; which shards were not read, and which are not there yet."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.ui.console import results
+    from pipeline.ui.tables import size_text
+
+    amount = f"{report.num_files:,} files, {size_text(report.num_bytes)}, {report.num_samples:,} samples"
+    if report.num_read < report.num_committed:
+        amount += f" in the {report.num_read:,} shards that were read; of the others records and sizes"
+    if report.missing:
+        first = ", ".join(map(str, report.missing[:5])) + (", ..." if len(report.missing) > 5 else "")
+        results.print(
+            f"not finished: {len(report.missing):,} of {report.num_planned:,} shards are not committed ({first}); "
+            "run `cdp extract-teacher`"
+        )
+    if report.ok:
+        results.print(f"[green]whole[/]: {report.num_committed} of {report.num_planned} shards, {amount} checked")
+        results.print("not checked: reports/ and aside/, which are no part of the data and have no digests")
+        return
+    table = Table(title=f"{len(report.findings)} findings in {amount}")
+    for column in ("shard", "file", "found", "expected"):
+        table.add_column(column, overflow="fold")
+    for finding in report.findings:
+        table.add_row(*map(escape, (finding.shard, finding.file, finding.found, finding.expected)))
+    results.print(table)
+
+
+def _print_repair(repaired: "RepairReport", report: "VerifyReport") -> None:
+    """Prints what was set aside and what remains to be done."""
+    from rich.markup import escape
+
+    from pipeline.ui.console import results
+    from pipeline.ui.tables import facts_table
+
+    if repaired.folder:
+        table = facts_table("set aside", f"{report.targets_url}/{repaired.folder}")
+        for path in repaired.moved:
+            table.add_row("moved", escape(path))
+        results.print(table)
+        results.print("To extract what is missing, with the settings of the first time, run", soft_wrap=True)
+        where = f"--samples {report.samples_url or 'SAMPLES'} --targets {report.targets_url}"
+        results.print(f"  cdp extract-teacher --teacher TEACHER {escape(where)}", soft_wrap=True)
+    for finding in repaired.left:
+        results.print(
+            f"not set aside: {escape(finding.shard)} {escape(finding.file)}; samples are restored or packed again, "
+            "a shard without a record is made by the next extraction",
+            soft_wrap=True,
+        )
