@@ -15,8 +15,7 @@ from stages.estimate.extrapolate import answer_bytes, longest_share
 from stages.estimate.report import Estimate, EstimateConfig, SettingEstimate
 from stages.estimate.sampling import UNITS, count_runs, plan_runs
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
-from storage.codecs.config import MapCodecName
-from storage.codecs.triangle import num_entries
+from storage.codecs.config import MapCodecName, num_entries
 from storage.errors import UserError
 from storage.samples.index import SampleIndex
 from storage.stores import Store

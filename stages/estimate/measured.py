@@ -20,10 +20,8 @@ from stages.estimate.sampling import CountedRun, Counts, count_runs, plan_runs
 from stages.teacher.identity import TeacherConfig, TeacherIdentity
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.codecs.config import MapCodecName
-from storage.codecs.maps import decode_maps
-from storage.codecs.triangle import num_entries
-from storage.codecs.windows import encode_image, window_rows
+from storage.codecs.config import MapCodecName, num_entries
+from storage.codecs.maps import EncodedMaps
 from storage.errors import UserError
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
@@ -32,7 +30,7 @@ from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store
 from storage.targets.commits import CommitRecord
 from storage.targets.manifest import Manifest
-from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.writer import write_shard
 
 Progress = Callable[[str, int, int], None]
@@ -270,12 +268,9 @@ def _code(
 def _recoded(teacher: Teacher, seen: ShardObservations, manifest: Manifest) -> ShardObservations:
     """The 16-bit maps in another code, made on the teacher's device."""
     identity, device, cpu = teacher.identity, teacher.model.device, torch.device("cpu")
-    rows = window_rows(identity.layers, identity.windows)
-    maps = []
-    for entry in seen.maps:
-        maps_LNN = decode_maps(identity.codec, entry.maps.to(device), entry.num_tokens)
-        coded, windows = encode_image(manifest.fingerprint.map_codec, rows, maps_LNN)
-        maps.append(MapTargets(entry.num_tokens, coded.to(cpu), windows.to(cpu)))
+    stored = identity.map_codec
+    other = replace(stored, config=manifest.fingerprint.map_codec)
+    maps = [other.encode(stored.decode(entry.to(device))).to(cpu) for entry in seen.maps]
     return ShardObservations(seen.samples, maps)
 
 
@@ -298,11 +293,11 @@ def _bytes_by_array(record: CommitRecord) -> tuple[Counter[str], int]:
     return data, metadata
 
 
-def _units(samples: Sequence[SampleTargets], maps: Sequence[MapTargets], *, causal: bool) -> Counts:
+def _units(samples: Sequence[SampleTargets], maps: Sequence[EncodedMaps], *, causal: bool) -> Counts:
     return {
         "samples": len(samples),
         "tokens": sum(len(sample.token_ids) for sample in samples),
-        "answer_rows": sum(len(sample.logits_RB) for sample in samples),
+        "answer_rows": sum(len(sample.logits_RQ) for sample in samples),
         "maps": len(maps),
         "image_tokens": sum(entry.num_tokens for entry in maps),
         "map_entries": sum(num_entries(entry.num_tokens, causal) for entry in maps),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from stages.conversations import ConversationEncoder
 from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.timings import Timings
-from storage.codecs.triangle import num_entries
+from storage.codecs.config import num_entries
 from storage.errors import UserError
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample

@@ -1,6 +1,6 @@
 """One batch through the teacher, and how many samples a batch may have.
 
-Shape letters: B samples of a batch (bytes of a record in `logits_RB`), T tokens, N image tokens, R answer rows,
+Shape letters: B samples of a batch (bytes of a record in `logits_RQ`), T tokens, N image tokens, R answer rows,
 V vocabulary.
 """
 
@@ -16,7 +16,8 @@ from stages.attention import AttentionCapture
 from stages.families.batch import batch_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher
-from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.tail_samples import row_addresses
 from storage.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -66,12 +67,12 @@ class Observed:
     """What one forward pass gave of one sample.
 
     Attributes:
-        logits_RB: records of its answer rows, on the CPU; None when a row is not finite.
+        logits_RQ: records of its answer rows, on the CPU; None when a row is not finite.
         maps: `[N, N]` of each captured layer, on the teacher's device, not yet coded; None when not asked for.
     """
 
     sample: PreparedSample
-    logits_RB: Tensor | None
+    logits_RQ: Tensor | None
     maps: tuple[Tensor, ...] | None
 
 
@@ -103,14 +104,14 @@ def run_teacher(
     hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
     # Addresses by key and row, so that the draws do not depend on the batch.
     addresses_R = torch.cat([row_addresses(sample.key, len(t)) for sample, t in zip(batch, answers, strict=True)])
-    logits_RB, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
+    logits_RQ, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
     observed, start = [], 0
     for row, sample in enumerate(batch):
         stop = start + len(answers[row])
         n = len(sample.image_positions)
         maps = tuple(capture.maps[layer][row, :n, :n] for layer in layers) if sample in wanted_maps else None
         finite = bool(finite_R[start:stop].all())
-        observed.append(Observed(sample, logits_RB[start:stop] if finite else None, maps))
+        observed.append(Observed(sample, logits_RQ[start:stop] if finite else None, maps))
         start = stop
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -134,7 +135,7 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
         logits_RV = head(rows_Rd).float()
         finite_R = torch.isfinite(logits_RV).all(-1)
         logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
-        records.append(encode_logits(codec, logits_RV, places_R).cpu())
+        records.append(AnswerLogitsCodec(codec).encode(logits_RV, places_R).cpu())
         finite.append(finite_R.cpu())
     return torch.cat(records)[:num_rows], torch.cat(finite)[:num_rows]
 

@@ -23,9 +23,9 @@ from stages.teacher.batching import LengthBatcher, PreparedSample, SamplePrepare
 from stages.teacher.forward import BatchSize, Observed, run_teacher
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
-from storage.codecs.windows import encode_image, window_rows
+from storage.codecs.maps import EncodedMaps
 from storage.samples.shard import SampleShard
-from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets, SkippedSample
 
 UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
 PREPARING_THREADS = 4
@@ -41,7 +41,7 @@ class ShardObservations:
     """Everything `storage.targets.write_shard` needs of one shard, rows in the order of its tar."""
 
     samples: list[SampleTargets] = field(default_factory=list)
-    maps: list[MapTargets] = field(default_factory=list)
+    maps: list[EncodedMaps] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
 
 
@@ -63,7 +63,7 @@ class Observer:
         on_gpu = teacher.model.device.type == "cuda"
         self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
         self._turn = threading.Lock()
-        self._uncoded: deque[list[Future[MapTargets | None]]] = deque()
+        self._uncoded: deque[list[Future[EncodedMaps | None]]] = deque()
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare") if overlap else None
         self._coding = ThreadPoolExecutor(1, "code") if overlap else None
         self._coding_stream = torch.cuda.Stream(teacher.model.device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ class Observer:
                 work.run_orphans()
         return work.finish()
 
-    def code(self, batch: Sequence[tuple[Tensor, ...]]) -> "list[Future[MapTargets | None]]":
+    def code(self, batch: Sequence[tuple[Tensor, ...]]) -> "list[Future[EncodedMaps | None]]":
         """Codes of each image's maps, made beside the next forward pass; None for maps that are not finite.
 
         Only for whoever has the turn.
@@ -130,14 +130,14 @@ class Observer:
         """The shard's rows in order."""
         return prefetch(maker, num_rows, self._preparing, self.batch_size)
 
-    def _start_coding(self, maps: tuple[Tensor, ...]) -> "Future[MapTargets | None]":
+    def _start_coding(self, maps: tuple[Tensor, ...]) -> "Future[EncodedMaps | None]":
         if self._coding is not None:
             return self._coding.submit(self._code, maps)
-        done: Future[MapTargets | None] = Future()
+        done: Future[EncodedMaps | None] = Future()
         done.set_result(self._code(maps))
         return done
 
-    def _code(self, maps: tuple[Tensor, ...]) -> MapTargets | None:
+    def _code(self, maps: tuple[Tensor, ...]) -> EncodedMaps | None:
         stream = nullcontext() if self._coding_stream is None else torch.cuda.stream(self._coding_stream)
         with torch.inference_mode(), stream, self.timings.measured("coding"):
             if not all(bool(torch.isfinite(map_NN).all()) for map_NN in maps):
@@ -154,7 +154,7 @@ class _Outcome:
     """One sample, once the teacher has seen it."""
 
     sample: PreparedSample
-    logits_RB: Tensor | None = None
+    logits_RQ: Tensor | None = None
     fault: str | None = None
 
 
@@ -165,7 +165,7 @@ class ShardWork:
         self._observer, self._maker, self._progress = observer, maker, progress
         self._skipped: list[SkippedSample] = []
         self._owners: dict[str, PreparedSample] = {}
-        self._maps: dict[str, Future[MapTargets | None]] = {}
+        self._maps: dict[str, Future[EncodedMaps | None]] = {}
         self._outcomes: dict[int, _Outcome] = {}
 
     def batches(self, num_rows: int) -> Generator[list[PreparedSample], None, None]:
@@ -228,7 +228,7 @@ class ShardWork:
             fault = outcome.fault
             if key is not None and coded is None and fault is None:
                 fault = "not_finite" if key in self._maps else "out_of_memory"
-            if fault is not None or outcome.logits_RB is None:
+            if fault is not None or outcome.logits_RQ is None:
                 reason = fault or "not_finite"
                 result.skipped.append(SkippedSample(sample.key, sample.id, reason, _FAULTS[reason]))
                 continue
@@ -241,7 +241,7 @@ class ShardWork:
                     token_ids=sample.token_ids.to(torch.int32),
                     answer_mask=sample.answer_mask,
                     map_row=None if key is None else map_rows[key],
-                    logits_RB=outcome.logits_RB,
+                    logits_RQ=outcome.logits_RQ,
                 )
             )
         result.skipped.sort(key=lambda skipped: skipped.key)
@@ -281,7 +281,7 @@ class ShardWork:
 
     def _keep(self, observed: Sequence[Observed]) -> None:
         for one in observed:
-            self._outcomes[one.sample.row] = _Outcome(one.sample, one.logits_RB)
+            self._outcomes[one.sample.row] = _Outcome(one.sample, one.logits_RQ)
         taken = {one.sample.map_key: one.maps for one in observed if one.sample.map_key and one.maps}
         self._maps.update(zip(taken, self._observer.code(list(taken.values())), strict=True))
 
@@ -294,8 +294,6 @@ def observe_shard(
         return observer.observe(shard, progress)
 
 
-def encode_targets(teacher: Teacher, maps_LNN: Tensor) -> MapTargets:
+def encode_targets(teacher: Teacher, maps_LNN: Tensor) -> EncodedMaps:
     """Codes of each layer, and what makes the windows exact, coded where the maps are."""
-    identity, cpu = teacher.identity, torch.device("cpu")
-    maps, windows = encode_image(identity.codec, window_rows(identity.layers, identity.windows), maps_LNN)
-    return MapTargets(maps_LNN.shape[-1], maps.to(cpu), windows.to(cpu))
+    return teacher.identity.map_codec.encode(maps_LNN).to(torch.device("cpu"))

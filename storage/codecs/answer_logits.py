@@ -131,8 +131,8 @@ class AnswerLogitsCodec:
         if addresses_R.shape != logits_RV.shape[:1] or not bool(((addresses_R >= 0) & (addresses_R < 1)).all()):
             raise ValueError(f"addresses are {tuple(addresses_R.shape)}, expected one in [0, 1) for each row")
         addresses_R = addresses_R.to(logits_RV.device, torch.float64)
-        blocks = zip(logits_RV.detach().split(_ROWS_AT_ONCE), addresses_R.split(_ROWS_AT_ONCE), strict=True)
-        records = [self._encode_block(rows_RV, rows_R) for rows_RV, rows_R in blocks if len(rows_R)]
+        parts = (torch.split(part, _ROWS_AT_ONCE) for part in (logits_RV.detach(), addresses_R))
+        records = [self._encode_block(rows_RV, rows_R) for rows_RV, rows_R in zip(*parts, strict=True) if len(rows_R)]
         return torch.cat([torch.zeros((0, config.row_bytes), dtype=torch.uint8, device=logits_RV.device), *records])
 
     def decode(self, records_RQ: Tensor) -> AnswerLogits:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from stages.attention import AttentionCapture
 from stages.student.layer_matching import LayerMatching
-from storage.codecs.windows import decode_windows as decode_stored
-from storage.codecs.windows import estimate_windows, window_rows
-from storage.targets.sample_targets import MapTargets
+from storage.codecs.maps import EncodedMaps, MapCodec
+from storage.codecs.windows import window_rows
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Batch:
         inputs: what the model is called with: `input_ids`, `attention_mask` `[B, T]`, and the pixels.
         row_index_R, row_position_R: batch row and token position that predict each answer token.
         answer_R: the answer tokens.
-        logits_RB: the teacher's stored records of those rows.
+        logits_RQ: the teacher's stored records of those rows.
         image_positions: positions of the image tokens of each sample, empty for text-only ones.
         maps: the stored maps of each sample, None for text-only ones.
     """
@@ -35,9 +34,9 @@ class Batch:
     row_index_R: Tensor
     row_position_R: Tensor
     answer_R: Tensor
-    logits_RB: Tensor
+    logits_RQ: Tensor
     image_positions: tuple[Tensor, ...]
-    maps: tuple[MapTargets | None, ...]
+    maps: tuple[EncodedMaps | None, ...]
 
     @property
     def num_answer_rows(self) -> int:
@@ -62,7 +61,7 @@ class Batch:
             row_index_R=move(self.row_index_R),
             row_position_R=move(self.row_position_R),
             answer_R=move(self.answer_R),
-            logits_RB=move(self.logits_RB),
+            logits_RQ=move(self.logits_RQ),
             maps=tuple(None if maps is None else maps.to(device, non_blocking=True) for maps in self.maps),
         )
 
@@ -77,13 +76,13 @@ class WindowTargets:
 
 
 def decode_windows(
-    maps: Sequence[MapTargets | None], matching: LayerMatching, device: torch.device, *, sink_mask: bool = True
+    maps: Sequence[EncodedMaps | None], matching: LayerMatching, device: torch.device, *, sink_mask: bool = True
 ) -> WindowTargets:
     """Decodes stored maps on `device` and averages them into the windows.
 
     Args:
         maps: stored maps of each sample; None gives zeros.
-        matching: windows, codec, and what the store foresaw; for windows that it did not, masks are made from the
+        matching: windows, codec, and the stored windows; for windows that are not stored, masks are made from the
             decoded maps and the exact thresholds.
         device: where to decode; `Batch.to` has moved a batch's maps there, so that nothing waits for a copy.
         sink_mask: False keeps sinks too: every key that a query may attend to.
@@ -108,15 +107,13 @@ def decode_windows(
     return WindowTargets(maps_WBNN, keep_WBNN, torch.tensor(counts, device=device))
 
 
-def _decoded(stored: MapTargets, matching: LayerMatching, device: torch.device) -> tuple[Tensor, Tensor]:
+def _decoded(stored: EncodedMaps, matching: LayerMatching, device: torch.device) -> tuple[Tensor, Tensor]:
     """`[W, N, N]` maps and masks of one image."""
     stored = stored.to(device)
-    if stored.windows is None:
-        raise ValueError("the maps were read without their windows; read all captured layers")
-    coded = stored.maps, stored.windows, stored.num_tokens
+    codec = MapCodec.of_layers(matching.codec, matching.captured_layers, matching.stored_windows)
     if not matching.stored_masks:
-        return estimate_windows(matching.codec, window_rows(matching.captured_layers, matching.windows), *coded)
-    decoded = decode_stored(matching.codec, window_rows(matching.captured_layers, matching.stored_windows), *coded)
+        return codec.estimate_windows(stored, window_rows(matching.captured_layers, matching.windows))
+    decoded = codec.decode_windows(stored)
     if matching.windows == matching.stored_windows:
         return decoded
     chosen = [matching.stored_windows.index(window) for window in matching.windows]

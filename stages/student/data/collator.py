@@ -35,14 +35,14 @@ class Collator:
         token_ids, pixels = [sample.token_ids for sample in read], [sample.pixels for sample in read]
         none = [torch.zeros(0, dtype=torch.long)]
         # Of tokens that are the student's own the teacher said nothing.
-        logits = [] if self.read.encoder is not None else [sample.targets.logits_RB for sample in samples]
+        logits = [] if self.read.encoder is not None else [sample.targets.logits_RQ for sample in samples]
         return Batch(
             keys=tuple(sample.key for sample in samples),
             inputs=batch_inputs(self.read.family, self.read.image_token_id, token_ids, pixels),
             row_index_R=torch.cat(rows or none),
             row_position_R=torch.cat(positions or none),
             answer_R=torch.cat(answers or none),
-            logits_RB=torch.cat(logits or [torch.zeros(0, 0, dtype=torch.uint8)]),
+            logits_RQ=torch.cat(logits or [torch.zeros(0, 0, dtype=torch.uint8)]),
             image_positions=tuple(sample.image_positions for sample in read),
             maps=tuple(sample.maps for sample in samples),
         )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stages.student.losses.vocabulary import sparse_cross_entropy, support_probabilities
-from storage.codecs.answer_logits import LOWEST_LOGPROB, AnswerLogits
+from storage.codecs.answer_logits import AnswerLogits
+from storage.codecs.levels import LOWEST_LOGPROB
 
 Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 
@@ -44,9 +45,10 @@ def stored_logit_distillation_loss(
     """`[R]` logit distillation from what is stored of the teacher.
 
     `forward` is the cross entropy under the teacher's whole distribution: stored ids exactly, all others by stored
-    draws. It equals `logit_distillation_loss` row by row when the teacher's whole vocabulary is stored, to the
-    rounding of the codec. Else loss and gradient equal it in expectation over the draws (`encode_logits` states the
-    variance): the gradient for a student that equals its teacher is zero in expectation, not row by row.
+    tail samples. It equals `logit_distillation_loss` row by row when the teacher's whole vocabulary is stored, to the
+    rounding of the codec. Else loss and gradient equal it in expectation over the tail samples, with the variance that
+    `AnswerLogitsCodec.encode` states: the gradient for a student that equals its teacher is zero in expectation, not
+    row by row.
 
     The others see K + 1 buckets, p of the teacher and q of the student: `reverse` is KL(q || p) = sum q log(q / p),
     `symmetric` the mean of KL(p || q) and KL(q || p), `jensen_shannon` the mean of KL(p || m) and KL(q || m) with
@@ -124,13 +126,13 @@ def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> T
     kept_RK = kept_RK * (stored.ids_RK < vocab_size)
     # A row of which the student knows no token at all has no loss, rather than a division by zero.
     total_R1 = (kept_RK.sum(-1) + tail_R)[:, None].clamp(min=torch.finfo(kept_RK.dtype).tiny)
-    draws_RD = draws_RD * (stored.draw_ids_RD < vocab_size)
+    draws_RD = draws_RD * (stored.tail_ids_RD < vocab_size)
     return TeacherRows(
         temperature=temperature,
         ids_RK=stored.ids_RK,
         probs_RK=kept_RK / total_R1,
         tail_R=tail_R / total_R1[:, 0],
-        ids_RJ=torch.cat([stored.ids_RK, stored.draw_ids_RD], dim=1).clamp(max=vocab_size - 1),
+        ids_RJ=torch.cat([stored.ids_RK, stored.tail_ids_RD], dim=1).clamp(max=vocab_size - 1),
         weights_RJ=torch.cat([kept_RK, draws_RD], dim=1) / total_R1,
     )
 

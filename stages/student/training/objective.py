@@ -15,7 +15,7 @@ from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
 from stages.student.model.build import Student
 from stages.student.model.parts import projector_parameters
-from storage.codecs.answer_logits import decode_logits
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 
 
@@ -71,7 +71,7 @@ class DistillationObjective(nn.Module):
     def _answer_terms(self, batch: Batch, hidden_BTd: Tensor, num_rows: int) -> dict[str, Tensor]:
         vocab_size, teacher = self.student.config.get_text_config().vocab_size, None
         if self.weights["kd"] > 0:
-            stored = decode_logits(self.logit_codec, batch.logits_RB)
+            stored = AnswerLogitsCodec(self.logit_codec).decode(batch.logits_RQ)
             teacher = teacher_rows(stored, vocab_size, self.stage.kd_temperature)
         # Vocabulary logits at answer rows only: image and question positions predict nothing that is scored.
         hidden_Rd = hidden_BTd[batch.row_index_R, batch.row_position_R]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stages.student.data.batch import Batch
 from stages.student.data.batch_transport import ALIGNMENT, pack
-from storage.targets.sample_targets import MapTargets
+from storage.codecs.maps import EncodedMaps
 from tests.storage.builders import manifest, map_targets
 
 
@@ -24,7 +24,7 @@ def make_batch() -> Batch:
         row_index_R=torch.tensor([0, 1, 1]),
         row_position_R=torch.tensor([3, 2, 3]),
         answer_R=torch.tensor([7, 8, 9]),
-        logits_RB=torch.randint(0, 255, (3, 11), generator=generator, dtype=torch.uint8),
+        logits_RQ=torch.randint(0, 255, (3, 11), generator=generator, dtype=torch.uint8),
         image_positions=(torch.arange(3), torch.zeros(0, dtype=torch.long)),
         maps=(maps, None),
     )
@@ -51,7 +51,7 @@ def test_a_batch_comes_back_as_it_was() -> None:
     batch = make_batch()
     found = pack(batch).unpack()
     assert same(found, batch)
-    assert isinstance(found.maps[0], MapTargets)
+    assert isinstance(found.maps[0], EncodedMaps)
     changed = dataclasses.replace(batch, answer_R=torch.tensor([7, 8, 0]))
     assert not same(found, changed)
 
@@ -61,7 +61,7 @@ def test_all_its_tensors_lie_in_one_allocation_aligned() -> None:
     found = packed.unpack()
     assert found.maps[0] is not None
     assert found.maps[0].windows is not None
-    tensors = [*found.inputs.values(), found.logits_RB, found.maps[0].maps.codes_LC, found.maps[0].windows.flips_G]
+    tensors = [*found.inputs.values(), found.logits_RQ, found.maps[0].codes_LC, found.maps[0].windows.flips_G]
     assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {packed.block.untyped_storage().data_ptr()}
     assert all((tensor.data_ptr() - packed.block.data_ptr()) % ALIGNMENT == 0 for tensor in tensors)
 

@@ -15,8 +15,9 @@ from stages.student.losses import (
     stored_logit_distillation_loss,
     teacher_rows,
 )
-from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
+from storage.codecs.tail_samples import row_addresses
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 
@@ -50,7 +51,7 @@ def store(teacher: Tensor, addresses: Tensor | None = None, **settings: object) 
     codec = LogitCodecConfig.model_validate({"vocab_size": teacher.shape[1], "name": "float16", **settings})
     if addresses is None:
         addresses = row_addresses("key", len(teacher))
-    return decode_logits(codec, encode_logits(codec, teacher, addresses))
+    return AnswerLogitsCodec(codec).decode(AnswerLogitsCodec(codec).encode(teacher, addresses))
 
 
 def random_logits(*shape: int, seed: int, scale: float = 2.0) -> Tensor:
@@ -108,39 +109,41 @@ def assert_mean_is(samples: Tensor, expected: Tensor, rounding: float) -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 4.0], ids=["flat", "medium", "peaked"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("num_draws", [1, 3])
+@pytest.mark.parametrize("num_tail_samples", [1, 3])
 def test_loss_and_gradient_equal_the_dense_ones_in_expectation_over_the_draws(
-    scale: float, temperature: float, num_draws: int
+    scale: float, temperature: float, num_tail_samples: int
 ) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=scale), random_logits(1, 60, seed=3)
-    losses, grads = repeated(teacher, student, temperature, top_k=6, num_draws=num_draws, temperatures=(2.0,))
+    losses, grads = repeated(
+        teacher, student, temperature, top_k=6, num_tail_samples=num_tail_samples, temperatures=(2.0,)
+    )
     expected_loss, expected_grad = dense_rows(student, teacher, temperature)
     assert_mean_is(losses, expected_loss[0], rounding=2e-3)
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
 
 
-@pytest.mark.parametrize("num_draws", [1, 3])
-def test_the_variance_of_the_gradient_is_the_stated_one(num_draws: int) -> None:
+@pytest.mark.parametrize("num_tail_samples", [1, 3])
+def test_the_variance_of_the_gradient_is_the_stated_one(num_tail_samples: int) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=1.0), random_logits(1, 60, seed=3)
-    _, grads = repeated(teacher, student, top_k=6, num_draws=num_draws)
+    _, grads = repeated(teacher, student, top_k=6, num_tail_samples=num_tail_samples)
     probs = teacher[0].softmax(-1).sort(descending=True).values
     tail = probs[6:].sum()
-    rest = (num_draws * probs[6:] / tail) % 1
-    expected = (tail / num_draws) ** 2 * (rest * (1 - rest)).sum()
+    rest = (num_tail_samples * probs[6:] / tail) % 1
+    expected = (tail / num_tail_samples) ** 2 * (rest * (1 - rest)).sum()
     assert float(grads.var(0).sum()) == pytest.approx(float(expected), rel=0.02)
-    assert float(expected) <= float(tail**2) / num_draws
+    assert float(expected) <= float(tail**2) / num_tail_samples
 
 
 def test_a_student_that_equals_its_teacher_has_no_gradient_in_expectation() -> None:
     teacher = random_logits(1, 60, seed=2)
-    _, grads = repeated(teacher, teacher, top_k=6, num_draws=2)
+    _, grads = repeated(teacher, teacher, top_k=6, num_tail_samples=2)
     assert float(grads.norm(dim=-1).mean()) > 0.02
     assert_mean_is(grads, torch.zeros(60, dtype=torch.float64), rounding=3e-4)
 
 
 def test_a_padded_student_vocabulary_learns_that_the_teacher_has_no_such_tokens() -> None:
     teacher, student = random_logits(1, 60, seed=2), random_logits(1, 75, seed=3)
-    losses, grads = repeated(teacher, student, top_k=6, num_draws=2)
+    losses, grads = repeated(teacher, student, top_k=6, num_tail_samples=2)
     expected_loss, expected_grad = dense_rows(student, teacher)
     assert_mean_is(losses, expected_loss[0], rounding=2e-3)
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
@@ -149,7 +152,7 @@ def test_a_padded_student_vocabulary_learns_that_the_teacher_has_no_such_tokens(
 
 def test_a_shorter_student_vocabulary_gives_the_cut_teachers_gradient_but_for_its_stated_length() -> None:
     teacher, student = random_logits(1, 60, seed=2), random_logits(1, 45, seed=3)
-    _, grads = repeated(teacher, student, top_k=6, num_draws=2)
+    _, grads = repeated(teacher, student, top_k=6, num_tail_samples=2)
     _, expected_grad = dense_rows(student, teacher)
     probs = teacher[0].softmax(-1)
     kept = probs.topk(6).indices
@@ -277,7 +280,7 @@ def test_the_gradient_of_a_divergence_is_that_of_finite_differences(
 def test_divergences_are_zero_with_zero_gradient_row_by_row_where_the_student_says_what_is_stored(
     divergence: Divergence, temperature: float, top_k: int
 ) -> None:
-    stored = store(random_logits(4, 60, seed=2), top_k=top_k, num_draws=3, temperatures=(2.0,))
+    stored = store(random_logits(4, 60, seed=2), top_k=top_k, num_tail_samples=3, temperatures=(2.0,))
     kept, tail, _ = stored.probabilities(temperature)
     # The tail may be spread as one likes.
     others = torch.rand(4, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
