@@ -145,10 +145,10 @@ class Bench:
         """One stage from the bare decoder, in batches of 16, at five times the published learning rate."""
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             settings = [
-                f"train.microbatch_size={microbatch_size}",
-                "train.num_workers=0",
-                "train.log_every=1",
-                "train.trackers=[]",
+                f"train.loader.microbatch_size={microbatch_size}",
+                "train.loader.num_workers=0",
+                "train.logging.every=1",
+                "train.logging.trackers=[]",
                 "train.lora={rank: 16, alpha: 32}",
                 f"train.{stage}={{batch_size: 16, epochs: 50, max_steps: {steps}, learning_rate: 1.0e-3}}",
             ]

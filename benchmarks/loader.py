@@ -33,7 +33,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from benchmarks.attention_maps import synthetic_maps
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.student.data.collator import Collator
-from stages.student.data.loader import StepLoader
+from stages.student.data.loader import LoaderConfig, StepLoader
 from stages.student.data.sample_reader import SampleReader
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
@@ -313,8 +313,7 @@ def _loader(mixture: Mixture, num_workers: int) -> StepLoader:
         rank=0,
         world_size=1,
         device=CPU,
-        num_workers=num_workers,
-        prefetch=None,
+        config=LoaderConfig(num_workers=num_workers),
         with_maps=True,
     )
 

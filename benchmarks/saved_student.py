@@ -1,9 +1,9 @@
 """How far a saved student is from the one that was trained in bfloat16, on the bundled teacher and decoder.
 
-While a stage trains in bfloat16 (`train.precision`), what is frozen is rounded to it and the forward pass computes in
-it; what is saved are the unrounded weights with the updates added, in float32. Compared are the logits of answer rows:
-of the student in memory after the last step, as training runs it, and of the saved one in float32. For scale: the saved
-one loaded and run in bfloat16, and the student that the stage began from.
+While a stage trains in bfloat16 (`train.parallel.precision`), what is frozen is rounded to it and the forward pass
+computes in it; what is saved are the unrounded weights with the updates added, in float32. Compared are the logits of
+answer rows: of the student in memory after the last step, as training runs it, and of the saved one in float32. For
+scale: the saved one loaded and run in bfloat16, and the student that the stage began from.
 
     python -m benchmarks.saved_student
 """
@@ -71,7 +71,12 @@ def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[St
     stream = target_stream(samples, store, StreamConfig(seed=1, batch_size=num_samples), rank=0, world_size=1, epoch=0)
     reading = resolve_reader_spec(store, STUDENT_LM, own_vision=False, kd_weight=1.0)
     batch = Collator(reading.reader())(next(iter(stream)))
-    settings = ["train.precision=bf16", "train.microbatch_size=16", "train.num_workers=0", "train.trackers=[]"]
+    settings = [
+        "train.parallel.precision=bf16",
+        "train.loader.microbatch_size=16",
+        "train.loader.num_workers=0",
+        "train.logging.trackers=[]",
+    ]
     settings += ["train.lora={rank: 16, alpha: 32}"]
     stage = f"{{batch_size: 16, epochs: 50, max_steps: {steps}, learning_rate: 1.0e-3}}"
     settings += [f"train.{name}={stage}" for name in BEFORE]

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pipeline.training import last_student
 from pipeline.ui.html_report import ReportSample
 from stages.attention import enable_capture
 from stages.captured_layers import check_maps
@@ -22,13 +21,13 @@ from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.images import decode_image
-from stages.student.config import STAGES, TrainConfig
+from stages.student.config import STAGES
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
-from stages.student.layer_matching import LayerMatching, match_run
+from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.model.build import Student, is_student, load_student
 from stages.student.model.loading import load_multimodal
-from stages.student.training.resume_guard import STAGE_FILE, matching_settings
+from stages.student.run_folder import RunFolder, StageFolder
 from storage.progress import SILENT, Progress
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
@@ -41,10 +40,10 @@ LOOKED_AT = 8
 
 def find_checkpoint(model: str) -> Path:
     """The checkpoint folder: of a training run the last stage's student, else the folder or hub id itself."""
-    folder = Path(model)
-    if _is_run(folder):
-        return last_student(folder)
-    return folder / "student" if (folder / "student" / "config.json").is_file() else resolve_checkpoint(model)
+    run, stage = RunFolder(Path(model)), StageFolder(Path(model))
+    if run.holds_stages:
+        return run.last_student()
+    return stage.student if (stage.student / "config.json").is_file() else resolve_checkpoint(model)
 
 
 def which_student(model: str) -> list[str]:
@@ -55,23 +54,19 @@ def which_student(model: str) -> list[str]:
     Raises:
         UserError: no stage has finished.
     """
-    folder = Path(model)
-    if not _is_run(folder):
+    run = RunFolder(Path(model))
+    if not run.holds_stages:
         return []
-    student = last_student(folder)
-    used = student.parent.name
-    begun = [name for name in STAGES[STAGES.index(used) + 1 :] if (folder / name / STAGE_FILE).is_file()]
+    student = run.last_student()
+    used = run.finished()[-1]
+    begun = [name for name in STAGES[STAGES.index(used) + 1 :] if run.stage(name).is_begun]
     notes = [f"student: {student}, of {used}, the last stage that finished"]
     if begun:
         notes.append(
-            f"warning: {' and '.join(begun)} of {folder} began and did not finish, so this student lacks what it "
+            f"warning: {' and '.join(begun)} of {model} began and did not finish, so this student lacks what it "
             "trained; run `cdp train-student` again to go on with it"
         )
     return notes
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / stage).is_dir() for stage in STAGES)
 
 
 def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -173,8 +168,8 @@ def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     hide_loading_bars()
     reading = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
-    trained = matching_settings(folder)
-    matching, notes = match_run(reading.decoder.num_hidden_layers, store.manifest, trained or TrainConfig())
+    trained = StageFolder.of_student(folder).matching()
+    matching, notes = match_layers(reading.decoder.num_hidden_layers, store.manifest, trained or MatchingConfig())
     check_maps(str(folder), reading.decoder, matching.student_layers, "attention can be compared in others only")
     # In float32 also on a GPU: figures of two machines are compared.
     loaded: Any = load_student(folder)

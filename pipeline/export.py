@@ -11,7 +11,7 @@ from stages.checkpoints import hide_loading_bars, in_hub_cache
 from stages.evaluation.report import EvaluationReport
 from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport, ModelNames
-from stages.student.training.resume_guard import STAGE_FILE
+from stages.student.run_folder import RunFolder, StageFolder
 from storage.errors import UserError
 
 
@@ -45,11 +45,11 @@ def export(
 
 
 def _names_of(student: Path, teacher: str | None) -> ModelNames:
-    stage = student.absolute().parent
-    path = stage.parent / "run.yaml"
+    stage = StageFolder.of_student(student)
+    path = RunFolder(stage.path.parent).run_file
     # Who gives the flag says where others find it; names in a run file may be folders of the machine that trained.
     given = {teacher} if teacher is not None and teacher.count("/") == 1 and not Path(teacher).exists() else set()
-    if not (path.is_file() and (stage / STAGE_FILE).is_file()):
+    if not (path.is_file() and stage.is_begun):
         return ModelNames(teacher=teacher, hub_ids=frozenset(given))
     # Two names are all that is wanted of it: one of another version, or damaged since, is no reason to export nothing.
     try:

@@ -12,7 +12,7 @@ from pipeline.extraction import ExtractConfig
 from pipeline.recipes import find_config
 from stages.estimate.report import EstimateConfig
 from stages.evaluation.scoring import EvaluationConfig
-from stages.student.config import TrainConfig
+from stages.student.training.config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
 from storage.stores import open_store
@@ -48,7 +48,7 @@ class RunFile(StrictModel):
     targets: str | None = None
     """Target store: a folder or an object-store URL."""
     student: str | None = None
-    """The student's pretrained decoder, or with `train.adapter` own a whole multimodal model: a folder or hub id."""
+    """The student's pretrained decoder, or with `train.vision` own a whole multimodal model: a folder or hub id."""
     output: str | None = None
     """Folder of the training run."""
     teacher: TeacherConfig | None = None

@@ -20,7 +20,7 @@ from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.evaluation.similarity import AttentionSimilarity
 from stages.student.config import StageName
-from stages.student.training.stage import StageReport
+from stages.student.run_folder import StageReport
 from storage.digests import digest_of
 from storage.errors import UserError
 from storage.progress import SILENT, Progress

@@ -106,9 +106,11 @@ def compared_places(run: RunFile) -> tuple[str, str]:
     """
     if run.samples is not None and run.targets is not None:
         return run.samples, run.targets
-    if run.train.sources:
-        return run.train.sources[0].samples, run.train.sources[0].targets
-    raise UserError("compare.similarity_samples needs samples and targets, or train.sources; set them for all students")
+    if run.train.data.sources:
+        return run.train.data.sources[0].samples, run.train.data.sources[0].targets
+    raise UserError(
+        "compare.similarity_samples needs samples and targets, or train.data.sources; set them for all students"
+    )
 
 
 def _output(run: RunFile) -> str:

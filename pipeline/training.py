@@ -17,11 +17,13 @@ from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
 from pipeline.provenance import provenance
 from pipeline.run_file import RunFile, need, save_run_file
 from stages.checkpoints import hide_loading_bars
-from stages.student.config import STAGES, DataSource, StageName, TrainConfig
+from stages.student.config import STAGES, DataSource, StageName
+from stages.student.run_folder import RunFolder, StageFolder, StageReport
+from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.resume_guard import check_resumable, decoder_digest
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import REPORT_FILE, StageReport, StageRun, StepProgress, TrainingStopped
+from stages.student.training.stage import StageRun, StepProgress, TrainingStopped
 from storage.errors import FingerprintMismatch, UserError
 from storage.stores import open_store
 from storage.streaming.stream import Source
@@ -33,7 +35,7 @@ _NOT_SERVED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-"""Ways of `accelerate launch` that would wrap the student in another way than `train.parallel` says."""
+"""Ways of `accelerate launch` that would wrap the student in another way than `train.parallel.strategy` says."""
 StageProgress = Callable[[StageName, StepProgress], None]
 
 
@@ -63,24 +65,24 @@ def train(
         UserError: a missing place, or what `train_stage` raises.
     """
     hide_loading_bars()
-    output = Path(need(run.output, "--output"))
+    folder = RunFolder(Path(need(run.output, "--output")))
     decoder = need(run.student, "--student")
     # What is saved is what was done, also where the stages were named beside the settings.
     run = run.model_copy(update={"train": run.train.model_copy(update={"stages": tuple(stages)})})
     run, accelerator = _with_launcher_settings(run)
     if not resume:
-        refuse_existing(output, stages)
+        refuse_existing(folder, stages)
         # No process may begin a stage while another still looks.
         accelerator.wait_for_everyone()
     stores: dict[str, TargetStore] = {}
-    runs = {name: _stage_run(run, name, decoder, output, stores) for name in STAGES if name in stages}
-    if run.train.adapter == "teacher":
+    runs = {name: _stage_run(run, name, decoder, folder, stores) for name in STAGES if name in stages}
+    if run.train.vision == "teacher":
         _check_one_teacher(runs)
     # All of them before anything is written: a refusal changes nothing.
     starts = {name: _checked(stage) for name, stage in runs.items()}
     if accelerator.is_main_process:
-        save_run_file(run, output / "run.yaml")
-        _note_start(output, run.train, runs, accelerator)
+        save_run_file(run, folder.run_file)
+        _note_start(folder, run.train, runs, accelerator)
     reports = []
     for name, stage in runs.items():
         shown = _for_stage(progress, name)
@@ -89,18 +91,17 @@ def train(
         except TrainingStopped as stop:
             raise Interrupted(signal.SIGTERM, f"{stop}; {RESUME}", SAVED_EXIT_CODE) from None
     if accelerator.is_main_process:
-        # Of all finished stages, also of earlier commands.
-        finished = [name for name in STAGES if _is_finished(output / name)]
-        summary = {name: json.loads((output / name / REPORT_FILE).read_text()) for name in finished}
-        open_store(output).write("summary.json", json.dumps(summary, indent=1).encode())
+        folder.write_summary()
     return reports
 
 
-def refuse_existing(output: Path, stages: Sequence[StageName]) -> None:
+def refuse_existing(folder: RunFolder, stages: Sequence[StageName]) -> None:
     """Refuses a run folder that holds one of these stages already."""
     for name in stages:
-        if (output / name).exists():
-            raise UserError(f"{output} holds {name} already; name a new --output, or leave out --no-resume to go on")
+        if folder.stage(name).path.exists():
+            raise UserError(
+                f"{folder.path} holds {name} already; name a new --output, or leave out --no-resume to go on"
+            )
 
 
 def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
@@ -117,7 +118,7 @@ def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
     # A process that trains several students may do so in different precisions.
     AcceleratorState._reset_state()
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = ("bf16" if able else "fp32") if config.precision == "auto" else config.precision
+    precision = ("bf16" if able else "fp32") if config.parallel.precision == "auto" else config.parallel.precision
     # Said outright, or Accelerate would run torchrun's processes on a machine without a GPU side by side, unjoined.
     # And outright how gradients are summed and that nothing is compiled, which else the environment decides.
     accelerator = Accelerator(
@@ -131,16 +132,19 @@ def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
         # For the next student of this process.
         os.environ[_USE_FSDP] = asked
         if asked.lower() == "true":
-            found["parallel"] = "fsdp"
-    return run.model_copy(update={"train": config.model_copy(update=found)}), accelerator
+            found["strategy"] = "fsdp"
+    parallel = config.parallel.model_copy(update=found)
+    return run.model_copy(update={"train": config.model_copy(update={"parallel": parallel})}), accelerator
 
 
-def _note_start(output: Path, config: TrainConfig, runs: dict[StageName, StageRun], accelerator: Accelerator) -> None:
+def _note_start(
+    folder: RunFolder, config: TrainConfig, runs: dict[StageName, StageRun], accelerator: Accelerator
+) -> None:
     """A line for each time the run was started: a resumed one may have had other machines and versions."""
     line: dict[str, Any] = {
         **provenance(),
         "num_processes": accelerator.num_processes,
-        "parallel": config.parallel,
+        "parallel": config.parallel.strategy,
         "precision": accelerator.mixed_precision,
         "stages": {
             name: {
@@ -152,46 +156,36 @@ def _note_start(output: Path, config: TrainConfig, runs: dict[StageName, StageRu
             for name, stage in runs.items()
         },
     }
-    with (output / "provenance.jsonl").open("a") as file:
+    with (folder.path / "provenance.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def last_student(output: Path) -> Path:
-    """The student of the last finished stage of a run folder."""
-    for name in reversed(STAGES):
-        if _is_finished(output / name):
-            return output / name / "student"
-    raise UserError(f"{output} holds no finished stage; run `cdp train-student --output {output}`")
 
 
 def _checked(stage: StageRun) -> StageSetup | None:
     """Refuses a stage that cannot be trained; what it starts from, if it is to be trained and that is there already."""
     check_resumable(stage)
-    if _is_finished(stage.output):
+    if stage.folder.is_finished:
         return None
-    if stage.initial is None or _is_finished(stage.initial.parent):
+    if stage.initial is None or StageFolder.of_student(stage.initial).is_finished:
         return StageSetup(stage)
     # Whether the decoder, which the student to come will have, can read the targets at all, with this stage's losses.
     StageSetup(replace(stage, initial=None))
     return None
 
 
-def _is_finished(stage: Path) -> bool:
-    return (stage / REPORT_FILE).is_file()
-
-
-def _stage_run(run: RunFile, name: StageName, decoder: str, output: Path, stores: dict[str, TargetStore]) -> StageRun:
+def _stage_run(
+    run: RunFile, name: StageName, decoder: str, folder: RunFolder, stores: dict[str, TargetStore]
+) -> StageRun:
     """`stores` are those opened already: reading all records of one may take minutes."""
     earlier = STAGES[: STAGES.index(name)]
     # That are finished, or will be when this one's turn comes.
-    before = [one for one in earlier if one in run.train.stages or _is_finished(output / one)]
+    before = [one for one in earlier if one in run.train.stages or folder.stage(one).is_finished]
     return StageRun(
         name=name,
         config=run.train,
         decoder=decoder,
-        initial=output / before[-1] / "student" if before else None,
+        initial=folder.stage(before[-1]).student if before else None,
         sources=tuple(_opened(source, stores) for source in _sources(run, name)),
-        output=output / name,
+        output=folder.stage(name).path,
     )
 
 
@@ -211,7 +205,7 @@ def _sources(run: RunFile, name: StageName) -> Sequence[DataSource]:
     stage, config = run.train.stage(name), run.train
     for section, several, one in (
         (f"train.{name}", stage.sources, (stage.samples, stage.targets, stage.subset)),
-        ("train", config.sources, (run.samples, run.targets, config.subset)),
+        ("train.data", config.data.sources, (run.samples, run.targets, config.data.subset)),
     ):
         if several and any(one):
             raise UserError(
@@ -220,13 +214,15 @@ def _sources(run: RunFile, name: StageName) -> Sequence[DataSource]:
             )
     if stage.sources:
         return stage.sources
-    if config.sources and not (stage.samples or stage.targets):
+    if config.data.sources and not (stage.samples or stage.targets):
         if stage.subset:
-            raise UserError(f"train.{name}.subset is given beside train.sources; give each of the sources its subset")
-        return config.sources
+            raise UserError(
+                f"train.{name}.subset is given beside train.data.sources; give each of the sources its subset"
+            )
+        return config.data.sources
     samples = stage.samples or need(run.samples, "--samples")
     targets = stage.targets or need(run.targets, "--targets")
-    return [DataSource(samples=samples, targets=targets, subset=stage.subset or config.subset)]
+    return [DataSource(samples=samples, targets=targets, subset=stage.subset or config.data.subset)]
 
 
 def _opened(source: DataSource, stores: dict[str, TargetStore]) -> Source:

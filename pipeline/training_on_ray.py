@@ -15,7 +15,7 @@ from pipeline.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.run_file import RunFile, need
 from pipeline.training import StageProgress, refuse_existing, train
 from stages.student.config import STAGES, StageName
-from stages.student.training.stage import StageReport
+from stages.student.run_folder import RunFolder, StageReport
 from storage.errors import UserError
 from storage.stores import open_store
 
@@ -40,7 +40,7 @@ def train_on_ray(
     """
     output = Path(need(run.output, "--output")).absolute()
     if not resume:
-        refuse_existing(output, stages)
+        refuse_existing(RunFolder(output), stages)
     stopped: list[str] = []
 
     def receive(kind: str, *said: Any) -> None:
@@ -51,20 +51,20 @@ def train_on_ray(
 
     # Connecting takes the signals for Ray, so that they are remembered anew after it.
     signals = remembered(signal.SIGTERM, signal.SIGINT)
-    connected = ray_backend.connect(run.train.ray_address)
+    connected = ray_backend.connect(run.train.cluster.ray_address)
     with connected as cluster, signals as asked_to_stop, _mark_of_the_driver(output) as mark:
         ray_train_group.run_group(
             partial(_train_in_group, _with_absolute_places(run), tuple(stages), mark),
-            num_workers=run.train.workers or max(1, cluster.gpus),
+            num_workers=run.train.cluster.workers or max(1, cluster.gpus),
             gpus_per_worker=1 if cluster.gpus else 0,
-            max_attempts=run.train.max_attempts,
+            max_attempts=run.train.cluster.max_attempts,
             storage=str(output),
             on_letter=receive,
             should_stop=lambda: should_stop() or asked_to_stop(),
         )
     if stopped:
         raise Interrupted(signal.SIGTERM, stopped[0], SAVED_EXIT_CODE)
-    return [StageReport.read(output / name) for name in STAGES if name in stages]
+    return [RunFolder(output).stage(name).report() for name in STAGES if name in stages]
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from tests.requirements import PROJECT, ROOT, distributions, requirements_of
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "google": "google-crc32c"}
 """Imported name -> distribution, where they differ by more than case and dashes."""
 
-EXTRAS = {
-    "pipeline": ("all",),
-    "stages": ("all",),
-    "storage": ("all",),
-    "examples": ("all",),
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "pipeline": ("digits",),
+    "stages": ("wandb",),
+    "storage": ("s3",),
+    "examples": ("digits",),
     "benchmarks": ("all", "benchmarks"),
 }
-"""Folder -> the extras that whoever runs its files can be told to install."""
+"""Folder -> the extras that its files may import from, where a user asks for what they are for."""
 
 NOT_IMPORTED = {
     "num2words": "transformers' SmolVLM processor imports it",

@@ -44,7 +44,7 @@ COMMANDS = (
 )
 """In the order of `cdp --help`; `pack_samples` is typed `pack-samples`."""
 
-_EXTRA_OF = {"pandas": "ray-train", "pyarrow": "ray-train", "obstore": "s3", "sklearn": "examples", "ray": "ray"}
+_EXTRA_OF = {"pandas": "ray-train", "pyarrow": "ray-train", "obstore": "s3", "sklearn": "digits"}
 """Optional packages and the extra of the project that installs them."""
 
 

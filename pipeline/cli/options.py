@@ -21,7 +21,7 @@ TeachersOption = Annotated[
 ]
 ReportOption = Annotated[Path | None, typer.Option("--report", help="File to save the report in, as JSON.")]
 
-RENAMED = {"--json": "--report", "--page": "--html"}
+RENAMED = {"--adapter": "--vision", "--json": "--report", "--page": "--html"}
 """Options of earlier versions -> what they are called now."""
 
 

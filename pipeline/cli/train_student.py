@@ -12,7 +12,7 @@ from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remember
 
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
-    from stages.student.training.stage import StageReport
+    from stages.student.run_folder import StageReport
     from storage.progress import Progress
 
 
@@ -25,8 +25,8 @@ class Stages(StrEnum):
     SFT = "sft"
 
 
-class Adapter(StrEnum):
-    """Values of `--adapter`."""
+class Vision(StrEnum):
+    """Values of `--vision`."""
 
     TEACHER = "teacher"
     OWN = "own"
@@ -36,9 +36,12 @@ def train_student(
     samples: SamplesOption = None,
     targets: TargetsOption = None,
     student: Annotated[
-        str | None, typer.Option(help="The student's decoder, or with --adapter own a whole model: folder or hub id.")
+        str | None, typer.Option(help="The student's decoder, or with --vision own a whole model: folder or hub id.")
     ] = None,
-    adapter: Annotated[Adapter | None, typer.Option(help="The teacher's tower and adapter, or the student's.")] = None,
+    vision: Annotated[
+        Vision | None,
+        typer.Option(help="Whose vision tower: the teacher's (teacher adapter fetching, TAF), or the student's own."),
+    ] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     stage: Annotated[
         Stages | None, typer.Option(help="One stage, or all three in a row; default: train.stages of the run file.")
@@ -61,9 +64,9 @@ def train_student(
         "student": student,
         "output": output,
         "train.stages": [name for name in STAGES if stage in (Stages.ALL, name)] or None,
-        "train.adapter": adapter.value if adapter is not None else None,
-        "train.ray_address": ray_address,
-        "train.workers": workers,
+        "train.vision": vision.value if vision is not None else None,
+        "train.cluster.ray_address": ray_address,
+        "train.cluster.workers": workers,
     }
     if sweep is not None:
         _train_sweep(sweep, config, settings or [], flags, resume=resume)
@@ -88,7 +91,7 @@ def _train_stages(
     """
     from pipeline.ui.progress import show_steps
 
-    on_ray = run.train.ray_address is not None or run.train.workers is not None
+    on_ray = run.train.cluster.ray_address is not None or run.train.cluster.workers is not None
     if on_ray:
         from pipeline.training_on_ray import train_on_ray as train
     else:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.evaluation.report import EvaluationReport
-from stages.student.training.resume_guard import STAGE_FILE
+from stages.student.config import STAGES
+from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from storage.strict_model import StrictModel
 
 _USE = """\
@@ -23,6 +24,9 @@ inputs = processor(images=Image.open("picture.jpg"), text=text, return_tensors="
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
+
+
+STAGE_NAMES = tuple(f"{name}." for name in STAGES)
 
 
 class ExportReport(StrictModel):
@@ -66,13 +70,8 @@ class ExportReport(StrictModel):
 class StageRecord:
     """What a run folder says of one stage: its report, and what it was begun with."""
 
-    report: dict[str, Any]
-    begun: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """dpt, dft or sft."""
-        return str(self.report["stage"])
+    report: StageReport
+    begun: StageDescription
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,12 @@ class ModelNames:
 def read_history(student: Path) -> list[StageRecord]:
     """The stages that a student went through, in order; empty for a checkpoint that lies in no run folder."""
     history: list[StageRecord] = []
-    folder = student.absolute().parent
-    while (folder / STAGE_FILE).is_file() and (folder / "report.json").is_file():
-        report, begun = (json.loads((folder / name).read_text("utf-8")) for name in ("report.json", STAGE_FILE))
-        history.insert(0, StageRecord(report, begun))
-        if len(history) > 3 or begun.get("starts_from") in (None, "decoder"):
+    folder = StageFolder.of_student(student)
+    while folder.is_finished and (begun := folder.begun_with()) is not None:
+        history.insert(0, StageRecord(folder.report(), begun))
+        if len(history) > 3 or begun.data.get("starts_from") in (None, "decoder"):
             break
-        folder = folder.with_name(begun["starts_from"])
+        folder = StageFolder(folder.path.with_name(begun.data["starts_from"]))
     return history
 
 
@@ -136,7 +134,7 @@ def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
 
 def _is_distilled(history: Sequence[StageRecord]) -> bool:
     """Whether any stage learned from what the teacher said or where it looked."""
-    return any({"kd", "attention"} & stage.report["losses"].keys() for stage in history)
+    return any({"kd", "attention"} & stage.report.losses.keys() for stage in history)
 
 
 def _about(names: ModelNames, history: Sequence[StageRecord]) -> str:
@@ -147,7 +145,7 @@ def _about(names: ModelNames, history: Sequence[StageRecord]) -> str:
         known = {"its teacher": names.teacher, "begun from": names.student}
     else:
         made = "trained on answers alone, without distillation"
-        own_vision = history[-1].begun["settings"].get("adapter") == "own"
+        own_vision = history[-1].begun.settings.get("vision") == "own"
         known = {"with the vision tower of": None if own_vision else names.teacher, "begun from": names.student}
     said = [f"{role} `{_public(model)}`" for role, model in known.items() if model is not None]
     return f"A multimodal model {made}{''.join(f', {part}' for part in said)}."
@@ -159,17 +157,17 @@ def _public(model: str) -> str:
 
 
 def _losses(history: Sequence[StageRecord]) -> str:
-    terms = list(dict.fromkeys(term for stage in history for term in stage.report["losses"]))
+    terms = list(dict.fromkeys(term for stage in history for term in stage.report.losses))
     rows = [
         [
-            stage.name,
-            f"{stage.report['samples']:,}",
-            f"{stage.report['steps']:,}",
-            f"{stage.report['trained_parameters']:,}",
-            f"{stage.report['seconds'] / 3600:,.3g}",
-            *(f"{stage.report['losses'][term]:.4f}" if term in stage.report["losses"] else "" for term in terms),
+            report.stage,
+            f"{report.samples:,}",
+            f"{report.steps:,}",
+            f"{report.trained_parameters:,}",
+            f"{report.seconds / 3600:,.3g}",
+            *(f"{report.losses[term]:.4f}" if term in report.losses else "" for term in terms),
         ]
-        for stage in history
+        for report in (stage.report for stage in history)
     ]
     header = [
         "stage",
@@ -190,7 +188,7 @@ def _made_from(history: Sequence[StageRecord]) -> str:
             ("targets", "fingerprint of the target store"),
             ("decoder", "weights that training began from"),
         )
-        if (digests := list(dict.fromkeys(digest for stage in history for digest in _list(stage.begun.get(key)))))
+        if (digests := list(dict.fromkeys(digest for stage in history for digest in _list(stage.begun.data.get(key)))))
     ]
     return "\n".join(lines)
 
@@ -202,13 +200,14 @@ def _list(value: Any) -> list[Any]:
 def _settings(history: Sequence[StageRecord]) -> list[str]:
     """What differs by stage as a table, the rest as a list."""
     own = [
-        {key.split(".", 1)[1]: value for key, value in stage.begun.items() if key.startswith(f"{stage.name}.")}
+        {name.partition(".")[2]: value for name, value in stage.begun.settings.items() if name.startswith(STAGE_NAMES)}
         for stage in history
     ]
     names = list(dict.fromkeys(name for settings in own for name in settings))
     rows = [[f"`{name}`", *(_value(settings.get(name)) for settings in own)] for name in names]
-    shared = [f"- `{name}`: {_value(value)}" for name, value in history[-1].begun["settings"].items()]
-    return [_table(["", *(stage.name for stage in history)], rows), "\n".join(shared)]
+    last = history[-1].begun.settings
+    shared = [f"- `{name}`: {_value(value)}" for name, value in last.items() if not name.startswith(STAGE_NAMES)]
+    return [_table(["", *(stage.report.stage for stage in history)], rows), "\n".join(shared)]
 
 
 def _evaluation(report: EvaluationReport) -> str:

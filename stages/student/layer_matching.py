@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from stages.layers import (
     LayerSpan,
     Matching,
@@ -11,9 +13,9 @@ from stages.layers import (
     span_layers,
     student_layers,
 )
-from stages.student.config import StageConfig, TrainConfig
 from storage.codecs.config import MapCodecConfig
 from storage.errors import UserError
+from storage.strict_model import StrictModel
 from storage.targets.manifest import Fingerprint, Manifest
 
 UNSTORED_WINDOW_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, "sqrt2": 0.9348}
@@ -24,10 +26,25 @@ UNMASKED_COSINES = {"sqrt8": 0.9916, "sqrt4": 0.9406, "sqrt2": 0.8926}
 """The same of stored windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file."""
 
 WITHOUT_MAPS = (
-    "match others (train.student_layers), choose another decoder, or set attention_weight to 0 in the stages that "
-    "have it"
+    "match others (train.matching.student_layers), choose another decoder, or set attention_weight to 0 in the stages "
+    "that have it"
 )
 """What to do about student layers that give no attention maps."""
+
+
+class MatchingConfig(StrictModel):
+    """Which student layers learn from which teacher layers."""
+
+    student_layers: tuple[int, ...] | None = None
+    """Student layers that are matched, counted from 0; None takes the first `num_matched` ones of the span."""
+    num_matched: int | None = Field(default=None, ge=1)
+    """How many student layers are matched; None follows the target store, fewer for a shallow student."""
+    kind: Matching = "group"
+    """Whether a matched student layer learns from the mean of a window of teacher layers (`group`), or from one of them
+    (`one_to_one`)."""
+    span: LayerSpan | None = None
+    """Part of both decoders that is matched: their early, middle or late layers, or all; teacher layers must be in the
+    targets. None takes all that the targets hold, for the student's middle third."""
 
 
 @dataclass(frozen=True)
@@ -54,56 +71,17 @@ class LayerMatching:
         return set(self.windows) <= set(self.stored_windows)
 
 
-def match_stage(
-    student_depth: int, manifest: Manifest, config: TrainConfig, stage: StageConfig
-) -> tuple[LayerMatching, list[str]]:
-    """The matching that a stage with the attention loss asks for; see `match_layers`."""
-    found, notes = match_run(student_depth, manifest, config)
-    name = found.codec.name
-    if not stage.attention_sink_mask and name in UNMASKED_COSINES:
-        notes.append(
-            f"attention sinks take part (attention_sink_mask is off), but {name} codes cut what is far above the sink "
-            f"threshold: the cosine between the attention gradient and the exact one, measured on large maps, was at "
-            f"least {UNMASKED_COSINES[name]} (docs/method.md; less with small maps); for an exact one extract with "
-            "teacher.map_codec=float16"
-        )
-    return found, notes
-
-
-def match_run(student_depth: int, manifest: Manifest, config: TrainConfig) -> tuple[LayerMatching, list[str]]:
-    """The matching of a run's settings, whatever its stages do with it; see `match_layers`."""
-    return match_layers(
-        student_depth,
-        manifest.fingerprint,
-        config.student_layers,
-        config.num_matched,
-        matching=config.matching,
-        span=config.layers,
-        teacher_depth=manifest.num_layers,
-    )
-
-
 def match_layers(
-    student_depth: int,
-    fingerprint: Fingerprint,
-    layers: tuple[int, ...] | None = None,
-    num_matched: int | None = None,
-    *,
-    matching: Matching = "group",
-    span: LayerSpan | None = None,
-    teacher_depth: int | None = None,
+    student_depth: int, manifest: Manifest, config: MatchingConfig, *, sink_mask: bool = True
 ) -> tuple[LayerMatching, list[str]]:
     """Matching of a student with a store's captured layers.
 
     Args:
         student_depth: decoder layers of the student.
-        fingerprint: of the target store.
-        layers: matched student layers; None takes the first ones of the span.
-        num_matched: how many, when `layers` is None; None follows the store where it holds just this span, else takes
-            as many as `default_num_matched` says; for `all` it takes all layers of the shallower model.
-        matching: a window of teacher layers for each student layer, or one layer.
-        span: part of both decoders; None takes all captured teacher layers and the student's middle third.
-        teacher_depth: decoder layers of the teacher; needed for a span.
+        manifest: of the target store.
+        config: what is asked for. Without a number, it is the store's where that holds just the span, else what
+            `default_num_matched` says; for the span `all` it is the number of layers of the shallower model.
+        sink_mask: whether attention sinks are left out; only the notes depend on it.
 
     Returns:
         The matching, and notes for the user.
@@ -111,24 +89,30 @@ def match_layers(
     Raises:
         UserError: layers the student does not have, that were not captured, or more than were captured.
     """
+    fingerprint, layers, span = manifest.fingerprint, config.student_layers, config.span
     captured = fingerprint.layers
     if span is not None:
-        assert teacher_depth is not None
-        captured = tuple(span_layers(teacher_depth, span))
+        captured = tuple(span_layers(manifest.num_layers, span))
         _check_captured(captured, fingerprint.layers, span)
     if layers is None:
-        layers = student_layers(
-            student_depth,
-            num_matched or _default_num_matched(student_depth, fingerprint, captured, span),
-            span or "middle",
-        )
+        num_matched = config.num_matched or _default_num_matched(student_depth, fingerprint, captured, span)
+        layers = student_layers(student_depth, num_matched, span or "middle")
     if not layers or min(layers) < 0 or max(layers) >= student_depth:
         raise UserError(
             f"student layers {list(layers)} were asked for, but the decoder has layers 0 to {student_depth - 1}"
         )
-    windows = (sliding_windows if matching == "group" else single_layers)(captured, len(layers))
+    windows = (sliding_windows if config.kind == "group" else single_layers)(captured, len(layers))
     found = LayerMatching(layers, fingerprint.layers, windows, fingerprint.windows, fingerprint.map_codec)
-    return found, [] if found.stored_masks else [_note(found, matching, captured)]
+    notes = [] if found.stored_masks else [_note(found, config.kind, captured)]
+    name = found.codec.name
+    if not sink_mask and name in UNMASKED_COSINES:
+        notes.append(
+            f"attention sinks take part (attention_sink_mask is off), but {name} codes cut what is far above the sink "
+            f"threshold: the cosine between the attention gradient and the exact one, measured on large maps, was at "
+            f"least {UNMASKED_COSINES[name]} (docs/method.md; less with small maps); for an exact one extract with "
+            "teacher.map_codec=float16"
+        )
+    return found, notes
 
 
 def _default_num_matched(
@@ -147,7 +131,7 @@ def _check_captured(wanted: tuple[int, ...], captured: tuple[int, ...], span: La
     if not set(wanted) <= set(captured):
         raise UserError(
             f"the {span} layers of the teacher are {wanted[0]} to {wanted[-1]}, but the targets hold layers "
-            f"{captured[0]} to {captured[-1]}; choose other train.layers, or extract with "
+            f"{captured[0]} to {captured[-1]}; choose another train.matching.span, or extract with "
             f"teacher.layers=[{', '.join(map(str, wanted))}]"
         )
 

@@ -152,11 +152,8 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
-    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
-    if layers != tuple(range(layers[0], layers[-1] + 1)) or not 0 <= layers[0] <= layers[-1] < num_layers:
-        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
+    layers, windows = captured_layers(settings, num_layers)
     check_maps(str(folder), config.get_text_config(), layers, "set teacher.layers to others, or choose another teacher")
-    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     processor = load_processor(folder, trust_remote_code=settings.trust_remote_code)
     if settings.chat_template is not None:
@@ -169,10 +166,23 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
         family=family,
         codec=MapCodecConfig(name=settings.map_codec, causal=family.causal_image_tokens),
         layers=layers,
-        windows=sliding_windows(layers, num_matched),
+        windows=windows,
         dtype=getattr(torch, dtype),
         weights=weights_digest(folder) if with_weights else "",
     )
+
+
+def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Decoder layers whose maps are stored, and the windows of them that are stored exactly.
+
+    Raises:
+        UserError: If the layers are not consecutive ones of the decoder.
+    """
+    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
+    if layers != tuple(range(layers[0], layers[-1] + 1)) or not 0 <= layers[0] <= layers[-1] < num_layers:
+        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
+    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
+    return layers, sliding_windows(layers, num_matched)
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

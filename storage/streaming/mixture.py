@@ -132,7 +132,7 @@ def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[in
         raise UserError(
             f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with "
             f"{sum(sizes.values())} samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
-            + (", or train on these with train.allow_incomplete" if any(sizes.values()) else "")
+            + (", or train on these with train.data.allow_incomplete" if any(sizes.values()) else "")
         )
     return sizes
 

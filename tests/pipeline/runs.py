@@ -19,11 +19,11 @@ class TrainingData(Protocol):
 
 
 SETTINGS = (
-    "train.microbatch_size=4",
-    "train.precision=fp32",
-    "train.num_workers=0",
-    "train.checkpoint_every=2",
-    "train.log_every=1",
+    "train.loader.microbatch_size=4",
+    "train.parallel.precision=fp32",
+    "train.loader.num_workers=0",
+    "train.checkpoint.every=2",
+    "train.logging.every=1",
     "train.lora={rank: 4, alpha: 8, dropout: 0.1}",
     "train.dpt={batch_size: 4, max_steps: 5}",
     "train.dft={batch_size: 8, epochs: 2, max_steps: 5, learning_rate: 1.0e-3}",

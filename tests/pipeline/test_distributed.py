@@ -108,7 +108,7 @@ def assert_same_stage(found: Path, expected: Path) -> None:
     ("launcher", "settings", "parallel"),
     [
         (TORCHRUN, [], "ddp"),
-        (TORCHRUN, ["train.parallel=fsdp"], "fsdp"),
+        (TORCHRUN, ["train.parallel.strategy=fsdp"], "fsdp"),
         ([*ACCELERATE, "--multi_gpu", "-m", "pipeline.cli.app"], [], "ddp"),
         ([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "-m", "pipeline.cli.app"], [], "fsdp"),
     ],
@@ -130,7 +130,7 @@ def test_two_processes_of_a_ray_cluster_give_the_losses_and_weights_of_one(
     # Named as seen from here, which is not where Ray's processes run.
     here = os.path.relpath(tiny.samples)
     places = (f"train.dpt.samples={here}", f"train.dpt.targets={os.path.relpath(targets)}")
-    on_ray = (f"train.ray_address={ray_address}", "train.workers=2")
+    on_ray = (f"train.cluster.ray_address={ray_address}", "train.cluster.workers=2")
     run = trained(ONE, tiny, targets, tmp_path / "run", *on_ray, *places)
     assert_same_training(run, alone)
 
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_both_with_the_samples_nam
     key = keys_of(tiny.samples)[7]
     launcher = broken_launcher(tmp_path / "logs", key, how)
     # One sample a process: it is in one of them.
-    alone = ("train.microbatch_size=1", "train.dpt={batch_size: 2, epochs: 1}")
+    alone = ("train.loader.microbatch_size=1", "train.dpt={batch_size: 2, epochs: 1}")
     done = run_command(launcher, tiny, targets, tmp_path / "run", *alone)
     assert done.returncode != 0
     found = said(tmp_path / "logs")

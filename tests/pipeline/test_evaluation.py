@@ -49,7 +49,7 @@ def test_the_run_file_says_how_to_score_unless_a_flag_does(
 def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_default_ones(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
-    run = run_file(tiny, targets, tmp_path / "run", "train.student_layers=[0, 1, 3]", "train.dft.max_steps=1")
+    run = run_file(tiny, targets, tmp_path / "run", "train.matching.student_layers=[0, 1, 3]", "train.dft.max_steps=1")
     train(run, ["dft"])
     (tmp_path / "run/dft/student").rename(tmp_path / "alone")
     (tmp_path / "run/dft/student").symlink_to(tmp_path / "alone")

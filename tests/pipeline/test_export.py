@@ -72,7 +72,7 @@ def test_a_run_is_exported_with_a_card_of_its_figures(
     assert f"weights that training began from: `{begun['decoder']}`" in card
     assert f"its teacher `some-org/teacher-4b`, begun from `{tiny.student_lm.name}`" in card
     assert "| `learning_rate` | 0.0002 | 0.001 | 0.0002 |" in card
-    assert '- `lora`: `{"rank": 4, "alpha": 8, "dropout": 0.1}`' in card
+    assert "- `lora.rank`: 4\n- `lora.alpha`: 8\n- `lora.dropout`: 0.1\n" in card
     assert "| swap_obj | 40 | 0.625 | 0.470 to 0.760 |" in card
     assert "trust_remote_code=True" in card
     exported = json.loads((tmp_path / "out" / "export.json").read_text())

@@ -32,7 +32,7 @@ def incomplete(targets: Path, tmp_path: Path) -> Path:
 
 
 def allowed(tiny: TinyWorld, store: Path, output: Path) -> RunFile:
-    return run_file(tiny, store, output, EPOCH, "train.allow_incomplete=true")
+    return run_file(tiny, store, output, EPOCH, "train.data.allow_incomplete=true")
 
 
 def test_an_incomplete_store_is_trained_on_and_compared_with_when_that_is_allowed(

@@ -41,7 +41,7 @@ def test_targets_on_s3_have_the_bytes_and_give_the_student_of_a_local_store(
     assert all(here.read(path) == there.read(path) for path in stored)
     assert verify(targets_url, samples_url).ok
 
-    settings = [part for setting in (*SETTINGS, "train.num_workers=1") for part in ("--set", setting)]
+    settings = [part for setting in (*SETTINGS, "train.loader.num_workers=1") for part in ("--set", setting)]
     output = tmp_path / "run"
     train = ("train-student", *places, "--student", str(tiny.student_lm), "--output", str(output), *settings)
     cdp(*train, environment=environment)

@@ -36,13 +36,13 @@ def test_a_whole_model_is_trained_by_command_and_its_attention_compared(
     student = make_tiny_llava(tmp_path / "student", num_layers=5, hidden=16, seed=9)
     places = ("--samples", tiny.samples, "--targets", targets, "--student", student, "--output", tmp_path / "run")
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    command = ("train-student", *places, "--adapter", "own", "--stage", "dft", *settings)
+    command = ("train-student", *places, "--vision", "own", "--stage", "dft", *settings)
     done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     assert "dft" in done.out
     trained = tmp_path / "run/dft/student"
     assert AutoConfig.from_pretrained(trained).model_type == "llava"
-    assert "adapter: own" in (tmp_path / "run/run.yaml").read_text()
+    assert "vision: own" in (tmp_path / "run/run.yaml").read_text()
     found = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4)
     itself = compare_with_targets(str(tiny.teacher), str(tiny.samples), str(targets), 4)
     assert found.num_samples > 0
@@ -79,7 +79,7 @@ def test_image_tokens_that_disagree_leave_no_student_and_name_both_counts(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
     student = make_tiny_llava(tmp_path / "student", num_layers=5, image_size=48)
-    run = run_with(student, tiny, targets, tmp_path / "run", "train.adapter=own")
+    run = run_with(student, tiny, targets, tmp_path / "run", "train.vision=own")
     with pytest.raises(UserError, match=r"makes 36 image tokens of its 1 images, the teacher's targets hold 16"):
         train(run, STAGES)
     assert not (tmp_path / "run/dpt/student").exists()

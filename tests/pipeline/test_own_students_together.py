@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_S)]
 
 SEED = 1
 SETTINGS = (
-    "train.adapter=own",
+    "train.vision=own",
     f"train.seed={SEED}",
-    "train.microbatch_size=1",
+    "train.loader.microbatch_size=1",
     # A sample a process, then two of them one after another: of each step, the longest first, text at its end.
     "train.dpt={batch_size: 2}",
     "train.dft={batch_size: 4, epochs: 3, max_steps: 6, learning_rate: 1.0e-3}",
@@ -60,5 +60,7 @@ def test_in_some_microbatches_one_of_two_processes_has_text_only(batch_size: int
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_losses_and_weights_of_one(parallel: str, world: World, tmp_path: Path) -> None:
-    run = trained(TORCHRUN, world.data, world.targets, tmp_path / "run", *SETTINGS, f"train.parallel={parallel}")
+    run = trained(
+        TORCHRUN, world.data, world.targets, tmp_path / "run", *SETTINGS, f"train.parallel.strategy={parallel}"
+    )
     assert_same_training(run, world.alone)

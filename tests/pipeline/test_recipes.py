@@ -15,17 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from pipeline.demo import assets
 from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
 from stages.chat_templates import read_template
 from stages.families import family_of
-from stages.layers import sliding_windows, student_layers, visual_understanding_layers
+from stages.layers import student_layers, visual_understanding_layers
 from stages.student.config import STAGES
-from stages.student.layer_matching import match_stage
+from stages.student.layer_matching import match_layers
 from stages.student.model.build import Student, build_student
 from stages.student.model.trainable import prepare_for_stage
+from stages.teacher.identity import captured_layers
 from storage.errors import UserError
 from tests.storage.builders import manifest
 
@@ -155,7 +156,7 @@ def student_of(run: RunFile, folder: Path) -> Student:
     decoder = shrunk(config_of(run.student))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if run.train.adapter == "own":
+        if run.train.vision == "own":
             return AutoModelForImageTextToText.from_config(decoder)
         teacher = AutoModelForImageTextToText.from_config(shrunk(config_of(run.teacher.checkpoint)))
         AutoModelForCausalLM.from_config(decoder).save_pretrained(folder / "decoder")
@@ -171,7 +172,7 @@ def student_of(run: RunFile, folder: Path) -> Student:
 
 def pixels_of(student: Student, run: RunFile) -> dict[str, torch.Tensor]:
     """One image as the student's tower takes it."""
-    if run.train.adapter == "own":
+    if run.train.vision == "own":
         # The checkpoints' own settings of patches; a photo of COCO's usual size.
         processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2)
         return dict(processor(images=[Image.new("RGB", (640, 480))], return_tensors="pt"))
@@ -188,9 +189,8 @@ def test_a_recipe_names_every_place_and_both_models(name: str) -> None:
     run = load_run_file(Path(name), [], {})
     assert run == load_run_file(FOLDER / f"{name}.yaml", [], {})
     assert None not in (run.samples, run.targets, run.student, run.output, run.teacher)
-    assert run.train.precision == ("fp32" if name == "demo" else "bf16")
-    document = (FOLDER / f"{name}.yaml").read_text()
-    assert all(f"\n  {stage}:" in document for stage in STAGES)
+    assert run.train.parallel.precision == ("fp32" if name == "demo" else "bf16")
+    assert run.train.loader.microbatch_size == {"demo": 32, "qwen2.5-vl-7b-to-3b": 4}.get(name, 8)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -198,16 +198,16 @@ def test_captured_layers_windows_and_matched_layers_are_the_published_ones(name:
     run, expected = load_run_file(Path(name), [], {}), EXPECTED[name]
     assert run.teacher is not None
     assert run.student is not None
-    assert run.teacher.layers == tuple(expected.captured)
-    assert run.teacher.num_matched is not None
     teacher = config_of(run.teacher.checkpoint).get_text_config().num_hidden_layers
+    layers, windows = captured_layers(run.teacher, teacher)
+    assert layers == tuple(expected.captured)
+    assert len(windows) == len(expected.matched)
     depth = config_of(run.student).get_text_config().num_hidden_layers
     if name != "demo":
         assert expected.captured == visual_understanding_layers(teacher)
         assert tuple(expected.matched) == student_layers(depth, 7)
-    windows = sliding_windows(run.teacher.layers, run.teacher.num_matched)
-    made = manifest(layers=run.teacher.layers, windows=windows).model_copy(update={"num_layers": teacher})
-    matching, notes = match_stage(depth, made, run.train, run.train.dft)
+    made = manifest(layers=layers, windows=windows).model_copy(update={"num_layers": teacher})
+    matching, notes = match_layers(depth, made, run.train.matching)
     assert notes == []
     assert matching.stored_masks
     assert matching.student_layers == tuple(expected.matched)
@@ -230,11 +230,11 @@ def test_the_student_in_miniature_sees_the_published_number_of_image_tokens(name
 def test_each_stage_trains_the_connector_and_what_it_says_of_the_decoder(name: str, tmp_path: Path) -> None:
     run = load_run_file(Path(name), [], {})
     depth = config_of(str(run.student)).get_text_config().num_hidden_layers
-    connector = "model.visual.merger." if run.train.adapter == "own" else "model.post_connector."
+    connector = "model.visual.merger." if run.train.vision == "own" else "model.post_connector."
     for number, stage_name in enumerate(STAGES):
         stage = run.train.stage(stage_name)
         student = student_of(run, tmp_path / str(number))
-        prepare_for_stage(student, stage, run.train.lora, 0, own_adapter=run.train.own_adapter == "trained")
+        prepare_for_stage(student, stage, run.train.lora, 0, own_adapter=run.train.projector == "trained")
         learning = {n: p for n, p in student.named_parameters() if p.requires_grad}
         rest = {n: p for n, p in learning.items() if not n.startswith(connector)}
         assert len(rest) < len(learning)
@@ -255,7 +255,7 @@ def test_published_pairs_have_the_published_settings(name: str) -> None:
     run = load_run_file(Path(name), [], {})
     train, teacher = run.train, run.teacher
     assert teacher is not None
-    assert (teacher.max_length, teacher.num_matched, train.num_matched) == (1536, 7, 7)
+    assert (teacher.max_length, teacher.map_codec) == (1536, "sqrt4")
     assert (train.lora.rank, train.lora.alpha) == (128, 256)
     stages = [train.stage(stage) for stage in STAGES]
     assert [stage.batch_size for stage in stages] == [256, 128, 192]

@@ -54,16 +54,18 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 
 def test_values_of_set_are_read_as_yaml() -> None:
     run = load_run_file(
-        None, ["train.student_layers=[2, 3]", "train.dpt.max_steps=null", "teacher.checkpoint=a=b", "train.seed=7"], {}
+        None,
+        ["train.matching.student_layers=[2, 3]", "train.dpt.max_steps=null", "teacher.checkpoint=a=b", "train.seed=7"],
+        {},
     )
-    assert run.train.student_layers == (2, 3)
+    assert run.train.matching.student_layers == (2, 3)
     assert run.train.dpt.max_steps is None
     assert run.teacher is not None
     assert run.teacher.checkpoint == "a=b"
 
 
 def test_a_saved_run_file_says_everything_and_loads_to_the_same_settings(path: Path, tmp_path: Path) -> None:
-    run = load_run_file(path, ["train.student_layers=[2, 3]", "teacher.layers=[2, 3, 4]"], {})
+    run = load_run_file(path, ["train.matching.student_layers=[2, 3]", "teacher.layers=[2, 3, 4]"], {})
     saved = tmp_path / "new" / "run.yaml"
     save_run_file(run, saved)
     assert load_run_file(saved, [], {}) == run

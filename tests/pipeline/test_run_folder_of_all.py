@@ -86,7 +86,7 @@ def test_a_checkpoint_that_one_process_does_not_see_or_sees_damaged_is_said_by_b
 ) -> None:
     torch.set_num_threads(1)
     with pytest.raises(Stopped):
-        train(run_file(tiny, targets, tmp_path / "run", "train.checkpoint_every=1"), ["dpt"], stop_at("dpt", 4))
+        train(run_file(tiny, targets, tmp_path / "run", "train.checkpoint.every=1"), ["dpt"], stop_at("dpt", 4))
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     checkpoint = tmp_path / "other/dpt/checkpoints/step-00000003"
     if damaged:

@@ -14,16 +14,15 @@ from pipeline.run_file import RunFile, load_run_file
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_places, load_sweep
 from stages.evaluation.report import EvaluationReport
-from stages.student.training.stage import StageReport
+from stages.student.run_folder import StageReport
 from storage.errors import UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here, tree
 
 SHARED = """\
 train:
-  microbatch_size: 4
-  log_every: 1
-  num_workers: 0
+  loader: {microbatch_size: 4, num_workers: 0}
+  logging: {every: 1}
   lora: {rank: 4, alpha: 8}
   dpt: {batch_size: 4, max_steps: 2}
   dft: {batch_size: 4, max_steps: 2, learning_rate: 1.0e-3}
@@ -144,7 +143,7 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(
 
 
 def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
-    base = write(tmp_path / "base.yaml", "train: {seed: 1, log_every: 1, dft: {batch_size: 4, epochs: 2}}\n")
+    base = write(tmp_path / "base.yaml", "train: {seed: 1, logging: {every: 1}, dft: {batch_size: 4, epochs: 2}}\n")
     text = (
         f"config: {base}\ntrain.log_every: 2\nstudents:\n  a: {{train.seed: 3, train: {{dft: {{epochs: 5}}}}}}\n  b:\n"
     )
@@ -152,7 +151,7 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
     a, b = sweep.runs["a"], sweep.runs["b"]
     assert (a.output, b.output) == ("out/a", "out/b")
     assert (a.train.seed, b.train.seed) == (3, 1)
-    assert (a.train.log_every, b.train.log_every) == (2, 2)
+    assert (a.train.logging.every, b.train.logging.every) == (2, 2)
     assert (a.train.dft.epochs, b.train.dft.epochs) == (5, 2)
     assert (a.train.dft.batch_size, b.train.dft.batch_size) == (16, 16)
 
@@ -195,7 +194,7 @@ def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, messag
 def test_students_of_several_sources_are_compared_on_the_first(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sources = f"train.sources: [{{samples: {tiny.samples}, targets: {targets}}}, {{samples: x, targets: y}}]\n"
+    sources = f"train.data.sources: [{{samples: {tiny.samples}, targets: {targets}}}, {{samples: x, targets: y}}]\n"
     run = load_sweep(write(tmp_path / "two.yaml", sources + "students: {a: }\n"), None, [], {"output": "out"}).runs["a"]
     assert compared_places(run) == (str(tiny.samples), str(targets))
     one = sources.replace(", {samples: x, targets: y}", "")

@@ -27,11 +27,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_S)]
 
 TRAIN = """\
 train:
-  microbatch_size: 1
-  precision: fp32
-  log_every: 1
-  num_workers: 0
-  checkpoint_every: 1
+  loader: {microbatch_size: 1, num_workers: 0}
+  parallel: {precision: fp32}
+  logging: {every: 1}
+  checkpoint: {every: 1}
   dpt: {batch_size: 2, max_steps: 8}
 """
 
@@ -77,7 +76,7 @@ def test_a_student_that_fails_in_one_process_ends_all_and_the_same_command_goes_
     (sample,) = dealt(tiny.samples, targets, 2, rank=1)[4]
     others = [key for key in keys_of(tiny.samples) if key != sample.key]
     write(tmp_path / "others.txt", "\n".join(others))
-    students = f"students: {{spared: {{train.subset: {tmp_path / 'others.txt'}}}, hit: {{}}, unhurt: {{}}}}\n"
+    students = f"students: {{spared: {{train.data.subset: {tmp_path / 'others.txt'}}}, hit: {{}}, unhurt: {{}}}}\n"
     sweep, output = sweep_file(tmp_path, tiny, targets, students), tmp_path / "out"
     arguments = ("--sweep", sweep, "--output", output, "--stage", "dpt")
     begun = time.monotonic()

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.run_file import load_run_file
-from pipeline.training import last_student, train
+from pipeline.training import train
 from stages.student.config import STAGES, StageName
 from stages.student.data.sample_reader import ReaderSpec, resolve_reader_spec
 from stages.student.model.build import Student, load_student
 from stages.student.model.folding import fold_post_connector, take_apart
+from stages.student.run_folder import RunFolder, StageReport
 from stages.student.training.objective import DistillationObjective
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageReport, StepProgress
+from stages.student.training.stage import StepProgress
 from storage.errors import FingerprintMismatch, UserError
 from storage.targets.store import TargetStore
 from tests.checkpoints import make_tiny_lm
@@ -61,7 +62,7 @@ def test_each_stage_leaves_a_student_metrics_a_report_and_the_resolved_run_file(
     assert list(summary) == list(STAGES)
     assert "attention" in summary["dft"]["losses"]
     assert "kd" not in summary["sft"]["losses"]
-    assert last_student(undisturbed) == undisturbed / "sft" / "student"
+    assert RunFolder(undisturbed).last_student() == undisturbed / "sft" / "student"
 
 
 def test_the_teachers_eyes_stay_as_they_were_and_each_stage_trains_what_it_says(
@@ -95,7 +96,7 @@ def test_windows_that_the_store_did_not_foresee_are_said_when_the_stage_starts_a
     def said_by_now(stage: StageName, step: StepProgress) -> None:
         assert "dft: 1 layers are matched, but the targets hold exact sink masks for" in caplog.text
 
-    run = run_file(tiny, targets, tmp_path / "run", "train.num_matched=1", "train.dft.max_steps=1")
+    run = run_file(tiny, targets, tmp_path / "run", "train.matching.num_matched=1", "train.dft.max_steps=1")
     (report,) = train(run, ["dft"], said_by_now)
     (note,) = report.notes
     assert "extract with teacher.num_matched=1" in note
@@ -285,7 +286,7 @@ def test_bookkeeping_may_change_between_a_stop_and_its_resume(
     output = tmp_path / "run"
     with pytest.raises(Stopped):
         train(run_file(tiny, targets, output), STAGES, stop_at("dpt", 3))
-    train(run_file(tiny, targets, output, "train.checkpoint_every=1", "train.keep_checkpoints=5"), STAGES)
+    train(run_file(tiny, targets, output, "train.checkpoint.every=1", "train.checkpoint.keep=5"), STAGES)
     assert same_students(output, undisturbed)
 
 
@@ -306,8 +307,11 @@ def test_going_on_with_other_settings_is_refused_by_name_and_changes_nothing(
     ("setting", "message"),
     [
         ("train.dft.kd_temperature=2.0", r"kd_temperature of dft is 2.0, but .* holds .* at \[1.0\] only"),
-        ("train.student_layers=[30,31]", r"student layers \[30, 31\] were asked for, but the decoder has layers 0 to"),
-        ("train.num_matched=9", "the student has 4 layers but 9 are to be matched"),
+        (
+            "train.matching.student_layers=[30,31]",
+            r"student layers \[30, 31\] were asked for, but the decoder has layers 0 to",
+        ),
+        ("train.matching.num_matched=9", "the student has 4 layers but 9 are to be matched"),
         ("train.dft.subset={subset}", "unknown-key"),
     ],
 )
@@ -325,7 +329,7 @@ def test_which_layers_are_matched_may_change_for_a_stage_that_matches_none(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed / "dpt", tmp_path / "run" / "dpt")
-    train(run_file(tiny, targets, tmp_path / "run", "train.num_matched=2"), ["dpt", "dft"])
+    train(run_file(tiny, targets, tmp_path / "run", "train.matching.num_matched=2"), ["dpt", "dft"])
     assert weights(tmp_path / "run/dpt") == weights(undisturbed / "dpt")
 
 

@@ -57,7 +57,7 @@ def test_damaged_data_ends_the_command_with_the_shard_and_the_command_to_use(
             content[8] ^= 1
             file.write_bytes(content)
     places = ("--samples", samples, "--targets", store, "--student", tiny.student_lm, "--output", tmp_path / "run")
-    settings = [*SETTINGS, "train.num_workers=1", "train.dpt={batch_size: 24, max_steps: 1}"]
+    settings = [*SETTINGS, "train.loader.num_workers=1", "train.dpt={batch_size: 24, max_steps: 1}"]
     words = (word for setting in settings for word in ("--set", setting))
     done = cdp("train-student", "--stage", "dpt", *places, *words)
     assert done.code == 2
@@ -103,14 +103,14 @@ def test_a_mixture_has_exact_counts_and_is_part_of_what_a_run_was_begun_with(
 def test_a_subset_and_a_budget_are_what_is_trained_on(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
     listed = tmp_path / "keys.txt"
     listed.write_text("\n".join(keys_of(tiny.samples)[::3]))
-    settings = ("train.dpt={batch_size: 4, epochs: 1}", f"train.subset={listed}")
+    settings = ("train.dpt={batch_size: 4, epochs: 1}", f"train.data.subset={listed}")
     (report,) = train(run_file(tiny, targets, tmp_path / "subset", *settings), ["dpt"])
     assert (report.samples, report.steps) == (8, 2)
-    (report,) = train(run_file(tiny, targets, tmp_path / "budget", *settings, "train.max_samples=5"), ["dpt"])
+    (report,) = train(run_file(tiny, targets, tmp_path / "budget", *settings, "train.data.max_samples=5"), ["dpt"])
     assert (report.samples, report.steps) == (5, 2)
     source = json.dumps([{"samples": str(tiny.samples), "targets": str(targets)}])
     with pytest.raises(UserError, match="leave one of them out"):
-        train(run_file(tiny, targets, tmp_path / "both", *settings, f"train.sources={source}"), ["dpt"])
+        train(run_file(tiny, targets, tmp_path / "both", *settings, f"train.data.sources={source}"), ["dpt"])
 
 
 def test_the_cut_into_microbatches_and_bucketing_change_the_weights_by_rounding_only(
@@ -118,10 +118,10 @@ def test_the_cut_into_microbatches_and_bucketing_change_the_weights_by_rounding_
 ) -> None:
     settings = ("train.lora.dropout=0.0", "train.dft={batch_size: 10, epochs: 1, learning_rate: 1.0e-3}")
     ways = {
-        "bucketed": ("train.microbatch_size=3",),
-        "again": ("train.microbatch_size=3",),
-        "plain": ("train.microbatch_size=3", "train.bucket_by_length=false"),
-        "whole": ("train.microbatch_size=10",),
+        "bucketed": ("train.loader.microbatch_size=3",),
+        "again": ("train.loader.microbatch_size=3",),
+        "plain": ("train.loader.microbatch_size=3", "train.loader.bucket_by_length=false"),
+        "whole": ("train.loader.microbatch_size=10",),
     }
     for name, way in ways.items():
         train(run_file(tiny, targets, tmp_path / name, *settings, *way), ["dft"])
@@ -133,9 +133,9 @@ def test_the_cut_into_microbatches_and_bucketing_change_the_weights_by_rounding_
 
 SECOND_EPOCH = (
     "train.lora.dropout=0.0",
-    "train.checkpoint_every=1",
-    "train.keep_checkpoints=3",
-    "train.microbatch_size=2",
+    "train.checkpoint.every=1",
+    "train.checkpoint.keep=3",
+    "train.loader.microbatch_size=2",
     # 24 samples: three steps an epoch, the last one shorter.
     "train.dft={batch_size: 10, epochs: 2, learning_rate: 1.0e-3}",
 )
@@ -176,7 +176,7 @@ def checkpoints(output: Path) -> list[str]:
 def test_resuming_in_the_second_epoch_on_another_number_of_processes_gives_the_same_weights(
     before: int, parallel: str, after: int, tiny: TinyWorld, targets: Path, two_epochs: Path, tmp_path: Path
 ) -> None:
-    output, settings = tmp_path / "run", (*SECOND_EPOCH, f"train.parallel={parallel}")
+    output, settings = tmp_path / "run", (*SECOND_EPOCH, f"train.parallel.strategy={parallel}")
     places = (tiny.samples, targets, tiny.student_lm, output)
     torchrun(before, "tests.pipeline.stopped_training", "dft", 5, *places, *settings)
     assert checkpoints(output) == ["step-00000002", "step-00000003", "step-00000004"]

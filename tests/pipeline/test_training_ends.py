@@ -9,13 +9,14 @@ import torch
 
 from pipeline.interruption import Interrupted
 from pipeline.training import train
-from stages.student.training.stage import StageReport, StepProgress
+from stages.student.run_folder import StageFolder, StageReport
+from stages.student.training.stage import StepProgress
 from storage.errors import StoreUnavailable
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import tree
 from tests.pipeline.runs import run_file
 
-LONG = ("train.dpt={batch_size: 4, epochs: 4}", "train.log_every=7", "train.checkpoint_every=50")
+LONG = ("train.dpt={batch_size: 4, epochs: 4}", "train.logging.every=7", "train.checkpoint.every=50")
 """24 steps, of which the report is about the last two."""
 
 
@@ -47,7 +48,7 @@ def test_where_the_disk_is_full_when_the_student_is_saved_a_rerun_trains_no_step
     (report,) = train(run_file(tiny, targets, tmp_path / "roomier"), ["dpt"], lambda *step: steps.append(step))
     assert steps == []
     assert tree(tmp_path / "roomier/dpt/student") == tree(undisturbed / "dpt/student")
-    expected = StageReport.read(undisturbed / "dpt")
+    expected = StageFolder(undisturbed / "dpt").report()
     assert (report.steps, report.samples, report.losses) == (expected.steps, expected.samples, expected.losses)
 
 

@@ -147,7 +147,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before_and_says_so(
 
 
 def test_only_the_newest_checkpoints_are_kept(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
-    settings = ("train.checkpoint_every=1", "train.keep_checkpoints=2")
+    settings = ("train.checkpoint.every=1", "train.checkpoint.keep=2")
     train(run_file(tiny, targets, tmp_path / "run", *settings), ["dpt"])
     left = sorted(path.name for path in (tmp_path / "run/dpt/checkpoints").iterdir())
     assert left == ["step-00000004", "step-00000005"]
@@ -165,14 +165,14 @@ def test_a_run_that_must_be_new_is_refused_where_a_stage_is_already(
 def test_activations_that_are_computed_again_change_no_weight(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    train(run_file(tiny, targets, tmp_path / "run", "train.activation_checkpointing=true"), STAGES)
+    train(run_file(tiny, targets, tmp_path / "run", "train.parallel.activation_checkpointing=true"), STAGES)
     assert_same_students(tmp_path / "run", undisturbed)
 
 
 def test_mixed_precision_trains_in_float32_and_leaves_a_float32_student_near_the_others(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    train(run_file(tiny, targets, tmp_path / "run", "train.precision=bf16"), ["dpt", "dft"])
+    train(run_file(tiny, targets, tmp_path / "run", "train.parallel.precision=bf16"), ["dpt", "dft"])
     lines, wanted = (
         [json.loads(line)["loss"] for line in (folder / "dft/metrics.jsonl").read_text().splitlines()]
         for folder in (tmp_path / "run", undisturbed)
@@ -189,7 +189,7 @@ def test_metrics_go_to_weights_and_biases_where_asked(
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(run_file(tiny, targets, tmp_path / "run", "train.trackers=[wandb]", "train.dpt.max_steps=2"), ["dpt"])
+    train(run_file(tiny, targets, tmp_path / "run", "train.logging.trackers=[wandb]", "train.dpt.max_steps=2"), ["dpt"])
     assert list((tmp_path / "run/dpt/wandb").glob("offline-run-*/run-*.wandb"))
     assert not (tmp_path / "run/dpt/tensorboard").exists()
 
@@ -261,7 +261,7 @@ def test_sigterm_saves_in_all_processes_of_torchrun_also_when_it_comes_twice(
 def test_a_run_with_loader_processes_that_is_killed_leaves_none_and_goes_on_to_the_same_weights(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    launched = Launched(ONE, tiny, targets, tmp_path / "run", "train.num_workers=1")
+    launched = Launched(ONE, tiny, targets, tmp_path / "run", "train.loader.num_workers=1")
     launched.wait_for_dft(steps=3)
     children = descendants(launched.process.pid)
     # Loaders are children of the server that they are copies of.
@@ -274,7 +274,7 @@ def test_a_run_with_loader_processes_that_is_killed_leaves_none_and_goes_on_to_t
     assert loaders
     assert not left
     assert not (tmp_path / "run/dft/student").exists()
-    Launched(ONE, tiny, targets, tmp_path / "run", "train.num_workers=1").finish()
+    Launched(ONE, tiny, targets, tmp_path / "run", "train.loader.num_workers=1").finish()
     assert_same_students(tmp_path / "run", undisturbed)
 
 
@@ -284,7 +284,11 @@ def test_sigterm_to_the_driver_saves_in_the_processes_of_a_ray_cluster(
     tiny: TinyWorld, targets: Path, ray_address: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("pandas", reason="the extra ray-train is not installed")
-    settings = (f"train.ray_address={ray_address}", "train.workers=2", "train.dft={batch_size: 8, epochs: 400}")
+    settings = (
+        f"train.cluster.ray_address={ray_address}",
+        "train.cluster.workers=2",
+        "train.dft={batch_size: 8, epochs: 400}",
+    )
     launched = Launched(ONE, tiny, targets, tmp_path / "run", *settings)
     launched.wait_for_dft()
     launched.process.send_signal(signal.SIGTERM)
@@ -298,7 +302,7 @@ def test_sigterm_to_the_driver_saves_in_the_processes_of_a_ray_cluster(
 def test_sigterm_ends_the_command_with_a_code_of_its_own_after_a_checkpoint(
     num_workers: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    settings = f"train.num_workers={num_workers}"
+    settings = f"train.loader.num_workers={num_workers}"
     launched = Launched(ONE, tiny, targets, tmp_path / "run", settings)
     launched.wait_for_dft()
     launched.process.send_signal(signal.SIGTERM)

@@ -60,7 +60,7 @@ def test_a_decoder_whose_layers_do_not_hand_on_what_captures_is_refused(
 ) -> None:
     found = refusal(tiny, targets, stablelm(tiny, tmp_path / "stablelm"), tmp_path / "run")
     assert "give no attention map (none of its layers does)" in found
-    assert "train.student_layers" in found
+    assert "train.matching.student_layers" in found
     assert "attention_weight to 0" in found
 
 
@@ -104,10 +104,10 @@ def test_matched_layers_without_softmax_attention_are_refused_and_others_are_tra
         layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
     )
     decoder = with_tokenizer(Qwen3NextForCausalLM(config), tiny, tmp_path / "next")
-    found = refusal(tiny, targets, decoder, tmp_path / "run", "train.student_layers=[1, 2]")
+    found = refusal(tiny, targets, decoder, tmp_path / "run", "train.matching.student_layers=[1, 2]")
     assert "layers [2] of " in found
     assert "only its layers [1, 3] do" in found
-    settings = "train.student_layers=[1, 3]", "train.dft={batch_size: 4, max_steps: 1, trains: full}"
+    settings = "train.matching.student_layers=[1, 3]", "train.dft={batch_size: 4, max_steps: 1, trains: full}"
     (report,) = train(run_of(tiny, targets, decoder, tmp_path / "run", *settings), ("dft",))
     assert report.losses["attention"] > 0
 

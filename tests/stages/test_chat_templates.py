@@ -6,7 +6,9 @@ import pytest
 from stages.chat_templates import FOLDER, notes_of_ends, read_template
 from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder
-from stages.student.config import DistilledFinetuning, TrainConfig
+from stages.student.config import DistilledFinetuning
+from stages.student.layer_matching import MatchingConfig
+from stages.student.training.config import TrainConfig
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage import StageRun
 from storage.errors import UserError
@@ -99,7 +101,9 @@ def store_of(data: TinyData, out: Path, template: str) -> TargetStore:
 
 
 def start_of(data: TinyData, store: TargetStore, student: Path, kd_weight: float) -> StageSetup:
-    config = TrainConfig(num_matched=1, dft=DistilledFinetuning(kd_weight=kd_weight, batch_size=4))
+    config = TrainConfig(
+        matching=MatchingConfig(num_matched=1), dft=DistilledFinetuning(kd_weight=kd_weight, batch_size=4)
+    )
     source = Source(open_store(data.samples), store)
     return StageSetup(StageRun("dft", config, str(student), None, (source,), data.samples.parent / "out"))
 

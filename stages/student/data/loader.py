@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch.utils.data import DataLoader, IterableDataset
 
 from stages.student.data.batch import Batch
@@ -20,11 +21,27 @@ from stages.student.data.collator import Collator
 from storage.errors import PassingFailure, UserError
 from storage.streaming.order import num_microbatches
 from storage.streaming.stream import Mixture, StreamedSample, mixture_stream
+from storage.strict_model import StrictModel
 
 MOST_WORKERS = 4
 """Loader processes of one training process, unless the user says so."""
 LEAST_AHEAD = 2
 """Microbatches that each of them makes ahead, unless the user says so."""
+
+
+class LoaderConfig(StrictModel):
+    """How batches are made and read ahead; none of it changes what a step learns from."""
+
+    microbatch_size: int = Field(default=8, ge=1)
+    """Samples of one forward pass on one rank; batch_size / (this x ranks) passes make a step."""
+    bucket_by_length: bool = True
+    """Samples of like length share a microbatch. A step has the same samples either way: less padding, same result."""
+    num_workers: int | None = Field(default=None, ge=0)
+    """Loader processes of each training process; 0 loads in it. None is one for each core that nothing computes with,
+    up to 4: on a machine without a GPU torch computes with all cores unless OMP_NUM_THREADS says otherwise."""
+    prefetch: int | None = Field(default=None, ge=1)
+    """Microbatches that each loader process has ready; None is its share of a step, so that the next step is made while
+    one is taken, and at least 2. More bridge longer stalls; all lie in shared memory."""
 
 
 class LoaderDied(PassingFailure):
@@ -41,8 +58,7 @@ class StepLoader:
         collator: makes a batch of a microbatch's samples.
         rank, world_size: this process among those that train together.
         device: where batches go; pinned memory for a GPU.
-        num_workers: loader processes; None takes what `spare_workers` says.
-        prefetch: microbatches that each of them makes ahead; None is its share of a step, at least 2.
+        config: number of loader processes, and what they make ahead.
         with_maps: whether attention maps are read.
     """
 
@@ -54,14 +70,13 @@ class StepLoader:
         rank: int,
         world_size: int,
         device: torch.device,
-        num_workers: int | None,
-        prefetch: int | None,
+        config: LoaderConfig,
         with_maps: bool,
     ) -> None:
         self.mixture, self.collator, self.device = mixture, collator, device
         self.rank, self.world_size, self.with_maps = rank, world_size, with_maps
-        self.num_workers = spare_workers(device) if num_workers is None else num_workers
-        self.prefetch = prefetch
+        self.num_workers = spare_workers(device) if config.num_workers is None else config.num_workers
+        self.prefetch = config.prefetch
         self._context = _context(remote=mixture.is_remote) if self.num_workers else None
 
     def steps(self, epochs: range, start_step: int) -> Generator[list[Batch]]:
@@ -186,7 +201,7 @@ def _received(batches: Iterator[FlatBatch | UserError]) -> FlatBatch:
             raise
         raise LoaderDied(
             f"a loader process died ({error}); give the run more memory, or shared memory (/dev/shm), or set "
-            "train.num_workers and train.prefetch lower, then run the same command again"
+            "train.loader.num_workers and train.loader.prefetch lower, then run the same command again"
         ) from error
     if isinstance(batch, UserError):
         raise batch

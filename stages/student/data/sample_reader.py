@@ -132,7 +132,7 @@ class SampleReader:
                 f"sample {key}: the student makes {found} image tokens of its {num_images} images, the teacher's "
                 f"targets hold {stored}. The maps of both must be over the same image tokens: choose a student that "
                 "reads images as the teacher does (its image processor's size and patches), or let it see with the "
-                "teacher's eyes (--adapter teacher)"
+                "teacher's eyes (--vision teacher)"
             )
 
     def _check_no_image(self, key: str, text_ids: Tensor) -> None:
@@ -246,7 +246,7 @@ def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vi
     if not own_vision:
         if model_type in FAMILIES:
             raise UserError(
-                f"{folder} is a whole multimodal model ({model_type}); give --adapter own for it to keep its tower and "
+                f"{folder} is a whole multimodal model ({model_type}); give --vision own for it to keep its tower and "
                 "adapter, or name a causal language model as the student's decoder"
             )
         family = able_family(teacher_type)
@@ -256,7 +256,7 @@ def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vi
     if model_type not in FAMILIES:
         raise UserError(
             f"{folder} is of type {model_type}, which has no vision tower and adapter of its own; name a multimodal "
-            f"checkpoint ({', '.join(sorted(FAMILIES))}), or let it see with the teacher's eyes (--adapter teacher)"
+            f"checkpoint ({', '.join(sorted(FAMILIES))}), or let it see with the teacher's eyes (--vision teacher)"
         )
     for role, name in (("student", model_type), ("teacher", teacher_type)):
         if (reason := family_of(name).why_not_with_own_vision()) is not None:

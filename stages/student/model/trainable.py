@@ -60,7 +60,7 @@ def prepare_for_stage(
             parameter.requires_grad_(True)
     elif stage.trains == "post_connector":
         raise UserError(
-            "nothing learns in a stage that trains the projector alone while train.own_adapter is frozen; "
+            "nothing learns in a stage that trains the projector alone while train.projector is frozen; "
             "leave that stage out, or let it train lora or full"
         )
     return wrapper

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,10 +28,20 @@ from stages.student.training.parallel import gathered, part_like
 from storage.digests import digest_of, file_sha256
 from storage.errors import FingerprintMismatch, StoreUnavailable, UserError, disk_errors_named
 from storage.stores import open_store
+from storage.strict_model import StrictModel
 
 logger = logging.getLogger(__name__)
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+
+
+class CheckpointConfig(StrictModel):
+    """When the state of training is saved."""
+
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
 
 
 @dataclass(frozen=True)

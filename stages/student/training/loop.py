@@ -18,6 +18,7 @@ from stages.student.data.batch import Batch
 from stages.student.data.loader import LoaderDied, StepLoader
 from stages.student.model.parts import decoder_of
 from stages.student.model.trainable import keep_frozen_in, merge_lora
+from stages.student.run_folder import StageReport
 from stages.student.training.checkpoint import (
     Checkpoints,
     Position,
@@ -30,9 +31,9 @@ from stages.student.training.metrics import MetricsLog
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.parallel import clip_gradients, gradients_stay, spread
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
-from stages.student.training.resume_guard import check_resumable, record_stage_settings
+from stages.student.training.resume_guard import check_resumable, record_stage
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import REPORT_FILE, StageReport, StageRun, StepProgress, TrainingStopped
+from stages.student.training.stage import StageRun, StepProgress, TrainingStopped
 from storage.errors import UserError
 from storage.stores import open_store
 
@@ -65,7 +66,7 @@ def train_stage(
     # In all of them, so that all say what is wrong.
     check_resumable(run)
     if accelerator.is_main_process:
-        record_stage_settings(run)
+        record_stage(run)
     accelerator.wait_for_everyone()
     check_same_folder(accelerator, run)
     # With what was written: an incomplete store may have grown between two looks at it.
@@ -73,8 +74,8 @@ def train_stage(
     if accelerator.is_main_process:
         # What a killed process left half-written; there may be gigabytes of it.
         open_store(run.output).remove_partials()
-    if (run.output / REPORT_FILE).is_file():
-        return StageReport.read(run.output)
+    if run.folder.is_finished:
+        return run.folder.report()
     try:
         with torch.random.fork_rng(devices=[]):
             return _StageLoop(run, start or StageSetup(run), accelerator, progress, should_stop).run()
@@ -104,13 +105,12 @@ class _StageLoop:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=accelerator.device,
-            num_workers=config.num_workers,
-            prefetch=config.prefetch,
+            config=config.loader,
             with_maps=stage.attention_weight > 0,
         )
         self.student, self.peft = start.load()
         enable_capture(self.student)
-        if config.activation_checkpointing:
+        if config.parallel.activation_checkpointing:
             # The reentrant kind gives captured maps no gradient, silently.
             self.student.activation_checkpointing_enable({"use_reentrant": False})
         if accelerator.mixed_precision == "bf16":
@@ -124,7 +124,7 @@ class _StageLoop:
 
         logits = run.targets.manifest.fingerprint.logit_codec
         objective = DistillationObjective(self.student, stage, logits, start.matching)
-        self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel)
+        self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel.strategy)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
         self.scheduler = get_cosine_schedule_with_warmup(
@@ -132,7 +132,7 @@ class _StageLoop:
         )
         self.state = TrainerState(self.student, self.optimizer, self.scheduler)
         self.checkpoints = Checkpoints(
-            run.output / "checkpoints", config.keep_checkpoints, write=accelerator.is_main_process
+            run.folder.checkpoints, config.checkpoint.keep, write=accelerator.is_main_process
         )
         self.position = self.checkpoints.restore(self.state)
         check_same_position(accelerator, run, self.position)
@@ -154,12 +154,12 @@ class _StageLoop:
                 losses = self._step(group, totals)
                 self._advance(losses, time.perf_counter() - started)
                 step = self.position.step
-                if step % config.log_every == 0 or step == self.num_steps:
+                if step % config.logging.every == 0 or step == self.num_steps:
                     log.write(step, {**losses, "samples": self.position.samples, "seconds": self.position.seconds})
                 if self.progress is not None:
                     self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
                 # After the last step too: whatever happens while the student is saved, none is done again.
-                if step % config.checkpoint_every == 0 or step == self.num_steps:
+                if step % config.checkpoint.every == 0 or step == self.num_steps:
                     self.checkpoints.save(self.position, self.state)
         first_batch_s, *later = waiting or [0.0]
         seconds = time.perf_counter() - begun - first_batch_s
@@ -169,7 +169,7 @@ class _StageLoop:
         run = self.run_config
         settings = run.config.model_dump(mode="json") | {"stage": run.name, "decoder": run.decoder}
         main = self.accelerator.is_main_process
-        return MetricsLog(run.output, run.config.trackers, self.position.step, settings, enabled=main)
+        return MetricsLog(run.output, run.config.logging.trackers, self.position.step, settings, enabled=main)
 
     def _next_group(self, groups: Iterator[list[Batch]]) -> list[Batch]:
         """The microbatches of one optimizer step; fewer at an epoch's end."""
@@ -271,7 +271,7 @@ class _StageLoop:
         trained = trained_tensors(self.student, wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             _save_student(run, self.start, trained)
-            open_store(run.output).write(REPORT_FILE, report.model_dump_json(indent=1).encode())
+            run.folder.finish(report)
         self.accelerator.wait_for_everyone()
         return report
 

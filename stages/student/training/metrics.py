@@ -4,14 +4,26 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from uuid import uuid4
 
-from stages.student.config import Tracker
+from pydantic import Field
+
 from storage.errors import UserError
 from storage.stores import open_store
+from storage.strict_model import StrictModel
 
+Tracker = Literal["tensorboard", "wandb"]
 _WANDB_ID = "wandb-id.txt"
+
+
+class LoggingConfig(StrictModel):
+    """Where metrics go."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl and points of the trackers' curves."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where else metrics go: tensorboard (if installed), wandb (extra `wandb`)."""
 
 
 class _Curves(Protocol):
@@ -45,7 +57,9 @@ class MetricsLog:
             self._curves.append(_TensorBoard(folder / "tensorboard", step))
         if "wandb" in trackers:
             if importlib.util.find_spec("wandb") is None:
-                raise UserError("train.trackers names wandb, which is not installed; pip install 'compodistill[wandb]'")
+                raise UserError(
+                    "train.logging.trackers names wandb, which is not installed; pip install 'compodistill[wandb]'"
+                )
             self._curves.append(_WeightsAndBiases(folder, settings))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

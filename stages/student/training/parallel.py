@@ -5,6 +5,7 @@ FSDP2 is torch's own `fully_shard`, not Accelerate's wrapping of it, which does 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +15,25 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from stages.student.config import Parallel
+from stages.settings import AtResume
+from storage.strict_model import StrictModel
+
+Strategy = Literal["ddp", "fsdp"]
 
 
-def spread(objective: nn.Module, decoder: PreTrainedModel, accelerator: Accelerator, parallel: Parallel) -> nn.Module:
+class ParallelConfig(StrictModel):
+    """How a step is computed, and spread over processes."""
+
+    strategy: Annotated[Strategy, AtResume.MAY_CHANGE] = "ddp"
+    """With several processes: `ddp`, a copy of the student in each; `fsdp`, a part of each parameter (FSDP2)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16`: mixed precision; what learns stays float32, what is frozen is kept in bfloat16. `auto` is bf16 on a GPU
+    that has it, else fp32."""
+    activation_checkpointing: Annotated[bool, AtResume.MAY_CHANGE] = False
+    """Activations of each decoder layer are computed again in the backward pass: less memory, a third more time."""
+
+
+def spread(objective: nn.Module, decoder: PreTrainedModel, accelerator: Accelerator, strategy: Strategy) -> nn.Module:
     """The objective as each process calls it, on its device.
 
     With "fsdp" the parameters of `objective` become DTensors in place; make the optimizer afterwards. Its forward pass
@@ -27,9 +43,9 @@ def spread(objective: nn.Module, decoder: PreTrainedModel, accelerator: Accelera
         objective: what one forward pass computes the loss with.
         decoder: the part of it whose layers are sharded one by one; all else is one group.
         accelerator: of this process.
-        parallel: nothing is wrapped when there is one process.
+        strategy: nothing is wrapped when there is one process.
     """
-    if parallel == "ddp" or accelerator.num_processes == 1:
+    if strategy == "ddp" or accelerator.num_processes == 1:
         prepared: nn.Module = accelerator.prepare(objective)
         return prepared
     objective.to(accelerator.device)

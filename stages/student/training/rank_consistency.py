@@ -12,9 +12,10 @@ from hashlib import sha256
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from stages.student.run_folder import REPORT_FILE, STAGE_FILE
 from stages.student.training.checkpoint import Position, list_checkpoints
-from stages.student.training.resume_guard import STAGE_FILE, start_weights
-from stages.student.training.stage import REPORT_FILE, StageRun
+from stages.student.training.resume_guard import start_weights
+from stages.student.training.stage import StageRun
 from storage.errors import UserError
 from storage.stores import open_store
 
@@ -62,7 +63,7 @@ def _compare(accelerator: Accelerator, run: StageRun, look: Callable[[], dict[st
 
 
 def _seen(run: StageRun) -> dict[str, str]:
-    store, checkpoints = open_store(run.output), list_checkpoints(run.output / "checkpoints")
+    store, checkpoints = open_store(run.output), list_checkpoints(run.folder.checkpoints)
     start = "the decoder" if run.initial is None else f"{run.initial} ({(start_weights(run) or 'missing')[:12]})"
     return {
         STAGE_FILE: sha256(store.read(STAGE_FILE)).hexdigest()[:12] if store.exists(STAGE_FILE) else "missing",

@@ -1,73 +1,63 @@
 """What a stage's folder was begun with, and the refusal to go on in it with anything else."""
 
-import json
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from stages.checkpoints import resolve_checkpoint, weights_digest
-from stages.student.config import HARMLESS_ON_RESUME, StageName, TrainConfig
+from stages.settings import lasting
+from stages.student.config import STAGES, StageName
+from stages.student.run_folder import StageDescription, StageFolder
+from stages.student.training.config import TrainConfig
 from stages.student.training.stage import StageRun
 from storage.errors import FingerprintMismatch
-from storage.stores import open_store
-
-STAGE_FILE = "stage.json"
-_PLACES = {"samples", "targets", "sources", "subset"}
-"""Settings that say where data lies; what counts is what lies there."""
-_MATCHING = ("student_layers", "num_matched", "matching", "layers")
 
 
 def check_resumable(run: StageRun) -> None:
     """Compares what the stage is with what its folder and the stage before were begun with; changes nothing.
 
     Raises:
-        FingerprintMismatch: the folder was begun with other settings, which are named, or from another student; or the
-            student that it starts from was made of another decoder.
+        FingerprintMismatch: If the folder was begun with other settings, which are named, or from another student; or
+            if the student that the stage starts from was made of another decoder.
     """
     _check_decoder(run)
-    store = open_store(run.output)
-    if not store.exists(STAGE_FILE):
+    begun = run.folder.begun_with()
+    if begun is None:
         return
-    stage, found = _description(run), json.loads(store.read(STAGE_FILE))
-    # A setting that the folder's version did not have counts as its default.
-    defaults = _settings(TrainConfig(), run.name)
-    flat_found, flat_wanted = (_flat(defaults, description) for description in (found, stage))
     # Which layers would be matched decides nothing of a stage that matches none.
-    unused = {"settings", *(() if run.stage.attention_weight > 0 else _MATCHING)}
-    differing = [k for k in flat_wanted if k not in unused and flat_found.get(k) != flat_wanted[k]]
-    if differing and "shards" in found:
+    wanted = _data(run) | _settings(run.config, run.name, matched=run.stage.attention_weight > 0)
+    # A setting that the folder's version did not have counts as its default.
+    found = {**_settings(TrainConfig(), run.name), **begun.data, **begun.settings}
+    if differing := sorted(name for name, value in wanted.items() if found.get(name) != value):
+        how, instead = "with other settings", "or use the settings of its run.yaml to resume"
+        if "shards" in found:
+            how = "while its targets were incomplete, or with other settings"
+            instead = "since other shards are another order of samples"
         raise FingerprintMismatch(
-            f"{run.output} was begun while its targets were incomplete, or with other settings (differs in: "
-            f"{', '.join(sorted(differing))}); train into a new folder: other shards are another order of samples"
+            f"{run.output} was begun {how} (differs in: {', '.join(differing)}); train into a new folder, {instead}"
         )
-    if differing:
-        raise FingerprintMismatch(
-            f"{run.output} was begun with other settings (differs in: {', '.join(sorted(differing))}); "
-            "train into a new folder, or use the settings of its run.yaml to resume"
-        )
-    _check_start(run, found)
+    _check_start(run, begun.data)
 
 
-def record_stage_settings(run: StageRun) -> None:
+def record_stage(run: StageRun) -> None:
     """Writes down what the stage is, unless its folder says so already.
 
     Raises:
-        FingerprintMismatch: as `check_resumable`.
+        FingerprintMismatch: As `check_resumable`.
     """
     check_resumable(run)
-    store = open_store(run.output)
-    if not store.exists(STAGE_FILE):
-        store.write(STAGE_FILE, json.dumps({**_description(run), **_start(run)}, indent=1).encode())
+    if not run.folder.is_begun:
+        run.folder.begin(StageDescription(_data(run) | _start(run), _settings(run.config, run.name)))
 
 
 def _check_decoder(run: StageRun) -> None:
     if run.initial is None:
         return
-    before = open_store(run.initial.parent)
-    if not (run.initial.is_dir() and before.exists(STAGE_FILE)):
+    begun = StageFolder.of_student(run.initial).begun_with() if run.initial.is_dir() else None
+    if begun is None:
         return
-    found, wanted = json.loads(before.read(STAGE_FILE))["decoder"], decoder_digest(run.decoder)
+    found, wanted = begun.data["decoder"], decoder_digest(run.decoder)
     if found != wanted:
         raise FingerprintMismatch(
             f"{run.output} would start from {run.initial}, which was made of a decoder with weights {found[:12]}, but "
@@ -103,42 +93,21 @@ def start_weights(run: StageRun) -> str | None:
     return None if run.initial is None or not run.initial.is_dir() else _weights(run.initial)
 
 
-def _description(run: StageRun) -> dict[str, Any]:
-    """All that decides the weights a stage ends with."""
+def _data(run: StageRun) -> dict[str, Any]:
+    """What the stage trains, and on what."""
     sources = [source.description() for source in run.sources]
     return {
         "stage": run.name,
-        **_settings(run.config, run.name),
         "decoder": decoder_digest(run.decoder),
         # One list for each, so that a refusal names what differs.
         **{name: [source.get(name) for source in sources] for name in chain.from_iterable(sources)},
     }
 
 
-def _settings(config: TrainConfig, name: StageName) -> dict[str, Any]:
-    stage = config.stage(name).model_dump(mode="json", exclude=_PLACES)
-    return {
-        "settings": config.model_dump(mode="json", exclude={"dpt", "dft", "sft"} | _PLACES | HARMLESS_ON_RESUME),
-        **{f"{name}.{key}": value for key, value in stage.items()},
-    }
-
-
-def _flat(defaults: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-    """All of a description side by side; what it lacks of the settings, or of a section of them, as in `defaults`."""
-    flat = {**defaults, **defaults["settings"]}
-    for name, value in {**description, **description["settings"]}.items():
-        inner = flat.get(name)
-        flat[name] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
-    return flat
-
-
-def matching_settings(student: Path) -> TrainConfig | None:
-    """Which layers a run matched, as settings of their own; None for a checkpoint that lies in no stage's folder."""
-    store = open_store(student.absolute().parent)
-    if not store.exists(STAGE_FILE):
-        return None
-    settings = json.loads(store.read(STAGE_FILE)).get("settings", {})
-    return TrainConfig.model_validate({name: settings[name] for name in _MATCHING if name in settings})
+def _settings(config: TrainConfig, stage: StageName, *, matched: bool = True) -> dict[str, Any]:
+    """All settings that decide the weights a stage ends with."""
+    others = tuple(f"{name}." for name in STAGES if name != stage)
+    return {name: value for name, value in lasting(config, matched=matched).items() if not name.startswith(others)}
 
 
 def decoder_digest(decoder: str) -> str:

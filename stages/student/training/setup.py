@@ -10,7 +10,7 @@ from stages.chat_templates import notes_of_ends
 from stages.checkpoints import resolve_checkpoint
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import ReaderSpec, check_first_samples, resolve_reader_spec
-from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_stage
+from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_layers
 from stages.student.model.build import Student, build_student, check_weights, is_student, load_student
 from stages.student.model.trainable import prepare_for_stage
 from stages.student.model.vision_check import check_vision_tower
@@ -40,7 +40,7 @@ class StageSetup:
 
     def __init__(self, run: StageRun) -> None:
         self._run = run
-        self._own_vision = run.config.adapter == "own"
+        self._own_vision = run.config.vision == "own"
         self._folder = resolve_checkpoint(run.initial or run.decoder)
         reading = resolve_reader_spec(
             run.targets, self._folder, own_vision=self._own_vision, kd_weight=run.stage.kd_weight
@@ -59,7 +59,9 @@ class StageSetup:
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:
             depth = reading.decoder.num_hidden_layers
-            self.matching, notes = match_stage(depth, run.targets.manifest, run.config, run.stage)
+            self.matching, notes = match_layers(
+                depth, run.targets.manifest, run.config.matching, sink_mask=run.stage.attention_sink_mask
+            )
             check_maps(str(self._folder), reading.decoder, self.matching.student_layers, WITHOUT_MAPS)
             self.notes += notes
         self.mixture = Mixture(run.sources, run.stream)
@@ -85,7 +87,7 @@ class StageSetup:
                 run.config.seed,
                 image_token_id=self._reading.image_token_id,
             )
-        own_adapter = run.config.own_adapter == "trained"
+        own_adapter = run.config.projector == "trained"
         return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_adapter=own_adapter)
 
 

@@ -3,51 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from stages.student.config import StageConfig, StageName, TrainConfig
-from storage.errors import UserError
+from stages.student.config import StageConfig, StageName
+from stages.student.run_folder import StageFolder
+from stages.student.training.config import TrainConfig
 from storage.streaming.stream import Source, StreamConfig
-from storage.strict_model import StrictModel
 from storage.targets.store import TargetStore
-
-REPORT_FILE = "report.json"
-
-
-class StageReport(StrictModel):
-    """What a finished stage did; saved as `report.json` beside its student."""
-
-    stage: StageName
-    steps: int
-    samples: int
-    trained_parameters: int
-    seconds: float
-    samples_per_s: float
-    first_batch_s: float = 0.0
-    """Seconds until the first data came, after the last start: loader processes began and opened the stores. 0 when
-    no step was left to do by then, and in reports of versions that did not measure it."""
-    wait_share: float
-    """Share of the time since then that the loop waited for data."""
-    losses: dict[str, float]
-    """Each term, mean over the last tenth of the steps."""
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, stage: Path) -> "StageReport":
-        """The report in a finished stage's folder.
-
-        Raises:
-            UserError: it is not one of this version.
-        """
-        path = stage / REPORT_FILE
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
-            raise UserError(
-                f"{path} is not a stage's report as this version writes it ({wrong}); go on with the version that "
-                "wrote it, or remove the file: the stage then goes on from its newest checkpoint and is saved again"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -76,6 +36,11 @@ class StageRun:
         return self.config.stage(self.name)
 
     @property
+    def folder(self) -> StageFolder:
+        """What lies in `output`."""
+        return StageFolder(self.output)
+
+    @property
     def targets(self) -> TargetStore:
         """The first source's; all of them agree in what a student needs of the teacher."""
         return self.sources[0].targets
@@ -86,12 +51,12 @@ class StageRun:
         config = self.config
         return StreamConfig(
             seed=config.seed,
-            shuffle_shards=config.shuffle_shards,
+            shuffle_shards=config.data.shuffle_shards,
             batch_size=self.stage.batch_size,
-            microbatch_size=config.microbatch_size,
-            bucket_by_length=config.bucket_by_length,
-            max_samples=self.stage.max_samples or config.max_samples,
-            allow_incomplete=config.allow_incomplete,
+            microbatch_size=config.loader.microbatch_size,
+            bucket_by_length=config.loader.bucket_by_length,
+            max_samples=self.stage.max_samples or config.data.max_samples,
+            allow_incomplete=config.data.allow_incomplete,
         )
 
 

@@ -32,9 +32,9 @@ COMMANDS = (
 )
 
 TRAINING = (
-    "train.microbatch_size=4",
-    "train.num_workers=0",
-    "train.log_every=1",
+    "train.loader.microbatch_size=4",
+    "train.loader.num_workers=0",
+    "train.logging.every=1",
     "train.lora={rank: 4, alpha: 8}",
     "train.dpt={batch_size: 8, max_steps: 2}",
     "train.dft={batch_size: 8, max_steps: 2}",
@@ -263,15 +263,15 @@ MISTAKES = {
         "{images}",
     ),
     "train: a subset of unknown samples": (
-        TRAIN + " --set train.subset={pairs}/replace_att.json",
+        TRAIN + " --set train.data.subset={pairs}/replace_att.json",
         "has no targets for",
     ),
     "train: sources and places": (
-        TRAIN + ' --set train.sources=[{{"samples":"a","targets":"b"}}]',
+        TRAIN + ' --set train.data.sources=[{{"samples":"a","targets":"b"}}]',
         "leave one of them out",
     ),
     "train: layers the student lacks": (
-        TRAIN + " --set train.student_layers=[9]",
+        TRAIN + " --set train.matching.student_layers=[9]",
         "layer",
     ),
     "train: negative seed": ("train-student --set train.seed=-1", "train.seed"),
@@ -354,7 +354,7 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tmp_path: Path) -> N
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize(("package", "extra"), [("ray", "ray"), ("sklearn", "examples")])
+@pytest.mark.parametrize(("package", "extra"), [("pyarrow", "ray-train"), ("sklearn", "digits")])
 def test_a_missing_optional_package_is_named_with_its_extra(
     package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

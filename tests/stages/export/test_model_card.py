@@ -4,6 +4,8 @@ import pytest
 import yaml
 
 from stages.export.model_card import ExportReport, ModelNames, StageRecord, model_card
+from stages.student.config import STAGES
+from stages.student.run_folder import StageDescription, StageReport
 
 EXPORT = ExportReport(
     source="run/sft/student",
@@ -25,21 +27,23 @@ EXPORT = ExportReport(
 NAMES = ModelNames("some-org/decoder", "models/teacher-4b", frozenset({"some-org/decoder"}))
 
 
-def card_of(*terms: set[str], adapter: str = "teacher") -> tuple[dict[str, Any], str]:
+def card_of(*terms: set[str], vision: str = "teacher") -> tuple[dict[str, Any], str]:
     """Front matter and text of the card of a student whose stages had these losses."""
     history = [
         StageRecord(
-            {
-                "stage": name,
-                "samples": 4,
-                "steps": 1,
-                "trained_parameters": 5,
-                "seconds": 1.0,
-                "losses": dict.fromkeys(sorted(losses), 1.0),
-            },
-            {"settings": {"adapter": adapter}, "targets": ["ab"], "decoder": "cd"},
+            StageReport(
+                stage=name,
+                samples=4,
+                steps=1,
+                trained_parameters=5,
+                seconds=1.0,
+                samples_per_s=4.0,
+                wait_share=0.0,
+                losses=dict.fromkeys(sorted(losses), 1.0),
+            ),
+            StageDescription({"targets": ["ab"], "decoder": "cd"}, {"vision": vision}),
         )
-        for name, losses in zip(("dpt", "dft", "sft"), terms, strict=False)
+        for name, losses in zip(STAGES, terms, strict=False)
     ]
     _, front, text = model_card("student", EXPORT, history, NAMES, None).split("---\n", 2)
     return yaml.safe_load(front), text
@@ -53,13 +57,13 @@ def test_a_student_with_a_stage_that_learned_from_the_teacher_is_called_distille
     assert "its teacher `models/teacher-4b`" in text
 
 
-@pytest.mark.parametrize("adapter", ["teacher", "own"])
-def test_a_student_of_answers_alone_is_not_called_distilled(adapter: str) -> None:
-    front, text = card_of({"lm"}, {"lm"}, adapter=adapter)
+@pytest.mark.parametrize("vision", ["teacher", "own"])
+def test_a_student_of_answers_alone_is_not_called_distilled(vision: str) -> None:
+    front, text = card_of({"lm"}, {"lm"}, vision=vision)
     assert "tags" not in front
     assert "trained on answers alone, without distillation" in text
     assert "distilled" not in text
-    assert ("with the vision tower of `models/teacher-4b`" in text) == (adapter == "teacher")
+    assert ("with the vision tower of `models/teacher-4b`" in text) == (vision == "teacher")
 
 
 def test_a_folder_with_a_name_like_an_id_is_no_base_model() -> None:

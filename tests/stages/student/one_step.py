@@ -15,12 +15,15 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from stages.student.config import DistilledFinetuning, Parallel, TrainConfig
+from stages.student.config import DistilledFinetuning
 from stages.student.data.batch import Batch
+from stages.student.data.loader import LoaderConfig
 from stages.student.losses import answer_losses
+from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
+from stages.student.training.metrics import LoggingConfig
 from stages.student.training.objective import DistillationObjective
-from stages.student.training.parallel import gathered
+from stages.student.training.parallel import ParallelConfig, Strategy, gathered
 from stages.student.training.stage import StageRun
 from storage.stores import open_store
 from storage.streaming.stream import Source
@@ -36,22 +39,21 @@ def step_folder(folder: Path, num_ranks: int, microbatch_size: int, parallel: st
     return folder / f"step-{parallel}-{num_ranks}x{microbatch_size}-{num_samples}"
 
 
-def take_step(folder: Path, microbatch_size: int, parallel: Parallel = "ddp", num_samples: int = BATCH_SIZE) -> Path:
+def take_step(folder: Path, microbatch_size: int, strategy: Strategy = "ddp", num_samples: int = BATCH_SIZE) -> Path:
     """Trains one step; returns the folder with what it left.
 
     `gradients.safetensors` and `metrics.jsonl` of the global batch, `rank-N.json` with the answer rows and the samples
     with an image of each of that rank's microbatches.
     """
     accelerator = Accelerator(cpu=True)
-    output = step_folder(folder, accelerator.num_processes, microbatch_size, parallel, num_samples)
+    output = step_folder(folder, accelerator.num_processes, microbatch_size, strategy, num_samples)
     # No step is clipped, or the gradients would say nothing of their length.
     config = TrainConfig(
         dft=DistilledFinetuning(batch_size=BATCH_SIZE, trains="full", max_steps=1, max_samples=num_samples),
-        microbatch_size=microbatch_size,
         max_grad_norm=1e9,
-        parallel=parallel,
-        num_workers=0,
-        trackers=(),
+        loader=LoaderConfig(microbatch_size=microbatch_size, num_workers=0),
+        parallel=ParallelConfig(strategy=strategy),
+        logging=LoggingConfig(trackers=()),
     )
     source = Source(open_store(folder / "samples"), TargetStore.open(folder / "targets"))
     run = StageRun("dft", config, str(folder / "lm"), None, (source,), output)
@@ -81,4 +83,4 @@ def take_step(folder: Path, microbatch_size: int, parallel: Parallel = "ddp", nu
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    take_step(Path(sys.argv[1]), int(sys.argv[2]), cast("Parallel", sys.argv[3]), int(sys.argv[4]))
+    take_step(Path(sys.argv[1]), int(sys.argv[2]), cast("Strategy", sys.argv[3]), int(sys.argv[4]))

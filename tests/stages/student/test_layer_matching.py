@@ -10,21 +10,20 @@ import pytest
 import torch
 
 from stages.layers import LayerSpan, sliding_windows, window_means
-from stages.student.config import DistilledFinetuning, TrainConfig
 from stages.student.data.batch import decode_windows
 from stages.student.layer_matching import (
     ONE_TO_ONE_COSINES,
     UNMASKED_COSINES,
     UNSTORED_WINDOW_COSINES,
+    MatchingConfig,
     match_layers,
-    match_stage,
 )
 from storage.codecs.config import MapCodecConfig
 from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask, sink_threshold
 from storage.errors import UserError
-from storage.targets.manifest import Fingerprint
-from tests.storage.builders import fingerprint, manifest, map_targets, random_maps
+from storage.targets.manifest import Manifest
+from tests.storage.builders import manifest, map_targets, random_maps
 
 LAYERS, WINDOWS = (2, 3, 4), ((2, 3), (3, 4))
 CODECS = ("float16", "sqrt8", "sqrt4", "sqrt2")
@@ -44,7 +43,7 @@ def exact_windows(num_tokens: int, windows: tuple[tuple[int, ...], ...]) -> torc
 
 
 def test_as_many_layers_as_the_stored_windows_use_the_stored_masks_without_a_note() -> None:
-    matching, notes = match_layers(6, fingerprint())
+    matching, notes = match_layers(6, manifest(), MatchingConfig())
     assert matching.stored_masks
     assert matching.windows == WINDOWS
     assert notes == []
@@ -52,7 +51,7 @@ def test_as_many_layers_as_the_stored_windows_use_the_stored_masks_without_a_not
 
 @pytest.mark.parametrize("name", CODECS)
 def test_stored_windows_have_the_exact_masks_and_padding_has_none(name: str) -> None:
-    matching, _ = match_layers(6, fingerprint(map_codec=MapCodecConfig(name=name)))
+    matching, _ = match_layers(6, manifest(map_codec=MapCodecConfig(name=name)), MatchingConfig())
     found = decode_windows([stored(name), None, stored(name, 25)], matching, CPU)
     assert found.num_tokens_B.tolist() == [40, 0, 25]
     for row, n in ((0, 40), (2, 25)):
@@ -66,7 +65,7 @@ def test_stored_windows_have_the_exact_masks_and_padding_has_none(name: str) -> 
 @pytest.mark.parametrize("name", CODECS)
 def test_another_number_of_layers_takes_masks_from_decoded_maps_and_says_so(name: str) -> None:
     codec = MapCodecConfig(name=name)
-    matching, (note,) = match_layers(6, fingerprint(map_codec=codec), num_matched=1)
+    matching, (note,) = match_layers(6, manifest(map_codec=codec), MatchingConfig(num_matched=1))
     assert note.startswith("1 layers are matched, but the targets hold exact sink masks for 2")
     assert f"with {name} codes was at least {UNSTORED_WINDOW_COSINES[name]}" in note
     assert "teacher.num_matched=1" in note
@@ -98,9 +97,9 @@ def test_the_note_names_the_measured_cosines() -> None:
 ALL_LAYERS = tuple(range(12))
 
 
-def deep(windows: tuple[tuple[int, ...], ...] = sliding_windows(ALL_LAYERS, 4)) -> Fingerprint:
+def deep(windows: tuple[tuple[int, ...], ...] = sliding_windows(ALL_LAYERS, 4)) -> Manifest:
     """Of a teacher of 12 layers, all captured: 0 to 3 are early, 4 to 7 middle, 8 to 11 late."""
-    return fingerprint(layers=ALL_LAYERS, windows=windows)
+    return manifest(layers=ALL_LAYERS, windows=windows).model_copy(update={"num_layers": 12})
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def deep(windows: tuple[tuple[int, ...], ...] = sliding_windows(ALL_LAYERS, 4)) 
 def test_a_span_matches_the_same_part_of_both_decoders(
     span: LayerSpan, student: Sequence[int], teacher: tuple[int, int]
 ) -> None:
-    matching, (note,) = match_layers(6, deep(), span=span, teacher_depth=12)
+    matching, (note,) = match_layers(6, deep(), MatchingConfig(span=span))
     assert matching.student_layers == tuple(student)
     assert matching.windows == sliding_windows(tuple(range(teacher[0], teacher[1] + 1)), len(student))
     if span == "all":
@@ -122,23 +121,24 @@ def test_a_span_matches_the_same_part_of_both_decoders(
 
 
 def test_a_span_whose_windows_are_stored_uses_the_stored_masks() -> None:
-    found = fingerprint(layers=(4, 5, 6, 7), windows=((4, 5, 6), (5, 6, 7)))
-    matching, notes = match_layers(6, found, span="middle", teacher_depth=12)
-    assert matching.windows == found.windows
+    windows = (4, 5, 6), (5, 6, 7)
+    found = manifest(layers=(4, 5, 6, 7), windows=windows).model_copy(update={"num_layers": 12})
+    matching, notes = match_layers(6, found, MatchingConfig(span="middle"))
+    assert matching.windows == windows
     assert notes == []
 
 
 def test_a_span_that_was_not_captured_is_refused_with_what_was() -> None:
     message = (
-        r"the late layers of the teacher are 4 to 5, but the targets hold layers 2 to 4; choose other train.layers, or "
-        r"extract with teacher.layers=\[4, 5\]"
+        r"the late layers of the teacher are 4 to 5, but the targets hold layers 2 to 4; choose another "
+        r"train.matching.span, or extract with teacher.layers=\[4, 5\]"
     )
     with pytest.raises(UserError, match=message):
-        match_layers(6, fingerprint(), span="late", teacher_depth=6)
+        match_layers(6, manifest(), MatchingConfig(span="late"))
 
 
 def test_one_to_one_matching_takes_single_layers_and_says_that_their_masks_are_not_stored() -> None:
-    matching, (note,) = match_layers(6, deep(), num_matched=3, matching="one_to_one")
+    matching, (note,) = match_layers(6, deep(), MatchingConfig(num_matched=3, kind="one_to_one"))
     assert matching.windows == ((0,), (6,), (11,))
     assert note.startswith("3 layers are matched with one teacher layer each, but the targets hold exact sink masks")
     assert f"was at least {ONE_TO_ONE_COSINES['sqrt4']}" in note
@@ -149,7 +149,7 @@ def test_one_to_one_matching_takes_single_layers_and_says_that_their_masks_are_n
 def test_single_layers_among_the_stored_windows_have_exact_masks(name: str) -> None:
     singles = tuple((layer,) for layer in LAYERS)
     config = manifest(map_codec=MapCodecConfig(name=name), windows=singles)
-    matching, notes = match_layers(6, config.fingerprint, num_matched=2, matching="one_to_one")
+    matching, notes = match_layers(6, config, MatchingConfig(num_matched=2, kind="one_to_one"))
     assert matching.windows == ((2,), (4,))
     assert notes == []
     found = decode_windows([map_targets(config, 40, seed=3)], matching, CPU)
@@ -158,7 +158,7 @@ def test_single_layers_among_the_stored_windows_have_exact_masks(name: str) -> N
 
 @pytest.mark.parametrize("num_matched", [None, 1], ids=["stored", "not stored"])
 def test_without_the_sink_mask_every_key_that_a_query_may_attend_to_is_kept(num_matched: int | None) -> None:
-    matching, _ = match_layers(6, fingerprint(), num_matched=num_matched)
+    matching, _ = match_layers(6, manifest(), MatchingConfig(num_matched=num_matched))
     found = decode_windows([stored("sqrt4"), None, stored("sqrt4", 25)], matching, CPU, sink_mask=False)
     masked = decode_windows([stored("sqrt4"), None, stored("sqrt4", 25)], matching, CPU)
     assert torch.equal(found.maps_WBNN, masked.maps_WBNN)
@@ -171,23 +171,22 @@ def test_without_the_sink_mask_every_key_that_a_query_may_attend_to_is_kept(num_
 @pytest.mark.parametrize(("name", "noted"), [("float16", 0), ("sqrt8", 1), ("sqrt4", 1), ("sqrt2", 1)])
 def test_a_stage_that_leaves_sinks_in_is_told_when_the_codes_cut_them(name: str, noted: int) -> None:
     found = manifest(map_codec=MapCodecConfig(name=name))
-    stage = DistilledFinetuning(attention_sink_mask=False)
-    _, notes = match_stage(6, found, TrainConfig(dft=stage), stage)
+    _, notes = match_layers(6, found, MatchingConfig(), sink_mask=False)
     assert len(notes) == noted
     assert all(f"was at least {UNMASKED_COSINES[name]}" in note for note in notes)
-    assert match_stage(6, found, TrainConfig(), DistilledFinetuning())[1] == []
+    assert match_layers(6, found, MatchingConfig())[1] == []
 
 
 def test_a_stages_settings_decide_its_matching() -> None:
     found = manifest(layers=(2, 3), windows=((2, 3),))
-    config = TrainConfig(matching="one_to_one", layers="middle", student_layers=(5,))
-    matching, _ = match_stage(6, found, config, config.dft)
+    config = MatchingConfig(kind="one_to_one", span="middle", student_layers=(5,))
+    matching, _ = match_layers(6, found, config)
     assert (matching.student_layers, matching.windows) == ((5,), ((2,),))
 
 
 @pytest.mark.parametrize("num_matched", [None, 1])
 def test_maps_read_without_what_is_stored_of_windows_are_refused(num_matched: int | None) -> None:
-    matching, _ = match_layers(6, fingerprint(), num_matched=num_matched)
+    matching, _ = match_layers(6, manifest(), MatchingConfig(num_matched=num_matched))
     part = dataclasses.replace(stored("sqrt4"), windows=None)
     with pytest.raises(ValueError, match="read all captured layers"):
         decode_windows([part], matching, CPU)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stages.student.data.batch import Batch
-from stages.student.data.loader import MOST_WORKERS, LoaderDied, StepLoader, spare_workers
+from stages.student.data.loader import MOST_WORKERS, LoaderConfig, LoaderDied, StepLoader, spare_workers
 from storage.errors import CorruptData, UserError
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source
@@ -72,8 +72,7 @@ def loader(root: Path, num_workers: int, collator=batch_of, rank: int = 0, world
         rank=rank,
         world_size=world_size,
         device=CPU,
-        num_workers=num_workers,
-        prefetch=2,
+        config=LoaderConfig(num_workers=num_workers, prefetch=2),
         with_maps=True,
     )
 

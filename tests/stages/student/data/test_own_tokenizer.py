@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES
-from stages.student.config import DistilledFinetuning, TrainConfig
+from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
-from stages.student.layer_matching import match_layers
+from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss
 from stages.student.model.build import build_student, load_student
+from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.setup import StageSetup
@@ -99,7 +100,7 @@ def test_losses_are_those_of_its_own_tokens_and_the_teachers_maps(
     reading = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
     samples = streamed(data.samples, store)
     fingerprint = store.manifest.fingerprint
-    matching, _ = match_layers(6, fingerprint, num_matched=1)
+    matching, _ = match_layers(6, store.manifest, MatchingConfig(num_matched=1))
     (layer,) = matching.student_layers
 
     def student_of() -> torch.nn.Module:
@@ -147,7 +148,13 @@ def test_stages_train_on_its_own_tokens_and_the_student_keeps_its_tokenizer(
 ) -> None:
     def run(name: str, initial: Path | None) -> StageRun:
         stage = {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "kd_weight": 0.0}
-        settings = {"microbatch_size": 2, "num_matched": 1, "lora": {"rank": 4, "alpha": 8}, "dpt": stage, "dft": stage}
+        settings = {
+            "loader": {"microbatch_size": 2},
+            "matching": {"num_matched": 1},
+            "lora": {"rank": 4, "alpha": 8},
+            "dpt": stage,
+            "dft": stage,
+        }
         return StageRun(
             name=name,  # type: ignore[arg-type]
             config=TrainConfig.model_validate(settings),

@@ -19,13 +19,14 @@ from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
-from stages.student.config import DistilledFinetuning, TrainConfig
+from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec
-from stages.student.layer_matching import match_layers
+from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
 from stages.student.model.build import load_student
 from stages.student.model.parts import projector_parameters
+from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.setup import StageSetup
@@ -88,7 +89,13 @@ def streamed(extracted: Extracted) -> list[StreamedSample]:
 
 
 def stage_run(extracted: Extracted, student: Path, output: Path, initial: Path | None = None, **train: Any) -> StageRun:
-    settings = {"adapter": "own", "microbatch_size": 2, "num_matched": 1, "lora": {"rank": 4, "alpha": 8}, **train}
+    settings = {
+        "vision": "own",
+        "loader": {"microbatch_size": 2},
+        "matching": {"num_matched": 1},
+        "lora": {"rank": 4, "alpha": 8},
+        **train,
+    }
     (name,) = {"dpt", "dft"} & train.keys()
     return StageRun(
         name=name,
@@ -112,7 +119,7 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_in_the_loop(
     fingerprint = extracted.store.manifest.fingerprint
     student = load_student(folder)
     depth = student.config.get_text_config().num_hidden_layers
-    matching, _ = match_layers(depth, fingerprint, num_matched=1)
+    matching, _ = match_layers(depth, extracted.store.manifest, MatchingConfig(num_matched=1))
     assert matching.windows == (LAYERS,)
 
     expected, expected_gradients = textbook(extracted, folder, samples, matching.student_layers[0])
@@ -214,13 +221,13 @@ def test_a_frozen_projector_stays_and_a_stage_that_trains_it_alone_is_refused(ex
     extracted = extract("qwen2_5_vl")
     folder = make_student("qwen2_5_vl", tmp_path / "student")
     rate = {"batch_size": 4, "max_steps": 1, "learning_rate": 1e-2}
-    run = stage_run(extracted, folder, tmp_path / "dft", own_adapter="frozen", dft=rate)
+    run = stage_run(extracted, folder, tmp_path / "dft", projector="frozen", dft=rate)
     student, _ = StageSetup(run).load()
     assert not any(parameter.requires_grad for parameter in projector_parameters(student))
     assert any(parameter.requires_grad for parameter in student.parameters())
     train_stage(run, Accelerator(cpu=True))
     with pytest.raises(UserError, match="nothing learns in a stage that trains the projector alone"):
-        StageSetup(stage_run(extracted, folder, tmp_path / "dpt", own_adapter="frozen", dpt=rate)).load()
+        StageSetup(stage_run(extracted, folder, tmp_path / "dpt", projector="frozen", dpt=rate)).load()
 
 
 def test_another_number_of_image_tokens_is_refused_before_training_and_in_each_batch(
@@ -267,7 +274,7 @@ def test_what_cannot_be_such_a_student_is_refused_with_the_reason(
     decoder = make_tiny_lm(tmp_path / "lm", tokenizer_from=llava.checkpoint)
     with pytest.raises(UserError, match=r"is of type qwen2, which has no vision tower and adapter of its own"):
         resolve_reader_spec(llava.store, decoder, own_vision=True, kd_weight=1.0)
-    with pytest.raises(UserError, match=r"is a whole multimodal model \(llava\); give --adapter own"):
+    with pytest.raises(UserError, match=r"is a whole multimodal model \(llava\); give --vision own"):
         resolve_reader_spec(llava.store, llava.checkpoint, own_vision=False, kd_weight=1.0)
 
 

@@ -18,13 +18,14 @@ from transformers import AutoConfig
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES, family_of
-from stages.student.config import DistilledFinetuning, TrainConfig
+from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
-from stages.student.layer_matching import match_layers
+from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss
 from stages.student.model.build import Student, build_student, is_student, load_student
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
+from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.stage import StageRun
@@ -114,7 +115,7 @@ def test_losses_of_a_ragged_batch_are_those_of_one_sample_at_a_time(
     extracted = extract(model_type)
     student, _ = make_student(extracted, tmp_path)
     samples = streamed(extracted)
-    matching, _ = match_layers(3, extracted.store.manifest.fingerprint, num_matched=1)
+    matching, _ = match_layers(3, extracted.store.manifest, MatchingConfig(num_matched=1))
     expected = textbook_losses(extracted, student, samples, matching.student_layers[0])
     enable_capture(student)
     batch = collator(extracted, student)(samples)
@@ -177,7 +178,11 @@ def test_a_stage_trains_on_tiles_and_generates(extract: Extract, tmp_path: Path)
     extracted = extract("llava_onevision")
     _, decoder = make_student(extracted, tmp_path)
     config = TrainConfig.model_validate(
-        {"microbatch_size": 2, "num_matched": 1, "dft": {"batch_size": 2, "max_steps": 2, "learning_rate": 1e-3}}
+        {
+            "loader": {"microbatch_size": 2},
+            "matching": {"num_matched": 1},
+            "dft": {"batch_size": 2, "max_steps": 2, "learning_rate": 1e-3},
+        }
     )
     run = StageRun(
         name="dft",

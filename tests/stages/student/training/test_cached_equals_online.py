@@ -21,7 +21,7 @@ from stages.layers import window_means
 from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
-from stages.student.layer_matching import LayerMatching, match_layers
+from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
 from stages.student.model.build import Student, build_student
 from stages.student.training.objective import BatchTotals, DistillationObjective
@@ -80,7 +80,7 @@ def cached(
     """Loss terms and gradients of one batch from stored targets."""
     student = new_student(data, store)
     enable_capture(student)
-    matching, notes = match_layers(6, store.manifest.fingerprint, num_matched=3)
+    matching, notes = match_layers(6, store.manifest, MatchingConfig(num_matched=3))
     assert not notes
     collator = Collator(SampleReader(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000))
     batch = collator(samples)
@@ -178,7 +178,7 @@ def test_stored_targets_give_the_losses_and_gradients_of_the_teacher_in_the_loop
         batch_size=4,
     )
     samples = streamed(data, targets)
-    matching, _ = match_layers(6, targets.manifest.fingerprint, num_matched=3)
+    matching, _ = match_layers(6, targets.manifest, MatchingConfig(num_matched=3))
     terms, grads = cached(data, targets, samples)
     expected_terms, expected_grads = online(data, targets, samples, matching)
     for name, value in expected_terms.items():
@@ -191,7 +191,7 @@ def test_microbatches_of_uneven_answer_lengths_sum_to_the_whole_batch(data: Tiny
     whole_terms, whole = cached(data, store16, samples)
     student = new_student(data, store16)
     enable_capture(student)
-    matching, _ = match_layers(6, store16.manifest.fingerprint, num_matched=3)
+    matching, _ = match_layers(6, store16.manifest, MatchingConfig(num_matched=3))
     collator = Collator(SampleReader(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000))
     objective = objective_of(student, store16, matching)
     batches = [collator(samples[start : start + 3]) for start in range(0, len(samples), 3)]
@@ -276,7 +276,7 @@ def test_text_alone_teaches_a_stage_of_the_post_connector_nothing(data: TinyData
 def test_batches_of_text_alone_and_of_nothing_name_the_same_terms(data: TinyData, store16: TargetStore) -> None:
     student = new_student(data, store16)
     enable_capture(student)
-    matching, _ = match_layers(6, store16.manifest.fingerprint, num_matched=3)
+    matching, _ = match_layers(6, store16.manifest, MatchingConfig(num_matched=3))
     collator = Collator(SampleReader(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000))
     objective = objective_of(student, store16, matching)
     samples = streamed(data, store16)

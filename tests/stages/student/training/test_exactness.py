@@ -22,11 +22,11 @@ from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.config import DistilledFinetuning, TrainConfig
+from stages.student.config import DistilledFinetuning
 from stages.student.data.batch import decode_windows
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
-from stages.student.layer_matching import LayerMatching, match_stage
+from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses import answer_losses
 from stages.student.model.build import Student, build_student
 from stages.student.training.objective import BatchTotals, DistillationObjective
@@ -71,11 +71,11 @@ class World:
     data: TinyData
     store: TargetStore
     samples: dict[str, StreamedSample]
-    config: TrainConfig = field(default_factory=lambda: TrainConfig(num_matched=3))
+    matched: MatchingConfig = field(default_factory=lambda: MatchingConfig(num_matched=3))
 
     @property
     def matching(self) -> LayerMatching:
-        return match_stage(6, self.store.manifest, self.config, DistilledFinetuning())[0]
+        return match_layers(6, self.store.manifest, self.matched)[0]
 
 
 @pytest.fixture(scope="module")
@@ -334,9 +334,9 @@ def test_settings_of_the_losses_change_what_is_trained_on_as_the_textbook_says(
 
 
 LAYER_SETTINGS: list[tuple[dict[str, Any], tuple[int, ...], tuple[tuple[int, ...], ...]]] = [
-    ({"matching": "one_to_one", "num_matched": 3}, (2, 3, 4), ((0,), (4,), (7,))),
-    ({"layers": "early"}, (0, 1), ((0, 1), (1, 2))),
-    ({"layers": "late"}, (4, 5), ((6,), (7,))),
+    ({"kind": "one_to_one", "num_matched": 3}, (2, 3, 4), ((0,), (4,), (7,))),
+    ({"span": "early"}, (0, 1), ((0, 1), (1, 2))),
+    ({"span": "late"}, (4, 5), ((6,), (7,))),
 ]
 
 
@@ -344,7 +344,7 @@ LAYER_SETTINGS: list[tuple[dict[str, Any], tuple[int, ...], tuple[tuple[int, ...
 def test_other_matched_layers_are_trained_on_as_the_textbook_says(
     settings: dict[str, Any], layers: tuple[int, ...], windows: tuple[tuple[int, ...], ...], world: World
 ) -> None:
-    other = replace(world, config=TrainConfig.model_validate(settings))
+    other = replace(world, matched=MatchingConfig.model_validate(settings))
     assert (other.matching.student_layers, other.matching.windows) == (layers, windows)
     terms, gradients = trained_on(other, list(RECORDS), DistilledFinetuning())
     expected_terms, expected = textbook(other, list(RECORDS), DistilledFinetuning(), as_stored(other))

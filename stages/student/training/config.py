@@ -1,0 +1,104 @@
+"""Settings of student training, in sections; a section that configures one module stands beside it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from stages.settings import AtResume
+from stages.student.config import (
+    STAGES,
+    DataSource,
+    DistilledFinetuning,
+    DistilledPretraining,
+    LoraSettings,
+    StageConfig,
+    StageName,
+    SupervisedFinetuning,
+)
+from stages.student.data.loader import LoaderConfig
+from stages.student.layer_matching import MatchingConfig
+from stages.student.training.checkpoint import CheckpointConfig
+from stages.student.training.metrics import LoggingConfig
+from stages.student.training.parallel import ParallelConfig
+from storage.strict_model import StrictModel
+
+
+class DataConfig(StrictModel):
+    """What a run trains on, and in which order."""
+
+    sources: Annotated[tuple[DataSource, ...], AtResume.SAME_DATA] = ()
+    """Several stores at once, in place of the run's `samples` and `targets`; one order goes over all of them."""
+    subset: Annotated[str | None, AtResume.SAME_DATA] = None
+    """Text file with the keys of the samples to use, one a line; with `sources` each has its own."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Sample budget: so many different samples, drawn by `train.seed`, the same in each epoch; None uses all."""
+    shuffle_shards: int = Field(default=8, ge=0)
+    """Shards whose samples are mixed together; 0 keeps the stored order."""
+    allow_incomplete: Annotated[bool, AtResume.MAY_CHANGE] = False
+    """Train on the shards committed so far of a store whose extraction did not finish; without it such a store is
+    refused. A stage that was begun so refuses to go on once the store holds other shards: its order of samples would be
+    another."""
+
+
+class ClusterConfig(StrictModel):
+    """Training on a Ray cluster, in the processes of one group."""
+
+    ray_address: str | None = None
+    """Address of the cluster; None trains in this process, or in those that torchrun or `accelerate launch` started."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes of the group; None is one a GPU, or one without GPUs. Given without an address, Ray starts here."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Times the group is started when a process or node dies; each goes on from the newest checkpoint."""
+
+
+class TrainConfig(StrictModel):
+    """How students are trained; where samples, targets, student and output lie is said beside it."""
+
+    stages: Annotated[tuple[StageName, ...], AtResume.MAY_CHANGE] = Field(default=STAGES, min_length=1)
+    """Which stages are trained, in this order. Each starts from the student of the last one before it that the run
+    folder holds, the first from the decoder."""
+    seed: int = Field(default=0, ge=0)
+    """Of the sample order and of new weights."""
+    vision: Literal["teacher", "own"] = "teacher"
+    """`teacher` (teacher adapter fetching, TAF): the teacher's vision tower and projector, a post-connector, and the
+    decoder named as the student. `own`: a whole multimodal checkpoint with its own tower and projector, which must make
+    as many image tokens of each sample as the teacher did."""
+    projector: Literal["trained", "frozen"] = "trained"
+    """With `vision` own: whether the student's projector learns in every stage, or stays as it is. The tower never
+    learns."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    lora: LoraSettings = LoraSettings()
+    """Low-rank updates, in stages that train LoRA."""
+    dpt: DistilledPretraining = DistilledPretraining()
+    """Distilled pre-training."""
+    dft: DistilledFinetuning = DistilledFinetuning()
+    """Distilled fine-tuning."""
+    sft: SupervisedFinetuning = SupervisedFinetuning()
+    """Supervised fine-tuning."""
+    data: DataConfig = DataConfig()
+    """What is trained on, and in which order."""
+    matching: Annotated[MatchingConfig, AtResume.IF_UNMATCHED] = MatchingConfig()
+    """Which student layers learn from which teacher layers."""
+    loader: Annotated[LoaderConfig, AtResume.MAY_CHANGE] = LoaderConfig()
+    """How batches are made and read ahead."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How a step is computed, and spread over processes."""
+    cluster: Annotated[ClusterConfig, AtResume.MAY_CHANGE] = ClusterConfig()
+    """Training on a Ray cluster."""
+    checkpoint: Annotated[CheckpointConfig, AtResume.MAY_CHANGE] = CheckpointConfig()
+    """When the state of training is saved."""
+    logging: Annotated[LoggingConfig, AtResume.MAY_CHANGE] = LoggingConfig()
+    """Where metrics go."""
+
+    @field_validator("stages")
+    @classmethod
+    def _check_order(cls, stages: tuple[StageName, ...]) -> tuple[StageName, ...]:
+        if list(stages) != [name for name in STAGES if name in stages]:
+            raise ValueError(f"expected some of {', '.join(STAGES)}, each once and in this order")
+        return stages
+
+    def stage(self, name: StageName) -> StageConfig:
+        """The settings of one stage."""
+        config: StageConfig = getattr(self, name)
+        return config
