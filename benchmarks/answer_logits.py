@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import RESULTS, command_line, save_result
-from stages.student.losses import stored_logit_distillation_loss
+from stages.student.losses import teacher_rows
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses
@@ -190,7 +190,7 @@ def drawn_gradients(
             AnswerLogitsCodec(codec).encode(teacher_V.expand(count, -1), addresses_R)
         )
         student_RV = student_V.float().expand(count, -1).contiguous().requires_grad_()
-        loss = stored_logit_distillation_loss(student_RV, stored, temperature).sum()
+        loss = teacher_rows(stored, student_RV.shape[1], temperature).loss(student_RV, "forward").sum()
         parts.append(torch.autograd.grad(loss, student_RV)[0])
     return torch.cat(parts)
 

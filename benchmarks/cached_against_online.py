@@ -78,8 +78,8 @@ class Online(Kept):
         for row, positions in enumerate(batch.image_positions):
             ids = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()]
             pixels = {"pixel_values": next(images)[None]} if len(positions) else {}
-            of_row = batch.row_index_R == row
-            rows, answers = batch.row_position_R[of_row], batch.answer_R[of_row]
+            of_row = batch.answers.sequence_R == row
+            rows, answers = batch.answers.position_R[of_row], batch.answers.token_R[of_row]
             self._add(terms, {"input_ids": ids[None], **pixels}, rows, answers, positions, totals)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         return loss, {name: value.detach() for name, value in terms.items()}

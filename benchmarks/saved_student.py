@@ -23,10 +23,10 @@ from pipeline.demo.assets import STUDENT_LM
 from pipeline.run_file import load_run_file
 from pipeline.training import train
 from stages.student.config import StageName
-from stages.student.data.batch import Batch
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Batch, Collator
 from stages.student.data.sample_reader import resolve_reader_spec
-from stages.student.model.build import Student, load_student
+from stages.student.model.loading import load_student
+from stages.student.model.student import Student
 from stages.student.training.objective import DistillationObjective
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, target_stream
@@ -51,7 +51,7 @@ def answer_logits(student: Student, batch: Batch, *, as_trained: bool = False) -
     batch = batch.to(torch.device("cpu"), student.dtype)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=as_trained):
         hidden_BTd = student.model(**batch.inputs, use_cache=False).last_hidden_state
-        logits_RV: Tensor = student.lm_head(hidden_BTd[batch.row_index_R, batch.row_position_R])
+        logits_RV: Tensor = student.lm_head(hidden_BTd[batch.answers.sequence_R, batch.answers.position_R])
     return logits_RV.float()
 
 
@@ -69,8 +69,8 @@ def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[St
     """The three stages in a row, in bfloat16."""
     samples, store = open_store(bench.folder / "samples"), TargetStore.open(str(bench.folder / "default"))
     stream = target_stream(samples, store, StreamConfig(seed=1, batch_size=num_samples), rank=0, world_size=1, epoch=0)
-    reading = resolve_reader_spec(store, STUDENT_LM, own_vision=False, kd_weight=1.0)
-    batch = Collator(reading.reader())(next(iter(stream)))
+    spec = resolve_reader_spec(store, STUDENT_LM, own_vision=False, kd_weight=1.0)
+    batch = Collator(spec.reader)(next(iter(stream)))
     settings = [
         "train.parallel.precision=bf16",
         "train.loader.microbatch_size=16",

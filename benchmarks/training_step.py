@@ -34,10 +34,11 @@ from benchmarks.capture import IMAGE_TOKEN, make_model
 from benchmarks.capture import Shape as TeacherShape
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
+from stages.answer_rows import AnswerRows
 from stages.attention import AttentionCapture, enable_capture
 from stages.layers import sliding_windows, student_layers, visual_understanding_layers, window_means
 from stages.student.config import DistilledFinetuning, LoraSettings
-from stages.student.data.batch import Batch, capture_for
+from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
 from stages.student.model.build import student_config
@@ -179,16 +180,14 @@ class Bench:
         way = "cached" if way == "compiled" else way
         if way in self.objectives:
             enable_capture(self.student)
-            loss: Tensor = self.objectives[way](self.batch, BatchTotals(self.batch.num_answer_rows, self.shape.batch))[
-                0
-            ]
+            loss: Tensor = self.objectives[way](self.batch, BatchTotals(len(self.batch.answers), self.shape.batch))[0]
             return loss
         return self._online_loss() if way == "online" else self._released_loss()
 
     def _online_loss(self) -> Tensor:
         teacher_RV, maps_LBNN = self._observe()
         enable_capture(self.student)
-        capture = capture_for(self.batch, self.matching.student_layers, self.device)
+        capture = AttentionCapture(frozenset(self.matching.student_layers), self.batch.image_positions).to(self.device)
         hidden_BTd = self.student.model(**self.batch.inputs, capture=capture, use_cache=False).last_hidden_state
         student_RV = self.student.lm_head(self._answer_rows(hidden_BTd))
         student_LBNN = torch.stack([capture.maps[layer] for layer in self.matching.student_layers])
@@ -204,13 +203,13 @@ class Bench:
         self.student.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
         own = self.student(**inputs, output_attentions=True, use_cache=False)
         student_LBNN = torch.stack([_image_block(own.attentions[i], where) for i in self.matching.student_layers])
-        rows = self.batch.row_index_R, self.batch.row_position_R
+        rows = self.batch.answers.sequence_R, self.batch.answers.position_R
         return self._dense_loss(own.logits.float()[rows], seen.logits.float()[rows], student_LBNN, maps_LBNN)
 
     def _dense_loss(self, student_RV: Tensor, teacher_RV: Tensor, student_LBNN: Tensor, maps_LBNN: Tensor) -> Tensor:
         windows_LBNN = window_means(maps_LBNN, self.captured, self.matching.windows)
         return (
-            F.cross_entropy(student_RV.float(), self.batch.answer_R)
+            F.cross_entropy(student_RV.float(), self.batch.answers.token_R)
             + logit_distillation_loss(student_RV, teacher_RV)
             + attention_alignment_loss(student_LBNN, windows_LBNN)
         )
@@ -225,7 +224,7 @@ class Bench:
         return self.teacher.lm_head(self._answer_rows(hidden_BTd)), maps_LBNN
 
     def _answer_rows(self, hidden_BTd: Tensor) -> Tensor:
-        return hidden_BTd[self.batch.row_index_R, self.batch.row_position_R]
+        return hidden_BTd[self.batch.answers.sequence_R, self.batch.answers.position_R]
 
     def _make_student(self) -> CompoDistillStudentForConditionalGeneration:
         config = student_config(self.teacher.config.to_dict(), _student_text(self.shape).to_dict())
@@ -250,9 +249,11 @@ class Bench:
         self.batch = Batch(
             keys=tuple(f"{row:09d}" for row in range(shape.batch)),
             inputs={"input_ids": ids_BT, "pixel_values": pixels, "attention_mask": torch.ones_like(ids_BT)},
-            row_index_R=torch.arange(shape.batch).repeat_interleave(shape.answers),
-            row_position_R=(answers_A - 1).repeat(shape.batch),
-            answer_R=ids_BT[:, answers_A].flatten(),
+            answers=AnswerRows(
+                sequence_R=torch.arange(shape.batch).repeat_interleave(shape.answers),
+                position_R=(answers_A - 1).repeat(shape.batch),
+                token_R=ids_BT[:, answers_A].flatten(),
+            ),
             logits_RQ=torch.zeros(0, 0, dtype=torch.uint8),
             image_positions=(where,) * shape.batch,
             maps=(None,) * shape.batch,

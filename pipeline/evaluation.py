@@ -14,19 +14,19 @@ from pipeline.ui.html_report import ReportSample
 from stages.attention import enable_capture
 from stages.captured_layers import check_maps
 from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
+from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
+from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.evaluation.evaluate import evaluate_pairs
 from stages.evaluation.pairs import load_pairs
-from stages.evaluation.pictures import enlarged, gaze, overlay
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
-from stages.evaluation.similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.images import decode_image
 from stages.student.config import STAGES
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
-from stages.student.model.build import Student, is_student, load_student
-from stages.student.model.loading import load_multimodal
+from stages.student.model.loading import load_multimodal, load_student
+from stages.student.model.student import Student, is_student
 from stages.student.run_folder import RunFolder, StageFolder
 from storage.progress import SILENT, Progress
 from storage.stores import open_store
@@ -93,8 +93,7 @@ def evaluate_checkpoint(
     """Scores a checkpoint on a folder of pairs in SugarCrepe's layout."""
     suite = load_pairs(pairs, images, limit=limit)
     loaded, processor = load_model(model)
-    task = progress.task(f"evaluate {Path(model).name}", sum(map(len, suite.values())), unit="pairs")
-    return evaluate_pairs(loaded, processor, suite, config, task.advance)
+    return evaluate_pairs(loaded, processor, suite, config, progress, title=f"evaluate {Path(model).name}")
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,12 @@ def compare_with_targets(
             compared.student,
             map(compared.collator, batches),
             compared.matching,
-            task.advance,
+            task,
             layers_from=compared.layers_from,
         )
 
 
-def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[ReportSample]:
+def attention_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[ReportSample]:
     """The first `count` images of a store: each image, where the teacher looked, where each student looks.
 
     Where a student learned from other teacher layers than the one before it, the teacher is shown again.
@@ -148,7 +147,7 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
     windows: tuple[tuple[int, ...], ...] | None = None
     for name, model in models.items():
         compared = _open_student(model, store)
-        seen = gaze(
+        seen = pooled_attention(
             compared.student, compared.collator(shown).to(compared.student.device, torch.float32), compared.matching
         )
         title = "teacher" if windows is None else f"teacher, as {name} learned"
@@ -167,16 +166,16 @@ def gaze_pictures(models: Mapping[str, str], samples: str, targets: str, count: 
 def _open_student(model: str, store: TargetStore) -> _Compared:
     folder = find_checkpoint(model)
     hide_loading_bars()
-    reading = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
+    spec = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
     trained = StageFolder.of_student(folder).matching()
-    matching, notes = match_layers(reading.decoder.num_hidden_layers, store.manifest, trained or MatchingConfig())
-    check_maps(str(folder), reading.decoder, matching.student_layers, "attention can be compared in others only")
+    matching, notes = match_layers(spec.decoder.num_hidden_layers, store.manifest, trained or MatchingConfig())
+    check_maps(str(folder), spec.decoder, matching.student_layers, "attention can be compared in others only")
     # In float32 also on a GPU: figures of two machines are compared.
     loaded: Any = load_student(folder)
     student: Student = loaded.to(_device())
     enable_capture(student)
     layers_from: LayersFrom = "default" if trained is None else "training"
-    return _Compared(student, matching, layers_from, Collator(reading.reader()), [*reading.notes, *notes])
+    return _Compared(student, matching, layers_from, Collator(spec.reader), [*spec.notes, *notes])
 
 
 def _device() -> torch.device:

@@ -15,10 +15,10 @@ from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_pla
 from pipeline.ui.console import is_main_process
 from pipeline.ui.tables import ReportTable
 from stages.checkpoints import weights_digest
+from stages.evaluation.attention_similarity import AttentionSimilarity
 from stages.evaluation.pairs import load_pairs
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
-from stages.evaluation.similarity import AttentionSimilarity
 from stages.student.config import StageName
 from stages.student.run_folder import StageReport
 from storage.digests import digest_of

@@ -190,13 +190,13 @@ def _stage_run(
 
 
 def _check_one_teacher(runs: dict[StageName, StageRun]) -> None:
-    """A student keeps the eyes of its first stage's teacher."""
+    """Refuses stages with targets of several teachers: a student keeps the vision tower of one."""
     teachers = {name: stage.targets.manifest.fingerprint.teacher_weights for name, stage in runs.items()}
     if len(set(teachers.values())) > 1:
         raise FingerprintMismatch(
             "the stages have targets of different teachers (sha256 of weights: "
             + ", ".join(f"{name} {digest[:12]}" for name, digest in teachers.items())
-            + "), but a student sees with the eyes of one; extract the targets of all stages with the same teacher"
+            + "), but a student has the vision tower of one; extract the targets of all stages with the same teacher"
         )
 
 

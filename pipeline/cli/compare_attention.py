@@ -9,7 +9,7 @@ from pipeline.cli.options import ReportOption, SamplesOption, TargetsOption, sav
 
 if TYPE_CHECKING:
     from pipeline.ui.tables import ReportTable
-    from stages.evaluation.similarity import AttentionSimilarity
+    from stages.evaluation.attention_similarity import AttentionSimilarity
 
 NUM_PICTURES = 8
 
@@ -23,7 +23,7 @@ def compare_attention(
     html: Annotated[Path | None, typer.Option(help="File to save an HTML report with pictures in.")] = None,
 ) -> None:
     """Compares a student's visual attention with the teacher's cached maps: numbers and pictures."""
-    from pipeline.evaluation import compare_with_targets, gaze_pictures
+    from pipeline.evaluation import attention_pictures, compare_with_targets
     from pipeline.run_file import need
     from pipeline.ui.html_report import render_report
     from pipeline.ui.progress import progress_display
@@ -37,7 +37,7 @@ def compare_attention(
     if report is not None:
         save(report, result.model_dump_json(indent=1))
     if html is not None:
-        pictures = gaze_pictures({Path(model).name: model}, samples, targets, NUM_PICTURES)
+        pictures = attention_pictures({Path(model).name: model}, samples, targets, NUM_PICTURES)
         save(html, render_report(f"Attention of {model}", [table], pictures))
     print_report_table(table)
 

@@ -23,7 +23,7 @@ class Dtype(StrEnum):
 def export(
     model: Annotated[str, typer.Argument(help="Training run or checkpoint.", metavar="RUN_OR_CHECKPOINT")],
     output: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
-    fold: Annotated[bool, typer.Option(help="Post-connector into the adapter, where exact.")] = True,
+    fold: Annotated[bool, typer.Option(help="Fold the post-connector into the projector, where exact.")] = True,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the weights; default: as trained, float32 of a training run.")
     ] = None,

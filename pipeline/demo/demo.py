@@ -15,7 +15,7 @@ from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.demo.scenes.world import Variant
-from pipeline.evaluation import evaluate_checkpoint, gaze_pictures
+from pipeline.evaluation import attention_pictures, evaluate_checkpoint
 from pipeline.extraction import extract
 from pipeline.run_file import load_run_file
 from pipeline.sweep import SweepReport, run_sweep
@@ -125,7 +125,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     )
     open_store(folder).write("report.json", report.model_dump_json(indent=1).encode())
     models = {name: str(folder / "students" / name) for name in config.students}
-    pictures = gaze_pictures(models, str(samples), str(targets), PICTURES)
+    pictures = attention_pictures(models, str(samples), str(targets), PICTURES)
     table = accuracy_table(report)
     page = render_report("cdp demo: what attention distillation did", [table], pictures)
     open_store(folder).write("report.html", page.encode())

@@ -15,13 +15,13 @@ from stages.evaluation.rows import RowReader
 from stages.evaluation.scoring import (
     NO_LIMIT,
     EvaluationConfig,
-    Progress,
     count_pairs,
     letter_scores,
     likelihood_scores,
     share_of_first_letter,
 )
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 
 
 def evaluate_pairs(
@@ -29,20 +29,22 @@ def evaluate_pairs(
     processor: Any,
     pairs: Mapping[str, Sequence[CaptionPair]],
     config: EvaluationConfig,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
+    title: str = "evaluate",
 ) -> EvaluationReport:
     """Scores all pairs and sums up by kind.
 
     Args:
-        model: any model of `AutoModelForImageTextToText`, on its device; it is left in the mode it came in.
-        processor: the processor of its checkpoint.
-        pairs: kind to pairs, as from `load_pairs`.
-        config: how to score.
-        progress: called with the number of pairs finished since the last call.
+        model: Any model of `AutoModelForImageTextToText`, on its device; it is left in the mode it came in.
+        processor: The processor of its checkpoint.
+        pairs: Kind to pairs, as from `load_pairs`.
+        config: How to score.
+        progress: Where finished pairs are counted.
+        title: Name of the task there.
 
     Raises:
-        UserError: a kind without pairs, a pair that cannot be encoded, a model that cannot be read row by
-            row, or scores that are not finite.
+        UserError: If a kind has no pairs, a pair cannot be encoded, the model cannot be read row by row, or scores are
+            not finite.
     """
     if empty := [kind for kind, of_kind in pairs.items() if not of_kind]:
         raise UserError(f"no pairs of kind {', '.join(empty)}")
@@ -50,15 +52,14 @@ def evaluate_pairs(
         raise UserError("no pairs to evaluate")
     encoder = ConversationEncoder(processor, model.config.image_token_id, NO_LIMIT)
     score = likelihood_scores if config.scoring == "likelihood" else letter_scores
+    task = progress.task(title, sum(map(len, pairs.values())), unit="pairs")
     was_training = model.training
     model.eval()
     start = time.perf_counter()
     try:
         with torch.inference_mode():
-            RowReader(model, encoder.image_token_id).check_head(encoder.encode_prompt(config.prompt, []))
-            results = {
-                kind: _sum_up(score(model, encoder, of_kind, config, progress)) for kind, of_kind in pairs.items()
-            }
+            RowReader(model).check_head(encoder.encode_prompt(config.prompt, []))
+            results = {kind: _sum_up(score(model, encoder, of_kind, config, task)) for kind, of_kind in pairs.items()}
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - start

@@ -10,8 +10,8 @@ def wilson_interval(successes: float, num_trials: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion.
 
     Args:
-        successes: between 0 and `num_trials`; need not be whole, as a tie counts half.
-        num_trials: at least 1.
+        successes: Between 0 and `num_trials`; a tie counts half.
+        num_trials: At least 1.
 
     Returns:
         Lower and upper bound, within 0 and 1.

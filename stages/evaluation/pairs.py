@@ -1,7 +1,7 @@
 """Reads compositional suites in SugarCrepe's layout: `KIND.json` files beside a folder of images.
 
-A file maps keys to `{"filename": ..., "caption": ..., "negative_caption": ...}`; its name is the kind of the
-change that made the negative caption, such as `swap_obj`.
+A file maps keys to `{"filename": ..., "caption": ..., "negative_caption": ...}`. Its name says how the negative caption
+was made, such as `swap_obj`.
 """
 
 import json
@@ -33,17 +33,17 @@ def load_pairs(
     kinds: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, list[CaptionPair]]:
-    """The pairs of each kind, kinds in the order asked for (or by name), pairs in the order of their file.
+    """The pairs of each kind: kinds in the order asked for, or by name, pairs in the order of their file.
 
     Args:
-        folder: holds the `KIND.json` files.
-        images: holds the images; `folder/images` unless given.
-        kinds: kinds to read; all unless given.
-        limit: pairs read of each kind, from the first; all unless given.
+        folder: Holds the `KIND.json` files.
+        images: Holds the images; None is `folder/images`.
+        kinds: Kinds to read; None reads all.
+        limit: The first pairs of each kind; None reads all.
 
     Raises:
-        UserError: a folder, file, kind or image that is missing, JSON that is not of this layout, or a file
-            name that leaves the folder of images.
+        UserError: If a folder, file, kind or image is missing, JSON has another layout, or a file name leaves the
+            folder of images.
     """
     images = folder / "images" if images is None else images
     for path in (folder, images):

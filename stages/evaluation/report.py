@@ -1,4 +1,4 @@
-"""What an evaluation found, as numbers and as JSON."""
+"""The report of an evaluation."""
 
 from typing import Literal
 
@@ -11,9 +11,9 @@ class KindResult(StrictModel):
     num_pairs: int
     """Pairs scored."""
     accuracy: float
-    """Mean of what the pairs count, within 0 and 1; a guess has 0.5."""
+    """Mean over the pairs, within 0 and 1; guessing gives 0.5."""
     interval_95: tuple[float, float]
-    """Wilson's 95 % interval of the accuracy; a pair is one trial, also where asked in two orders."""
+    """Wilson's 95 % interval of the accuracy; a pair is one trial, also when asked in two orders."""
     first_letter_share: float | None
     """How often the model preferred A over both orders; only for letters."""
 
@@ -38,7 +38,7 @@ class EvaluationReport(StrictModel):
     num_pairs: int
     """Pairs scored, over all kinds."""
     seconds: float
-    """Wall-clock time of scoring, images decoded included and the model's loading not."""
+    """Wall-clock time of scoring with decoding of images, without loading the model."""
     pairs_per_s: float
     """Pairs scored a second."""
 

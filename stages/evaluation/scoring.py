@@ -1,13 +1,12 @@
 """Scores pairs of captions, by likelihood and by letter.
 
-*Likelihood.* Each caption is the model's answer to one fixed prompt about the image; its score is the sum of
-the log-probabilities of its tokens, the end token included. The pair counts 1 if the fitting caption scores
-higher, 1/2 for equal scores, else 0.
+*Likelihood.* Each caption is the model's answer to one fixed prompt about the image. Its score is the sum of the
+log-probabilities of its tokens, the end token included. The pair counts 1 if the fitting caption scores higher, 1/2 for
+equal scores, else 0.
 
-*Letters.* The prompt shows both captions as A and B and asks for the letter; the score of a letter is its
-log-probability as the answer's next token. Each pair is asked in both orders and counts the mean of the two:
-1 where the fitting caption's letter scores higher, 1/2 for equal scores, else 0. So a model that always
-answers A has accuracy 1/2.
+*Letters.* The prompt shows both captions as A and B and asks for the letter. A letter's score is its log-probability as
+the answer's next token. Each pair is asked in both orders and counts the mean of the two: 1 where the fitting caption's
+letter scores higher, 1/2 for equal scores, else 0. A model that always answers A has accuracy 1/2.
 
 Shape letters: P pairs, R rows; a last axis of 2 is (fitting caption, negative caption).
 """
@@ -17,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from string import Formatter
 from typing import Any, Final, Literal
 
@@ -25,17 +25,19 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from stages.answer_rows import answer_rows
 from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
 from stages.images import MAX_PIXELS, BadImage, decode_image
 from storage.errors import UserError
+from storage.progress import SILENT, ProgressTask
 from storage.strict_model import StrictModel
 
-Progress = Callable[[int], None]
+_NOT_SHOWN = SILENT.task("score")
 
 NO_LIMIT: Final = 2**31
-"""Length at which nothing is cut: half a caption must not be compared with a whole one."""
+"""A length at which no caption is cut: half a caption must not be compared with a whole one."""
 
 
 class EvaluationConfig(StrictModel):
@@ -66,10 +68,10 @@ class EvaluationConfig(StrictModel):
 
 @dataclass(frozen=True)
 class LetterTokens:
-    """How a prompt goes on to the answers A and B."""
+    """The tokens after a prompt that begin the answers A and B."""
 
     lead: Tensor
-    """int64: what both answers begin with, such as a space that is a token of its own; often empty."""
+    """int64: tokens that both answers begin with, such as one for a space; often empty."""
     letters: tuple[int, int]
     """The tokens in which the answers differ."""
 
@@ -79,43 +81,38 @@ def likelihood_scores(
     encoder: ConversationEncoder,
     pairs: Sequence[CaptionPair],
     config: EvaluationConfig,
-    progress: Progress | None = None,
+    task: ProgressTask = _NOT_SHOWN,
 ) -> Tensor:
     """Scores of both captions of each pair as answers to `config.prompt`.
 
     Args:
-        model: any model of `AutoModelForImageTextToText`, in eval mode.
-        encoder: of the model's processor, with `max_length` too large to cut a caption.
-        pairs: what to score.
-        config: prompt, batching and bounds.
-        progress: called with the number of pairs finished since the last call.
+        model: Any model of `AutoModelForImageTextToText`, in eval mode.
+        encoder: Of the model's processor, with `max_length` too large to cut a caption.
+        pairs: What to score.
+        config: Prompt, batching and bounds.
+        task: Advances by the pairs of each batch.
 
     Returns:
         `[P, 2]` float64: summed log-probability of the fitting and of the negative caption.
 
     Raises:
-        UserError: a pair that cannot be encoded, or scores that are not finite.
+        UserError: If a pair cannot be encoded, or scores are not finite.
     """
 
-    def encode(pair: CaptionPair) -> list[EncodedConversation]:
-        image = _decode(pair, config)
+    def encode(pair: CaptionPair, image: Image.Image) -> list[EncodedConversation]:
         captions = (pair.caption, pair.negative_caption)
-        return [_fitting(encoder.encode_pair(config.prompt, text, [image]), config) for text in captions]
+        return [encoder.encode_pair(config.prompt, text, [image]) for text in captions]
 
-    reader = RowReader(model, encoder.image_token_id)
-    scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for first, groups in _encoded_batches(pairs, encode, config):
+    reader = RowReader(model)
+    scores = []
+    for groups in _encoded_batches(pairs, encode, config, task):
         items = [item for group in groups for item in group]
-        answers = [item.answer_mask.nonzero()[:, 0] for item in items]
-        hidden_RH = reader.hidden(groups, [positions - 1 for positions in answers])
-        tokens_R = torch.cat([item.token_ids[at] for item, at in zip(items, answers, strict=True)])
-        log_probs_R = reader.log_probs(hidden_RH, tokens_R[:, None])[:, 0].double()
-        sums = [part.sum() for part in torch.split(log_probs_R, [len(at) for at in answers])]
-        scores[first : first + len(groups)] = torch.stack(sums).view(-1, 2)
-        if progress is not None:
-            progress(len(groups))
-    _check_finite(scores, pairs)
-    return scores
+        rows = answer_rows([item.token_ids for item in items], [item.answer_mask for item in items])
+        counts = [int(item.answer_mask.sum()) for item in items]
+        hidden_Rd = reader.hidden(groups, torch.split(rows.position_R, counts))
+        log_probs_R = reader.log_probs(hidden_Rd, rows.token_R[:, None])[:, 0].double()
+        scores.append(torch.stack([part.sum() for part in torch.split(log_probs_R, counts)]).view(-1, 2))
+    return _finite(torch.cat(scores), pairs)
 
 
 def letter_scores(
@@ -123,7 +120,7 @@ def letter_scores(
     encoder: ConversationEncoder,
     pairs: Sequence[CaptionPair],
     config: EvaluationConfig,
-    progress: Progress | None = None,
+    task: ProgressTask = _NOT_SHOWN,
 ) -> Tensor:
     """Scores of the letters of both captions of each pair, in both orders.
 
@@ -135,26 +132,20 @@ def letter_scores(
     """
     tokens = letter_tokens(encoder)
 
-    def encode(pair: CaptionPair) -> list[EncodedConversation]:
-        image = _decode(pair, config)
+    def encode(pair: CaptionPair, image: Image.Image) -> list[EncodedConversation]:
         orders = [(pair.caption, pair.negative_caption), (pair.negative_caption, pair.caption)]
         prompts = [config.letter_prompt.format(a=a, b=b) for a, b in orders]
-        return [_fitting(_prompt(encoder, prompt, image, tokens), config) for prompt in prompts]
+        return [_prompt(encoder, prompt, image, tokens) for prompt in prompts]
 
-    reader = RowReader(model, encoder.image_token_id)
-    scores = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)
-    for first, groups in _encoded_batches(pairs, encode, config):
+    reader = RowReader(model)
+    scores = []
+    for groups in _encoded_batches(pairs, encode, config, task):
         last_rows = [torch.tensor([len(item.token_ids) - 1]) for group in groups for item in group]
-        hidden_RH = reader.hidden(groups, last_rows)
         letters_R2 = torch.tensor(tokens.letters).expand(len(last_rows), 2)
-        by_letter = reader.log_probs(hidden_RH, letters_R2).double().view(-1, 2, 2)
+        by_letter = reader.log_probs(reader.hidden(groups, last_rows), letters_R2).double().view(-1, 2, 2)
         # Where the fitting caption is B, the letters come as (negative, fitting).
-        scores[first : first + len(groups), 0] = by_letter[:, 0]
-        scores[first : first + len(groups), 1] = by_letter[:, 1].flip(-1)
-        if progress is not None:
-            progress(len(groups))
-    _check_finite(scores, pairs)
-    return scores
+        scores.append(torch.stack([by_letter[:, 0], by_letter[:, 1].flip(-1)], dim=1))
+    return _finite(torch.cat(scores), pairs)
 
 
 def count_pairs(scores: Tensor) -> Tensor:
@@ -165,7 +156,7 @@ def count_pairs(scores: Tensor) -> Tensor:
 
 
 def share_of_first_letter(scores_P22: Tensor) -> float:
-    """How often A was preferred over both orders; a model without a preference for a place has 1/2."""
+    """How often A was preferred over both orders; a model that prefers neither letter has 1/2."""
     fitting_is_a, fitting_is_b = scores_P22.unbind(1)
     chose_a = torch.cat([count_pairs(fitting_is_a), 1 - count_pairs(fitting_is_b)])
     return float(chose_a.mean())
@@ -175,7 +166,7 @@ def letter_tokens(encoder: ConversationEncoder) -> LetterTokens:
     """The tokens that tell answer A from answer B after a prompt.
 
     Raises:
-        UserError: the chat template does not put the answer right after the prompt for it.
+        UserError: If the chat template does not put the answer right after its generation prompt.
     """
     prompt = encoder.encode_prompt("A or B?", []).token_ids.tolist()
     answers = [encoder.encode_pair("A or B?", letter, []).token_ids.tolist() for letter in "AB"]
@@ -194,42 +185,36 @@ def _prompt(encoder: ConversationEncoder, prompt: str, image: Image.Image, token
     return dataclasses.replace(encoded, token_ids=token_ids, answer_mask=torch.zeros_like(token_ids).bool())
 
 
-def _decode(pair: CaptionPair, config: EvaluationConfig) -> Image.Image:
-    return decode_image(pair.image.read_bytes(), config.max_pixels)
-
-
-def _fitting(encoded: EncodedConversation, config: EvaluationConfig) -> EncodedConversation:
-    if len(encoded.token_ids) > config.max_length:
-        raise UserError(f"{len(encoded.token_ids)} tokens, max_length is {config.max_length}; raise it")
-    return encoded
-
-
 def _encoded_batches(
     pairs: Sequence[CaptionPair],
-    encode: Callable[[CaptionPair], list[EncodedConversation]],
+    encode: Callable[[CaptionPair, Image.Image], list[EncodedConversation]],
     config: EvaluationConfig,
-) -> Iterator[tuple[int, list[list[EncodedConversation]]]]:
-    """Batches of encoded pairs with the number of their first, encoded in threads one batch ahead."""
+    task: ProgressTask,
+) -> Iterator[list[list[EncodedConversation]]]:
+    """Batches of encoded pairs; threads encode one batch ahead."""
 
     def encode_or_name(pair: CaptionPair) -> list[EncodedConversation]:
+        where = f"pair {pair.key!r} of {pair.kind}, image {pair.image}"
         try:
-            return encode(pair)
+            encoded = encode(pair, decode_image(pair.image.read_bytes(), config.max_pixels))
         except (BadImage, UnusableConversation, UserError, OSError) as error:
-            raise UserError(f"pair {pair.key!r} of {pair.kind}, image {pair.image}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
+        if (longest := max(len(item.token_ids) for item in encoded)) > config.max_length:
+            raise UserError(f"{where}: {longest} tokens, max_length is {config.max_length}; raise it")
+        return encoded
 
     pending: deque[Future[list[EncodedConversation]]] = deque()
+    waiting = iter(pairs)
     with ThreadPoolExecutor(config.num_threads) as pool:
-        waiting = iter(pairs)
         for first in range(0, len(pairs), config.batch_size):
-            for pair in waiting:
-                pending.append(pool.submit(encode_or_name, pair))
-                if len(pending) == 2 * config.batch_size:
-                    break
+            room = 2 * config.batch_size - len(pending)
+            pending += [pool.submit(encode_or_name, pair) for pair in islice(waiting, room)]
             num_ready = min(config.batch_size, len(pairs) - first)
-            yield first, [pending.popleft().result() for _ in range(num_ready)]
+            yield [pending.popleft().result() for _ in range(num_ready)]
+            task.advance(num_ready)
 
 
-def _check_finite(scores: Tensor, pairs: Sequence[CaptionPair]) -> None:
+def _finite(scores: Tensor, pairs: Sequence[CaptionPair]) -> Tensor:
     broken = ~scores.flatten(1).isfinite().all(1)
     if broken.any():
         pair = pairs[int(broken.nonzero()[0])]
@@ -237,3 +222,4 @@ def _check_finite(scores: Tensor, pairs: Sequence[CaptionPair]) -> None:
             f"the model gives scores that are not finite for {int(broken.sum())} of {len(pairs)} pairs, "
             f"first pair {pair.key!r} of {pair.kind}; is the checkpoint damaged, or its dtype too narrow?"
         )
+    return scores

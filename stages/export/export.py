@@ -1,4 +1,4 @@
-"""Exports a student: a Hugging Face folder that needs nothing of this project, checked against the student itself."""
+"""Exports a student to a Hugging Face folder that needs nothing of this project, and checks it against the student."""
 
 import inspect
 import shutil
@@ -24,8 +24,11 @@ from stages.student.model.generation import (
     pad_on_the_left,
     vocabulary_tables,
 )
-from stages.student.model.loading import OWN_CLASSES, load_multimodal, model_inputs
+from stages.student.model.inputs import model_inputs
+from stages.student.model.loading import load_multimodal
+from stages.student.model.student import OWN_CLASSES
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 
 REPORT = "export.json"
 CARD = "README.md"
@@ -35,7 +38,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 _PROBE = ("What is in the picture?", "A picture of all colours.")
 _NO_LIMIT = 2**31
 _MOST_BY_ROUNDING = 0.25
-"""Of the largest logit. bfloat16 changed the tests' models by up to 0.08; where weights overflow, none is finite."""
+"""Share of the largest logit. bfloat16 changed the tests' models by up to 0.08; overflow gives no finite logits."""
 
 
 def export_student(
@@ -46,30 +49,33 @@ def export_student(
     dtype: Dtype | None = None,
     names: ModelNames = ModelNames(),  # noqa: B008 a frozen value
     evaluation: EvaluationReport | None = None,
+    progress: Progress = SILENT,
 ) -> ExportReport:
     """Writes `output`: weights, config, processor with chat template, generation settings, a model card.
 
-    A student that transformers has no class for gets its modelling file beside it, for `trust_remote_code`. A
-    checkpoint of a class that transformers has stays of that class.
+    A student that transformers has no class for gets its modelling file beside it, for `trust_remote_code`. Other
+    checkpoints keep their class.
 
     Args:
-        source: a checkpoint folder, such as `RUN/sft/student`.
-        output: a folder that does not exist yet, or is empty.
-        fold: whether the post-connector becomes part of the adapter, where that is exact.
-        dtype: what the weights are rounded to, after folding; None leaves them in the checkpoint's, float32 of a run.
-        names: of the models that it was made from, for the card.
-        evaluation: goes into the card.
+        source: A checkpoint folder, such as `RUN/sft/student`.
+        output: A folder that does not exist yet, or is empty.
+        fold: Whether the post-connector becomes part of the projector, where that is exact.
+        dtype: What the weights are rounded to, after folding; None keeps the checkpoint's, float32 of a run.
+        names: Of the models that it was made from, for the card.
+        evaluation: Goes into the card.
+        progress: Where the steps are counted.
 
     Raises:
-        UserError: `output` holds something, `source` is no multimodal model, has no chat template or asks to run code
-            of its own, or the export computes something else than the student, because of folding or of weights that
-            `dtype` does not hold. Nothing is left behind then.
+        UserError: If `output` holds something, `source` is no multimodal model, has no chat template or asks to run
+            code of its own, or folding or rounding changes the logits too much. Nothing is left behind then.
     """
     started = time.perf_counter()
     check_new(output)
+    task = progress.task(f"export {output.name}", total=3, unit="steps")
+    task.update(note="loading")
     student, processor = load_multimodal(source), load_processor(source)
     pad_on_the_left(processor.tokenizer)
-    eyes = getattr(student.config, "teacher_config", student.config).model_type
+    vision_type = getattr(student.config, "teacher_config", student.config).model_type
     probe = ConversationEncoder(processor, student.config.image_token_id, _NO_LIMIT).encode_pair(*_PROBE, [_picture()])
     parts = whole = take_apart(student)
     had_post_connector = has_post_connector(whole)
@@ -79,25 +85,27 @@ def export_student(
     parts, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
     generation = generation_settings(student, processor.tokenizer, probe, added_ids)
 
+    task.update(done=1, note="saving")
     with new_folder(output) as staging:
-        # Itself where nothing changed: the library writes some families under other names than it holds.
+        # The student itself where nothing changed: transformers saves some families under other names than it holds.
         model = student if parts is whole else parts.build()
         trained, stored = student.dtype, student.dtype if dtype is None else getattr(torch, dtype)
         num_parameters, expected_TV, unrounded_TV = _save_rounded(model, stored, generation, staging, student, probe)
         del student, parts, whole, model
         processor.save_pretrained(staging)
-        name_video_half(eyes, staging)
+        name_video_half(vision_type, staging)
+        task.update(done=2, note="comparing")
         exported = load_multimodal(staging)
         stored = exported.dtype
         found_TV = _logits(exported, probe)
         unrounded_TV = found_TV if unrounded_TV is None else unrounded_TV
-        # Far more than one rounding of the folded weights can do, far less than a mistake in them would.
+        # Far more than rounding the folded weights once can do, far less than a mistake in them would do.
         share = torch.finfo(trained).eps ** 0.5
         _check(unrounded_TV, expected_TV, share, "the export's logits", "Export with --no-fold")
         what = f"the logits of weights rounded to {stored}"
         rounding_error = _check(found_TV, unrounded_TV, _MOST_BY_ROUNDING, what, "Export with another --dtype")
         report = ExportReport(
-            # Not the whole path, which is nobody else's business.
+            # The whole path is private.
             source="/".join(source.absolute().parts[-3:]),
             model_class=type(exported).__name__,
             custom_code=_code_of(type(exported)).name if isinstance(exported, OWN_CLASSES) else None,
@@ -117,6 +125,7 @@ def export_student(
         (staging / REPORT).write_text(report.model_dump_json(indent=1))
         card = model_card(output.name, report, read_history(source), names, evaluation)
         (staging / CARD).write_text(card, encoding="utf-8")
+    task.update(done=3, note="")
     return report
 
 
@@ -131,12 +140,12 @@ def _save_rounded(
     """Saves the model with its weights in `dtype`.
 
     Returns:
-        How many parameters it has, what the student puts out, and what the model did before it was rounded; None where
-        it was not.
+        Its number of parameters, the student's logits, and the model's logits before it was rounded; None where it was
+        not.
     """
     if dtype == student.dtype:
         num_parameters = _save(model, generation, folder)
-        # Afterwards: it turns the student, which the model may be, to float32.
+        # After saving, because it turns the student to float32, and the model may be the student.
         return num_parameters, _logits(student, probe), None
     expected_TV = _logits(student, probe)
     unrounded_TV = expected_TV if model is student else _logits(model, probe)
@@ -152,7 +161,7 @@ def _save(model: PreTrainedModel, generation: GenerationConfig, folder: Path) ->
         names = {"AutoConfig": type(model.config).__name__, "AutoModelForImageTextToText": type(model).__name__}
         model.config.auto_map = {auto: f"{code.stem}.{name}" for auto, name in names.items()}
     for part in (model.config, model.config.get_text_config()):
-        # Where it once lay on this machine.
+        # A path of this machine.
         part._name_or_path = ""
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -176,25 +185,25 @@ def _code_of(model_class: type) -> Path:
 
 
 def _picture() -> Image.Image:
-    """All colours, with edges nowhere."""
+    """A picture with all colours and without edges."""
     return Image.merge("RGB", [Image.linear_gradient("L").rotate(turn).resize((96, 64)) for turn in (0, 90, 180)])
 
 
 def _logits(model: PreTrainedModel, probe: EncodedConversation) -> Tensor:
-    """`[T, V]` in float32, which the model is turned to if its weights are in another dtype."""
+    """`[T, V]` in float32; weights of another dtype are turned to it."""
     model = model.float()
     with torch.inference_mode():
-        logits_TV: Tensor = model(**model_inputs(model, probe)).logits[0]
+        logits_TV: Tensor = model(**model_inputs(model, [probe])).logits[0]
     return logits_TV
 
 
 def _difference(found_TV: Tensor, expected_TV: Tensor) -> float:
-    """The largest over the ids that both have."""
+    """The largest difference over the ids that both have."""
     return float((found_TV[:, : expected_TV.shape[1]] - expected_TV).abs().max())
 
 
 def _check(found_TV: Tensor, expected_TV: Tensor, share: float, what: str, advice: str) -> float:
-    """The largest difference, which must not be more than this share of the largest logit."""
+    """The largest difference; refused if it is more than this share of the largest logit."""
     difference, scale = _difference(found_TV, expected_TV), float(expected_TV.abs().max())
     if not difference <= share * scale:
         raise UserError(

@@ -222,7 +222,7 @@ def _evaluation(report: EvaluationReport) -> str:
 
 def _export(export: ExportReport) -> str:
     became = {
-        "folded": "The post-connector was folded into the adapter's last linear layer. ",
+        "folded": "The post-connector was folded into the projector's last linear layer. ",
         "kept": "The post-connector is a layer of its own. ",
         "none": "",
     }

@@ -53,6 +53,13 @@ def batch_inputs(
     return {**inputs, **join_pixels(family, pixel_inputs)}
 
 
+def move_inputs(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs on a device, floating ones in the model's precision."""
+    # In this order pinned memory is copied while the device computes; a cast on the CPU would wait.
+    moved = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in moved.items()}
+
+
 def pixels_of(family: Family, processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """The pixel inputs of one sample, as its encoded conversation has them; empty without images."""
     if not images:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stages.attention import AttentionCapture
-from stages.families.batch import batch_inputs
+from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
@@ -152,8 +152,4 @@ def model_inputs(teacher: Teacher, batch: Sequence[PreparedSample]) -> dict[str,
     # Padding lies behind each sample, where no token of it looks. Without a mask the attention kernel is the plain
     # causal one for every batch: the fastest there is, and the same whether a batch is padded or not.
     del inputs["attention_mask"]
-    model = teacher.model
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
+    return move_inputs(inputs, teacher.model.device, teacher.model.dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.cli.compare_attention import similarity_table
-from pipeline.evaluation import compare_with_targets, gaze_pictures
+from pipeline.evaluation import attention_pictures, compare_with_targets
 from pipeline.training import train
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import run_here
@@ -62,7 +62,7 @@ def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_de
     assert similarity_table(trained).title.endswith("layers as trained")
     assert similarity_table(default).title.endswith("layers matched by default")
     models = {"run": str(tmp_path / "run"), "alone": str(tmp_path / "alone")}
-    (sample,) = gaze_pictures(models, *places, count=1)
+    (sample,) = attention_pictures(models, *places, count=1)
     assert [name for name, _ in sample.pictures] == ["image", "teacher", "run", "teacher, as alone learned", "alone"]
 
 

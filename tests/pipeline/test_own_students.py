@@ -1,4 +1,4 @@
-"""Students with eyes or a tokenizer of their own, through the commands: trained, compared, evaluated, refused."""
+"""Students with their own vision tower or tokenizer, through the commands: trained, compared, evaluated, refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Students with eyes of their own, in several processes: what one gives, also where one of them sees no image."""
+"""Students with their own vision tower in several processes: same result as in one, also without an image in one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class World:
-    """A student with its own eyes, what it is trained on, and what one process made of it."""
+    """A student with its own vision tower, what it is trained on, and what one process made of it."""
 
     data: TrainingData
     targets: Path

@@ -24,7 +24,8 @@ from stages.families import family_of
 from stages.layers import student_layers, visual_understanding_layers
 from stages.student.config import STAGES
 from stages.student.layer_matching import match_layers
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
 from stages.teacher.identity import captured_layers
 from storage.errors import UserError
@@ -234,7 +235,7 @@ def test_each_stage_trains_the_connector_and_what_it_says_of_the_decoder(name: s
     for number, stage_name in enumerate(STAGES):
         stage = run.train.stage(stage_name)
         student = student_of(run, tmp_path / str(number))
-        prepare_for_stage(student, stage, run.train.lora, 0, own_adapter=run.train.projector == "trained")
+        prepare_for_stage(student, stage, run.train.lora, 0, own_projector=run.train.projector == "trained")
         learning = {n: p for n, p in student.named_parameters() if p.requires_grad}
         rest = {n: p for n, p in learning.items() if not n.startswith(connector)}
         assert len(rest) < len(learning)

@@ -16,8 +16,9 @@ from pipeline.run_file import load_run_file
 from pipeline.training import train
 from stages.student.config import STAGES, StageName
 from stages.student.data.sample_reader import ReaderSpec, resolve_reader_spec
-from stages.student.model.build import Student, load_student
 from stages.student.model.folding import fold_post_connector, take_apart
+from stages.student.model.loading import load_student
+from stages.student.model.student import Student
 from stages.student.run_folder import RunFolder, StageReport
 from stages.student.training.objective import DistillationObjective
 from stages.student.training.setup import StageSetup
@@ -65,14 +66,14 @@ def test_each_stage_leaves_a_student_metrics_a_report_and_the_resolved_run_file(
     assert RunFolder(undisturbed).last_student() == undisturbed / "sft" / "student"
 
 
-def test_the_teachers_eyes_stay_as_they_were_and_each_stage_trains_what_it_says(
+def test_the_teachers_vision_tower_stays_as_it_was_and_each_stage_trains_what_it_says(
     undisturbed: Path, targets: Path
 ) -> None:
-    eyes = load_file(TargetStore.open(targets).teacher_folder() / "model.safetensors")
+    vision = load_file(TargetStore.open(targets).teacher_folder() / "model.safetensors")
     dpt, dft, sft = (load_file(undisturbed / stage / "student" / "model.safetensors") for stage in STAGES)
     for student in (dpt, dft, sft):
-        assert eyes.keys() <= student.keys()
-        assert all(torch.equal(student[name], eyes[name]) for name in eyes)
+        assert vision.keys() <= student.keys()
+        assert all(torch.equal(student[name], vision[name]) for name in vision)
     changed = {name for name in dpt if not torch.equal(dpt[name], dft[name])}
     assert any("language_model.layers" in name for name in changed)
     assert all("language_model.layers" in name or "post_connector" in name for name in changed)
@@ -218,7 +219,7 @@ def test_a_stage_may_begin_from_the_student_of_another_run(
 
 
 @pytest.mark.parametrize("change", ["another tower", "exported"])
-def test_a_saved_student_with_other_eyes_than_the_targets_teacher_is_refused_and_nothing_is_written(
+def test_a_saved_student_with_another_vision_tower_than_the_targets_teacher_is_refused_and_nothing_is_written(
     change: str, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     student = load_student(undisturbed / "dpt" / "student")
@@ -230,7 +231,7 @@ def test_a_saved_student_with_other_eyes_than_the_targets_teacher_is_refused_and
         found = r"another model\.vision_tower\.post_layernorm\.bias"
     shutil.copytree(undisturbed / "dpt" / "student", tmp_path / "student")
     student.save_pretrained(tmp_path / "student")
-    with pytest.raises(FingerprintMismatch, match=f"the eyes of the targets' teacher: it has {found}"):
+    with pytest.raises(FingerprintMismatch, match=f"the vision tower of the targets' teacher: it has {found}"):
         train(run_file(replace(tiny, student_lm=tmp_path / "student"), targets, tmp_path / "run"), ["dft"])
     assert not (tmp_path / "run").exists()
 

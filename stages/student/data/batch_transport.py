@@ -1,4 +1,4 @@
-"""A batch as one block of bytes: what a loader process hands over, and what is pinned, in one piece."""
+"""A batch as one block of bytes, which a loader process hands over and pinned memory holds in one piece."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -14,7 +14,7 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ByteRange:
     """Where in the block a tensor lies."""
 
     dtype: torch.dtype
@@ -22,50 +22,50 @@ class _Place:
     start: int
     stop: int
 
+    def view(self, block: Tensor) -> Tensor:
+        """The tensor, without a copy."""
+        return block[self.start : self.stop].view(self.dtype).view(self.shape)
+
 
 @dataclass(frozen=True)
 class FlatBatch:
     """A `Batch` whose tensors share one allocation.
 
-    Each tensor that a loader process sends by itself costs an open file and a message in the training process; a batch
-    has a dozen for each sample.
+    A tensor that a loader process sends by itself costs an open file and a message in the training process. A batch
+    has a dozen tensors for each sample.
     """
 
     block: Tensor
     """uint8 `[bytes]`."""
     layout: Any
-    """The batch with a place instead of each tensor."""
+    """The batch with a byte range instead of each tensor."""
 
     def pin_memory(self) -> "FlatBatch":
         """The same in page-locked memory, from which a GPU copies while it computes; the DataLoader calls this."""
         return replace(self, block=self.block.pin_memory())
 
-    def unpack(self) -> Batch:
+    def restore(self) -> Batch:
         """The batch; its tensors are views of the block."""
-
-        def view(place: _Place) -> Tensor:
-            return self.block[place.start : place.stop].view(place.dtype).view(place.shape)
-
-        batch: Batch = _mapped(self.layout, _Place, view)
+        batch: Batch = _mapped(self.layout, _ByteRange, lambda span: span.view(self.block))
         return batch
 
 
-def pack(batch: Batch) -> FlatBatch:
-    """Copies all tensors of a batch, wherever in it they are, into one block."""
-    sources: list[tuple[_Place, Tensor]] = []
+def flatten(batch: Batch) -> FlatBatch:
+    """Copies all tensors of a batch, at any depth, into one block."""
+    sources: list[tuple[_ByteRange, Tensor]] = []
     end = 0
 
-    def place(tensor: Tensor) -> _Place:
+    def reserve(tensor: Tensor) -> _ByteRange:
         nonlocal end
         start = -(-end // ALIGNMENT) * ALIGNMENT
         end = start + tensor.numel() * tensor.element_size()
-        sources.append((_Place(tensor.dtype, tuple(tensor.shape), start, end), tensor))
+        sources.append((_ByteRange(tensor.dtype, tuple(tensor.shape), start, end), tensor))
         return sources[-1][0]
 
-    layout = _mapped(batch, Tensor, place)
+    layout = _mapped(batch, Tensor, reserve)
     block = torch.empty(end, dtype=torch.uint8)
-    for where, tensor in sources:
-        block[where.start : where.stop].view(where.dtype).view(where.shape).copy_(tensor)
+    for span, tensor in sources:
+        span.view(block).copy_(tensor)
     return FlatBatch(block, layout)
 
 

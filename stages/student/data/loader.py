@@ -1,4 +1,4 @@
-"""Optimizer steps' batches, made ahead of the training process by loader processes."""
+"""The batches of each optimizer step, made by loader processes ahead of the training process."""
 
 import math
 import multiprocessing
@@ -15,9 +15,8 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, IterableDataset
 
-from stages.student.data.batch import Batch
-from stages.student.data.batch_transport import FlatBatch, pack
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Batch, Collator
+from stages.student.data.batch_transport import FlatBatch, flatten
 from storage.errors import PassingFailure, UserError
 from storage.streaming.order import num_microbatches
 from storage.streaming.stream import Mixture, StreamedSample, mixture_stream
@@ -45,13 +44,13 @@ class LoaderConfig(StrictModel):
 
 
 class LoaderDied(PassingFailure):
-    """A loader process was killed, for want of memory or by a signal."""
+    """A loader process was killed, by a lack of memory or by a signal."""
 
 
 class StepLoader:
     """This rank's part of every optimizer step.
 
-    Make it early: what loader processes are copied from begins at once, and imports for seconds beside the caller.
+    Make it early: the server that loader processes are copied from starts at once, and imports for seconds meanwhile.
 
     Args:
         mixture: the samples and how they are cut.
@@ -80,13 +79,13 @@ class StepLoader:
         self._context = _context(remote=mixture.is_remote) if self.num_workers else None
 
     def steps(self, epochs: range, start_step: int) -> Generator[list[Batch]]:
-        """The microbatches of each step from `start_step` of the first of these epochs on, over all of them.
+        """The microbatches of each step of these epochs, from `start_step` of the first one.
 
-        Close it when you stop before its end: that ends the loader processes.
+        Close it if you stop before its end: that ends the loader processes.
 
         Raises:
-            UserError: what reading or collating raised, in whichever process.
-            LoaderDied: a loader process was killed.
+            UserError: If reading or collating raised it, in whichever process.
+            LoaderDied: If a loader process was killed.
         """
         mixture, config = self.mixture, self.mixture.config
         batches: Any = iter(self._loader(epochs, start_step))
@@ -95,15 +94,15 @@ class StepLoader:
                 for step in range(start_step if epoch == epochs[0] else 0, mixture.num_steps):
                     size = min(config.batch_size, mixture.num_samples - step * config.batch_size)
                     count = num_microbatches(size, config.microbatch_size, self.world_size)
-                    yield [_received(batches).unpack() for _ in range(count)]
+                    yield [_received(batches).restore() for _ in range(count)]
         finally:
-            # Whoever holds an error holds this iterator. Left to the garbage collector, it would lose the threads of
-            # its queues first, and then wait in vain for its processes to read that they may end.
+            # An error keeps this iterator alive. The garbage collector would end the threads of its queues first; its
+            # processes would then never read that they may end.
             if self.num_workers:
                 batches._shutdown_workers()
 
     def _num_ahead(self) -> int:
-        """For each loader process. With less than a step, the rest would be made while the training process waits."""
+        """Microbatches for each loader process: together a whole step, or the training process waits for the rest."""
         if self.prefetch is not None:
             return self.prefetch
         config = self.mixture.config
@@ -120,25 +119,25 @@ class StepLoader:
             with_maps=self.with_maps,
         )
         workers = self.num_workers
-        # Not prepared by accelerate, which would deal the stream out a second time.
+        # Not prepared by accelerate, which would split the stream over the ranks a second time.
         return DataLoader(
             _ErrorsAsItems(stream),
             batch_size=None,
-            collate_fn=_Packing(self.collator),
+            collate_fn=_CollateFlat(self.collator),
             num_workers=workers,
             prefetch_factor=self._num_ahead() if workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_begin_worker,
             multiprocessing_context=self._context,
-            # Without its own it draws from the generator of dropout, once more after each resume.
+            # Otherwise the loader draws from the generator of dropout, once more after each resume.
             generator=torch.Generator().manual_seed(self.mixture.config.seed),
         )
 
 
 def spare_workers(device: torch.device) -> int:
-    """Loader processes for which this machine has cores that nothing computes with, at most `MOST_WORKERS`.
+    """Loader processes for the machine's spare cores, for each training process, at most `MOST_WORKERS`.
 
-    For each training process: one on a GPU keeps one core busy, one on the CPU as many as torch has threads.
+    A training process on a GPU keeps one core busy; one on the CPU keeps as many as torch has threads.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -147,12 +146,10 @@ def spare_workers(device: torch.device) -> int:
 
 
 def _context(*, remote: bool) -> BaseContext:
-    """How loader processes begin: never as a copy of this process, whose threads may hold a lock that none in the copy
-    would ever give back.
+    """How loader processes start: never as a copy of this process, whose threads may hold a lock.
 
-    They are copies of a server that has imported all this and done nothing else; it begins here, if it did not before.
-    For object stores each is a new process: the server has the environment of its first use, and credentials may be
-    newer.
+    They are copies of a server that has only imported this module; it starts here. For object stores each is a new
+    process, because the server keeps the environment of its first use, and credentials may be newer.
     """
     if remote:
         return multiprocessing.get_context("spawn")
@@ -163,10 +160,7 @@ def _context(*, remote: bool) -> BaseContext:
 
 
 class _ErrorsAsItems(IterableDataset[Any]):
-    """The stream, whose last item is the error that ended it, if it is one for the user.
-
-    The DataLoader would put the worker's traceback into the error's message.
-    """
+    """The stream; a `UserError` becomes its last item, because the DataLoader would add a traceback to the message."""
 
     def __init__(self, stream: IterableDataset[Any]) -> None:
         self._stream = stream
@@ -178,8 +172,8 @@ class _ErrorsAsItems(IterableDataset[Any]):
             yield error
 
 
-class _Packing:
-    """Collates and packs in the loader process; hands errors through."""
+class _CollateFlat:
+    """Collates and flattens in the loader process; hands errors through."""
 
     def __init__(self, collator: Collator) -> None:
         self._collator = collator
@@ -188,7 +182,7 @@ class _Packing:
         if isinstance(samples, UserError):
             return samples
         try:
-            return pack(self._collator(samples))
+            return flatten(self._collator(samples))
         except UserError as error:
             return error
 
@@ -209,7 +203,7 @@ def _received(batches: Iterator[FlatBatch | UserError]) -> FlatBatch:
 
 
 def _begin_worker(_number: int) -> None:
-    """Signals to the whole group are for the training process, which saves what it has and then ends its workers."""
+    """Ignores signals to the process group: the training process saves its state and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
@@ -218,10 +212,9 @@ def _begin_worker(_number: int) -> None:
 
 
 def _end_with(trainer: BaseProcess) -> None:
-    """Ends this process when the training process is gone, however it went.
+    """Ends this process when the training process has ended in any way.
 
-    The DataLoader's own watch is for the death of the direct parent, which is the server that made this process, and
-    which lives as long as this does.
+    The DataLoader itself watches the direct parent only: the server, which lives as long as this process.
     """
     trainer.join()
     os._exit(1)

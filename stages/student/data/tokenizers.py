@@ -1,29 +1,52 @@
-"""Whether a student's token ids mean what the target store's do."""
+"""A student's tokenizer beside the teacher's: where their token ids differ, and a processor with the student's own."""
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import jinja2
 from tokenizers import Tokenizer
-from transformers import ProcessorMixin
+from transformers import AddedToken, AutoTokenizer, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from stages.checkpoints import load_processor, load_tokenizer
+from stages.conversations import chat_template
 from storage.errors import UserError
+
+_FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set turn = namespace(text='') -%}
+{%- if message['content'] is string -%}{%- set turn.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{%- set turn.text = turn.text + IMAGE + '\\n' -%}
+{%- else -%}{%- set turn.text = turn.text + part['text'] -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': turn.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+"""Goes before the template of a language model, which expects the content of a turn as a plain string."""
 
 
 def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> list[str]:
-    """What stored token ids mean to a student that they do not mean to the teacher; empty when all mean the same.
+    """Compares what token ids mean to the teacher and to a student.
 
-    Ids that only one side has are fine; those that the data holds are checked against the student's vocabulary when
-    they are used, and those it lacks are left out of the logit loss. How a text is split into tokens may differ, since
-    no text is split again.
+    Ids that only one side has are no difference. The data's ids are checked against the student's vocabulary when they
+    are used, and the logit loss leaves out those that it lacks. The two may split texts differently, because no text is
+    split again.
 
     Args:
-        processor: the teacher's, from the target store.
-        student_folder: checkpoint of the student or of its decoder, with `tokenizer.json`.
+        processor: The teacher's, from the target store.
+        student_folder: Checkpoint of the student or of its decoder, with `tokenizer.json`.
 
     Returns:
-        A line each for vocabulary entries and added tokens, with an example.
+        One line for vocabulary entries and one for added tokens, each with an example; empty if all ids agree.
 
     Raises:
-        UserError: there is no `tokenizer.json` to compare with, or it is damaged.
+        UserError: If there is no `tokenizer.json` to compare with, or it is damaged.
     """
     file = student_folder / "tokenizer.json"
     if not file.is_file():
@@ -32,7 +55,7 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
             "save the fast tokenizer of that model into it"
         )
     teacher = processor.tokenizer
-    # The image's placeholder is replaced by features and padding is masked: no student reads their ids.
+    # Features replace the image token and padding is masked: no student reads these ids.
     unread = {getattr(processor, "image_token_id", None), teacher.pad_token_id} - {teacher.eos_token_id}
     return token_differences(teacher.backend_tokenizer, _read(file), unread)
 
@@ -40,13 +63,13 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
 def _read(file: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
-    # It has no class of its own for what it cannot read.
+    # The library raises a bare Exception for a file that it cannot read.
     except Exception as error:
         raise UserError(f"{file} cannot be read as a fast tokenizer ({error}); fetch or save it again") from error
 
 
 def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:
-    """Why a student with these differences cannot learn the teacher's answer distributions, and the ways out."""
+    """The refusal of a student with these differences that is to learn the teacher's answer distributions."""
     return UserError(
         f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
         + "\n".join(f"  {line}" for line in differences)
@@ -58,12 +81,12 @@ def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:
 
 
 def token_differences(teacher: Tokenizer, student: Tokenizer, unread: "set[int | None]") -> list[str]:
-    """A line each for vocabulary entries and for added tokens that have one id in the teacher, another in the student.
+    """One line for vocabulary entries and one for added tokens whose ids differ.
 
     Args:
-        teacher: with its added tokens.
-        student: likewise.
-        unread: ids of the teacher's that need not agree.
+        teacher: With its added tokens.
+        student: With its added tokens.
+        unread: Ids of the teacher that need not agree.
     """
     teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
     student_tokens = {number: token for token, number in student_ids.items()}
@@ -81,3 +104,65 @@ def token_differences(teacher: Tokenizer, student: Tokenizer, unread: "set[int |
         for kind, lines in found.items()
         if lines
     ]
+
+
+def student_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin:
+    """The teacher's processor with the decoder's tokenizer and chat template in it.
+
+    The special tokens that the teacher's processor names (the image token, in some families also those around it) are
+    added to the tokenizer. The image token may lie past the decoder's vocabulary, because no student embeds it.
+
+    Raises:
+        UserError: If the decoder's tokenizer does not fit a processor of the teacher's class.
+    """
+    tokenizer = load_tokenizer(decoder)
+    named = {
+        name: str(token)
+        for name, token in teacher.tokenizer.special_tokens_map.items()
+        if name not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES and isinstance(token, str)
+    }
+    named.setdefault("image_token", teacher.image_token)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in named.values()])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        teacher.save_pretrained(folder)
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+        tokenizer.save_pretrained(folder)
+        # Loaded again with the names by which some processors find their tokens.
+        renamed = AutoTokenizer.from_pretrained(folder, extra_special_tokens=named, trust_remote_code=False)
+        renamed.chat_template = None
+        renamed.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(student_template(teacher, tokenizer))
+        try:
+            return load_processor(folder)
+        except UserError as error:
+            raise UserError(
+                f"the tokenizer of {decoder} cannot be used in a {type(teacher).__name__}: {error.__cause__}; "
+                "choose a student with the teacher's tokenizer"
+            ) from error
+
+
+def student_template(teacher: ProcessorMixin, tokenizer: Any) -> str:
+    """The decoder's own chat template, if it writes images as it is or behind `_FLATTEN`; else the teacher's."""
+    if tokenizer.chat_template:
+        own, image = tokenizer.get_chat_template(), teacher.image_token
+        for template in (own, _FLATTEN.replace("IMAGE", repr(image)) + own):
+            if writes_images(template, image, tokenizer.special_tokens_map):
+                return str(template)
+    return chat_template(teacher)
+
+
+def writes_images(template: str, image_token: str, special_tokens: dict[str, str]) -> bool:
+    """Whether a chat template renders a turn of an image and a text with one image token."""
+    question = [{"type": "image"}, {"type": "text", "text": "a question"}]
+    turns = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "an answer"}]},
+    ]
+    try:
+        (text,), _ = render_jinja_template(conversations=[turns], chat_template=template, **special_tokens)
+    except (jinja2.TemplateError, TypeError):
+        return False
+    written = all(words in text for words in ("a question", "an answer")) and "'text'" not in text
+    return written and text.count(image_token) == 1

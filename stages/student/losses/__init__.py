@@ -16,7 +16,6 @@ from stages.student.losses.logits import (
     TeacherRows,
     logit_distillation_loss,
     next_token_loss,
-    stored_logit_distillation_loss,
     teacher_rows,
 )
 from stages.student.losses.vocabulary import sparse_cross_entropy, support_probabilities
@@ -33,7 +32,6 @@ __all__ = [
     "next_token_loss",
     "pool_keys",
     "sparse_cross_entropy",
-    "stored_logit_distillation_loss",
     "support_probabilities",
     "teacher_rows",
 ]

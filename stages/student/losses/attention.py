@@ -13,16 +13,16 @@ AttentionLoss = Literal["cosine", "kl", "mse"]
 
 COSINE_EPS = 1e-8
 LEAST_SHARE = 1e-12
-"""`kl` takes a key to which the student attends less (of its attention on image tokens) for one of this share."""
+"""`kl` clamps the student's share of attention on a key to at least this."""
 
 
 def attention_alignment_loss(student_LBNN: Tensor, teacher_LBNN: Tensor, kind: AttentionLoss = "cosine") -> Tensor:
     """L_attn: the loss of pooled maps, summed over layers, mean over the batch.
 
     Args:
-        student_LBNN: student maps, floating point, zero above the diagonal.
-        teacher_LBNN: the matched teacher maps (windows already averaged).
-        kind: see `matched_loss`.
+        student_LBNN: Student maps, floating point, zero above the diagonal.
+        teacher_LBNN: The matched teacher maps, with windows averaged.
+        kind: See `matched_loss`.
 
     Returns:
         Scalar. The gradient flows to `student_LBNN` only through the pooled values, not through the masks.
@@ -43,19 +43,19 @@ def matched_loss(
     kind: AttentionLoss = "cosine",
     sink_mask: bool = True,
 ) -> Tensor:
-    """`[B]` loss of one matched pair, from the teacher's map and its own (exact, stored) sink mask.
+    """`[B]` loss of one matched pair, from the teacher's map and its exact, stored sink mask.
 
-    With a and b the pooled vectors of student and teacher, `cosine` is 1 - cos(a, b); `kl` is sum_j b'_j log(b'_j /
-    a'_j) of a' = a / sum(a) and b' = b / sum(b); `mse` is the mean of (a_j - b_j)^2 over the sample's own N keys. All
-    are zero where a = b; `cosine` and `kl` also where they differ by a factor. `mse` is of the order of 1 / N^2.
+    Let a and b be the pooled vectors of student and teacher. `cosine` is 1 - cos(a, b). `kl` is sum_j b'_j log(b'_j /
+    a'_j) with a' = a / sum(a) and b' = b / sum(b). `mse` is the mean of (a_j - b_j)^2 over the sample's own N keys. All
+    are zero where a = b; `cosine` and `kl` also where a and b differ by a factor. `mse` is of the order of 1 / N^2.
 
     Args:
-        student_BNN: student maps, zero beyond a sample's own number of image tokens.
-        teacher_BNN: teacher maps, padded likewise.
-        teacher_keep_BNN: bool, True where the teacher's entry is positive and no sink; False in the padding.
-        num_tokens_B: image tokens of each sample; None when every map is full. A sample with 0 gives 0.
-        kind: how the pooled vectors are compared.
-        sink_mask: False leaves the student's sinks in; the teacher's are in where `teacher_keep_BNN` is True.
+        student_BNN: Student maps, zero beyond a sample's own number of image tokens.
+        teacher_BNN: Teacher maps, padded in the same way.
+        teacher_keep_BNN: Bool, True where the teacher's entry is positive and no sink; False in the padding.
+        num_tokens_B: Image tokens of each sample; None when every map is full. A sample with 0 gives 0.
+        kind: How the pooled vectors are compared.
+        sink_mask: False keeps the student's sinks; the teacher's stay where `teacher_keep_BNN` is True.
     """
     keep_BNN = teacher_keep_BNN
     if sink_mask:
@@ -93,7 +93,7 @@ def pool_keys(map_BNN: Tensor, keep_BNN: Tensor) -> Tensor:
 
 
 def _divergence(student_BN: Tensor, teacher_BN: Tensor) -> Tensor:
-    """`[B]` KL of the student's shares from the teacher's."""
+    """`[B]` KL divergence of the teacher's shares from the student's."""
     tiny = torch.finfo(student_BN.dtype).tiny
     own_BN, wanted_BN = (pooled / pooled.sum(-1, keepdim=True).clamp(min=tiny) for pooled in (student_BN, teacher_BN))
     return (torch.xlogy(wanted_BN, wanted_BN) - wanted_BN * own_BN.clamp(min=LEAST_SHARE).log()).sum(-1)

@@ -1,4 +1,4 @@
-"""Language modelling head and its losses at answer rows, a bounded part of the vocabulary logits at a time.
+"""Losses of the language modelling head at answer rows, with a bounded number of logits at a time.
 
 Shape letters: R answer rows, d hidden size, V vocabulary, K stored ids of a row.
 """
@@ -28,22 +28,22 @@ def answer_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """LM and logit distillation losses, both from one pass over the logits.
 
-    Rows go through the head in parts of at most `logits_at_once` logits. Those of the last part are kept for the
-    gradient; all others are computed again in the backward pass, which costs one more product with the head's weight
-    for these rows and holds one part at a time. Values and gradients are those of one pass over all rows.
+    Rows go through the head in parts of at most `logits_at_once` logits. The logits of the last part are kept for the
+    gradient. All others are computed again in the backward pass, one part at a time, which costs one more product with
+    the head's weight. Values and gradients are those of one pass over all rows.
 
-    The head is called as a module, never read: it may be frozen, tied, quantised, or a shard that is gathered when it
-    is called. A head that is gathered by itself (and not with the module that calls this) would be gathered once a
-    part: then ranks must have equally many parts.
+    The head is only called, its weight is never read: it may be frozen, tied, quantised, or sharded and gathered when
+    it is called. A head that is gathered by itself is gathered once for each part; ranks must then have equally many
+    parts.
 
     Args:
-        head: hidden states `[r, d]` to logits `[r, V]`, row by row.
-        hidden_Rd: the last hidden states at the positions that predict an answer token.
-        answer_R: the answer tokens.
-        teacher: what is known of the teacher's distributions at these rows; None without distillation.
-        divergence: see `stored_logit_distillation_loss`.
+        head: Hidden states `[r, d]` to logits `[r, V]`, row by row.
+        hidden_Rd: The last hidden states at the answer rows.
+        answer_R: The answer tokens.
+        teacher: The teacher's distributions at these rows; None without distillation.
+        divergence: See `TeacherRows.loss`.
         vocab_size: V.
-        logits_at_once: bounds the logits that exist at a time; at least one row does.
+        logits_at_once: Logits that exist at a time, but at least one row of them.
 
     Returns:
         `[R]` LM loss, `[R]` distillation loss or None.

@@ -1,7 +1,7 @@
 """Logit distillation and next-token cross entropy, row by row.
 
-The forward divergence is the loss of METHOD. The others compare buckets: each stored id is one, all other tokens
-together are one more, with the teacher's stored tail mass and the student's probability of all that is not stored.
+The forward divergence is the published loss. The others compare buckets: each stored id is one, and all other ids
+together are one more, with the teacher's stored tail mass and the student's probability of all of them.
 
 Shape letters: R answer rows, V vocabulary, K stored ids of a row, D its draws, J ids that have a weight.
 """
@@ -20,57 +20,23 @@ from storage.codecs.levels import LOWEST_LOGPROB
 Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 
 LEAST_TEACHER_PROBABILITY = math.exp(LOWEST_LOGPROB)
-"""What KL(q || p) takes for a p below it, which may be 0: ids that merely pad the student's vocabulary."""
+"""KL(q || p) clamps p to at least this; p is 0 for ids that only pad the student's vocabulary."""
 
 
 def logit_distillation_loss(student_RV: Tensor, teacher_RV: Tensor, temperature: float = 1.0) -> Tensor:
     """L_kd: cross entropy of the student under the teacher's distribution, mean over answer rows.
 
     Args:
-        student_RV: student logits at the rows that predict an answer token.
-        teacher_RV: teacher logits of the same rows. A longer vocabulary with the same leading ids is cut to the
+        student_RV: Student logits at the answer rows.
+        teacher_RV: Teacher logits of the same rows. A longer vocabulary with the same leading ids is cut to the
             student's and renormalised; a shorter one gives the student's further ids probability zero.
-        temperature: divides the logits of both. Gradients shrink as its square; the loss is not scaled up for it.
+        temperature: Divides the logits of both. Gradients shrink as its square; the loss is not scaled up.
 
     Source: METHOD, "Logit KD".
     """
     teacher_probs = (teacher_RV[:, : student_RV.shape[1]].float() / temperature).softmax(-1)
     student_logprobs = (student_RV.float() / temperature).log_softmax(-1)[:, : teacher_probs.shape[1]]
     return -(teacher_probs * student_logprobs).sum(-1).mean()
-
-
-def stored_logit_distillation_loss(
-    student_RV: Tensor, stored: AnswerLogits, temperature: float = 1.0, divergence: Divergence = "forward"
-) -> Tensor:
-    """`[R]` logit distillation from what is stored of the teacher.
-
-    `forward` is the cross entropy under the teacher's whole distribution: stored ids exactly, all others by stored
-    tail samples. It equals `logit_distillation_loss` row by row when the teacher's whole vocabulary is stored, to the
-    rounding of the codec. Else loss and gradient equal it in expectation over the tail samples, with the variance that
-    `AnswerLogitsCodec.encode` states: the gradient for a student that equals its teacher is zero in expectation, not
-    row by row.
-
-    The others see K + 1 buckets, p of the teacher and q of the student: `reverse` is KL(q || p) = sum q log(q / p),
-    `symmetric` the mean of KL(p || q) and KL(q || p), `jensen_shannon` the mean of KL(p || m) and KL(q || m) with
-    m = (p + q) / 2. They are zero where the buckets agree, row by row, and use no draws: what the student does inside
-    the tail costs nothing, and each is a lower bound of the same divergence over the whole vocabulary, which it equals
-    when that is stored.
-
-    A vocabulary longer than the teacher's: the further ids have probability zero. A shorter one: kept ids past it are
-    left out and the rest renormalised; so are draws past it, but the tail's stored mass stays whole, for its share
-    past the student's end is not known. The expected forward gradient then has the dense one's direction, and (1 - s)
-    of its length, where s is that share of the renormalised mass: nearly nothing for ids that merely pad the teacher's.
-
-    Args:
-        student_RV: student logits, any floating type; summed in float32 (float64 stays).
-        stored: the teacher's decoded records of the same rows.
-        temperature: 1 or one of the stored ones; divides the logits of both.
-        divergence: see above.
-
-    Raises:
-        ValueError: for a temperature that was not stored.
-    """
-    return teacher_rows(stored, student_RV.shape[1], temperature).loss(student_RV, divergence)
 
 
 def next_token_loss(student_RV: Tensor, answer_R: Tensor) -> Tensor:
@@ -83,12 +49,12 @@ class TeacherRows:
     """The teacher's distribution at a temperature, over the ids that a student's vocabulary has.
 
     Attributes:
-        temperature: divides the logits of both.
-        ids_RK: stored ids; may lie past the student's vocabulary, with probability 0.
-        probs_RK: their probabilities.
-        tail_R: probability of all other ids.
-        ids_RJ, weights_RJ: stored and drawn ids inside the student's vocabulary, with the weights that make their cross
-            entropy the whole one in expectation.
+        temperature: Divides the logits of both.
+        ids_RK: Stored ids; may lie past the student's vocabulary, with probability 0.
+        probs_RK: Their probabilities.
+        tail_R: Probability of all other ids.
+        ids_RJ, weights_RJ: Stored and tail-sample ids inside the student's vocabulary, with weights that make their
+            cross entropy the whole one in expectation.
     """
 
     temperature: float
@@ -103,7 +69,22 @@ class TeacherRows:
         return TeacherRows(self.temperature, *(tensor[rows] for tensor in tensors))
 
     def loss(self, student_RV: Tensor, divergence: Divergence) -> Tensor:
-        """`[R]`, see `stored_logit_distillation_loss`."""
+        """`[R]` logit distillation from the stored logits of the teacher.
+
+        `forward` is the cross entropy under the teacher's whole distribution: exact for stored ids, by tail samples for
+        all others. If the teacher's whole vocabulary is stored, it equals `logit_distillation_loss` row by row, up to
+        the codec's rounding. Otherwise loss and gradient equal it in expectation over the tail samples (`encode_logits`
+        states the variance). The gradient for a student that equals its teacher is zero in expectation, not row by row.
+
+        The others compare K + 1 buckets, p of the teacher and q of the student. `reverse` is KL(q || p) = sum q log(q /
+        p), `symmetric` the mean of KL(p || q) and KL(q || p), `jensen_shannon` the mean of KL(p || m) and KL(q || m)
+        with m = (p + q) / 2. They are zero row by row where the buckets agree, and use no tail samples. Differences
+        inside the tail cost nothing, so each is a lower bound of the same divergence over the whole vocabulary.
+
+        Args:
+            student_RV: Student logits, any floating type; summed in float32 (float64 stays).
+            divergence: See above.
+        """
         if divergence == "forward":
             return sparse_cross_entropy(student_RV, self.ids_RJ, self.weights_RJ, self.temperature)
         kept_RK, rest_R = support_probabilities(student_RV, self.ids_RK, self.temperature)
@@ -117,14 +98,24 @@ class TeacherRows:
 
 
 def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> TeacherRows:
-    """Cuts stored records to a student's vocabulary and renormalises them.
+    """Cuts the teacher's stored logits to a student's vocabulary and renormalises them.
+
+    If the student's vocabulary is longer than the teacher's, the further ids have probability zero. If it is shorter,
+    stored ids past its end are left out and the rest is renormalised. Tail samples past its end are left out too, but
+    the tail's mass stays whole, because its share s past the end is not known. The expected forward gradient then has
+    the dense gradient's direction and (1 - s) of its length; s is nearly zero for ids that only pad the vocabulary.
+
+    Args:
+        stored: Decoded logits of some answer rows.
+        vocab_size: The student's.
+        temperature: 1 or one of the stored ones; divides the logits of both.
 
     Raises:
-        ValueError: for a temperature that was not stored.
+        ValueError: If the temperature was not stored.
     """
     kept_RK, tail_R, draws_RD = stored.probabilities(temperature)
     kept_RK = kept_RK * (stored.ids_RK < vocab_size)
-    # A row of which the student knows no token at all has no loss, rather than a division by zero.
+    # A row without any token of the student's vocabulary gets no loss instead of a division by zero.
     total_R1 = (kept_RK.sum(-1) + tail_R)[:, None].clamp(min=torch.finfo(kept_RK.dtype).tiny)
     draws_RD = draws_RD * (stored.tail_ids_RD < vocab_size)
     return TeacherRows(

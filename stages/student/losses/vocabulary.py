@@ -1,6 +1,6 @@
-"""What a loss needs of vocabulary logits, without a float32 copy of them: cross entropies, probabilities of some ids.
+"""Cross entropies and probabilities of some ids, from vocabulary logits without a float32 copy of them.
 
-Both functions convert a bounded number of rows at a time, in both directions.
+Both functions convert a bounded number of rows at a time, forward and backward.
 
 Shape letters: R answer rows, V vocabulary, J ids of a row.
 """
@@ -19,11 +19,11 @@ def sparse_cross_entropy(student_RV: Tensor, ids_RJ: Tensor, weights_RJ: Tensor,
     """`[R]`: -sum_j weights[j] log q[ids[j]], q the softmax of the student's logits over the temperature.
 
     Args:
-        student_RV: logits, any floating type; the only argument with a gradient.
-        ids_RJ: int64 in `[0, V)`; an id may come several times.
-        weights_RJ: need not sum to 1. With leading axes `[..., R, J]` they stand for several losses over the same ids,
+        student_RV: Logits, any floating type; the only argument with a gradient.
+        ids_RJ: int64 in `[0, V)`; an id may occur several times.
+        weights_RJ: Need not sum to 1. With leading axes `[..., R, J]` they give several losses over the same ids,
             `[..., R]`, at the price of one.
-        temperature: see above.
+        temperature: Divides the logits.
     """
     loss_R: Tensor = _SparseCrossEntropy.apply(student_RV, ids_RJ, weights_RJ, temperature)  # type: ignore[no-untyped-call]
     return loss_R
@@ -33,9 +33,9 @@ def support_probabilities(student_RV: Tensor, ids_RJ: Tensor, temperature: float
     """`[R, J]` probabilities of the named ids, and `[R]` of all others together (0 where there is no other).
 
     Args:
-        student_RV: logits, any floating type; the only argument with a gradient.
-        ids_RJ: int64, distinct in a row; one of V or more has probability 0.
-        temperature: divides the logits.
+        student_RV: Logits, any floating type; the only argument with a gradient.
+        ids_RJ: int64, distinct in a row; an id of V or more has probability 0.
+        temperature: Divides the logits.
 
     Returns:
         float32 (float64 for such logits). The rest is a sum of its parts, so a small one has its full precision.
@@ -91,7 +91,7 @@ class _SupportProbabilities(torch.autograd.Function):
     def backward(ctx: Any, grad_RJ: Tensor, grad_rest_R: Tensor) -> tuple[Tensor, None, None]:
         student_RV, ids_RJ, log_partition_R, probs_RJ, rest_R = ctx.saved_tensors
         mean_R = (grad_RJ * probs_RJ).sum(-1) + grad_rest_R * rest_R
-        # Of an id that is named: what it has beyond the others, to be added to what all have.
+        # What a named id has more than all others.
         more_RJ = probs_RJ * (grad_RJ - grad_rest_R[:, None]) / ctx.temperature
         base_R = (grad_rest_R - mean_R) / ctx.temperature
         known_ids_RJ = ids_RJ.clamp(max=student_RV.shape[1] - 1)
@@ -102,7 +102,7 @@ class _SupportProbabilities(torch.autograd.Function):
 
 
 def _probabilities(student_RV: Tensor, log_partition_R: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, free to be written to."""
+    """Probabilities of some rows at a time; the caller may write to them."""
     for start in range(0, len(student_RV), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         yield rows, (_scaled(student_RV[rows], temperature) - log_partition_R[rows, None]).exp_()
@@ -114,7 +114,7 @@ def _log_partition(student_RV: Tensor, temperature: float) -> Tensor:
 
 
 def _named(probs_RV: Tensor, ids_RJ: Tensor) -> Tensor:
-    """`[R, V]` bool."""
+    """`[R, V]` bool: where an id is named."""
     num_rows, vocab = probs_RV.shape
     named_RV = torch.zeros(num_rows, vocab + 1, dtype=torch.bool, device=probs_RV.device)
     return named_RV.scatter_(1, ids_RJ.clamp(max=vocab), value=True)[:, :vocab]

@@ -1,40 +1,26 @@
-"""Building a student: the teacher's frozen eyes from the target store, its own decoder, a new post-connector (TAF)."""
+"""Builds a student: the teacher's frozen vision tower from the target store, a decoder, a new post-connector (TAF)."""
 
-import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from stages.captured_layers import check_sdpa
 from stages.checkpoints import load_config, refuse_code, resolve_checkpoint
 from stages.families import FAMILIES, family_of
 from stages.families.family import Family
-from stages.student.model import modeling_any_teacher, modeling_compodistill
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
+from stages.student.model.student import VISION_PREFIXES, Student
 from stages.weights import load_weights
-from storage.errors import UserError
-
-Student: TypeAlias = (
-    CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration | PreTrainedModel
-)
-"""With the teacher's eyes one of the first two; with its own, a class of the library."""
-
-_PREFIXES = {CompoDistillStudentConfig.model_type: "model.", AnyTeacherStudentConfig.model_type: "model.eyes."}
-"""Where the teacher's image side is: in the model for teachers of any family, it is a part of its own."""
+from storage.errors import FingerprintMismatch, UserError
 
 
 def build_student(
@@ -44,23 +30,23 @@ def build_student(
     dtype: torch.dtype = torch.float32,
     image_token_id: int | None = None,
 ) -> Student:
-    """A new student with the teacher's eyes on a pretrained decoder; `reading.py` says whether their tokens agree.
+    """A new student with the teacher's vision tower and projector on a pretrained decoder.
 
     Args:
-        teacher_folder: `teacher/` of a target store: vision tower, adapter, configs, processor.
-        decoder: folder or hub id of a causal language model.
-        seed: of the post-connector's initial weights.
-        dtype: of the parameters.
-        image_token_id: the placeholder's id; None takes the teacher's.
+        teacher_folder: `teacher/` of a target store: vision tower, projector, configs, processor.
+        decoder: Folder or hub id of a causal language model.
+        seed: Decides the post-connector's initial weights.
+        dtype: Of the parameters.
+        image_token_id: The image token's id; None takes the teacher's.
 
     Raises:
-        UserError: the teacher's family takes no student, or its folder or the decoder's is not whole.
+        UserError: If no student can have such a teacher, or weights are missing in its folder or in the decoder's.
     """
     decoder_folder = resolve_checkpoint(decoder)
     for folder in (teacher_folder, decoder_folder):
         refuse_code(folder)
     teacher_config = load_config(teacher_folder)
-    family = able_family(teacher_config.model_type)
+    family = teacher_family(teacher_config.model_type)
     language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=dtype, trust_remote_code=False)
     _check_head(decoder_folder, language_model)
     with torch.random.fork_rng():
@@ -69,14 +55,14 @@ def build_student(
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
-    place = _PREFIXES[student.config.model_type]
-    seen = {
-        name.replace("model.", place, 1): tensor
+    prefix = VISION_PREFIXES[student.config.model_type]
+    taken = {
+        name.replace("model.", prefix, 1): tensor
         for name, tensor in load_file(teacher_folder / "model.safetensors").items()
     }
-    _, unexpected = student.load_state_dict(seen, strict=False)
-    prefixes = tuple(prefix.replace("model.", place, 1) for prefix in family.vision_prefixes)
-    missing = [name for name in student.state_dict() if name.startswith(prefixes) and name not in seen]
+    _, unexpected = student.load_state_dict(taken, strict=False)
+    vision = tuple(name.replace("model.", prefix, 1) for name in family.vision_prefixes)
+    missing = [name for name in student.state_dict() if name.startswith(vision) and name not in taken]
     if unexpected or missing:
         raise UserError(
             f"{teacher_folder} does not fit this student: unexpected {unexpected[:3]}, missing {missing[:3]}; "
@@ -85,28 +71,28 @@ def build_student(
     return student
 
 
-def able_family(teacher_type: str) -> Family:
-    """The family of a teacher whose eyes a student can have.
+def teacher_family(model_type: str) -> Family:
+    """The family of a teacher whose vision tower a student can have.
 
     Raises:
-        UserError: no student can have them; says why.
+        UserError: If no student can have it; says why.
     """
-    family = family_of(teacher_type)
+    family = family_of(model_type)
     if (reason := family.why_no_student()) is not None:
         able = sorted(name for name, known in FAMILIES.items() if known.why_no_student() is None)
         raise UserError(
-            f"no student can be built for a teacher of type {teacher_type}: {reason}. Its targets can be extracted; "
+            f"no student can be built for a teacher of type {model_type}: {reason}. Its targets can be extracted; "
             f"students can be built for {', '.join(able)}"
         )
     return family
 
 
 def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuses what cannot be a student's decoder, before any weights are loaded.
+    """Refuses a model that cannot be a student's decoder, before any weights are loaded.
 
     Raises:
-        UserError: no causal language model, or one whose parts are not where those of Llama and its kin are, or that
-            has no sdpa attention.
+        UserError: If it is no causal language model, its parts are not where Llama has them, or it has no sdpa
+            attention.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
@@ -125,8 +111,8 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
-    """The student has decoder and head, but nothing that a family may do to logits besides, such as a cap."""
-    # Several, since that of padding may have an embedding of zeros.
+    """Refuses a decoder that changes its logits after the head, for example by a cap: a student does not do it."""
+    # Several tokens, because the padding token's embedding may be all zeros.
     tokens = torch.arange(8)[None]
     with torch.no_grad():
         logits = language_model(tokens).logits
@@ -138,33 +124,10 @@ def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
         )
 
 
-def load_student(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
-    """A student saved by an earlier stage, or a multimodal checkpoint that keeps its own eyes.
-
-    Raises:
-        UserError: as `load_weights`.
-    """
-    register_students()
-    return load_weights(AutoModelForImageTextToText, folder, nothing_else=is_student(folder), dtype=dtype)
-
-
-def check_weights(folder: Path, *, bare: bool) -> None:
-    """Whether a checkpoint can be loaded, from the headers of its files.
-
-    Args:
-        folder: the checkpoint.
-        bare: whether it is a decoder alone, rather than a student or a multimodal model.
-
-    Raises:
-        UserError: as `load_weights`.
-    """
-    auto_class = AutoModelForCausalLM if bare else AutoModelForImageTextToText
-    load_weights(auto_class, folder, nothing_else=is_student(folder), device_map="meta")
-
-
 def _untrained(
     teacher: PreTrainedConfig, decoder: PreTrainedConfig, family: Family, image_token_id: int | None = None
 ) -> CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration:
+    """The student's model class for this teacher, with random weights."""
     image_id = teacher.image_token_id if image_token_id is None else image_token_id
     if "llava" in family.model_types:
         return CompoDistillStudentForConditionalGeneration(
@@ -180,25 +143,8 @@ def _untrained(
     return AnyTeacherStudentForConditionalGeneration(config)
 
 
-def register_students() -> None:
-    """Makes the Auto classes of transformers know students; safe to call again."""
-    modeling_compodistill.register()
-    modeling_any_teacher.register()
-
-
-def student_vision_prefix(folder: Path) -> str:
-    """Before the names of a student's tensors that are `model.` in the teacher; `folder` is the student's."""
-    return _PREFIXES[json.loads((folder / "config.json").read_text())["model_type"]]
-
-
-def is_student(folder: Path) -> bool:
-    """Whether a checkpoint is a student with a teacher's eyes, rather than a bare decoder or a model of the library."""
-    config = json.loads((folder / "config.json").read_text())
-    return config.get("model_type") in _PREFIXES
-
-
 def student_config(teacher: dict[str, object], text: dict[str, object]) -> CompoDistillStudentConfig:
-    """The teacher's image side, the decoder's text side."""
+    """Config of a student: vision tower and projector of a LLaVA 1.5 teacher, decoder of `text`."""
     text_config = AutoConfig.for_model(**text)
     shared = (
         "image_token_index",
@@ -217,3 +163,30 @@ def student_config(teacher: dict[str, object], text: dict[str, object]) -> Compo
         tie_word_embeddings=text_config.tie_word_embeddings,
         **{name: teacher[name] for name in shared if name in teacher},
     )
+
+
+def check_vision_tower(student: Path, teacher: Path) -> None:
+    """Compares vision tower and projector of a saved student with the teacher's, in the student's precision.
+
+    Args:
+        student: Checkpoint of a student with a teacher's vision tower.
+        teacher: `teacher/` of a target store.
+
+    Raises:
+        FingerprintMismatch: If they differ; names a tensor.
+    """
+    prefix = VISION_PREFIXES[load_config(student).model_type]
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in sorted(student.glob("*.safetensors"))]
+        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118, it is no dict
+        wanted = opened.enter_context(safe_open(teacher / "model.safetensors", "pt"))
+        for name in wanted.keys():  # noqa: SIM118
+            own = name.replace("model.", prefix, 1)
+            found = file_of[own].get_tensor(own) if own in file_of else None
+            if found is None or not torch.equal(found, wanted.get_tensor(name).to(found.dtype)):
+                raise FingerprintMismatch(
+                    f"{student} does not have the vision tower of the targets' teacher: it has "
+                    f"{'no' if found is None else 'another'} {own}. A saved student goes on with targets of the "
+                    "teacher that it was built for; one that was exported has its post-connector folded in: name "
+                    "STAGE/student of its run folder instead"
+                )

@@ -1,4 +1,4 @@
-"""Questions about one image, answered by a model as it goes; earlier turns stay in the conversation."""
+"""A conversation with a model about one image; answers come token by token, earlier turns stay."""
 
 from collections.abc import Callable
 
@@ -8,26 +8,26 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from stages.conversations import PLACEHOLDER, ConversationEncoder, EncodedConversation, UnusableConversation
 from stages.student.model.generation import generation_settings
-from stages.student.model.loading import model_inputs
+from stages.student.model.inputs import model_inputs
 
 _NO_LIMIT = 2**31
 
 Write = Callable[[str], None]
-"""Takes a piece of an answer as soon as it is there."""
+"""Gets each piece of an answer as soon as it is made."""
 
 
 class Chat:
     """A conversation about an image.
 
     Args:
-        model: a student, or a model of a family that transformers has.
-        processor: with a chat template.
-        image: what it is about.
-        max_new_tokens: after which an answer is cut.
+        model: A student, or a model of transformers.
+        processor: With a chat template.
+        image: What the conversation is about.
+        max_new_tokens: Tokens after which an answer is cut.
 
     Raises:
-        UserError: the processor has no chat template or a slow tokenizer, or the model's length has no room for the
-            image and an answer of `max_new_tokens`.
+        UserError: If the processor has no chat template or a slow tokenizer, or image and answer do not fit into the
+            model's length.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Chat:
         self._turns: list[dict[str, str]] = []
 
     def ask(self, question: str, write: Write) -> str:
-        """The most likely answer, token by token; `write` is given its pieces.
+        """The answer of greedy decoding; `write` gets its pieces.
 
         Raises:
-            UnusableConversation: the question cannot be put, or the conversation has become too long.
+            UnusableConversation: If the question cannot be asked, or the conversation is too long.
         """
         prompt = self._encoder.encode_prompt(question, [self.image], self._turns)
         self._check_room(prompt)
-        inputs = model_inputs(self.model, prompt)
+        inputs = model_inputs(self.model, [prompt])
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         # In place of printing.
         streamer.on_finalized_text = lambda text, stream_end=False: write(text)

@@ -2,7 +2,7 @@
 
 Two linear layers in a row are one: with `h = W x + b` and `y = P h + p`, `y = (P W) x + (P b + p)`.
 
-Shape letters: I inputs of the adapter's last layer, T the teacher's width, S the student's.
+Shape letters: I inputs of the projector's last layer, D hidden size of the teacher's decoder, d of the student's.
 """
 
 import copy
@@ -23,7 +23,7 @@ _POST = "model.post_connector."
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A model taken apart: its class, its config, and its tensors by name."""
+    """Class, config and named tensors of a model."""
 
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
@@ -39,61 +39,59 @@ class ModelParts:
 
 
 def take_apart(model: PreTrainedModel) -> ModelParts:
-    """The parts of a model as it is; the config is a copy, the tensors are the model's own."""
+    """The parts of a model; the config is a copy, the tensors are the model's own."""
     return ModelParts(type(model), copy.deepcopy(model.config), dict(model.state_dict()))
 
 
 def has_post_connector(parts: ModelParts) -> bool:
-    """Whether there is one left to fold."""
+    """Whether the model has a post-connector that is not folded yet."""
     return f"{_POST}weight" in parts.tensors
 
 
 def fold_post_connector(parts: ModelParts) -> ModelParts:
-    """The same function with the post-connector folded into the adapter's last linear layer, where that is exact.
+    """The same function with the post-connector folded into the projector's last linear layer, where that is exact.
 
-    The student of a LLaVA 1.5 teacher whose width is at most the decoder's becomes a stock Llava: the adapter is
-    filled up with units that put out nothing. Llava's own adapter has the decoder's width throughout, so under a wider
-    teacher, which is the rule, the model keeps its class. The student of a teacher of another family keeps its class,
-    and its post-connector too if its family does not say which layer ends the adapter.
+    Llava's own projector has the decoder's width throughout. The student of a LLaVA 1.5 teacher that is at most as wide
+    as the decoder becomes a stock Llava: units whose output is zero fill the projector up. Under a wider teacher, the
+    usual case, the student keeps its class. So does the student of another family's teacher; it also keeps its
+    post-connector if the family does not name the layer that ends the projector.
 
     Args:
-        parts: of a student with a post-connector.
+        parts: Of a student with a post-connector.
 
     Returns:
         New parts; those given are unchanged.
     """
-    fold = _fold_any_teacher if parts.model_class is AnyTeacherStudentForConditionalGeneration else _fold_llava
-    return fold(parts)
+    if parts.model_class is AnyTeacherStudentForConditionalGeneration:
+        return _fold_any_teacher(parts)
+    return _fold_llava(parts)
 
 
 def folded_linear(
-    weight_TI: Tensor, bias_T: Tensor | None, post_ST: Tensor, post_bias_S: Tensor
+    weight_DI: Tensor, bias_D: Tensor | None, post_dD: Tensor, post_bias_d: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`[S, I]` weight and `[S]` bias of two linear layers as one, worked out in float64, in the dtype of `post_ST`."""
-    weight_SI = post_ST.double() @ weight_TI.double()
-    bias_S = post_bias_S if bias_T is None else carried_vector(bias_T, post_ST, post_bias_S)
-    return weight_SI.to(post_ST.dtype), bias_S
+    """`[d, I]` weight and `[d]` bias of two linear layers as one, computed in float64, in the dtype of `post_dD`."""
+    weight_dI = post_dD.double() @ weight_DI.double()
+    bias_d = post_bias_d if bias_D is None else carried_vector(bias_D, post_dD, post_bias_d)
+    return weight_dI.to(post_dD.dtype), bias_d
 
 
-def carried_vector(vector_T: Tensor, post_ST: Tensor, post_bias_S: Tensor) -> Tensor:
-    """`[S]`: what the post-connector makes of one vector, worked out in float64, in the dtype of `post_ST`."""
-    return (post_ST.double() @ vector_T.double() + post_bias_S.double()).to(post_ST.dtype)
+def carried_vector(vector_D: Tensor, post_dD: Tensor, post_bias_d: Tensor) -> Tensor:
+    """`[d]`: one vector after the post-connector, computed in float64, in the dtype of `post_dD`."""
+    return (post_dD.double() @ vector_D.double() + post_bias_d.double()).to(post_dD.dtype)
 
 
 def _fold_llava(parts: ModelParts) -> ModelParts:
     assert parts.model_class is CompoDistillStudentForConditionalGeneration
     tensors, config = dict(parts.tensors), copy.deepcopy(parts.config)
-    post_ST, post_bias_S = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
+    post_dD, post_bias_d = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
     names = [f"{_PROJECTOR}{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias")]
-    weight_1, bias_1, weight_2, bias_2 = (tensors.get(name) for name in names)
-    assert weight_1 is not None
-    assert weight_2 is not None
-    if bias_1 is None:
-        bias_1 = weight_1.new_zeros(weight_1.shape[0])
-    weight_2, bias_2 = folded_linear(weight_2, bias_2, post_ST, post_bias_S)
-    # The post-connector has a bias whether or not the adapter had any.
+    weight_1, weight_2 = tensors[names[0]], tensors[names[2]]
+    bias_1 = tensors.get(names[1], weight_1.new_zeros(len(weight_1)))
+    weight_2, bias_2 = folded_linear(weight_2, tensors.get(names[3]), post_dD, post_bias_d)
+    # The post-connector has a bias, whether or not the projector had one.
     config.multimodal_projector_bias, config.has_post_connector = True, False
-    spare = post_ST.shape[0] - post_ST.shape[1]
+    spare = post_dD.shape[0] - post_dD.shape[1]
     model_class: Any = parts.model_class
     if spare >= 0:
         weight_1, bias_1, weight_2 = _grown(weight_1, 0, spare), _grown(bias_1, 0, spare), _grown(weight_2, 1, spare)
@@ -112,11 +110,11 @@ def _fold_any_teacher(parts: ModelParts) -> ModelParts:
     if family.last_linear is None:
         return parts
     tensors, config = dict(parts.tensors), copy.deepcopy(parts.config)
-    post_ST, post_bias_S = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
+    post_dD, post_bias_d = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
     weight, bias = (f"model.eyes.{family.last_linear}.{kind}" for kind in ("weight", "bias"))
-    tensors[weight], tensors[bias] = folded_linear(tensors[weight], tensors.get(bias), post_ST, post_bias_S)
+    tensors[weight], tensors[bias] = folded_linear(tensors[weight], tensors.get(bias), post_dD, post_bias_d)
     for name in family.added_vectors:
-        tensors[f"model.eyes.{name}"] = carried_vector(tensors[f"model.eyes.{name}"], post_ST, post_bias_S)
+        tensors[f"model.eyes.{name}"] = carried_vector(tensors[f"model.eyes.{name}"], post_dD, post_bias_d)
     config.folded_linear, config.folded_vectors = family.last_linear, list(family.added_vectors)
     return ModelParts(parts.model_class, config, tensors)
 

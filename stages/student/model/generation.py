@@ -1,4 +1,4 @@
-"""What a student needs to answer questions: rows for every token id, the tokens that end an answer, padding."""
+"""What generation needs: a row for every token id, the tokens that end an answer, padding on the left."""
 
 import copy
 import json
@@ -31,10 +31,10 @@ def vocabulary_tables(model: PreTrainedModel) -> list[str]:
 
 
 def grow_vocabulary(parts: ModelParts, tables: Sequence[str], tokenizer: Any) -> tuple[ModelParts, list[int]]:
-    """The same model with a row for every id that the tokenizer can put out, and the ids that got one.
+    """The same model with a row for every id of the tokenizer, and the ids that got a new row.
 
-    The image token and the padding token are the teacher's, and may lie past the student's vocabulary. The student's
-    own code never looks them up; the library's does. New rows are zeros, so the other logits stay.
+    The teacher's image token and padding token may lie past the student's vocabulary. The student's own code never
+    looks them up, but transformers does. New rows are zeros, so that the other logits stay.
     """
     rows = int(parts.tensors[tables[0]].shape[0])
     added_ids = list(range(rows, max(tokenizer.get_vocab().values()) + 1))
@@ -50,16 +50,16 @@ def grow_vocabulary(parts: ModelParts, tables: Sequence[str], tokenizer: Any) ->
 def generation_settings(
     student: PreTrainedModel, tokenizer: Any, answered: EncodedConversation, added_ids: Sequence[int]
 ) -> GenerationConfig:
-    """The student's, ended by the tokens that end an answer; image tokens and `added_ids` are never generated.
+    """The student's settings with the tokens that end an answer; image tokens and `added_ids` are never generated.
 
     Args:
-        student: as it was trained.
-        tokenizer: with the padding token that batches get.
-        answered: a conversation whose `answer_mask` takes in the token that ends the answer, if there is one.
-        added_ids: of `grow_vocabulary`.
+        student: As it was trained.
+        tokenizer: With the padding token of batches.
+        answered: A conversation whose `answer_mask` includes the token that ends the answer, if there is one.
+        added_ids: From `grow_vocabulary`.
     """
     settings = copy.deepcopy(student.generation_config)
-    # Or loading would make them of the model's config again.
+    # Otherwise loading would make them from the model's config again.
     settings._from_model_config = False
     named = (settings.eos_token_id, student.config.get_text_config().eos_token_id, tokenizer.eos_token_id)
     ends = {token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None}
@@ -73,18 +73,18 @@ def generation_settings(
 
 
 def pad_on_the_left(tokenizer: Any) -> None:
-    """So that answers of a batch of questions begin side by side; a tokenizer without a padding token gets one."""
+    """Pads prompts on the left, so that a batch's answers begin at one position; adds a padding token if needed."""
     tokenizer.padding_side = "left"
-    # Only what a tokenizer was made with is saved.
+    # A tokenizer saves only the settings that it was made with.
     tokenizer.init_kwargs["padding_side"] = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
 def name_video_half(model_type: str, folder: Path) -> None:
-    """Names the half of a processor that reads videos, where its family has one.
+    """Writes which class reads videos, for families whose processors have such a half.
 
-    This project leaves that half out. The library insists on it when it loads such a processor, and needs torchvision
+    This project leaves that half out. transformers insists on it when it loads such a processor, and needs torchvision
     for it.
     """
     if (name := _VIDEO_HALVES.get(model_type)) is not None:

@@ -1,8 +1,8 @@
-"""The student of a teacher that is no LLaVA 1.5: the teacher's own image side, a post-connector, its own decoder.
+"""The student of a teacher that is no LLaVA 1.5: the teacher's vision part, a post-connector, its own decoder.
 
-Self-contained (torch and transformers only), so that an exported checkpoint can carry it. What the image side computes
-is the library's code for the teacher, whatever its tiles and pooling; it only must put image features in the place of
-placeholders and nowhere else.
+Self-contained (torch and transformers only), so that an exported checkpoint can carry it. The vision part (tower and
+projector, with tiles and pooling) is the code of transformers for the teacher. It must put image features at the image
+tokens and nowhere else.
 """
 
 import copy
@@ -16,20 +16,20 @@ from transformers.modeling_utils import PreTrainedModel
 
 
 class AnyTeacherStudentConfig(PreTrainedConfig):
-    """The teacher's config for the image side, the decoder's for the text side.
+    """The teacher's config for vision tower and projector, the decoder's for the text.
 
     Attributes:
-        teacher_config: the whole config of the teacher; its text part only says how wide image features are.
-        text_config: of the student's decoder.
-        image_token_id: the placeholder's id, which may lie past the student's vocabulary.
-        pixel_inputs: names of the inputs that go to the image side.
-        folded_linear: name of the image side's last linear layer, once the post-connector was folded into it; None
+        teacher_config: The whole config of the teacher; its text part only gives the width of image features.
+        text_config: Of the student's decoder.
+        image_token_id: The image token's id, which may lie past the student's vocabulary.
+        pixel_inputs: Names of the inputs that go to the vision part.
+        folded_linear: Name of the projector's last linear layer after the post-connector was folded into it; None
             while there is a post-connector.
-        folded_vectors: names of the image side's other parameters that then have the decoder's width.
+        folded_vectors: Names of the vision part's other parameters that then have the decoder's width.
     """
 
     model_type = "compodistill_any_teacher_student"
-    # Not the teacher's: what is said of attention in sub-configs concerns the decoder, and the library warns of others.
+    # Without the teacher's: settings of attention in sub-configs are for the decoder.
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
 
     teacher_config: Any = None
@@ -49,7 +49,7 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
 
 
 class AnyTeacherStudentPreTrainedModel(PreTrainedModel):
-    """What the model with and without a head share."""
+    """Base of the model with and without a head."""
 
     config: AnyTeacherStudentConfig
     config_class = AnyTeacherStudentConfig
@@ -63,11 +63,12 @@ class AnyTeacherStudentPreTrainedModel(PreTrainedModel):
 
 
 class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
-    """Image side, post-connector and decoder, without a language modelling head."""
+    """Vision tower, projector, post-connector and decoder, without a language modelling head."""
 
     def __init__(self, config: AnyTeacherStudentConfig) -> None:
         super().__init__(config)
-        self.eyes = image_side(config.teacher_config)
+        # Vision tower and projector; the name stands in saved checkpoints, so that it stays.
+        self.eyes = vision_part(config.teacher_config)
         width = config.text_config.hidden_size
         self.post_connector: nn.Module
         if config.folded_linear is None:
@@ -91,14 +92,14 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, **pixels: Tensor) -> Tensor:
-        """`[N, hidden]`: the teacher's features of all images of the batch, carried to the decoder's width."""
+        """`[N, hidden]`: the teacher's features of all images of the batch, after the post-connector."""
         features = self.eyes.get_image_features(**pixels, return_dict=True).pooler_output
         parts = [features] if isinstance(features, Tensor) else list(features)
         carried: Tensor = self.post_connector(torch.cat([part.flatten(0, -2) for part in parts]))
         return carried
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
-        """As the decoder's, with the image side's inputs besides."""
+        """As the decoder, with the inputs of the vision part too."""
         pixels = {name: kwargs.pop(name) for name in self.config.pixel_inputs if name in kwargs}
         pixels = {name: value for name, value in pixels.items() if value is not None}
         if inputs_embeds is None:
@@ -145,30 +146,11 @@ class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        batch_num_images: Tensor | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the last `logits_to_keep` positions, of all for 0; of the image inputs each family has its own."""
-        # Named above because generation refuses inputs that the signature lacks.
-        images = {
-            "pixel_values": pixel_values,
-            "pixel_attention_mask": pixel_attention_mask,
-            "image_sizes": image_sizes,
-            "image_grid_thw": image_grid_thw,
-            "batch_num_images": batch_num_images,
-        }
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **{name: value for name, value in images.items() if value is not None},
-            **kwargs,
-        )
+        """Logits of the last `logits_to_keep` positions, of all for 0; `kwargs` has the family's pixel inputs."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(
             logits=logits,
@@ -178,25 +160,30 @@ class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel
         )
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
-        """The image enters with the prompt only, which without a cache is read again for each token."""
+        """The image enters with the prompt only. Without a cache, each new token reads the prompt again."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in self.config.pixel_inputs:
                 inputs.pop(name, None)
         return inputs
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Generation refuses what `forward` does not name; pixel inputs have other names in each family."""
+        others = {name: value for name, value in model_kwargs.items() if name not in self.config.pixel_inputs}
+        super()._validate_model_kwargs(others)
 
-def image_side(teacher_config: PreTrainedConfig) -> PreTrainedModel:
+
+def vision_part(teacher_config: PreTrainedConfig) -> PreTrainedModel:
     """The teacher's model class without its decoder; parameters are named as in the teacher."""
     config = copy.deepcopy(teacher_config)
     text = config.get_text_config()
-    # The decoder is built with the model and thrown away at once: the smallest there can be.
+    # The decoder is built with the model and dropped at once: as small as possible.
     layer_types = (getattr(text, "layer_types", None) or [None])[:1]
     small = {"num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8, "layer_types": layer_types}
     for name, value in {**small, "pad_token_id": None}.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, value)
-    # Not in the teacher's own precision, which its config names: in that in which the student is made or loaded.
+    # In the student's precision, not in the one that the teacher's config names.
     model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.get_default_dtype())
     decoder = model.get_decoder()
     (name,) = (name for name, child in model.named_children() if child is decoder)

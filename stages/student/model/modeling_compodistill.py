@@ -1,4 +1,4 @@
-"""The student as a transformers model: the teacher's vision tower and adapter, a post-connector, its own decoder.
+"""The student as a transformers model: the teacher's vision tower and projector, a post-connector, its own decoder.
 
 Self-contained (torch and transformers only), so that an exported checkpoint can carry it.
 """
@@ -20,11 +20,12 @@ from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 
 class CompoDistillStudentConfig(LlavaConfig):
-    """A Llava config whose adapter speaks the teacher's width instead of the decoder's.
+    """A Llava config whose projector has the teacher's width instead of the decoder's.
 
     Attributes:
-        adapter_hidden_size: the teacher's hidden size, which the adapter puts out and the post-connector takes in.
-        has_post_connector: False once it was folded into the adapter's last linear layer, as exports are.
+        adapter_hidden_size: The teacher's hidden size: output of the projector, input of the post-connector. The name
+            is that of saved configs.
+        has_post_connector: False after it was folded into the projector's last linear layer, as in exports.
     """
 
     model_type = "compodistill_student"
@@ -32,10 +33,10 @@ class CompoDistillStudentConfig(LlavaConfig):
     has_post_connector: bool = True
 
 
-class TeacherAdapter(nn.Module):
+class TeacherProjector(nn.Module):
     """`Linear -> GELU -> Linear` with the parameter names of Llava's projector, at the teacher's width.
 
-    With the post-connector folded in, the last linear layer puts out the decoder's width.
+    With the post-connector folded in, the last linear layer has the decoder's width.
     """
 
     def __init__(self, config: CompoDistillStudentConfig) -> None:
@@ -55,15 +56,15 @@ class TeacherAdapter(nn.Module):
 
 
 class CompoDistillStudentModel(LlavaModel):
-    """Tower, adapter, post-connector and decoder, without a language modelling head."""
+    """Vision tower, projector, post-connector and decoder, without a language modelling head."""
 
     config: CompoDistillStudentConfig
 
     def __init__(self, config: CompoDistillStudentConfig) -> None:
-        # Not LlavaModel's own constructor: it would build an adapter of the decoder's width.
+        # Not LlavaModel's own constructor: it would build a projector of the decoder's width.
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = TeacherAdapter(config)
+        self.multi_modal_projector = TeacherProjector(config)
         self.post_connector = (
             nn.Linear(config.adapter_hidden_size, config.text_config.hidden_size)
             if config.has_post_connector
@@ -73,7 +74,7 @@ class CompoDistillStudentModel(LlavaModel):
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """The teacher's image features carried to the decoder's width, one `[N, hidden]` tensor an image."""
+        """The teacher's image features after the post-connector, one `[N, hidden]` tensor an image."""
         outputs = super().get_image_features(*args, **kwargs)
         outputs.pooler_output = [self.post_connector(features) for features in outputs.pooler_output]
         return outputs
@@ -85,7 +86,7 @@ class CompoDistillStudentModel(LlavaModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Llava's. The placeholder id is the teacher's and may lie past the student's vocabulary."""
+        """As Llava. The image token id is the teacher's and may lie past the student's vocabulary."""
         if input_ids is not None and inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))

@@ -1,4 +1,4 @@
-"""Which parameters of a student learn in a stage, and folding LoRA away afterwards."""
+"""Which parameters of a student learn in a stage; LoRA is added before it and merged after it."""
 
 import logging
 import re
@@ -10,30 +10,32 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from stages.student.config import LoraSettings, StageConfig
-from stages.student.model.build import Student
-from stages.student.model.parts import decoder_of, has_own_vision, projector_parameters
+from stages.student.model.student import Student, decoder_of, has_own_vision, projector_parameters
 from storage.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_for_stage(
-    student: Student, stage: StageConfig, lora: LoraSettings, seed: int, *, own_adapter: bool = True
+    student: Student, stage: StageConfig, lora: LoraSettings, seed: int, *, own_projector: bool = True
 ) -> PeftModel | None:
-    """Freezes all but what the stage trains; puts LoRA into `student` in place when it trains that.
+    """Freezes what the stage does not train; adds LoRA to `student` in place when the stage trains that.
 
-    `requires_grad` is not part of a checkpoint, so this runs after every load; new weights follow from `seed`. LoRA
-    adapts every linear layer of the decoder's layers, whatever its name; a warning says which matrices are in none.
+    `requires_grad` is not part of a checkpoint, so this runs after every load. LoRA adapts every linear layer of the
+    decoder's layers; a warning names the matrices that belong to no linear layer.
 
     Args:
-        student: freshly loaded.
-        stage: says what learns.
-        lora: used by stages that train LoRA.
-        seed: of the updates' initial weights.
-        own_adapter: whether the adapter of a student with its own eyes learns.
+        student: As loaded.
+        stage: Says what learns.
+        lora: Settings for stages that train LoRA.
+        seed: Decides the initial weights of LoRA.
+        own_projector: Whether the projector of a student with its own vision tower learns.
 
     Returns:
-        The peft wrapper that can merge the updates, None without LoRA.
+        The peft wrapper that can merge LoRA's updates, None without LoRA.
+
+    Raises:
+        UserError: If nothing learns.
     """
     wrapper = None
     student.requires_grad_(False)
@@ -43,19 +45,19 @@ def prepare_for_stage(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            # As one pattern: a long list of names peft cuts down to their endings.
+            # One pattern, because peft shortens a long list of names to their endings.
             target_modules="|".join(map(re.escape, decoder_linears(student))),
             bias="none",
         )
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft asks transformers by a name that it renamed; nothing for the user to do.
+            # peft uses an old name of transformers; the user can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             wrapper = get_peft_model(student, settings)
     elif stage.trains == "full":
         decoder_of(student).requires_grad_(True)
         student.lm_head.requires_grad_(True)
-    if own_adapter or not has_own_vision(student):
+    if own_projector or not has_own_vision(student):
         for parameter in projector_parameters(student):
             parameter.requires_grad_(True)
     elif stage.trains == "post_connector":
@@ -67,13 +69,13 @@ def prepare_for_stage(
 
 
 def decoder_linears(student: Student) -> list[str]:
-    """Names of the linear layers in the decoder's layers, in the model's order: what LoRA adapts."""
+    """Names of the linear layers that LoRA adapts, in the model's order."""
     inside = {id(module) for module in _layers(student).modules() if isinstance(module, nn.Linear)}
     return [name for name, module in student.named_modules() if id(module) in inside]
 
 
 def beyond_lora(student: Student) -> dict[str, nn.Parameter]:
-    """The matrices of the decoder's layers that are in no linear layer, such as experts kept as one tensor, by name."""
+    """Matrices of the decoder's layers outside all linear layers, such as experts in one tensor, by name."""
     layers = _layers(student)
     adapted = {id(p) for module in layers.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
     inside = {id(p) for p in layers.parameters() if p.dim() > 1} - adapted
@@ -100,7 +102,7 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def keep_frozen_in(student: Student, dtype: torch.dtype) -> None:
-    """Converts the parameters that do not learn; those that do keep float32, as small updates need it."""
+    """Converts frozen parameters; trained ones stay float32, because small updates need it."""
     for parameter in student.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -16,7 +16,7 @@ from transformers import get_cosine_schedule_with_warmup
 from stages.attention import enable_capture
 from stages.student.data.batch import Batch
 from stages.student.data.loader import LoaderDied, StepLoader
-from stages.student.model.parts import decoder_of
+from stages.student.model.student import decoder_of
 from stages.student.model.trainable import keep_frozen_in, merge_lora
 from stages.student.run_folder import StageReport
 from stages.student.training.checkpoint import (
@@ -228,7 +228,7 @@ class _StageLoop:
         """
         counts = torch.tensor(
             [
-                sum(b.num_answer_rows for b in group),
+                sum(len(b.answers) for b in group),
                 sum(b.num_with_image for b in group),
                 sum(len(b.keys) for b in group),
                 self.should_stop(),

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stages.captured_layers import refuse_without_maps
 from stages.student.config import StageConfig
-from stages.student.data.batch import Batch, WindowTargets, capture_for, decode_windows
-from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
+from stages.student.data.batch import Batch
+from stages.student.layer_matching import LayerMatching
 from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
-from stages.student.model.build import Student
-from stages.student.model.parts import projector_parameters
+from stages.student.model.student import Student, projector_parameters
+from stages.student.training.forward import WindowTargets, run_student
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 
@@ -37,7 +36,7 @@ class DistillationObjective(nn.Module):
         self.student, self.stage = student, stage
         self.weights = {"lm": stage.lm_weight, "kd": stage.kd_weight, "attention": stage.attention_weight}
         self.logit_codec = logit_codec
-        self.matching = matching
+        self.matching = matching if stage.attention_weight > 0 else None
 
     def forward(self, batch: Batch, totals: BatchTotals) -> tuple[Tensor, dict[str, Tensor]]:
         """The microbatch's share of the global batch's loss, and of each term (detached, unweighted).
@@ -46,26 +45,19 @@ class DistillationObjective(nn.Module):
         attention as the sum over matched layers, mean over the samples with an image.
         """
         if not batch.keys:
-            return self._nothing(batch.answer_R.device)
-        device = batch.answer_R.device
-        matching = self.matching if self.weights["attention"] > 0 else None
-        align = matching is not None and batch.num_with_image > 0
-        capture = capture_for(batch, matching.student_layers, device) if matching is not None and align else None
-        hidden_BTd = self.student.model(**batch.inputs, capture=capture, use_cache=False).last_hidden_state
+            return self._nothing(batch.answers.token_R.device)
+        sink_mask = self.stage.attention_sink_mask
+        hidden_BTd, student_maps, windows = run_student(self.student, batch, self.matching, sink_mask=sink_mask)
         terms = self._answer_terms(batch, hidden_BTd, max(totals.answer_rows, 1))
-        if matching is not None:
-            # There also for a batch of text alone: all ranks sum up the same terms.
-            terms["attention"] = torch.zeros((), device=device)
-        if matching is not None and capture is not None:
-            sink_mask = self.stage.attention_sink_mask
-            targets = decode_windows(batch.maps, matching, device, sink_mask=sink_mask)
-            refuse_without_maps("the student", matching.student_layers, capture.maps, WITHOUT_MAPS)
-            student_maps = [capture.maps[layer] for layer in matching.student_layers]
-            loss_B = alignment_loss_B(student_maps, targets, self.stage.attention_loss, sink_mask=sink_mask)
+        if windows is not None:
+            loss_B = alignment_loss_B(student_maps, windows, self.stage.attention_loss, sink_mask=sink_mask)
             terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
+        elif self.matching is not None:
+            # Also for a batch of text alone, because all ranks sum up the same terms.
+            terms["attention"] = torch.zeros((), device=hidden_BTd.device)
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if "pixel_values" not in batch.inputs:
-            loss = loss + self._unseen_image_side()
+            loss = loss + self._zero_of_projector()
         return loss, {name: value.detach() for name, value in terms.items()}
 
     def _answer_terms(self, batch: Batch, hidden_BTd: Tensor, num_rows: int) -> dict[str, Tensor]:
@@ -74,9 +66,14 @@ class DistillationObjective(nn.Module):
             stored = AnswerLogitsCodec(self.logit_codec).decode(batch.logits_RQ)
             teacher = teacher_rows(stored, vocab_size, self.stage.kd_temperature)
         # Vocabulary logits at answer rows only: image and question positions predict nothing that is scored.
-        hidden_Rd = hidden_BTd[batch.row_index_R, batch.row_position_R]
+        hidden_Rd = hidden_BTd[batch.answers.sequence_R, batch.answers.position_R]
         lm_R, kd_R = answer_losses(
-            self.student.lm_head, hidden_Rd, batch.answer_R, teacher, self.stage.kd_divergence, vocab_size=vocab_size
+            self.student.lm_head,
+            hidden_Rd,
+            batch.answers.token_R,
+            teacher,
+            self.stage.kd_divergence,
+            vocab_size=vocab_size,
         )
         terms = {"lm": lm_R.sum() / num_rows}
         return terms if kd_R is None else {**terms, "kd": kd_R.sum() / num_rows}
@@ -90,12 +87,12 @@ class DistillationObjective(nn.Module):
         names = [name for name, weight in self.weights.items() if name == "lm" or weight > 0]
         token = torch.zeros(1, 1, dtype=torch.long, device=device)
         hidden_BTd = self.student.model(input_ids=token, use_cache=False).last_hidden_state
-        loss = self.student.lm_head(hidden_BTd).sum() * 0 + self._unseen_image_side()
+        loss = self.student.lm_head(hidden_BTd).sum() * 0 + self._zero_of_projector()
         return loss, {name: torch.zeros((), device=device) for name in names}
 
-    def _unseen_image_side(self) -> Tensor:
-        """Zero, with a zero gradient for what learns before the decoder: text alone does not go through it, and it may
-        be all that learns and what DDP waits for.
+    def _zero_of_projector(self) -> Tensor:
+        """Zero, with a zero gradient for the projector. Text alone does not go through it, but it may be all that
+        learns, and DDP waits for its gradient.
         """
         zero = torch.zeros((), device=self.student.device)
         for parameter in projector_parameters(self.student):

@@ -8,12 +8,13 @@ from transformers import ProcessorMixin
 from stages.captured_layers import check_maps
 from stages.chat_templates import notes_of_ends
 from stages.checkpoints import resolve_checkpoint
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import ReaderSpec, check_first_samples, resolve_reader_spec
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_layers
-from stages.student.model.build import Student, build_student, check_weights, is_student, load_student
+from stages.student.model.build import build_student, check_vision_tower
+from stages.student.model.loading import check_weights, load_student
+from stages.student.model.student import Student, is_student
 from stages.student.model.trainable import prepare_for_stage
-from stages.student.model.vision_check import check_vision_tower
 from stages.student.training.stage import StageRun
 from storage.errors import UserError
 from storage.streaming.stream import Mixture
@@ -42,38 +43,39 @@ class StageSetup:
         self._run = run
         self._own_vision = run.config.vision == "own"
         self._folder = resolve_checkpoint(run.initial or run.decoder)
-        reading = resolve_reader_spec(
+        spec = resolve_reader_spec(
             run.targets, self._folder, own_vision=self._own_vision, kd_weight=run.stage.kd_weight
         )
-        if reading.max_length is not None:
+        if spec.reader.max_length is not None:
             # Stores of one mixture may differ in it; each of their samples fits into the longest.
             lengths = [source.targets.manifest.fingerprint.max_length for source in run.sources]
-            reading = replace(reading, max_length=max(lengths))
-        self._reading = reading
+            spec = replace(spec, reader=replace(spec.reader, max_length=max(lengths)))
+        self._spec = spec
+        reader = spec.reader
         self._saved = run.initial is not None or is_student(self._folder)
         if self._saved and not self._own_vision:
-            check_vision_tower(self._folder, reading.teacher_folder)
+            check_vision_tower(self._folder, spec.teacher_folder)
         check_weights(self._folder, bare=not (self._saved or self._own_vision))
         _check_temperature(run)
-        self.notes = [*reading.notes, *_notes_of_ends(run, reading)]
+        self.notes = [*spec.notes, *_notes_of_ends(run, spec)]
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:
-            depth = reading.decoder.num_hidden_layers
+            depth = spec.decoder.num_hidden_layers
             self.matching, notes = match_layers(
                 depth, run.targets.manifest, run.config.matching, sink_mask=run.stage.attention_sink_mask
             )
-            check_maps(str(self._folder), reading.decoder, self.matching.student_layers, WITHOUT_MAPS)
+            check_maps(str(self._folder), spec.decoder, self.matching.student_layers, WITHOUT_MAPS)
             self.notes += notes
         self.mixture = Mixture(run.sources, run.stream)
-        if reading.own_vision or reading.max_length is not None:
+        if reader.own_vision or reader.max_length is not None:
             for source in run.sources:
-                check_first_samples(source, reading)
-        self.collator = Collator(reading.reader())
+                check_first_samples(source, reader)
+        self.collator = Collator(reader)
 
     @property
     def processor(self) -> ProcessorMixin:
         """What is saved with the student."""
-        return self._reading.processor
+        return self._spec.reader.processor
 
     def load(self) -> tuple[Student, PeftModel | None]:
         """The student with what the stage trains of it, and the wrapper of its LoRA updates if it has any."""
@@ -85,24 +87,26 @@ class StageSetup:
                 run.targets.teacher_folder(),
                 self._folder,
                 run.config.seed,
-                image_token_id=self._reading.image_token_id,
+                image_token_id=self._spec.reader.image_token_id,
             )
-        own_adapter = run.config.projector == "trained"
-        return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_adapter=own_adapter)
+        own_projector = run.config.projector == "trained"
+        return student, prepare_for_stage(
+            student, run.stage, run.config.lora, run.config.seed, own_projector=own_projector
+        )
 
 
-def _notes_of_ends(run: StageRun, reading: ReaderSpec) -> tuple[str, ...]:
+def _notes_of_ends(run: StageRun, spec: ReaderSpec) -> tuple[str, ...]:
     """Whether the answers that the student reads have an end it can learn, whoever's tokens they are."""
-    if reading.max_length is not None:
+    if spec.reader.max_length is not None:
         return notes_of_ends(
-            reading.processor,
-            reading.image_token_id,
+            spec.reader.processor,
+            spec.reader.image_token_id,
             f"the chat template that {run.decoder} reads with",
             "Put one that writes a token after each answer into its folder (chat_template.jinja)",
         )
     return notes_of_ends(
-        reading.teacher_processor,
-        reading.stored_image_id,
+        spec.teacher_processor,
+        spec.reader.stored_id,
         f"the chat template that {run.targets.store.url} was made with",
         "Extract again with teacher.chat_template set to one that does",
     )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from stages.student.config import STAGES
-from stages.student.model.build import load_student
+from stages.student.model.loading import load_student
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import cdp, run_here, tree
 
@@ -284,7 +284,7 @@ MISTAKES = {
     "evaluate: no pair at all": ("evaluate {teacher} --pairs {pairs} --limit 0", "--limit"),
     "compare: model is a bare decoder": (
         "compare-attention {lm} --samples {samples} --targets {targets}",
-        "has no vision tower and adapter of its own",
+        "has no vision tower of its own",
     ),
     "compare: no such model": ("compare-attention {new} --samples {samples} --targets {targets}", "{new}"),
     "compare: no samples": ("compare-attention {new} --targets {targets}", "--samples is missing"),

@@ -25,7 +25,7 @@ from stages.attention import AttentionCapture, enable_capture
 from stages.checkpoints import load_processor
 from stages.conversations import ConversationEncoder
 from stages.convert.checkpoint import ConversionReport, convert_checkpoint
-from stages.student.model.build import load_student
+from stages.student.model.loading import load_student
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError

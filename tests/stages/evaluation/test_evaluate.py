@@ -9,6 +9,7 @@ from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from storage.errors import UserError
+from tests.stages.evaluation.advances import Advances
 
 
 @pytest.mark.parametrize("scoring", ["likelihood", "letters"])
@@ -17,9 +18,9 @@ def test_a_report_sums_up_by_kind_and_survives_json(
 ) -> None:
     by_kind = {"swap_obj": pairs[:3], "add_att": pairs[3:]}
     config = EvaluationConfig(scoring=scoring, batch_size=2)
-    done: list[int] = []
-    report = evaluate_pairs(model, processor, by_kind, config, done.append)
-    assert done == [2, 1, 2]
+    progress = Advances()
+    report = evaluate_pairs(model, processor, by_kind, config, progress, title="evaluate it")
+    assert (progress.titles, progress.amounts) == (["evaluate it: 5 pairs"], [2, 1, 2])
     assert {kind: result.num_pairs for kind, result in report.kinds.items()} == {"swap_obj": 3, "add_att": 2}
     for result in report.kinds.values():
         low, high = result.interval_95

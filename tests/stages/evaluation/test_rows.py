@@ -48,7 +48,7 @@ def test_logits_at_chosen_rows_equal_those_of_the_whole_model_without_padding(
     groups = groups_of(encoder, pairs)
     items = [item for group in groups for item in group]
     rows = [torch.arange(len(item.token_ids) - 3, len(item.token_ids)) for item in items]
-    reader = RowReader(model, encoder.image_token_id)
+    reader = RowReader(model)
     hidden_RH = reader.hidden(groups, rows)
     expected_RV = torch.cat([full_logits(model, item)[row] for item, row in zip(items, rows, strict=True)])
     torch.testing.assert_close(model.lm_head(hidden_RH), expected_RV, rtol=1e-4, atol=1e-4)
@@ -63,7 +63,7 @@ def test_an_image_goes_through_the_vision_tower_once(
     seen = []
     model.model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     groups = groups_of(encoder, pairs)
-    RowReader(model, encoder.image_token_id).hidden(groups, [torch.tensor([0])] * 2 * len(pairs))
+    RowReader(model).hidden(groups, [torch.tensor([0])] * 2 * len(pairs))
     assert seen == [len(pairs)]
 
 
@@ -82,7 +82,7 @@ def test_sequences_without_an_image_and_with_several_are_told_apart(
     ]
     items = [item for group in groups for item in group]
     rows = [torch.tensor([len(item.token_ids) - 1]) for item in items]
-    hidden_RH = RowReader(model, encoder.image_token_id).hidden(groups, rows)
+    hidden_RH = RowReader(model).hidden(groups, rows)
     expected_RV = torch.stack([full_logits(model, item)[-1] for item in items])
     torch.testing.assert_close(model.lm_head(hidden_RH), expected_RV, rtol=1e-4, atol=1e-4)
 
@@ -92,7 +92,7 @@ def test_no_logits_of_a_whole_sequence_exist(
 ) -> None:
     sizes = []
     model.lm_head.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
-    reader = RowReader(model, encoder.image_token_id)
+    reader = RowReader(model)
     groups = groups_of(encoder, pairs)
     reader.check_head(groups[0][0])
     hidden_RH = reader.hidden(groups, [torch.tensor([3])] * 2 * len(pairs))
@@ -104,7 +104,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(
     model: Any, encoder: ConversationEncoder, pairs: list[CaptionPair]
 ) -> None:
     item = groups_of(encoder, pairs[:1])[0][0]
-    reader = RowReader(model, encoder.image_token_id)
+    reader = RowReader(model)
     reader.check_head(item)
     forward = model.forward
 
@@ -128,7 +128,7 @@ def test_a_model_without_a_head_is_refused() -> None:
             return self
 
     with pytest.raises(UserError, match="no language modelling head"):
-        RowReader(Headless(), 0)
+        RowReader(Headless())
 
 
 def test_a_family_with_grids_and_positions_in_three_axes_is_read_as_well() -> None:
@@ -174,7 +174,7 @@ def test_a_family_with_grids_and_positions_in_three_axes_is_read_as_well() -> No
 
     groups = [[item(0, [10]), item(0, [11, 12, 13])], [item(1, [14, 15]), item(1, [16])]]
     items = [one for group in groups for one in group]
-    reader = RowReader(model, image_token_id)
+    reader = RowReader(model)
     reader.check_head(items[0])
     hidden_RH = reader.hidden(groups, [torch.tensor([len(one.token_ids) - 1]) for one in items])
     for hidden_H, one in zip(hidden_RH, items, strict=True):
@@ -203,7 +203,7 @@ def test_a_student_whose_vocabulary_ends_before_the_image_token_is_read_as_well(
             item.token_ids[item.image_positions] = 10_000
     items = [item for group in groups for item in group]
     rows = [torch.tensor([len(item.token_ids) - 1]) for item in items]
-    reader = RowReader(student, 10_000)
+    reader = RowReader(student)
     reader.check_head(items[0])
     expected_RV = torch.stack([full_logits(student, item)[-1] for item in items])
     torch.testing.assert_close(student.lm_head(reader.hidden(groups, rows)), expected_RV, rtol=1e-4, atol=1e-4)
@@ -219,7 +219,7 @@ def test_teachers_of_every_family_are_read_row_by_row(model_type: str, tmp_path:
     pictures = [Image.new("RGB", size, color) for size, color in (((90, 30), "red"), ((64, 64), "blue"))]
     groups = [[encoder.encode_pair("What?", text, [picture]) for text in ("A", "A red.")] for picture in pictures]
     items = [item for group in groups for item in group]
-    reader = RowReader(family_model, image_token_id)
+    reader = RowReader(family_model)
     modality = family_of(model_type).modality_input
     reader.check_head(items[0])
     hidden_RH = reader.hidden(groups, [torch.tensor([len(item.token_ids) - 1]) for item in items])

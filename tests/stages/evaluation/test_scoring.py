@@ -18,6 +18,7 @@ from stages.evaluation.scoring import (
 )
 from storage.errors import UserError
 from tests.checkpoints import CHAT_TEMPLATE_WITHOUT_GENERATION
+from tests.stages.evaluation.advances import Advances
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +61,11 @@ def test_likelihoods_equal_the_unbatched_float64_reference(
         [reference_likelihood(model, processor, pair, text) for text in (pair.caption, pair.negative_caption)]
         for pair in pairs
     ]
-    done: list[int] = []
-    found = likelihood_scores(model, encoder, pairs, EvaluationConfig(batch_size=batch_size), done.append)
+    task = Advances()
+    found = likelihood_scores(model, encoder, pairs, EvaluationConfig(batch_size=batch_size), task)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=2e-4)
-    assert sum(done) == len(pairs)
-    assert max(done) == min(batch_size, len(pairs))
+    assert sum(task.amounts) == len(pairs)
+    assert max(task.amounts) == min(batch_size, len(pairs))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -28,7 +28,8 @@ from stages.export.model_card import ExportReport
 from stages.student.model.build import build_student
 from stages.student.model.chat import Chat
 from stages.student.model.folding import ModelParts, fold_post_connector
-from stages.student.model.loading import load_multimodal, model_inputs
+from stages.student.model.inputs import model_inputs
+from stages.student.model.loading import load_multimodal
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
@@ -138,14 +139,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a target store keeps of a teacher of width 32."""
     folder = tmp_path_factory.mktemp("teacher")
     checkpoint = make_tiny_llava(folder / "checkpoint")
-    (folder / "eyes").mkdir()
-    load_teacher(TeacherConfig(checkpoint=str(checkpoint))).save_vision(folder / "eyes")
-    return folder / "eyes"
+    (folder / "teacher").mkdir()
+    load_teacher(TeacherConfig(checkpoint=str(checkpoint))).save_vision(folder / "teacher")
+    return folder / "teacher"
 
 
 def make_student(
     folder: Path,
-    eyes: Path,
+    teacher_folder: Path,
     *,
     hidden: int = 24,
     vocab_size: int = 340,
@@ -154,16 +155,16 @@ def make_student(
 ) -> Path:
     """A student as a stage leaves it, its post-connector's bias not at zero."""
     decoder = make_tiny_lm(
-        folder.with_name(f"{folder.name}-lm"), tokenizer_from=eyes, hidden=hidden, vocab_size=vocab_size
+        folder.with_name(f"{folder.name}-lm"), tokenizer_from=teacher_folder, hidden=hidden, vocab_size=vocab_size
     )
     if tied:
         config = json.loads((decoder / "config.json").read_text())
         (decoder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    student = build_student(eyes, decoder, seed=0)
+    student = build_student(teacher_folder, decoder, seed=0)
     torch.nn.init.normal_(student.model.post_connector.weight, std=0.3, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(student.model.post_connector.bias, generator=torch.Generator().manual_seed(2))
     student.to(dtype).save_pretrained(folder)
-    load_processor(eyes).save_pretrained(folder)
+    load_processor(teacher_folder).save_pretrained(folder)
     return folder
 
 
@@ -200,7 +201,7 @@ def exports(
         "late narrow": move_image_token(make_student(top / "late-narrow", teacher)),
         "late wide": move_image_token(make_student(top / "late-wide", teacher, hidden=40)),
         "late tied": move_image_token(make_student(top / "late-tied", teacher, hidden=40, tied=True)),
-        "own adapter": shutil.copytree(teacher.with_name("checkpoint"), top / "own"),
+        "own vision": shutil.copytree(teacher.with_name("checkpoint"), top / "own"),
         "tiles": make_student(top / "tiles", extract("llava_next").store.teacher_folder()),
     }
     cases = [(name, True) for name in students] + [("narrow", False), ("tiles", False)]
@@ -215,7 +216,7 @@ def exports(
             image.save(f"{folder}.{number}.png")
         student, processor = load_multimodal(students[name]), load_processor(students[name])
         encoder = ConversationEncoder(processor, student.config.image_token_id, 10_000)
-        inputs = model_inputs(student, encoder.encode_pair(QUESTIONS[1], "It is red.", images[1:]))
+        inputs = model_inputs(student, [encoder.encode_pair(QUESTIONS[1], "It is red.", images[1:])])
         save_file(inputs, f"{folder}.inputs")
         with torch.inference_mode():
             expected[case] = student(**inputs).logits[0]
@@ -246,7 +247,7 @@ CASES = {
     "equal": ("LlavaForConditionalGeneration", None, "folded", 0),
     "late wide": ("LlavaForConditionalGeneration", None, "folded", 1),
     "late tied": ("LlavaForConditionalGeneration", None, "folded", 1),
-    "own adapter": ("LlavaForConditionalGeneration", None, "none", 0),
+    "own vision": ("LlavaForConditionalGeneration", None, "none", 0),
     "tiles": ("AnyTeacherStudentForConditionalGeneration", "modeling_any_teacher.py", "folded", 0),
     "tiles, not folded": ("AnyTeacherStudentForConditionalGeneration", "modeling_any_teacher.py", "kept", 0),
 }
@@ -316,7 +317,7 @@ def test_a_processor_that_also_reads_videos_is_saved_so_that_the_library_asks_fo
 
 @pytest.mark.parametrize("model_type", sorted(RECIPES))
 def test_a_model_of_the_library_is_exported_as_it_is_and_answers(model_type: str, tmp_path: Path) -> None:
-    """What a student with its own adapter is."""
+    """What a student with its own vision tower is."""
     checkpoint = make_tiny_family(tmp_path / "model", model_type)
     report = export_student(checkpoint, tmp_path / "out")
     assert (report.custom_code, report.post_connector, report.logit_error) == (None, "none", 0)
@@ -351,7 +352,7 @@ ROUNDED: dict[str, tuple[Dtype, bool, str]] = {
     "narrow, not folded": ("float16", False, "CompoDistillStudentForConditionalGeneration"),
     "wide": ("float16", True, "LlavaForConditionalGeneration"),
     "tiles": ("bfloat16", True, "AnyTeacherStudentForConditionalGeneration"),
-    "own adapter": ("bfloat16", True, "LlavaForConditionalGeneration"),
+    "own vision": ("bfloat16", True, "LlavaForConditionalGeneration"),
 }
 """Precision, whether folded, class."""
 
@@ -363,7 +364,7 @@ def test_an_export_of_another_precision_loads_in_it_where_only_transformers_is_a
         "narrow": make_student(tmp_path / "narrow", teacher),
         "wide": make_student(tmp_path / "wide", teacher, hidden=40),
         "tiles": make_student(tmp_path / "tiles", extract("llava_next").store.teacher_folder()),
-        "own adapter": shutil.copytree(teacher.with_name("checkpoint"), tmp_path / "own"),
+        "own vision": shutil.copytree(teacher.with_name("checkpoint"), tmp_path / "own"),
     }
     reports, exact = {}, {}
     for case, (dtype, fold, _) in ROUNDED.items():
@@ -373,7 +374,7 @@ def test_an_export_of_another_precision_loads_in_it_where_only_transformers_is_a
         student, processor = load_multimodal(source), load_processor(source)
         encoder = ConversationEncoder(processor, student.config.image_token_id, 10_000)
         probe = encoder.encode_pair(*export_module._PROBE, [export_module._picture()])
-        inputs = model_inputs(student, probe)
+        inputs = model_inputs(student, [probe])
         save_file(inputs, f"{folder}.inputs")
         with torch.inference_mode():
             exact[folder] = student(**inputs).logits[0]

@@ -61,7 +61,7 @@ def take_step(folder: Path, microbatch_size: int, strategy: Strategy = "ddp", nu
     forward, step = DistillationObjective.forward, torch.optim.AdamW.step
 
     def counted(self: DistillationObjective, batch: Batch, totals: Any) -> Any:
-        counts.append((batch.num_answer_rows, batch.num_with_image))
+        counts.append((len(batch.answers), batch.num_with_image))
         return forward(self, batch, totals)
 
     def kept(self: torch.optim.AdamW, *arguments: Any) -> Any:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from stages.layers import LayerSpan, sliding_windows, window_means
-from stages.student.data.batch import decode_windows
 from stages.student.layer_matching import (
     ONE_TO_ONE_COSINES,
     UNMASKED_COSINES,
@@ -18,6 +17,7 @@ from stages.student.layer_matching import (
     MatchingConfig,
     match_layers,
 )
+from stages.student.training.forward import decode_windows
 from storage.codecs.config import MapCodecConfig
 from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask, sink_threshold

@@ -1,12 +1,13 @@
-"""A packed batch is the batch, bit for bit, in one allocation."""
+"""A flattened batch is the batch, bit for bit, in one allocation."""
 
 import dataclasses
 
 import torch
 from torch import Tensor
 
+from stages.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
-from stages.student.data.batch_transport import ALIGNMENT, pack
+from stages.student.data.batch_transport import ALIGNMENT, flatten
 from storage.codecs.maps import EncodedMaps
 from tests.storage.builders import manifest, map_targets
 
@@ -21,9 +22,7 @@ def make_batch() -> Batch:
             "attention_mask": torch.ones(2, 5, dtype=torch.bool),
             "pixel_values": torch.randn(1, 3, 7, 5, generator=generator).transpose(2, 3),
         },
-        row_index_R=torch.tensor([0, 1, 1]),
-        row_position_R=torch.tensor([3, 2, 3]),
-        answer_R=torch.tensor([7, 8, 9]),
+        answers=AnswerRows(torch.tensor([0, 1, 1]), torch.tensor([3, 2, 3]), torch.tensor([7, 8, 9])),
         logits_RQ=torch.randint(0, 255, (3, 11), generator=generator, dtype=torch.uint8),
         image_positions=(torch.arange(3), torch.zeros(0, dtype=torch.long)),
         maps=(maps, None),
@@ -49,27 +48,29 @@ def same(left: object, right: object) -> bool:
 
 def test_a_batch_comes_back_as_it_was() -> None:
     batch = make_batch()
-    found = pack(batch).unpack()
+    found = flatten(batch).restore()
     assert same(found, batch)
     assert isinstance(found.maps[0], EncodedMaps)
-    changed = dataclasses.replace(batch, answer_R=torch.tensor([7, 8, 0]))
+    changed = dataclasses.replace(batch, answers=dataclasses.replace(batch.answers, token_R=torch.tensor([7, 8, 0])))
     assert not same(found, changed)
 
 
 def test_all_its_tensors_lie_in_one_allocation_aligned() -> None:
-    packed = pack(make_batch())
-    found = packed.unpack()
+    flat = flatten(make_batch())
+    found = flat.restore()
     assert found.maps[0] is not None
     assert found.maps[0].windows is not None
     tensors = [*found.inputs.values(), found.logits_RQ, found.maps[0].codes_LC, found.maps[0].windows.flips_G]
-    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {packed.block.untyped_storage().data_ptr()}
-    assert all((tensor.data_ptr() - packed.block.data_ptr()) % ALIGNMENT == 0 for tensor in tensors)
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {flat.block.untyped_storage().data_ptr()}
+    assert all((tensor.data_ptr() - flat.block.data_ptr()) % ALIGNMENT == 0 for tensor in tensors)
 
 
-def test_an_empty_batch_can_be_packed() -> None:
+def test_an_empty_batch_can_be_flattened() -> None:
     none = torch.zeros(0, dtype=torch.long)
-    batch = Batch((), {"input_ids": torch.zeros(0, 0)}, none, none, none, torch.zeros(0, 0, dtype=torch.uint8), (), ())
-    assert same(pack(batch).unpack(), batch)
+    batch = Batch(
+        (), {"input_ids": torch.zeros(0, 0)}, AnswerRows(none, none, none), torch.zeros(0, 0, dtype=torch.uint8), (), ()
+    )
+    assert same(flatten(batch).restore(), batch)
 
 
 def test_a_batch_moves_with_its_stored_maps_so_that_no_step_waits_for_a_copy() -> None:

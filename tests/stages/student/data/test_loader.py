@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
 from stages.student.data.loader import MOST_WORKERS, LoaderConfig, LoaderDied, StepLoader, spare_workers
 from storage.errors import CorruptData, UserError
@@ -36,7 +37,7 @@ def batch_of(samples: Sequence[StreamedSample]) -> Batch:
     none = torch.zeros(0, dtype=torch.long)
     maps = tuple(sample.maps for sample in samples)
     keys = tuple(sample.key for sample in samples)
-    return Batch(keys, {"input_ids": ids}, none, none, none, torch.zeros(0, 0, dtype=torch.uint8), (), maps)
+    return Batch(keys, {"input_ids": ids}, AnswerRows(none, none, none), torch.zeros(0, 0, dtype=torch.uint8), (), maps)
 
 
 def refuse_s1(samples: Sequence[StreamedSample]) -> Batch:

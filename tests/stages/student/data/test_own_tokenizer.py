@@ -16,11 +16,12 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES
 from stages.student.config import DistilledFinetuning
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss
-from stages.student.model.build import build_student, load_student
+from stages.student.model.build import build_student
+from stages.student.model.loading import load_student
 from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
@@ -63,16 +64,16 @@ def streamed(samples: Path, store: TargetStore, count: int = 10) -> list[Streame
 def test_a_logit_loss_refuses_it_and_names_the_way_out(foreign: Path, store: TargetStore) -> None:
     with pytest.raises(UserError, match=r"(?s)vocabulary entries: .* ids differ.*set kd_weight to 0 in every stage"):
         resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.5)
-    reading = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
-    assert reading.max_length == 200
-    assert "reads its own tokens and learns nothing of logits" in reading.notes[0]
+    spec = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
+    assert spec.reader.max_length == 200
+    assert "reads with its own and does not learn from logits" in spec.notes[0]
 
 
 def test_its_tokens_are_the_conversation_with_as_many_image_tokens_as_are_stored(
     foreign: Path, data: TinyData, store: TargetStore
 ) -> None:
-    reading = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
-    read, tokenizer = reading.reader(), reading.processor.tokenizer
+    spec = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
+    read, tokenizer = spec.reader, spec.reader.processor.tokenizer
     teacher = load_processor(store.teacher_folder()).tokenizer
     plain = json.loads((foreign / "tokenizer_config.json").read_text())
     chatml = (foreign / "chat_template.jinja").is_file()
@@ -81,11 +82,13 @@ def test_its_tokens_are_the_conversation_with_as_many_image_tokens_as_are_stored
     for sample in streamed(data.samples, store):
         found = read(sample)
         assert len(found.image_positions) == 16 * len(sample.images)
-        assert found.image_positions.tolist() == (found.token_ids == reading.image_token_id).nonzero()[:, 0].tolist()
+        assert (
+            found.image_positions.tolist() == (found.token_ids == spec.reader.image_token_id).nonzero()[:, 0].tolist()
+        )
         answers = [turn["value"] for turn in sample.record["conversations"] if turn["from"] == "gpt"]
         seen = tokenizer.decode(found.token_ids[found.answer_mask])
         assert seen == "".join(f"{'' if chatml else ' '}{answer}{end}" for answer in answers)
-        words = tokenizer.decode(found.token_ids[found.token_ids != reading.image_token_id])
+        words = tokenizer.decode(found.token_ids[found.token_ids != spec.reader.image_token_id])
         for turn in sample.record["conversations"]:
             assert turn["value"].replace("<image>", "").strip() in words
         assert ("<|im_start|>user" in words) == chatml
@@ -97,20 +100,20 @@ def test_its_tokens_are_the_conversation_with_as_many_image_tokens_as_are_stored
 def test_losses_are_those_of_its_own_tokens_and_the_teachers_maps(
     foreign: Path, data: TinyData, store: TargetStore
 ) -> None:
-    reading = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
+    spec = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
     samples = streamed(data.samples, store)
     fingerprint = store.manifest.fingerprint
     matching, _ = match_layers(6, store.manifest, MatchingConfig(num_matched=1))
     (layer,) = matching.student_layers
 
     def student_of() -> torch.nn.Module:
-        return build_student(store.teacher_folder(), foreign, seed=0, image_token_id=reading.image_token_id)
+        return build_student(store.teacher_folder(), foreign, seed=0, image_token_id=spec.reader.image_token_id)
 
     teacher, own = eager(data.teacher), student_of().eval()
     own.set_attn_implementation("eager")
     lm, attention = [], []
     for sample in samples:
-        read = reading.reader()(sample)
+        read = spec.reader(sample)
         with torch.no_grad():
             seen = own(input_ids=read.token_ids[None], output_attentions=True, **read.pixels)
         answers = read.answer_mask.nonzero()[:, 0]
@@ -127,20 +130,20 @@ def test_losses_are_those_of_its_own_tokens_and_the_teachers_maps(
 
     student = student_of()
     enable_capture(student)
-    batch = Collator(reading.reader())(samples)
+    batch = Collator(spec.reader)(samples)
     stage = DistilledFinetuning(kd_weight=0.0)
     objective = DistillationObjective(student, stage, fingerprint.logit_codec, matching)
-    _, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    _, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
     assert terms.keys() == {"lm", "attention"}
     assert float(terms["lm"]) == pytest.approx(float(torch.cat(lm).mean()), rel=1e-4)
     assert float(terms["attention"]) == pytest.approx(float(torch.stack(attention).mean()), rel=1e-3)
 
 
 def test_the_placeholder_differs_from_every_word_of_the_tokenizer(foreign: Path, store: TargetStore) -> None:
-    reading = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
+    spec = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
     before = PreTrainedTokenizerFast.from_pretrained(foreign).get_vocab()
-    assert reading.image_token_id not in before.values()
-    assert reading.vocab_size == len(before)
+    assert spec.reader.image_token_id not in before.values()
+    assert spec.reader.vocab_size == len(before)
 
 
 def test_stages_train_on_its_own_tokens_and_the_student_keeps_its_tokenizer(
@@ -180,33 +183,33 @@ def test_stages_train_on_its_own_tokens_and_the_student_keeps_its_tokenizer(
 
 
 def test_a_sample_that_its_tokens_make_too_long_is_named(foreign: Path, data: TinyData, store: TargetStore) -> None:
-    reading = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
+    spec = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
     sample = next(sample for sample in streamed(data.samples, store) if sample.images)
     with pytest.raises(UserError, match=rf"sample {sample.key} cannot be read by the student's own tokenizer: image_"):
-        replace(reading, max_length=12).reader()(sample)
+        replace(spec.reader, max_length=12)(sample)
 
 
 def test_a_template_of_parts_is_used_as_it_is(data: TinyData, store: TargetStore, tmp_path: Path) -> None:
     template = (make_tiny_llava(tmp_path / "other") / "chat_template.jinja").read_text().replace("USER: ", "Human: ")
     folder = make_foreign_lm(tmp_path / "foreign", template)
-    reading = resolve_reader_spec(store, folder, own_vision=False, kd_weight=0.0)
-    assert reading.processor.chat_template == template
-    read = reading.reader()(streamed(data.samples, store)[0])
-    assert reading.processor.tokenizer.decode(read.token_ids).startswith("Human: ")
+    spec = resolve_reader_spec(store, folder, own_vision=False, kd_weight=0.0)
+    assert spec.reader.processor.chat_template == template
+    read = spec.reader(streamed(data.samples, store)[0])
+    assert spec.reader.processor.tokenizer.decode(read.token_ids).startswith("Human: ")
 
 
 @pytest.mark.parametrize("model_type", ABLE)
 def test_every_family_of_teachers_can_teach_it(model_type: str, extract: Extract, tmp_path: Path) -> None:
     extracted = extract(model_type)
     folder = make_foreign_lm(tmp_path / "foreign", CHATML, num_layers=3)
-    reading = resolve_reader_spec(extracted.store, folder, own_vision=False, kd_weight=0.0)
-    reading = replace(reading, vocab_size=1000)
-    student = build_student(extracted.store.teacher_folder(), folder, seed=0, image_token_id=reading.image_token_id)
+    spec = resolve_reader_spec(extracted.store, folder, own_vision=False, kd_weight=0.0)
+    reader = replace(spec.reader, vocab_size=1000)
+    student = build_student(extracted.store.teacher_folder(), folder, seed=0, image_token_id=spec.reader.image_token_id)
     student.resize_token_embeddings(1000)
-    collator = pickle.loads(pickle.dumps(Collator(reading.reader())))
+    collator = pickle.loads(pickle.dumps(Collator(reader)))
     for sample in streamed(extracted.samples, extracted.store, count=5):
         batch = collator([sample])
-        stored = sample.targets.token_ids == reading.stored_image_id
+        stored = sample.targets.token_ids == spec.reader.stored_image_id
         assert len(batch.image_positions[0]) == int(stored.sum())
         with torch.no_grad():
             hidden = student.model(**batch.inputs, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""Students that keep their own tower and adapter: losses by the textbook, refusals, and what comes out of a stage.
+"""Students that keep their own vision tower and projector: losses by the textbook, refusals, stages.
 
 The textbook takes eager attention of both models, one sample at a time, with inputs from each one's own processor.
 """
@@ -20,12 +20,12 @@ from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.student.config import DistilledFinetuning
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
-from stages.student.model.build import load_student
-from stages.student.model.parts import projector_parameters
+from stages.student.model.loading import load_student
+from stages.student.model.student import projector_parameters
 from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
@@ -114,8 +114,8 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_in_the_loop(
     extracted = llava if model_type == "llava" else extract(model_type)
     folder = make_student(model_type, tmp_path / "student")
     samples = streamed(extracted)
-    reading = resolve_reader_spec(extracted.store, folder, own_vision=True, kd_weight=1.0)
-    assert reading.max_length is None
+    spec = resolve_reader_spec(extracted.store, folder, own_vision=True, kd_weight=1.0)
+    assert spec.reader.max_length is None
     fingerprint = extracted.store.manifest.fingerprint
     student = load_student(folder)
     depth = student.config.get_text_config().num_hidden_layers
@@ -125,9 +125,9 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_in_the_loop(
     expected, expected_gradients = textbook(extracted, folder, samples, matching.student_layers[0])
     enable_capture(student)
     # Loader processes that are started afresh get it by pickle.
-    batch = pickle.loads(pickle.dumps(Collator(reading.reader())))(samples)
+    batch = pickle.loads(pickle.dumps(Collator(spec.reader)))(samples)
     objective = DistillationObjective(student, DistilledFinetuning(), fingerprint.logit_codec, matching)
-    loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
     loss.backward()
     for name, value in expected.items():
         assert float(terms[name]) == pytest.approx(value, rel=2e-3), name
@@ -142,7 +142,7 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_in_the_loop(
 def textbook(
     extracted: Extracted, folder: Path, samples: list[StreamedSample], layer: int
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Loss terms of the batch and the gradients of the student's adapter."""
+    """Loss terms of the batch and the gradients of the student's projector."""
     teacher, student = eager(extracted.checkpoint), eager(folder)
     read_teacher, read_student = load_processor(extracted.checkpoint), load_processor(folder)
     lm, kd, attention = [], [], []
@@ -165,12 +165,12 @@ def textbook(
     return {name: float(value.detach()) for name, value in terms.items()}, list(gradients)
 
 
-def test_all_of_the_adapter_has_a_gradient_whatever_the_batch_holds(extract: Extract, tmp_path: Path) -> None:
+def test_all_of_the_projector_has_a_gradient_whatever_the_batch_holds(extract: Extract, tmp_path: Path) -> None:
     """Processes that train together wait for each one."""
     extracted = extract("llava_onevision")
     folder = make_student("llava_onevision", tmp_path / "student")
     student, _ = StageSetup(stage_run(extracted, folder, tmp_path / "run", dpt={"batch_size": 4})).load()
-    collator = Collator(resolve_reader_spec(extracted.store, folder, own_vision=True, kd_weight=1.0).reader())
+    collator = Collator(resolve_reader_spec(extracted.store, folder, own_vision=True, kd_weight=1.0).reader)
     codec = extracted.store.manifest.fingerprint.logit_codec
     objective = DistillationObjective(student, DistilledFinetuning(attention_weight=0.0), codec, None)
     samples = {len(sample.images): sample for sample in streamed(extracted)}
@@ -237,7 +237,7 @@ def test_another_number_of_image_tokens_is_refused_before_training_and_in_each_b
     message = r"sample \d{9}: the student makes 36 image tokens of its 1 images, the teacher's targets hold 16"
     with pytest.raises(UserError, match=message):
         StageSetup(stage_run(llava, folder, tmp_path / "run", dft={"batch_size": 4}))
-    collator = Collator(resolve_reader_spec(llava.store, folder, own_vision=True, kd_weight=1.0).reader())
+    collator = Collator(resolve_reader_spec(llava.store, folder, own_vision=True, kd_weight=1.0).reader)
     with pytest.raises(UserError, match=message):
         collator(streamed(llava))
     text = [sample for sample in streamed(llava) if not sample.images]
@@ -246,7 +246,7 @@ def test_another_number_of_image_tokens_is_refused_before_training_and_in_each_b
 
 def test_a_word_that_is_the_students_image_token_is_refused_with_its_sample(llava: Extracted, tmp_path: Path) -> None:
     folder = with_another_placeholder(tmp_path / "student")
-    read = resolve_reader_spec(llava.store, folder, own_vision=True, kd_weight=1.0).reader()
+    read = resolve_reader_spec(llava.store, folder, own_vision=True, kd_weight=1.0).reader
     sample = streamed(llava)[0]
     tokens = sample.targets.token_ids.clone()
     tokens[-2] = read.image_token_id
@@ -272,14 +272,14 @@ def test_what_cannot_be_such_a_student_is_refused_with_the_reason(
             kd_weight=0.0,
         )
     decoder = make_tiny_lm(tmp_path / "lm", tokenizer_from=llava.checkpoint)
-    with pytest.raises(UserError, match=r"is of type qwen2, which has no vision tower and adapter of its own"):
+    with pytest.raises(UserError, match=r"is of type qwen2, which has no vision tower of its own"):
         resolve_reader_spec(llava.store, decoder, own_vision=True, kd_weight=1.0)
     with pytest.raises(UserError, match=r"is a whole multimodal model \(llava\); give --vision own"):
         resolve_reader_spec(llava.store, llava.checkpoint, own_vision=False, kd_weight=1.0)
 
 
 def test_ids_past_the_students_vocabulary_are_refused(llava: Extracted) -> None:
-    reading = resolve_reader_spec(llava.store, llava.checkpoint, own_vision=True, kd_weight=1.0)
-    short: SampleReader = replace(reading, vocab_size=50).reader()
+    spec = resolve_reader_spec(llava.store, llava.checkpoint, own_vision=True, kd_weight=1.0)
+    short: SampleReader = replace(spec.reader, vocab_size=50)
     with pytest.raises(UserError, match="past the student's vocabulary of 50"):
         short(streamed(llava)[0])

@@ -12,7 +12,6 @@ from stages.student.losses import (
     Divergence,
     logit_distillation_loss,
     next_token_loss,
-    stored_logit_distillation_loss,
     teacher_rows,
 )
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
@@ -20,6 +19,12 @@ from storage.codecs.config import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses
 
 GOLDEN = Path(__file__).parents[3] / "golden"
+
+
+def stored_loss(
+    student_RV: torch.Tensor, stored: AnswerLogits, temperature: float = 1.0, divergence: Divergence = "forward"
+) -> torch.Tensor:
+    return teacher_rows(stored, student_RV.shape[1], temperature).loss(student_RV, divergence)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -71,7 +76,7 @@ def dense_rows(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tu
 
 def stored_rows(student: Tensor, stored: AnswerLogits, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     student = student.detach().clone().requires_grad_()
-    loss = stored_logit_distillation_loss(student, stored, temperature)
+    loss = stored_loss(student, stored, temperature)
     loss.sum().backward()
     assert student.grad is not None
     return loss.detach(), student.grad
@@ -237,7 +242,7 @@ def test_divergences_over_the_stored_support_equal_a_textbook_version_and_its_gr
         assert bool((teacher.topk(6).indices >= student_vocab).any()), "a kept id is cut too"
     stored = store(teacher, top_k=6, temperatures=(2.0,))
     student.requires_grad_()
-    found = stored_logit_distillation_loss(student, stored, temperature, divergence)
+    found = stored_loss(student, stored, temperature, divergence)
     expected = compared_by_the_book(*bucketed(student, teacher, 6, temperature), divergence)
     # The codec rounds to 11 bits.
     torch.testing.assert_close(found, expected, rtol=3e-3, atol=1e-4)
@@ -252,7 +257,7 @@ def test_with_the_whole_vocabulary_stored_divergences_are_those_of_whole_distrib
     divergence: Divergence, temperature: float
 ) -> None:
     teacher, student = random_logits(6, 40, seed=0), random_logits(6, 40, seed=1).requires_grad_()
-    found = stored_logit_distillation_loss(student, store(teacher, top_k=40), temperature, divergence)
+    found = stored_loss(student, store(teacher, top_k=40), temperature, divergence)
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     expected = compared_by_the_book(p, q, divergence)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
@@ -269,9 +274,7 @@ def test_the_gradient_of_a_divergence_is_that_of_finite_differences(
 ) -> None:
     stored = store(random_logits(4, 60, seed=2), top_k=6, temperatures=(2.0,))
     student = random_logits(4, student_vocab, seed=3).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda z: stored_logit_distillation_loss(z, stored, temperature, divergence), student
-    )
+    assert torch.autograd.gradcheck(lambda z: stored_loss(z, stored, temperature, divergence), student)
 
 
 @every_divergence
@@ -288,7 +291,7 @@ def test_divergences_are_zero_with_zero_gradient_row_by_row_where_the_student_sa
     others = others / others.sum(-1, keepdim=True).clamp(min=1e-9) * tail[:, None]
     probs = others.scatter(1, stored.ids_RK, kept.double())
     student = (probs.log() * temperature).requires_grad_()
-    loss = stored_logit_distillation_loss(student, stored, temperature, divergence)
+    loss = stored_loss(student, stored, temperature, divergence)
     loss.sum().backward()
     # What is stored is float32, and sums to 1 that far.
     assert float(loss.detach().abs().max()) < 1e-6
@@ -300,7 +303,7 @@ def test_divergences_are_zero_with_zero_gradient_row_by_row_where_the_student_sa
 def test_what_is_stored_bounds_the_divergence_of_whole_distributions_from_below(divergence: Divergence) -> None:
     teacher, student = random_logits(50, 60, seed=2), random_logits(50, 60, seed=3)
     whole = compared_by_the_book(teacher.softmax(-1), student.softmax(-1), divergence)
-    found = stored_logit_distillation_loss(student, store(teacher, top_k=6), 1.0, divergence)
+    found = stored_loss(student, store(teacher, top_k=6), 1.0, divergence)
     assert bool((found <= whole + 1e-3).all())
     assert bool((found > 0).all())
 
@@ -314,7 +317,7 @@ def test_divergences_and_their_gradients_are_finite_when_either_side_is_sure(div
             student = torch.zeros(2, 35)
             student[:, 4] = height
             student.requires_grad_()
-            loss = stored_logit_distillation_loss(student, store(teacher, top_k=top_k), 1.0, divergence)
+            loss = stored_loss(student, store(teacher, top_k=top_k), 1.0, divergence)
             loss.sum().backward()
             assert student.grad is not None
             assert bool(torch.isfinite(loss).all())

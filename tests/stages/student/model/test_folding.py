@@ -1,4 +1,4 @@
-"""The post-connector folded into the adapter gives the same image features, in every family that can have a student."""
+"""The post-connector folded into the projector gives the same image features, in every family with students."""
 
 from collections.abc import Callable
 from pathlib import Path

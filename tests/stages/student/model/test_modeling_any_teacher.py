@@ -19,12 +19,14 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES, family_of
 from stages.student.config import DistilledFinetuning
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss
-from stages.student.model.build import Student, build_student, is_student, load_student
+from stages.student.model.build import build_student
+from stages.student.model.loading import load_student
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
+from stages.student.model.student import Student, is_student
 from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
@@ -94,12 +96,12 @@ def test_a_student_loads_in_the_precision_asked_for_whatever_its_teacher_ran_in(
 ) -> None:
     extracted = extract(model_type)
     # As extraction on a GPU leaves it.
-    eyes = shutil.copytree(extracted.store.teacher_folder(), tmp_path / "teacher")
-    config = AutoConfig.from_pretrained(eyes)
+    teacher = shutil.copytree(extracted.store.teacher_folder(), tmp_path / "teacher")
+    config = AutoConfig.from_pretrained(teacher)
     for part in (config, config.get_text_config(), config.vision_config):
         part.dtype = torch.bfloat16
-    config.save_pretrained(eyes)
-    student = build_student(eyes, make_tiny_lm(tmp_path / "lm", tokenizer_from=eyes, num_layers=3), seed=0)
+    config.save_pretrained(teacher)
+    student = build_student(teacher, make_tiny_lm(tmp_path / "lm", tokenizer_from=teacher, num_layers=3), seed=0)
     student.save_pretrained(tmp_path / "student")
     exact = load_student(tmp_path / "student")
     assert {parameter.dtype for parameter in exact.parameters()} == {torch.float32}
@@ -122,7 +124,7 @@ def test_losses_of_a_ragged_batch_are_those_of_one_sample_at_a_time(
     assert len({len(positions) for positions in batch.image_positions}) > 2, "counts of image tokens differ"
     codec = extracted.store.manifest.fingerprint.logit_codec
     objective = DistillationObjective(student, DistilledFinetuning(), codec, matching)
-    loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
     for name, value in expected.items():
         assert float(terms[name]) == pytest.approx(float(value), rel=2e-3), name
     loss.backward()

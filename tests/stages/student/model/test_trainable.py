@@ -21,7 +21,8 @@ from transformers import (
 
 from stages.attention import AttentionCapture, enable_capture
 from stages.student.config import DistilledFinetuning, LoraSettings
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
@@ -37,20 +38,20 @@ LORA = LoraSettings(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
-def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a target store keeps of a teacher."""
     folder = tmp_path_factory.mktemp("teacher")
     checkpoint = make_tiny_llava(folder / "checkpoint")
-    (folder / "eyes").mkdir()
-    load_teacher(TeacherConfig(checkpoint=str(checkpoint))).save_vision(folder / "eyes")
-    return folder / "eyes"
+    (folder / "teacher").mkdir()
+    load_teacher(TeacherConfig(checkpoint=str(checkpoint))).save_vision(folder / "teacher")
+    return folder / "teacher"
 
 
-def student_on(eyes: Path, folder: Path, make: Callable[[], PreTrainedModel]) -> Student:
+def student_on(teacher: Path, folder: Path, make: Callable[[], PreTrainedModel]) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         make().save_pretrained(folder)
-    return build_student(eyes, folder, seed=0)
+    return build_student(teacher, folder, seed=0)
 
 
 def adapted(student: Student) -> list[str]:
@@ -63,8 +64,8 @@ def of_each_layer(num_layers: int, *names: str, decoder: str = "model.language_m
     return [f"{decoder}.layers.{layer}.{name}" for layer in range(num_layers) for name in names]
 
 
-def test_fused_projections_learn_too_also_from_the_attention_loss(eyes: Path, tmp_path: Path) -> None:
-    student = student_on(eyes, tmp_path / "phi3", lambda: Phi3ForCausalLM(Phi3Config(**SIZES, **IDS)))
+def test_fused_projections_learn_too_also_from_the_attention_loss(teacher: Path, tmp_path: Path) -> None:
+    student = student_on(teacher, tmp_path / "phi3", lambda: Phi3ForCausalLM(Phi3Config(**SIZES, **IDS)))
     names = ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
     assert adapted(student) == of_each_layer(3, *names)
     enable_capture(student)
@@ -80,11 +81,11 @@ def test_fused_projections_learn_too_also_from_the_attention_loss(eyes: Path, tm
     assert float(keys_dR.abs().max()) > 1e-6
 
 
-def test_llama_and_qwen2_have_updates_at_the_layers_they_always_had(eyes: Path, tmp_path: Path) -> None:
-    make_tiny_lm(tmp_path / "qwen2", tokenizer_from=eyes, num_layers=3)
+def test_llama_and_qwen2_have_updates_at_the_layers_they_always_had(teacher: Path, tmp_path: Path) -> None:
+    make_tiny_lm(tmp_path / "qwen2", tokenizer_from=teacher, num_layers=3)
     students = [
-        student_on(eyes, tmp_path / "llama", lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **IDS))),
-        build_student(eyes, tmp_path / "qwen2", seed=0),
+        student_on(teacher, tmp_path / "llama", lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **IDS))),
+        build_student(teacher, tmp_path / "qwen2", seed=0),
     ]
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     expected = of_each_layer(3, *attention, *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
@@ -93,17 +94,17 @@ def test_llama_and_qwen2_have_updates_at_the_layers_they_always_had(eyes: Path, 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", ["qwen2", *sorted(RECIPES)])
-def test_updates_begin_as_they_did_when_layers_were_found_by_name(case: str, eyes: Path, tmp_path: Path) -> None:
+def test_updates_begin_as_they_did_when_layers_were_found_by_name(case: str, teacher: Path, tmp_path: Path) -> None:
     """So that a run begun before goes on, and one begun again has the same bytes."""
 
     def load() -> Student:
         if case == "qwen2":
-            return build_student(eyes, folder, seed=0)
+            return build_student(teacher, folder, seed=0)
         return AutoModelForImageTextToText.from_pretrained(folder)
 
     folder = tmp_path / "m"
     if case == "qwen2":
-        make_tiny_lm(folder, tokenizer_from=eyes)
+        make_tiny_lm(folder, tokenizer_from=teacher)
     else:
         make_tiny_family(folder, case)
     found = load()
@@ -124,12 +125,12 @@ def updates(student: Student) -> dict[str, Tensor]:
 
 
 def test_experts_kept_as_one_tensor_stay_frozen_and_a_warning_says_so(
-    eyes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     shared = {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}
     config = Qwen2MoeConfig(**SIZES, **IDS, **experts, **shared)
-    student = student_on(eyes, tmp_path / "moe", lambda: Qwen2MoeForCausalLM(config))
+    student = student_on(teacher, tmp_path / "moe", lambda: Qwen2MoeForCausalLM(config))
     assert "model.language_model.layers.0.mlp.shared_expert.up_proj" in adapted(student)
     (record,) = (record for record in caplog.records if record.name == "stages.student.model.trainable")
     message = record.getMessage()
@@ -139,5 +140,5 @@ def test_experts_kept_as_one_tensor_stay_frozen_and_a_warning_says_so(
     frozen = student.get_parameter("model.language_model.layers.0.mlp.experts.down_proj")
     assert not frozen.requires_grad
     caplog.clear()
-    adapted(student_on(eyes, tmp_path / "llama", lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **IDS))))
+    adapted(student_on(teacher, tmp_path / "llama", lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **IDS))))
     assert not caplog.records

@@ -19,11 +19,12 @@ from stages.conversations import ConversationEncoder
 from stages.images import decode_image
 from stages.layers import window_means
 from stages.student.config import DistilledFinetuning
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.stores import open_store
@@ -85,7 +86,7 @@ def cached(
     collator = Collator(SampleReader(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000))
     batch = collator(samples)
     objective = objective_of(student, store, matching)
-    loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
     loss.backward()
     return {**terms, "loss": loss.detach()}, gradients(student)
 
@@ -195,8 +196,8 @@ def test_microbatches_of_uneven_answer_lengths_sum_to_the_whole_batch(data: Tiny
     collator = Collator(SampleReader(load_processor(store16.teacher_folder()), student.config.image_token_id, 10_000))
     objective = objective_of(student, store16, matching)
     batches = [collator(samples[start : start + 3]) for start in range(0, len(samples), 3)]
-    assert len({batch.num_answer_rows for batch in batches}) > 1
-    totals = BatchTotals(sum(b.num_answer_rows for b in batches), sum(b.num_with_image for b in batches))
+    assert len({len(batch.answers) for batch in batches}) > 1
+    totals = BatchTotals(sum(len(b.answers) for b in batches), sum(b.num_with_image for b in batches))
     total = torch.zeros(())
     for batch in batches:
         loss, _ = objective(batch, totals)
@@ -206,7 +207,7 @@ def test_microbatches_of_uneven_answer_lengths_sum_to_the_whole_batch(data: Tiny
     assert worst_difference(gradients(student), whole) < 1e-4
 
 
-def test_the_teachers_eyes_in_the_student_are_those_of_the_teacher(data: TinyData, store16: TargetStore) -> None:
+def test_the_vision_tower_in_the_student_is_that_of_the_teacher(data: TinyData, store16: TargetStore) -> None:
     teacher = LlavaForConditionalGeneration.from_pretrained(data.teacher, dtype=torch.float32)
     student = new_student(data, store16)
     state = student.state_dict()

@@ -23,12 +23,13 @@ from stages.conversations import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
 from stages.student.config import DistilledFinetuning
-from stages.student.data.batch import decode_windows
-from stages.student.data.collator import Collator
+from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses import answer_losses
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
+from stages.student.training.forward import decode_windows
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.stores import open_store
@@ -139,7 +140,7 @@ def trained_on(world: World, names: list[str], stage: DistilledFinetuning) -> Re
     reader = SampleReader(load_processor(world.store.teacher_folder()), student.config.image_token_id, 10_000)
     batch = Collator(reader)([world.samples[name] for name in names]).to(CPU, torch.float64)
     objective = DistillationObjective(student, stage, world.store.manifest.fingerprint.logit_codec, world.matching)
-    loss, terms = objective(batch, BatchTotals(batch.num_answer_rows, batch.num_with_image))
+    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
     loss.backward()
     return result_of(student, terms)
 

@@ -1,22 +1,26 @@
-"""How alike a student's visual attention is to the teacher's cached maps.
+"""How similar a student's visual attention is to the teacher's cached maps.
 
-The similarity of two maps is the cosine over their causal entries below the sink threshold of either side. The
-pooled vectors that the loss compares are alike for any two models; the raw maps separate better.
+The similarity of two maps is the cosine over their causal entries below the sink threshold of either side. Any two
+models have similar pooled vectors, which the loss compares; raw maps separate models better.
 
-Shape letters: B samples, N image tokens, W matched pairs.
+Shape letters: B samples, N image tokens, E entries of a map, W matched pairs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stages.student.data.batch import Batch, capture_for, decode_windows
+from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
 from stages.student.losses import below_sink_threshold, matched_loss
-from stages.student.model.build import Student
+from stages.student.model.student import Student
+from stages.student.training.forward import run_student
+from storage.progress import SILENT, ProgressTask
 from storage.strict_model import StrictModel
+
+_NOT_SHOWN = SILENT.task("compare")
 
 LayersFrom = Literal["training", "default"]
 
@@ -27,12 +31,12 @@ class AttentionSimilarity(StrictModel):
     student_layers: tuple[int, ...]
     windows: tuple[tuple[int, ...], ...]
     layers_from: LayersFrom = "default"
-    """Which layers these are: those that the run trained, by its own record, or those matched by default."""
+    """Whether the pairs are those that the run trained, or those matched by default."""
     num_samples: int
     similarity: tuple[float, ...]
-    """Cosine of the raw maps without sinks, 1 is equal."""
+    """Cosine of the raw maps without sinks; 1 is equal."""
     alignment_loss: tuple[float, ...]
-    """What the attention loss says of the pair, 0 is aligned."""
+    """The attention loss of the pair; 0 is aligned."""
 
     @property
     def mean(self) -> float:
@@ -45,38 +49,35 @@ def attention_similarity(
     student: Student,
     batches: Iterable[Batch],
     matching: LayerMatching,
-    progress: Callable[[int], None] | None = None,
+    task: ProgressTask = _NOT_SHOWN,
     *,
     layers_from: LayersFrom = "default",
 ) -> AttentionSimilarity:
     """Runs the student over `batches` and compares its maps with the stored ones.
 
     Args:
-        student: with capture enabled.
-        batches: from the collator; samples without an image do not count.
-        matching: which layers are compared.
-        progress: called with the number of samples finished since the last call.
-        layers_from: where `matching` is from, for the report.
+        student: With capture enabled; left in evaluation mode.
+        batches: From the collator; samples without an image do not count.
+        matching: Which layers are compared.
+        task: Advances by the samples of each batch.
+        layers_from: Where `matching` is from, for the report.
     """
     student.eval()
-    device = student.device
     similarity_W = torch.zeros(len(matching.student_layers), dtype=torch.float64)
     loss_W = torch.zeros_like(similarity_W)
     count = 0
     for cpu_batch in batches:
-        batch = cpu_batch.to(device, student.dtype)
+        batch = cpu_batch.to(student.device, student.dtype)
         if batch.num_with_image:
-            capture = capture_for(batch, matching.student_layers, device)
-            student.model(**batch.inputs, capture=capture, use_cache=False)
-            targets = decode_windows(batch.maps, matching, device)
-            has_image_B = targets.num_tokens_B > 0
-            for w, layer in enumerate(matching.student_layers):
-                maps = capture.maps[layer], targets.maps_WBNN[w], targets.keep_WBNN[w], targets.num_tokens_B
-                similarity_W[w] += float(map_similarity(*maps)[has_image_B].sum())
-                loss_W[w] += float(matched_loss(*maps).sum())
+            _, student_maps, windows = run_student(student, batch, matching)
+            assert windows is not None
+            num_tokens_B = windows.num_tokens_B
+            pairs = zip(student_maps, windows.maps_WBNN, windows.keep_WBNN, strict=True)
+            for w, maps in enumerate(pairs):
+                similarity_W[w] += float(map_similarity(*maps, num_tokens_B)[num_tokens_B > 0].sum())
+                loss_W[w] += float(matched_loss(*maps, num_tokens_B).sum())
             count += batch.num_with_image
-        if progress is not None:
-            progress(len(batch.keys))
+        task.advance(len(batch.keys))
     return AttentionSimilarity(
         student_layers=matching.student_layers,
         windows=matching.windows,

@@ -6,15 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.attention import enable_capture
+from stages.attention import AttentionCapture, enable_capture
 from stages.checkpoints import load_processor
-from stages.evaluation.pictures import PICTURE_SIZE, gaze, overlay
-from stages.evaluation.similarity import attention_similarity, map_similarity
-from stages.student.data.batch import Batch, capture_for
-from stages.student.data.collator import Collator
+from stages.evaluation.attention_pictures import PICTURE_SIZE, overlay, pooled_attention
+from stages.evaluation.attention_similarity import attention_similarity, map_similarity
+from stages.student.data.batch import Batch, Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching
-from stages.student.model.build import Student, build_student
+from stages.student.model.build import build_student
+from stages.student.model.student import Student
 from storage.codecs.config import MapCodecConfig
 from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask
@@ -43,7 +43,7 @@ def student_and_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=5)
     stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
     batch = collator(next(iter(list(stream))))
-    capture = capture_for(batch, MATCHING.student_layers, student.device)
+    capture = AttentionCapture(frozenset(MATCHING.student_layers), batch.image_positions)
     with torch.no_grad():
         student.model(**batch.inputs, capture=capture)
     own = torch.stack([capture.maps[layer] for layer in MATCHING.student_layers], 1)
@@ -76,9 +76,11 @@ def test_similarity_ignores_sinks_of_either_side() -> None:
     assert float(map_similarity(maps, with_sink, keep, torch.tensor([8]))[0]) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_gaze_is_the_same_for_equal_maps_and_zero_without_an_image(student_and_batch: tuple[Student, Batch]) -> None:
+def test_pooled_attention_is_the_same_for_equal_maps_and_zero_without_an_image(
+    student_and_batch: tuple[Student, Batch],
+) -> None:
     student, batch = student_and_batch
-    seen = gaze(student, batch, MATCHING)
+    seen = pooled_attention(student, batch, MATCHING)
     torch.testing.assert_close(seen.student_BN, seen.teacher_BN, atol=1e-3, rtol=1e-2)
     assert not seen.student_BN[seen.num_tokens_B == 0].any()
     assert bool((seen.student_BN[seen.num_tokens_B > 0].sum(-1) > 0).all())

@@ -1,0 +1,60 @@
+"""What a student is: its classes, and where its parts are."""
+
+import json
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.families import FAMILIES
+from stages.student.model import modeling_any_teacher, modeling_compodistill
+from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
+from stages.student.model.modeling_compodistill import (
+    CompoDistillStudentConfig,
+    CompoDistillStudentForConditionalGeneration,
+)
+
+OWN_CLASSES = (CompoDistillStudentForConditionalGeneration, AnyTeacherStudentForConditionalGeneration)
+"""Students with the teacher's vision tower; transformers has no class for them."""
+
+Student: TypeAlias = (
+    CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration | PreTrainedModel
+)
+"""One of the first two with the teacher's vision tower, a class of transformers with its own."""
+
+VISION_PREFIXES = {CompoDistillStudentConfig.model_type: "model.", AnyTeacherStudentConfig.model_type: "model.eyes."}
+"""What `model.` in the names of the teacher's vision tensors becomes in a student."""
+
+
+def register_students() -> None:
+    """Makes the Auto classes of transformers know students; safe to call again."""
+    modeling_compodistill.register()
+    modeling_any_teacher.register()
+
+
+def is_student(folder: Path) -> bool:
+    """Whether a checkpoint is a student with a teacher's vision tower, not a bare decoder or another model."""
+    return json.loads((folder / "config.json").read_text()).get("model_type") in VISION_PREFIXES
+
+
+def has_own_vision(student: Student) -> bool:
+    """Whether it is a model of transformers with its own vision tower and projector."""
+    return student.config.model_type in FAMILIES
+
+
+def projector_parameters(student: Student) -> list[nn.Parameter]:
+    """What carries image features to the decoder and may learn in every stage.
+
+    This is the post-connector of a student with the teacher's vision tower, and the projector of one with its own.
+    """
+    family = FAMILIES.get(student.config.model_type)
+    prefixes = ("model.post_connector.",) if family is None else family.projector_prefixes
+    return [parameter for name, parameter in student.named_parameters() if name.startswith(prefixes)]
+
+
+def decoder_of(student: Student) -> nn.Module:
+    """The causal language model without its head."""
+    model = student.model
+    decoder: nn.Module = model.language_model if hasattr(model, "language_model") else model.text_model
+    return decoder

@@ -1,0 +1,102 @@
+"""One batch through the student: its hidden states, its attention maps, and the teacher's windows beside them.
+
+Shape letters: B samples, T tokens, d hidden size, N image tokens of the sample with the most, W windows, one for each
+matched student layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.attention import AttentionCapture
+from stages.captured_layers import refuse_without_maps
+from stages.student.data.batch import Batch
+from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
+from stages.student.model.student import Student
+from storage.codecs.maps import EncodedMaps, MapCodec
+from storage.codecs.windows import window_rows
+
+
+@dataclass(frozen=True)
+class WindowTargets:
+    """The teacher's side of the attention loss for a batch, zero and False in the padding."""
+
+    maps_WBNN: Tensor
+    keep_WBNN: Tensor
+    num_tokens_B: Tensor
+
+
+def run_student(
+    student: Student, batch: Batch, matching: LayerMatching | None, *, sink_mask: bool = True
+) -> tuple[Tensor, list[Tensor], WindowTargets | None]:
+    """Runs the decoder on a batch, and captures its maps where the batch has images and layers are matched.
+
+    Args:
+        student: With capture enabled, if layers are matched.
+        batch: On the student's device.
+        matching: Which layers are compared; None takes no maps.
+        sink_mask: See `decode_windows`.
+
+    Returns:
+        `[B, T, d]` hidden states, the `[B, N, N]` maps of each matched layer, and the teacher's windows. Without maps
+        the list is empty and the windows are None.
+
+    Raises:
+        UserError: If a matched layer gives no map.
+    """
+    device = batch.answers.token_R.device
+    if matching is None or not batch.num_with_image:
+        return student.model(**batch.inputs, use_cache=False).last_hidden_state, [], None
+    layers = matching.student_layers
+    capture = AttentionCapture(layers=frozenset(layers), positions=batch.image_positions).to(device)
+    hidden_BTd = student.model(**batch.inputs, capture=capture, use_cache=False).last_hidden_state
+    targets = decode_windows(batch.maps, matching, device, sink_mask=sink_mask)
+    refuse_without_maps("the student", layers, capture.maps, WITHOUT_MAPS)
+    return hidden_BTd, [capture.maps[layer] for layer in layers], targets
+
+
+def decode_windows(
+    maps: Sequence[EncodedMaps | None], matching: LayerMatching, device: torch.device, *, sink_mask: bool = True
+) -> WindowTargets:
+    """Decodes stored maps on `device` and averages them into windows.
+
+    Args:
+        maps: Stored maps of each sample; None gives zeros.
+        matching: Windows and codec. Sink masks of windows that are not stored are made from the decoded maps and the
+            exact thresholds.
+        device: Where to decode; `Batch.to` has moved a batch's maps there, so that nothing waits for a copy.
+        sink_mask: False keeps sinks too: every key that a query may attend to.
+
+    Raises:
+        ValueError: If only some layers were read.
+    """
+    counts = [0 if m is None else m.num_tokens for m in maps]
+    width = max(counts, default=0)
+    maps_WBNN = torch.zeros(len(matching.windows), len(maps), width, width, device=device)
+    keep_WBNN = torch.zeros(maps_WBNN.shape, dtype=torch.bool, device=device)
+    for row, stored in enumerate(maps):
+        if stored is None:
+            continue
+        n = stored.num_tokens
+        windows_WNN, keep_WNN = _decoded(stored, matching, device)
+        maps_WBNN[:, row, :n, :n] = windows_WNN
+        if not sink_mask:
+            attended_NN = torch.ones(n, n, dtype=torch.bool, device=device)
+            keep_WNN = attended_NN.tril() if matching.codec.causal else attended_NN
+        keep_WBNN[:, row, :n, :n] = keep_WNN
+    return WindowTargets(maps_WBNN, keep_WBNN, torch.tensor(counts, device=device))
+
+
+def _decoded(stored: EncodedMaps, matching: LayerMatching, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`[W, N, N]` maps and masks of one image."""
+    stored = stored.to(device)
+    codec = MapCodec.of_layers(matching.codec, matching.captured_layers, matching.stored_windows)
+    if not matching.stored_masks:
+        return codec.estimate_windows(stored, window_rows(matching.captured_layers, matching.windows))
+    decoded = codec.decode_windows(stored)
+    if matching.windows == matching.stored_windows:
+        return decoded
+    chosen = [matching.stored_windows.index(window) for window in matching.windows]
+    return decoded[0][chosen], decoded[1][chosen]
