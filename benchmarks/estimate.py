@@ -48,12 +48,14 @@ def compare(folder: Path, codec: MapCodecName, repeats: int, config: EstimateCon
     assert run.teacher is not None
     samples = str(folder / "samples")
     found: list[dict[str, Any]] = []
-    probe = partial(estimate_by_measurement, run.teacher, open_store(samples), config, workers=1, threads=THREADS)
+    estimate_now = partial(
+        estimate_by_measurement, run.teacher, open_store(samples), config, workers=1, threads=THREADS
+    )
     for number in range(repeats):
-        by_wall = probe().settings[codec]
+        by_wall = estimate_now().settings[codec]
         # All seconds that the estimate measures, by the other clock.
         with patch.object(time, "perf_counter", time.process_time):
-            estimate = probe()
+            estimate = estimate_now()
         setting = estimate.settings[codec]
         num_bytes, taken = extract_alone(run.teacher, samples, str(folder / f"{codec}-{number}"))
         assert setting.shard_bytes_95 is not None
@@ -75,8 +77,8 @@ def compare(folder: Path, codec: MapCodecName, repeats: int, config: EstimateCon
     return {
         "samples": estimate.num_samples,
         "shards": estimate.num_shards,
-        "counted_samples": estimate.counted_samples,
-        "probed_samples": estimate.probed_samples,
+        "num_sampled": estimate.num_sampled,
+        "num_measured": estimate.num_measured,
         "estimated_over_found": {
             name: statistics.median(each[name] for each in found) for name in ("bytes", "processor_s", "wall_s")
         },

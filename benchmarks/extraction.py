@@ -28,8 +28,8 @@ from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction import SHARDS_IN_FLIGHT
 from pipeline.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.batching import LengthBatcher, PreparedSample, SamplePreparer
-from stages.teacher.forward import BatchSize, model_inputs
+from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, SamplePreparer
+from stages.teacher.forward import model_inputs
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer
 from stages.teacher.teacher import Teacher

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from pipeline.checkpoints import load_model
-from stages.conversations import UnusableConversation
 from stages.images import decode_image
 from stages.student.model.chat import Chat
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 
 
@@ -37,7 +37,7 @@ def talk(chat: Chat) -> None:
     while question := _next_question():
         try:
             answer(chat, question)
-        except UnusableConversation as error:
+        except UnusableSample as error:
             _write(f"{error}\n")
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.extraction import ExtractConfig, threads_of_each
-from storage.progress import SILENT, Progress, ProgressTask
+from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.stores import open_store
 
@@ -40,7 +40,7 @@ def make_estimate(
     if config_only:
         from stages.estimate.analytic import estimate_from_configs
 
-        return estimate_from_configs(teacher, samples, config, workers=extract.workers or 1)
+        return estimate_from_configs(teacher, samples, config, workers=extract.workers or 1, progress=progress)
     make_cpu_deterministic()
     import torch
 
@@ -51,11 +51,4 @@ def make_estimate(
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
     threads = threads_of_each(cpus, gpus, min(workers, cpus), num_shards)
-    tasks: dict[str, ProgressTask] = {}
-
-    def show(step: str, done: int, total: int) -> None:
-        if step not in tasks:
-            tasks[step] = progress.task(step, total, unit="steps")
-        tasks[step].update(done=done, total=total)
-
-    return estimate_by_measurement(teacher, samples, config, workers=workers, threads=threads, progress=show)
+    return estimate_by_measurement(teacher, samples, config, workers=workers, threads=threads, progress=progress)

@@ -133,7 +133,7 @@ def image_block_maps(
         `[B, N, N]` float32 (float64 for such queries with gradients); without gradients within 4.5e-8 of eager
         attention in float32.
 
-    Source: METHOD, "VAT".
+    Source: docs/method.md#visual-attention-maps
     """
     capture.to(query_BHTd.device)
     if torch.is_grad_enabled() and (query_BHTd.requires_grad or key_BGTd.requires_grad):

@@ -21,7 +21,7 @@ def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
         The layers; None for a family whose forward pass depends on numbers, or that the library does not know.
 
     Raises:
-        UserError: it cannot run with sdpa, beside which maps are captured.
+        UserError: If it cannot run with sdpa, beside which maps are captured.
     """
     register_capture()
     capture = AttentionCapture(frozenset(range(decoder.num_hidden_layers)), [torch.arange(2)])
@@ -44,11 +44,7 @@ def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
 
 
 def check_sdpa(model: object) -> None:
-    """Refuses a model that transformers runs without sdpa.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Refuses a model that transformers runs without sdpa, with a UserError."""
     if not getattr(model, "_supports_sdpa", True):
         raise UserError(
             f"{type(model).__name__} has no sdpa attention in transformers, beside which attention maps are captured "
@@ -61,12 +57,12 @@ def check_maps(what: str, decoder: PreTrainedConfig, wanted: Iterable[int], reme
 
     Args:
         what: whose layers they are, for the message.
-        decoder: as `layers_with_maps`.
+        decoder: config of the language model.
         wanted: layers whose maps are needed.
         remedy: what to do about it.
 
     Raises:
-        UserError: some of them give none; names them and those that do.
+        UserError: If some of them give none; the message names them and those that do.
     """
     able = layers_with_maps(decoder)
     if able is not None:
@@ -74,7 +70,7 @@ def check_maps(what: str, decoder: PreTrainedConfig, wanted: Iterable[int], reme
 
 
 def refuse_without_maps(what: str, wanted: Iterable[int], able: Iterable[int], remedy: str) -> None:
-    """As `check_maps`, with the layers that give maps known."""
+    """As `check_maps`, where the layers that give maps are known."""
     able = sorted(able)
     if lacking := sorted(set(wanted) - set(able)):
         those = f"only its layers {able} do" if able else "none of its layers does"

@@ -39,7 +39,7 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
         with_weights: False neither downloads nor looks for them.
 
     Raises:
-        UserError: no such folder or id, or a checkpoint without safetensors weights, or with files that are not whole.
+        UserError: If there is none, or its safetensors weights are missing or not whole.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -72,7 +72,7 @@ def refuse_code(folder: Path) -> None:
     One of a family that the library has itself is loaded by the library's code, whatever its configs name.
 
     Raises:
-        UserError: its `auto_map` names code, and the library does not know its model type.
+        UserError: If its `auto_map` names code and the library does not know its model type.
     """
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         file = folder / name
@@ -96,7 +96,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """A checkpoint's config.
 
     Raises:
-        UserError: it is of a type that the installed transformers does not know, or holds what its type cannot have.
+        UserError: If the installed transformers does not know its type, or it holds what its type cannot have.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -114,7 +114,7 @@ def _first_line(error: Exception) -> str:
 
 
 def hide_loading_bars() -> None:
-    """Transformers draws a bar for each checkpoint it reads, through those of the command."""
+    """Stops transformers from drawing its own bar for each checkpoint, through those of the command."""
     transformers_logging.disable_progress_bar()
 
 
@@ -122,7 +122,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
     """A checkpoint's processor; see `images_only` for those that also read videos.
 
     Raises:
-        UserError: the library lacks a package for it, or its files are not there or damaged.
+        UserError: If the library lacks a package for it, or its files are missing or damaged.
     """
     try:
         cls = None if trust_remote_code else _processor_class(folder)
@@ -135,7 +135,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
         raise UserError(
             f"the processor of {folder} cannot be built here: {error} (SmolVLM: pip install 'compodistill[smolvlm]')"
         ) from error
-    # Whatever it is: for a damaged tokenizer.json the library raises an Exception without a class of its own.
+    # For a damaged tokenizer.json the library raises a bare Exception.
     except Exception as error:
         raise UserError(
             f"{folder} has no processor that can be read ({type(error).__name__}: {_first_line(error)}); expected "
@@ -154,7 +154,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.
 
     Raises:
-        UserError: its files are not there or damaged.
+        UserError: If its files are missing or damaged.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -210,6 +210,11 @@ def _processor_class(folder: Path) -> Any:
     return None
 
 
+def image_processor_backend(processor: Any) -> str:
+    """Class name of what makes the pixels, such as `SiglipImageProcessorPil`; the saved JSON lacks it."""
+    return type(processor.image_processor).__name__
+
+
 def weights_digest(folder: Path) -> str:
     """sha256 over the names and contents of all weight files."""
     digest = hashlib.sha256()
@@ -223,7 +228,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over everything that decides which ids a text gets.
 
     Raises:
-        UserError: a slow tokenizer, whose rules cannot be written down.
+        UserError: If it is a slow tokenizer, whose rules cannot be written down.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to tokenizer.json first")

@@ -3,13 +3,11 @@
 import io
 import struct
 import zlib
-from typing import Final, Literal
+from typing import Final
 
 from PIL import Image
 
-from storage.errors import UserError
-
-ImageFault = Literal["broken_image", "image_too_large", "unsupported_image"]
+from stages.unusable_sample import UnusableSample
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS: Final = 50_000_000
@@ -26,18 +24,6 @@ _DECODER_ERRORS: Final = (
 )
 
 
-class BadImage(UserError):
-    """An image that is not used; `reason` is the ledger's word for it, `detail` says what was found."""
-
-    def __init__(self, reason: ImageFault, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason: ImageFault = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
-
-
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The RGB image in `data`, its pixels as stored and its metadata dropped.
 
@@ -51,13 +37,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             pixel is decoded. Pillow's own limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
 
     Raises:
-        BadImage: `unsupported_image` for another format, `image_too_large`, or `broken_image` for a file that
-            is empty, truncated or damaged.
+        UnusableSample: If the file has another format, is too large, empty, truncated or damaged.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise BadImage(
+                raise UnusableSample(
                     "image_too_large",
                     f"{image.width}x{image.height} pixels, at most {max_pixels} are decoded; "
                     "shrink the image or raise the limit",
@@ -66,11 +51,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             return _to_plain_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # The warning arrives as an exception where warnings are errors.
-        raise BadImage("image_too_large", str(error)) from error
+        raise UnusableSample("image_too_large", str(error)) from error
     except _DECODER_ERRORS as error:
         if not _has_known_signature(data):
-            raise BadImage("unsupported_image", f"{_opening(data)}; expected JPEG, PNG or WebP") from error
-        raise BadImage("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
+            raise UnusableSample("unsupported_image", f"{_opening(data)}; expected JPEG, PNG or WebP") from error
+        raise UnusableSample("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
 
 
 def _to_plain_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
 """Which decoder layers take part in attention transfer, and which teacher layers each student layer is matched with.
 
-Source: METHOD, "Layer matching"; layer numbers count from 0.
+Layer numbers count from 0. Source: docs/method.md#layer-matching and docs/method.md#layer-spans.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def span_layers(num_layers: int, span: LayerSpan) -> range:
     [[0, 1, 2], [3, 4, 5], [6, 7]]
 
     Raises:
-        UserError: there are none.
+        UserError: If there are none.
     """
     middle = visual_understanding_layers(num_layers)
     ends = {"early": (0, middle.start), "middle": (middle.start, middle.stop), "late": (middle.stop, num_layers)}
@@ -54,10 +54,9 @@ def span_layers(num_layers: int, span: LayerSpan) -> range:
     return layers
 
 
-def default_num_matched(teacher_layers: int, student_layers: int | None = None) -> int:
-    """S: 7, or as many as the shallower model's middle third holds."""
-    counts = [len(visual_understanding_layers(d)) for d in (teacher_layers, student_layers) if d is not None]
-    return min(MATCHED_LAYERS, *counts)
+def default_num_matched(num_layers: int) -> int:
+    """S: 7, or as many as the decoder's middle third holds."""
+    return min(MATCHED_LAYERS, len(visual_understanding_layers(num_layers)))
 
 
 def student_layers(num_layers: int, num_matched: int, span: LayerSpan = "middle") -> tuple[int, ...]:

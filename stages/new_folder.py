@@ -1,7 +1,6 @@
 """A new folder that appears complete or not at all, for commands that write a whole checkpoint."""
 
 import glob
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ def check_new(folder: Path) -> None:
     """Refuses a folder that holds something.
 
     Raises:
-        UserError: it does, or it is a file.
+        UserError: If it does, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; name a new folder")
@@ -23,23 +22,18 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `folder` when the block ends, and is gone when it raises.
+    """A folder to write to, which becomes `folder` when the block ends, and is gone when it raises.
 
     What a killed run left of it is removed first; what another process is writing is left alone.
 
     Raises:
-        UserError: `folder` holds something.
+        UserError: If `folder` holds something.
     """
     folder = folder.absolute()
     check_new(folder)
     for left in folder.parent.glob(f"{glob.escape(folder.name)}.*{PARTIAL}"):
         if names_owner(left):
             remove_if_abandoned(left)
-    store = open_store(folder.parent)
-    staging = store.staging(folder.name)
-    try:
+    with open_store(folder.parent).new_tree(folder.name) as staging:
         yield staging
         check_new(folder)
-        store.put_tree(staging, folder.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

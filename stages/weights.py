@@ -1,4 +1,4 @@
-"""Loading a checkpoint's weights: each of them from its files, or a refusal."""
+"""Loads a checkpoint's weights: all of them from its files, or refuses it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +18,7 @@ def check_files(folder: Path) -> None:
     """Reads the header of each weight file, which says how long it is, and looks for all that an index names.
 
     Raises:
-        UserError: there is none, one is cut short or is no such file, or one that the index names is not there.
+        UserError: If there is none, one is cut short or no safetensors file, or one that the index names is missing.
     """
     files = sorted(folder.glob(WEIGHTS))
     if not files:
@@ -40,10 +40,10 @@ def check_files(folder: Path) -> None:
 
 
 def indexed_files(folder: Path) -> set[str]:
-    """Names of the files that a checkpoint's index names, all of which are in its folder.
+    """The files that a checkpoint's index names, all of which are in its folder.
 
     Raises:
-        UserError: they are not, or it is no such index.
+        UserError: If one is missing, or it is no such index.
     """
     index = folder / INDEX
     fields = parse_json(index.read_bytes(), str(index))
@@ -70,7 +70,7 @@ def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, *
         settings: for `from_pretrained`; `device_map="meta"` reads headers only.
 
     Raises:
-        UserError: as `check_files`; or a tensor is missing or has another shape than the config asks for.
+        UserError: If a file is not whole, or a tensor is missing or has another shape than the config asks for.
     """
     check_files(folder)
     loaded: PreTrainedModel
@@ -94,6 +94,6 @@ def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, *
 
 
 def some(names: Iterable[str]) -> str:
-    """Three of them, and how many more there are; "none" for none."""
+    """The first three names and how many more there are; "none" for none."""
     first, rest = sorted(names)[:3], sorted(names)[3:]
     return (", ".join(first) or "none") + (f" and {len(rest)} more" if rest else "")

@@ -157,13 +157,14 @@ _IMAGE_READER = """
 import sys
 from pathlib import Path
 from benchmarks.memory import PeakMemory
-from stages.images import BadImage, decode_image
+from stages.images import decode_image
+from stages.unusable_sample import UnusableSample
 memory = PeakMemory()
 for file in sys.argv[1:]:
     try:
         decode_image(Path(file).read_bytes())
         print("read")
-    except BadImage:
+    except UnusableSample:
         print("refused")
 print(memory.grown_bytes)
 """

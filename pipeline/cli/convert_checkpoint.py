@@ -22,14 +22,7 @@ def convert_checkpoint(
     from stages.convert.checkpoint import convert_checkpoint as convert
 
     with progress_display() as progress:
-        task = progress.task("convert", unit="MB")
-        report = convert(
-            source,
-            output,
-            tokenizer=tokenizer,
-            image_processor=image_processor,
-            progress=lambda done, total: task.update(done=done / 1e6, total=total / 1e6),
-        )
+        report = convert(source, output, tokenizer=tokenizer, image_processor=image_processor, progress=progress)
     _print_report(report, output)
 
 

@@ -58,7 +58,7 @@ def _facts(estimate: "Estimate") -> "Table":
 
     from pipeline.ui.tables import counts_text, facts_table, size_text
 
-    read = f"{estimate.counted_samples:,} read, {estimate.probed_samples:,} through the teacher"
+    read = f"{estimate.num_sampled:,} read, {estimate.num_measured:,} through the teacher"
     table = facts_table("estimate", f"{estimate.teacher} over {estimate.samples_url or 'samples to come'}")
     table.add_row("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({read})")
     table.add_row("unusable among them", counts_text(estimate.unusable))

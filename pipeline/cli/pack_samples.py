@@ -30,14 +30,7 @@ def pack_samples(
     }
     config = validated(PackConfig, flags, "the flags of pack-samples")
     with progress_display() as progress:
-        task = progress.task("pack")
-        report = pack(
-            source,
-            images,
-            output,
-            config,
-            lambda done, total, size: task.update(done=done, total=total, note=f"{size / 1e6:,.1f} MB"),
-        )
+        report = pack(source, images, output, config, progress)
     _print_report(report, output)
 
 

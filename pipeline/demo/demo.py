@@ -92,13 +92,12 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
                 write_dataset(folder / "scenes", config.num_images, config.seed, config.variant, config.num_pairs)
         with clock.part("pack samples"):
             if not (samples / "index.json").is_file():
-                task = progress.task("pack")
                 pack_samples(
                     folder / "scenes" / "train.json",
                     folder / "scenes",
                     samples,
                     PackConfig(max_samples_per_shard=256),
-                    lambda done, total, _: task.update(done=done, total=total),
+                    progress,
                 )
         with clock.part("extract teacher"):
             run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})

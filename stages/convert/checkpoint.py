@@ -1,11 +1,10 @@
-"""Converts a released checkpoint: every tensor accounted for before anything is written, the folder whole or absent.
+"""Converts a released checkpoint; every tensor is accounted for before anything is written.
 
 Weight files are copied one by one under new names, so that no more than the largest of them is in memory.
 """
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,14 +25,12 @@ from stages.student.model.modeling_compodistill import (
 )
 from stages.weights import INDEX, SINGLE, indexed_files, some
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.strict_model import StrictModel
 
 REPORT = "conversion.json"
 _DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes written, bytes of all weights)."""
 
 
 class ConversionReport(StrictModel):
@@ -57,7 +54,7 @@ class ConversionReport(StrictModel):
     """Rows of zeros put to the vocabulary because it had no id left for the image token; 0 for most models. The logit
     of such a row is always 0."""
     tokenizer_from: str | None
-    """Where the tokenizer was read. None: neither the checkpoint nor the place its config names had one, and no
+    """Where the tokenizer was read. None: neither the checkpoint nor what its config names had one, and no
     processor was written; such a folder is a model, but not yet a teacher."""
     image_processor_from: str
     """Where the image processor was read, or that it was made of the vision tower's config."""
@@ -81,23 +78,23 @@ def convert_checkpoint(
     *,
     tokenizer: str | None = None,
     image_processor: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> ConversionReport:
     """Writes `output`, a Hugging Face folder with processor and chat template.
 
     A teacher, and a student trained without a post-connector, become a stock Llava. A student with a post-connector
-    becomes this project's student model, since Llava's adapter has the decoder's width.
+    becomes this project's student model, since Llava's projector has the decoder's width.
 
     Args:
         source: folder or hub id of a checkpoint in the released layout.
         output: a folder that does not exist yet, or is empty.
         tokenizer: folder or hub id, if not the one in `source` or named by its config.
         image_processor: the same for the image processor.
-        progress: called as weights are written.
+        progress: where the megabytes written are shown.
 
     Raises:
-        UserError: an unknown layout, pickled weights, missing or unexpected tensors or shapes, or an output that
-            holds something. Nothing is left behind then.
+        UserError: If the layout is unknown, weights are pickled, tensors or shapes are missing or unexpected, or
+            `output` holds something. Nothing is left behind then.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -201,10 +198,10 @@ def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrained
             )
 
 
-def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, progress: Progress | None) -> int:
+def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, progress: Progress) -> int:
     """One file for each released one, and the index that Hugging Face expects of several."""
     files = sorted({source.file for source in tensors.values()})
-    total = sum(path.stat().st_size for path in files)
+    task = progress.task("convert", sum(path.stat().st_size for path in files) / 1e6, unit="MB")
     weight_map: dict[str, str] = {}
     num_bytes = 0
     for number, path in enumerate(files):
@@ -217,8 +214,7 @@ def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, p
         save_file(held, folder / target, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, target)
         num_bytes += sum(tensor.nbytes for tensor in held.values())
-        if progress is not None:
-            progress(num_bytes, total)
+        task.update(done=num_bytes / 1e6)
     if len(files) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=1))

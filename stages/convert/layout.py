@@ -1,7 +1,4 @@
-"""The released layout: its config, its tensor names, and what both are called in a Hugging Face folder.
-
-Source: METHOD, "The released checkpoints".
-"""
+"""The released layout: its config, its tensor names, and what both are called in a Hugging Face folder."""
 
 import json
 import re
@@ -38,7 +35,7 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     """A released `config.json`.
 
     Raises:
-        UserError: another layout, or a part of this one that a Hugging Face Llava cannot express.
+        UserError: If it has another layout, or a part that a Hugging Face Llava cannot express.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = config.get("model_type")
@@ -108,7 +105,7 @@ def converted_name(name: str) -> str | None:
     """What a released tensor is called in the Hugging Face layout; None for a constant that is not kept.
 
     Raises:
-        UserError: a name that the layout does not have.
+        UserError: If the layout has no such name.
     """
     if _CONSTANTS.search(name):
         return None

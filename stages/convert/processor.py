@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreT
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from stages.chat_templates import read_template
+from stages.conversations.chat_templates import read_template
 from stages.convert.layout import class_tokens
 from storage.errors import UserError
 
@@ -18,7 +18,7 @@ _TEMPLATE: Final = "llava-1.5"
 """The released models were trained on LLaVA-1.5's format, where an answer ends with `END_TOKEN` if there is one."""
 
 _UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError)
-"""What the library raises for a place that holds nothing of use, and for one that cannot be reached."""
+"""What the library raises for a folder or id that holds nothing of use, or cannot be reached."""
 
 
 def load_tokenizer(
@@ -28,54 +28,54 @@ def load_tokenizer(
 
     Args:
         source: the released folder; its own tokenizer is taken when it has one.
-        config: the released config, which names another place.
+        config: the released config, which names another source.
         chosen: a folder or hub id that wins over both.
 
     Raises:
-        UserError: the chosen one, or that of `source`, could not be read.
+        UserError: If the chosen one, or that of `source`, cannot be read.
     """
     own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    place = chosen or (str(source) if own else _named(config, "tokenizer_name_or_path", "llm_model_name_or_path"))
-    if place is None:
+    origin = chosen or (str(source) if own else _named(config, "tokenizer_name_or_path", "llm_model_name_or_path"))
+    if origin is None:
         return None, None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(origin)
     except _UNREADABLE as error:
         if not (chosen or own):
             return None, None
         raise UserError(
-            f"no tokenizer at {place} ({type(error).__name__}); name a folder or hub id with --tokenizer"
+            f"no tokenizer at {origin} ({type(error).__name__}); name a folder or hub id with --tokenizer"
         ) from error
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    return tokenizer, place
+    return tokenizer, origin
 
 
 def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | None) -> tuple[Any, str]:
     """The image processor, and where it is from.
 
-    Where neither `source` nor the place that its config names has one, it is made of the vision tower's config:
+    Where neither `source` nor what its config names has one, it is made from the vision tower's config:
     SigLIP and CLIP each have one way of preparing images.
 
     Args:
         source: the released folder; its own image processor is taken when it has one.
-        config: the released config, which names another place.
+        config: the released config, which names another source.
         chosen: a folder or hub id that wins over both.
 
     Raises:
-        UserError: the chosen one, or that of `source`, could not be read, or it makes images of another size than
+        UserError: If the chosen one, or that of `source`, cannot be read, or it makes images of another size than
             the tower takes.
     """
     own = any((source / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-    place = chosen or (str(source) if own else _named(config, "vision_model_name_or_path"))
+    origin = chosen or (str(source) if own else _named(config, "vision_model_name_or_path"))
     wanted = config["vision_config"]["image_size"]
-    images, origin = None, str(place)
-    if place is not None:
+    images = None
+    if origin is not None:
         try:
-            images = AutoImageProcessor.from_pretrained(place)
+            images = AutoImageProcessor.from_pretrained(origin)
         except _UNREADABLE as error:
             if chosen or own:
                 raise UserError(
-                    f"no image processor at {place} ({type(error).__name__}); name a folder or hub id with "
+                    f"no image processor at {origin} ({type(error).__name__}); name a folder or hub id with "
                     "--image-processor"
                 ) from error
     if images is None:
@@ -83,7 +83,7 @@ def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | 
     made = _side(images)
     if made != wanted:
         raise UserError(f"the image processor of {origin} makes images of {made} pixels, the tower takes {wanted}")
-    return images, origin
+    return images, str(origin)
 
 
 def make_processor(

@@ -1,27 +1,25 @@
-"""An extraction's bytes and seconds from configs alone, for a teacher whose weights are not here. Coarse.
+"""An extraction's bytes and seconds from configs alone, for a teacher whose weights are not here; much less exact.
 
 Shape letters: T tokens, N image tokens, L captured layers, R answer rows.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from stages.conversations import ConversationEncoder
-from stages.estimate.extrapolate import answer_bytes, longest_share
-from stages.estimate.report import Estimate, EstimateConfig, SettingEstimate
-from stages.estimate.sampling import UNITS, count_runs, plan_runs
+from stages.conversations.encoder import ConversationEncoder
+from stages.estimate.extrapolate import METADATA, answer_bytes, longest_share
+from stages.estimate.report import Estimate, EstimateConfig, SettingEstimate, unusable_fields
+from stages.estimate.sampling import Counts, SetCounts, sample_set
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
 from storage.codecs.config import MapCodecName
 from storage.codecs.triangle import num_entries
 from storage.errors import UserError
-from storage.samples.index import SampleIndex
+from storage.progress import SILENT, Progress
 from storage.stores import Store
 from storage.targets.layout import ARRAYS
-from storage.targets.sample_targets import SkippedSample
 
 BYTES_PER_ENTRY: dict[MapCodecName, float] = {
     "float16": 1.77782,
@@ -39,76 +37,58 @@ TOKEN_BYTES = 5
 PHOTOGRAPH = (640, 480)
 """Size of the image that stands for all, for processors whose number of tokens depends on it."""
 
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of the teacher on one sample."""
-
-    decoder: float
-    vision: float
-    head: float
-    capture: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.decoder + self.vision + self.head + self.capture
+Work = dict[str, float]
+"""Floating-point operations of the teacher on one sample, by the part that does them."""
 
 
 def estimate_from_configs(
-    settings: TeacherConfig, samples: Store | None, config: EstimateConfig, *, workers: int
+    settings: TeacherConfig,
+    samples: Store | None,
+    config: EstimateConfig,
+    *,
+    workers: int,
+    progress: Progress = SILENT,
 ) -> Estimate:
     """What a whole extraction takes, without the teacher's weights.
 
     Args:
-        settings: as for extraction; of the checkpoint only config and processor are read.
-        samples: the sample set, read and tokenised as for a probe; None takes the numbers of `config`.
+        settings: as for extraction; only config and processor of the checkpoint are read.
+        samples: the sample set, read and tokenised as for a measurement; None takes the numbers of `config`.
         config: what is assumed.
         workers: GPUs side by side.
+        progress: where the samples read are shown.
 
     Raises:
-        UserError: neither samples nor their number, or a teacher that extraction would refuse.
+        UserError: If neither samples nor their number are given, or extraction would refuse the teacher.
     """
     identity = identify_teacher(settings, on_gpu=True, with_weights=False)
     encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, settings.max_length)
-    skipped: list[SkippedSample] = []
-    num_read = 0
+    assumed: tuple[str, ...] = ()
     if samples is not None:
-        index = SampleIndex.load(samples)
-        shard_sizes = [entry.num_samples for entry in index.shards]
-        runs = plan_runs(index.num_samples, config.runs, config.counted_samples, config.seed)
-        counted = count_runs(samples, index, encoder, runs, causal=identity.codec.causal)
-        num_read = sum(run.num_read for run in counted)
-        per_sample = {unit: sum(run.counts[unit] for run in counted) / num_read for unit in UNITS}
-        skipped = [one for run in counted for one in run.skipped]
-        maps = per_sample["maps"]
-        num_image_tokens = per_sample["image_tokens"] / maps if maps else 0.0
+        held = sample_set(samples, encoder, config, causal=identity.codec.causal, progress=progress)
     elif config.samples is not None:
-        full = [config.samples_per_shard] * (config.samples // config.samples_per_shard)
-        rest = config.samples - sum(full)
-        shard_sizes = [*full, rest] if rest else full
-        num_image_tokens = _image_tokens(encoder)
-        per_sample = _assumed(config, int(num_image_tokens), causal=identity.codec.causal)
+        image = Image.new("RGB", PHOTOGRAPH, "gray")
+        num_image_tokens = len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions)
+        held = _assumed(config, config.samples, num_image_tokens, causal=identity.codec.causal)
+        assumed = (_assumptions(config, num_image_tokens),)
     else:
         raise UserError(
             "neither sample shards nor how many samples there will be: give --samples, or --set estimate.samples=NUMBER"
         )
-    num_samples = sum(shard_sizes)
     # A sample without an image has none to look at; the map is taken once for all who share it.
-    work = forward_work(identity, per_sample, num_image_tokens)
-    seconds = work.total / (config.gpu_tflops * 1e12 * config.efficiency)
-    share = longest_share(shard_sizes, workers)
+    work = forward_work(identity, held.per_sample)
+    seconds = sum(work.values()) / (config.gpu_tflops * 1e12 * config.efficiency)
+    num_rows = held.per_sample["answer_rows"] * held.num_samples
     return Estimate(
-        basis="configs",
+        basis="analytic",
         teacher=settings.checkpoint,
         samples_url=None if samples is None else samples.url,
-        num_samples=num_samples,
-        num_shards=len(shard_sizes),
-        counted_samples=num_read,
-        probed_samples=0,
-        per_sample=per_sample,
-        unusable=_by_reason(skipped),
-        unusable_examples=tuple(f"{one.key}: {one.reason}: {one.detail}" for one in skipped[:5]),
+        num_samples=held.num_samples,
+        num_shards=len(held.shard_sizes),
+        num_sampled=held.num_read,
+        num_measured=0,
+        per_sample=held.per_sample,
+        **unusable_fields(held.skipped),
         device=f"GPU of {config.gpu_tflops:g} TFLOP/s at {config.efficiency:.0%}",
         workers=workers,
         threads=1,
@@ -117,25 +97,22 @@ def estimate_from_configs(
         coding_seconds_per_map={},
         writing_seconds_per_shard={},
         chosen=settings.map_codec,
-        settings={
-            name: _setting(identity, name, per_sample, num_samples, len(shard_sizes), seconds, share)
-            for name in BYTES_PER_ENTRY
-        },
-        answer_bytes_by_top_k=answer_bytes(identity.logit_codec, per_sample["answer_rows"] * num_samples, 1.0),
+        settings={name: _setting(identity, name, held, seconds, workers) for name in BYTES_PER_ENTRY},
+        answer_bytes_by_top_k=answer_bytes(identity.logit_codec, num_rows, 1.0),
         files_per_shard=2 * len(ARRAYS) + 2,
         notes=(
-            "coarse: from configs alone; `cdp estimate` with the weights measures instead",
+            "computed from configs alone, so only roughly; `cdp estimate` with the weights measures instead",
             _shares_of(work),
             f"{config.gpu_tflops:g} TFLOP/s at an efficiency of {config.efficiency:.0%} are assumed, not measured",
             "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
-            "records of answer rows and tokens as before zstd",
-        )
-        + (() if samples is not None else (_assumptions(config, num_image_tokens),))
-        + identity.notes,
+            "bytes of answer rows and tokens are those before zstd",
+            *assumed,
+            *identity.notes,
+        ),
     )
 
 
-def forward_work(identity: TeacherIdentity, per_sample: dict[str, float], num_image_tokens: float) -> Work:
+def forward_work(identity: TeacherIdentity, per_sample: Counts) -> Work:
     """Two operations for each weight and position, and attention's products with causality used.
 
     A mixture of experts is counted as if every expert worked.
@@ -154,14 +131,14 @@ def forward_work(identity: TeacherIdentity, per_sample: dict[str, float], num_im
             decoder += weight.numel()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width = text.num_attention_heads * head_dim
-    tokens, rows = per_sample["tokens"], per_sample["answer_rows"]
-    has_image = 1.0 if num_image_tokens else 0.0
-    return Work(
-        decoder=2.0 * decoder * tokens + 2.0 * text.num_hidden_layers * width * tokens**2,
-        vision=2.0 * vision * max(num_image_tokens, _patches(identity.config)) * has_image,
-        head=2.0 * text.vocab_size * text.hidden_size * rows,
-        capture=2.0 * len(identity.layers) * width * per_sample["map_entries"],
-    )
+    tokens, maps = per_sample["tokens"], per_sample["maps"]
+    positions = max(per_sample["image_tokens"] / maps, _patches(identity.config)) if maps else 0.0
+    return {
+        "decoder": 2.0 * decoder * tokens + 2.0 * text.num_hidden_layers * width * tokens**2,
+        "vision": 2.0 * vision * positions,
+        "answers": 2.0 * text.vocab_size * text.hidden_size * per_sample["answer_rows"],
+        "maps": 2.0 * len(identity.layers) * width * per_sample["map_entries"],
+    }
 
 
 def _patches(config: Any) -> int:
@@ -171,52 +148,45 @@ def _patches(config: Any) -> int:
     return (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 0
 
 
-def _image_tokens(encoder: ConversationEncoder) -> float:
-    image = Image.new("RGB", PHOTOGRAPH, "gray")
-    return float(len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions))
-
-
-def _assumed(config: EstimateConfig, num_tokens: int, *, causal: bool) -> dict[str, float]:
+def _assumed(config: EstimateConfig, num_samples: int, num_image_tokens: int, *, causal: bool) -> SetCounts:
+    full, rest = divmod(num_samples, config.samples_per_shard)
     maps = 1 / config.samples_per_map
-    return {
+    per_sample = {
         "samples": 1.0,
-        "tokens": config.text_tokens + num_tokens,
+        "tokens": config.text_tokens + num_image_tokens,
         "answer_rows": config.answer_rows,
         "maps": maps,
-        "image_tokens": maps * num_tokens,
-        "map_entries": maps * num_entries(num_tokens, causal),
+        "image_tokens": maps * num_image_tokens,
+        "map_entries": maps * num_entries(num_image_tokens, causal),
     }
+    return SetCounts([config.samples_per_shard] * full + ([rest] if rest else []), per_sample)
 
 
 def _shares_of(work: Work) -> str:
-    parts = {"decoder": work.decoder, "vision": work.vision, "answers": work.head, "maps": work.capture}
-    shares = ", ".join(f"{name} {part / work.total:.1%}" for name, part in parts.items())
-    return f"{work.total / 1e12:.3g} TFLOP a sample: {shares}"
+    total = sum(work.values())
+    shares = ", ".join(f"{name} {part / total:.1%}" for name, part in work.items())
+    return f"{total / 1e12:.3g} TFLOP a sample: {shares}"
 
 
-def _assumptions(config: EstimateConfig, num_image_tokens: float) -> str:
+def _assumptions(config: EstimateConfig, num_image_tokens: int) -> str:
     return (
         f"assumed: {config.text_tokens:g} text tokens, {config.answer_rows:g} answer rows, "
-        f"{config.samples_per_map:g} samples a map; {num_image_tokens:g} image tokens are the processor's for an image "
+        f"{config.samples_per_map:g} samples a map; {num_image_tokens} image tokens are the processor's for an image "
         f"of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
     )
 
 
 def _setting(
-    identity: TeacherIdentity,
-    codec: MapCodecName,
-    per_sample: dict[str, float],
-    num_samples: int,
-    num_shards: int,
-    seconds: float,
-    share: float,
+    identity: TeacherIdentity, codec: MapCodecName, held: SetCounts, seconds: float, workers: int
 ) -> SettingEstimate:
-    entries = per_sample["map_entries"] * len(identity.layers)
+    """The whole extraction with one codec, at so many seconds of the teacher for a sample."""
+    each, num_samples = held.per_sample, held.num_samples
+    entries = each["map_entries"] * len(identity.layers)
     by_array = {
         "maps and windows": round(num_samples * entries * BYTES_PER_ENTRY[codec]),
-        "logit_records": round(num_samples * per_sample["answer_rows"] * identity.logit_codec.row_bytes),
-        "tokens": round(num_samples * per_sample["tokens"] * TOKEN_BYTES),
-        "(metadata)": num_shards * len(ARRAYS) * METADATA_BYTES_PER_ARRAY,
+        "logit_records": round(num_samples * each["answer_rows"] * identity.logit_codec.row_bytes),
+        "tokens": round(num_samples * each["tokens"] * TOKEN_BYTES),
+        METADATA: len(held.shard_sizes) * len(ARRAYS) * METADATA_BYTES_PER_ARRAY,
     }
     total = sum(by_array.values())
     return SettingEstimate(
@@ -225,10 +195,5 @@ def _setting(
         bytes_by_array=by_array,
         store_bytes=total,
         worker_seconds=seconds * num_samples,
-        wall_seconds=seconds * num_samples * share,
+        wall_seconds=seconds * num_samples * longest_share(held.shard_sizes, workers),
     )
-
-
-def _by_reason(skipped: list[SkippedSample]) -> dict[str, int]:
-    reasons = [one.reason for one in skipped]
-    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}

@@ -1,23 +1,29 @@
 """An estimate of an extraction: how it is to be made, and what it says."""
 
-from typing import Literal
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
 from storage.codecs.config import MapCodecName
 from storage.strict_model import StrictModel
+from storage.targets.sample_targets import SkippedSample
+
+SHOWN_UNUSABLE = 5
 
 
 class EstimateConfig(StrictModel):
     """How `cdp estimate` looks at the samples, and what it assumes where nothing can be measured."""
 
     seed: int = 0
-    """Draws the samples; another seed shows how much the draw matters."""
-    runs: int = Field(default=8, ge=2)
-    """Runs of consecutive samples that are read, spread over the set. Of an object store each downloads its shard."""
-    counted_samples: int = Field(default=1024, ge=2)
-    """Samples that are read and tokenised for their counts, in all runs together."""
-    probed_samples: int = Field(default=64, ge=2)
+    """Chooses the samples; another seed shows how much the choice matters."""
+    num_blocks: int = Field(default=8, ge=2)
+    """Blocks of consecutive samples that are read, spread over the set. From an object store each downloads its
+    shard."""
+    num_sampled: int = Field(default=1024, ge=2)
+    """Samples that are read and tokenised for their counts, in all blocks together."""
+    num_measured: int = Field(default=64, ge=2)
     """Samples of these that go through the teacher; at least two batches do."""
     samples: int | None = Field(default=None, ge=1)
     """From configs alone, without sample shards: how many there are."""
@@ -42,7 +48,7 @@ class SettingEstimate(StrictModel):
     shard_bytes: int
     """All files of all target shards: what `cdp extract-teacher` reports as the size."""
     shard_bytes_95: tuple[int, int] | None
-    """95 % interval for the draw of samples; None where nothing was measured."""
+    """95 % interval for the choice of samples; None where nothing was measured."""
     bytes_by_array: dict[str, int]
     """`shard_bytes` by array; `(metadata)` is that of all arrays."""
     store_bytes: int
@@ -56,15 +62,15 @@ class SettingEstimate(StrictModel):
 class Estimate(StrictModel):
     """What `cdp estimate` found, before anything is written."""
 
-    basis: Literal["probe", "configs"]
-    """probe: measured on samples that went through the teacher. configs: worked out, coarse."""
+    basis: Literal["measured", "analytic"]
+    """measured: on samples that went through the teacher. analytic: computed from configs, much less exact."""
     teacher: str
     samples_url: str | None
     num_samples: int
     num_shards: int
-    counted_samples: int
+    num_sampled: int
     """Samples read and tokenised."""
-    probed_samples: int
+    num_measured: int
     """Samples that went through the teacher."""
     per_sample: dict[str, float]
     """Usable samples, tokens, answer rows, maps, image tokens and map entries of a sample of the set; the last three
@@ -92,3 +98,11 @@ class Estimate(StrictModel):
     """Objects of an object store; the commit record is one of them."""
     notes: tuple[str, ...]
     """What the numbers rest on."""
+
+
+def unusable_fields(skipped: Sequence[SkippedSample]) -> dict[str, Any]:
+    """The fields of an `Estimate` that say which samples cannot be used."""
+    return {
+        "unusable": dict(Counter(one.reason for one in skipped).most_common()),
+        "unusable_examples": tuple(f"{one.key}: {one.reason}: {one.detail}" for one in skipped[:SHOWN_UNUSABLE]),
+    }

@@ -1,19 +1,18 @@
-"""What a sample set holds, from a seeded draw: usable samples, tokens, answer rows, distinct maps.
-
-Letters: N image tokens.
-"""
+"""What a sample set holds, from a random sample of it: usable samples, tokens, answer rows, distinct maps."""
 
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
+from stages.estimate.report import EstimateConfig
 from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.timings import Timings
 from storage.codecs.triangle import num_entries
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.shard import SampleShard
@@ -28,8 +27,8 @@ Counts = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class CountedRun:
-    """A run of consecutive samples, read and tokenised."""
+class SampledBlock:
+    """A block of consecutive samples, read and tokenised."""
 
     num_read: int
     counts: Counts
@@ -38,111 +37,161 @@ class CountedRun:
     """The first usable samples, as many as were asked for."""
 
 
-def plan_runs(num_samples: int, num_runs: int, num_counted: int, seed: int) -> list[range]:
-    """Runs of sample numbers, one from each of `num_runs` equal parts of the set, its start drawn.
+@dataclass(frozen=True)
+class SetCounts:
+    """The size of a sample set, and what a sample of it holds on average."""
 
-    With `num_counted` of at least `num_samples` they are the whole set.
+    shard_sizes: Sequence[int]
+    """Samples of each shard."""
+    per_sample: Counts
+    blocks: Sequence[SampledBlock] = ()
+    """What was read of it; nothing where `per_sample` is assumed."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole set."""
+        return sum(self.shard_sizes)
+
+    @property
+    def num_read(self) -> int:
+        """Samples that were read and tokenised."""
+        return sum(block.num_read for block in self.blocks)
+
+    @property
+    def skipped(self) -> list[SkippedSample]:
+        """Samples of these that cannot be used."""
+        return [skipped for block in self.blocks for skipped in block.skipped]
+
+
+def sample_set(
+    store: Store,
+    encoder: ConversationEncoder,
+    config: EstimateConfig,
+    *,
+    causal: bool,
+    num_kept: int = 0,
+    progress: Progress = SILENT,
+) -> SetCounts:
+    """Reads and tokenises a random sample of a sample set; see `plan_blocks` and `count_blocks`.
 
     Raises:
-        UserError: the set is empty.
+        UserError: If the set is empty.
+    """
+    index = SampleIndex.load(store)
+    planned = plan_blocks(index.num_samples, config.num_blocks, config.num_sampled, config.seed)
+    num_kept = -(-num_kept // len(planned))
+    blocks = count_blocks(store, index, encoder, planned, causal=causal, num_kept=num_kept, progress=progress)
+    num_read = sum(block.num_read for block in blocks)
+    per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
+    return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks)
+
+
+def plan_blocks(num_samples: int, num_blocks: int, num_sampled: int, seed: int) -> list[range]:
+    """Blocks of consecutive sample numbers, one with a random start from each of `num_blocks` equal parts of the set.
+
+    With `num_sampled` of at least `num_samples` they are the whole set.
+
+    Raises:
+        UserError: If the set is empty.
     """
     if not num_samples:
         raise UserError("the sample set is empty, so there is nothing to estimate; pack samples first")
     rng = random.Random(seed)  # noqa: S311
-    num_runs = min(num_runs, num_samples)
-    bounds = [num_samples * part // num_runs for part in range(num_runs + 1)]
-    runs = []
+    num_blocks = min(num_blocks, num_samples)
+    bounds = [num_samples * part // num_blocks for part in range(num_blocks + 1)]
+    blocks = []
     for first, end in itertools.pairwise(bounds):
-        length = min(-(-num_counted // num_runs), end - first)
+        length = min(-(-num_sampled // num_blocks), end - first)
         start = rng.randint(first, end - length)
-        runs.append(range(start, start + length))
-    return runs
+        blocks.append(range(start, start + length))
+    return blocks
 
 
-def count_runs(
+def count_blocks(
     store: Store,
     index: SampleIndex,
     encoder: ConversationEncoder,
-    runs: Sequence[range],
+    planned: Sequence[range],
     *,
     causal: bool,
     num_kept: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> list[CountedRun]:
-    """Reads and tokenises the samples of each run.
+    progress: Progress = SILENT,
+) -> list[SampledBlock]:
+    """Reads and tokenises the samples of each block.
 
-    A sample counts one part in g of its map, where g samples of its shard share it: those beside the run's ends are
-    looked at for this, so that a run that begins among conversations about one image counts no map too many.
+    Where g samples of a shard share a map, each counts 1/g of it. The samples beside the block's ends are read for
+    this, so that a block that begins among conversations about one image does not count a map too many.
 
     Args:
         store: the sample set.
         index: its index.
         encoder: the teacher's.
-        runs: as `plan_runs` makes them.
+        planned: the blocks of sample numbers that `plan_blocks` returns.
         causal: whether half of a map is stored.
-        num_kept: usable samples of each run to give back.
-        progress: called with the number of samples read since the last call.
+        num_kept: usable samples of each block to give back.
+        progress: where the samples read are shown.
     """
-    counted = []
-    for run in runs:
+    task = progress.task("count", sum(map(len, planned)))
+    blocks = []
+    for numbers in planned:
         counts = dict.fromkeys(UNITS, 0.0)
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
-        for number, rows in _by_shard(index, run):
+        for number, rows in _by_shard(index, numbers):
             with SampleShard.open(store, index.shards[number]) as shard:
-                make = SamplePreparer(encoder, shard, Timings())
+                prepare = SamplePreparer(encoder, shard, Timings())
                 usable = []
                 for row in rows:
-                    found = make(row)
+                    found = prepare(row)
                     if isinstance(found, SkippedSample):
                         skipped.append(found)
                     else:
-                        found.pixel_inputs = {}
+                        found.encoded.pixel_inputs.clear()
                         usable.append(found)
                         if len(kept) < num_kept:
                             kept.append(shard.read(row))
-                    if progress is not None:
-                        progress(1)
-                for sample, share in zip(usable, _shares(make, len(shard), usable), strict=True):
+                    task.advance()
+                for sample, share in zip(usable, _shares(prepare, len(shard), usable), strict=True):
                     _add(counts, sample, share, causal)
-        counted.append(CountedRun(len(run), counts, tuple(skipped), tuple(kept)))
-    return counted
+        blocks.append(SampledBlock(len(numbers), counts, tuple(skipped), tuple(kept)))
+    return blocks
 
 
 def _add(counts: dict[str, float], sample: PreparedSample, share: float, causal: bool) -> None:
-    num_tokens = len(sample.image_positions)
+    num_tokens = len(sample.encoded.image_positions)
     counts["samples"] += 1
-    counts["tokens"] += len(sample.token_ids)
-    counts["answer_rows"] += int(sample.answer_mask.sum())
+    counts["tokens"] += len(sample.encoded.token_ids)
+    counts["answer_rows"] += int(sample.encoded.answer_mask.sum())
     counts["maps"] += share
     counts["image_tokens"] += share * num_tokens
     counts["map_entries"] += share * num_entries(num_tokens, causal)
 
 
-def _shares(make: SamplePreparer, num_rows: int, samples: Sequence[PreparedSample]) -> list[float]:
-    """Of each sample one over the samples of its shard that share its map; 0 without an image."""
+def _shares(prepare: SamplePreparer, num_rows: int, samples: Sequence[PreparedSample]) -> list[float]:
+    """For each sample 1/g, where g samples of its shard share its map; 0 without an image."""
     sizes = Counter(sample.map_key for sample in samples)
     if samples:
-        sizes[samples[0].map_key] += _neighbours(make, range(samples[0].row - 1, -1, -1), samples[0].map_key)
-        sizes[samples[-1].map_key] += _neighbours(make, range(samples[-1].row + 1, num_rows), samples[-1].map_key)
+        sizes[samples[0].map_key] += _neighbours(prepare, range(samples[0].row - 1, -1, -1), samples[0].map_key)
+        sizes[samples[-1].map_key] += _neighbours(prepare, range(samples[-1].row + 1, num_rows), samples[-1].map_key)
     return [0.0 if sample.map_key is None else 1 / sizes[sample.map_key] for sample in samples]
 
 
-def _neighbours(make: SamplePreparer, rows: range, key: str | None) -> int:
-    """Samples with this map from the first row on; they lie side by side."""
+def _neighbours(prepare: SamplePreparer, rows: range, key: str | None) -> int:
+    """Number of samples with this map from the first row on; such samples lie side by side."""
     number = 0
     for row in rows if key is not None else ():
-        found = make(row)
+        found = prepare(row)
         if isinstance(found, SkippedSample) or found.map_key != key:
             break
         number += 1
     return number
 
 
-def _by_shard(index: SampleIndex, run: range) -> Iterator[tuple[int, range]]:
+def _by_shard(index: SampleIndex, numbers: range) -> Iterator[tuple[int, range]]:
+    """Shard and rows in it of a block of the whole set."""
     first = 0
     for number, entry in enumerate(index.shards):
-        start, stop = max(run.start - first, 0), min(run.stop - first, entry.num_samples)
+        start, stop = max(numbers.start - first, 0), min(numbers.stop - first, entry.num_samples)
         if start < stop:
             yield number, range(start, stop)
         first += entry.num_samples

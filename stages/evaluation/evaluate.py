@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.conversations import ConversationEncoder, image_processor_backend
+from stages.checkpoints import image_processor_backend
+from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation.intervals import wilson_interval
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport, KindResult

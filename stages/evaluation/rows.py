@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from stages.conversations import EncodedConversation
+from stages.conversations.encoder import EncodedConversation
 from stages.families import llava
 from stages.student.model.inputs import family_of_model, model_inputs
 from storage.errors import UserError

@@ -28,10 +28,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from stages.answer_rows import answer_rows
-from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader
-from stages.images import MAX_PIXELS, BadImage, decode_image
+from stages.images import MAX_PIXELS, decode_image
 from storage.errors import UserError
 from storage.progress import SILENT, ProgressTask
 from storage.strict_model import StrictModel
@@ -199,7 +199,7 @@ def _encoded_batches(
         where = f"pair {pair.key!r} of {pair.kind}, image {pair.image}"
         try:
             encoded = encode(pair, decode_image(pair.image.read_bytes(), config.max_pixels))
-        except (BadImage, UnusableConversation, UserError, OSError) as error:
+        except (UserError, OSError) as error:
             raise UserError(f"{where}: {error}") from error
         if (longest := max(len(item.token_ids) for item in encoded)) > config.max_length:
             raise UserError(f"{where}: {longest} tokens, max_length is {config.max_length}; raise it")

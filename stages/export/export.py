@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder, EncodedConversation
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
 from stages.export.model_card import ExportReport, ModelNames, model_card, read_history
 from stages.new_folder import check_new, new_folder

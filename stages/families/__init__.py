@@ -24,7 +24,7 @@ def family_of(model_type: str) -> Family:
     """The family a checkpoint belongs to.
 
     Raises:
-        UserError: a `model_type` nobody described yet.
+        UserError: If no family has this `model_type`.
     """
     if model_type not in FAMILIES:
         raise UserError(

@@ -36,7 +36,7 @@ def batch_inputs(
         ids are never attended to and never read.
 
     Raises:
-        UserError: the processor made an input that the family does not name.
+        UserError: If the processor made an input that the family does not name.
     """
     longest = max((len(ids) for ids in token_ids), default=1)
     width = -(-longest // multiple) * multiple
@@ -82,7 +82,7 @@ def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) ->
     """The pixels of several samples as one batch; empty if no sample has any.
 
     Raises:
-        UserError: an input that the family does not name.
+        UserError: If an input is one that the family does not name.
     """
     unknown = {name for pixels in pixel_inputs for name in pixels} - set(family.pixel_inputs)
     if unknown:
@@ -99,7 +99,7 @@ def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) ->
 
 
 def _padded(parts: Sequence[Tensor]) -> list[Tensor]:
-    """All axes but the first grown to the largest, with zeros."""
+    """Pads all axes but the first to the largest size, with zeros."""
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     grown = []
     for part in parts:

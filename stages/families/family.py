@@ -15,8 +15,8 @@ class Family:
 
     Attributes:
         model_types: `model_type` of the configs that belong to it.
-        vision_prefixes: parameter names of the vision tower and the adapter start with one of these.
-        projector_prefixes: those of the adapter alone, what a student with its own eyes may train of them.
+        vision_prefixes: parameter names of the vision tower and the projector start with one of these.
+        projector_prefixes: those of the projector alone, which a student with its own vision tower may train.
         causal_image_tokens: whether an image token attends only to those before it (maps are zero above the diagonal).
             Where it is not, an image token still sees no token after its own image: maps depend on nothing else.
         pixel_inputs: the processor's outputs that depend on the image's pixels, and how those of several samples join.
@@ -24,7 +24,7 @@ class Family:
         features_enter_once: image features replace the placeholders' embeddings and reach the decoder nowhere else, so
             a student can be given them through its post-connector.
         pixels_without_text: whether the processor takes images alone.
-        last_linear: name within the model of the linear layer that ends the adapter, if what follows it only moves
+        last_linear: name within the model of the linear layer that ends the projector, if what follows it only moves
             features or averages them with weights that sum to 1: a linear layer behind it all can be folded into it.
         added_vectors: names of parameters that the model puts among the features after that layer.
     """
@@ -45,11 +45,11 @@ class Family:
         if not self.causal_image_tokens:
             return "its image tokens attend in both directions, a student's decoder only backwards"
         if not self.features_enter_once:
-            return "it also adds image features inside its decoder, where a student has no place for them"
+            return "it also adds image features inside its decoder, where a student cannot take them"
         return None
 
     def why_not_with_own_vision(self) -> str | None:
-        """Why a model of the family can neither be a student with its own tower and adapter nor teach one; or None."""
+        """Why it can neither be a student with its own vision tower and projector nor teach one; None if it can."""
         if not self.causal_image_tokens:
             return "its image tokens attend in both directions, and only causal maps are matched"
         return None

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from stages.images import BadImage, decode_image
-from stages.samples.ledger import UnusableSample
+from stages.images import decode_image
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 
 
@@ -23,8 +23,8 @@ class ImageFolder:
         """The file's bytes as they are, after it has been decoded once in full.
 
         Raises:
-            UnusableSample: `path_leaves_folder`, `missing_image`, `image_too_large`, or what decoding found.
-            UserError: the file is there and cannot be read.
+            UnusableSample: If the file is missing, outside the folder, too large, or not an image.
+            UserError: If the file exists and cannot be read.
         """
         verdict = self._verdicts.get(relative)
         if verdict is not None:
@@ -42,14 +42,14 @@ class ImageFolder:
     def _check(self, relative: str, data: bytes) -> None:
         try:
             decode_image(data, self._max_pixels)
-        except BadImage as bad:
-            raise UnusableSample(bad.reason, f"{relative}: {bad.detail}") from bad
+        except UnusableSample as why:
+            raise UnusableSample(why.reason, f"{relative}: {why.detail}") from why
 
     def _read_bytes(self, relative: str) -> bytes:
         try:
             path = (self._root / relative).resolve()
             if not path.is_relative_to(self._root):
-                raise UnusableSample("path_leaves_folder", f"{relative} is a link to a place outside the folder")
+                raise UnusableSample("path_leaves_folder", f"{relative} is a link to something outside the folder")
             # Also keeps out pipes and devices, which would block or never end.
             if not path.is_file():
                 above = Path(relative).parts[:1] == (self._root.name,) and (self._root.parent / relative).is_file()

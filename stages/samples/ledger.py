@@ -5,30 +5,22 @@ import math
 from collections import Counter
 from pathlib import Path
 
+from stages.unusable_sample import UnusableSample
 from storage.errors import TooManySkipped
 from storage.strict_model import StrictModel
 
 NUM_EXAMPLES = 5
 
 
-class UnusableSample(Exception):
-    """One sample cannot be used: `reason` is a word to count by, `detail` what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-class SkippedSample(StrictModel):
+class SkippedRecord(StrictModel):
     """One line of the ledger."""
 
     ordinal: int
-    """The record's place in the source file, from 0."""
+    """Number of the record in the source file, from 0."""
     id: str | None
     """The record's own id; null when the record is too broken to have one."""
     reason: str
-    """A word to count by."""
+    """A word of `stages.unusable_sample.Reason`."""
     detail: str
     """What was found."""
 
@@ -37,14 +29,14 @@ class Ledger:
     """Collects skipped samples while a data set is packed."""
 
     def __init__(self) -> None:
-        self._skipped: list[SkippedSample] = []
+        self._skipped: list[SkippedRecord] = []
 
     def __len__(self) -> int:
         return len(self._skipped)
 
     def skip(self, ordinal: int, sample_id: str | None, why: UnusableSample) -> None:
-        """Enter one sample."""
-        self._skipped.append(SkippedSample(ordinal=ordinal, id=sample_id, reason=why.reason, detail=why.detail))
+        """Enters one sample."""
+        self._skipped.append(SkippedRecord(ordinal=ordinal, id=sample_id, reason=why.reason, detail=why.detail))
 
     def num_by_reason(self) -> dict[str, int]:
         """Counts, most frequent reason first, then by name."""
@@ -78,5 +70,5 @@ class Ledger:
             f"all of them are in {path}; mend the data{way_out}"
         )
 
-    def _in_order(self) -> list[SkippedSample]:
+    def _in_order(self) -> list[SkippedRecord]:
         return sorted(self._skipped, key=lambda skipped: skipped.ordinal)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from stages.samples.ledger import UnusableSample
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 
 MAX_JSON_BYTES = 4 * 2**30
@@ -23,13 +23,13 @@ class LlavaRecords(Protocol):
     """A data file read twice: once through to learn what is in it, then record by record in another order."""
 
     def positions(self) -> Iterator[int]:
-        """Where each record lies, in file order; a record's ordinal is its place in this sequence."""
+        """Where each record lies, in file order; a record's ordinal is its number in this sequence, from 0."""
 
     def load(self, position: int) -> object:
         """The record at `position`, not validated.
 
         Raises:
-            UnusableSample: the bytes there are not JSON.
+            UnusableSample: If the bytes there are not JSON.
         """
 
 
@@ -37,7 +37,7 @@ def open_llava_records(source: Path) -> LlavaRecords:
     """The records of `source`: JSON lines when its name ends in .jsonl or .ndjson, one JSON list otherwise.
 
     Raises:
-        UserError: no such file, too large a JSON list, or a file that is not a JSON list in UTF-8.
+        UserError: If there is no such file, or the JSON list is too large or not one in UTF-8.
     """
     if not source.is_file():
         raise UserError(f"no data file at {source}; expected a LLaVA .json list or .jsonl file")
@@ -113,7 +113,7 @@ class JsonLines:
         """The record that begins at byte `position`.
 
         Raises:
-            UnusableSample: `line_too_long`, `not_utf8` or `bad_json_line`.
+            UnusableSample: If the line is too long, or not JSON in UTF-8.
         """
         with self._source.open("rb") as lines:
             lines.seek(position)

@@ -1,8 +1,8 @@
-"""Packs LLaVA data into sample shards, the conversations about one image side by side."""
+"""Packs LLaVA data into sample shards; conversations about one image lie side by side."""
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -10,20 +10,16 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.samples.image_files import ImageFolder
-from stages.samples.ledger import Ledger, UnusableSample
+from stages.samples.ledger import Ledger
 from stages.samples.llava_json import LlavaRecords, open_llava_records
 from stages.samples.llava_record import LlavaRecord, parse_record, record_id
 from stages.samples.staged_folder import LEDGER, REPORT, SHARDS, StagedFolder
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.samples.members import StoredSample
 from storage.samples.writer import SampleShardWriter
 from storage.strict_model import StrictModel
-
-Progress = Callable[[int, int | None, int], None]
-"""Called with (samples done, total, image bytes packed).
-
-First while records are read, with total None; then, from the start again, as they are packed.
-"""
 
 _RECORDS_BETWEEN_REPORTS = 1000
 
@@ -73,7 +69,7 @@ def pack_samples(
     images: Path,
     out: Path,
     config: PackConfig | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> PackReport:
     """Pack the LLaVA data file `source`, whose image paths are relative to `images`, into shards in `out`.
 
@@ -82,21 +78,20 @@ def pack_samples(
     changes nothing.
 
     Raises:
-        TooManySkipped: more unusable samples than allowed; `out` then holds the ledger and nothing else.
-        UserError: input that cannot be read at all, or an `out` that holds something else.
+        TooManySkipped: If more samples are unusable than allowed; `out` then holds the ledger and nothing else.
+        UserError: If the input cannot be read at all, or `out` holds something else.
     """
     started = time.monotonic()
     config = config or PackConfig()
-    report_progress = progress or (lambda done, total, num_bytes: None)
     records = open_llava_records(source)
     folder = ImageFolder(images, config.max_image_pixels, config.max_shard_bytes)
     with StagedFolder(out) as staged:
         ledger = Ledger()
-        groups = list(_group_records(records, ledger, report_progress))
+        groups = list(_group_records(records, ledger, progress))
         if not groups and not len(ledger):
             raise UserError(f"{source} holds no records; expected LLaVA records")
         packed = _Packer(records, folder, ledger, config)
-        packed.pack(groups, staged, report_progress)
+        packed.pack(groups, staged, progress)
         ledger.write(staged.path / LEDGER)
         shards = list(staged.path.glob(SHARDS))
         report = PackReport(
@@ -117,6 +112,7 @@ def _group_records(records: LlavaRecords, ledger: Ledger, progress: Progress) ->
     """Groups in the order their first record appears; a text-only record is a group of its own."""
     groups: dict[tuple[str, ...] | int, _Group] = {}
     ids = _Ids()
+    task = progress.task("read records", unit="records")
     for ordinal, position in enumerate(records.positions()):
         value: object = None
         try:
@@ -129,16 +125,16 @@ def _group_records(records: LlavaRecords, ledger: Ledger, progress: Progress) ->
             group = groups.setdefault(record.images or ordinal, _Group(record.images))
             group.rows.append((ordinal, position))
         if (ordinal + 1) % _RECORDS_BETWEEN_REPORTS == 0:
-            progress(ordinal + 1, None, 0)
+            task.update(done=ordinal + 1)
+    task.remove()
     yield from groups.values()
 
 
 class _Ids:
     """Ids already taken.
 
-    LLaVA's own files name the image by the id: the same id comes again, with the same image and another
-    conversation. That is no duplicate. The same id with another image, or without one, or with the same
-    conversation again, is one.
+    In LLaVA's own files the id names the image, so it comes again with the same image and another conversation: that
+    is no duplicate. The same id with another image, without one, or with the same conversation is a duplicate.
     """
 
     def __init__(self) -> None:
@@ -173,17 +169,18 @@ class _Packer:
         """Write the shards of `groups` into the staging folder, or raise TooManySkipped."""
         total = sum(len(group.rows) for group in groups)
         num_records = total + len(self._ledger)
-        done = num_bytes = 0
+        num_bytes = 0
+        task = progress.task("pack", total)
         with SampleShardWriter(staged.path, self._config.max_samples_per_shard, self._config.max_shard_bytes) as writer:
             for group in groups:
                 images = self._read_images(group)
-                # Past the limit nothing more is written; the rest is still looked at, for the ledger.
+                # Past the limit nothing more is written; the rest is still read, for the ledger.
                 if images is not None and not self._over_limit(num_records):
                     for samples in self._samples(group, images):
                         writer.add_group(samples)
                     num_bytes += sum(map(len, images))
-                done += len(group.rows)
-                progress(done, total, num_bytes)
+                task.update(note=f"{num_bytes / 1e6:,.1f} MB")
+                task.advance(len(group.rows))
             if self._over_limit(num_records) or not self.num_samples:
                 self._ledger.write(staged.ledger_of_refusal)
                 raise self._ledger.refusal(num_records, self._config.max_skipped_fraction, staged.ledger_of_refusal)
@@ -200,7 +197,7 @@ class _Packer:
             return None
 
     def _samples(self, group: _Group, images: tuple[bytes, ...]) -> Iterator[list[StoredSample]]:
-        """The group's samples, no more at a time than fit one shard."""
+        """The group's samples, at most as many at a time as fit into one shard."""
         self.images.update(group.images)
         self.num_samples += len(group.rows)
         self.num_text_only += 0 if group.images else len(group.rows)

@@ -16,9 +16,9 @@ REPORT = "pack-report.json"
 
 
 class StagedFolder:
-    """Files are written into `path`, a folder inside `out`, and moved to `out` by `publish`, the index last.
+    """Files are written into `path`, a folder inside `out`, and `publish` moves them to `out`, the index last.
 
-    While `path` exists a run has not ended; shards beside it without an index are leftovers of a killed one.
+    While `path` exists the packing has not ended; shards beside it without an index are left by a killed process.
     """
 
     def __init__(self, out: Path) -> None:
@@ -45,14 +45,14 @@ class StagedFolder:
 
     @property
     def ledger_of_refusal(self) -> Path:
-        """Where a refused run leaves its ledger: never in place of the one of a finished data set."""
+        """Where a refused run leaves its ledger: it never replaces the one of a finished data set."""
         return self.out / ("skipped.refused.jsonl" if self.holds_index else LEDGER)
 
     def publish(self) -> None:
         """Move everything to `out`.
 
         Raises:
-            UserError: `out` holds another data set; nothing is changed.
+            UserError: If `out` holds another data set; nothing is changed.
         """
         # The index has every shard's sha256: equal indices, equal data. Moving then also mends lost shards.
         if self.holds_index and (self.out / INDEX).read_bytes() != (self.path / INDEX).read_bytes():

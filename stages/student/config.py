@@ -1,4 +1,4 @@
-"""Settings of one training stage; defaults are the published recipe (docs/method.md)."""
+"""Settings of one training stage; defaults are the published recipe (docs/method.md#stages-of-training)."""
 
 from typing import Annotated, Literal
 

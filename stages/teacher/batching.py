@@ -1,25 +1,31 @@
-"""Samples of a shard made ready ahead of the teacher, and put into batches of one padded length.
+"""Samples of a shard prepared before the teacher needs them, and put into batches of one padded length.
 
 Which samples make a batch follows from the shard's content and the batch size, never from timing.
 """
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
-from stages.images import BadImage, decode_image
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.images import decode_image
 from stages.teacher.timings import Timings
+from stages.unusable_sample import Reason, UnusableSample
+from storage.errors import UserError
 from storage.samples.members import StoredSample
 from storage.samples.shard import SampleShard
 from storage.targets.sample_targets import SkippedSample
 
+logger = logging.getLogger(__name__)
+
+CPU_BATCH = 8
+GPU_FIRST_TRY = 64
 LENGTH_STEP = 32
 """Rows are padded to a multiple of this, whatever else is in their batch: a sample is computed in the same shapes alone
 and in company, which on a CPU makes the bytes the same."""
@@ -29,38 +35,36 @@ HELD_BATCHES = 4
 LEAST_HELD = 64
 HELD_BYTES = 512 * 2**20
 """Pixels of the samples that may wait."""
-AHEAD_BATCHES = 2
-"""Batches' worth of samples that are made ready while the teacher runs."""
+PREFETCHED_BATCHES = 2
+"""Batches' worth of samples that are prepared while the teacher runs."""
 
 
 @dataclass(eq=False)
 class PreparedSample:
-    """One sample as the teacher reads it.
-
-    Attributes:
-        row: its row in the tar.
-        map_key: digest of all that its maps depend on; None without an image.
-        pixel_inputs: emptied once the teacher has seen them.
-    """
+    """One sample as the teacher reads it, and what became of it there."""
 
     row: int
+    """Its row in the tar."""
     key: str
     id: str
-    token_ids: Tensor
-    answer_mask: Tensor
-    image_positions: Tensor
+    encoded: EncodedConversation
+    """The pixels in it are dropped once the teacher has seen them."""
     map_key: str | None
-    pixel_inputs: dict[str, Tensor]
+    """Digest of all that its maps depend on; None without an image."""
+    logits_RB: Tensor | None = None
+    """Records of its answer rows, once the teacher has run; None where a row is not finite."""
+    fault: Reason | None = None
+    """Why the teacher could not run."""
 
     @property
     def padded_length(self) -> int:
         """T of its batch."""
-        return -(-len(self.token_ids) // LENGTH_STEP) * LENGTH_STEP
+        return -(-len(self.encoded.token_ids) // LENGTH_STEP) * LENGTH_STEP
 
     @property
     def pixel_bytes(self) -> int:
-        """Memory it takes while it waits."""
-        return sum(pixels.nbytes for pixels in self.pixel_inputs.values())
+        """Memory of its pixels."""
+        return sum(pixels.nbytes for pixels in self.encoded.pixel_inputs.values())
 
 
 class SamplePreparer:
@@ -74,23 +78,20 @@ class SamplePreparer:
         return self.make(row, self._shard.read(row))
 
     def make(self, row: int, sample: StoredSample) -> PreparedSample | SkippedSample:
-        """As calling it, of a row that is read already."""
+        """As calling it, for a row that is read already."""
         with self._timings.measured("preparing"):
             name = str(sample.record.get("id", ""))
             try:
                 images = [decode_image(data) for data in sample.images]
                 encoded = self._encoder.encode(sample.record["conversations"], images)
-            except (BadImage, UnusableConversation) as error:
+            except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
             return PreparedSample(
                 row=row,
                 key=sample.key,
                 id=name,
-                token_ids=encoded.token_ids,
-                answer_mask=encoded.answer_mask,
-                image_positions=encoded.image_positions,
+                encoded=encoded,
                 map_key=_map_key(sample, encoded),
-                pixel_inputs=encoded.pixel_inputs,
             )
 
 
@@ -105,21 +106,47 @@ def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
     return digest.hexdigest()
 
 
-class Sized(Protocol):
-    """Where the batch size is asked for; it may shrink on the way."""
+class BatchSize:
+    """Samples of one forward pass: as set, or on a GPU the largest power of two that fits.
 
-    @property
-    def value(self) -> int:
-        """Samples of a batch."""
+    Args:
+        wanted: `TeacherConfig.batch_size`; None lets it be found.
+        on_gpu: where the teacher runs.
+    """
+
+    def __init__(self, wanted: int | None, *, on_gpu: bool) -> None:
+        self.value = wanted or (GPU_FIRST_TRY if on_gpu else CPU_BATCH)
+        self._may_shrink = wanted is None
+        self._settled = wanted is not None or not on_gpu
+
+    def fitted(self, num_samples: int) -> None:
+        """A batch went through; the first full one settles the size."""
+        if not self._settled and num_samples >= self.value:
+            self._settled = True
+            logger.info("the teacher runs %d samples at a time, found by trying", self.value)
+
+    def shrink(self, num_samples: int) -> None:
+        """A batch of `num_samples` > 1 did not fit into memory: down to the next power of two.
+
+        Raises:
+            UserError: If the size was set: another one would change the bytes on a GPU.
+        """
+        if not self._may_shrink:
+            raise UserError(
+                f"a batch of {num_samples} samples does not fit into the GPU's memory; set teacher.batch_size below "
+                f"{num_samples}, or leave it out to have it found"
+            )
+        self.value = min(self.value, 1 << (num_samples - 1).bit_length() - 1)
+        self._settled = False
 
 
 def prefetch(
     make: Callable[[int], PreparedSample | SkippedSample],
     num_rows: int,
     threads: ThreadPoolExecutor | None,
-    size: Sized,
+    size: BatchSize,
 ) -> Generator[PreparedSample | SkippedSample, None, None]:
-    """All rows in order, made by `threads` a bounded number of rows ahead; without, each when it is asked for."""
+    """All rows in order, prepared by `threads` a bounded number of rows ahead; without threads, each when asked for."""
     if threads is None:
         yield from map(make, range(num_rows))
         return
@@ -127,7 +154,7 @@ def prefetch(
     try:
         for row in range(num_rows):
             waiting.append(threads.submit(make, row))
-            if len(waiting) > AHEAD_BATCHES * size.value:
+            if len(waiting) > PREFETCHED_BATCHES * size.value:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -143,7 +170,7 @@ class LengthBatcher:
         size: samples of a batch.
     """
 
-    def __init__(self, size: Sized) -> None:
+    def __init__(self, size: BatchSize) -> None:
         self._size = size
         self._held: dict[int, list[PreparedSample]] = {}
 

@@ -1,9 +1,9 @@
-"""Which teacher it is and what is kept of what it sees; known from its folder without loading the weights."""
+"""Which teacher it is and what is stored of it; known from its folder without loading the weights."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention import CAPTURE_VERSION
 from stages.captured_layers import check_maps
-from stages.chat_templates import notes_of_ends, read_template
 from stages.checkpoints import (
+    image_processor_backend,
     load_config,
     load_processor,
     refuse_code,
@@ -20,10 +20,12 @@ from stages.checkpoints import (
     tokenizer_digest,
     weights_digest,
 )
-from stages.conversations import chat_template, image_processor_backend
+from stages.conversations.answer_ends import notes_of_ends
+from stages.conversations.chat_templates import chat_template, read_template
 from stages.families import family_of
 from stages.families.family import Family
 from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
+from stages.settings import AtResume
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.strict_model import StrictModel
@@ -31,18 +33,18 @@ from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
 
 
 class TeacherConfig(StrictModel):
-    """Which teacher, and what is kept of what it sees."""
+    """Which teacher, and what is stored of its attention and answers."""
 
-    checkpoint: str
+    checkpoint: Annotated[str, AtResume.SAME_DATA]
     """Folder or hub id of the teacher."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, AtResume.SAME_DATA] = None
     """A jinja file, or the name of a template that comes with the package (llava-1.5), in place of the checkpoint's
     own. It is stored with the targets, and students are saved with it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_length: int = Field(default=1536, ge=8)
     """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
-    batch_size: int | None = Field(default=None, ge=1)
+    batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
     """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
     roundings on a GPU."""
     layers: tuple[int, ...] | None = None
@@ -60,13 +62,13 @@ class TeacherConfig(StrictModel):
     """Tokens drawn from the others, so that the logit loss is right in expectation; more make it less noisy."""
     temperatures: tuple[float, ...] = ()
     """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is drawn."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
 
 @dataclass(frozen=True)
 class TeacherIdentity:
-    """A teacher's folder, read but for its weights; `identify_teacher` makes one."""
+    """Everything in a teacher's folder except the weights; `identify_teacher` makes one."""
 
     folder: Path
     settings: TeacherConfig
@@ -81,7 +83,7 @@ class TeacherIdentity:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What students of this teacher will not learn, for the user."""
+        """Notes for the user about what students of this teacher will not learn."""
         return notes_of_ends(
             self.processor,
             self.config.image_token_id,
@@ -133,12 +135,12 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
     """Reads config, processor and chat template and digests the weight files.
 
     Args:
-        settings: which teacher and what is kept.
+        settings: which teacher and what is stored.
         on_gpu: whether it will run on a GPU; decides what dtype "auto" means.
-        with_weights: False for an estimate, which needs none: they are not looked for, and their digest is empty.
+        with_weights: False for an estimate, which needs none: the digest of weights is then empty.
 
     Raises:
-        UserError: no such checkpoint or chat template, an unknown family, or layers that the decoder does not have.
+        UserError: If checkpoint or chat template cannot be read, or its family or layers cannot be used.
     """
     folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
     if not settings.trust_remote_code:
@@ -180,9 +182,9 @@ def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without what depends on where and by which library version it was loaded.
+    """A config without what depends on where and by which library version it was loaded, as JSON holds it.
 
-    As JSON gives it back: with tuples or numbers as keys it would never be equal to the one that was stored.
+    With tuples or numbers as keys it would never equal the stored one.
     """
     portable: dict[str, Any] = json.loads(json.dumps(_without_local(config)))
     return portable

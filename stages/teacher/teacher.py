@@ -8,21 +8,21 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from stages.attention import enable_capture
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
 from stages.weights import load_weights
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher ready to observe samples; `load_teacher` makes one."""
+    """A loaded teacher; `load_teacher` makes one."""
 
     identity: TeacherIdentity
     model: PreTrainedModel
     encoder: ConversationEncoder
 
     def save_vision(self, folder: Path) -> None:
-        """Writes all a student needs of the teacher: vision tower, adapter, configs and processor."""
+        """Writes all a student needs of the teacher: vision tower, projector, configs and processor."""
         folder.mkdir(parents=True, exist_ok=True)
         prefixes = self.identity.family.vision_prefixes
         state = {name: t for name, t in self.model.state_dict().items() if name.startswith(prefixes)}
@@ -35,7 +35,7 @@ def load_teacher(settings: TeacherConfig) -> Teacher:
     """Loads the teacher with its fast attention kernel, on the GPU when there is one.
 
     Raises:
-        UserError: as `identify_teacher` and `load_weights`.
+        UserError: If the teacher cannot be used, or its weights are not whole.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     identity = identify_teacher(settings, on_gpu=device == "cuda")

@@ -22,7 +22,7 @@ def sink_keep_mask(maps: Tensor) -> Tensor:
     Returns:
         `[..., N, N]` bool.
 
-    Source: METHOD, "VAT", the teacher's two factors of `keep`.
+    Source: docs/method.md#attention-loss, the teacher's two factors of `keep`
     """
     entries = maps.detach().flatten(-2)
     return below_threshold(entries, sink_threshold(entries, entries.shape[-1])).view(maps.shape)

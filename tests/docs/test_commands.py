@@ -1,6 +1,8 @@
 """Commands, flags and settings in the pages are those that the command line and the run file know."""
 
+import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +15,7 @@ from typer.main import get_command
 from pipeline.cli.app import app
 from pipeline.run_file import RunFile, resolve
 from pipeline.sweep_file import load_sweep
-from tests.docs.markdown import PAGES, Page
+from tests.docs.markdown import PAGES, ROOT, Page
 
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 FLAGS = {
@@ -69,7 +71,13 @@ def exists(kind: Any, path: list[str]) -> bool:
 
 
 @pages
-def test_every_yaml_block_is_a_run_file_or_a_sweep(page: Page, tmp_path: Path) -> None:
+def test_every_yaml_block_is_a_run_file_or_a_sweep(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("sugarcrepe", "val2017"):
+        (tmp_path / folder).mkdir()
+    pair = {"filename": "0.jpg", "caption": "a", "negative_caption": "b"}
+    (tmp_path / "sugarcrepe" / "swap_obj.json").write_text(json.dumps({"0": pair}))
+    (tmp_path / "val2017" / "0.jpg").touch()
     for block in page.blocks("yaml"):
         if "students:" in block:
             (tmp_path / "sweep.yaml").write_text(block)
@@ -77,6 +85,14 @@ def test_every_yaml_block_is_a_run_file_or_a_sweep(page: Page, tmp_path: Path) -
             assert load_sweep(tmp_path / "sweep.yaml", None, [], flags).runs
         else:
             resolve(yaml.safe_load(block), [], {}, page.path)
+
+
+@pages
+def test_every_extra_that_is_named_exists(page: Page) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = "\n".join(page.lines)
+    named = [*re.findall(r"extra\s+`([\w-]+)`", text), *re.findall(r"compodistill\[([\w-]+)\]", text)]
+    assert [name for name in named if name not in extras] == []
 
 
 def test_the_page_of_commands_has_every_command() -> None:

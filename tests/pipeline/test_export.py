@@ -215,7 +215,7 @@ def test_without_a_question_chat_reads_questions_until_an_empty_line(
     chat = open_chat(str(undisturbed), picture, 4)
     pieces: list[str] = []
     chat.ask("What is it?", pieces.append)
-    first, refused = "".join(pieces), "image_count_mismatch: 3 <image> in the human turns, 1 images"
+    first, refused = "".join(pieces), "placeholder_without_image: 3 <image> in the human turns, 1 images"
     pieces.clear()
     chat.ask("And now?", pieces.append)
     assert done.out == f"{first}\n{refused}\n{''.join(pieces)}\n"

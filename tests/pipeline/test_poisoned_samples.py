@@ -14,7 +14,7 @@ import stages.teacher.forward
 import stages.teacher.observe
 from pipeline.extraction import ExtractConfig, ExtractionReport, extract
 from pipeline.shard_extractor import ShardExtractor
-from stages.teacher.forward import Observed
+from stages.teacher.forward import ForwardOutput
 from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError
 from storage.integrity.verify import verify
@@ -34,7 +34,7 @@ POISON = "sample-000010"
 
 def meet_nan(sample: Any) -> None:
     """As of an overflow in the vision tower."""
-    for pixels in sample.pixel_inputs.values():
+    for pixels in sample.encoded.pixel_inputs.values():
         pixels.fill_(torch.nan)
 
 
@@ -59,7 +59,7 @@ class Poisoned(ShardExtractor):
         super().__init__(*arguments)
         healthy = stages.teacher.forward.run_teacher
 
-        def run_teacher(teacher: Any, batch: Any, wanted: Any) -> list[Observed]:
+        def run_teacher(teacher: Any, batch: Any, wanted: Any) -> ForwardOutput:
             if BrokenGpu.broken:
                 raise RuntimeError("CUDA error: device-side assert triggered")
             for sample in batch:
@@ -183,7 +183,7 @@ class FullDisk(ShardExtractor):
         super().__init__(*arguments)
         healthy = stages.teacher.observe.run_teacher
 
-        def run_teacher(teacher: Any, batch: Any, wanted: Any) -> list[Observed]:
+        def run_teacher(teacher: Any, batch: Any, wanted: Any) -> ForwardOutput:
             if any(sample.id == POISON for sample in batch):
                 raise OSError(28, "No space left on device")
             return healthy(teacher, batch, wanted)
@@ -197,7 +197,7 @@ class BrokenEnvironment(ShardExtractor):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
 
-        def run_teacher(*_: Any) -> list[Observed]:
+        def run_teacher(*_: Any) -> ForwardOutput:
             raise RuntimeError("no kernel image is available for execution on the device")
 
         stages.teacher.observe.run_teacher = run_teacher

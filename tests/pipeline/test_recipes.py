@@ -19,7 +19,7 @@ from pipeline.cli.app import app
 from pipeline.demo import assets
 from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
-from stages.chat_templates import read_template
+from stages.conversations.chat_templates import read_template
 from stages.families import family_of
 from stages.layers import student_layers, visual_understanding_layers
 from stages.student.config import STAGES

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.images import BadImage, decode_image
+from stages.images import decode_image
+from stages.unusable_sample import UnusableSample
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -60,7 +61,7 @@ def test_orientation_in_exif_is_dropped_and_not_applied() -> None:
 @pytest.mark.parametrize("kept", [0, 12, 40, 0.5, 0.9])
 def test_truncated_images_are_broken_images(kind: str, kept: float) -> None:
     data = encoded(gradient(), kind)
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(UnusableSample) as caught:
         decode_image(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
     assert caught.value.reason == "broken_image"
 
@@ -68,20 +69,20 @@ def test_truncated_images_are_broken_images(kind: str, kept: float) -> None:
 def test_a_damaged_png_is_a_broken_image() -> None:
     data = bytearray(encoded(gradient(), "PNG"))
     data[len(data) // 2] ^= 0xFF
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(UnusableSample) as caught:
         decode_image(bytes(data))
     assert caught.value.reason == "broken_image"
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
 def test_other_formats_are_unsupported(kind: str) -> None:
-    with pytest.raises(BadImage, match="expected JPEG, PNG or WebP") as caught:
+    with pytest.raises(UnusableSample, match="expected JPEG, PNG or WebP") as caught:
         decode_image(encoded(gradient(), kind))
     assert caught.value.reason == "unsupported_image"
 
 
 def test_text_is_unsupported_and_its_opening_is_shown() -> None:
-    with pytest.raises(BadImage, match="<html>") as caught:
+    with pytest.raises(UnusableSample, match="<html>") as caught:
         decode_image(b"<html>not found</html>")
     assert caught.value.reason == "unsupported_image"
 
@@ -89,7 +90,7 @@ def test_text_is_unsupported_and_its_opening_is_shown() -> None:
 # Beyond 89 million pixels Pillow warns (here: raises), beyond 179 million it refuses by itself.
 @pytest.mark.parametrize("side", [7100, 10_000, 20_000, 60_000])
 def test_a_decompression_bomb_is_refused_from_its_header(side: int) -> None:
-    with pytest.raises(BadImage) as caught:
+    with pytest.raises(UnusableSample) as caught:
         decode_image(png_header(side, side))
     assert caught.value.reason == "image_too_large"
 
@@ -97,7 +98,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(side: int) -> None:
 def test_a_bomb_is_refused_where_warnings_are_not_errors() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(BadImage) as caught:
+        with pytest.raises(UnusableSample) as caught:
             decode_image(png_header(10_000, 10_000))
     assert caught.value.reason == "image_too_large"
 
@@ -105,10 +106,10 @@ def test_a_bomb_is_refused_where_warnings_are_not_errors() -> None:
 def test_the_limit_is_inclusive_and_names_the_size() -> None:
     data = encoded(gradient(), "PNG")
     assert decode_image(data, max_pixels=1200).size == (40, 30)
-    with pytest.raises(BadImage, match="40x30 pixels, at most 1199"):
+    with pytest.raises(UnusableSample, match="40x30 pixels, at most 1199"):
         decode_image(data, max_pixels=1199)
 
 
 def test_a_bad_image_survives_pickling_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(BadImage("broken_image", "why")))
+    error = pickle.loads(pickle.dumps(UnusableSample("broken_image", "why")))
     assert (error.reason, error.detail, str(error)) == ("broken_image", "why", "broken_image: why")

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.checkpoints import load_config, load_processor, refuse_code
-from stages.conversations import ConversationEncoder, EncodedConversation, UnusableConversation
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.families import FAMILIES, family_of, llava
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
@@ -26,6 +26,7 @@ from stages.images import decode_image
 from stages.student.data.tokenizers import other_tokenizer, student_processor, tokenizer_differences
 from stages.student.model.build import check_decoder, teacher_family
 from stages.student.model.student import is_student, register_students
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
@@ -134,7 +135,7 @@ def _encoded(
 ) -> EncodedConversation:
     try:
         return encoder.encode(sample.record["conversations"], images)
-    except UnusableConversation as error:
+    except UnusableSample as error:
         raise UserError(
             f"sample {sample.key} cannot be read by the student's own tokenizer: {error}. The targets hold it, so it "
             "cannot be left out in silence: take a student with the teacher's tokenizer, or extract from samples "

@@ -10,7 +10,7 @@ from transformers import AddedToken, AutoTokenizer, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stages.checkpoints import load_processor, load_tokenizer
-from stages.conversations import chat_template
+from stages.conversations.chat_templates import chat_template
 from storage.errors import UserError
 
 _FLATTEN = """\

@@ -27,7 +27,7 @@ def attention_alignment_loss(student_LBNN: Tensor, teacher_LBNN: Tensor, kind: A
     Returns:
         Scalar. The gradient flows to `student_LBNN` only through the pooled values, not through the masks.
 
-    Source: METHOD, "VAT".
+    Source: docs/method.md#attention-loss
     """
     pairs = zip(student_LBNN, teacher_LBNN, strict=True)
     losses_LB = [matched_loss(a, b, below_sink_threshold(b) & (b > 0), kind=kind) for a, b in pairs]
@@ -87,7 +87,7 @@ def below_sink_threshold(map_BNN: Tensor, num_tokens_B: Tensor | None = None) ->
 def pool_keys(map_BNN: Tensor, keep_BNN: Tensor) -> Tensor:
     """`[B, N]` mean attention each key receives over the queries where `keep_BNN` holds; 0 for a column without any.
 
-    Source: METHOD, "VAT", symbols a and b.
+    Source: docs/method.md#attention-loss, symbols a and b
     """
     return (map_BNN * keep_BNN).sum(-2) / keep_BNN.sum(-2).clamp(min=1)
 

@@ -32,7 +32,7 @@ def logit_distillation_loss(student_RV: Tensor, teacher_RV: Tensor, temperature:
             student's and renormalised; a shorter one gives the student's further ids probability zero.
         temperature: Divides the logits of both. Gradients shrink as its square; the loss is not scaled up.
 
-    Source: METHOD, "Logit KD".
+    Source: docs/method.md#logit-distillation
     """
     teacher_probs = (teacher_RV[:, : student_RV.shape[1]].float() / temperature).softmax(-1)
     student_logprobs = (student_RV.float() / temperature).log_softmax(-1)[:, : teacher_probs.shape[1]]

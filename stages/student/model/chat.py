@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
-from stages.conversations import PLACEHOLDER, ConversationEncoder, EncodedConversation, UnusableConversation
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.conversations.turns import PLACEHOLDER
 from stages.student.model.generation import generation_settings
 from stages.student.model.inputs import model_inputs
+from stages.unusable_sample import UnusableSample
 
 _NO_LIMIT = 2**31
 
@@ -49,7 +51,7 @@ class Chat:
         """The answer of greedy decoding; `write` gets its pieces.
 
         Raises:
-            UnusableConversation: If the question cannot be asked, or the conversation is too long.
+            UnusableSample: If the question cannot be asked, or the conversation is too long.
         """
         prompt = self._encoder.encode_prompt(question, [self.image], self._turns)
         self._check_room(prompt)
@@ -68,7 +70,7 @@ class Chat:
     def _check_room(self, prompt: EncodedConversation) -> None:
         num_tokens = len(prompt.token_ids)
         if num_tokens + self._max_new_tokens > self._room:
-            raise UnusableConversation(
+            raise UnusableSample(
                 "prompt_beyond_max_length",
                 f"image and conversation are {num_tokens} tokens, and --max-new-tokens is {self._max_new_tokens}; the "
                 f"model reads {self._room} in all. Give a smaller --max-new-tokens, ask less, or begin anew",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from stages.conversations import EncodedConversation
+from stages.conversations.encoder import EncodedConversation
 from stages.student.model.folding import ModelParts
 
 _VIDEO_HALVES: Final = {

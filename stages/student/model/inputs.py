@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.conversations import EncodedConversation
+from stages.conversations.encoder import EncodedConversation
 from stages.families import FAMILIES, family_of, llava
 from stages.families.batch import batch_inputs, move_inputs
 from stages.families.family import Family

@@ -146,19 +146,19 @@ def test_estimate_prints_every_codec_and_saves_the_report_before_anything_is_wri
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "reports" / "estimate.json"
-    few = settings(("estimate.counted_samples=8", "estimate.probed_samples=4", "estimate.runs=2"))
+    few = settings(("estimate.num_sampled=8", "estimate.num_measured=4", "estimate.num_blocks=2"))
     places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--report", report)
     done = run_here("estimate", *places, "--workers", 2, *few, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     saved = json.loads(report.read_text())
-    assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "probe")
+    assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "measured")
     assert all(codec in done.out for codec in saved["settings"])
     assert "unusable among them" in done.out
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
     alone = ("--teacher", tiny.teacher, "--config-only", "--set", "estimate.samples=665000")
     coarse = run_here("estimate", *alone, monkeypatch=monkeypatch, capsys=capsys)
     assert coarse.code == 0, coarse.err
-    assert "coarse" in coarse.out
+    assert "computed from configs alone" in coarse.out
     missing = run_here("estimate", "--teacher", tiny.teacher, monkeypatch=monkeypatch, capsys=capsys)
     assert (missing.code, "--samples is missing" in missing.err) == (2, True)
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from stages.attention import AttentionCapture, enable_capture
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.convert.checkpoint import ConversionReport, convert_checkpoint
 from stages.student.model.loading import load_student
 from stages.teacher.identity import TeacherConfig

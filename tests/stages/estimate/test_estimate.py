@@ -9,8 +9,9 @@ from benchmarks.results import RESULTS
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from stages.estimate.analytic import BYTES_PER_ENTRY, METADATA_BYTES_PER_ARRAY, estimate_from_configs
+from stages.estimate.codec_costs import CODECS
 from stages.estimate.extrapolate import longest_share, student_t
-from stages.estimate.measured import CODECS, estimate_by_measurement
+from stages.estimate.measured import estimate_by_measurement
 from stages.estimate.report import Estimate, EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
@@ -38,7 +39,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 def estimate(scenes: TinyData) -> Estimate:
     """Of a part of the scenes: 64 read, 32 seen by the teacher."""
     settings = TeacherConfig.model_validate({"checkpoint": str(TEACHER), **SETTINGS})
-    config = EstimateConfig(counted_samples=64, probed_samples=32)
+    config = EstimateConfig(num_sampled=64, num_measured=32)
     return estimate_by_measurement(settings, open_store(scenes.samples), config, workers=2, threads=1)
 
 
@@ -49,7 +50,7 @@ def test_estimated_bytes_are_near_those_that_extraction_writes(
     extract_here(scenes, tmp_path / codec, **SETTINGS, map_codec=codec)
     found = summarize(tmp_path / codec)
     expected = estimate.settings[codec]
-    assert estimate.counted_samples < found.num_samples
+    assert estimate.num_sampled < found.num_samples
     assert expected.shard_bytes == pytest.approx(found.total_bytes, rel=NEARNESS)
     maps = "map_codes"
     assert expected.bytes_by_array[maps] == pytest.approx(found.array_bytes[maps], rel=NEARNESS)
@@ -58,7 +59,7 @@ def test_estimated_bytes_are_near_those_that_extraction_writes(
 
 
 def test_every_codec_has_bytes_an_interval_and_hours_and_coarser_codes_are_smaller(estimate: Estimate) -> None:
-    assert estimate.basis == "probe"
+    assert estimate.basis == "measured"
     assert tuple(estimate.settings) == CODECS
     sizes = [setting.shard_bytes for setting in estimate.settings.values()]
     assert sizes == sorted(sizes, reverse=True)
@@ -81,7 +82,7 @@ def test_unusable_samples_are_counted_and_shown_with_their_reasons(tmp_path: Pat
     data = make_tiny_data(tmp_path)
     # Most samples have an image, whose 16 tokens alone are more; the others' answers come later.
     settings = TeacherConfig(checkpoint=str(data.teacher), max_length=12, batch_size=4)
-    config = EstimateConfig(runs=2, counted_samples=20, probed_samples=4)
+    config = EstimateConfig(num_blocks=2, num_sampled=20, num_measured=4)
     with pytest.raises(UserError, match=r"none of 20 samples .* can be used \(image_beyond_max_length: 16"):
         estimate_by_measurement(settings, open_store(data.samples), config, workers=1, threads=1)
     # Long enough for the shorter conversations.
@@ -100,10 +101,10 @@ def test_configs_alone_give_a_coarse_estimate_without_reading_weights(scenes: Ti
             (bare / file.name).write_bytes(file.read_bytes())
     settings = TeacherConfig.model_validate({"checkpoint": str(bare), **SETTINGS})
     counted = estimate_from_configs(settings, open_store(scenes.samples), EstimateConfig(), workers=4)
-    assert counted.basis == "configs"
-    assert counted.counted_samples == counted.num_samples
+    assert counted.basis == "analytic"
+    assert counted.num_sampled == counted.num_samples
     assert counted.settings["sqrt4"].shard_bytes_95 is None
-    assert "coarse" in counted.notes[0]
+    assert "from configs alone" in counted.notes[0]
     assumed = estimate_from_configs(settings, None, EstimateConfig(samples=1000), workers=4)
     assert assumed.per_sample["map_entries"] == num_entries(36, causal=True) / 2
     assert (assumed.num_samples, assumed.num_shards) == (1000, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder, EncodedConversation
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation import rows as rows_module
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.rows import RowReader

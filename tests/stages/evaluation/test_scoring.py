@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.scoring import (
     EvaluationConfig,

@@ -22,7 +22,7 @@ from transformers import AutoProcessor, LlavaProcessor
 
 import stages.export.export as export_module
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport
 from stages.student.model.build import build_student

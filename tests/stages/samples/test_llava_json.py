@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from stages.samples import llava_json
-from stages.samples.ledger import UnusableSample
 from stages.samples.llava_json import open_llava_records
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 
 

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from stages.samples.ledger import UnusableSample
 from stages.samples.llava_record import parse_record, record_id
+from stages.unusable_sample import UnusableSample
 from tests.stages.samples.llava_data import record, turns
 
 GOOD = record("x", "a.jpg")

@@ -18,6 +18,7 @@ from storage.samples.members import StoredSample
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from tests.stages.samples.llava_data import LlavaFolder, bomb_png, image_bytes, record, turns
+from tests.stages.samples.watched_progress import WatchedProgress
 
 LENIENT = PackConfig(max_skipped_fraction=1.0)
 
@@ -346,12 +347,12 @@ def test_a_run_stopped_at_any_group_leaves_nothing_and_the_next_one_is_whole(
     source = llava.write_json([record("x", "a.jpg"), record("y", "b.png"), record("t")])
     out = tmp_path / "out"
 
-    def stop(done: int, total: int | None, num_bytes: int) -> None:
+    def stop(name: str, done: float) -> None:
         if done == moment:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1), stop)
+        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1), WatchedProgress(stop))
     assert list(out.iterdir()) == []
     assert pack_samples(source, llava.images, out).num_samples == 3
 
@@ -370,10 +371,10 @@ def test_a_run_killed_while_it_published_is_finished_by_the_next(llava: LlavaFol
 
 KILLED_WHEN = {
     "the second group is packed": """
-def stop(done, total, num_bytes):
-    if total and done == 2:
+def stop(name, done):
+    if name == "pack" and done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-pack_samples(source, images, out, config, stop)
+pack_samples(source, images, out, config, WatchedProgress(stop))
 """,
     "two files are published": """
 published = []
@@ -400,6 +401,7 @@ def test_after_a_kill_the_same_command_gives_the_bytes_of_an_undisturbed_run(
 import os, signal
 from pathlib import Path
 from stages.samples.pack import PackConfig, pack_samples
+from tests.stages.samples.watched_progress import WatchedProgress
 source, images, out = map(Path, {[str(source), str(llava.images), str(out)]!r})
 config = PackConfig(max_samples_per_shard=1)
 """
@@ -416,21 +418,23 @@ def test_progress_ends_with_every_sample_and_its_image_bytes(
     llava: LlavaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pack, "_RECORDS_BETWEEN_REPORTS", 1)
-    calls: list[tuple[int, int | None, int]] = []
+    progress = WatchedProgress()
     source = llava.write_json([record("x", "a.jpg"), record("t"), record("y", "a.jpg")])
-    pack_samples(source, llava.images, tmp_path / "out", progress=lambda *call: calls.append(call))
+    pack_samples(source, llava.images, tmp_path / "out", progress=progress)
     num_bytes = (llava.images / "a.jpg").stat().st_size
-    assert calls == [(1, None, 0), (2, None, 0), (3, None, 0), (2, 3, num_bytes), (3, 3, num_bytes)]
+    reading = [("read records", done, None) for done in (1, 2, 3)]
+    assert progress.steps == [*reading, ("pack", 2, 3), ("pack", 3, 3)]
+    assert progress.notes == [f"{num_bytes / 1e6:,.1f} MB"] * 2
 
 
 def test_a_data_file_that_changes_between_the_passes_is_noticed(llava: LlavaFolder, tmp_path: Path) -> None:
     source = llava.write_lines([json.dumps(record("x", "a.jpg")).encode(), json.dumps(record("t")).encode()])
 
-    def spoil(done: int, total: int | None, num_bytes: int) -> None:
+    def spoil(name: str, done: float) -> None:
         source.write_bytes(b"{" * source.stat().st_size)
 
     with pytest.raises(UserError, match="changed while it was packed"):
-        pack_samples(source, llava.images, tmp_path / "out", progress=spoil)
+        pack_samples(source, llava.images, tmp_path / "out", progress=WatchedProgress(spoil))
 
 
 def test_paths_that_start_at_the_folder_above_say_so(llava: LlavaFolder, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from itertools import islice
 import pytest
 import torch
 
+from stages.conversations.encoder import EncodedConversation
 from stages.teacher import batching
-from stages.teacher.batching import LengthBatcher, PreparedSample, prefetch
-from stages.teacher.forward import BatchSize
+from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, prefetch
 from storage.targets.sample_targets import SkippedSample
 
 
@@ -23,11 +23,13 @@ def sample(row: int, length: int = 40, pixels: int = 0) -> PreparedSample:
         row=row,
         key=f"k{row}",
         id="",
-        token_ids=torch.zeros(length, dtype=torch.long),
-        answer_mask=torch.zeros(length, dtype=torch.bool),
-        image_positions=torch.zeros(0, dtype=torch.long),
+        encoded=EncodedConversation(
+            token_ids=torch.zeros(length, dtype=torch.long),
+            answer_mask=torch.zeros(length, dtype=torch.bool),
+            pixel_inputs={"pixel_values": torch.zeros(pixels)},
+            image_positions=torch.zeros(0, dtype=torch.long),
+        ),
         map_key=None,
-        pixel_inputs={"pixel_values": torch.zeros(pixels)},
     )
 
 
@@ -54,9 +56,9 @@ def test_no_more_than_a_bounded_number_of_rows_is_made_ahead() -> None:
         rows = prefetch(make, 1000, threads, size_of(5))
         assert [one.key for one in islice(rows, 7)] == [f"k{row}" for row in range(7)]
         time.sleep(0.1)
-        assert len(made) <= 7 + batching.AHEAD_BATCHES * 5
+        assert len(made) <= 7 + batching.PREFETCHED_BATCHES * 5
         rows.close()
-    assert len(made) <= 7 + batching.AHEAD_BATCHES * 5
+    assert len(made) <= 7 + batching.PREFETCHED_BATCHES * 5
 
 
 def test_an_error_in_a_thread_reaches_whoever_asks_for_the_row() -> None:
@@ -89,7 +91,7 @@ def test_when_too_many_samples_wait_the_fullest_length_goes() -> None:
     # Nine lengths, one of them twice as frequent as the others.
     held = [batcher.add(sample(row, length=32 * (1 + row % 10 % 9))) for row in range(81)]
     assert [row for row, batch in enumerate(held) if batch] == [79]
-    assert {len(one.token_ids) for one in held[79] or []} == {32}
+    assert {len(one.encoded.token_ids) for one in held[79] or []} == {32}
     assert len(held[79] or []) == 16
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from stages.attention import AttentionCapture
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.families import FAMILIES, family_of
 from stages.families.batch import batch_inputs, join_pixels, pixels_of
 from stages.images import decode_image

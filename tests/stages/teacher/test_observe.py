@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import stages.teacher.observe
-from stages.teacher.batching import PreparedSample
-from stages.teacher.forward import BatchSize, Observed, run_teacher
+from stages.teacher.batching import BatchSize, PreparedSample
+from stages.teacher.forward import ForwardOutput, run_teacher
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer, ShardObservations, observe_shard
 from stages.teacher.teacher import Teacher, load_teacher
@@ -160,7 +160,7 @@ class LittleMemory:
         self.most, self.huge = most, huge
         self.tried: list[int] = []
 
-    def __call__(self, teacher: Teacher, batch: list[PreparedSample], wanted: set[PreparedSample]) -> list[Observed]:
+    def __call__(self, teacher: Teacher, batch: list[PreparedSample], wanted: set[PreparedSample]) -> ForwardOutput:
         self.tried.append(len(batch))
         if len(batch) > self.most or any(sample.key in self.huge for sample in batch):
             raise torch.OutOfMemoryError("CUDA out of memory")

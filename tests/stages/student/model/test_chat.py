@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from stages.conversations import UnusableConversation
 from stages.student.model.chat import Chat
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from tests.checkpoints import draw_random_image, load_tiny_llava, make_tiny_llava
 
@@ -70,7 +70,7 @@ def test_a_question_that_names_another_image_or_is_too_long_is_refused_and_leave
 ) -> None:
     chat, alone = open_chat(checkpoint), open_chat(checkpoint)
     for bad in ("<image> and <image>?", "word " * 3000):
-        with pytest.raises(UnusableConversation):
+        with pytest.raises(UnusableSample):
             chat.ask(bad, lambda _: None)
     assert chat.ask("What is it?", lambda _: None) == alone.ask("What is it?", lambda _: None)
 
@@ -85,7 +85,7 @@ def test_a_length_that_leaves_no_room_names_the_flag_and_the_models_length(check
     with pytest.raises(UserError, match=f"--max-new-tokens is {most + 1}"):
         open_chat(checkpoint, max_new_tokens=most + 1)
     chat = open_chat(checkpoint, max_new_tokens=most)
-    with pytest.raises(UnusableConversation, match=f"--max-new-tokens is {most}; the model reads 2048"):
+    with pytest.raises(UnusableSample, match=f"--max-new-tokens is {most}; the model reads 2048"):
         chat.ask("What is it, and what is beside it?", lambda _: None)
 
 

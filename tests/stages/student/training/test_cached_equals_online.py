@@ -15,7 +15,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder
+from stages.conversations.encoder import ConversationEncoder
 from stages.images import decode_image
 from stages.layers import window_means
 from stages.student.config import DistilledFinetuning

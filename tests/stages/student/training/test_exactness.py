@@ -19,7 +19,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from stages.attention import enable_capture
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder, EncodedConversation
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
 from stages.student.config import DistilledFinetuning

@@ -9,12 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.conversations import (
-    ConversationEncoder,
-    UnusableConversation,
-    chat_template,
-    image_processor_backend,
-)
+from stages.checkpoints import image_processor_backend
+from stages.conversations.chat_templates import chat_template
+from stages.conversations.encoder import ConversationEncoder
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from tests.checkpoints import (
     CHAT_TEMPLATE_OF_LLAVA_1_5,
@@ -216,9 +214,9 @@ def test_a_cut_may_not_take_image_tokens_or_every_answer_token(
 
 
 UNUSABLE = {
-    "no placeholder": (turns("What?", "Red."), 1, "image_count_mismatch"),
-    "no image": (turns("<image>\nWhat?", "Red."), 0, "image_count_mismatch"),
-    "too many placeholders": (turns("<image>\n<image>\nWhat?", "Red."), 1, "image_count_mismatch"),
+    "no placeholder": (turns("What?", "Red."), 1, "image_without_placeholder"),
+    "no image": (turns("<image>\nWhat?", "Red."), 0, "placeholder_without_image"),
+    "too many placeholders": (turns("<image>\n<image>\nWhat?", "Red."), 1, "placeholder_without_image"),
     "placeholder in an answer": (turns("<image>\nWhat?", "An <image>."), 1, "image_count_mismatch"),
     "placeholder in a text-only answer": (turns("What?", "<image>"), 0, "image_count_mismatch"),
     "placeholder in the system turn": (
@@ -231,21 +229,21 @@ UNUSABLE = {
         1,
         "image_count_mismatch",
     ),
-    "answer first": ([{"from": "gpt", "value": "Red."}], 0, "malformed_conversation"),
+    "answer first": ([{"from": "gpt", "value": "Red."}], 0, "wrong_turn_order"),
     "two questions": (
         [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}],
         0,
-        "malformed_conversation",
+        "wrong_turn_order",
     ),
     "system turn later": (
         [*turns("a", "b"), {"from": "system", "value": "c"}],
         0,
-        "malformed_conversation",
+        "wrong_turn_order",
     ),
-    "unknown speaker": ([{"from": "tool", "value": "a"}], 0, "malformed_conversation"),
-    "value is not text": ([{"from": "human", "value": 3}], 0, "malformed_conversation"),
-    "no turns": ([], 0, "malformed_conversation"),
-    "question only": (turns("a"), 0, "no_answer"),
+    "unknown speaker": ([{"from": "tool", "value": "a"}], 0, "unknown_role"),
+    "value is not text": ([{"from": "human", "value": 3}], 0, "bad_turn"),
+    "no turns": ([], 0, "empty_conversation"),
+    "question only": (turns("a"), 0, "answer_missing"),
 }
 
 
@@ -286,7 +284,7 @@ def test_a_template_that_raises_is_named(processor: Any) -> None:
         + CHAT_TEMPLATE_WITHOUT_GENERATION
     )
     encoder = ConversationEncoder(processor, processor.image_token_id, 512)
-    with pytest.raises(UnusableConversation, match="no system") as caught:
+    with pytest.raises(UnusableSample, match="no system") as caught:
         encoder.encode(*_with_images("system turn"))
     assert caught.value.reason == "refused_by_template"
 
@@ -322,7 +320,7 @@ def test_a_prompt_is_the_pairs_tokens_before_its_answer(encoder: ConversationEnc
 
 def test_a_prompt_is_never_cut(processor: Any) -> None:
     encoder = ConversationEncoder(processor, processor.image_token_id, 20)
-    with pytest.raises(UnusableConversation) as caught:
+    with pytest.raises(UnusableSample) as caught:
         encoder.encode_prompt("What color?", images(1))
     assert caught.value.reason == "prompt_beyond_max_length"
 
@@ -356,8 +354,8 @@ def test_the_backend_is_the_class_that_made_the_pixels(processor: Any) -> None:
 
 
 def test_an_unusable_conversation_survives_pickling_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(UnusableConversation("no_answer", "why")))
-    assert (error.reason, error.detail, str(error)) == ("no_answer", "why", "no_answer: why")
+    error = pickle.loads(pickle.dumps(UnusableSample("answer_missing", "why")))
+    assert (error.reason, error.detail, str(error)) == ("answer_missing", "why", "answer_missing: why")
 
 
 def _with_images(name: str) -> tuple[Turns, list[Image.Image]]:
@@ -366,7 +364,7 @@ def _with_images(name: str) -> tuple[Turns, list[Image.Image]]:
 
 
 def _reason(encoder: ConversationEncoder, conversation: Turns, pictures: Sequence[Image.Image]) -> str:
-    with pytest.raises(UnusableConversation) as caught:
+    with pytest.raises(UnusableSample) as caught:
         encoder.encode(conversation, pictures)
     assert caught.value.detail
     return caught.value.reason

@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
-from stages.chat_templates import FOLDER, notes_of_ends, read_template
 from stages.checkpoints import load_processor
-from stages.conversations import ConversationEncoder
+from stages.conversations.answer_ends import notes_of_ends
+from stages.conversations.chat_templates import FOLDER, read_template
+from stages.conversations.encoder import ConversationEncoder
 from stages.student.config import DistilledFinetuning
 from stages.student.layer_matching import MatchingConfig
 from stages.student.training.config import TrainConfig

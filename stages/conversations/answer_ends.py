@@ -1,0 +1,43 @@
+"""Whether a chat template lets a student learn where an answer ends."""
+
+from typing import Any
+
+import torch
+
+from stages.conversations.encoder import ConversationEncoder
+from stages.unusable_sample import UnusableSample
+
+_TWO_ANSWERS = [
+    {"from": role, "value": value}
+    for role, value in (("human", "What?"), ("gpt", "This."), ("human", "Where?"), ("gpt", "There."))
+]
+_NO_LIMIT = 2**31
+
+
+def notes_of_ends(processor: Any, image_token_id: int, whose: str, way_out: str) -> tuple[str, ...]:
+    """A note for the user if answers have no end that a student could learn; empty if they have one.
+
+    Args:
+        processor: its chat template is asked for a conversation of two answers.
+        image_token_id: `config.image_token_id` of the model.
+        whose: the subject of the sentence, such as "the chat template of X".
+        way_out: what to do about it.
+    """
+    try:
+        encoded = ConversationEncoder(processor, image_token_id, _NO_LIMIT).encode(_TWO_ANSWERS, [])
+    except UnusableSample:
+        # Then no sample gets through either, each with its reason.
+        return ()
+    mask_T = encoded.answer_mask
+    is_last_T = mask_T & ~torch.cat([mask_T[1:], mask_T.new_zeros(1)])
+    last_ids = encoded.token_ids[is_last_T].tolist()
+    tokenizer = processor.tokenizer
+    ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+    num_ended = sum(token in ends for token in last_ids)
+    if num_ended == len(last_ids):
+        return ()
+    note = (
+        f"{whose} ends {num_ended} of {len(last_ids)} answers of a conversation with an end token, so a student does "
+        f"not learn to end an answer: it writes on until it is cut. {way_out}"
+    )
+    return (note,)

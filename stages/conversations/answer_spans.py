@@ -1,0 +1,75 @@
+"""Where the answers lie in a rendered conversation: spans of characters, and the tokens they become.
+
+The spans are read from the template's `{% generation %}` blocks or, for the many templates without one, from
+renderings of the conversation's prefixes. The tokenizer's offsets carry them over to tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.conversations.chat_templates import ChatTemplate, Span
+from stages.conversations.messages import Message
+from stages.unusable_sample import UnusableSample
+
+
+def render_with_answers(template: ChatTemplate, messages: list[Message]) -> tuple[str, list[Span]]:
+    """The text and the answers in it, without white space at their ends.
+
+    In many tokenizers the space before a word is a part of it, and that word belongs to the next turn.
+
+    Raises:
+        UnusableSample: If the template raises, or renders a turn differently once more turns follow.
+    """
+    text, spans = template.render_marked(messages) if template.marks_answers else _by_prefixes(template, messages)
+    ends = [len(text[:end].rstrip()) for _, end in spans]
+    return text, [(start, end) for (start, _), end in zip(spans, ends, strict=True) if start < end]
+
+
+def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any]], offsets_T2: Tensor) -> Tensor:
+    """Marks the tokens that overlap a span.
+
+    Args:
+        spans: of the text as it was before image placeholders grew.
+        replacements: the processor's `text_replacement_offsets`: where placeholders stood, and where they are now.
+        offsets_T2: `[T, 2]` first and last character of each token.
+
+    Returns:
+        `[T]` bool.
+    """
+    starts_T, ends_T = offsets_T2.unbind(-1)
+    mask_T = torch.zeros(len(offsets_T2), dtype=torch.bool)
+    for start, end in spans:
+        grown_start, grown_end = (char + _chars_gained(char, replacements) for char in (start, end))
+        mask_T |= (starts_T < grown_end) & (ends_T > grown_start) & (ends_T > starts_T)
+    return mask_T
+
+
+def _by_prefixes(template: ChatTemplate, messages: list[Message]) -> tuple[str, list[Span]]:
+    """An answer spans from the end of its prompt to the end of its turn."""
+    text = template.render(messages)
+    spans: list[Span] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(messages[:index], add_generation_prompt=True)
+        until = template.render(messages[: index + 1])
+        if not (text.startswith(until) and until.startswith(before)):
+            raise UnusableSample(
+                "template_not_prefix_stable",
+                f"the chat template renders the turns up to answer {len(spans)} differently once more "
+                "follow, so the answers cannot be found; use a template with {% generation %} blocks",
+            )
+        spans.append((len(before), len(until)))
+    return text, spans
+
+
+def _chars_gained(char: int, replacements: Sequence[Mapping[str, Any]]) -> int:
+    """How far the character moves because of the placeholders before it that were expanded."""
+    gained = 0
+    for replacement in replacements:
+        if replacement["span"][1] <= char:
+            gained = replacement["new_span"][1] - replacement["span"][1]
+    return gained

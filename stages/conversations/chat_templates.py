@@ -1,0 +1,110 @@
+"""Chat templates: where a processor's is found, those that come with the package, and how one renders messages."""
+
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from stages.conversations.messages import Message, text_part
+from stages.unusable_sample import UnusableSample
+from storage.errors import UserError
+
+FOLDER = Path(__file__).parent / "templates"
+"""`llava-1.5.jinja` is the format LLaVA-1.5 was trained on (conversation `vicuna_v1` of its code), with the end token
+after each answer that the published checkpoint's own template leaves out."""
+
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+# The library collects the spans of generation blocks in the compiled template, which all threads share.
+_RENDERING = threading.Lock()
+
+
+def chat_template(processor: Any) -> str:
+    """The template that `processor.apply_chat_template` uses when none is named.
+
+    Raises:
+        UserError: If there is none.
+    """
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"{type(processor).__name__} has no (default) chat template; save one with the checkpoint "
+            "(chat_template.jinja)"
+        )
+    return str(template)
+
+
+def read_template(name: str) -> str:
+    """A chat template: the text of a jinja file, or of one that comes with the package, by its bare name.
+
+    Raises:
+        UserError: If neither exists, or the file cannot be read.
+    """
+    path = Path(name)
+    bundled = {file.stem: file for file in sorted(FOLDER.glob("*.jinja"))}
+    if not path.is_file() and name in bundled:
+        path = bundled[name]
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"chat template {name} cannot be read: {error}; give the path of a jinja file, or one of the templates "
+            f"that come with the package: {', '.join(bundled)}"
+        ) from error
+
+
+class ChatTemplate:
+    """The chat template of a processor; several threads may use it.
+
+    Raises:
+        UserError: If there is none, or it is one for turns that are plain strings.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._text = chat_template(processor)
+        self._special_tokens = processor.tokenizer.special_tokens_map
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self._text) is not None
+        self._check_parts()
+
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text that `processor.apply_chat_template` gives.
+
+        Raises:
+            UnusableSample: If the template raises.
+        """
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[0][0]
+
+    def render_marked(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """The text, and the spans of the template's `{% generation %}` blocks.
+
+        Raises:
+            UnusableSample: If the template raises.
+        """
+        texts, spans = self._render(messages, return_assistant_tokens_mask=True)
+        return texts[0], spans[0]
+
+    def _render(self, messages: list[Message], **settings: bool) -> tuple[list[str], list[list[Span]]]:
+        try:
+            with _RENDERING:
+                rendered: tuple[list[str], list[list[Span]]] = render_jinja_template(
+                    conversations=[messages], chat_template=self._text, **settings, **self._special_tokens
+                )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UnusableSample("refused_by_template", str(error)) from error
+        return rendered
+
+    def _check_parts(self) -> None:
+        """A template for plain strings would print the parts of a turn as Python lists, without an error."""
+        trial = {role: f"trial of {role}" for role in ("user", "assistant")}
+        text = self.render([{"role": role, "content": [text_part(words)]} for role, words in trial.items()])
+        if not all(words in text for words in trial.values()) or "'text'" in text:
+            raise UserError(
+                f"the chat template renders a turn made of parts as {text!r:.200}; it must go through "
+                "message['content'] and render parts of type 'text' and 'image'"
+            )

@@ -1,0 +1,192 @@
+"""Turns a LLaVA conversation and its images into the tokens a model reads, and marks the answers in them.
+
+Shape letters: T tokens, N image tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from PIL import Image
+from torch import Tensor
+
+from stages.conversations.answer_spans import mask_of_spans, render_with_answers
+from stages.conversations.chat_templates import ChatTemplate, Span
+from stages.conversations.messages import to_messages, with_placeholders
+from stages.conversations.turns import parse_turns
+from stages.unusable_sample import UnusableSample
+from storage.errors import UserError
+
+_TEXT_KEYS: Final = frozenset(
+    {
+        "attention_mask",
+        "input_ids",
+        "mm_token_type_ids",
+        "offset_mapping",
+        "text_replacement_offsets",  # InternVL's processor makes an empty tensor of none
+        "token_type_ids",
+    }
+)
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """One conversation as a model reads it, without a batch dimension."""
+
+    token_ids: Tensor
+    """`[T]` int64, the image placeholder expanded to one token a feature."""
+    answer_mask: Tensor
+    """`[T]` bool: token t is part of an answer, the end token included; it is predicted at t-1."""
+    pixel_inputs: dict[str, Tensor]
+    """The image processor's outputs: `pixel_values`, for some families sizes too. Empty without images."""
+    image_positions: Tensor
+    """`[N]` int64, increasing: where `token_ids` holds the image token."""
+
+
+class ConversationEncoder:
+    """Encodes conversations for one processor; may be used by several threads.
+
+    Args:
+        processor: a Hugging Face processor with a fast tokenizer and a chat template.
+        image_token_id: `config.image_token_id` of the model.
+        max_length: tokens kept of a conversation, image tokens included.
+
+    Raises:
+        UserError: If the tokenizer is slow or there is no usable chat template.
+    """
+
+    def __init__(self, processor: Any, image_token_id: int, max_length: int) -> None:
+        if not processor.tokenizer.is_fast:
+            raise UserError(
+                f"{type(processor.tokenizer).__name__} is a slow tokenizer, which cannot tell the "
+                "characters of a token; convert it to a fast one (tokenizer.json) first"
+            )
+        self.processor = processor
+        self.image_token_id = image_token_id
+        self.max_length = max_length
+        self._image_token: str = processor.tokenizer.convert_ids_to_tokens(image_token_id)
+        self._template = ChatTemplate(processor)
+        # Undoes truncation and padding saved in tokenizer.json: a change of them while threads encode raises.
+        processor.tokenizer("")
+
+    def encode(self, conversations: Sequence[Mapping[str, str]], images: Sequence[Image.Image]) -> EncodedConversation:
+        """The turns (`from`, `value`) of one sample as tokens, cut at `max_length`.
+
+        The cut may fall inside an answer, of which the tokens before it are kept; it may not fall before or
+        inside the image tokens, nor before the first answer token. Text never becomes an image token; other
+        special tokens written in it are read as such, as by the processor's own template.
+
+        Raises:
+            UnusableSample: If the conversation cannot be used; with the reason.
+        """
+        turns = parse_turns(conversations)
+        if all(turn.role != "gpt" for turn in turns):
+            raise UnusableSample("answer_missing", "no turn is from 'gpt'")
+        text, spans = render_with_answers(self._template, to_messages(turns, len(images)))
+        return self._truncate(self._tokenize(text, spans, images))
+
+    def encode_pair(self, question: str, answer: str, images: Sequence[Image.Image]) -> EncodedConversation:
+        """One question and its answer; images without a placeholder come before it."""
+        turns = [
+            {"from": "human", "value": with_placeholders(question, len(images))},
+            {"from": "gpt", "value": answer},
+        ]
+        return self.encode(turns, images)
+
+    def encode_prompt(
+        self, question: str, images: Sequence[Image.Image], earlier: Sequence[Mapping[str, str]] = ()
+    ) -> EncodedConversation:
+        """A question up to where the model's answer begins; `answer_mask` is all False.
+
+        Args:
+            question: the last turn.
+            images: of all turns.
+            earlier: turns before it (`from`, `value`), which then hold the images' placeholders.
+
+        Raises:
+            UnusableSample: If the question cannot be asked, or is longer than `max_length`: a prompt is never cut.
+        """
+        last = {"from": "human", "value": question if earlier else with_placeholders(question, len(images))}
+        messages = to_messages(parse_turns([*earlier, last]), len(images))
+        encoded = self._tokenize(self._template.render(messages, add_generation_prompt=True), [], images)
+        if len(encoded.token_ids) > self.max_length:
+            raise UnusableSample(
+                "prompt_beyond_max_length",
+                f"{len(encoded.token_ids)} tokens, at most {self.max_length} fit; raise max_length",
+            )
+        return encoded
+
+    def _tokenize(self, text: str, spans: list[Span], images: Sequence[Image.Image]) -> EncodedConversation:
+        self._check_placeholders(text, len(images))
+        bos = self.processor.tokenizer.bos_token
+        try:
+            outputs = self.processor(
+                text=[text],
+                images=[list(images)] if images else None,
+                add_special_tokens=not (bos and text.startswith(bos)),
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                return_tensors="pt",
+            )
+        except ValueError as error:
+            raise UnusableSample("refused_by_processor", str(error)) from error
+        token_ids = outputs["input_ids"][0]
+        replacements = self._replacements(outputs) if images else []
+        image_positions = (token_ids == self.image_token_id).nonzero()[:, 0]
+        num_expected = sum(replacement["replacement"].count(self._image_token) for replacement in replacements)
+        if len(image_positions) != num_expected or len(replacements) != len(images):
+            raise UnusableSample(
+                "image_count_mismatch",
+                f"{len(image_positions)} image tokens where the processor expands {len(images)} images "
+                f"to {num_expected}",
+            )
+        return EncodedConversation(
+            token_ids=token_ids,
+            answer_mask=mask_of_spans(spans, replacements, outputs["offset_mapping"][0]),
+            pixel_inputs={
+                key: value for key, value in outputs.items() if key not in _TEXT_KEYS and isinstance(value, Tensor)
+            },
+            image_positions=image_positions,
+        )
+
+    def _replacements(self, outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        try:
+            return list(outputs["text_replacement_offsets"][0])
+        except KeyError as error:
+            raise UserError(
+                f"{type(self.processor).__name__} does not report where it expands image placeholders "
+                "(text_replacement_offsets); use a processor built on transformers' ProcessorMixin.__call__"
+            ) from error
+
+    def _check_placeholders(self, text: str, num_images: int) -> None:
+        """Text of a turn may not smuggle in an image, nor the template leave one out."""
+        token = getattr(self.processor, "image_token", None) or self._image_token
+        if text.count(token) != num_images:
+            raise UnusableSample(
+                "image_count_mismatch",
+                f"the rendered conversation holds {token!r} {text.count(token)} times for {num_images} "
+                "images; the text of a turn must not contain it",
+            )
+
+    def _truncate(self, encoded: EncodedConversation) -> EncodedConversation:
+        num_tokens = len(encoded.token_ids)
+        if len(encoded.image_positions) and int(encoded.image_positions[-1]) >= self.max_length:
+            raise UnusableSample(
+                "image_beyond_max_length",
+                f"the last image token is number {int(encoded.image_positions[-1])} from 0, "
+                f"max_length is {self.max_length}",
+            )
+        answer_mask = encoded.answer_mask[: self.max_length]
+        if not bool(answer_mask.any()):
+            raise UnusableSample(
+                "no_answer_within_max_length",
+                f"no answer token among the first {self.max_length} of {num_tokens} tokens",
+            )
+        if num_tokens <= self.max_length:
+            return encoded
+        return EncodedConversation(
+            token_ids=encoded.token_ids[: self.max_length].clone(),
+            answer_mask=answer_mask.clone(),
+            pixel_inputs=encoded.pixel_inputs,
+            image_positions=encoded.image_positions,
+        )

@@ -1,0 +1,56 @@
+"""Turns of a LLaVA conversation as the messages that a chat template renders."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from stages.conversations.turns import PLACEHOLDER, Role, Turn, check_placeholders
+
+Message = dict[str, Any]
+
+_ROLES: Final[dict[Role, str]] = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def to_messages(turns: Sequence[Turn], num_images: int) -> list[Message]:
+    """One message a turn; placeholders in human turns become image parts.
+
+    Raises:
+        UnusableSample: If the human turns have another number of placeholders than images.
+    """
+    messages: list[Message] = [
+        {"role": _ROLES[role], "content": _parts(text, num_images) if role == "human" else [text_part(text)]}
+        for role, text in turns
+    ]
+    num_placed = sum(part["type"] == "image" for message in messages for part in message["content"])
+    check_placeholders(num_placed, num_images, "the human turns")
+    return messages
+
+
+def with_placeholders(question: str, num_images: int) -> str:
+    """The question as it is if it names its images, else with all of them before it."""
+    return question if PLACEHOLDER in question else f"{PLACEHOLDER}\n" * num_images + question
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A part of a message that is text."""
+    return {"type": "text", "text": text}
+
+
+def _parts(text: str, num_images: int) -> list[dict[str, str]]:
+    """A human turn in parts; the placeholder of a single image moves to the front, as LLaVA itself does.
+
+    So all conversations about one image share the tokens before it, and with them its attention maps.
+    """
+    pieces = re.split(f"{PLACEHOLDER}\n?", text)
+    if len(pieces) == 1:
+        return [text_part(text)]
+    if num_images == 1 and len(pieces) == 2:
+        rest = text.replace(PLACEHOLDER, "").strip()
+        return [{"type": "image"}, text_part(rest)] if rest else [{"type": "image"}]
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append(text_part(piece))
+    return parts

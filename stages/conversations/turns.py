@@ -1,0 +1,119 @@
+"""The rules of a LLaVA conversation, for packing and for encoding alike."""
+
+from typing import Final, Literal, NamedTuple
+
+from stages.unusable_sample import UnusableSample
+
+PLACEHOLDER: Final = "<image>"
+"""Stands for an image in a LLaVA conversation, whatever the processor's own image token is."""
+
+Role = Literal["human", "gpt", "system"]
+
+ROLES: Final[dict[str, Role]] = {
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "system": "system",
+}
+"""LLaVA writes human and gpt. Data made from chat formats often has user and assistant, which mean the same."""
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    text: str
+
+
+def parse_turns(found: object) -> tuple[Turn, ...]:
+    """The turns of `conversations`: an optional system turn, then human and gpt in alternation.
+
+    Raises:
+        UnusableSample: If a turn is malformed or not in order.
+    """
+    if not isinstance(found, list | tuple) or not found:
+        raise UnusableSample("empty_conversation", f"conversations is {shorten(found)}, expected turns")
+    turns = tuple(_parse_turn(index, turn) for index, turn in enumerate(found))
+    first = first_question(turns)
+    for index, turn in enumerate(turns[first:], first):
+        wanted = ("human", "gpt")[(index - first) % 2]
+        if turn.role != wanted:
+            raise UnusableSample("wrong_turn_order", f"turn {index} is {turn.role}, expected {wanted}")
+    if len(turns) == first:
+        raise UnusableSample("empty_conversation", "there is a system turn and nothing after it")
+    return turns
+
+
+def check_complete(turns: tuple[Turn, ...]) -> None:
+    """Refuses a conversation with an empty turn, or one whose last question has no answer.
+
+    Raises:
+        UnusableSample: If it is one.
+    """
+    for index, (role, text) in enumerate(turns):
+        if role != "system" and not text.strip():
+            raise UnusableSample(
+                "answer_missing" if role == "gpt" else "question_missing", f"turn {index} ({role}) is empty"
+            )
+    if turns[-1].role != "gpt":
+        raise UnusableSample("answer_missing", f"the last of {len(turns)} turns is human, expected an answer")
+
+
+def check_placeholders(num_placeholders: int, num_images: int, where: str) -> None:
+    """Refuses images without a placeholder, and placeholders without an image.
+
+    Raises:
+        UnusableSample: If the numbers differ; the message says `where` placeholders were looked for.
+    """
+    if num_placeholders != num_images:
+        raise UnusableSample(
+            "placeholder_without_image" if num_placeholders > num_images else "image_without_placeholder",
+            f"{num_placeholders} {PLACEHOLDER} in {where}, {num_images} images",
+        )
+
+
+def check_only_first_question(turns: tuple[Turn, ...], num_images: int) -> None:
+    """Refuses a conversation that names its images anywhere but in the first question, as packed samples do.
+
+    Raises:
+        UnusableSample: If it does so, or has another number of placeholders than images.
+    """
+    in_question = turns[first_question(turns)].text.count(PLACEHOLDER)
+    elsewhere = sum(text.count(PLACEHOLDER) for _, text in turns) - in_question
+    if elsewhere and num_images and in_question <= num_images:
+        raise UnusableSample("placeholder_misplaced", f"{elsewhere} {PLACEHOLDER} outside the first human turn")
+    check_placeholders(in_question + elsewhere, num_images, "the conversation")
+
+
+def first_question(turns: tuple[Turn, ...]) -> int:
+    """Index of the first turn that is not the system's."""
+    return int(turns[0].role == "system")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold the text: JSON may escape half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shorten(found: object) -> str:
+    """What was found, for a message: ASCII, at most 80 characters."""
+    text = ascii(found)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _parse_turn(index: int, found: object) -> Turn:
+    if not isinstance(found, dict):
+        raise UnusableSample("bad_turn", f"turn {index} is {shorten(found)}, expected an object")
+    role, text = found.get("from"), found.get("value")
+    if not isinstance(role, str) or role not in ROLES:
+        raise UnusableSample("unknown_role", f"turn {index} is from {shorten(role)}, expected human or gpt")
+    if not isinstance(text, str):
+        raise UnusableSample("bad_turn", f"turn {index} has value {shorten(text)}, expected a string")
+    if not is_unicode(text):
+        raise UnusableSample("not_utf8", f"turn {index} holds half of a surrogate pair")
+    return Turn(ROLES[role], text)

@@ -1,0 +1,77 @@
+"""Codes attention maps on the teacher's device, beside its next forward pass.
+
+Shape letters: L captured layers, N image tokens.
+"""
+
+from collections import deque
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from stages.teacher.teacher import Teacher
+from stages.teacher.timings import Timings
+from storage.codecs.windows import encode_image, window_rows
+from storage.targets.sample_targets import MapTargets
+
+UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
+
+
+class MapCoder:
+    """Codes the maps of one batch after the other, in a thread of its own.
+
+    Args:
+        teacher: says how maps are coded.
+        timings: where the time is counted.
+        overlap: False codes at once, in the caller's thread.
+    """
+
+    def __init__(self, teacher: Teacher, timings: Timings, *, overlap: bool) -> None:
+        self._teacher, self._timings = teacher, timings
+        device = teacher.model.device
+        self._thread = ThreadPoolExecutor(1, "code") if overlap else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._uncoded: deque[list[Future[MapTargets | None]]] = deque()
+
+    def submit(self, batch: Collection[tuple[Tensor, ...]]) -> list[Future[MapTargets | None]]:
+        """Codes of each image's maps; None for maps that are not finite."""
+        self.wait(UNCODED_BATCHES - 1)
+        coding = [self._start(maps) for maps in batch]
+        self._uncoded.append(coding)
+        return coding
+
+    def wait(self, num_batches: int = 0) -> None:
+        """Until no more than that many batches hold memory of the teacher's device."""
+        while len(self._uncoded) > num_batches:
+            wait(self._uncoded.popleft())
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _start(self, maps: tuple[Tensor, ...]) -> Future[MapTargets | None]:
+        if self._thread is not None:
+            return self._thread.submit(self._code, maps)
+        done: Future[MapTargets | None] = Future()
+        done.set_result(self._code(maps))
+        return done
+
+    def _code(self, maps: tuple[Tensor, ...]) -> MapTargets | None:
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with torch.inference_mode(), stream, self._timings.measured("coding"):
+            if not all(bool(torch.isfinite(map_NN).all()) for map_NN in maps):
+                return None
+            try:
+                return self._encode(torch.stack(maps))
+            except torch.OutOfMemoryError:
+                # The next batch has the GPU's memory; the CPU is slower, and nobody waits.
+                return self._encode(torch.stack([map_NN.cpu() for map_NN in maps]))
+
+    def _encode(self, maps_LNN: Tensor) -> MapTargets:
+        """Codes of each layer, and what makes the windows exact, computed where the maps are."""
+        identity, cpu = self._teacher.identity, torch.device("cpu")
+        maps, windows = encode_image(identity.codec, window_rows(identity.layers, identity.windows), maps_LNN)
+        return MapTargets(maps_LNN.shape[-1], maps.to(cpu), windows.to(cpu))
