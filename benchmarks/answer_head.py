@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result, spent
-from stages.student.losses import TeacherRows, answer_losses, next_token_loss, teacher_rows
+from stages.student.losses.head import answer_losses
+from stages.student.losses.logits import TeacherRows, next_token_loss, teacher_rows
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses

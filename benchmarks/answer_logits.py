@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import RESULTS, command_line, save_result
-from stages.student.losses import teacher_rows
+from stages.student.losses.logits import teacher_rows
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses
