@@ -4,6 +4,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers, each a file at a time; the tests of the Ray cluster are one group (tests/conftest.py) and begin first.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+# Hundreds of processes that tests start import the same files: these are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 STAMP := $(VENV)/.installed
 
 .PHONY: env demo test test-slow lint types format clean
@@ -19,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/cdp demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -1,9 +1,8 @@
 """The run file: every setting of a run in one YAML document, and how flags and `--set` change it."""
 
 import reprlib
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -12,6 +11,7 @@ from pipeline.extraction import ExtractConfig
 from pipeline.recipes import find_config
 from stages.estimate.report import EstimateConfig
 from stages.evaluation.scoring import EvaluationConfig
+from stages.settings import RENAMED, AtResume, meant_by
 from stages.student.training.config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
@@ -43,23 +43,23 @@ def need(value: Setting | None, flag: str) -> Setting:
 class RunFile(StrictModel):
     """All settings; a command uses the sections it needs. Unknown keys fail."""
 
-    samples: str | None = None
+    samples: Annotated[str | None, AtResume.SAME_DATA] = None
     """Sample shards: a folder or an object-store URL."""
-    targets: str | None = None
+    targets: Annotated[str | None, AtResume.SAME_DATA] = None
     """Target store: a folder or an object-store URL."""
-    student: str | None = None
+    student: Annotated[str | None, AtResume.SAME_DATA] = None
     """The student's pretrained decoder, or with `train.vision` own a whole multimodal model: a folder or hub id."""
     output: str | None = None
     """Folder of the training run."""
     teacher: TeacherConfig | None = None
     """Which teacher, and what is kept of what it sees."""
-    extract: ExtractConfig = Field(default_factory=ExtractConfig)
+    extract: Annotated[ExtractConfig, AtResume.MAY_CHANGE] = Field(default_factory=ExtractConfig)
     """How extraction runs."""
-    estimate: EstimateConfig = Field(default_factory=EstimateConfig)
+    estimate: Annotated[EstimateConfig, AtResume.MAY_CHANGE] = Field(default_factory=EstimateConfig)
     """How an extraction's size and time are estimated."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How students are trained."""
-    evaluate: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    evaluate: Annotated[EvaluationConfig, AtResume.MAY_CHANGE] = Field(default_factory=EvaluationConfig)
     """How checkpoints are evaluated."""
 
 
@@ -106,32 +106,30 @@ def lay_over(document: dict[str, Any], settings: dict[str, Any], prefix: str = "
             _assign(document, f"{prefix}{name}", value)
 
 
-def validated(model: type[Settings], values: dict[str, Any], place: str) -> Settings:
-    """The settings in `values`; `place` says in an error where they come from.
+def validated(model: type[Settings], values: dict[str, Any], origin: str) -> Settings:
+    """The settings in `values`; an error says that they come from `origin`.
 
     Raises:
-        UserError: an unknown key or a value out of range; names each.
+        UserError: If a setting is unknown or out of range; names each, and what an unknown one may stand for.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {_SHORT.repr(e.get('input'))})"
-            + (_meant(model, e["loc"]) if e["type"] == "extra_forbidden" else "")
-            for e in error.errors()
-        ]
-        raise UserError(f"{place}:\n" + "\n".join(lines)) from error
+        lines = []
+        for found in error.errors():
+            name, unknown = ".".join(map(str, found["loc"])), found["type"] == "extra_forbidden"
+            said = "there is no such setting" if unknown else found["msg"]
+            hint = _hint(name, model) if unknown or name in RENAMED else ""
+            lines.append(f"  {name}: {said} (found {_SHORT.repr(found.get('input'))}){hint}")
+        raise UserError(f"{origin}:\n" + "\n".join(lines)) from error
 
 
-def _meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
-    """What the unknown key at `place` may have been meant to be; empty when nothing is near."""
-    section: type[BaseModel] | None = model
-    for name in place[:-1]:
-        field = section.model_fields.get(str(name)) if section else None
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-    near = get_close_matches(str(place[-1]), section.model_fields, n=1) if section else []
-    return f"; did you mean {near[0]}?" if near else ""
+def _hint(wrong: str, model: type[BaseModel]) -> str:
+    """What a wrong setting may stand for; empty when nothing is near."""
+    if wrong in RENAMED:
+        return f"; it is called {RENAMED[wrong]} now"
+    meant = meant_by(wrong, model)
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def save_run_file(run: RunFile, path: Path) -> None:

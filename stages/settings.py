@@ -1,9 +1,15 @@
 """Settings as data: their dotted names, what they mean, former names, and whether they may change at resume."""
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 
 class AtResume(StrEnum):
@@ -12,10 +18,12 @@ class AtResume(StrEnum):
     A field without one decides the result: a run folder that was begun with another value refuses it.
     """
 
-    MAY_CHANGE = "may change"
+    MAY_CHANGE = "free"
     """Decides speed, bookkeeping or what is refused, not the result."""
-    SAME_DATA = "may change, to a place that holds the same data"
-    IF_UNMATCHED = "may change for stages without the attention loss"
+    SAME_DATA = "same data"
+    """May name another place that holds the same data."""
+    IF_UNMATCHED = "unmatched"
+    """May change for stages without the attention loss."""
 
 
 RENAMED = {
@@ -52,6 +60,79 @@ RENAMED = {
 """Settings of earlier versions -> their names today. A run file is told the new name; a run folder is read by it."""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a section.
+
+    Attributes:
+        name: dotted, from the top of the run file.
+        type: in words, with its bounds.
+        default: as JSON; empty for one that must be given.
+        meaning: the text below its field.
+        at_resume: its own rule, or that of its section; None for one that must stay the same.
+    """
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+    at_resume: AtResume | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of settings; the top of the run file is one without a name."""
+
+    name: str
+    meaning: str
+    settings: tuple[Setting, ...]
+
+
+def sections_of(
+    model: type[BaseModel], name: str = "", meaning: str = "", rule: AtResume | None = None
+) -> Iterator[Section]:
+    """All sections of a class of settings, outer ones first; `rule` is what a section around it says."""
+    prefix = f"{name}." if name else ""
+    inner = {field: found for field, info in model.model_fields.items() if (found := _section(info)) is not None}
+    yield Section(
+        name,
+        meaning,
+        tuple(
+            Setting(
+                f"{prefix}{field}", _type_text(info), _default_text(info), _meaning(model, field), _rule(info) or rule
+            )
+            for field, info in model.model_fields.items()
+            if field not in inner
+        ),
+    )
+    for field, section in inner.items():
+        info = model.model_fields[field]
+        yield from sections_of(section, f"{prefix}{field}", info.description or "", _rule(info) or rule)
+
+
+def meant_by(wrong: str, model: type[BaseModel]) -> list[str]:
+    """The settings that a wrong dotted name may stand for.
+
+    It is a setting that has the name in another section, one that the name abbreviates (`lr`), or one that is spelled
+    nearly so.
+    """
+    sections = list(sections_of(model))
+    names = [section.name for section in sections[1:]] + [one.name for section in sections for one in section.settings]
+    section, _, key = wrong.rpartition(".")
+    last = {name: name.rpartition(".")[2] for name in names}
+    near_key = get_close_matches(key, [last[name] for name in names if name.rpartition(".")[0] == section], n=1)
+    guesses = (
+        [name for name in names if name.endswith(f".{wrong}")],
+        [name for name in names if last[name] == key],
+        [new for old, new in RENAMED.items() if old.rpartition(".")[2] == key and new in names],
+        [name for name in names if name.rpartition(".")[0] == section and last[name] in near_key],
+        [name for name in names if "".join(word[0] for word in last[name].split("_")) == key],
+        [name for name in names if last[name] in get_close_matches(key, last.values(), n=1)],
+    )
+    found = next((guess for guess in guesses if guess), [])
+    return [name for name in found if name.startswith(f"{section}.")] or found
+
+
 def name_today(name: str) -> str:
     """What a setting of that dotted name is called in this version."""
     return RENAMED.get(name, name)
@@ -67,9 +148,8 @@ def lasting(config: BaseModel, *, matched: bool = True, prefix: str = "") -> dic
     """
     found: dict[str, Any] = {}
     for name, value in config.model_dump(mode="json").items():
-        rules = [rule for rule in type(config).model_fields[name].metadata if isinstance(rule, AtResume)]
-        section = getattr(config, name)
-        if rules and (rules != [AtResume.IF_UNMATCHED] or not matched):
+        rule, section = _rule(type(config).model_fields[name]), getattr(config, name)
+        if rule is not None and (rule != AtResume.IF_UNMATCHED or not matched):
             continue
         if isinstance(section, BaseModel):
             found |= lasting(section, matched=matched, prefix=f"{prefix}{name}.")
@@ -87,3 +167,46 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def _rule(info: FieldInfo) -> AtResume | None:
+    return next((rule for rule in info.metadata if isinstance(rule, AtResume)), None)
+
+
+def _section(info: FieldInfo) -> type[BaseModel] | None:
+    """The class of a section, also of one that need not be given."""
+    kinds = (info.annotation, *get_args(info.annotation)) if get_origin(info.annotation) is not tuple else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _meaning(model: type[BaseModel], field: str) -> str:
+    """The text below a field, or below the one of a base class that it overrides."""
+    bases = (kind.model_fields.get(field) for kind in model.__mro__ if issubclass(kind, BaseModel))
+    return " ".join(next((info.description for info in bases if info and info.description), "").split())
+
+
+def _default_text(info: FieldInfo) -> str:
+    return "" if info.is_required() else json.dumps(info.get_default(call_default_factory=True), default=str)
+
+
+def _type_text(info: FieldInfo) -> str:
+    bounds = [
+        f"{words} {getattr(bound, key):g}"
+        for bound in info.metadata
+        for key, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+        if getattr(bound, key, None) is not None
+    ]
+    return ", ".join([_kind_text(info.annotation), *bounds])
+
+
+def _kind_text(kind: Any) -> str:
+    """A type in words, without None, which the meaning explains."""
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"list of {_kind_text(get_args(kind)[0])}"
+    if parts := [part for part in get_args(kind) if part is not NoneType]:
+        return " or ".join(map(_kind_text, parts))
+    if issubclass(kind, BaseModel):
+        return f"{{{', '.join(kind.model_fields)}}}"
+    return str(kind.__name__)

@@ -1,5 +1,9 @@
-"""Data shared by all tests: a tiny teacher and student, packed samples, extracted targets, one Ray cluster."""
+"""Data shared by all tests: a tiny teacher and student, packed samples, extracted targets, one Ray cluster.
 
+Also which tests run in one process when pytest-xdist spreads them over several.
+"""
+
+import gc
 import json
 import os
 import random
@@ -20,8 +24,34 @@ make_cpu_deterministic()
 
 pytest_plugins = ["tests.s3_server", "tests.faulty_s3", "tests.small_disk"]
 
+EXPENSIVE = ("ray_address", "undisturbed", "extract")
+"""Session fixtures that are made once, by the worker that runs all tests of them: a cluster, a training run, targets of
+every family."""
+
 NUM_SAMPLES = 24
 SAMPLES_PER_SHARD = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sends all tests of an expensive fixture to one worker, which begins with them, and every other file as a whole.
+
+    Before pytest-xdist's own hook, which reads the groups.
+    """
+    items.sort(key=lambda item: (*EXPENSIVE, "").index(_expensive_fixture(item)))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_expensive_fixture(item) or item.path.as_posix()))
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what imports and collection made: it lasts until the process ends."""
+    gc.collect()
+    gc.freeze()
+
+
+def _expensive_fixture(item: pytest.Item) -> str:
+    return next((name for name in EXPENSIVE if name in getattr(item, "fixturenames", ())), "")
 
 
 @dataclass(frozen=True)
@@ -61,15 +91,16 @@ def ray_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def targets(tiny: TinyWorld, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The target store of the tiny data, made by an undisturbed run; tests read it and write elsewhere."""
+def targets(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target store of the tiny data, made in this process without Ray; tests read it and write elsewhere."""
     from pipeline.extraction import ExtractConfig, extract
     from stages.teacher.identity import TeacherConfig
+    from tests.pipeline.in_process import without_ray
 
-    assert ray_address
     folder = tmp_path_factory.mktemp("targets") / "store"
     teacher = TeacherConfig(checkpoint=str(tiny.teacher), batch_size=4)
-    extract(teacher, str(tiny.samples), str(folder), ExtractConfig(workers=2))
+    with without_ray():
+        extract(teacher, str(tiny.samples), str(folder), ExtractConfig())
     return folder
 
 

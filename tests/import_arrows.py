@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 LAYERS = {
@@ -74,32 +75,38 @@ def unsafe_calls(root: Path, *folders: str) -> list[str]:
             for line, name in imported_modules(path, root)
             if any(_within(name, unsafe) for unsafe in UNSAFE_MODULES) or name == "torch.load"
         ]
-        for node in ast.walk(_parse(path)):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and _dotted_name(node) == "torch.load":
                 found.append(f"{place}:{node.lineno}: torch.load")
             found += [f"{place}:{line}: {name}=True" for line, name in _true_settings(node)]
     return sorted(set(found))
 
 
-def imported_modules(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+def imported_modules(path: Path, root: Path) -> tuple[tuple[int, str], ...]:
     """(line, dotted name) of every import; `from a import b` gives `a` and `a.b`, since b may be a module."""
-    package = path.relative_to(root).parent.parts
-    for node in ast.walk(_parse(path)):
+    return _imports(path.read_text(encoding="utf-8"), path.relative_to(root).parent.parts)
+
+
+@cache
+def _imports(source: str, package: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
+    """Of one file in `package`; the product's files are asked for by many tests and parsed once."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
-            yield node.lineno, module
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            found.append((node.lineno, module))
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Call) and _dotted_name(node.func) in (
             "importlib.import_module",
             "import_module",
             "__import__",
         ):
-            for argument in node.args[:1]:
-                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                    yield node.lineno, argument.value
+            names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+            found += [(node.lineno, name) for name in names if isinstance(name, str)]
+    return tuple(found)
 
 
 def python_files(root: Path, *folders: str) -> list[Path]:
@@ -142,5 +149,8 @@ def _is_true(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is True
 
 
-def _parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+def _dotted_name(node: ast.expr) -> str | None:
+    """`a` or `a.b`; None for any other expression. Much cheaper than `ast.unparse`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else None

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli.chat import chat
 from pipeline.cli.compare_attention import compare_attention
+from pipeline.cli.config import config
 from pipeline.cli.convert_checkpoint import convert_checkpoint
 from pipeline.cli.demo import demo
 from pipeline.cli.estimate import estimate
@@ -41,6 +42,7 @@ COMMANDS = (
     compare_attention,
     inspect,
     verify,
+    config,
 )
 """In the order of `cdp --help`; `pack_samples` is typed `pack-samples`."""
 

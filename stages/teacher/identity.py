@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from stages.conversations.chat_templates import chat_template, read_template
 from stages.families import family_of
 from stages.families.family import Family
 from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
+from stages.settings import AtResume
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.strict_model import StrictModel
@@ -34,16 +35,16 @@ from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
 class TeacherConfig(StrictModel):
     """Which teacher, and what is stored of its attention and answers."""
 
-    checkpoint: str
+    checkpoint: Annotated[str, AtResume.SAME_DATA]
     """Folder or hub id of the teacher."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, AtResume.SAME_DATA] = None
     """A jinja file, or the name of a template that comes with the package (llava-1.5), in place of the checkpoint's
     own. It is stored with the targets, and students are saved with it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_length: int = Field(default=1536, ge=8)
     """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
-    batch_size: int | None = Field(default=None, ge=1)
+    batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
     """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
     roundings on a GPU."""
     layers: tuple[int, ...] | None = None
@@ -61,7 +62,7 @@ class TeacherConfig(StrictModel):
     """Tokens drawn from the others, so that the logit loss is right in expectation; more make it less noisy."""
     temperatures: tuple[float, ...] = ()
     """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is drawn."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
 

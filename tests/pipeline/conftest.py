@@ -1,5 +1,6 @@
-"""A finished training run, for the tests that only look at one."""
+"""A finished training run, for the tests that only look at one; extraction without Ray, where Ray is not the point."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from pipeline.training import train
 from stages.student.config import STAGES
 from tests.conftest import TinyWorld
+from tests.pipeline.in_process import without_ray
 from tests.pipeline.runs import run_file
 
 
@@ -18,3 +20,10 @@ def undisturbed(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPat
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     train(run_file(tiny, targets, output), STAGES)
     return output
+
+
+@pytest.fixture
+def shards_made_here() -> Iterator[None]:
+    """For the time of the test an extraction makes its shards in this process."""
+    with without_ray():
+        yield

@@ -13,8 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -24,8 +23,6 @@ from unittest.mock import patch
 import torch
 
 import stages.teacher.teacher
-from pipeline.cluster import ray_backend
-from pipeline.cluster.worker import Outcome
 from pipeline.extraction import ExtractConfig, extract
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
@@ -35,6 +32,7 @@ from storage.stores import PARTIAL, open_store
 from storage.stores.cache import cache_dir
 from tests.checkpoints import make_llava_data, make_tiny_llava
 from tests.pipeline.forks import PATIENCE_S, Ended, Forked
+from tests.pipeline.in_process import without_ray
 
 MOST_LIVES = 100
 PARTS = ("manifest", "teacher", "shards", "commits", "reports", "abandoned")
@@ -59,24 +57,8 @@ class World:
 
     def extract(self, targets: str, threads: int = 1) -> None:
         """The command, its tasks in this process."""
-
-        @contextlib.contextmanager
-        def connect(_: str | None) -> Iterator[ray_backend.Cluster]:
-            yield ray_backend.Cluster(cpus=1, gpus=0)
-
-        def run_tasks(make_worker: Any, tasks: list[int], **calls: Any) -> Outcome:
-            work = make_worker()
-
-            def run(task: int) -> None:
-                calls["on_result"](task, work(task, lambda amount: calls["on_progress"](task, amount)))
-
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(run, tasks))
-            return Outcome()
-
         with (
-            patch.object(ray_backend, "connect", connect),
-            patch.object(ray_backend, "run_tasks", run_tasks),
+            without_ray(threads),
             patch.object(stages.teacher.teacher, "load_teacher", lambda _: self.teacher),
         ):
             extract(self.teacher.identity.settings, self.samples, targets, ExtractConfig())

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import kill
 from tests.pipeline.runs import SETTINGS, TrainingData
 from tests.pipeline.test_training_data import keys_of
+from tests.processes import kill
 
 # A group of processes on a busy machine takes minutes to start.
 PATIENCE_S = 500

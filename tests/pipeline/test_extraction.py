@@ -28,7 +28,8 @@ from storage.targets.sample_targets import SkippedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
-from tests.pipeline.processes import descendants, kill_when, runs_until, start_cdp, tree, wait_until_dead
+from tests.pipeline.processes import start_cdp, tree
+from tests.processes import descendants, kill_when, runs_until, wait_until_dead
 from tests.recorded_progress import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -52,20 +53,27 @@ def same_targets(found: Path, expected: Path) -> bool:
     return tree(found, *LASTING) == tree(expected, *LASTING)
 
 
-def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(tiny: TinyWorld, targets: Path) -> None:
-    checked = verify(targets, tiny.samples)
+def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    returned = run(tiny, store, workers=2)
+    assert same_targets(store, targets)
+    checked = verify(store, tiny.samples)
     assert checked.ok
     assert checked.num_samples == NUM_SAMPLES
-    report = ExtractionReport.model_validate_json((targets / "reports/extraction.json").read_text())
+    report = ExtractionReport.model_validate_json((store / "reports/extraction.json").read_text())
+    assert report == returned
     assert (report.samples, report.skipped, report.failures) == (NUM_SAMPLES, {}, {})
     assert report.failed_starts == {}
-    assert report.shards == report.shards_made_now == len(TargetStore.open(targets).commits)
+    assert report.shards == report.shards_made_now == len(TargetStore.open(store).commits)
     for worker in report.per_worker:
         assert {"forward", "coding", "preparing", "writing"} <= worker.timings.keys()
         assert worker.waited_share is not None
         assert 0 <= worker.waited_share < 1
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_answers_without_an_end_are_said_before_the_first_shard_and_in_the_report(
     tiny: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,6 +324,7 @@ def test_resuming_with_another_teacher_or_other_samples_is_refused_by_name_and_c
     assert tree(targets) == before
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_too_long_conversations_are_in_the_ledger_and_fail_the_command_unless_allowed(
     tiny: TinyWorld, tmp_path: Path
 ) -> None:
@@ -338,6 +347,7 @@ def test_too_long_conversations_are_in_the_ledger_and_fail_the_command_unless_al
     assert verify(store, tmp_path / "samples").ok
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_samples_for_which_the_teacher_gives_nan_are_in_the_ledger_and_all_others_are_stored(
     tiny: TinyWorld, tmp_path: Path
 ) -> None:

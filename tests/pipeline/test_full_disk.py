@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import PATIENCE_S, Ended, cdp, runs_until, start_cdp, tree
+from tests.pipeline.processes import Ended, cdp, start_cdp, tree
+from tests.processes import PATIENCE_S, runs_until
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,10 @@
 Depths, image sizes, patches and the decoders' kinds are those of the published configs, written down here by hand.
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -150,17 +153,31 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def student_of(run: RunFile, folder: Path) -> Student:
-    """The recipe's student in miniature."""
-    assert run.teacher is not None
-    assert run.student is not None
-    decoder = shrunk(config_of(run.student))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if run.train.vision == "own":
-            return AutoModelForImageTextToText.from_config(decoder)
-        teacher = AutoModelForImageTextToText.from_config(shrunk(config_of(run.teacher.checkpoint)))
-        AutoModelForCausalLM.from_config(decoder).save_pretrained(folder / "decoder")
+@pytest.fixture(scope="module")
+def student_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunFile], Student]:
+    """Gives a recipe's student in miniature; each is built once, whoever asks gets a copy."""
+
+    @cache
+    def built(teacher: str, decoder: str, own_vision: bool) -> Student:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build_miniature(teacher, decoder, own_vision, tmp_path_factory.mktemp("recipe"))
+
+    def copied(run: RunFile) -> Student:
+        assert run.teacher is not None
+        assert run.student is not None
+        return copy.deepcopy(built(run.teacher.checkpoint, run.student, run.train.vision == "own"))
+
+    return copied
+
+
+def build_miniature(teacher_name: str, decoder_name: str, own_vision: bool, folder: Path) -> Student:
+    """A student of shrunk models, built as training builds one."""
+    decoder = shrunk(config_of(decoder_name))
+    if own_vision:
+        return AutoModelForImageTextToText.from_config(decoder)
+    teacher = AutoModelForImageTextToText.from_config(shrunk(config_of(teacher_name)))
+    AutoModelForCausalLM.from_config(decoder).save_pretrained(folder / "decoder")
     seen = teacher.state_dict()
     prefixes = family_of(teacher.config.model_type).vision_prefixes
     teacher.config.save_pretrained(folder / "teacher")
@@ -218,9 +235,11 @@ def test_captured_layers_windows_and_matched_layers_are_the_published_ones(name:
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_the_student_in_miniature_sees_the_published_number_of_image_tokens(name: str, tmp_path: Path) -> None:
+def test_the_student_in_miniature_sees_the_published_number_of_image_tokens(
+    name: str, student_of: Callable[[RunFile], Student]
+) -> None:
     run = load_run_file(Path(name), [], {})
-    student = student_of(run, tmp_path)
+    student = student_of(run)
     with torch.no_grad():
         features = student.model.get_image_features(**pixels_of(student, run)).pooler_output
     assert sum(len(part) for part in features) == EXPECTED[name].image_tokens
@@ -228,13 +247,15 @@ def test_the_student_in_miniature_sees_the_published_number_of_image_tokens(name
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_each_stage_trains_the_connector_and_what_it_says_of_the_decoder(name: str, tmp_path: Path) -> None:
+def test_each_stage_trains_the_connector_and_what_it_says_of_the_decoder(
+    name: str, student_of: Callable[[RunFile], Student]
+) -> None:
     run = load_run_file(Path(name), [], {})
     depth = config_of(str(run.student)).get_text_config().num_hidden_layers
     connector = "model.visual.merger." if run.train.vision == "own" else "model.post_connector."
-    for number, stage_name in enumerate(STAGES):
+    for stage_name in STAGES:
         stage = run.train.stage(stage_name)
-        student = student_of(run, tmp_path / str(number))
+        student = student_of(run)
         prepare_for_stage(student, stage, run.train.lora, 0, own_projector=run.train.projector == "trained")
         learning = {n: p for n, p in student.named_parameters() if p.requires_grad}
         rest = {n: p for n, p in learning.items() if not n.startswith(connector)}

@@ -1,10 +1,12 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from pipeline.run_file import RunFile, load_run_file, save_run_file, validated
 from stages.samples.pack import PackConfig
+from stages.settings import RENAMED, sections_of
 from storage.errors import UserError
 
 YAML = """\
@@ -86,10 +88,24 @@ def test_a_run_file_is_replaced_in_one_step_when_the_run_goes_on(path: Path, tmp
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.dft.lerning_rate=1", r"lerning_rate: Extra inputs are not permitted .*; did you mean learning_rate\?"),
-        ("teacher.lyers=[1]", r"teacher.lyers: .*; did you mean layers\?"),
+        ("train.dft.lerning_rate=1", r"rate: there is no such setting .*; did you mean train.dft.learning_rate\?"),
+        ("teacher.lyers=[1]", r"teacher.lyers: .*; did you mean teacher.layers\?"),
         ("trian.seed=1", r"trian: .*; did you mean train\?"),
-        ("nonsense=1", r"nonsense: Extra inputs are not permitted \(found 1\)$"),
+        ("nonsense=1", r"nonsense: there is no such setting \(found 1\)$"),
+        ("max_skipped_fraction=0.1", r"did you mean extract.max_skipped_fraction\?$"),
+        ("lr=1", r"did you mean train.dpt.learning_rate or train.dft.learning_rate or train.sft.learning_rate\?$"),
+        ("learning_rate=1", r"mean train.dpt.learning_rate or train.dft.learning_rate or train.sft.learning_rate\?$"),
+        ("train.dft.lr=1", r"did you mean train.dft.learning_rate\?$"),
+        ("dft.learning_rate=1", r"dft: .*did you mean train.dft\?$"),
+        ("batch_size=1", r"did you mean teacher.batch_size or train.dpt.batch_size or .* or evaluate.batch_size\?$"),
+        ("train.batch_size=1", r"did you mean train.dpt.batch_size or train.dft.batch_size or train.sft.batch_size\?$"),
+        ("mikrobatch_size=1", r"did you mean train.loader.microbatch_size\?$"),
+        ("train.adapter=own", r"train.adapter: there is no such setting .*; it is called train.vision now$"),
+        ("train.own_adapter=frozen", r"it is called train.projector now$"),
+        ("train.matching=one_to_one", r"train.matching: .*found 'one_to_one'\); it is called train.matching.kind now$"),
+        ("train.parallel=fsdp", r"it is called train.parallel.strategy now$"),
+        ("teacher.tail_draws=3", r"it is called teacher.tail_samples now$"),
+        ("log_every=3", r"did you mean train.logging.every\?$"),
         ("train.seed=abc", "train.seed: .*integer.*found 'abc'"),
         ("train.seed=-1", "train.seed: .*greater than or equal to 0"),
         ("extract.workers=0", "extract.workers: .*greater than or equal to 1"),
@@ -109,13 +125,20 @@ def test_a_wrong_setting_is_one_message_that_names_it(setting: str, message: str
         load_run_file(path, [setting], {})
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_every_setting_of_an_earlier_version_is_refused_with_the_name_of_one_that_there_is(old: str, new: str) -> None:
+    assert new in {setting.name for section in sections_of(RunFile) for setting in section.settings}
+    with pytest.raises(UserError, match=rf"{re.escape(old)}: .*; it is called {re.escape(new)} now"):
+        load_run_file(None, ["teacher.checkpoint=x", f"{old}=x"], {})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("train: [unclosed", "is not YAML"),
         ("train:\n  seed: 1\n  log_every: 2\n  'seed': 3\n", "run.yaml: line 4 has seed again, after line 2; only one"),
         ("- a\n- b\n", "holds a list, expected sections"),
-        ("train:\n  sed: 3\n", "train.sed: Extra inputs are not permitted"),
+        ("train:\n  sed: 3\n", "train.sed: there is no such setting"),
         ("!!python/object/apply:os.system ['echo']", "is not YAML"),
     ],
 )

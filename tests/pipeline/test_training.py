@@ -27,8 +27,9 @@ from storage.errors import FingerprintMismatch, UserError
 from storage.targets.store import TargetStore
 from tests.checkpoints import make_tiny_lm
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import cdp, kill_when, start_cdp, tree
+from tests.pipeline.processes import cdp, start_cdp, tree
 from tests.pipeline.runs import SETTINGS, run_file
+from tests.processes import kill_when
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,11 @@ from stages.student.config import STAGES
 from stages.student.training.stage import StepProgress
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import PATIENCE_S, descendants, runs_until, tree, wait_until_dead
+from tests.pipeline.processes import tree
 from tests.pipeline.runs import SETTINGS, run_file
 from tests.pipeline.test_distributed import ONE, TORCHRUN, assert_same_training
 from tests.pipeline.training_kills import kill_stages, weights
+from tests.processes import PATIENCE_S, descendants, runs_until, wait_until_dead
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from pipeline.training import train
 from stages.student.config import STAGES, StageName
 from tests.pipeline.forks import Forked
-from tests.pipeline.processes import is_alive
 from tests.pipeline.runs import TrainingData, run_file
+from tests.processes import is_alive
 
 MOST_LIVES_A_KILL = 4
 DELAYS_S = (0.02, 0.1, 0.5)

@@ -177,6 +177,7 @@ def test_verify_ends_with_1_and_names_the_flipped_byte(
     assert "map_codes" in ended.out.replace("\n", "")
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
     targets: Path, tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +329,7 @@ def places(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFact
     }
 
 
+@pytest.mark.usefixtures("shards_made_here")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_message_and_exit_code_2(
     mistake: str,

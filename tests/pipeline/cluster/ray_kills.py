@@ -13,7 +13,8 @@ from pathlib import Path
 from pipeline.extraction import ExtractionReport
 from storage.integrity.verify import verify
 from tests.pipeline.crash_points import Snapshot, assert_complete_or_absent, difference, snapshot_of
-from tests.pipeline.processes import is_alive, start_cdp, wait_until_dead
+from tests.pipeline.processes import start_cdp
+from tests.processes import is_alive, wait_until_dead
 
 PATIENCE_S = 900
 ENDS_BY_ITSELF_S = 120

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.pipeline.processes import PATIENCE_S, descendants, kill
+from tests.processes import PATIENCE_S, descendants, kill
 
 
 class Nodes:

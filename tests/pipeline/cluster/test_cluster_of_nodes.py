@@ -10,7 +10,8 @@ from pipeline.extraction import ExtractionReport
 from storage.integrity.verify import verify
 from tests.conftest import TinyWorld
 from tests.pipeline.cluster.ray_nodes import nodes
-from tests.pipeline.processes import PATIENCE_S, runs_until, start_cdp, tree
+from tests.pipeline.processes import start_cdp, tree
+from tests.processes import PATIENCE_S, runs_until
 
 
 @pytest.mark.slow

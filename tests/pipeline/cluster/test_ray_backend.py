@@ -18,7 +18,7 @@ from pipeline.cluster.ray_backend import connect, run_tasks
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Worker
 from storage.errors import FingerprintMismatch, UserError
-from tests.pipeline.processes import wait_until_dead
+from tests.processes import wait_until_dead
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 

@@ -13,7 +13,8 @@ import pytest
 from storage.integrity.verify import verify
 from tests.conftest import TinyWorld
 from tests.pipeline.cluster.ray_nodes import nodes
-from tests.pipeline.processes import PATIENCE_S, tree
+from tests.pipeline.processes import tree
+from tests.processes import PATIENCE_S
 
 pytest.importorskip("aiohttp_cors", reason="the cluster's dashboard takes jobs: pip install compodistill[cluster]")
 

@@ -22,6 +22,7 @@ from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig
 from storage.streaming.stream import StreamedSample
 from storage.targets.store import TargetStore
+from tests.processes import descendants, is_alive
 from tests.storage.builders import extract, pack
 
 SHARDS = (5, 6)
@@ -131,12 +132,12 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_what_to_do(data):
 def test_loader_processes_outlive_signals_to_the_whole_group_and_end_with_their_steps(data):
     steps = loader(data, 1, terminate_all).steps(range(1), 0)
     assert [len(batch.keys) for batch in next(steps)] == [1, 1, 1, 1]
-    workers = _loader_processes()
+    workers = _loader_processes(os.getpid())
     assert len(workers) == 1
     begun = time.monotonic()
     steps.close()
     assert time.monotonic() - begun < 4
-    assert not workers & _loader_processes()
+    assert not workers & _loader_processes(os.getpid())
 
 
 TRAINER = """
@@ -151,31 +152,28 @@ time.sleep(600)
 
 
 def test_loader_processes_end_with_a_training_process_that_is_killed(data):
-    before = _loader_processes()
     command = [sys.executable, "-c", TRAINER, str(data)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "loading\n"
-        workers = _loader_processes() - before
+        workers = _loader_processes(trainer.pid)
         assert len(workers) == 2
         trainer.kill()
     deadline = time.monotonic() + 20
-    while (left := workers & _loader_processes()) and time.monotonic() < deadline:
+    while (left := list(filter(is_alive, workers))) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
 
 
-def _loader_processes() -> set[int]:
-    """Those of this test session."""
+def _loader_processes(of: int) -> set[int]:
+    """Those that the process `of` or a child of it began."""
     found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in descendants(of):
         with suppress(OSError):
-            status = (folder / "stat").read_text()
-            name, rest = status[status.index("(") + 1 : status.rindex(")")], status[status.rindex(")") + 2 :].split()
-            if name == "pt_data_worker" and rest[0] != "Z" and int(rest[3]) == os.getsid(0):
-                found.add(int(folder.name))
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "pt_data_worker" and is_alive(pid):
+                found.add(pid)
     return found
 
 

@@ -1,6 +1,7 @@
 """Logit distillation and next-token loss: golden vectors, textbook versions in float64, and stored against dense."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -98,10 +99,16 @@ def test_with_the_whole_vocabulary_stored_loss_and_gradient_equal_the_dense_ones
 NUM_REPEATS = 20_000
 
 
-def repeated(teacher: Tensor, student: Tensor, temperature: float = 1.0, **settings: object) -> tuple[Tensor, Tensor]:
-    """Losses and gradients of one row under many independent draws."""
+@cache
+def many_draws(scale: float, num_draws: int, temperatures: tuple[float, ...] = ()) -> AnswerLogits:
+    """What is stored of `random_logits(1, 60, seed=2, scale=scale)` under many independent draws."""
     addresses = torch.rand(NUM_REPEATS, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    stored = store(teacher.expand(NUM_REPEATS, -1), addresses, **settings)
+    teacher = random_logits(1, 60, seed=2, scale=scale).expand(NUM_REPEATS, -1)
+    return store(teacher, addresses, top_k=6, num_draws=num_draws, temperatures=temperatures)
+
+
+def repeated(stored: AnswerLogits, student: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Losses and gradients of one row under `many_draws`."""
     return stored_rows(student.expand(NUM_REPEATS, -1), stored, temperature)
 
 
@@ -118,7 +125,7 @@ def test_loss_and_gradient_equal_the_dense_ones_in_expectation_over_the_draws(
     scale: float, temperature: float, num_draws: int
 ) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=scale), random_logits(1, 60, seed=3)
-    losses, grads = repeated(teacher, student, temperature, top_k=6, num_draws=num_draws, temperatures=(2.0,))
+    losses, grads = repeated(many_draws(scale, num_draws, (2.0,)), student, temperature)
     expected_loss, expected_grad = dense_rows(student, teacher, temperature)
     assert_mean_is(losses, expected_loss[0], rounding=2e-3)
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
@@ -127,7 +134,7 @@ def test_loss_and_gradient_equal_the_dense_ones_in_expectation_over_the_draws(
 @pytest.mark.parametrize("num_draws", [1, 3])
 def test_the_variance_of_the_gradient_is_the_stated_one(num_draws: int) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=1.0), random_logits(1, 60, seed=3)
-    _, grads = repeated(teacher, student, top_k=6, num_draws=num_draws)
+    _, grads = repeated(many_draws(1.0, num_draws), student)
     probs = teacher[0].softmax(-1).sort(descending=True).values
     tail = probs[6:].sum()
     rest = (num_draws * probs[6:] / tail) % 1
@@ -138,14 +145,14 @@ def test_the_variance_of_the_gradient_is_the_stated_one(num_draws: int) -> None:
 
 def test_a_student_that_equals_its_teacher_has_no_gradient_in_expectation() -> None:
     teacher = random_logits(1, 60, seed=2)
-    _, grads = repeated(teacher, teacher, top_k=6, num_draws=2)
+    _, grads = repeated(many_draws(2.0, 2), teacher)
     assert float(grads.norm(dim=-1).mean()) > 0.02
     assert_mean_is(grads, torch.zeros(60, dtype=torch.float64), rounding=3e-4)
 
 
 def test_a_padded_student_vocabulary_learns_that_the_teacher_has_no_such_tokens() -> None:
     teacher, student = random_logits(1, 60, seed=2), random_logits(1, 75, seed=3)
-    losses, grads = repeated(teacher, student, top_k=6, num_draws=2)
+    losses, grads = repeated(many_draws(2.0, 2), student)
     expected_loss, expected_grad = dense_rows(student, teacher)
     assert_mean_is(losses, expected_loss[0], rounding=2e-3)
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
@@ -154,7 +161,7 @@ def test_a_padded_student_vocabulary_learns_that_the_teacher_has_no_such_tokens(
 
 def test_a_shorter_student_vocabulary_gives_the_cut_teachers_gradient_but_for_its_stated_length() -> None:
     teacher, student = random_logits(1, 60, seed=2), random_logits(1, 45, seed=3)
-    _, grads = repeated(teacher, student, top_k=6, num_draws=2)
+    _, grads = repeated(many_draws(2.0, 2), student)
     _, expected_grad = dense_rows(student, teacher)
     probs = teacher[0].softmax(-1)
     kept = probs.topk(6).indices

@@ -1,0 +1,32 @@
+"""Extraction whose shards are made in this process instead of in actors of a Ray cluster."""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest.mock import patch
+
+from pipeline.cluster import ray_backend
+from pipeline.cluster.worker import Outcome
+
+
+@contextlib.contextmanager
+def without_ray(threads: int = 1) -> Iterator[None]:
+    """Inside the block `pipeline.extraction.extract` makes its shards here, `threads` of them at a time."""
+
+    @contextlib.contextmanager
+    def connect(_: str | None) -> Iterator[ray_backend.Cluster]:
+        yield ray_backend.Cluster(cpus=1, gpus=0)
+
+    def run_tasks(make_worker: Any, tasks: list[int], **calls: Any) -> Outcome:
+        work = make_worker()
+
+        def run(task: int) -> None:
+            calls["on_result"](task, work(task, lambda amount: calls["on_progress"](task, amount)))
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, tasks))
+        return Outcome()
+
+    with patch.object(ray_backend, "connect", connect), patch.object(ray_backend, "run_tasks", run_tasks):
+        yield
