@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result, spent
-from stages.student.losses import TeacherRows, answer_losses, next_token_loss, teacher_rows
+from stages.student.losses.head import answer_losses
+from stages.student.losses.logits import TeacherRows, next_token_loss, teacher_rows
 from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
 from storage.codecs.config import LogitCodecConfig
 

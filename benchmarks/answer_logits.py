@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import RESULTS, command_line, save_result
-from stages.student.losses import teacher_rows
+from stages.student.losses.logits import teacher_rows
 from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
 from storage.codecs.config import LogitCodecConfig
 

@@ -24,7 +24,7 @@ from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_maps import TEXT_KEYS, MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
 from stages.layers import sliding_windows
-from stages.student.losses import AttentionLoss, matched_loss
+from stages.student.losses.attention import AttentionLoss, matched_loss
 from storage.codecs.answer_logits import encode_logits
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
 from storage.codecs.maps import EncodedMaps

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from stages.student.config import StageConfig
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
-from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
+from stages.student.losses.attention import AttentionLoss, matched_loss
+from stages.student.losses.head import answer_losses
+from stages.student.losses.logits import teacher_rows
 from stages.student.model.student import Student, projector_parameters
 from stages.student.training.forward import WindowTargets, run_student
 from storage.codecs.answer_logits import decode_logits

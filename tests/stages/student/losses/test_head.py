@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.student.losses import Divergence, answer_losses, logit_distillation_loss, teacher_rows
+from stages.student.losses import logit_distillation_loss
+from stages.student.losses.head import answer_losses
+from stages.student.losses.logits import Divergence, teacher_rows
 from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
 from storage.codecs.config import LogitCodecConfig
 

@@ -9,12 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.student.losses import (
-    Divergence,
-    logit_distillation_loss,
-    next_token_loss,
-    teacher_rows,
-)
+from stages.student.losses import logit_distillation_loss
+from stages.student.losses.logits import Divergence, next_token_loss, teacher_rows
 from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
 from storage.codecs.config import LogitCodecConfig
 

@@ -26,7 +26,7 @@ from stages.student.config import DistilledFinetuning
 from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
-from stages.student.losses import answer_losses
+from stages.student.losses.head import answer_losses
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.training.forward import decode_windows
