@@ -23,7 +23,7 @@ from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
 from pipeline.ui.console import results
 from pipeline.ui.html_report import render_report
-from pipeline.ui.progress import progress_display, show_steps
+from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.tables import print_report_table
 from stages.samples.pack import PackConfig, pack_samples
 from storage.errors import UserError
@@ -85,7 +85,7 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
     with clock.part("train and evaluate students"):
         swept = run_sweep(
             _sweep_of(folder, config),
-            lambda name, student: train(student, student.train.stages, show_steps(progress, name)),
+            lambda name, student: train(student, student.train.stages, NamedProgress(name, progress)),
             progress,
         )
     stored = summarize(targets)

@@ -154,6 +154,7 @@ def test_estimate_prints_every_codec_and_saves_the_report_before_anything_is_wri
     assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "measured")
     assert all(codec in done.out for codec in saved["settings"])
     assert "unusable among them" in done.out
+    assert all(f"\n{step}: " in f"\n{done.err}" for step in ("load teacher", "run teacher", "code and write"))
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
     alone = ("--teacher", tiny.teacher, "--config-only", "--set", "estimate.samples=665000")
     coarse = run_here("estimate", *alone, monkeypatch=monkeypatch, capsys=capsys)
@@ -192,6 +193,7 @@ def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
     assert ended.code == 0, ended.err
     assert tree(store, "shards", "commits", "teacher") == tree(targets, "shards", "commits", "teacher")
     assert json.loads((store / "reports/extraction.json").read_text())["shards_made_now"] == 1
+    assert [line.split(":")[0] for line in ended.err.splitlines()] == ["verify", "extract", "verify"]
     assert (store / "aside/0000/findings.json").exists()
 
 
