@@ -26,6 +26,7 @@ from pipeline.ui.html_report import render_report
 from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.tables import print_report_table
 from stages.samples.pack import PackConfig, pack_samples
+from stages.settings import refuse_other_settings
 from storage.errors import UserError
 from storage.progress import Progress
 from storage.stores import open_store
@@ -117,12 +118,8 @@ def _check_settings(folder: Path, config: DemoConfig) -> None:
     wanted = json.loads(config.model_dump_json())
     if not store.exists("demo.json"):
         store.write("demo.json", json.dumps(wanted, indent=1).encode())
-    found = json.loads(store.read("demo.json"))
-    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
-        raise UserError(
-            f"{folder} holds a demo with other settings (differs in: {', '.join(differing)}); "
-            "remove the folder or name another with --output"
-        )
+    found, instead = json.loads(store.read("demo.json")), "remove the folder or name another with --output"
+    refuse_other_settings(str(folder), found, wanted, "with other settings", instead)
 
 
 def _sweep_of(folder: Path, config: DemoConfig) -> Sweep:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from pipeline.extraction.tally import ExtractionTally
 from pipeline.interruption import RESUME, Interrupted, raised_on
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
-from storage.stores import open_store
+from storage.stores import Store, open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import COMMITS, committed_shards, iter_commits
 from storage.targets.manifest import create_or_check
@@ -31,8 +32,17 @@ def extract(
     targets_url: str,
     config: ExtractConfig,
     progress: Progress = SILENT,
+    on_begin: Callable[[Store], None] = lambda _: None,
 ) -> ExtractionReport:
     """Makes every shard that is not committed yet; running it again finishes the rest.
+
+    Args:
+        teacher: which teacher, and what is kept of what it sees.
+        samples_url: sample shards.
+        targets_url: target store.
+        config: how it runs.
+        progress: shows all samples, and what each worker does.
+        on_begin: called with the target store once it is known to be of this teacher and these samples.
 
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
@@ -50,6 +60,7 @@ def extract(
         identity = identify_teacher(teacher, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
+        on_begin(targets)
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
         missing = [shard for shard in range(len(index.shards)) if shard not in committed]

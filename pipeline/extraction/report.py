@@ -7,7 +7,7 @@ from pipeline.extraction.tally import ExtractionTally
 from storage.errors import TooManySkipped, UserError
 from storage.strict_model import StrictModel
 
-REPORT = "reports/extraction.json"
+REPORT, RUN_FILE = "reports/extraction.json", "reports/run.yaml"
 SHOWN_FAILURES = 20
 
 
