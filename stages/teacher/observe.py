@@ -24,7 +24,8 @@ from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
 from storage.codecs.maps import EncodedMaps
 from storage.samples.shard import SampleShard
-from storage.targets.sample_targets import SampleTargets, SkippedSample
+from storage.targets.commits import SkippedSample
+from storage.targets.sample_targets import SampleTargets
 
 PREPARING_THREADS = 4
 

@@ -18,9 +18,10 @@ from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store
 from storage.targets.cleaning import clean_partials
+from storage.targets.commits import SkippedSample
 from storage.targets.layout import ROWS_A_CHUNK
 from storage.targets.manifest import create_or_check
-from storage.targets.sample_targets import SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.store import TargetStore
 from storage.targets.writer import write_shard
 from tests.storage.builders import VOCAB, as_a_dead_process, files_of, manifest, sample_targets, shard_content
