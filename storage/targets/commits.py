@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.digests import canonical_json, digest_of, file_sha256, parse_record
 from storage.errors import CorruptData, FingerprintMismatch
-from storage.stores import Store
+from storage.stores import FileInfo, Store
 from storage.targets.file_table import StoredFiles
 from storage.targets.manifest import FORMAT_VERSION, Manifest
 
@@ -151,10 +151,10 @@ def commit_path(shard: int) -> str:
     return f"{COMMITS}/{shard:06d}.json"
 
 
-def measure_files(folder: Path) -> dict[str, tuple[int, str]]:
+def measure_files(folder: Path) -> dict[str, FileInfo]:
     """Size and sha256 of every file below `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): (path.stat().st_size, file_sha256(path)) for path in files}
+    return {path.relative_to(folder).as_posix(): FileInfo(path.stat().st_size, file_sha256(path)) for path in files}
 
 
 _Record = TypeVar("_Record", bound=Committed)

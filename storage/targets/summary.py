@@ -84,9 +84,9 @@ def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> Sto
     """The summary of these records."""
     array_bytes: Counter[str] = Counter()
     for record in records:
-        for path, (num_bytes, _) in record.files.items():
+        for path, info in record.files.items():
             name, _, below = path.partition("/")
-            array_bytes[name if below else "(group)"] += num_bytes
+            array_bytes[name if below else "(group)"] += info.bytes
     reasons = Counter(sample.reason for record in records for sample in record.skipped)
     num_layers = len(manifest.fingerprint.layers)
     squares = sum(record.num_referenced_squares for record in records)

@@ -198,7 +198,7 @@ def test_verify_goes_on_after_a_fault_and_notices_strange_files(tmp_path):
     (tmp_path / "commits/000001.json").write_bytes(b"{}")
     calls = []
     report = verify(tmp_path, progress=lambda *numbers: calls.append(numbers))
-    assert sorted((finding.shard, finding.file) for finding in report.findings) == [
+    assert sorted((str(finding.part), finding.file) for finding in report.findings) == [
         ("0", "strange"),
         ("1", "commits/000001.json"),
         ("2", "strange"),
