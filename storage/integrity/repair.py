@@ -27,7 +27,7 @@ class RepairReport:
 
 
 def repair(report: VerifyReport) -> RepairReport:
-    """Move each broken part of a target store to `quarantine/NUMBER/`: its commit record first, which ends its existence.
+    """Move each broken part of a target store to `quarantine/NUMBER/`: first its record, so that nobody reads it.
 
     No extraction may be running on the store: it could be about to commit a folder that is moved.
 
