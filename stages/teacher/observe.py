@@ -233,11 +233,3 @@ class ShardWork:
             self._seen[sample.row] = sample
             sample.encoded.pixel_inputs.clear()
         return True
-
-
-def observe_shard(
-    teacher: Teacher, shard: SampleShard, progress: Callable[[int], None] | None = None
-) -> ShardObservations:
-    """As `Observer.observe`, for one shard alone."""
-    with Observer(teacher) as observer:
-        return observer.observe(shard, progress)
