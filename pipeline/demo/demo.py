@@ -23,7 +23,7 @@ from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
 from pipeline.ui.console import results
 from pipeline.ui.html_report import render_report
-from pipeline.ui.progress import progress_display, show_steps
+from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.tables import ReportTable, print_report_table
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
@@ -109,7 +109,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
         with clock.part("train and evaluate students"):
             swept = run_sweep(
                 _students(folder, config),
-                lambda name, student: train(student, student.train.stages, show_steps(progress, name)),
+                lambda name, student: train(student, student.train.stages, NamedProgress(name, progress)),
                 progress,
             )
         students = _results(swept)

@@ -1,6 +1,6 @@
 """One batch through the teacher.
 
-Shape letters: B samples of a batch (bytes of a record in `logits_RB`), T tokens, N image tokens, R answer rows,
+Shape letters: B samples of a batch (bytes of a record in `logits_RQ`), T tokens, N image tokens, R answer rows,
 V vocabulary.
 """
 
@@ -15,7 +15,8 @@ from stages.attention import AttentionCapture
 from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher
-from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.tail_samples import row_addresses
 
 LOGIT_ROWS = 512  # rows of vocabulary logits that exist at a time
 ROW_STEP = 32  # answer rows of a batch are filled up to a multiple: a product with one row is summed in another order
@@ -58,9 +59,9 @@ def run_teacher(
     hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
     # Addresses by key and row, so that the tail samples do not depend on the batch.
     addresses_R = torch.cat([row_addresses(sample.key, len(t)) for sample, t in zip(batch, answers, strict=True)])
-    logits_RB, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
+    logits_RQ, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
     sizes = list(map(len, answers))
-    rows = zip(torch.split(logits_RB, sizes), torch.split(finite_R, sizes), strict=True)
+    rows = zip(torch.split(logits_RQ, sizes), torch.split(finite_R, sizes), strict=True)
     logits = [of_sample_RB if bool(finite.all()) else None for of_sample_RB, finite in rows]
     maps = {}
     for row, sample in enumerate(batch):
@@ -89,7 +90,7 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
         logits_RV = head(rows_Rd).float()
         finite_R = torch.isfinite(logits_RV).all(-1)
         logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
-        records.append(encode_logits(codec, logits_RV, seeds_R).cpu())
+        records.append(AnswerLogitsCodec(codec).encode(logits_RV, seeds_R).cpu())
         finite.append(finite_R.cpu())
     return torch.cat(records)[:num_rows], torch.cat(finite)[:num_rows]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from stages.student.losses.vocabulary import sparse_cross_entropy, support_probabilities
-from storage.codecs.answer_logits import LOWEST_LOGPROB, AnswerLogits
+from storage.codecs.answer_logits import AnswerLogits
+from storage.codecs.levels import LOWEST_LOGPROB
 
 Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 
@@ -117,13 +118,13 @@ def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> T
     kept_RK = kept_RK * (stored.ids_RK < vocab_size)
     # A row without any token of the student's vocabulary gets no loss instead of a division by zero.
     total_R1 = (kept_RK.sum(-1) + tail_R)[:, None].clamp(min=torch.finfo(kept_RK.dtype).tiny)
-    draws_RD = draws_RD * (stored.draw_ids_RD < vocab_size)
+    draws_RD = draws_RD * (stored.tail_ids_RD < vocab_size)
     return TeacherRows(
         temperature=temperature,
         ids_RK=stored.ids_RK,
         probs_RK=kept_RK / total_R1,
         tail_R=tail_R / total_R1[:, 0],
-        ids_RA=torch.cat([stored.ids_RK, stored.draw_ids_RD], dim=1).clamp(max=vocab_size - 1),
+        ids_RA=torch.cat([stored.ids_RK, stored.tail_ids_RD], dim=1).clamp(max=vocab_size - 1),
         weights_RA=torch.cat([kept_RK, draws_RD], dim=1) / total_R1,
     )
 
