@@ -81,7 +81,7 @@ def train(
     # All of them before anything is written: a refusal changes nothing.
     starts = {name: _checked(stage) for name, stage in runs.items()}
     if accelerator.is_main_process:
-        save_run_file(run, folder.run_file)
+        save_run_file(run, open_store(folder.path), folder.run_file.name)
         _note_start(folder, run.train, runs, accelerator)
     reports = []
     for name, stage in runs.items():

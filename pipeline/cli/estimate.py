@@ -31,7 +31,7 @@ def estimate(
     settings: SetOption = None,
 ) -> None:
     """Estimates bytes and GPU-hours of an extraction with each setting, from a few samples; writes nothing."""
-    from pipeline.estimation import make_estimate
+    from pipeline.extraction.estimation import make_estimate
     from pipeline.run_file import load_run_file, need
     from pipeline.ui.console import results
     from pipeline.ui.progress import progress_display

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.run_file import load_run_file
 from stages.student.config import STAGES
 from stages.student.model.loading import load_student
 from tests.conftest import NUM_SAMPLES, TinyWorld
@@ -29,6 +30,7 @@ COMMANDS = (
     "compare-attention",
     "inspect",
     "verify",
+    "config",
 )
 
 TRAINING = (
@@ -106,6 +108,13 @@ def test_the_whole_pipeline_runs_by_commands_and_trains_without_the_teacher(
     shown = run("extract-teacher", "--teacher", teacher, *places, "--ray-address", ray_address, "--workers", 2)
     assert f"samples │ {NUM_SAMPLES}" in " ".join(shown.split())
     assert json.loads((targets / "reports/extraction.json").read_text())["samples"] == NUM_SAMPLES
+    extracted = load_run_file(targets / "reports/run.yaml", [], {})
+    assert extracted.teacher is not None
+    assert (extracted.teacher.checkpoint, extracted.targets, extracted.extract.workers) == (
+        str(teacher),
+        str(targets),
+        2,
+    )
     shutil.rmtree(teacher)
 
     inspected = run("inspect", targets)
@@ -154,6 +163,7 @@ def test_estimate_prints_every_codec_and_saves_the_report_before_anything_is_wri
     assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "measured")
     assert all(codec in done.out for codec in saved["settings"])
     assert "unusable among them" in done.out
+    assert all(f"\n{step}: " in f"\n{done.err}" for step in ("load teacher", "run teacher", "code and write"))
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
     alone = ("--teacher", tiny.teacher, "--config-only", "--set", "estimate.samples=665000")
     coarse = run_here("estimate", *alone, monkeypatch=monkeypatch, capsys=capsys)
@@ -192,6 +202,7 @@ def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
     assert ended.code == 0, ended.err
     assert tree(store, "shards", "commits", "teacher") == tree(targets, "shards", "commits", "teacher")
     assert json.loads((store / "reports/extraction.json").read_text())["shards_made_now"] == 1
+    assert [line.split(":")[0] for line in ended.err.splitlines()] == ["verify", "extract", "verify"]
     assert (store / "aside/0000/findings.json").exists()
 
 
