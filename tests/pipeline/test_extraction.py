@@ -25,8 +25,7 @@ from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
 from storage.integrity.verify import verify
 from storage.progress import SILENT, Progress
-from storage.targets.commits import CommitRecord
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld

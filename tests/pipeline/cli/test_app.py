@@ -204,7 +204,7 @@ def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
     assert tree(store, "shards", "commits", "teacher") == tree(targets, "shards", "commits", "teacher")
     assert json.loads((store / "reports/extraction.json").read_text())["shards_made_now"] == 1
     assert [line.split(":")[0] for line in ended.err.splitlines()] == ["verify", "extract", "verify"]
-    assert (store / "aside/0000/findings.json").exists()
+    assert (store / "quarantine/0000/findings.json").exists()
 
 
 TRAIN = "train-student --samples {samples} --targets {targets} --student {lm} --output {new}"
