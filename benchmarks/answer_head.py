@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result, spent
-from stages.student.losses import TeacherRows, answer_losses, next_token_loss, teacher_rows
-from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
+from stages.student.losses.head import answer_losses
+from stages.student.losses.logits import TeacherRows, next_token_loss, teacher_rows
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
+from storage.codecs.tail_samples import row_addresses
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ class Bench:
         parts = torch.split(torch.arange(sizes.rows), 64)
         logits = (torch.randn(len(part), sizes.vocab, generator=generator) * 3 for part in parts)
         addresses_R = row_addresses("bench", sizes.rows)
-        records = [encode_logits(codec, rows, addresses_R[part]) for rows, part in zip(logits, parts, strict=True)]
-        self.teacher: TeacherRows = teacher_rows(decode_logits(codec, torch.cat(records)), sizes.vocab, 1.0)
+        records = [
+            AnswerLogitsCodec(codec).encode(rows, addresses_R[part]) for rows, part in zip(logits, parts, strict=True)
+        ]
+        self.teacher: TeacherRows = teacher_rows(AnswerLogitsCodec(codec).decode(torch.cat(records)), sizes.vocab, 1.0)
 
     def whole(self) -> None:
         """All logits at once."""

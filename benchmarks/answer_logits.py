@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import RESULTS, command_line, save_result
-from stages.student.losses import teacher_rows
-from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
+from stages.student.losses.logits import teacher_rows
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
+from storage.codecs.tail_samples import row_addresses
 
 KINDS = ("peaked", "medium", "flat", "options", "normal")
 BUDGET_BYTES = 220
@@ -141,7 +142,9 @@ def measure_codec(sizes: Sizes, codec: LogitCodecConfig) -> dict[str, Any]:
     for kind in KINDS:
         logits_RV = make_rows(kind, sizes.rows, sizes.vocab)
         logprobs_RV = logits_RV.log_softmax(-1)
-        decoded = decode_logits(codec, encode_logits(codec, logits_RV, row_addresses(kind, sizes.rows)))
+        decoded = AnswerLogitsCodec(codec).decode(
+            AnswerLogitsCodec(codec).encode(logits_RV, row_addresses(kind, sizes.rows))
+        )
         exact_RK = logprobs_RV.gather(1, decoded.ids_RK)
         tail_R = logprobs_RV.scatter(1, decoded.ids_RK, -torch.inf).logsumexp(-1)
         error_R = coding_error(exact_RK, decoded.logprobs_RK.double(), tail_R)
@@ -183,7 +186,9 @@ def drawn_gradients(
     parts = []
     for count in [50] * (sizes.addresses // 50):
         addresses_R = torch.rand(count, generator=generator, dtype=torch.float64)
-        stored = decode_logits(codec, encode_logits(codec, teacher_V.expand(count, -1), addresses_R))
+        stored = AnswerLogitsCodec(codec).decode(
+            AnswerLogitsCodec(codec).encode(teacher_V.expand(count, -1), addresses_R)
+        )
         student_RV = student_V.float().expand(count, -1).contiguous().requires_grad_()
         loss = teacher_rows(stored, student_RV.shape[1], temperature).loss(student_RV, "forward").sum()
         parts.append(torch.autograd.grad(loss, student_RV)[0])
@@ -222,11 +227,11 @@ def draw_errors(
 
 def coding_shift(teacher_V: Tensor, codec: LogitCodecConfig, temperature: float) -> Tensor:
     """`[V]` the stored loss's gradient, in the mean over all draws, less the dense one."""
-    record_RB = encode_logits(codec, teacher_V[None], torch.zeros(1, dtype=torch.float64))
-    stored = decode_logits(codec, record_RB)
+    record_RB = AnswerLogitsCodec(codec).encode(teacher_V[None], torch.zeros(1, dtype=torch.float64))
+    stored = AnswerLogitsCodec(codec).decode(record_RB)
     kept_RK, tail_R, _ = stored.probabilities(temperature)
     at_temperature = [1.0, *codec.temperatures].index(temperature)
-    log_partition = float(stored.tails_RT[0, at_temperature]) - math.log(float(tail_R))
+    log_partition = float(stored.tails_RX[0, at_temperature]) - math.log(float(tail_R))
     exact_V = teacher_V.log_softmax(-1)
     # Drawn with probability exp(l - tail of 1), weighed by what the stored l makes of it.
     mean_V = (exact_V + exact_V.half().double() * (1 / temperature - 1) - log_partition).exp()
@@ -255,10 +260,10 @@ def measure_gradients(sizes: Sizes, k: int = 64) -> dict[str, Any]:
             }.items()
         }
         for num_draws in (1, 2, 4, 8):
-            codec = LogitCodecConfig(vocab_size=sizes.vocab, top_k=k, num_draws=num_draws)
+            codec = LogitCodecConfig(vocab_size=sizes.vocab, top_k=k, num_tail_samples=num_draws)
             found[kind][f"{num_draws} draws"] = draw_errors(student_RV, teacher_RV, codec, sizes)
         default = LogitCodecConfig(vocab_size=sizes.vocab)
-        name = f"default: k = {default.num_kept}, {default.num_stored_draws} draws"
+        name = f"default: k = {default.num_kept}, {default.num_sampled} draws"
         found[kind][name] = draw_errors(student_RV, teacher_RV, default, sizes)
         bias = found[kind]["0 draws, tail as one event"]["bias"]
         found[kind]["rows_from_which_default_is_closer"] = math.ceil((found[kind][name]["noise"] / bias) ** 2)
@@ -274,18 +279,18 @@ def measure_division(sizes: Sizes) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for k in (16, 24, 32, 40, 48, 56, 64, 72):
-        codecs = [LogitCodecConfig(vocab_size=sizes.vocab, top_k=k, num_draws=count) for count in range(1, 200)]
+        codecs = [LogitCodecConfig(vocab_size=sizes.vocab, top_k=k, num_tail_samples=count) for count in range(1, 200)]
         fitting = [codec for codec in codecs if codec.row_bytes <= BUDGET_BYTES]
-        if not fitting or not fitting[-1].num_stored_draws:
+        if not fitting or not fitting[-1].num_sampled:
             continue
         codec, noise = fitting[-1], {}
         for kind in KINDS:
             probs_RV = make_rows(kind, sizes.rows, sizes.vocab).softmax(-1).sort(dim=-1, descending=True).values
             tail_R1 = probs_RV[:, k:].sum(-1, keepdim=True)
-            rest_RV = (codec.num_draws * probs_RV[:, k:] / tail_R1) % 1
-            variance_R = (tail_R1[:, 0] / codec.num_draws) ** 2 * (rest_RV * (1 - rest_RV)).sum(-1)
+            rest_RV = (codec.num_tail_samples * probs_RV[:, k:] / tail_R1) % 1
+            variance_R = (tail_R1[:, 0] / codec.num_tail_samples) ** 2 * (rest_RV * (1 - rest_RV)).sum(-1)
             noise[kind] = float((variance_R.sqrt() / probs_RV.norm(dim=-1)).median())
-        found[f"k = {k}"] = {"draws": codec.num_draws, "row_bytes": codec.row_bytes, "noise": noise}
+        found[f"k = {k}"] = {"draws": codec.num_tail_samples, "row_bytes": codec.row_bytes, "noise": noise}
     return found
 
 
@@ -296,9 +301,9 @@ def measure_time(sizes: Sizes, codec: LogitCodecConfig) -> dict[str, float]:
     encode, decode = [], []
     for _ in range(sizes.repeats):
         started = time.perf_counter()
-        records_RB = encode_logits(codec, logits_RV, addresses_R)
+        records_RQ = AnswerLogitsCodec(codec).encode(logits_RV, addresses_R)
         middle = time.perf_counter()
-        decode_logits(codec, records_RB)
+        AnswerLogitsCodec(codec).decode(records_RQ)
         encode.append(middle - started)
         decode.append(time.perf_counter() - middle)
     to_ms = 1000 / sizes.timed_rows
@@ -308,7 +313,7 @@ def measure_time(sizes: Sizes, codec: LogitCodecConfig) -> dict[str, float]:
 def measure(sizes: Sizes) -> dict[str, Any]:
     """All of it."""
     default = LogitCodecConfig(vocab_size=sizes.vocab)
-    k64 = LogitCodecConfig(vocab_size=sizes.vocab, top_k=64, num_draws=4, temperatures=(2.0,))
+    k64 = LogitCodecConfig(vocab_size=sizes.vocab, top_k=64, num_tail_samples=4, temperatures=(2.0,))
     return {
         "sizes": asdict(sizes),
         "default": measure_codec(sizes, default),

@@ -31,10 +31,11 @@ except ImportError as error:
 from benchmarks.attention_maps import MapSet, synthetic_maps
 from benchmarks.results import RESULTS, command_line, median_ratio, save_result
 from storage.codecs.config import MapCodecConfig
-from storage.codecs.maps import code_squares, decode_maps
+from storage.codecs.map_entries import code_squares
+from storage.codecs.maps import MapCodec
 from storage.codecs.sinks import map_mean_std, sink_keep_mask
 from storage.codecs.triangle import pack_entries, unpack_entries
-from storage.codecs.windows import encode_image, window_means, window_rows
+from storage.codecs.windows import window_means, window_rows
 
 QueryGradients = Callable[[Tensor, Tensor, int], Tensor]
 _Array = np.ndarray[Any, Any]
@@ -64,8 +65,7 @@ def coders(config: MapCodecConfig, maps_LNN: Tensor, others: Sequence[Tensor]) -
         maps_LNN: One sample's maps.
         others: Maps of other samples, which a dictionary is made of.
     """
-    encoded, _ = encode_image(config, (), maps_LNN)
-    packed_LC = encoded.codes_LC
+    packed_LC = MapCodec(config).encode(maps_LNN).codes_LC
     codes_LE = code_squares(config, packed_LC, maps_LNN.shape[-1]).sqrt().to(torch.uint8)
     codes_LNN = unpack_entries(codes_LE, maps_LNN.shape[-1], causal=True)
     row_above = torch.cat([torch.zeros_like(codes_LNN[:, :1]), codes_LNN[:, :-1]], 1)
@@ -83,7 +83,7 @@ def coders(config: MapCodecConfig, maps_LNN: Tensor, others: Sequence[Tensor]) -
         "one code a byte": _compressed(Zstd(level=1), list(codes_LE.numpy())),
     }
     found |= _pcodec(codes_LE)
-    found |= _zstd_with_dictionary(stored, [encode_image(config, (), maps)[0].codes_LC.numpy() for maps in others])
+    found |= _zstd_with_dictionary(stored, [MapCodec(config).encode(maps).codes_LC.numpy() for maps in others])
     reference = found["zstd 1, as stored"][1]
     results = {
         name: {"bytes": size, "decompress_over_stored": median_ratio(seconds, reference)}
@@ -126,9 +126,12 @@ def _zstd_with_dictionary(parts: list[_Array], others: Sequence[_Array]) -> dict
 def masks(config: MapCodecConfig, data: MapSet, maps_LNN: Tensor) -> dict[str, float]:
     """Bytes of all windows' exact masks, after zstd."""
     rows = window_rows(data.layers, data.windows)
-    encoded, windows = encode_image(config, rows, maps_LNN)
+    codec = MapCodec(config, rows)
+    encoded = codec.encode(maps_LNN)
+    windows = encoded.windows
+    assert windows is not None
     keep_WE = pack_entries(sink_keep_mask(window_means(maps_LNN, rows)), causal=True)
-    coded_WE = pack_entries(window_means(decode_maps(config, encoded, maps_LNN.shape[-1]), rows), causal=True)
+    coded_WE = pack_entries(window_means(codec.decode(encoded), rows), causal=True)
     flips_WE = keep_WE ^ (coded_WE <= windows.thresholds_W[:, None])
     return {
         "a bit an entry": _compressed(Zstd(level=1), _bits(keep_WE))[0],

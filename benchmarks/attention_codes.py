@@ -24,30 +24,20 @@ from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_maps import TEXT_KEYS, MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
 from stages.layers import sliding_windows
-from stages.student.losses import AttentionLoss, matched_loss
-from storage.codecs.answer_logits import encode_logits
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
-from storage.codecs.maps import EncodedMaps
+from stages.student.losses.attention import AttentionLoss, matched_loss
+from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName, num_entries
+from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask
-from storage.codecs.triangle import num_entries
-from storage.codecs.windows import (
-    EncodedWindows,
-    decode_windows,
-    encode_image,
-    estimate_windows,
-    window_means,
-    window_rows,
-)
+from storage.codecs.windows import window_means, window_rows
 from storage.stores import open_store
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.writer import write_shard
 
 CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
 MAP_ARRAYS = ("map_", "window_")
 """What the names of arrays of maps begin with."""
-
-Coded = tuple[EncodedMaps, EncodedWindows]
 
 
 def measure(data: MapSet, repeats: int) -> dict[str, Any]:
@@ -62,15 +52,16 @@ def measure(data: MapSet, repeats: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in CODECS:
         config = MapCodecConfig(name=name)
-        coded = [encode_image(config, rows, maps) for maps in data.maps]
+        codec = MapCodec(config, rows)
+        coded = [codec.encode(maps) for maps in data.maps]
         stored = _stored_bytes(config, data, coded)
         exact = [
-            gradient.cosines(rows, decode_windows(config, rows, *image, n))
-            for gradient, image, n in zip(gradients, coded, num_tokens, strict=True)
+            gradient.cosines(rows, codec.decode_windows(image))
+            for gradient, image in zip(gradients, coded, strict=True)
         ]
-        unforeseen = [
-            gradient.cosines(others, estimate_windows(config, others, *image, n))
-            for gradient, image, n in zip(gradients, coded, num_tokens, strict=True)
+        estimated = [
+            gradient.cosines(others, codec.estimate_windows(image, others))
+            for gradient, image in zip(gradients, coded, strict=True)
         ]
         total = sum(stored.values())
         results[name] = {
@@ -78,7 +69,7 @@ def measure(data: MapSet, repeats: int) -> dict[str, Any]:
             "bytes_by_array": {array: round(amount) for array, amount in stored.items()},
             "smaller_than_fp16_triangle": raw / total,
             "gradient_cosine": _summary(exact),
-            "gradient_cosine_of_unforeseen_windows": _summary(unforeseen),
+            "gradient_cosine_of_unforeseen_windows": _summary(estimated),
             **{
                 f"{action}_over_float16": median_ratio(times[action][name], times[action]["float16"])
                 for action in times
@@ -140,7 +131,7 @@ def _summary(cosines: Sequence[tuple[float, float]]) -> dict[str, float]:
     return {"layers_median": statistics.median(layers), "layers_least": min(layers), "worst_layer": min(worst)}
 
 
-def _stored_bytes(config: MapCodecConfig, data: MapSet, coded: Sequence[Coded]) -> Counter[str]:
+def _stored_bytes(config: MapCodecConfig, data: MapSet, coded: Sequence[EncodedMaps]) -> Counter[str]:
     """Array -> bytes a sample of a shard with all samples, metadata and checksums included."""
     logit_codec = LogitCodecConfig(vocab_size=2)
     manifest = Manifest(
@@ -152,13 +143,15 @@ def _stored_bytes(config: MapCodecConfig, data: MapSet, coded: Sequence[Coded]) 
         ),
         num_layers=max(data.layers) + 1, hidden_size=1, num_shards=1,
     )  # fmt: skip
-    nothing, no_rows = torch.zeros(0, dtype=torch.int32), encode_logits(logit_codec, torch.zeros(0, 2), torch.zeros(0))
+    nothing, no_rows = (
+        torch.zeros(0, dtype=torch.int32),
+        AnswerLogitsCodec(logit_codec).encode(torch.zeros(0, 2), torch.zeros(0)),
+    )
     samples = [SampleTargets(str(row), nothing, nothing.bool(), row, no_rows) for row in range(len(coded))]
-    maps = [MapTargets(m.shape[-1], *image) for m, image in zip(data.maps, coded, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
         create_or_check(store, manifest)
-        record = write_shard(store, 0, manifest, "samples-000000.tar", samples, maps, [])
+        record = write_shard(store, 0, manifest, "samples-000000.tar", samples, list(coded), [])
     stored: Counter[str] = Counter()
     for path, (num_bytes, _) in sorted(record.files.items()):
         array = path.split("/")[0]
@@ -173,10 +166,9 @@ def _times(data: MapSet, rows: Sequence[Sequence[int]], repeats: int) -> dict[st
     encode: dict[str, Callable[[], float]] = {}
     decode: dict[str, Callable[[], float]] = {}
     for name in CODECS:
-        config = MapCodecConfig(name=name)
-        image = encode_image(config, rows, maps_LNN)
-        encode[name] = partial(_cpu_seconds, partial(encode_image, config, rows, maps_LNN))
-        decode[name] = partial(_cpu_seconds, partial(decode_windows, config, rows, *image, maps_LNN.shape[-1]))
+        codec = MapCodec(MapCodecConfig(name=name), rows)
+        encode[name] = partial(_cpu_seconds, partial(codec.encode, maps_LNN))
+        decode[name] = partial(_cpu_seconds, partial(codec.decode_windows, codec.encode(maps_LNN)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

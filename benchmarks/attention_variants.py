@@ -19,8 +19,9 @@ from benchmarks.attention_maps import MapSet, bundled_teacher_maps, synthetic_ma
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.layers import single_layers
 from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
-from storage.codecs.windows import decode_windows, encode_image, estimate_windows, window_means, window_rows
+from storage.codecs.windows import window_means, window_rows
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},
@@ -52,12 +53,15 @@ def _gradients(
     config: MapCodecConfig, data: MapSet, maps_LNN: Tensor, variant: str, loss: dict[str, Any], seed: int
 ) -> tuple[Tensor, Tensor]:
     """With uncoded and with coded maps."""
-    stored_windows, num_tokens = window_rows(data.layers, data.windows), maps_LNN.shape[-1]
-    image = encode_image(config, stored_windows, maps_LNN)
-    rows, decode = stored_windows, decode_windows
+    rows = window_rows(data.layers, data.windows)
+    codec = MapCodec(config, rows)
+    image = codec.encode(maps_LNN)
     if variant == "one teacher layer each":
-        rows, decode = window_rows(data.layers, single_layers(tuple(data.layers), len(data.windows))), estimate_windows
-    exact_WNN, (maps_WNN, keep_WNN) = window_means(maps_LNN, rows), decode(config, rows, *image, num_tokens)
+        rows = window_rows(data.layers, single_layers(tuple(data.layers), len(data.windows)))
+        maps_WNN, keep_WNN = codec.estimate_windows(image, rows)
+    else:
+        maps_WNN, keep_WNN = codec.decode_windows(image)
+    exact_WNN = window_means(maps_LNN, rows)
     exact_keep_WNN = sink_keep_mask(exact_WNN)
     if not loss.get("sink_mask", True):
         exact_keep_WNN, keep_WNN = exact_WNN > 0, torch.ones_like(keep_WNN).tril()

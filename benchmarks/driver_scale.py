@@ -191,7 +191,7 @@ def manifest(num_shards: int) -> Manifest:
         layers=tuple(range(8, 24)),
         windows=(tuple(range(8, 24)),),
         map_codec=MapCodecConfig(name="sqrt4"),
-        logit_codec=LogitCodecConfig(vocab_size=150_000, top_k=48, num_draws=16, temperatures=(2.0,)),
+        logit_codec=LogitCodecConfig(vocab_size=150_000, top_k=48, num_tail_samples=16, temperatures=(2.0,)),
         dtype="bfloat16",
         max_length=2048,
         image_backend="pil",

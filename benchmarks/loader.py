@@ -35,9 +35,10 @@ from benchmarks.results import RESULTS, command_line, save_result
 from stages.student.data.batch import Collator
 from stages.student.data.loader import LoaderConfig, StepLoader
 from stages.student.data.sample_reader import SampleReader
-from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.windows import encode_image, window_rows
+from storage.codecs.maps import MapCodec
+from storage.codecs.tail_samples import row_addresses
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.writer import SampleShardWriter
@@ -46,7 +47,7 @@ from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig, deal, epoch_order, shard_rows
 from storage.streaming.stream import mixture_stream
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.store import TargetStore
 from storage.targets.writer import write_shard
 
@@ -82,11 +83,11 @@ def make_store(root: Path, shape: Shape) -> None:
     index = SampleIndex.load(open_store(root / "samples"))
     made = synthetic_maps(shape.image_tokens, shape.distinct_maps)
     codec, logits = MapCodecConfig(name="sqrt4"), LogitCodecConfig(vocab_size=VOCABULARY)
-    rows = window_rows(made.layers, made.windows)
-    maps = [MapTargets(shape.image_tokens, *encode_image(codec, rows, each)) for each in made.maps]
+    map_codec = MapCodec.of_layers(codec, made.layers, made.windows)
+    maps = [map_codec.encode(each) for each in made.maps]
     generator = torch.Generator().manual_seed(0)
     answers = torch.randn(shape.answer_rows, VOCABULARY, generator=generator) * 3
-    records = encode_logits(logits, answers, row_addresses("loader", shape.answer_rows))
+    records = AnswerLogitsCodec(logits).encode(answers, row_addresses("loader", shape.answer_rows))
     manifest = _manifest(index, made.layers, made.windows, codec, logits)
     targets = open_store(root / "targets")
     create_or_check(targets, manifest)

@@ -22,14 +22,13 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import ShardObservations, observe_shard
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.codecs.answer_logits import decode_logits
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import MapCodecName
-from storage.codecs.maps import code_squares, decode_maps
-from storage.codecs.windows import decode_windows, window_rows
+from storage.codecs.map_entries import code_squares
+from storage.codecs.maps import EncodedMaps
 from storage.samples.index import SampleIndex
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from storage.targets.sample_targets import MapTargets
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -65,15 +64,15 @@ def _observe(teacher: Teacher, samples: Path, kernel: SDPBackend | None) -> Shar
 
 
 def _differences(teacher: Teacher, one: ShardObservations, other: ShardObservations) -> dict[str, float]:
-    codec = teacher.identity.codec
+    codec = teacher.identity.map_codec
     codes, masks, values = [], [], []
     for a, b in zip(one.maps, other.maps, strict=True):
         codes.append((_codes(teacher, a) - _codes(teacher, b)).abs().flatten())
         masks.append((_masks(teacher, a) != _masks(teacher, b)).flatten())
-        maps = [decode_maps(codec, coded.maps, coded.num_tokens) for coded in (a, b)]
+        maps = [codec.decode(coded) for coded in (a, b)]
         values.append(float((maps[0] - maps[1]).norm() / maps[0].norm()))
-    records = [torch.cat([sample.logits_RB for sample in seen.samples]) for seen in (one, other)]
-    first, second = (decode_logits(teacher.identity.logit_codec, rows) for rows in records)
+    records = [torch.cat([sample.logits_RQ for sample in seen.samples]) for seen in (one, other)]
+    first, second = (AnswerLogitsCodec(teacher.identity.logit_codec).decode(rows) for rows in records)
     same_R = (first.ids_RK == second.ids_RK).all(1)
     return {
         "codes_that_differ": float((torch.cat(codes) > 0).float().mean()),
@@ -82,19 +81,16 @@ def _differences(teacher: Teacher, one: ShardObservations, other: ShardObservati
         "largest_relative_map_difference": max(values),
         "answer_rows_with_other_tokens": float((~same_R).float().mean()),
         "largest_logprob_difference": float((first.logprobs_RK[:, 0] - second.logprobs_RK[:, 0]).abs().max()),
-        "draws_that_differ": float((first.draw_ids_RD != second.draw_ids_RD).float().mean()),
+        "draws_that_differ": float((first.tail_ids_RD != second.tail_ids_RD).float().mean()),
     }
 
 
-def _codes(teacher: Teacher, coded: MapTargets) -> torch.Tensor:
-    return code_squares(teacher.identity.codec, coded.maps.codes_LC, coded.num_tokens).sqrt()
+def _codes(teacher: Teacher, coded: EncodedMaps) -> torch.Tensor:
+    return code_squares(teacher.identity.codec, coded.codes_LC, coded.num_tokens).sqrt()
 
 
-def _masks(teacher: Teacher, coded: MapTargets) -> torch.Tensor:
-    identity = teacher.identity
-    assert coded.windows is not None
-    rows = window_rows(identity.layers, identity.windows)
-    return decode_windows(identity.codec, rows, coded.maps, coded.windows, coded.num_tokens)[1]
+def _masks(teacher: Teacher, coded: EncodedMaps) -> torch.Tensor:
+    return teacher.identity.map_codec.decode_windows(coded)[1]
 
 
 def make_samples(folder: Path, num_images: int) -> Path:

@@ -45,10 +45,10 @@ from stages.student.model.build import student_config
 from stages.student.model.modeling_compodistill import CompoDistillStudentForConditionalGeneration
 from stages.student.model.trainable import keep_frozen_in, prepare_for_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
-from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.windows import encode_image, window_rows
-from storage.targets.sample_targets import MapTargets
+from storage.codecs.maps import MapCodec
+from storage.codecs.tail_samples import row_addresses
 
 MATCHED = 7
 WAYS = ("supervised", "cached", "compiled", "online", "released")
@@ -254,23 +254,19 @@ class Bench:
                 position_R=(answers_A - 1).repeat(shape.batch),
                 token_R=ids_BT[:, answers_A].flatten(),
             ),
-            logits_RB=torch.zeros(0, 0, dtype=torch.uint8),
+            logits_RQ=torch.zeros(0, 0, dtype=torch.uint8),
             image_positions=(where,) * shape.batch,
             maps=(None,) * shape.batch,
         ).to(self.device, self.dtype)
         teacher_RV, maps_LBNN = self._observe()
-        rows = window_rows(self.captured, self.matching.windows)
-        stored = [encode_image(self.map_codec, rows, maps_LNN.float()) for maps_LNN in maps_LBNN.unbind(1)]
+        codec = MapCodec.of_layers(self.map_codec, self.captured, self.matching.windows)
         addresses_R = row_addresses("bench", len(teacher_RV)).to(self.device)
         return Batch(
             **{
                 **vars(self.batch),
-                "logits_RB": encode_logits(self.logit_codec, teacher_RV.float(), addresses_R),
+                "logits_RQ": AnswerLogitsCodec(self.logit_codec).encode(teacher_RV.float(), addresses_R),
                 # On the CPU, as the loader hands them over: moving and decoding them is part of the step.
-                "maps": tuple(
-                    MapTargets(shape.image_tokens, maps.to(torch.device("cpu")), windows.to(torch.device("cpu")))
-                    for maps, windows in stored
-                ),
+                "maps": tuple(codec.encode(maps.float()).to(torch.device("cpu")) for maps in maps_LBNN.unbind(1)),
             }
         )
 

@@ -1,9 +1,9 @@
-"""A first look at a model: questions about an image on the command line."""
+"""Questions about an image to a model, on the command line."""
 
 import sys
 from pathlib import Path
 
-from pipeline.evaluation import load_model
+from pipeline.checkpoints import load_model
 from stages.images import decode_image
 from stages.student.model.chat import Chat
 from stages.unusable_sample import UnusableSample
@@ -11,10 +11,11 @@ from storage.errors import UserError
 
 
 def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
-    """A conversation of a checkpoint, a training run or an export about an image file; on the GPU when there is one.
+    """A conversation with a checkpoint, a training run's student or an export about an image file.
 
     Raises:
-        UserError: no such checkpoint or image, an image that cannot be decoded, or a model without a chat template.
+        UserError: If there is no such checkpoint or image, the image cannot be decoded, or the model has no chat
+            template.
     """
     try:
         picture = decode_image(image.read_bytes())
@@ -24,7 +25,7 @@ def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
 
 
 def answer(chat: Chat, question: str) -> None:
-    """Writes the answer to standard output while it is made; of an empty one standard error says that it was."""
+    """Writes the answer to standard output while it is made, and a note on standard error if it is empty."""
     text = chat.ask(question, _write)
     _write("\n")
     if not text:
@@ -32,7 +33,7 @@ def answer(chat: Chat, question: str) -> None:
 
 
 def talk(chat: Chat) -> None:
-    """Reads questions from standard input until an empty line or its end; a question that cannot be put is refused."""
+    """Reads questions from standard input until an empty line or its end; refuses those that cannot be asked."""
     while question := _next_question():
         try:
             answer(chat, question)
@@ -41,7 +42,7 @@ def talk(chat: Chat) -> None:
 
 
 def _next_question() -> str:
-    # The prompt only where somebody reads it.
+    # No prompt where the questions come from a file or a pipe.
     if sys.stdin.isatty():
         _write("> ")
     return sys.stdin.readline().strip()

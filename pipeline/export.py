@@ -1,11 +1,11 @@
-"""Exporting what a training run made: finds the student, and what the run says of it."""
+"""Exports a training run's student: finds it, and the names of its models for the card."""
 
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.evaluation import find_checkpoint
+from pipeline.checkpoints import find_checkpoint
 from pipeline.run_file import read_document
 from stages.checkpoints import hide_loading_bars, in_hub_cache
 from stages.evaluation.report import EvaluationReport
@@ -13,6 +13,7 @@ from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport, ModelNames
 from stages.student.run_folder import RunFolder, StageFolder
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 
 
 def export(
@@ -23,35 +24,37 @@ def export(
     dtype: Dtype | None = None,
     teacher: str | None = None,
     evaluation: Path | None = None,
+    progress: Progress = SILENT,
 ) -> ExportReport:
     """A self-contained Hugging Face folder of a training run's last student, or of a checkpoint.
 
     Args:
-        model: training run, checkpoint folder or hub id.
-        output: new folder.
-        fold: see `export_student`.
-        dtype: see `export_student`.
-        teacher: how the card names the teacher; None takes the name in the run's own run file, where it has one.
-        evaluation: report of `cdp evaluate`, for the card.
+        model: Training run, checkpoint folder or hub id.
+        output: New folder.
+        fold: See `export_student`.
+        dtype: See `export_student`.
+        teacher: The teacher's name on the card; None takes the name in the run's own run file.
+        evaluation: Report of `cdp evaluate`, for the card.
+        progress: Where the steps are counted.
 
     Raises:
-        UserError: no finished stage, an unreadable report, or what `export_student` raises.
+        UserError: If no stage has finished or the report cannot be read; or as `export_student`.
     """
     hide_loading_bars()
     folder = find_checkpoint(model)
     report = None if evaluation is None else _read_evaluation(evaluation)
     names = _names_of(folder, teacher)
-    return export_student(folder, output, fold=fold, dtype=dtype, names=names, evaluation=report)
+    return export_student(folder, output, fold=fold, dtype=dtype, names=names, evaluation=report, progress=progress)
 
 
 def _names_of(student: Path, teacher: str | None) -> ModelNames:
     stage = StageFolder.of_student(student)
     path = RunFolder(stage.path.parent).run_file
-    # Who gives the flag says where others find it; names in a run file may be folders of the machine that trained.
+    # The flag names a model for others; names in a run file may be folders of the machine that trained.
     given = {teacher} if teacher is not None and teacher.count("/") == 1 and not Path(teacher).exists() else set()
     if not (path.is_file() and stage.is_begun):
         return ModelNames(teacher=teacher, hub_ids=frozenset(given))
-    # Two names are all that is wanted of it: one of another version, or damaged since, is no reason to export nothing.
+    # Only two names are read from it, so that a damaged file or one of another version does not stop the export.
     try:
         document = read_document(path)
     except UserError:

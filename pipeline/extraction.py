@@ -3,7 +3,7 @@
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from storage.targets.teacher import has_teacher
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig
 
-REPORT = "reports/extraction.json"
+REPORT, RUN_FILE = "reports/extraction.json", "reports/run.yaml"
 SHOWN_FAILURES = 20
 SHARDS_IN_FLIGHT = 2
 """Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""
@@ -96,8 +96,17 @@ def extract(
     targets_url: str,
     config: ExtractConfig,
     progress: Progress = SILENT,
+    on_begin: Callable[[Store], None] = lambda _: None,
 ) -> ExtractionReport:
     """Makes every shard that is not committed yet; running it again finishes the rest.
+
+    Args:
+        teacher: which teacher, and what is kept of what it sees.
+        samples_url: sample shards.
+        targets_url: target store.
+        config: how it runs.
+        progress: shows all samples, and what each worker does.
+        on_begin: called with the target store once it is known to be of this teacher and these samples.
 
     Raises:
         FingerprintMismatch: the store was made by another teacher, from other data, or with other settings.
@@ -115,6 +124,7 @@ def extract(
         identity = identify_teacher(teacher, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
+        on_begin(targets)
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
         missing = [shard for shard in range(len(index.shards)) if shard not in committed]

@@ -15,7 +15,7 @@ from stages.settings import RENAMED, AtResume, meant_by
 from stages.student.training.config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
-from storage.stores import open_store
+from storage.stores import Store
 from storage.strict_model import StrictModel
 
 _SHORT = reprlib.Repr()
@@ -132,9 +132,9 @@ def _hint(wrong: str, model: type[BaseModel]) -> str:
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
-def save_run_file(run: RunFile, path: Path) -> None:
-    """Writes the resolved settings, so that the run can be repeated from them."""
-    open_store(path.parent).write(path.name, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
+def save_run_file(run: RunFile, store: Store, name: str) -> None:
+    """Writes the resolved settings, so that the command can be repeated from them."""
+    store.write(name, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.evaluation import compare_with_targets, evaluate_checkpoint, find_checkpoint
+from pipeline.checkpoints import find_checkpoint
+from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
 from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_places
 from pipeline.ui.console import is_main_process

@@ -23,8 +23,9 @@ from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.resume_guard import check_resumable, decoder_digest
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageRun, StepProgress, TrainingStopped
+from stages.student.training.stage import StageRun, TrainingStopped
 from storage.errors import FingerprintMismatch, UserError
+from storage.progress import SILENT, Progress
 from storage.stores import open_store
 from storage.streaming.stream import Source
 from storage.targets.store import TargetStore
@@ -36,13 +37,12 @@ _NOT_SERVED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 """Ways of `accelerate launch` that would wrap the student in another way than `train.parallel.strategy` says."""
-StageProgress = Callable[[StageName, StepProgress], None]
 
 
 def train(
     run: RunFile,
     stages: Sequence[StageName],
-    progress: StageProgress | None = None,
+    progress: Progress = SILENT,
     should_stop: Callable[[], bool] = lambda: False,
     *,
     resume: bool = True,
@@ -56,7 +56,7 @@ def train(
     Args:
         run: all settings.
         stages: which.
-        progress: called after each step.
+        progress: shows a task for each stage.
         should_stop: asked before each step.
         resume: False refuses a folder that holds a stage already.
 
@@ -81,13 +81,12 @@ def train(
     # All of them before anything is written: a refusal changes nothing.
     starts = {name: _checked(stage) for name, stage in runs.items()}
     if accelerator.is_main_process:
-        save_run_file(run, folder.run_file)
+        save_run_file(run, open_store(folder.path), folder.run_file.name)
         _note_start(folder, run.train, runs, accelerator)
     reports = []
     for name, stage in runs.items():
-        shown = _for_stage(progress, name)
         try:
-            reports.append(train_stage(stage, accelerator, shown, should_stop, starts.pop(name)))
+            reports.append(train_stage(stage, accelerator, progress, should_stop, starts.pop(name)))
         except TrainingStopped as stop:
             raise Interrupted(signal.SIGTERM, f"{stop}; {RESUME}", SAVED_EXIT_CODE) from None
     if accelerator.is_main_process:
@@ -230,9 +229,3 @@ def _opened(source: DataSource, stores: dict[str, TargetStore]) -> Source:
     if source.targets not in stores:
         stores[source.targets] = TargetStore.open(source.targets)
     return Source(open_store(source.samples), stores[source.targets], source.weight, subset)
-
-
-def _for_stage(progress: StageProgress | None, name: StageName) -> Callable[[StepProgress], None] | None:
-    if progress is None:
-        return None
-    return lambda step: progress(name, step)

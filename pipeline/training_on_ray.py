@@ -5,6 +5,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from uuid import uuid4
 from pipeline.cluster import ray_backend, ray_train_group
 from pipeline.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.run_file import RunFile, need
-from pipeline.training import StageProgress, refuse_existing, train
+from pipeline.training import refuse_existing, train
 from stages.student.config import STAGES, StageName
 from stages.student.run_folder import RunFolder, StageReport
 from storage.errors import UserError
+from storage.progress import SILENT, Progress, ProgressTask
 from storage.stores import open_store
 
 PLACES = ("samples", "targets", "student", "output", "subset")
@@ -26,7 +28,7 @@ PLACES = ("samples", "targets", "student", "output", "subset")
 def train_on_ray(
     run: RunFile,
     stages: Sequence[StageName],
-    progress: StageProgress | None = None,
+    progress: Progress = SILENT,
     should_stop: Callable[[], bool] = lambda: False,
     *,
     resume: bool = True,
@@ -43,11 +45,15 @@ def train_on_ray(
         refuse_existing(RunFolder(output), stages)
     stopped: list[str] = []
 
-    def receive(kind: str, *said: Any) -> None:
+    tasks: dict[str, ProgressTask] = {}
+
+    def receive(kind: str, name: str, *said: Any) -> None:
         if kind == "stopped":
-            stopped.extend(said)
-        elif progress is not None:
-            progress(*said)
+            stopped.append(name)
+        elif kind == "task" and name not in tasks:
+            tasks[name] = progress.task(name, *said)
+        elif kind == "update":
+            tasks[name].update(**said[0])
 
     # Connecting takes the signals for Ray, so that they are remembered anew after it.
     signals = remembered(signal.SIGTERM, signal.SIGINT)
@@ -80,6 +86,32 @@ def _mark_of_the_driver(output: Path) -> Iterator[Path]:
         mark.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _SentProgress:
+    """Sends what is shown to the process of the command."""
+
+    send: Callable[..., None]
+    name: str = ""
+
+    def task(
+        self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False
+    ) -> "_SentProgress":
+        self.send("task", name, total, unit)
+        return _SentProgress(self.send, name)
+
+    def advance(self, amount: float = 1) -> None:
+        raise NotImplementedError("training says how far it is, not how much was done since")
+
+    def update(self, **said: Any) -> None:
+        self.send("update", self.name, said)
+
+    def remove(self) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+
 def _train_in_group(
     run: RunFile,
     stages: Sequence[StageName],
@@ -98,7 +130,7 @@ def _train_in_group(
     try:
         # One that asks is enough: the processes tell each other.
         asked = should_stop if first else (lambda: False)
-        train(run, stages, (lambda *step: send("step", *step)) if first else None, asked)
+        train(run, stages, _SentProgress(send) if first else SILENT, asked)
     except Interrupted as stop:
         if first:
             send("stopped", str(stop))

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from storage.errors import FingerprintMismatch
+
 
 class AtResume(StrEnum):
     """What may become of a setting between a kill and the resume; in `Annotated`, of a field or a whole section.
@@ -156,6 +158,23 @@ def lasting(config: BaseModel, *, matched: bool = True, prefix: str = "") -> dic
         else:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def refuse_other_settings(folder: str, found: dict[str, Any], wanted: dict[str, Any], how: str, instead: str) -> None:
+    """Refuses to go on in a folder that was begun with other settings.
+
+    Args:
+        folder: its path or URL.
+        found: what it was begun with.
+        wanted: what it is to go on with; other entries of `found` do not matter.
+        how: it was begun, such as `with other settings`.
+        instead: what the user can do.
+
+    Raises:
+        FingerprintMismatch: If they differ; names in what.
+    """
+    if differing := sorted(name for name, value in wanted.items() if found.get(name) != value):
+        raise FingerprintMismatch(f"{folder} was begun {how} (differs in: {', '.join(differing)}); {instead}")
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,10 +32,13 @@ def export(
 ) -> None:
     """Writes a student as a Hugging Face folder that needs transformers only, with a model card."""
     from pipeline.export import export as export_folder
+    from pipeline.ui.progress import progress_display
 
     say_which_student(model)
     settings: dict[str, Any] = {"fold": fold, "dtype": None if dtype is None else dtype.value}
-    _print_report(export_folder(model, output, **settings, teacher=teacher, evaluation=evaluation), output)
+    with progress_display() as progress:
+        report = export_folder(model, output, **settings, teacher=teacher, evaluation=evaluation, progress=progress)
+    _print_report(report, output)
 
 
 def _print_report(report: "ExportReport", folder: Path) -> None:

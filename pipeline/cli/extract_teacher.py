@@ -42,15 +42,22 @@ def extract_teacher(
 
 def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
     """Extracts and prints the report; `cdp verify --repair` ends with it, too."""
-    from pipeline.extraction import extract
-    from pipeline.run_file import load_run_file, need
+    from pipeline.extraction import RUN_FILE, extract
+    from pipeline.run_file import load_run_file, need, save_run_file
     from pipeline.ui.progress import progress_display
 
     run = load_run_file(config, settings, flags)
     teacher = need(run.teacher, "--teacher")
     samples, targets = need(run.samples, "--samples"), need(run.targets, "--targets")
     with progress_display() as progress:
-        report = extract(teacher, samples, targets, run.extract, progress)
+        report = extract(
+            teacher,
+            samples,
+            targets,
+            run.extract,
+            progress,
+            lambda store: save_run_file(run, store, RUN_FILE),
+        )
     print_report(report, targets)
 
 

@@ -33,7 +33,7 @@ def save(path: Path, text: str) -> None:
 
 def say_which_student(model: str) -> None:
     """Says which of a training run's students a command uses."""
-    from pipeline.evaluation import which_student
+    from pipeline.checkpoints import which_student
     from pipeline.ui.console import say
 
     for note in which_student(model):

@@ -77,27 +77,22 @@ def train_student(
     _print_reports(reports, need(run.output, "--output"))
 
 
-def _train_stages(
-    run: "RunFile", progress: "Progress", student: str = "", *, resume: bool, more: bool = False
-) -> "list[StageReport]":
+def _train_stages(run: "RunFile", progress: "Progress", *, resume: bool, more: bool = False) -> "list[StageReport]":
     """Trains here, or on a Ray cluster when the run names one.
 
     Args:
         run: all settings.
         progress: where the stages are shown.
-        student: its name, where there are several.
         resume: see `train`.
         more: whether there is work after this. Then a request to stop that came too late for it is not forgotten.
     """
-    from pipeline.ui.progress import show_steps
-
     on_ray = run.train.cluster.ray_address is not None or run.train.cluster.workers is not None
     if on_ray:
         from pipeline.training_on_ray import train_on_ray as train
     else:
         from pipeline.training import train
     with remembered(signal.SIGTERM, signal.SIGINT) as asked_to_stop:
-        reports = train(run, run.train.stages, show_steps(progress, student), asked_to_stop, resume=resume)
+        reports = train(run, run.train.stages, progress, asked_to_stop, resume=resume)
         if more and asked_to_stop():
             raise Interrupted(
                 signal.SIGTERM, f"stopped after {run.output}, which is finished; {RESUME}", SAVED_EXIT_CODE
@@ -110,14 +105,14 @@ def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: di
     from pipeline.sweep import run_sweep, sweep_table
     from pipeline.sweep_file import load_sweep
     from pipeline.ui.console import say
-    from pipeline.ui.progress import progress_display
+    from pipeline.ui.progress import NamedProgress, progress_display
     from pipeline.ui.tables import print_report_table
 
     sweep = load_sweep(path, config, settings, flags)
     with progress_display() as progress:
         report = run_sweep(
             sweep,
-            lambda name, run: _train_stages(run, progress, name, resume=resume, more=True),
+            lambda name, run: _train_stages(run, NamedProgress(name, progress), resume=resume, more=True),
             progress,
         )
     print_report_table(sweep_table(report))

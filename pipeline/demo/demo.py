@@ -23,10 +23,11 @@ from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
 from pipeline.ui.console import results
 from pipeline.ui.html_report import render_report
-from pipeline.ui.progress import progress_display, show_steps
+from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.tables import ReportTable, print_report_table
 from stages.evaluation.report import EvaluationReport
 from stages.samples.pack import PackConfig, pack_samples
+from stages.settings import refuse_other_settings
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.strict_model import StrictModel
@@ -109,7 +110,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
         with clock.part("train and evaluate students"):
             swept = run_sweep(
                 _students(folder, config),
-                lambda name, student: train(student, student.train.stages, show_steps(progress, name)),
+                lambda name, student: train(student, student.train.stages, NamedProgress(name, progress)),
                 progress,
             )
         students = _results(swept)
@@ -153,12 +154,8 @@ def _claim(folder: Path, config: DemoConfig) -> None:
     wanted = json.loads(config.model_dump_json())
     if not store.exists("demo.json"):
         store.write("demo.json", json.dumps(wanted, indent=1).encode())
-    found = json.loads(store.read("demo.json"))
-    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
-        raise UserError(
-            f"{folder} holds a demo with other settings (differs in: {', '.join(differing)}); "
-            "remove the folder or name another with --output"
-        )
+    found, instead = json.loads(store.read("demo.json")), "remove the folder or name another with --output"
+    refuse_other_settings(str(folder), found, wanted, "with other settings", instead)
 
 
 def _students(folder: Path, config: DemoConfig) -> Sweep:

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -252,14 +253,19 @@ def _print_line(text: str) -> None:
     messages.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def show_steps(progress: Progress, student: str = "") -> Callable[[str, Any], None]:
-    """Shows training: a task for each stage, made at its first step, with the newest losses behind it."""
-    tasks: dict[str, ProgressTask] = {}
+@dataclass(frozen=True)
+class NamedProgress:
+    """A progress whose tasks have a name before their own, such as that of one of several students."""
 
-    def show(stage: str, step: Any) -> None:
-        if stage not in tasks:
-            tasks[stage] = progress.task(f"{student} {stage}".strip(), step.num_steps, unit="steps")
-        losses = [f"{name} {step.losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in step.losses]
-        tasks[stage].update(done=step.step, note=" ".join(losses))
+    name: str
+    shown: Progress
 
-    return show
+    def task(
+        self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False
+    ) -> ProgressTask:
+        """As of `shown`."""
+        return self.shown.task(f"{self.name} {name}", total, unit, detail=detail)
+
+    def message(self, text: str) -> None:
+        """As of `shown`."""
+        self.shown.message(f"{self.name}: {text}")

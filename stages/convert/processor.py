@@ -1,6 +1,6 @@
 """The processor of a converted checkpoint: tokenizer with an image token, image processor, chat template."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,50 +34,27 @@ def load_tokenizer(
     Raises:
         UserError: If the chosen one, or that of `source`, cannot be read.
     """
-    own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    origin = chosen or (str(source) if own else _named(config, "tokenizer_name_or_path", "llm_model_name_or_path"))
-    if origin is None:
-        return None, None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(origin)
-    except _UNREADABLE as error:
-        if not (chosen or own):
-            return None, None
-        raise UserError(
-            f"no tokenizer at {origin} ({type(error).__name__}); name a folder or hub id with --tokenizer"
-        ) from error
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    named = _named(config, "tokenizer_name_or_path", "llm_model_name_or_path")
+    tokenizer, origin = _load(AutoTokenizer, "tokenizer", source, files, named, chosen)
+    if tokenizer is not None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return tokenizer, origin
 
 
 def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | None) -> tuple[Any, str]:
-    """The image processor, and where it is from.
+    """The image processor, and where it is from; the arguments are those of `load_tokenizer`.
 
-    Where neither `source` nor what its config names has one, it is made from the vision tower's config:
-    SigLIP and CLIP each have one way of preparing images.
-
-    Args:
-        source: the released folder; its own image processor is taken when it has one.
-        config: the released config, which names another source.
-        chosen: a folder or hub id that wins over both.
+    Where there is none, it is made from the vision tower's config: SigLIP and CLIP each have one way of preparing
+    images.
 
     Raises:
         UserError: If the chosen one, or that of `source`, cannot be read, or it makes images of another size than
             the tower takes.
     """
-    own = any((source / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-    origin = chosen or (str(source) if own else _named(config, "vision_model_name_or_path"))
     wanted = config["vision_config"]["image_size"]
-    images = None
-    if origin is not None:
-        try:
-            images = AutoImageProcessor.from_pretrained(origin)
-        except _UNREADABLE as error:
-            if chosen or own:
-                raise UserError(
-                    f"no image processor at {origin} ({type(error).__name__}); name a folder or hub id with "
-                    "--image-processor"
-                ) from error
+    files, named = ("preprocessor_config.json", "processor_config.json"), _named(config, "vision_model_name_or_path")
+    images, origin = _load(AutoImageProcessor, "image processor", source, files, named, chosen)
     if images is None:
         images, origin = _of_tower(config["vision_config"]["model_type"], wanted), "the vision tower's config"
     made = _side(images)
@@ -107,6 +84,25 @@ def make_processor(
         image_token=IMAGE_TOKEN,
         chat_template=read_template(_TEMPLATE).replace("eos_token", f"'{end}'"),
     )
+
+
+def _load(
+    auto_class: Any, what: str, source: Path, files: Collection[str], named: str | None, chosen: str | None
+) -> tuple[Any, str | None]:
+    """What the library reads from `chosen`, else from `source`, else from what its config names, and from where."""
+    own = any((source / name).is_file() for name in files)
+    origin = chosen or (str(source) if own else named)
+    if origin is None:
+        return None, None
+    try:
+        return auto_class.from_pretrained(origin), origin
+    except _UNREADABLE as error:
+        if not (chosen or own):
+            return None, None
+        flag = f"--{what.replace(' ', '-')}"
+        raise UserError(
+            f"no {what} at {origin} ({type(error).__name__}); name a folder or hub id with {flag}"
+        ) from error
 
 
 def _named(config: Mapping[str, Any], *keys: str) -> str | None:

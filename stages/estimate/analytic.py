@@ -14,8 +14,7 @@ from stages.estimate.extrapolate import METADATA, answer_bytes, longest_share
 from stages.estimate.report import Estimate, EstimateConfig, SettingEstimate, unusable_fields
 from stages.estimate.sampling import Counts, SetCounts, sample_set
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
-from storage.codecs.config import MapCodecName
-from storage.codecs.triangle import num_entries
+from storage.codecs.config import MapCodecName, num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.stores import Store

@@ -14,17 +14,13 @@ import torch
 from stages.estimate.sampling import Counts
 from stages.teacher.observe import ShardObservations
 from stages.teacher.teacher import Teacher
-from storage.codecs.config import MapCodecName
-from storage.codecs.maps import decode_maps
-from storage.codecs.triangle import num_entries
-from storage.codecs.windows import encode_image, window_rows
+from storage.codecs.config import MapCodecName, num_entries
 from storage.progress import Progress
 from storage.samples.index import SampleIndex
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
 from storage.targets.manifest import Manifest
-from storage.targets.sample_targets import MapTargets
 from storage.targets.writer import write_shard
 
 CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
@@ -135,12 +131,9 @@ def _standard_error(values: Sequence[float]) -> float:
 def _recoded(teacher: Teacher, seen: ShardObservations, manifest: Manifest) -> ShardObservations:
     """The 16-bit maps in another code, made on the teacher's device."""
     identity, device, cpu = teacher.identity, teacher.model.device, torch.device("cpu")
-    rows = window_rows(identity.layers, identity.windows)
-    maps = []
-    for entry in seen.maps:
-        maps_LNN = decode_maps(identity.codec, entry.maps.to(device), entry.num_tokens)
-        coded, windows = encode_image(manifest.fingerprint.map_codec, rows, maps_LNN)
-        maps.append(MapTargets(entry.num_tokens, coded.to(cpu), windows.to(cpu)))
+    stored = identity.map_codec
+    other = replace(stored, config=manifest.fingerprint.map_codec)
+    maps = [other.encode(stored.decode(entry.to(device))).to(cpu) for entry in seen.maps]
     return ShardObservations(seen.samples, maps)
 
 
@@ -179,7 +172,7 @@ def _units(seen: ShardObservations, *, causal: bool) -> Counts:
     return {
         "samples": len(seen.samples),
         "tokens": sum(len(sample.token_ids) for sample in seen.samples),
-        "answer_rows": sum(len(sample.logits_RB) for sample in seen.samples),
+        "answer_rows": sum(len(sample.logits_RQ) for sample in seen.samples),
         "maps": len(seen.maps),
         "image_tokens": sum(entry.num_tokens for entry in seen.maps),
         "map_entries": sum(num_entries(entry.num_tokens, causal) for entry in seen.maps),

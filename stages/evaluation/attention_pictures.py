@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
-from stages.student.losses import below_sink_threshold, pool_keys
+from stages.student.losses.attention import below_sink_threshold, pool_keys
 from stages.student.model.student import Student
 from stages.student.training.forward import run_student
 

@@ -3,7 +3,7 @@
 The similarity of two maps is the cosine over their causal entries below the sink threshold of either side. Any two
 models have similar pooled vectors, which the loss compares; raw maps separate models better.
 
-Shape letters: B samples, N image tokens, E entries of a map, W matched pairs.
+Shape letters: B samples, N image tokens, W windows, one for each matched student layer.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
-from stages.student.losses import below_sink_threshold, matched_loss
+from stages.student.losses.attention import below_sink_threshold, matched_loss
 from stages.student.model.student import Student
 from stages.student.training.forward import run_student
 from storage.progress import SILENT, ProgressTask
@@ -91,5 +91,5 @@ def attention_similarity(
 def map_similarity(student_BNN: Tensor, teacher_BNN: Tensor, teacher_keep_BNN: Tensor, num_tokens_B: Tensor) -> Tensor:
     """`[B]` cosine over the entries that neither side's sink threshold drops."""
     keep_BNN = teacher_keep_BNN & below_sink_threshold(student_BNN, num_tokens_B)
-    student_BE, teacher_BE = ((maps * keep_BNN).flatten(1) for maps in (student_BNN, teacher_BNN))
-    return torch.cosine_similarity(student_BE, teacher_BE, dim=-1)
+    own, wanted = ((maps * keep_BNN).flatten(1) for maps in (student_BNN, teacher_BNN))
+    return torch.cosine_similarity(own, wanted, dim=-1)

@@ -80,11 +80,11 @@ def evaluate_pairs(
 
 
 def _sum_up(scores: Tensor) -> KindResult:
-    """The result on one kind from `[P, 2]` or `[P, 2, 2]` scores."""
-    counted_P = count_pairs(scores)
+    """The result on one kind from its scores."""
+    counted = count_pairs(scores)
     return KindResult(
-        num_pairs=len(counted_P),
-        accuracy=float(counted_P.mean()),
-        interval_95=wilson_interval(float(counted_P.sum()), len(counted_P)),
+        num_pairs=len(counted),
+        accuracy=float(counted.mean()),
+        interval_95=wilson_interval(float(counted.sum()), len(counted)),
         first_letter_share=share_of_first_letter(scores) if scores.ndim == 3 else None,
     )

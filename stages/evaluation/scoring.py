@@ -8,7 +8,9 @@ equal scores, else 0.
 the answer's next token. Each pair is asked in both orders and counts the mean of the two: 1 where the fitting caption's
 letter scores higher, 1/2 for equal scores, else 0. A model that always answers A has accuracy 1/2.
 
-Shape letters: P pairs, R rows; a last axis of 2 is (fitting caption, negative caption).
+Scores are `[pairs, 2]`, for letters `[pairs, 2, 2]`; the last axis is (fitting caption, negative caption).
+
+Shape letters: R rows, d hidden size.
 """
 
 import dataclasses
@@ -93,7 +95,7 @@ def likelihood_scores(
         task: Advances by the pairs of each batch.
 
     Returns:
-        `[P, 2]` float64: summed log-probability of the fitting and of the negative caption.
+        `[pairs, 2]` float64: summed log-probability of the fitting and of the negative caption.
 
     Raises:
         UserError: If a pair cannot be encoded, or scores are not finite.
@@ -127,7 +129,7 @@ def letter_scores(
     Arguments and errors are those of `likelihood_scores`.
 
     Returns:
-        `[P, 2, 2]` float64: log-probability of the letter of the fitting and of the negative caption (last
+        `[pairs, 2, 2]` float64: log-probability of the letter of the fitting and of the negative caption (last
         axis), where the fitting caption is A and where it is B (middle axis).
     """
     tokens = letter_tokens(encoder)
@@ -149,15 +151,15 @@ def letter_scores(
 
 
 def count_pairs(scores: Tensor) -> Tensor:
-    """`[P]` float64 of what each pair counts, from `[P, 2]` or `[P, 2, 2]` scores; ties count half."""
+    """`[pairs]` float64: what each pair counts; ties count half."""
     fitting, negative = scores.unbind(-1)
     won = (fitting > negative).double() + 0.5 * (fitting == negative).double()
     return won.flatten(1).mean(1) if won.ndim > 1 else won
 
 
-def share_of_first_letter(scores_P22: Tensor) -> float:
+def share_of_first_letter(scores: Tensor) -> float:
     """How often A was preferred over both orders; a model that prefers neither letter has 1/2."""
-    fitting_is_a, fitting_is_b = scores_P22.unbind(1)
+    fitting_is_a, fitting_is_b = scores.unbind(1)
     chose_a = torch.cat([count_pairs(fitting_is_a), 1 - count_pairs(fitting_is_b)])
     return float(chose_a.mean())
 

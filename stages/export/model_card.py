@@ -1,4 +1,4 @@
-"""What an export says of itself: its report, and the model card made of that and of the run's own files."""
+"""The report of an export, and the model card made from it and from the run's files."""
 
 import json
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ class ExportReport(StrictModel):
     model_class: str
     """Class of transformers, or of the modelling file in the folder."""
     custom_code: str | None
-    """The modelling file, which is run with `trust_remote_code`; None: a class of transformers itself."""
+    """The modelling file, which `trust_remote_code` runs; None for a class of transformers itself."""
     post_connector: Literal["folded", "kept", "none"]
-    """What became of it; none: the checkpoint had none."""
+    """`none`: the checkpoint had none."""
     dtype: str
     """Of the weights."""
     trained_dtype: str
@@ -49,17 +49,17 @@ class ExportReport(StrictModel):
     bytes: int
     """Of the weight files."""
     image_token_id: int
-    """Stands for one image token."""
+    """Id of the image token."""
     added_rows: int
-    """Rows of zeros put to the vocabulary so that it holds every id of the tokenizer; they are never generated."""
+    """Rows of zeros added so that the vocabulary holds every id of the tokenizer; they are never generated."""
     end_token_ids: list[int]
     """Tokens that end an answer."""
     logit_error: float
-    """Largest difference between logits of the checkpoint and of the exported folder, for a question about a picture
-    made up for it; both computed in float32, so that it shows the folding and the rounding of weights to `dtype`."""
+    """Largest difference between logits of the checkpoint and of the exported folder, for one generated picture and
+    question. Both are computed in float32, so that it shows the folding and the rounding of weights to `dtype`."""
     rounding_error: float
-    """What rounding all weights from `trained_dtype` to `dtype` changes by itself, measured in the same way; 0 where
-    they are one. A model that computes in `dtype` also rounds in each operation."""
+    """The part of it that comes from rounding all weights from `trained_dtype` to `dtype`; 0 where these are equal. A
+    model that computes in `dtype` also rounds in each operation."""
     logit_scale: float
     """Largest of these logits."""
     seconds: float
@@ -68,7 +68,7 @@ class ExportReport(StrictModel):
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a run folder says of one stage: its report, and what it was begun with."""
+    """One stage of a run folder: its report, and the settings that it was begun with."""
 
     report: StageReport
     begun: StageDescription
@@ -76,16 +76,16 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class ModelNames:
-    """Folders or hub ids of the models that a student was made from; None where nothing says so."""
+    """Folders or hub ids of the models that a student was made from; None where it is not known."""
 
     student: str | None = None
     teacher: str | None = None
     hub_ids: frozenset[str] = frozenset()
-    """Those of them that the hub has. A folder may have a name such as `models/teacher` too, and need not be here."""
+    """Those of them that the hub has; a folder such as `models/teacher` only looks like a hub id."""
 
 
 def read_history(student: Path) -> list[StageRecord]:
-    """The stages that a student went through, in order; empty for a checkpoint that lies in no run folder."""
+    """The stages that trained a student, in order; empty for a checkpoint outside of run folders."""
     history: list[StageRecord] = []
     folder = StageFolder.of_student(student)
     while folder.is_finished and (begun := folder.begun_with()) is not None:
@@ -106,25 +106,25 @@ def model_card(
     """The card in Markdown, with the front matter that the hub reads.
 
     Args:
-        name: of the model.
-        export: what was exported.
-        history: of `read_history`.
-        names: of the models that it was made from.
-        evaluation: of the model, if there is one.
+        name: Of the model.
+        export: What was exported.
+        history: From `read_history`.
+        names: Of the models that it was made from.
+        evaluation: Of the model, if there is one.
     """
     parts = [_front_matter(names, history), f"# {name}", _about(names, history), "## Use"]
     if export.custom_code is not None:
         parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")
     parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
     if history:
-        parts += ["## Training", _losses(history), _made_from(history), "### Settings", *_settings(history)]
+        parts += ["## Training", _losses(history), _digests(history), "### Settings", *_settings(history)]
     if evaluation is not None:
         parts += ["## Evaluation", _evaluation(evaluation)]
     return "\n\n".join([*parts, "## Export", _export(export)]) + "\n"
 
 
 def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
-    # The hub looks these up, so that only its own ids belong there. JSON is YAML too.
+    # The hub looks these up, so that only its own ids may stand here. JSON is YAML too.
     ids = [model for model in (names.student, names.teacher) if model in names.hub_ids]
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
     lines += [f"base_model: {json.dumps(ids)}"] * bool(ids)
@@ -133,7 +133,7 @@ def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
 
 
 def _is_distilled(history: Sequence[StageRecord]) -> bool:
-    """Whether any stage learned from what the teacher said or where it looked."""
+    """Whether any stage learned from the teacher's logits or attention."""
     return any({"kd", "attention"} & stage.report.losses.keys() for stage in history)
 
 
@@ -142,59 +142,41 @@ def _about(names: ModelNames, history: Sequence[StageRecord]) -> str:
         return "A multimodal model."
     if _is_distilled(history):
         made = "distilled from stored targets of a larger one ([CompoDistill](https://arxiv.org/abs/2510.12184))"
-        known = {"its teacher": names.teacher, "begun from": names.student}
+        roles = {"its teacher": names.teacher}
     else:
         made = "trained on answers alone, without distillation"
         own_vision = history[-1].begun.settings.get("vision") == "own"
-        known = {"with the vision tower of": None if own_vision else names.teacher, "begun from": names.student}
-    said = [f"{role} `{_public(model)}`" for role, model in known.items() if model is not None]
-    return f"A multimodal model {made}{''.join(f', {part}' for part in said)}."
+        roles = {"with the vision tower of": None if own_vision else names.teacher}
+    roles["begun from"] = names.student
+    return f"A multimodal model {made}" + "".join(f", {role} `{_public(m)}`" for role, m in roles.items() if m) + "."
 
 
 def _public(model: str) -> str:
-    # The whole path of a folder is nobody else's business.
+    # The whole path of a folder is private.
     return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
 def _losses(history: Sequence[StageRecord]) -> str:
-    terms = list(dict.fromkeys(term for stage in history for term in stage.report.losses))
-    rows = [
-        [
-            report.stage,
-            f"{report.samples:,}",
-            f"{report.steps:,}",
-            f"{report.trained_parameters:,}",
-            f"{report.seconds / 3600:,.3g}",
-            *(f"{report.losses[term]:.4f}" if term in report.losses else "" for term in terms),
-        ]
-        for report in (stage.report for stage in history)
-    ]
-    header = [
-        "stage",
-        "samples",
-        "steps",
-        "trained parameters",
-        "hours",
-        *("loss" if term == "loss" else f"{term} loss" for term in terms),
-    ]
+    reports = [stage.report for stage in history]
+    terms = list(dict.fromkeys(term for report in reports for term in report.losses))
+    header = ["stage", "samples", "steps", "trained parameters", "hours"]
+    header += ["loss" if term == "loss" else f"{term} loss" for term in terms]
+    rows = []
+    for report in reports:
+        counts = (report.samples, report.steps, report.trained_parameters)
+        losses = [f"{report.losses[term]:.4f}" if term in report.losses else "" for term in terms]
+        rows.append([report.stage, *(f"{count:,}" for count in counts), f"{report.seconds / 3600:,.3g}", *losses])
     return f"{_table(header, rows)}\n\nLosses are means over the last tenth of a stage's steps."
 
 
-def _made_from(history: Sequence[StageRecord]) -> str:
-    """Digests, by which others can tell whether they have the same targets and weights."""
-    lines = [
-        f"- {what}: {', '.join(f'`{digest}`' for digest in digests)}"
-        for key, what in (
-            ("targets", "fingerprint of the target store"),
-            ("decoder", "weights that training began from"),
-        )
-        if (digests := list(dict.fromkeys(digest for stage in history for digest in _list(stage.begun.data.get(key)))))
-    ]
+def _digests(history: Sequence[StageRecord]) -> str:
+    """Digests by which others can tell whether they have the same targets and weights."""
+    lines = []
+    for key, what in (("targets", "fingerprint of the target store"), ("decoder", "weights that training began from")):
+        values = [stage.begun.data.get(key) or [] for stage in history]
+        digests = dict.fromkeys(one for value in values for one in (value if isinstance(value, list) else [value]))
+        lines += [f"- {what}: {', '.join(f'`{digest}`' for digest in digests)}"] * bool(digests)
     return "\n".join(lines)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value] * (value is not None)
 
 
 def _settings(history: Sequence[StageRecord]) -> list[str]:
@@ -217,7 +199,7 @@ def _evaluation(report: EvaluationReport) -> str:
     ]
     rows.append(["average", f"{report.num_pairs:,}", f"{report.average:.3f}", ""])
     table = _table(["kind", "pairs", "accuracy", "95 % interval"], rows)
-    return f"Caption pairs, scored by {report.scoring}, in {report.dtype}; a guess has 0.5.\n\n{table}"
+    return f"Caption pairs, scored by {report.scoring}, in {report.dtype}; guessing gives 0.5.\n\n{table}"
 
 
 def _export(export: ExportReport) -> str:
@@ -226,19 +208,17 @@ def _export(export: ExportReport) -> str:
         "kept": "The post-connector is a layer of its own. ",
         "none": "",
     }
-    rounded = ""
-    if export.dtype != export.trained_dtype:
-        rounded = (
-            f" Weights were rounded from {export.trained_dtype}, which by itself changes logits by "
-            f"{export.rounding_error:.2g} at most."
-        )
-    rows = f" {export.added_rows} rows of zeros were put to the vocabulary." if export.added_rows else ""
-    return (
+    text = (
         f"`{export.model_class}`, {export.parameters:,} parameters in {export.dtype}. "
-        f"{became[export.post_connector]}Logits differ from those of the trained student by "
-        f"{export.logit_error:.2g} at most, the largest being {export.logit_scale:.3g}, in float32 on one picture "
-        f"and question.{rounded}{rows}"
+        f"{became[export.post_connector]}Logits differ from those of the trained student by at most "
+        f"{export.logit_error:.2g}; the largest is {export.logit_scale:.3g}, in float32 on one picture and question."
     )
+    if export.dtype != export.trained_dtype:
+        text += f" Rounding the weights from {export.trained_dtype} alone changes logits by at most "
+        text += f"{export.rounding_error:.2g}."
+    if export.added_rows:
+        text += f" {export.added_rows} rows of zeros were added to the vocabulary."
+    return text
 
 
 def _value(value: Any) -> str:

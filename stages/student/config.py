@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stages.settings import AtResume
-from stages.student.losses import AttentionLoss, Divergence
+from stages.student.losses.attention import AttentionLoss
+from stages.student.losses.logits import Divergence
 from storage.strict_model import StrictModel
 
 StageName = Literal["dpt", "dft", "sft"]

@@ -51,7 +51,7 @@ class PreparedSample:
     """The pixels in it are dropped once the teacher has seen them."""
     map_key: str | None
     """Digest of all that its maps depend on; None without an image."""
-    logits_RB: Tensor | None = None
+    logits_RQ: Tensor | None = None
     """Records of its answer rows, once the teacher has run; None where a row is not finite."""
     fault: Reason | None = None
     """Why the teacher could not run."""

@@ -1,6 +1,6 @@
 """One batch through the teacher.
 
-Shape letters: B samples of a batch (bytes of a record in `logits_RB`), T tokens, N image tokens, R answer rows,
+Shape letters: B samples of a batch (bytes of a record in `logits_RQ`), T tokens, N image tokens, R answer rows,
 V vocabulary.
 """
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stages.answer_rows import answer_rows
 from stages.attention import AttentionCapture
 from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher
-from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.tail_samples import row_addresses
 
 LOGIT_ROWS = 512  # rows of vocabulary logits that exist at a time
 ROW_STEP = 32  # answer rows of a batch are filled up to a multiple: a product with one row is summed in another order
@@ -54,13 +56,14 @@ def run_teacher(
     # The base model, not the one with the head: logits are wanted at answer rows only.
     inputs = model_inputs(teacher, batch)
     hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
-    answers = [sample.encoded.answer_mask.nonzero()[:, 0] for sample in batch]
-    hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
+    answer_masks = [sample.encoded.answer_mask for sample in batch]
+    answers = answer_rows([sample.encoded.token_ids for sample in batch], answer_masks).to(device)
+    hidden_Rd = hidden_BTd[answers.sequence_R, answers.position_R]
+    sizes = [int(mask.sum()) for mask in answer_masks]
     # Addresses by key and row, so that the tail samples do not depend on the batch.
-    addresses_R = torch.cat([row_addresses(sample.key, len(t)) for sample, t in zip(batch, answers, strict=True)])
-    logits_RB, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
-    sizes = list(map(len, answers))
-    rows = zip(torch.split(logits_RB, sizes), torch.split(finite_R, sizes), strict=True)
+    addresses_R = torch.cat([row_addresses(sample.key, size) for sample, size in zip(batch, sizes, strict=True)])
+    logits_RQ, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
+    rows = zip(torch.split(logits_RQ, sizes), torch.split(finite_R, sizes), strict=True)
     logits = [of_sample_RB if bool(finite.all()) else None for of_sample_RB, finite in rows]
     maps = {}
     for row, sample in enumerate(batch):
@@ -89,7 +92,7 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
         logits_RV = head(rows_Rd).float()
         finite_R = torch.isfinite(logits_RV).all(-1)
         logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
-        records.append(encode_logits(codec, logits_RV, seeds_R).cpu())
+        records.append(AnswerLogitsCodec(codec).encode(logits_RV, seeds_R).cpu())
         finite.append(finite_R.cpu())
     return torch.cat(records)[:num_rows], torch.cat(finite)[:num_rows]
 

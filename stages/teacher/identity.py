@@ -27,6 +27,7 @@ from stages.families.family import Family
 from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.settings import AtResume
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
+from storage.codecs.maps import MapCodec
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
@@ -59,9 +60,9 @@ class TeacherConfig(StrictModel):
     top_k: int = Field(default=48, ge=1)
     """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each."""
     tail_samples: int = Field(default=30, ge=1)
-    """Tokens drawn from the others, so that the logit loss is right in expectation; more make it less noisy."""
+    """Tokens sampled from the others, so that the logit loss is right in expectation; more make it less noisy."""
     temperatures: tuple[float, ...] = ()
-    """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is drawn."""
+    """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is sampled."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
@@ -93,6 +94,11 @@ class TeacherIdentity:
         )
 
     @property
+    def map_codec(self) -> MapCodec:
+        """Codes the captured layers and their windows."""
+        return MapCodec.of_layers(self.codec, self.layers, self.windows)
+
+    @property
     def logit_codec(self) -> LogitCodecConfig:
         """How answer rows are coded."""
         settings = self.settings
@@ -100,7 +106,7 @@ class TeacherIdentity:
             name=settings.logit_codec,
             vocab_size=self.config.get_text_config().vocab_size,
             top_k=settings.top_k,
-            num_draws=settings.tail_samples,
+            num_tail_samples=settings.tail_samples,
             temperatures=settings.temperatures,
         )
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
-from storage.codecs.windows import encode_image, window_rows
-from storage.targets.sample_targets import MapTargets
+from storage.codecs.maps import EncodedMaps
 
 UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
 
@@ -33,9 +32,9 @@ class MapCoder:
         device = teacher.model.device
         self._thread = ThreadPoolExecutor(1, "code") if overlap else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._uncoded: deque[list[Future[MapTargets | None]]] = deque()
+        self._uncoded: deque[list[Future[EncodedMaps | None]]] = deque()
 
-    def submit(self, batch: Collection[tuple[Tensor, ...]]) -> list[Future[MapTargets | None]]:
+    def submit(self, batch: Collection[tuple[Tensor, ...]]) -> list[Future[EncodedMaps | None]]:
         """Codes of each image's maps; None for maps that are not finite."""
         self.wait(UNCODED_BATCHES - 1)
         coding = [self._start(maps) for maps in batch]
@@ -52,14 +51,14 @@ class MapCoder:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def _start(self, maps: tuple[Tensor, ...]) -> Future[MapTargets | None]:
+    def _start(self, maps: tuple[Tensor, ...]) -> Future[EncodedMaps | None]:
         if self._thread is not None:
             return self._thread.submit(self._code, maps)
-        done: Future[MapTargets | None] = Future()
+        done: Future[EncodedMaps | None] = Future()
         done.set_result(self._code(maps))
         return done
 
-    def _code(self, maps: tuple[Tensor, ...]) -> MapTargets | None:
+    def _code(self, maps: tuple[Tensor, ...]) -> EncodedMaps | None:
         stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with torch.inference_mode(), stream, self._timings.measured("coding"):
             if not all(bool(torch.isfinite(map_NN).all()) for map_NN in maps):
@@ -70,8 +69,7 @@ class MapCoder:
                 # The next batch has the GPU's memory; the CPU is slower, and nobody waits.
                 return self._encode(torch.stack([map_NN.cpu() for map_NN in maps]))
 
-    def _encode(self, maps_LNN: Tensor) -> MapTargets:
+    def _encode(self, maps_LNN: Tensor) -> EncodedMaps:
         """Codes of each layer, and what makes the windows exact, computed where the maps are."""
         identity, cpu = self._teacher.identity, torch.device("cpu")
-        maps, windows = encode_image(identity.codec, window_rows(identity.layers, identity.windows), maps_LNN)
-        return MapTargets(maps_LNN.shape[-1], maps.to(cpu), windows.to(cpu))
+        return identity.map_codec.encode(maps_LNN).to(cpu)

@@ -22,8 +22,9 @@ from stages.teacher.map_coder import MapCoder
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
+from storage.codecs.maps import EncodedMaps
 from storage.samples.shard import SampleShard
-from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets, SkippedSample
 
 PREPARING_THREADS = 4
 
@@ -38,7 +39,7 @@ class ShardObservations:
     """Everything `storage.targets.write_shard` needs of one shard, rows in the order of its tar."""
 
     samples: list[SampleTargets] = field(default_factory=list)
-    maps: list[MapTargets] = field(default_factory=list)
+    maps: list[EncodedMaps] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
 
 
@@ -131,7 +132,7 @@ class ShardWork:
         self._progress = progress or (lambda _: None)
         self._skipped: list[SkippedSample] = []
         self._owners: dict[str, PreparedSample] = {}
-        self._maps: dict[str, Future[MapTargets | None]] = {}
+        self._maps: dict[str, Future[EncodedMaps | None]] = {}
         self._seen: dict[int, PreparedSample] = {}
 
     def batches(self, num_rows: int) -> Generator[list[PreparedSample], None, None]:
@@ -191,7 +192,7 @@ class ShardWork:
             coded = self._maps[key].result() if key in self._maps else None
             if key is not None and coded is None and fault is None:
                 fault = "not_finite" if key in self._maps else "out_of_memory"
-            if fault is not None or sample.logits_RB is None:
+            if fault is not None or sample.logits_RQ is None:
                 fault = fault or "not_finite"
                 result.skipped.append(SkippedSample(sample.key, sample.id, fault, _FAULTS[fault]))
                 continue
@@ -204,7 +205,7 @@ class ShardWork:
                     token_ids=sample.encoded.token_ids.to(torch.int32),
                     answer_mask=sample.encoded.answer_mask,
                     map_row=None if key is None else map_rows[key],
-                    logits_RB=sample.logits_RB,
+                    logits_RQ=sample.logits_RQ,
                 )
             )
         result.skipped.sort(key=lambda skipped: skipped.key)
@@ -226,8 +227,8 @@ class ShardWork:
             part[0].fault = "out_of_memory"
         else:
             observer.batch_size.fitted(len(part))
-            for sample, logits_RB in zip(part, output.logits, strict=True):
-                sample.logits_RB = logits_RB
+            for sample, logits_RQ in zip(part, output.logits, strict=True):
+                sample.logits_RQ = logits_RQ
             self._maps.update(zip(output.maps, observer.coder.submit(output.maps.values()), strict=True))
         for sample in part:
             self._seen[sample.row] = sample

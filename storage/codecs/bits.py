@@ -1,7 +1,7 @@
 """Integers of a fixed number of bits, one after another in a string of bytes.
 
 Bit n of a string is bit n % 8 (the lowest is 0) of byte n // 8; spare bits of the last byte are 0.
-Letters: R rows, K integers of a row, Q bits, B bytes.
+Letters: R rows, K integers of a row, J bits, Q bytes.
 """
 
 import torch
@@ -10,11 +10,6 @@ from torch.nn import functional as F
 
 MAX_WIDTH = 25
 """Bits of one integer: with up to 7 bits before it, it lies within 4 bytes."""
-
-
-def num_bytes(num_bits: int) -> int:
-    """Bytes that hold so many bits."""
-    return (num_bits + 7) // 8
 
 
 def pack_narrow(values: Tensor, width: int) -> Tensor:
@@ -35,14 +30,14 @@ def unpack_narrow(packed: Tensor, count: int, width: int) -> Tensor:
     return torch.stack(places, -1).flatten(-2)[..., :count]
 
 
-def pack_bits(bits_RQ: Tensor) -> Tensor:
-    """`[R, ceil(Q / 8)]` uint8 of `[R, Q]` bool, on the same device."""
-    return pack_narrow(bits_RQ.to(torch.uint8), 1)
+def pack_bits(bits_RJ: Tensor) -> Tensor:
+    """`[R, ceil(J / 8)]` uint8 of `[R, J]` bool, on the same device."""
+    return pack_narrow(bits_RJ.to(torch.uint8), 1)
 
 
-def unpack_bits(packed_RB: Tensor, count: int) -> Tensor:
+def unpack_bits(packed_RQ: Tensor, count: int) -> Tensor:
     """`[R, count]` bool: the inverse of `pack_bits`."""
-    return unpack_narrow(packed_RB, count, 1).bool()
+    return unpack_narrow(packed_RQ, count, 1).bool()
 
 
 def pack_integers(values_RK: Tensor, width: int) -> Tensor:
@@ -57,11 +52,11 @@ def pack_integers(values_RK: Tensor, width: int) -> Tensor:
     return pack_bits(((values_RK.int()[..., None] >> shifts) & 1).flatten(1))
 
 
-def unpack_integers(packed_RB: Tensor, count: int, width: int) -> Tensor:
+def unpack_integers(packed_RQ: Tensor, count: int, width: int) -> Tensor:
     """`[R, count]` int64: the inverse of `pack_integers`."""
     assert 1 <= width <= MAX_WIDTH
-    first_K = torch.arange(count, device=packed_RB.device) * width
-    bytes_RB = F.pad(packed_RB, (0, 4)).long()
-    word_RK = sum(bytes_RB[:, first_K // 8 + n] << (8 * n) for n in range(4))
+    first_K = torch.arange(count, device=packed_RQ.device) * width
+    bytes_RQ = F.pad(packed_RQ, (0, 4)).long()
+    word_RK = sum(bytes_RQ[:, first_K // 8 + n] << (8 * n) for n in range(4))
     assert isinstance(word_RK, Tensor)
     return (word_RK >> (first_K % 8)) & ((1 << width) - 1)

@@ -1,18 +1,26 @@
-"""The settings of the codecs, which the manifest keeps."""
+"""The settings of the codecs, which the manifest keeps; reading them needs no torch."""
 
 from typing import Literal, Self
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from storage.codecs.bits import num_bytes
-from storage.codecs.triangle import num_entries
 from storage.strict_model import StrictModel
 
 MapCodecName = Literal["float16", "sqrt8", "sqrt4", "sqrt2"]
 _BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
-CORNER_SHARE = 32
-"""One of so many keys is in the corner: a thousandth of the entries."""
+
+TAIL_BLOCK_SHARE = 32
+"""One of so many keys is in the tail block: a thousandth of the entries."""
+
+
+def num_entries(num_tokens: int, causal: bool) -> int:
+    """E: N(N+1)/2 for a causal map, N*N otherwise."""
+    return num_tokens * (num_tokens + 1) // 2 if causal else num_tokens * num_tokens
+
+
+def num_bytes(num_bits: int) -> int:
+    """Bytes that hold so many bits."""
+    return (num_bits + 7) // 8
 
 
 class MapCodecConfig(StrictModel):
@@ -23,9 +31,9 @@ class MapCodecConfig(StrictModel):
     causal: bool = True
     """Store the lower triangle only; False for models whose image tokens attend in both directions."""
     cap_factor: float = Field(default_factory=lambda fields: _cap_factor(**fields), gt=0, allow_inf_nan=False)
-    """sqrt codes only: values are cut at this many times the sink threshold (mean + std) of their map; 3, but 2 for
-    `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a window averages
-    several layers, and one of them may lie above its threshold where the mean does not."""
+    """sqrt codes only: values are cut at this many times the sink threshold (mean + std) of their map. The default is
+    3, but 2 for `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a
+    window averages several layers, and one of them may lie above its threshold where the mean does not."""
 
     @property
     def bits(self) -> int:
@@ -37,19 +45,14 @@ class MapCodecConfig(StrictModel):
         """The highest code, whose value is the cap; 1 for float16, whose codes are the values."""
         return 1 if self.name == "float16" else 2**self.bits - 1
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type of the stored codes."""
-        return torch.float16 if self.name == "float16" else torch.uint8
-
     def num_codes(self, num_tokens: int) -> int:
         """C: stored elements of one layer of one map, of which each byte holds 8 / bits entries."""
         entries = num_entries(num_tokens, self.causal)
-        return entries if self.bits >= 8 else -(-entries * self.bits // 8)
+        return entries if self.bits >= 8 else num_bytes(entries * self.bits)
 
-    def corner_size(self, num_tokens: int) -> int:
-        """How many of a causal map's last keys, which few queries see, are stored as float16 beside their codes."""
-        return -(-num_tokens // CORNER_SHARE) if self.causal else 0
+    def tail_block_size(self, num_tokens: int) -> int:
+        """A: how many of a causal map's last keys, which few queries see, are stored as float16 beside their codes."""
+        return -(-num_tokens // TAIL_BLOCK_SHARE) if self.causal else 0
 
 
 def _cap_factor(name: MapCodecName, **_: object) -> float:
@@ -59,16 +62,18 @@ def _cap_factor(name: MapCodecName, **_: object) -> float:
 class LogitCodecConfig(StrictModel):
     """How an answer row is coded; its dict stands in the manifest and is all a reader needs to decode."""
 
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
     name: Literal["float16", "levels"] = "levels"
     """`float16` keeps every log-probability in 2 bytes; `levels` 9 of them, and about 4 bits of each other."""
     vocab_size: int = Field(ge=1, le=2**24)
     """V: width of the teacher's logits."""
     top_k: int = Field(default=48, ge=1)
     """Tokens kept of each row; more than V means all."""
-    num_draws: int = Field(default=30, ge=1)
-    """Tokens drawn from the others; the variance of the loss's gradient falls as one over this."""
+    num_tail_samples: int = Field(default=30, ge=1, alias="num_draws")
+    """Tokens sampled from the others; the variance of the loss's gradient falls as one over this."""
     temperatures: tuple[float, ...] = ()
-    """Temperatures besides 1 at which a student may be distilled; 4 bytes of a record each, and 2 of each draw."""
+    """Temperatures besides 1 at which a student may be distilled; 4 bytes of a record each, and 2 of each sample."""
     num_exact: int = Field(default=8, ge=1)
     """levels only: log-probabilities in float16 before the coded ones."""
     num_levels: int = Field(default=128, ge=64, le=4096)
@@ -88,14 +93,14 @@ class LogitCodecConfig(StrictModel):
         return min(self.top_k, self.vocab_size)
 
     @property
-    def num_stored_draws(self) -> int:
-        """D: none where nothing is left to draw from."""
-        return 0 if self.num_kept == self.vocab_size else self.num_draws
+    def num_sampled(self) -> int:
+        """D: `num_tail_samples`, or 0 where the whole vocabulary is kept."""
+        return 0 if self.num_kept == self.vocab_size else self.num_tail_samples
 
     @property
-    def num_draw_values(self) -> int:
-        """Log-probabilities of draws: at temperature 1 all draws weigh the same, and none is needed."""
-        return self.num_stored_draws if self.temperatures else 0
+    def num_sampled_values(self) -> int:
+        """Log-probabilities of tail samples: at temperature 1 all weigh the same, and none is needed."""
+        return self.num_sampled if self.temperatures else 0
 
     @property
     def id_bits(self) -> int:
@@ -104,17 +109,17 @@ class LogitCodecConfig(StrictModel):
 
     @property
     def num_values(self) -> int:
-        """H: log-probabilities in float16, the last of them the lowest kept one."""
+        """F: log-probabilities in float16, the last of them the lowest kept one."""
         return self.num_kept if self.name == "float16" else min(self.num_kept, self.num_exact + 1)
 
     @property
     def num_coded(self) -> int:
-        """C: log-probabilities between the last exact one and the lowest."""
+        """I: log-probabilities between the last exact one and the lowest."""
         return self.num_kept - self.num_values
 
     @property
     def num_level_bits(self) -> int:
-        """Bits of the coded log-probabilities: one for each, one for each step from a level to the next."""
+        """J: bits of the coded log-probabilities: one for each, one for each step from a level to the next."""
         return self.num_coded + self.num_levels - 1 if self.num_coded else 0
 
     @property
@@ -125,15 +130,15 @@ class LogitCodecConfig(StrictModel):
             "values": 2 * self.num_values,
             "levels": num_bytes(self.num_level_bits),
             "tails": 4 * (1 + len(self.temperatures)),
-            "draw_ids": num_bytes(self.num_stored_draws * self.id_bits),
-            "draw_values": 2 * self.num_draw_values,
+            "tail_sample_ids": num_bytes(self.num_sampled * self.id_bits),
+            "tail_sample_values": 2 * self.num_sampled_values,
         }
 
     @property
     def row_bytes(self) -> int:
-        """B."""
+        """Q."""
         return sum(self.sections.values())
 
     def serves(self, temperature: float) -> bool:
         """Whether a student can be distilled at this temperature; at any, if the whole vocabulary is stored."""
-        return temperature in (1.0, *self.temperatures) or not self.num_stored_draws
+        return temperature in (1.0, *self.temperatures) or not self.num_sampled

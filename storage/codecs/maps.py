@@ -1,139 +1,195 @@
-"""Codes of attention maps: 16-bit floats, or 8, 4 or 2 bits spaced by square roots up to a cap.
+"""The codec of one image's attention maps, with exact sink masks and key means of the stored windows.
 
-Letters: L layers, N image tokens, E stored entries of one map (`triangle.py`), C elements that hold their codes.
+Two errors spoil the gradient of the loss, and little else does: a flipped mask entry in a late, short column, and
+values that err to one side along a column. So each window's mask is computed from the uncoded maps, and the entries
+that the codes get wrong are stored; and each column is shifted to the exact mean of what it keeps. Of windows that are
+not stored, the exact threshold is known at least, and the values of the shortest columns.
 
-The cosine loss averages hundreds of entries of each key, so cheap values do no harm as long as they do not err to
-one side; that, and which entries count as sinks, is put right for each window (`windows.py`). Values above the
-cap are sinks in almost any window.
+Letters: L captured layers, W windows, N image tokens, E stored entries of one map (`triangle.py`), C elements that
+hold their codes, A keys of the tail block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from storage.codecs.bits import pack_narrow, unpack_narrow
-from storage.codecs.config import MapCodecConfig
-from storage.codecs.sinks import map_mean_std
-from storage.codecs.triangle import num_entries, pack_entries, unpack_entries
-
-CAP_GRID = 2.0**24
-"""Caps are whole multiples of 2^-24, so that sums of codes times caps are exact in float64 on any machine."""
+from storage.codecs.config import MapCodecConfig, num_entries
+from storage.codecs.map_entries import checked_entries, code_squares, encode_entries
+from storage.codecs.moments import layer_moments, window_thresholds
+from storage.codecs.sinks import below_threshold, decode_flips, encode_flips, sink_threshold
+from storage.codecs.triangle import pack_entries, unpack_entries
+from storage.codecs.windows import EncodedWindows, WindowRows, window_means, window_members, window_rows
 
 
 @dataclass(frozen=True)
 class EncodedMaps:
-    """One image's maps as stored."""
+    """The attention maps of one image after one prefix, as stored; several samples may share them."""
 
+    num_tokens: int
+    """N: image tokens."""
     codes_LC: Tensor
     """uint8 (sqrt codes) or float16."""
     caps_L: Tensor
     """float32; the value of the highest code, 1 for float16."""
+    windows: EncodedWindows | None
+    """What makes the stored windows exact; None where only some of the layers were read."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "EncodedMaps":
         """The same on a device."""
-        return EncodedMaps(*(part.to(device, non_blocking=non_blocking) for part in vars(self).values()))
+        codes_LC, caps_L = (part.to(device, non_blocking=non_blocking) for part in (self.codes_LC, self.caps_L))
+        windows = None if self.windows is None else self.windows.to(device, non_blocking=non_blocking)
+        return EncodedMaps(self.num_tokens, codes_LC, caps_L, windows)
 
 
-def checked_entries(config: MapCodecConfig, maps_LNN: Tensor) -> Tensor:
-    """The entries `[L, E]` that are to be coded.
+@dataclass(frozen=True)
+class MapCodec:
+    """Codes the maps of the captured layers of one image, and decodes them as layers or as windows."""
 
-    Args:
-        config: The codec.
-        maps_LNN: `[L, N, N]` float32, non-negative, rows are queries; any device.
+    config: MapCodecConfig
+    stored_windows: WindowRows = ()
+    """The windows whose masks and key means are stored."""
 
-    Raises:
-        ValueError: For NaN, infinite or negative values, and for values above the diagonal of a causal codec.
-    """
-    if maps_LNN.dtype != torch.float32 or maps_LNN.ndim != 3:
-        raise ValueError(f"maps are {maps_LNN.dtype} {tuple(maps_LNN.shape)}, expected float32 [L, N, N]")
-    entries_LE = pack_entries(maps_LNN, config.causal)
-    if config.causal and int(maps_LNN.count_nonzero()) != int(entries_LE.count_nonzero()):
-        raise ValueError(
-            "maps are not zero above the diagonal, but the codec is causal: "
-            "this model's image tokens attend in both directions, set map_codec.causal to false"
-        )
-    if entries_LE.numel():
-        smallest, largest = (float(bound) for bound in entries_LE.aminmax())
-        # Either is NaN if any entry is.
-        if not 0 <= smallest <= largest < float("inf"):
-            raise ValueError("maps hold NaN, infinite or negative values; attention probabilities are in [0, 1]")
-    return entries_LE
+    @classmethod
+    def of_layers(cls, config: MapCodecConfig, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> Self:
+        """The codec of captured `layers`, with windows given by layer numbers."""
+        return cls(config, window_rows(layers, windows))
+
+    def encode(self, maps_LNN: Tensor) -> EncodedMaps:
+        """All that is stored of one image's maps.
+
+        Args:
+            maps_LNN: `[L, N, N]` float32 as the teacher had them, any device.
+
+        Returns:
+            Codes within the bounds of `encode_entries`, with windows within those of `decode_windows`.
+
+        Raises:
+            ValueError: As `checked_entries`.
+        """
+        config, rows, num_tokens = self.config, self.stored_windows, maps_LNN.shape[-1]
+        entries_LE = checked_entries(config, maps_LNN)
+        codes_LC, caps_L = encode_entries(config, entries_LE, num_tokens)
+        encoded = EncodedMaps(num_tokens, codes_LC, caps_L, None)
+        exact_WE = window_means(entries_LE, rows)
+        thresholds_W = sink_threshold(exact_WE, num_tokens**2)
+        keep_WE = below_threshold(exact_WE, thresholds_W)
+        coded_WE, guess_WE = self._decode_means(encoded, rows, thresholds_W)
+        lacking_WNN = unpack_entries(exact_WE.sub_(coded_WE).mul_(keep_WE), num_tokens, config.causal)
+        kept_WNN = unpack_entries(keep_WE, num_tokens, config.causal)
+        shifts_WN = lacking_WNN.sum(-2) / kept_WNN.sum(-2, dtype=torch.int32).clamp(min=1)
+        flips_G = encode_flips((guess_WE ^ keep_WE).flatten())
+        moments = layer_moments(entries_LE, num_tokens**2)
+        first = num_tokens - config.tail_block_size(num_tokens)
+        tail_blocks_LY = pack_entries(maps_LNN[:, first:, first:], config.causal).half()
+        windows = EncodedWindows(thresholds_W, shifts_WN.half(), flips_G, *moments, tail_blocks_LY)
+        return EncodedMaps(num_tokens, codes_LC, caps_L, windows)
+
+    def decode(self, encoded: EncodedMaps) -> Tensor:
+        """The maps of the layers, within the bounds stated at `encode_entries`.
+
+        Args:
+            encoded: Codes `[..., L, C]` and caps `[..., L]` on any device; leading sizes (a batch) are allowed.
+
+        Returns:
+            `[..., L, N, N]` float32 on the codes' device.
+
+        Raises:
+            ValueError: If dtype or sizes do not belong to the codec and N.
+        """
+        squares_LE = code_squares(self.config, encoded.codes_LC, encoded.num_tokens)
+        values_LE = squares_LE * (encoded.caps_L.float() / self.config.max_code**2)[..., None]
+        return unpack_entries(values_LE, encoded.num_tokens, self.config.causal)
+
+    def decode_windows(self, encoded: EncodedMaps) -> tuple[Tensor, Tensor]:
+        """The stored windows' maps and exact sink masks.
+
+        The masks are those of the uncoded maps, bit for bit, on any device. Where they are True, the mean of a column
+        is that of the uncoded map within 2**-11 of the column's shift (or 2**-25) and float32 rounding; an entry errs
+        at most by twice the largest error that the codes make at a kept entry of its column.
+
+        Args:
+            encoded: Codes of all captured layers, with their windows.
+
+        Returns:
+            `[W, N, N]` float32 maps and `[W, N, N]` bool masks.
+
+        Raises:
+            ValueError: If sizes do not belong together, or the windows were not read.
+        """
+        rows, windows, num_tokens = self.stored_windows, _windows_of(encoded), encoded.num_tokens
+        if windows.shifts_WN.shape != (len(rows), num_tokens) or windows.thresholds_W.shape != (len(rows),):
+            raise ValueError(
+                f"thresholds {tuple(windows.thresholds_W.shape)} and shifts {tuple(windows.shifts_WN.shape)} do not "
+                f"belong to {len(rows)} windows of {num_tokens} image tokens"
+            )
+        coded_WE, keep_WE = self._decode_means(encoded, rows, windows.thresholds_W)
+        flips = self.decode_flips(encoded)
+        flat = keep_WE.view(-1)
+        flat[flips] = ~flat[flips]
+        maps_WNN = unpack_entries(coded_WE, num_tokens, self.config.causal)
+        keep_WNN = unpack_entries(keep_WE, num_tokens, self.config.causal)
+        return maps_WNN.addcmul_(windows.shifts_WN.float()[:, None, :], keep_WNN.float()), keep_WNN
+
+    def decode_flips(self, encoded: EncodedMaps) -> Tensor:
+        """Positions, among the entries of all stored masks, where the codes alone give the wrong mask.
+
+        Raises:
+            ValueError: If a position lies past the masks, or the windows were not read.
+        """
+        count = len(self.stored_windows) * num_entries(encoded.num_tokens, self.config.causal)
+        return decode_flips(_windows_of(encoded).flips_G, count)
+
+    def estimate_windows(self, encoded: EncodedMaps, rows: WindowRows) -> tuple[Tensor, Tensor]:
+        """Maps and masks of windows that are not stored: decoded maps, compared with the exact threshold.
+
+        Maps are within the bounds of `encode_entries`, and within those of float16 in the tail block, where one wrong
+        mask entry is much of a column. Elsewhere a mask errs where the codes pass the threshold. It also errs where a
+        value was cut at its layer's cap and the mean with it is not above the threshold: that entry is kept, which does
+        less harm than to leave out what belongs in. In a causal map only what lies above the diagonal is taken for 0,
+        since small values have the code 0 too; in a square one cannot tell, and every decoded 0 is.
+
+        Args:
+            encoded: As for `decode_windows`.
+            rows: Any windows.
+
+        Returns:
+            As `decode_windows`.
+
+        Raises:
+            ValueError: If the windows were not read.
+        """
+        windows, num_tokens, causal = _windows_of(encoded), encoded.num_tokens, self.config.causal
+        thresholds_W = window_thresholds(rows, windows.means_L, windows.covariances_P)
+        coded_WE, keep_WE = self._decode_means(encoded, rows, thresholds_W)
+        if not causal:
+            keep_WE &= coded_WE > 0
+        maps_WNN = unpack_entries(coded_WE, num_tokens, causal)
+        keep_WNN = unpack_entries(keep_WE, num_tokens, causal)
+        size = self.config.tail_block_size(num_tokens)
+        first = num_tokens - size
+        tail_WAA = unpack_entries(window_means(windows.tail_blocks_LY, rows), size, causal)
+        maps_WNN[:, first:, first:] = tail_WAA
+        keep_WNN[:, first:, first:] = (tail_WAA <= thresholds_W[:, None, None]).tril()
+        return maps_WNN, keep_WNN
+
+    def _decode_means(self, encoded: EncodedMaps, rows: WindowRows, thresholds_W: Tensor) -> tuple[Tensor, Tensor]:
+        """Window means of the codes, `[W, E]` float32, and which of them are not above the threshold.
+
+        The sums are of whole multiples of 2**-24, below 2**53 of them, and so is the threshold's side: in float64
+        nothing is rounded, whatever the order of the sum, and every machine makes the same comparison.
+        """
+        members_WL = window_members(rows, len(encoded.caps_L), encoded.caps_L.device)
+        squares_LE = code_squares(self.config, encoded.codes_LC, encoded.num_tokens).double()
+        sums_WE = (members_WL * encoded.caps_L.double()) @ squares_LE
+        units_W = members_WL.sum(1) * self.config.max_code**2
+        guess_WE = sums_WE <= (units_W * thresholds_W.double())[:, None]
+        return sums_WE.div_(units_W[:, None]).float(), guess_WE
 
 
-def encode_entries(config: MapCodecConfig, entries_LE: Tensor, num_tokens: int) -> EncodedMaps:
-    """Code the entries of one image's maps.
-
-    float16 keeps a value A within max(A * 2**-11, 2**-25). A sqrt code is round(m * sqrt(min(A, cap) / cap)) with m
-    its highest code (255, 15 or 3) and cap = min(max A, cap_factor * (mean + std)) of each map over its whole
-    square, rounded up to a multiple of 2**-24. Below the cap the error is at most cap * (2 * sqrt(A / cap) * r + r * r)
-    with r = 0.5 / m, so never more than 0.00393, 0.0678 or 0.3612 caps at 8, 4 or 2 bits.
-
-    Args:
-        config: The codec.
-        entries_LE: From `checked_entries`.
-        num_tokens: N.
-
-    Returns:
-        Codes and caps on the same device. The first entry of a byte is in its lowest bits.
-    """
-    if config.name == "float16":
-        return EncodedMaps(entries_LE.half(), torch.ones(len(entries_LE), device=entries_LE.device))
-    mean_L, std_L = map_mean_std(entries_LE, num_tokens**2)
-    largest_L = entries_LE.amax(-1) if entries_LE.shape[-1] else entries_LE.new_zeros(len(entries_LE))
-    caps_L = torch.minimum(largest_L, (config.cap_factor * (mean_L + std_L)).float())
-    caps_L = (caps_L * CAP_GRID).ceil() / CAP_GRID
-    # A map of zeros has cap 0; any divisor gives the code 0.
-    divisor_L = torch.where(caps_L > 0, caps_L, torch.ones_like(caps_L))
-    share_LE = (entries_LE / divisor_L[:, None]).clamp_(max=1.0)
-    codes_LE = share_LE.sqrt_().mul_(config.max_code).round_().to(torch.uint8)
-    return EncodedMaps(pack_narrow(codes_LE, config.bits), caps_L)
-
-
-def encode_maps(config: MapCodecConfig, maps_LNN: Tensor) -> EncodedMaps:
-    """Code the maps of one image: `encode_entries` of `checked_entries`, with their bounds and errors."""
-    return encode_entries(config, checked_entries(config, maps_LNN), maps_LNN.shape[-1])
-
-
-def decode_maps(config: MapCodecConfig, encoded: EncodedMaps, num_tokens: int) -> Tensor:
-    """The maps of one image, within the bounds stated at `encode_entries`.
-
-    Args:
-        config: The codec the codes were made with.
-        encoded: Codes `[..., L, C]` and caps `[..., L]` on any device; leading sizes (a batch) are allowed.
-        num_tokens: N.
-
-    Returns:
-        `[..., L, N, N]` float32 on the codes' device.
-
-    Raises:
-        ValueError: If dtype or sizes do not belong to the codec and N.
-    """
-    squares_LE = code_squares(config, encoded.codes_LC, num_tokens)
-    values_LE = squares_LE * (encoded.caps_L.float() / config.max_code**2)[..., None]
-    return unpack_entries(values_LE, num_tokens, config.causal)
-
-
-def code_squares(config: MapCodecConfig, codes_LC: Tensor, num_tokens: int) -> Tensor:
-    """Values of codes in units of cap / m**2: the code's square, or a float16's value.
-
-    Args:
-        config: The codec the codes were made with, its highest code m.
-        codes_LC: `[..., C]`.
-        num_tokens: N.
-
-    Returns:
-        `[..., E]` float32, exact.
-
-    Raises:
-        ValueError: If dtype or sizes do not belong to the codec and N.
-    """
-    if codes_LC.dtype != config.dtype or codes_LC.shape[-1] != config.num_codes(num_tokens):
-        raise ValueError(
-            f"codes are {codes_LC.dtype} [..., {codes_LC.shape[-1]}], but codec {config.name} stores {config.dtype} "
-            f"[..., {config.num_codes(num_tokens)}] of {num_tokens} image tokens"
-        )
-    if config.name == "float16":
-        return codes_LC.float()
-    codes_LE = unpack_narrow(codes_LC, num_entries(num_tokens, config.causal), config.bits)
-    return codes_LE.float().square_()
+def _windows_of(encoded: EncodedMaps) -> EncodedWindows:
+    if encoded.windows is None:
+        raise ValueError("the maps were read without their windows; read all captured layers")
+    return encoded.windows

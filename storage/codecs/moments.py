@@ -1,6 +1,6 @@
 """Mean and covariance of one image's maps, by which the sink threshold of any mean of them is known without them.
 
-Letters: L captured layers, W windows, E stored entries of one map (`triangle.py`), K pairs of layers, E of L.
+Letters: L captured layers, W windows, E stored entries of one map (`triangle.py`), P pairs of layers.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def layer_moments(entries_LE: Tensor, square: int) -> tuple[Tensor, Tensor]:
         square: N * N.
 
     Returns:
-        `[L]` means over the square and `[K]` covariances (N*N - 1; 0 for one entry), the lower triangle row by row;
+        `[L]` means over the square and `[P]` covariances (N*N - 1; 0 for one entry), the lower triangle row by row;
         float32, on the same device.
     """
     exact_LE = entries_LE.detach().double()
@@ -32,18 +32,18 @@ def layer_moments(entries_LE: Tensor, square: int) -> tuple[Tensor, Tensor]:
     return means_L.float(), pack_entries(covariances_LL.float(), causal=True)
 
 
-def window_thresholds(rows: Sequence[Sequence[int]], means_L: Tensor, covariances_K: Tensor) -> Tensor:
+def window_thresholds(rows: Sequence[Sequence[int]], means_L: Tensor, covariances_P: Tensor) -> Tensor:
     """`[W]` float32 mean + std of each window's uncoded map, within 2**-22 of it while no covariance is negative.
 
     Args:
         rows: Of each window the rows of its layers.
         means_L: From `layer_moments`.
-        covariances_K: From `layer_moments`.
+        covariances_P: From `layer_moments`.
 
     Raises:
         ValueError: If there are not as many covariances as pairs of layers.
     """
-    lower_LL = unpack_entries(covariances_K.double(), len(means_L), causal=True)
+    lower_LL = unpack_entries(covariances_P.double(), len(means_L), causal=True)
     covariances_LL = lower_LL + lower_LL.tril(-1).T
     thresholds = [
         means_L[members].double().mean() + covariances_LL[members][:, members].mean().clamp(min=0).sqrt()

@@ -10,10 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-
-def num_entries(num_tokens: int, causal: bool) -> int:
-    """E: N(N+1)/2 for a causal map, N*N otherwise."""
-    return num_tokens * (num_tokens + 1) // 2 if causal else num_tokens * num_tokens
+from storage.codecs.config import num_entries
 
 
 def pack_entries(maps: Tensor, causal: bool) -> Tensor:

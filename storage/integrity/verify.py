@@ -10,9 +10,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from storage.codecs.answer_logits import decode_logits, faults_of
-from storage.codecs.sinks import decode_flips
-from storage.codecs.windows import num_mask_entries
+from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.maps import MapCodec
 from storage.errors import CorruptData, StoreUnavailable, UserError
 from storage.integrity.findings import Finding, VerifyReport
 from storage.samples.index import SampleIndex, SampleShardEntry
@@ -330,6 +329,7 @@ class _Run:
         if index and (tar is None or self.guarded(tar.name, tar.table_name, lambda: tar.members) is not None):
             joined_rows(index, targets)
         shard, codec = str(record.shard), manifest.fingerprint.map_codec
+        decoder = MapCodec.of_layers(codec, manifest.fingerprint.layers, manifest.fingerprint.windows)
         references = 0
         for row in range(len(targets)):
             sample, _ = targets.read(row, with_maps=False)
@@ -337,20 +337,19 @@ class _Run:
             self.compare(
                 shard,
                 "logit_offsets",
-                f"{len(sample.logits_RB)} rows of {sample.key}",
+                f"{len(sample.logits_RQ)} rows of {sample.key}",
                 f"{num_answers} rows of {sample.key}",
             )
-            faults = faults_of(decode_logits(manifest.fingerprint.logit_codec, sample.logits_RB))
+            faults = AnswerLogitsCodec(manifest.fingerprint.logit_codec).decode(sample.logits_RQ).fault()
             self.compare(shard, "logit_records", faults or "sound records", "sound records")
             references += sample.map_row is not None
         self.compare(shard, "map_rows", references, record.num_map_references)
         for map_row, num_tokens in enumerate(targets.map_num_tokens):
             entry = targets.read_map(map_row)
-            self.compare(shard, "map_code_offsets", entry.maps.codes_LC.shape[1], codec.num_codes(num_tokens))
+            self.compare(shard, "map_code_offsets", entry.codes_LC.shape[1], codec.num_codes(num_tokens))
             if entry.windows is not None:
-                count = num_mask_entries(codec, len(manifest.fingerprint.windows), num_tokens)
                 try:
-                    decode_flips(entry.windows.flips_G, count)
+                    decoder.decode_flips(entry)
                 except ValueError as error:
-                    self.findings.append(Finding(shard, "window_flips", str(error), f"below {count}"))
+                    self.findings.append(Finding(shard, "window_flips", str(error), "positions inside the masks"))
         self.num_samples += len(targets)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.codecs.maps import EncodedMaps
 from storage.errors import CorruptData
 from storage.samples.index import SampleIndex, SampleShardEntry
 from storage.samples.shard import SampleShard
 from storage.samples.table import SampleMembers
 from storage.stores import Store
-from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard import TargetShard
 from storage.targets.store import TargetStore
 
@@ -35,7 +36,7 @@ class StreamedSample:
     """Encoded images."""
     targets: SampleTargets
     """Tokens, answer mask and answer logits."""
-    maps: MapTargets | None
+    maps: EncodedMaps | None
     """Attention maps of the asked layers; None without an image, or when no maps are wanted."""
 
 

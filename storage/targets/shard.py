@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import zarr
 
+from storage.codecs.config import num_entries
 from storage.codecs.maps import EncodedMaps
-from storage.codecs.triangle import num_entries
 from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError
@@ -22,7 +22,7 @@ from storage.targets.chunks import CheckedFolder, declared
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
 from storage.targets.manifest import Manifest
-from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.sample_targets import SampleTargets
 
 _Array = np.ndarray[Any, Any]
 _Result = TypeVar("_Result")
@@ -77,7 +77,7 @@ class TargetShard:
 
     def read(
         self, row: int, with_maps: bool = True, layers: Sequence[int] | None = None
-    ) -> tuple[SampleTargets, MapTargets | None]:
+    ) -> tuple[SampleTargets, EncodedMaps | None]:
         """The targets of one sample.
 
         Args:
@@ -104,29 +104,27 @@ class TargetShard:
             token_ids=torch.from_numpy(small["token_ids"][tokens].copy()),
             answer_mask=torch.from_numpy(small["answer_mask"][tokens].copy()),
             map_row=map_row if map_row >= 0 else None,
-            logits_RB=torch.from_numpy(self._large("logit_records", rows)),
+            logits_RQ=torch.from_numpy(self._large("logit_records", rows)),
         )
         return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
 
-    def read_map(self, map_row: int, layers: Sequence[int] | None = None) -> MapTargets:
+    def read_map(self, map_row: int, layers: Sequence[int] | None = None) -> EncodedMaps:
         """The maps number `map_row`; arguments and errors as for `read`."""
         if not 0 <= map_row < self.record.num_maps:
             raise IndexError(f"map {map_row} of {self._where}, which has {self.record.num_maps} maps")
         rows = self._layer_rows(layers)
         codes = self._span("map_code_offsets", map_row)
         caps_L: _Array = self._small["map_caps"][rows, map_row]
-        return MapTargets(
+        return EncodedMaps(
             num_tokens=int(self._small["map_num_tokens"][map_row]),
-            maps=EncodedMaps(
-                codes_LC=torch.from_numpy(self._large("map_codes", (rows, codes))),
-                caps_L=torch.from_numpy(caps_L.copy()),
-            ),
+            codes_LC=torch.from_numpy(self._large("map_codes", (rows, codes))),
+            caps_L=torch.from_numpy(caps_L.copy()),
             windows=self._read_windows(map_row) if layers is None else None,
         )
 
     def _read_windows(self, map_row: int) -> EncodedWindows:
         first, last = self._token_ends[map_row : map_row + 2]
-        thresholds_W, means_L, covariances_K = (
+        thresholds_W, means_L, covariances_P = (
             torch.from_numpy(self._small[name][:, map_row].copy())
             for name in ("window_thresholds", "map_means", "map_covariances")
         )
@@ -135,8 +133,8 @@ class TargetShard:
             shifts_WN=torch.from_numpy(self._large("window_shifts", (slice(None), slice(first, last)))),
             flips_G=torch.from_numpy(self._large("window_flips", (self._span("window_flip_offsets", map_row),))),
             means_L=means_L,
-            covariances_K=covariances_K,
-            corners_LY=torch.from_numpy(
+            covariances_P=covariances_P,
+            tail_blocks_LY=torch.from_numpy(
                 self._large("map_corners", (slice(None), self._span("map_corner_offsets", map_row)))
             ),
         )

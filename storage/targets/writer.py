@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.codecs.answer_logits import decode_logits, faults_of
-from storage.codecs.sinks import decode_flips
-from storage.codecs.triangle import num_entries
-from storage.codecs.windows import EncodedWindows, num_mask_entries
+from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.config import num_entries
+from storage.codecs.map_entries import code_dtype
+from storage.codecs.maps import EncodedMaps, MapCodec
+from storage.codecs.windows import EncodedWindows
 from storage.errors import CorruptData, disk_errors_named
 from storage.stores import Store
 from storage.targets.commits import SHARDS, CommitRecord, measure_files, publish
 from storage.targets.layout import write_group
 from storage.targets.manifest import Manifest
-from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets, SkippedSample
 
 _Array = np.ndarray[Any, Any]
 
@@ -32,7 +33,7 @@ def write_shard(
     manifest: Manifest,
     sample_shard_name: str,
     samples: list[SampleTargets],
-    maps: list[MapTargets],
+    maps: list[EncodedMaps],
     skipped: list[SkippedSample],
 ) -> CommitRecord:
     """Write and commit one shard; the same arguments give the same bytes, on any machine and after any kill.
@@ -64,7 +65,7 @@ def write_shard(
         counts = {
             "num_samples": len(samples),
             "num_tokens": sum(len(sample.token_ids) for sample in samples),
-            "num_answer_rows": sum(len(sample.logits_RB) for sample in samples),
+            "num_answer_rows": sum(len(sample.logits_RQ) for sample in samples),
             "num_maps": len(maps),
             "num_map_references": len(sizes),
         }
@@ -106,7 +107,7 @@ def _check_whole(files: Mapping[str, object], arrays: Mapping[str, _Array]) -> N
 
 def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict[str, _Array]:
     keys = [sample.key.encode() for sample in samples]
-    records = [sample.logits_RB for sample in samples]
+    records = [sample.logits_RQ for sample in samples]
     return {
         "sample_keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
         "sample_key_offsets": _offsets([len(key) for key in keys]),
@@ -119,27 +120,27 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
     }
 
 
-def _map_arrays(manifest: Manifest, maps: Sequence[MapTargets]) -> dict[str, _Array]:
+def _map_arrays(manifest: Manifest, maps: Sequence[EncodedMaps]) -> dict[str, _Array]:
     fingerprint = manifest.fingerprint
     num_layers, num_windows = len(fingerprint.layers), len(fingerprint.windows)
-    codes = [entry.maps.codes_LC for entry in maps]
-    caps = [entry.maps.caps_L[:, None] for entry in maps]
+    codes = [entry.codes_LC for entry in maps]
+    caps = [entry.caps_L[:, None] for entry in maps]
     windows = [_windows(row, entry) for row, entry in enumerate(maps)]
     num_pairs = num_entries(num_layers, causal=True)
     thresholds = [each.thresholds_W[:, None] for each in windows]
     means = [each.means_L[:, None] for each in windows]
-    covariances = [each.covariances_K[:, None] for each in windows]
-    corners = [each.corners_LY for each in windows]
+    covariances = [each.covariances_P[:, None] for each in windows]
+    tail_blocks = [each.tail_blocks_LY for each in windows]
     flips = [each.flips_G for each in windows]
     return {
         "map_num_tokens": np.array([entry.num_tokens for entry in maps], dtype=np.int32),
         "map_caps": _joined(caps, (num_layers, 0), torch.float32, dim=1),
         "map_means": _joined(means, (num_layers, 0), torch.float32, dim=1),
         "map_covariances": _joined(covariances, (num_pairs, 0), torch.float32, dim=1),
-        "map_codes": _joined(codes, (num_layers, 0), fingerprint.map_codec.dtype, dim=1),
+        "map_codes": _joined(codes, (num_layers, 0), code_dtype(fingerprint.map_codec), dim=1),
         "map_code_offsets": _offsets([code.shape[1] for code in codes]),
-        "map_corners": _joined(corners, (num_layers, 0), torch.float16, dim=1),
-        "map_corner_offsets": _offsets([corner.shape[1] for corner in corners]),
+        "map_corners": _joined(tail_blocks, (num_layers, 0), torch.float16, dim=1),
+        "map_corner_offsets": _offsets([block.shape[1] for block in tail_blocks]),
         "window_thresholds": _joined(thresholds, (num_windows, 0), torch.float32, dim=1),
         "window_shifts": _joined([each.shifts_WN for each in windows], (num_windows, 0), torch.float16, dim=1),
         "window_flips": _joined(flips, (0,), torch.uint8),
@@ -147,7 +148,7 @@ def _map_arrays(manifest: Manifest, maps: Sequence[MapTargets]) -> dict[str, _Ar
     }
 
 
-def _windows(row: int, entry: MapTargets) -> EncodedWindows:
+def _windows(row: int, entry: EncodedMaps) -> EncodedWindows:
     if entry.windows is None:
         raise ValueError(f"map {row} was read without its windows, and cannot be written again; read all its layers")
     return entry.windows
@@ -169,7 +170,7 @@ def _joined(parts: list[Tensor], empty: tuple[int, ...], dtype: torch.dtype, dim
 def _check_samples(
     manifest: Manifest,
     samples: Sequence[SampleTargets],
-    maps: Sequence[MapTargets],
+    maps: Sequence[EncodedMaps],
     skipped: Sequence[SkippedSample],
 ) -> None:
     keys = [sample.key for sample in samples] + [sample.key for sample in skipped]
@@ -182,16 +183,16 @@ def _check_samples(
         mask, codec = sample.answer_mask, manifest.fingerprint.logit_codec
         if mask.shape != sample.token_ids.shape or mask.ndim != 1:
             raise ValueError(f"sample {sample.key}: mask {tuple(mask.shape)}, ids {tuple(sample.token_ids.shape)}")
-        found, expected = tuple(sample.logits_RB.shape), (int(mask.sum()), codec.row_bytes)
+        found, expected = tuple(sample.logits_RQ.shape), (int(mask.sum()), codec.row_bytes)
         if found != expected:
             raise ValueError(f"sample {sample.key}: logit records {found}, expected {expected} by mask and codec")
         if len(mask) and bool(mask[0]):
             raise ValueError(f"sample {sample.key}: its first token is an answer token, which nothing predicts")
-        if bad := faults_of(decode_logits(codec, sample.logits_RB)):
+        if bad := AnswerLogitsCodec(codec).decode(sample.logits_RQ).fault():
             raise ValueError(f"sample {sample.key}: logit records hold {bad}")
 
 
-def _check_map(manifest: Manifest, row: int, entry: MapTargets) -> None:
+def _check_map(manifest: Manifest, row: int, entry: EncodedMaps) -> None:
     fingerprint = manifest.fingerprint
     codec = fingerprint.map_codec
     num_layers, num_windows = len(fingerprint.layers), len(fingerprint.windows)
@@ -203,16 +204,16 @@ def _check_map(manifest: Manifest, row: int, entry: MapTargets) -> None:
         (num_windows, entry.num_tokens),
         (num_layers,),
         (num_entries(num_layers, causal=True),),
-        (num_layers, num_entries(codec.corner_size(entry.num_tokens), codec.causal)),
+        (num_layers, num_entries(codec.tail_block_size(entry.num_tokens), codec.causal)),
     )
-    of_layers = (windows.means_L, windows.covariances_K, windows.corners_LY)
-    parts = (entry.maps.codes_LC, entry.maps.caps_L, windows.thresholds_W, windows.shifts_WN, *of_layers)
+    of_layers = (windows.means_L, windows.covariances_P, windows.tail_blocks_LY)
+    parts = (entry.codes_LC, entry.caps_L, windows.thresholds_W, windows.shifts_WN, *of_layers)
     found = tuple(tuple(part.shape) for part in parts)
     if found != expected or entry.num_tokens < 1:
         raise ValueError(
             f"map {row} of {entry.num_tokens} tokens has codes, caps, thresholds, shifts, means, covariances, "
-            f"corners of {found}, expected {expected}"
+            f"tail_blocks of {found}, expected {expected}"
         )
     if not all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point()):
         raise ValueError(f"map {row} holds NaN or infinite values")
-    decode_flips(windows.flips_G, num_mask_entries(codec, num_windows, entry.num_tokens))
+    MapCodec.of_layers(codec, fingerprint.layers, fingerprint.windows).decode_flips(entry)

@@ -70,7 +70,7 @@ def test_what_codes_shift_is_what_is_left_when_nothing_is_drawn_and_more_levels_
     }
     assert shifts[64] > 1.5 * shifts[128] > 2.25 * shifts[256] > 0
     student = torch.zeros(1, 60, dtype=torch.float64)
-    codec = LogitCodecConfig(vocab_size=60, top_k=50, num_levels=64, num_draws=10, temperatures=(2.0,))
+    codec = LogitCodecConfig(vocab_size=60, top_k=50, num_levels=64, num_tail_samples=10, temperatures=(2.0,))
     for temperature in (1.0, 2.0):
         drawn = drawn_gradients(student[0], teacher, codec, Sizes(addresses=20_000), temperature).double().mean(0)
         dense = dense_gradient(student, teacher[None], temperature)[0]

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.chat import open_chat
-from pipeline.evaluation import load_model
+from pipeline.checkpoints import load_model
 from pipeline.export import _names_of, export
 from stages.evaluation.report import EvaluationReport, KindResult
 from stages.student.config import STAGES

@@ -125,11 +125,11 @@ def test_a_sample_the_teacher_cannot_take_is_in_the_ledger_and_every_other_has_i
     assert set(undisturbed.keys) - set(shard.keys) == {skipped.key}
     for key in shard.keys:
         one, other = (each.read(each.row_of(key) or 0) for each in (shard, undisturbed))
-        assert torch.equal(one[0].logits_RB, other[0].logits_RB)
+        assert torch.equal(one[0].logits_RQ, other[0].logits_RQ)
         assert torch.equal(one[0].token_ids, other[0].token_ids)
         assert (one[1] is None) == (other[1] is None)
         if one[1] is not None and other[1] is not None:
-            assert torch.equal(one[1].maps.codes_LC, other[1].maps.codes_LC)
+            assert torch.equal(one[1].codes_LC, other[1].codes_LC)
 
 
 @pytest.mark.slow

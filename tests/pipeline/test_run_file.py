@@ -8,6 +8,7 @@ from pipeline.run_file import RunFile, load_run_file, save_run_file, validated
 from stages.samples.pack import PackConfig
 from stages.settings import RENAMED, sections_of
 from storage.errors import UserError
+from storage.stores import open_store
 
 YAML = """\
 samples: from-yaml
@@ -69,18 +70,18 @@ def test_values_of_set_are_read_as_yaml() -> None:
 def test_a_saved_run_file_says_everything_and_loads_to_the_same_settings(path: Path, tmp_path: Path) -> None:
     run = load_run_file(path, ["train.matching.student_layers=[2, 3]", "teacher.layers=[2, 3, 4]"], {})
     saved = tmp_path / "new" / "run.yaml"
-    save_run_file(run, saved)
+    save_run_file(run, open_store(saved.parent), saved.name)
     assert load_run_file(saved, [], {}) == run
     assert "microbatch_size: 8" in saved.read_text()
 
 
 def test_a_run_file_is_replaced_in_one_step_when_the_run_goes_on(path: Path, tmp_path: Path) -> None:
     saved = tmp_path / "new" / "run.yaml"
-    save_run_file(load_run_file(path, [], {}), saved)
+    save_run_file(load_run_file(path, [], {}), open_store(saved.parent), saved.name)
     # The file as whoever opened it has it: not cut while the new one is written.
     os.link(saved, tmp_path / "before")
     before = saved.read_bytes()
-    save_run_file(load_run_file(path, ["train.seed=17"], {}), saved)
+    save_run_file(load_run_file(path, ["train.seed=17"], {}), open_store(saved.parent), saved.name)
     assert (tmp_path / "before").read_bytes() == before
     assert load_run_file(saved, [], {}).train.seed == 17
 

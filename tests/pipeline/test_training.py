@@ -3,7 +3,6 @@ import json
 import random
 import shutil
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from stages.student.model.student import Student
 from stages.student.run_folder import RunFolder, StageReport
 from stages.student.training.objective import DistillationObjective
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StepProgress
 from storage.errors import FingerprintMismatch, UserError
 from storage.targets.store import TargetStore
 from tests.checkpoints import make_tiny_lm
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp, start_cdp, tree
 from tests.pipeline.runs import SETTINGS, run_file
+from tests.pipeline.steps import AtEachStep
 from tests.processes import kill_when
 
 
@@ -86,7 +85,7 @@ def test_finished_stages_are_not_trained_again(
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     steps: list[object] = []
-    reports = train(run_file(tiny, targets, output), STAGES, lambda *step: steps.append(step))
+    reports = train(run_file(tiny, targets, output), STAGES, AtEachStep(lambda *step: steps.append(step)))
     assert steps == []
     assert [report.stage for report in reports] == list(STAGES)
     assert {stage: tree(output / stage) for stage in STAGES} == {stage: tree(undisturbed / stage) for stage in STAGES}
@@ -95,11 +94,11 @@ def test_finished_stages_are_not_trained_again(
 def test_windows_that_the_store_did_not_foresee_are_said_when_the_stage_starts_and_in_its_report(
     tiny: TinyWorld, targets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def said_by_now(stage: StageName, step: StepProgress) -> None:
+    def said_by_now(stage: str, step: int) -> None:
         assert "dft: 1 layers are matched, but the targets hold exact sink masks for" in caplog.text
 
     run = run_file(tiny, targets, tmp_path / "run", "train.matching.num_matched=1", "train.dft.max_steps=1")
-    (report,) = train(run, ["dft"], said_by_now)
+    (report,) = train(run, ["dft"], AtEachStep(said_by_now))
     (note,) = report.notes
     assert "extract with teacher.num_matched=1" in note
 
@@ -108,12 +107,12 @@ class Stopped(Exception):
     """The test's own interruption."""
 
 
-def stop_at(stage: StageName, step: int) -> Callable[[StageName, StepProgress], None]:
-    def progress(name: StageName, done: StepProgress) -> None:
-        if (name, done.step) == (stage, step):
+def stop_at(stage: StageName, step: int) -> AtEachStep:
+    def stop(name: str, done: int) -> None:
+        if (name, done) == (stage, step):
             raise Stopped
 
-    return progress
+    return AtEachStep(stop)
 
 
 @pytest.mark.parametrize(("stage", "step"), [("dpt", 1), ("dpt", 3), ("dft", 1), ("dft", 4)])
@@ -126,7 +125,7 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(
     # Whatever drew random numbers since must not matter.
     torch.rand(17)
     first: dict[str, int] = {}
-    train(run, STAGES, lambda name, done: first.setdefault(name, done.step))
+    train(run, STAGES, AtEachStep(first.setdefault))
     # The stop comes before its step's own checkpoint.
     assert first[stage] == (step - 1) // 2 * 2 + 1
     assert same_students(tmp_path / "run", undisturbed)

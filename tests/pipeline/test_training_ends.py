@@ -10,11 +10,11 @@ import torch
 from pipeline.interruption import Interrupted
 from pipeline.training import train
 from stages.student.run_folder import StageFolder, StageReport
-from stages.student.training.stage import StepProgress
 from storage.errors import StoreUnavailable
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import tree
 from tests.pipeline.runs import run_file
+from tests.pipeline.steps import AtEachStep
 
 LONG = ("train.dpt={batch_size: 4, epochs: 4}", "train.logging.every=7", "train.checkpoint.every=50")
 """24 steps, of which the report is about the last two."""
@@ -33,19 +33,21 @@ def test_where_the_disk_is_full_when_the_student_is_saved_a_rerun_trains_no_step
     needed = sum(file.stat().st_size for file in (undisturbed / "dpt/checkpoints" / last).iterdir()) + 2**16
     assert needed < (undisturbed / "dpt/student/model.safetensors").stat().st_size
 
-    def fill(_: str, progress: StepProgress) -> None:
-        if progress.step == 5:
+    def fill(_: str, step: int) -> None:
+        if step == 5:
             room = os.statvfs(small_disk)
             (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize - needed))
 
     with pytest.raises(StoreUnavailable, match=r"run/dpt/student.*: No space left on device; free some space"):
-        train(run_file(tiny, targets, output), ["dpt"], fill)
+        train(run_file(tiny, targets, output), ["dpt"], AtEachStep(fill))
     assert (output / "dpt/checkpoints" / last).is_dir()
     assert not (output / "dpt/report.json").exists()
     (small_disk / "filler").unlink()
     shutil.move(output, tmp_path / "roomier")
     steps: list[object] = []
-    (report,) = train(run_file(tiny, targets, tmp_path / "roomier"), ["dpt"], lambda *step: steps.append(step))
+    (report,) = train(
+        run_file(tiny, targets, tmp_path / "roomier"), ["dpt"], AtEachStep(lambda *step: steps.append(step))
+    )
     assert steps == []
     assert tree(tmp_path / "roomier/dpt/student") == tree(undisturbed / "dpt/student")
     expected = StageFolder(undisturbed / "dpt").report()
@@ -66,7 +68,7 @@ def test_the_losses_of_a_report_are_those_of_an_undisturbed_run_wherever_the_sta
 ) -> None:
     run, done = run_file(tiny, targets, tmp_path / "run", *LONG), list[int]()
     with pytest.raises(Interrupted):
-        train(run, ["dpt"], lambda _, progress: done.append(progress.step), lambda: len(done) == step)
+        train(run, ["dpt"], AtEachStep(lambda _, step: done.append(step)), lambda: len(done) == step)
     (report,) = train(run, ["dpt"])
     assert report.losses == in_one_go.losses
     assert report.losses.keys() == {"loss", "lm", "kd"}

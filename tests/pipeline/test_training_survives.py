@@ -14,11 +14,11 @@ import torch
 from pipeline.interruption import SAVED_EXIT_CODE, Interrupted
 from pipeline.training import train
 from stages.student.config import STAGES
-from stages.student.training.stage import StepProgress
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import tree
 from tests.pipeline.runs import SETTINGS, run_file
+from tests.pipeline.steps import AtEachStep
 from tests.pipeline.test_distributed import ONE, TORCHRUN, assert_same_training
 from tests.pipeline.training_kills import kill_stages, weights
 from tests.processes import PATIENCE_S, descendants, runs_until, wait_until_dead
@@ -41,11 +41,11 @@ def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_goes_on_to_the_same_w
     run = run_file(tiny, targets, tmp_path / "run")
     done: list[int] = []
     with pytest.raises(Interrupted, match=rf"stopped dpt after step {step}, which is saved; run the same") as stop:
-        train(run, STAGES, lambda _, progress: done.append(progress.step), lambda: len(done) == step)
+        train(run, STAGES, AtEachStep(lambda _, step: done.append(step)), lambda: len(done) == step)
     assert stop.value.exit_code == SAVED_EXIT_CODE == 75
     assert (tmp_path / f"run/dpt/checkpoints/step-{step:08d}").is_dir()
     again: list[int] = []
-    train(run, STAGES, lambda _, progress: again.append(progress.step))
+    train(run, STAGES, AtEachStep(lambda _, step: again.append(step)))
     assert again[0] == step + 1
     assert_same_students(tmp_path / "run", undisturbed)
 
@@ -55,12 +55,12 @@ def test_metrics_and_starts_of_a_resumed_run_are_told_once_each(
 ) -> None:
     run = run_file(tiny, targets, tmp_path / "run")
 
-    def crash(_: str, progress: StepProgress) -> None:
-        if progress.step == 4:
+    def crash(_: str, step: int) -> None:
+        if step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(run, ["dpt"], crash)
+        train(run, ["dpt"], AtEachStep(crash))
     # Step 3 was written down, but is no part of a checkpoint.
     assert (tmp_path / "run/dpt/metrics.jsonl").read_text().count("\n") >= 3
     train(run, ["dpt"])
@@ -95,7 +95,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
     run = run_file(tiny, targets, tmp_path / "run")
     done: list[int] = []
     with pytest.raises(Interrupted):
-        train(run, ["dpt"], lambda _, progress: done.append(progress.step), lambda: len(done) == 4)
+        train(run, ["dpt"], AtEachStep(lambda _, step: done.append(step)), lambda: len(done) == 4)
     checkpoints = tmp_path / "run/dpt/checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
     damaged = checkpoints / "step-00000004" / file
@@ -105,7 +105,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(
     data[place] ^= 1
     damaged.write_bytes(data)
     again: list[int] = []
-    train(run, ["dpt"], lambda _, progress: again.append(progress.step))
+    train(run, ["dpt"], AtEachStep(lambda _, step: again.append(step)))
     assert again[0] == 3
     assert said in caplog.text
     assert weights(tmp_path / "run", "dpt") == weights(undisturbed, "dpt")
@@ -117,7 +117,7 @@ def test_when_all_checkpoints_are_damaged_nothing_is_trained_over_them(
     run = run_file(tiny, targets, tmp_path / "run")
     done: list[int] = []
     with pytest.raises(Interrupted):
-        train(run, ["dpt"], lambda _, progress: done.append(progress.step), lambda: len(done) == 1)
+        train(run, ["dpt"], AtEachStep(lambda _, step: done.append(step)), lambda: len(done) == 1)
     (tmp_path / "run/dpt/checkpoints/step-00000001/trained.safetensors").unlink()
     with pytest.raises(UserError, match=r"all 1 checkpoints in .* are damaged; remove it"):
         train(run, ["dpt"])
@@ -129,20 +129,20 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before_and_says_so(
     output = small_disk / "run"
     run = run_file(tiny, targets, output)
 
-    def fill(_: str, progress: StepProgress) -> None:
-        if progress.step == 3:
+    def fill(_: str, step: int) -> None:
+        if step == 3:
             room = os.statvfs(small_disk)
             (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize - 2**13))
 
     with pytest.raises(
         StoreUnavailable, match=r"step 4 was not saved; the newest one, .*step-00000002, is whole: .*No"
     ):
-        train(run, ["dpt"], fill)
+        train(run, ["dpt"], AtEachStep(fill))
     (small_disk / "filler").unlink()
     assert not list(output.rglob("*.partial"))
     shutil.move(output, tmp_path / "roomier")
     again: list[int] = []
-    train(run_file(tiny, targets, tmp_path / "roomier"), ["dpt"], lambda _, progress: again.append(progress.step))
+    train(run_file(tiny, targets, tmp_path / "roomier"), ["dpt"], AtEachStep(lambda _, step: again.append(step)))
     assert again[0] == 3
     assert weights(tmp_path / "roomier", "dpt") == weights(undisturbed, "dpt")
 

@@ -15,6 +15,7 @@ from storage.errors import FingerprintMismatch, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import tree
 from tests.pipeline.runs import run_file
+from tests.pipeline.steps import AtEachStep
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_report_of_a_newer_version_is_refused_and_the_stage_can_be_ended_anew_
         train(run, ["dpt"])
     report.unlink()
     steps: list[object] = []
-    train(run, ["dpt"], lambda *step: steps.append(step))
+    train(run, ["dpt"], AtEachStep(lambda *step: steps.append(step)))
     assert steps == []
     assert tree(output, "dpt/student") == tree(undisturbed, "dpt/student")
 

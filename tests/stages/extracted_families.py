@@ -13,11 +13,12 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
+from storage.codecs.maps import EncodedMaps
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from storage.targets.sample_targets import MapTargets, SampleTargets
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.stages.distilled import TinyData, extract_here
@@ -33,10 +34,10 @@ class Extracted:
     checkpoint: Path
     samples: Path
     store: TargetStore
-    rows: dict[str, tuple[StoredSample, SampleTargets, MapTargets | None]]
+    rows: dict[str, tuple[StoredSample, SampleTargets, EncodedMaps | None]]
 
     @property
-    def with_maps(self) -> list[tuple[StoredSample, SampleTargets, MapTargets]]:
+    def with_maps(self) -> list[tuple[StoredSample, SampleTargets, EncodedMaps]]:
         """The samples that have an image."""
         return [(stored, targets, maps) for stored, targets, maps in self.rows.values() if maps is not None]
 

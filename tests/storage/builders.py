@@ -10,16 +10,17 @@ from unittest.mock import patch
 
 import torch
 
-from storage.codecs.answer_logits import encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.windows import encode_image, window_rows
+from storage.codecs.maps import EncodedMaps, MapCodec
+from storage.codecs.tail_samples import row_addresses
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store, owner
 from storage.targets.commits import CommitRecord
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets, SkippedSample
 from storage.targets.writer import write_shard
 
 VOCAB = 50
@@ -37,7 +38,7 @@ def fingerprint(**changes: Any) -> Fingerprint:
         "layers": (2, 3, 4),
         "windows": ((2, 3), (3, 4)),
         "map_codec": MapCodecConfig(name="sqrt4"),
-        "logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=12, num_draws=4, temperatures=(2.0,)),
+        "logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=12, num_tail_samples=4, temperatures=(2.0,)),
         "dtype": "float32",
         "max_length": 128,
         "image_backend": "pil",
@@ -68,11 +69,10 @@ def random_maps(num_layers: int, num_tokens: int, seed: int, causal: bool = True
     return scores.softmax(-1)[:, :, 3:].contiguous()
 
 
-def map_targets(made_for: Manifest, num_tokens: int, seed: int) -> MapTargets:
-    codec = made_for.fingerprint.map_codec
-    layers = made_for.fingerprint.layers
-    maps_LNN = random_maps(len(layers), num_tokens, seed, codec.causal)
-    return MapTargets(num_tokens, *encode_image(codec, window_rows(layers, made_for.fingerprint.windows), maps_LNN))
+def map_targets(made_for: Manifest, num_tokens: int, seed: int) -> EncodedMaps:
+    made = made_for.fingerprint
+    maps_LNN = random_maps(len(made.layers), num_tokens, seed, made.map_codec.causal)
+    return MapCodec.of_layers(made.map_codec, made.layers, made.windows).encode(maps_LNN)
 
 
 def sample_targets(
@@ -83,16 +83,16 @@ def sample_targets(
     mask[num_tokens - num_answers :] = True
     logits_RV = torch.randn(num_answers, made_for.vocab_size, generator=generator) * 3
     token_ids = torch.randint(0, made_for.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32)
-    records = encode_logits(made_for.fingerprint.logit_codec, logits_RV, row_addresses(key, num_answers))
+    records = AnswerLogitsCodec(made_for.fingerprint.logit_codec).encode(logits_RV, row_addresses(key, num_answers))
     return SampleTargets(key, token_ids, mask, map_row, records)
 
 
 def shard_content(
     made_for: Manifest, keys: list[str], seed: int = 0, sizes: tuple[int, ...] = (9, 9, 6)
-) -> tuple[list[SampleTargets], list[MapTargets]]:
+) -> tuple[list[SampleTargets], list[EncodedMaps]]:
     """One sample a key: two samples share each map, every fifth has no image, every fourth no answer."""
     samples: list[SampleTargets] = []
-    maps: list[MapTargets] = []
+    maps: list[EncodedMaps] = []
     for row, key in enumerate(keys):
         map_row = None
         if row % 5 != 4:

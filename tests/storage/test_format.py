@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from storage.codecs.answer_logits import decode_logits, encode_logits, row_addresses
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.maps import decode_maps
+from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.moments import window_thresholds
-from storage.codecs.windows import decode_windows, estimate_windows, window_rows
+from storage.codecs.tail_samples import row_addresses
+from storage.codecs.windows import window_rows
 from storage.stores import open_store
 from storage.targets.manifest import create_or_check
-from storage.targets.sample_targets import MapTargets
 from storage.targets.writer import write_shard
 from tests.storage.builders import extract, fingerprint, manifest, pack, shard_content
 
@@ -90,25 +90,27 @@ def decode_record(codec: dict[str, Any], record: bytes) -> dict[str, list[float]
     return {
         "ids_RK": integers(ids, k),
         "logprobs_RK": [*exact[:-1], *coded, exact[-1]],
-        "tails_RT": list(struct.unpack(f"<{len(temperatures)}f", tails)),
-        "draw_ids_RD": integers(draw_ids, d),
-        "draw_logprobs_RD": list(struct.unpack(f"<{len(draw_values) // 2}e", draw_values)),
+        "tails_RX": list(struct.unpack(f"<{len(temperatures)}f", tails)),
+        "tail_ids_RD": integers(draw_ids, d),
+        "tail_logprobs_RD": list(struct.unpack(f"<{len(draw_values) // 2}e", draw_values)),
     }
 
 
 def test_the_documents_example_of_an_answer_row_is_what_is_stored():
-    codec = LogitCodecConfig(vocab_size=10, top_k=4, num_exact=1, num_levels=64, num_draws=2, temperatures=(2.0,))
-    record = encode_logits(codec, torch.arange(10.0)[None], torch.tensor([0.5]))[0].numpy().tobytes()
+    codec = LogitCodecConfig(
+        vocab_size=10, top_k=4, num_exact=1, num_levels=64, num_tail_samples=2, temperatures=(2.0,)
+    )
+    record = AnswerLogitsCodec(codec).encode(torch.arange(10.0)[None], torch.tensor([0.5]))[0].numpy().tobytes()
     assert f"`{record.hex(' ')}`" in DOCUMENT.read_text()
     found = decode_record(codec.model_dump(), record)
     logprobs = torch.arange(10.0).double().log_softmax(-1)
     assert found["ids_RK"] == [9, 8, 7, 6]
     assert found["logprobs_RK"] == pytest.approx(logprobs[[9, 8, 7, 6]].tolist(), abs=0.04)  # 3 nats, 64 levels
     tails = [float((logprobs[:6] / t).logsumexp(-1)) for t in (1.0, 2.0)]
-    assert found["tails_RT"] == pytest.approx(tails, rel=1e-6)
+    assert found["tails_RX"] == pytest.approx(tails, rel=1e-6)
     # Running sums of ids 0 to 5 pass a quarter and three quarters of the whole at 4 and 5.
     running = logprobs[:6].softmax(-1).cumsum(-1)
-    assert found["draw_ids_RD"] == [int((running <= place).sum()) for place in (0.25, 0.75)] == [4, 5]
+    assert found["tail_ids_RD"] == [int((running <= place).sum()) for place in (0.25, 0.75)] == [4, 5]
 
 
 def test_the_address_of_a_row_is_the_documents():
@@ -149,7 +151,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         assert data["answer_mask"][a:b].tolist() == sample.answer_mask.tolist()
         a, b = data["logit_offsets"][row : row + 2]
         assert b - a == int(sample.answer_mask.sum())
-        decoded = decode_logits(made_for.fingerprint.logit_codec, sample.logits_RB)
+        decoded = AnswerLogitsCodec(made_for.fingerprint.logit_codec).decode(sample.logits_RQ)
         for number, record in enumerate(data["logit_records"][a:b]):
             found = decode_record(head["fingerprint"]["logit_codec"], record.tobytes())
             for name, values in found.items():
@@ -161,7 +163,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         check_map(data, int(m), head["fingerprint"], maps[sample.map_row])
 
 
-def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], entry: MapTargets) -> None:
+def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], entry: EncodedMaps) -> None:
     """Map `m` decoded by the document, in plain numbers, is what this project decodes."""
     n, layers, windows = int(data["map_num_tokens"][m]), made_from["layers"], made_from["windows"]
     config = MapCodecConfig.model_validate(made_from["map_codec"])
@@ -187,8 +189,9 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
     begin = int(data["map_num_tokens"][:m].sum())
     rows = window_rows(layers, windows)
     assert entry.windows is not None
-    own_maps = decode_maps(config, entry.maps, n)
-    own_windows, own_masks = decode_windows(config, rows, entry.maps, entry.windows, n)
+    coder = MapCodec(config, rows)
+    own_maps = coder.decode(entry)
+    own_windows, own_masks = coder.decode_windows(entry)
     for i in range(n):
         for j in range(i + 1):
             e = i * (i + 1) // 2 + j
@@ -209,12 +212,12 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
         covariances[max(a, b) * (max(a, b) + 1) // 2 + min(a, b)] for a in range(g) for b in range(g)
     )
     threshold = sum(means) / g + math.sqrt(total_covariance) / g
-    found = window_thresholds((range(g),), entry.windows.means_L, entry.windows.covariances_K)
+    found = window_thresholds((range(g),), entry.windows.means_L, entry.windows.covariances_P)
     assert found.tolist() == pytest.approx([threshold], rel=1e-6)
     size = math.ceil(n / 32)
     first, last = data["map_corner_offsets"][m : m + 2]
     assert last - first == size * (size + 1) // 2
-    other_maps, other_masks = estimate_windows(config, (range(g),), entry.maps, entry.windows, n)
+    other_maps, other_masks = coder.estimate_windows(entry, (range(g),))
     for i in range(n):
         for j in range(i + 1):
             if i >= n - size <= j:

@@ -12,8 +12,8 @@ from torch import Tensor
 from stages.answer_rows import AnswerRows, answer_rows
 from stages.families.batch import batch_inputs, move_inputs
 from stages.student.data.sample_reader import SampleReader
+from storage.codecs.maps import EncodedMaps
 from storage.streaming.stream import StreamedSample
-from storage.targets.sample_targets import MapTargets
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Batch:
         keys: Sample keys, in order.
         inputs: What the model is called with: `input_ids` and `attention_mask` `[B, T]`, and the pixels.
         answers: Its answer rows.
-        logits_RB: The teacher's stored logits of these rows; empty for a student with another tokenizer.
+        logits_RQ: The teacher's stored logits of these rows; empty for a student with another tokenizer.
         image_positions: Positions of the image tokens of each sample, empty for text alone.
         maps: The stored maps of each sample, None for text alone.
     """
@@ -32,9 +32,9 @@ class Batch:
     keys: tuple[str, ...]
     inputs: dict[str, Tensor]
     answers: AnswerRows
-    logits_RB: Tensor
+    logits_RQ: Tensor
     image_positions: tuple[Tensor, ...]
-    maps: tuple[MapTargets | None, ...]
+    maps: tuple[EncodedMaps | None, ...]
 
     @property
     def num_with_image(self) -> int:
@@ -47,7 +47,7 @@ class Batch:
             self,
             inputs=move_inputs(self.inputs, device, dtype),
             answers=self.answers.to(device),
-            logits_RB=self.logits_RB.to(device, non_blocking=True),
+            logits_RQ=self.logits_RQ.to(device, non_blocking=True),
             maps=tuple(None if maps is None else maps.to(device, non_blocking=True) for maps in self.maps),
         )
 
@@ -69,12 +69,12 @@ class Collator:
         token_ids = [conversation.token_ids for conversation in read]
         pixels = [conversation.pixel_inputs for conversation in read]
         # The teacher's logits are over its own tokens.
-        logits = [] if reader.max_length is not None else [sample.targets.logits_RB for sample in samples]
+        logits = [] if reader.max_length is not None else [sample.targets.logits_RQ for sample in samples]
         return Batch(
             keys=tuple(sample.key for sample in samples),
             inputs=batch_inputs(reader.input_family, reader.image_token_id, token_ids, pixels),
             answers=answer_rows(token_ids, [conversation.answer_mask for conversation in read]),
-            logits_RB=torch.cat(logits or [torch.zeros(0, 0, dtype=torch.uint8)]),
+            logits_RQ=torch.cat(logits or [torch.zeros(0, 0, dtype=torch.uint8)]),
             image_positions=tuple(conversation.image_positions for conversation in read),
             maps=tuple(sample.maps for sample in samples),
         )

@@ -19,7 +19,7 @@ from stages.student.data.batch import Batch, Collator
 from stages.student.data.batch_transport import FlatBatch, flatten
 from storage.errors import PassingFailure, UserError
 from storage.streaming.order import num_microbatches
-from storage.streaming.stream import Mixture, StreamedSample, mixture_stream
+from storage.streaming.stream import Mixture, mixture_stream
 from storage.strict_model import StrictModel
 
 MOST_WORKERS = 4
@@ -53,12 +53,12 @@ class StepLoader:
     Make it early: the server that loader processes are copied from starts at once, and imports for seconds meanwhile.
 
     Args:
-        mixture: the samples and how they are cut.
-        collator: makes a batch of a microbatch's samples.
-        rank, world_size: this process among those that train together.
-        device: where batches go; pinned memory for a GPU.
-        config: number of loader processes, and what they make ahead.
-        with_maps: whether attention maps are read.
+        mixture: The samples, their order and the sizes of steps and microbatches.
+        collator: Makes a batch of a microbatch's samples.
+        rank, world_size: This process among those that train together.
+        device: Where batches go; pinned memory for a GPU.
+        config: Number of loader processes, and what they make ahead.
+        with_maps: Whether attention maps are read.
     """
 
     def __init__(
@@ -121,9 +121,8 @@ class StepLoader:
         workers = self.num_workers
         # Not prepared by accelerate, which would split the stream over the ranks a second time.
         return DataLoader(
-            _ErrorsAsItems(stream),
+            _FlatBatches(stream, self.collator),
             batch_size=None,
-            collate_fn=_CollateFlat(self.collator),
             num_workers=workers,
             prefetch_factor=self._num_ahead() if workers else None,
             pin_memory=self.device.type == "cuda",
@@ -159,32 +158,21 @@ def _context(*, remote: bool) -> BaseContext:
     return context
 
 
-class _ErrorsAsItems(IterableDataset[Any]):
-    """The stream; a `UserError` becomes its last item, because the DataLoader would add a traceback to the message."""
+class _FlatBatches(IterableDataset[Any]):
+    """The stream's samples as flat batches, collated in the loader process.
 
-    def __init__(self, stream: IterableDataset[Any]) -> None:
-        self._stream = stream
+    A `UserError` becomes the last item, because the DataLoader would add a traceback to its message.
+    """
 
-    def __iter__(self) -> Iterator[list[StreamedSample] | UserError]:
+    def __init__(self, stream: IterableDataset[Any], collator: Collator) -> None:
+        self._stream, self._collator = stream, collator
+
+    def __iter__(self) -> Iterator[FlatBatch | UserError]:
         try:
-            yield from self._stream
+            for samples in self._stream:
+                yield flatten(self._collator(samples))
         except UserError as error:
             yield error
-
-
-class _CollateFlat:
-    """Collates and flattens in the loader process; hands errors through."""
-
-    def __init__(self, collator: Collator) -> None:
-        self._collator = collator
-
-    def __call__(self, samples: list[StreamedSample] | UserError) -> FlatBatch | UserError:
-        if isinstance(samples, UserError):
-            return samples
-        try:
-            return flatten(self._collator(samples))
-        except UserError as error:
-            return error
 
 
 def _received(batches: Iterator[FlatBatch | UserError]) -> FlatBatch:

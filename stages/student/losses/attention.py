@@ -1,6 +1,6 @@
 """The attention losses: pooled maps of student and teacher, compared by cosine, divergence or squared difference.
 
-Shape letters: L matched layers, B samples, N image tokens.
+Shape letters: L decoder layers that are matched, B samples, N image tokens.
 """
 
 from typing import Literal

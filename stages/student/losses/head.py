@@ -75,9 +75,9 @@ def _row_losses(
     if divergence != "forward" or teacher.temperature != 1:
         return next_token_loss(logits_RV, answer_R), teacher.loss(logits_RV, divergence)
     # Both are cross entropies at temperature 1: one softmax serves them, and one gradient of the logits.
-    ids_RJ = torch.cat([answer_R[:, None], teacher.ids_RJ], dim=1)
-    weights_2RJ = teacher.weights_RJ.new_zeros(2, *ids_RJ.shape)
-    weights_2RJ[0, :, 0] = 1
-    weights_2RJ[1, :, 1:] = teacher.weights_RJ
-    lm_R, kd_R = sparse_cross_entropy(logits_RV, ids_RJ, weights_2RJ)
+    ids_RA = torch.cat([answer_R[:, None], teacher.ids_RA], dim=1)
+    weights_2RA = teacher.weights_RA.new_zeros(2, *ids_RA.shape)
+    weights_2RA[0, :, 0] = 1
+    weights_2RA[1, :, 1:] = teacher.weights_RA
+    lm_R, kd_R = sparse_cross_entropy(logits_RV, ids_RA, weights_2RA)
     return lm_R, kd_R

@@ -3,7 +3,8 @@
 The forward divergence is the published loss. The others compare buckets: each stored id is one, and all other ids
 together are one more, with the teacher's stored tail mass and the student's probability of all of them.
 
-Shape letters: R answer rows, V vocabulary, K stored ids of a row, D its draws, J ids that have a weight.
+Shape letters: R answer rows, V vocabulary, K stored ids of a row, D tail samples of a row, A ids of a row that have a
+weight, U buckets.
 """
 
 import math
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from stages.student.losses.vocabulary import sparse_cross_entropy, support_probabilities
-from storage.codecs.answer_logits import LOWEST_LOGPROB, AnswerLogits
+from storage.codecs.answer_logits import AnswerLogits
+from storage.codecs.levels import LOWEST_LOGPROB
 
 Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 
@@ -52,7 +54,7 @@ class TeacherRows:
         ids_RK: Stored ids; may lie past the student's vocabulary, with probability 0.
         probs_RK: Their probabilities.
         tail_R: Probability of all other ids.
-        ids_RJ, weights_RJ: Stored and tail-sample ids inside the student's vocabulary, with weights that make their
+        ids_RA, weights_RA: Stored and tail-sample ids inside the student's vocabulary, with weights that make their
             cross entropy the whole one in expectation.
     """
 
@@ -60,11 +62,11 @@ class TeacherRows:
     ids_RK: Tensor
     probs_RK: Tensor
     tail_R: Tensor
-    ids_RJ: Tensor
-    weights_RJ: Tensor
+    ids_RA: Tensor
+    weights_RA: Tensor
 
     def __getitem__(self, rows: slice) -> "TeacherRows":
-        tensors = (self.ids_RK, self.probs_RK, self.tail_R, self.ids_RJ, self.weights_RJ)
+        tensors = (self.ids_RK, self.probs_RK, self.tail_R, self.ids_RA, self.weights_RA)
         return TeacherRows(self.temperature, *(tensor[rows] for tensor in tensors))
 
     def loss(self, student_RV: Tensor, divergence: Divergence) -> Tensor:
@@ -85,15 +87,15 @@ class TeacherRows:
             divergence: See above.
         """
         if divergence == "forward":
-            return sparse_cross_entropy(student_RV, self.ids_RJ, self.weights_RJ, self.temperature)
+            return sparse_cross_entropy(student_RV, self.ids_RA, self.weights_RA, self.temperature)
         kept_RK, rest_R = support_probabilities(student_RV, self.ids_RK, self.temperature)
-        student_RQ = torch.cat([kept_RK, rest_R[:, None]], dim=1)
-        teacher_RQ = torch.cat([self.probs_RK, self.tail_R[:, None]], dim=1).to(student_RQ.dtype)
+        student_RU = torch.cat([kept_RK, rest_R[:, None]], dim=1)
+        teacher_RU = torch.cat([self.probs_RK, self.tail_R[:, None]], dim=1).to(student_RU.dtype)
         if divergence == "jensen_shannon":
-            middle_RQ = (student_RQ + teacher_RQ) / 2
-            return (_divergence(teacher_RQ, middle_RQ) + _divergence(student_RQ, middle_RQ)) / 2
-        reverse_R = _divergence(student_RQ, teacher_RQ.clamp(min=LEAST_TEACHER_PROBABILITY))
-        return reverse_R if divergence == "reverse" else (reverse_R + _divergence(teacher_RQ, student_RQ)) / 2
+            middle_RU = (student_RU + teacher_RU) / 2
+            return (_divergence(teacher_RU, middle_RU) + _divergence(student_RU, middle_RU)) / 2
+        reverse_R = _divergence(student_RU, teacher_RU.clamp(min=LEAST_TEACHER_PROBABILITY))
+        return reverse_R if divergence == "reverse" else (reverse_R + _divergence(teacher_RU, student_RU)) / 2
 
 
 def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> TeacherRows:
@@ -116,18 +118,18 @@ def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> T
     kept_RK = kept_RK * (stored.ids_RK < vocab_size)
     # A row without any token of the student's vocabulary gets no loss instead of a division by zero.
     total_R1 = (kept_RK.sum(-1) + tail_R)[:, None].clamp(min=torch.finfo(kept_RK.dtype).tiny)
-    draws_RD = draws_RD * (stored.draw_ids_RD < vocab_size)
+    draws_RD = draws_RD * (stored.tail_ids_RD < vocab_size)
     return TeacherRows(
         temperature=temperature,
         ids_RK=stored.ids_RK,
         probs_RK=kept_RK / total_R1,
         tail_R=tail_R / total_R1[:, 0],
-        ids_RJ=torch.cat([stored.ids_RK, stored.draw_ids_RD], dim=1).clamp(max=vocab_size - 1),
-        weights_RJ=torch.cat([kept_RK, draws_RD], dim=1) / total_R1,
+        ids_RA=torch.cat([stored.ids_RK, stored.tail_ids_RD], dim=1).clamp(max=vocab_size - 1),
+        weights_RA=torch.cat([kept_RK, draws_RD], dim=1) / total_R1,
     )
 
 
-def _divergence(of_RQ: Tensor, under_RQ: Tensor) -> Tensor:
+def _divergence(of_RU: Tensor, under_RU: Tensor) -> Tensor:
     """`[R]` KL(of || under); an empty bucket of the first adds nothing, and logarithms stay finite."""
-    of_log_RQ, under_log_RQ = (probs.clamp(min=torch.finfo(probs.dtype).tiny).log() for probs in (of_RQ, under_RQ))
-    return (of_RQ * (of_log_RQ - under_log_RQ)).sum(-1)
+    of_log_RU, under_log_RU = (probs.clamp(min=torch.finfo(probs.dtype).tiny).log() for probs in (of_RU, under_RU))
+    return (of_RU * (of_log_RU - under_log_RU)).sum(-1)

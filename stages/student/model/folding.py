@@ -1,8 +1,6 @@
 """Folds a student's post-connector into the linear layer before it: one layer less, the same function.
 
 Two linear layers in a row are one: with `h = W x + b` and `y = P h + p`, `y = (P W) x + (P b + p)`.
-
-Shape letters: I inputs of the projector's last layer, D hidden size of the teacher's decoder, d of the student's.
 """
 
 import copy
@@ -67,31 +65,29 @@ def fold_post_connector(parts: ModelParts) -> ModelParts:
     return _fold_llava(parts)
 
 
-def folded_linear(
-    weight_DI: Tensor, bias_D: Tensor | None, post_dD: Tensor, post_bias_d: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`[d, I]` weight and `[d]` bias of two linear layers as one, computed in float64, in the dtype of `post_dD`."""
-    weight_dI = post_dD.double() @ weight_DI.double()
-    bias_d = post_bias_d if bias_D is None else carried_vector(bias_D, post_dD, post_bias_d)
-    return weight_dI.to(post_dD.dtype), bias_d
+def folded_linear(weight: Tensor, bias: Tensor | None, post: Tensor, post_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of two linear layers as one, computed in float64, in the dtype of `post`."""
+    folded_weight = post.double() @ weight.double()
+    folded_bias = post_bias if bias is None else carried_vector(bias, post, post_bias)
+    return folded_weight.to(post.dtype), folded_bias
 
 
-def carried_vector(vector_D: Tensor, post_dD: Tensor, post_bias_d: Tensor) -> Tensor:
-    """`[d]`: one vector after the post-connector, computed in float64, in the dtype of `post_dD`."""
-    return (post_dD.double() @ vector_D.double() + post_bias_d.double()).to(post_dD.dtype)
+def carried_vector(vector: Tensor, post: Tensor, post_bias: Tensor) -> Tensor:
+    """One vector after the post-connector, computed in float64, in the dtype of `post`."""
+    return (post.double() @ vector.double() + post_bias.double()).to(post.dtype)
 
 
 def _fold_llava(parts: ModelParts) -> ModelParts:
     assert parts.model_class is CompoDistillStudentForConditionalGeneration
     tensors, config = dict(parts.tensors), copy.deepcopy(parts.config)
-    post_dD, post_bias_d = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
+    post, post_bias = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
     names = [f"{_PROJECTOR}{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias")]
     weight_1, weight_2 = tensors[names[0]], tensors[names[2]]
     bias_1 = tensors.get(names[1], weight_1.new_zeros(len(weight_1)))
-    weight_2, bias_2 = folded_linear(weight_2, tensors.get(names[3]), post_dD, post_bias_d)
+    weight_2, bias_2 = folded_linear(weight_2, tensors.get(names[3]), post, post_bias)
     # The post-connector has a bias, whether or not the projector had one.
     config.multimodal_projector_bias, config.has_post_connector = True, False
-    spare = post_dD.shape[0] - post_dD.shape[1]
+    spare = post.shape[0] - post.shape[1]
     model_class: Any = parts.model_class
     if spare >= 0:
         weight_1, bias_1, weight_2 = _grown(weight_1, 0, spare), _grown(bias_1, 0, spare), _grown(weight_2, 1, spare)
@@ -110,11 +106,11 @@ def _fold_any_teacher(parts: ModelParts) -> ModelParts:
     if family.last_linear is None:
         return parts
     tensors, config = dict(parts.tensors), copy.deepcopy(parts.config)
-    post_dD, post_bias_d = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
+    post, post_bias = tensors.pop(f"{_POST}weight"), tensors.pop(f"{_POST}bias")
     weight, bias = (f"model.eyes.{family.last_linear}.{kind}" for kind in ("weight", "bias"))
-    tensors[weight], tensors[bias] = folded_linear(tensors[weight], tensors.get(bias), post_dD, post_bias_d)
+    tensors[weight], tensors[bias] = folded_linear(tensors[weight], tensors.get(bias), post, post_bias)
     for name in family.added_vectors:
-        tensors[f"model.eyes.{name}"] = carried_vector(tensors[f"model.eyes.{name}"], post_dD, post_bias_d)
+        tensors[f"model.eyes.{name}"] = carried_vector(tensors[f"model.eyes.{name}"], post, post_bias)
     config.folded_linear, config.folded_vectors = family.last_linear, list(family.added_vectors)
     return ModelParts(parts.model_class, config, tensors)
 

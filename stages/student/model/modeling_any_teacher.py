@@ -82,15 +82,6 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's."""
-        embeddings: nn.Module = self.language_model.get_input_embeddings()
-        return embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """The decoder's."""
-        self.language_model.set_input_embeddings(value)
-
     def get_image_features(self, **pixels: Tensor) -> Tensor:
         """`[N, hidden]`: the teacher's features of all images of the batch, after the post-connector."""
         features = self.eyes.get_image_features(**pixels, return_dict=True).pooler_output
@@ -124,18 +115,6 @@ class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel
         self.model = AnyTeacherStudentModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The decoder's."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """The decoder's."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head."""
-        return self.lm_head
 
     def get_image_features(self, **pixels: Tensor) -> Tensor:
         """As the model's."""

@@ -15,9 +15,8 @@ from stages.captured_layers import refuse_without_maps
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.model.student import Student
-from storage.codecs.windows import decode_windows as decode_stored
-from storage.codecs.windows import estimate_windows, window_rows
-from storage.targets.sample_targets import MapTargets
+from storage.codecs.maps import EncodedMaps, MapCodec
+from storage.codecs.windows import window_rows
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def run_student(
 
 
 def decode_windows(
-    maps: Sequence[MapTargets | None], matching: LayerMatching, device: torch.device, *, sink_mask: bool = True
+    maps: Sequence[EncodedMaps | None], matching: LayerMatching, device: torch.device, *, sink_mask: bool = True
 ) -> WindowTargets:
     """Decodes stored maps on `device` and averages them into windows.
 
@@ -90,15 +89,13 @@ def decode_windows(
     return WindowTargets(maps_WBNN, keep_WBNN, torch.tensor(counts, device=device))
 
 
-def _decoded(stored: MapTargets, matching: LayerMatching, device: torch.device) -> tuple[Tensor, Tensor]:
+def _decoded(stored: EncodedMaps, matching: LayerMatching, device: torch.device) -> tuple[Tensor, Tensor]:
     """`[W, N, N]` maps and masks of one image."""
     stored = stored.to(device)
-    if stored.windows is None:
-        raise ValueError("the maps were read without their windows; read all captured layers")
-    coded = stored.maps, stored.windows, stored.num_tokens
+    codec = MapCodec.of_layers(matching.codec, matching.captured_layers, matching.stored_windows)
     if not matching.stored_masks:
-        return estimate_windows(matching.codec, window_rows(matching.captured_layers, matching.windows), *coded)
-    decoded = decode_stored(matching.codec, window_rows(matching.captured_layers, matching.stored_windows), *coded)
+        return codec.estimate_windows(stored, window_rows(matching.captured_layers, matching.windows))
+    decoded = codec.decode_windows(stored)
     if matching.windows == matching.stored_windows:
         return decoded
     chosen = [matching.stored_windows.index(window) for window in matching.windows]

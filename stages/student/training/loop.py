@@ -33,8 +33,9 @@ from stages.student.training.parallel import clip_gradients, gradients_stay, spr
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
 from stages.student.training.resume_guard import check_resumable, record_stage
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageRun, StepProgress, TrainingStopped
+from stages.student.training.stage import StageRun, TrainingStopped
 from storage.errors import UserError
+from storage.progress import SILENT, Progress
 from storage.stores import open_store
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 def train_stage(
     run: StageRun,
     accelerator: Accelerator,
-    progress: Callable[[StepProgress], None] | None = None,
+    progress: Progress = SILENT,
     should_stop: Callable[[], bool] = lambda: False,
     start: StageSetup | None = None,
 ) -> StageReport:
@@ -54,7 +55,7 @@ def train_stage(
     Args:
         run: what is trained on what.
         accelerator: of this process.
-        progress: called after each step.
+        progress: shows a task of the stage's name, in steps.
         should_stop: asked before each step; as soon as it says so in any process, all save a checkpoint and stop.
         start: of this run, if it is known already.
 
@@ -92,7 +93,7 @@ class _StageLoop:
         run: StageRun,
         start: StageSetup,
         accelerator: Accelerator,
-        progress: Callable[[StepProgress], None] | None,
+        progress: Progress,
         should_stop: Callable[[], bool],
     ) -> None:
         self.run_config, self.accelerator, self.progress, self.should_stop = run, accelerator, progress, should_stop
@@ -144,6 +145,8 @@ class _StageLoop:
         self.student.train()
         begun = time.perf_counter()
         started = begun - self.position.seconds
+        task = self.progress.task(self.run_config.name, self.num_steps, unit="steps")
+        task.update(done=self.position.step)
         groups = self.loader.steps(range(self.position.epoch, self.run_config.stage.epochs), self.position.epoch_step)
         with closing(self._metrics_log()) as log, closing(groups):
             while self.position.step < self.num_steps:
@@ -156,8 +159,7 @@ class _StageLoop:
                 step = self.position.step
                 if step % config.logging.every == 0 or step == self.num_steps:
                     log.write(step, {**losses, "samples": self.position.samples, "seconds": self.position.seconds})
-                if self.progress is not None:
-                    self.progress(StepProgress(step, self.num_steps, self.position.samples, losses))
+                task.update(done=step, note=_step_text(losses, self.position))
                 # After the last step too: whatever happens while the student is saved, none is done again.
                 if step % config.checkpoint.every == 0 or step == self.num_steps:
                     self.checkpoints.save(self.position, self.state)
@@ -274,6 +276,13 @@ class _StageLoop:
             run.folder.finish(report)
         self.accelerator.wait_for_everyone()
         return report
+
+
+def _step_text(losses: dict[str, float], position: Position) -> str:
+    """What is shown beside the number of steps."""
+    terms = [f"{name} {losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in losses]
+    speed = position.samples / max(position.seconds, 1e-9)
+    return ", ".join([*terms, f"learning rate {losses['learning_rate']:.2g}", f"{speed:,.1f} samples/s"])
 
 
 def _save_student(run: StageRun, start: StageSetup, trained: dict[str, Tensor]) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from stages.student.config import StageConfig
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
-from stages.student.losses import AttentionLoss, answer_losses, matched_loss, teacher_rows
+from stages.student.losses.attention import AttentionLoss, matched_loss
+from stages.student.losses.head import answer_losses
+from stages.student.losses.logits import teacher_rows
 from stages.student.model.student import Student, projector_parameters
 from stages.student.training.forward import WindowTargets, run_student
-from storage.codecs.answer_logits import decode_logits
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 
 
@@ -63,7 +65,7 @@ class DistillationObjective(nn.Module):
     def _answer_terms(self, batch: Batch, hidden_BTd: Tensor, num_rows: int) -> dict[str, Tensor]:
         vocab_size, teacher = self.student.config.get_text_config().vocab_size, None
         if self.weights["kd"] > 0:
-            stored = decode_logits(self.logit_codec, batch.logits_RB)
+            stored = AnswerLogitsCodec(self.logit_codec).decode(batch.logits_RQ)
             teacher = teacher_rows(stored, vocab_size, self.stage.kd_temperature)
         # Vocabulary logits at answer rows only: image and question positions predict nothing that is scored.
         hidden_Rd = hidden_BTd[batch.answers.sequence_R, batch.answers.position_R]

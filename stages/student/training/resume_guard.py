@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkpoints import resolve_checkpoint, weights_digest
-from stages.settings import lasting
+from stages.settings import lasting, refuse_other_settings
 from stages.student.config import STAGES, StageName
 from stages.student.run_folder import StageDescription, StageFolder
 from stages.student.training.config import TrainConfig
@@ -29,14 +29,11 @@ def check_resumable(run: StageRun) -> None:
     wanted = _data(run) | _settings(run.config, run.name, matched=run.stage.attention_weight > 0)
     # A setting that the folder's version did not have counts as its default.
     found = {**_settings(TrainConfig(), run.name), **begun.data, **begun.settings}
-    if differing := sorted(name for name, value in wanted.items() if found.get(name) != value):
-        how, instead = "with other settings", "or use the settings of its run.yaml to resume"
-        if "shards" in found:
-            how = "while its targets were incomplete, or with other settings"
-            instead = "since other shards are another order of samples"
-        raise FingerprintMismatch(
-            f"{run.output} was begun {how} (differs in: {', '.join(differing)}); train into a new folder, {instead}"
-        )
+    how, instead = "with other settings", "or use the settings of its run.yaml to resume"
+    if "shards" in found:
+        how = "while its targets were incomplete, or with other settings"
+        instead = "since other shards are another order of samples"
+    refuse_other_settings(str(run.output), found, wanted, how, f"train into a new folder, {instead}")
     _check_start(run, begun.data)
 
 

@@ -60,16 +60,6 @@ class StageRun:
         )
 
 
-@dataclass(frozen=True)
-class StepProgress:
-    """What a progress bar shows after each optimizer step."""
-
-    step: int
-    num_steps: int
-    samples: int
-    losses: dict[str, float]
-
-
 class TrainingStopped(Exception):
     """A stage saved a checkpoint and stopped, as it was asked to."""
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.run_file import load_run_file
 from stages.student.config import STAGES
 from stages.student.model.loading import load_student
 from tests.conftest import NUM_SAMPLES, TinyWorld
@@ -29,6 +30,7 @@ COMMANDS = (
     "compare-attention",
     "inspect",
     "verify",
+    "config",
 )
 
 TRAINING = (
@@ -106,6 +108,13 @@ def test_the_whole_pipeline_runs_by_commands_and_trains_without_the_teacher(
     shown = run("extract-teacher", "--teacher", teacher, *places, "--ray-address", ray_address, "--workers", 2)
     assert f"samples │ {NUM_SAMPLES}" in " ".join(shown.split())
     assert json.loads((targets / "reports/extraction.json").read_text())["samples"] == NUM_SAMPLES
+    extracted = load_run_file(targets / "reports/run.yaml", [], {})
+    assert extracted.teacher is not None
+    assert (extracted.teacher.checkpoint, extracted.targets, extracted.extract.workers) == (
+        str(teacher),
+        str(targets),
+        2,
+    )
     shutil.rmtree(teacher)
 
     inspected = run("inspect", targets)

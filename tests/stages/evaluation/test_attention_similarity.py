@@ -16,11 +16,10 @@ from stages.student.layer_matching import LayerMatching
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask
-from storage.codecs.windows import encode_image
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, target_stream
-from storage.targets.sample_targets import MapTargets
 from tests.stages.distilled import extract_here, make_tiny_data
 
 MATCHING = LayerMatching(
@@ -51,8 +50,8 @@ def student_and_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student
     return student, replace(batch, maps=tuple(coded(m) if s else None for m, s in zip(own, batch.maps, strict=True)))
 
 
-def coded(maps_LNN: torch.Tensor) -> MapTargets:
-    return MapTargets(maps_LNN.shape[-1], *encode_image(MATCHING.codec, ((0,), (1,)), maps_LNN))
+def coded(maps_LNN: torch.Tensor) -> EncodedMaps:
+    return MapCodec(MATCHING.codec, ((0,), (1,))).encode(maps_LNN)
 
 
 def test_a_student_is_wholly_similar_to_its_own_maps(student_and_batch: tuple[Student, Batch]) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from stages.student.config import DistilledFinetuning
 from stages.student.data.batch import Batch
 from stages.student.data.loader import LoaderConfig
-from stages.student.losses import answer_losses
+from stages.student.losses.head import answer_losses
 from stages.student.training.config import TrainConfig
 from stages.student.training.loop import train_stage
 from stages.student.training.metrics import LoggingConfig

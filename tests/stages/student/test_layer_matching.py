@@ -19,11 +19,10 @@ from stages.student.layer_matching import (
 )
 from stages.student.training.forward import decode_windows
 from storage.codecs.config import MapCodecConfig
-from storage.codecs.maps import decode_maps
+from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask, sink_threshold
 from storage.errors import UserError
 from storage.targets.manifest import Manifest
-from storage.targets.sample_targets import MapTargets
 from tests.storage.builders import manifest, map_targets, random_maps
 
 LAYERS, WINDOWS = (2, 3, 4), ((2, 3), (3, 4))
@@ -35,7 +34,7 @@ RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "attention_code
 VARIANTS = RESULTS.with_name("attention_variants.json")
 
 
-def stored(name: str, num_tokens: int = 40) -> MapTargets:
+def stored(name: str, num_tokens: int = 40) -> EncodedMaps:
     return map_targets(manifest(map_codec=MapCodecConfig(name=name)), num_tokens, seed=3)
 
 
@@ -43,7 +42,7 @@ def exact_windows(num_tokens: int, windows: tuple[tuple[int, ...], ...]) -> torc
     return window_means(random_maps(len(LAYERS), num_tokens, seed=3), LAYERS, windows)
 
 
-def test_as_many_layers_as_the_store_foresaw_use_its_masks_without_a_note() -> None:
+def test_as_many_layers_as_the_stored_windows_use_the_stored_masks_without_a_note() -> None:
     matching, notes = match_layers(6, manifest(), MatchingConfig())
     assert matching.stored_masks
     assert matching.windows == WINDOWS
@@ -71,7 +70,7 @@ def test_another_number_of_layers_takes_masks_from_decoded_maps_and_says_so(name
     assert f"with {name} codes was at least {UNSTORED_WINDOW_COSINES[name]}" in note
     assert "teacher.num_matched=1" in note
     found = decode_windows([stored(name)], matching, CPU)
-    decoded = window_means(decode_maps(codec, stored(name).maps, 40), LAYERS, (LAYERS,))
+    decoded = window_means(MapCodec(codec).decode(stored(name)), LAYERS, (LAYERS,))
     # But for the last two keys.
     torch.testing.assert_close(found.maps_WBNN[:, 0, :, :38], decoded[:, :, :38], rtol=1e-6, atol=1e-9)
     exact = exact_windows(40, (LAYERS,))
@@ -121,7 +120,7 @@ def test_a_span_matches_the_same_part_of_both_decoders(
         assert f"{teacher[1]}] and teacher.num_matched=2" in note
 
 
-def test_a_span_of_which_the_store_foresaw_the_windows_uses_its_masks() -> None:
+def test_a_span_whose_windows_are_stored_uses_the_stored_masks() -> None:
     windows = (4, 5, 6), (5, 6, 7)
     found = manifest(layers=(4, 5, 6, 7), windows=windows).model_copy(update={"num_layers": 12})
     matching, notes = match_layers(6, found, MatchingConfig(span="middle"))
@@ -138,7 +137,7 @@ def test_a_span_that_was_not_captured_is_refused_with_what_was() -> None:
         match_layers(6, manifest(), MatchingConfig(span="late"))
 
 
-def test_one_to_one_matching_takes_single_layers_and_says_that_their_masks_were_not_foreseen() -> None:
+def test_one_to_one_matching_takes_single_layers_and_says_that_their_masks_are_not_stored() -> None:
     matching, (note,) = match_layers(6, deep(), MatchingConfig(num_matched=3, kind="one_to_one"))
     assert matching.windows == ((0,), (6,), (11,))
     assert note.startswith("3 layers are matched with one teacher layer each, but the targets hold exact sink masks")
@@ -147,7 +146,7 @@ def test_one_to_one_matching_takes_single_layers_and_says_that_their_masks_were_
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_single_layers_among_those_the_store_foresaw_have_exact_masks(name: str) -> None:
+def test_single_layers_among_the_stored_windows_have_exact_masks(name: str) -> None:
     singles = tuple((layer,) for layer in LAYERS)
     config = manifest(map_codec=MapCodecConfig(name=name), windows=singles)
     matching, notes = match_layers(6, config, MatchingConfig(num_matched=2, kind="one_to_one"))

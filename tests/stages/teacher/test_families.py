@@ -21,10 +21,9 @@ from stages.families.batch import batch_inputs, join_pixels, pixels_of
 from stages.images import decode_image
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
-from storage.codecs.answer_logits import AnswerLogits, decode_logits
-from storage.codecs.maps import decode_maps
+from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
+from storage.codecs.maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
-from storage.codecs.windows import decode_windows, window_rows
 from storage.errors import UserError
 from tests.stages.extracted_families import LAYERS, eager, eager_maps, processed
 from tests.tiny_families import RECIPES
@@ -37,22 +36,21 @@ def test_stored_maps_and_logits_are_those_of_eager_attention(model_type: str, ex
     extracted = extract(model_type)
     model, processor = eager(extracted.checkpoint), load_processor(extracted.checkpoint)
     made_from = extracted.store.manifest.fingerprint
-    codec, rows = made_from.map_codec, window_rows(made_from.layers, made_from.windows)
+    codec = MapCodec.of_layers(made_from.map_codec, made_from.layers, made_from.windows)
     for stored, targets, maps in extracted.rows.values():
         inputs = processed(processor, stored)
         assert targets.token_ids.tolist() == inputs["input_ids"][0].tolist()
         expected_LNN, logits_TV = eager_maps(model, inputs)
         assert (maps is None) == (not stored.images)
         if maps is not None:
-            found_LNN = decode_maps(codec, maps.maps, maps.num_tokens)
+            found_LNN = codec.decode(maps)
             torch.testing.assert_close(found_LNN, expected_LNN, atol=1e-5, rtol=1e-3)
             assert expected_LNN.std() > 1e-3, "flat maps would prove nothing"
             keep_WNN = sink_keep_mask(expected_LNN.mean(0, keepdim=True))
-            assert maps.windows is not None
-            _, stored_WNN = decode_windows(codec, rows, maps.maps, maps.windows, maps.num_tokens)
+            _, stored_WNN = codec.decode_windows(maps)
             assert (keep_WNN != stored_WNN).float().mean() < 1e-3, "entries at the threshold may fall to either side"
         rows_R = targets.answer_mask.nonzero()[:, 0] - 1
-        assert_same_logits(decode_logits(made_from.logit_codec, targets.logits_RB), logits_TV[rows_R])
+        assert_same_logits(AnswerLogitsCodec(made_from.logit_codec).decode(targets.logits_RQ), logits_TV[rows_R])
 
 
 def assert_same_logits(found: AnswerLogits, logits_RV: Tensor) -> None:
@@ -122,7 +120,7 @@ def test_maps_of_causal_families_are_zero_above_the_diagonal(model_type: str, ex
     codec = extracted.store.manifest.fingerprint.map_codec
     assert codec.causal
     for _, _, maps in extracted.with_maps:
-        assert maps.maps.codes_LC.shape[1] == maps.num_tokens * (maps.num_tokens + 1) // 2
+        assert maps.codes_LC.shape[1] == maps.num_tokens * (maps.num_tokens + 1) // 2
 
 
 def test_gemma3_image_tokens_attend_within_their_image_in_both_directions_and_the_square_is_stored(
@@ -134,8 +132,8 @@ def test_gemma3_image_tokens_attend_within_their_image_in_both_directions_and_th
     images = set()
     for stored, _, maps in extracted.with_maps:
         n = maps.num_tokens
-        assert maps.maps.codes_LC.shape[1] == n * n
-        maps_LNN = decode_maps(codec, maps.maps, n)
+        assert maps.codes_LC.shape[1] == n * n
+        maps_LNN = MapCodec(codec).decode(maps)
         per_image = n // len(stored.images)
         images.add(len(stored.images))
         for first in range(0, n, per_image):
@@ -162,7 +160,7 @@ def test_gemma3_layers_with_a_window_see_only_part_of_an_earlier_image(extract: 
     extracted = extract("gemma3")
     codec = extracted.store.manifest.fingerprint.map_codec
     maps = next(maps for stored, _, maps in extracted.with_maps if len(stored.images) == 2)
-    whole, sliding = decode_maps(codec, maps.maps, maps.num_tokens)
+    whole, sliding = MapCodec(codec).decode(maps)
     own = maps.num_tokens // 2
     assert bool((whole[own:, :own] > 0).all())
     assert not bool((sliding[own:, :own] > 0).all())

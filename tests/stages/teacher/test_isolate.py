@@ -58,10 +58,10 @@ def same(one: ShardObservations, other: ShardObservations) -> bool:
     """Whether all samples of `one` are in `other`, with the same bytes."""
     others = {sample.key: sample for sample in other.samples}
     return all(
-        torch.equal(sample.logits_RB, others[sample.key].logits_RB)
+        torch.equal(sample.logits_RQ, others[sample.key].logits_RQ)
         and (
             sample.map_row is None
-            or torch.equal(one.maps[sample.map_row].maps.codes_LC, other.maps[others[sample.key].map_row].maps.codes_LC)
+            or torch.equal(one.maps[sample.map_row].codes_LC, other.maps[others[sample.key].map_row].codes_LC)
         )
         for sample in one.samples
     )

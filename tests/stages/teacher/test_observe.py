@@ -14,8 +14,7 @@ from stages.teacher.forward import ForwardOutput, run_teacher
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer, ShardObservations, observe_shard
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.codecs.answer_logits import decode_logits
-from storage.codecs.maps import decode_maps
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.errors import UserError
 from storage.samples.index import SampleIndex
 from storage.samples.shard import SampleShard
@@ -66,8 +65,8 @@ def test_rows_stand_in_the_tars_order_and_text_only_samples_have_no_maps(teacher
     for sample in seen.samples:
         assert (sample.map_row is None) == (not bool((sample.token_ids == image_token).any()))
         codec = teacher.identity.logit_codec
-        assert sample.logits_RB.shape == (int(sample.answer_mask.sum()), codec.row_bytes)
-        assert decode_logits(codec, sample.logits_RB).ids_RK.shape[1] == 5
+        assert sample.logits_RQ.shape == (int(sample.answer_mask.sum()), codec.row_bytes)
+        assert AnswerLogitsCodec(codec).decode(sample.logits_RQ).ids_RK.shape[1] == 5
 
 
 def test_a_conversation_cut_before_its_answer_is_in_the_ledger_and_the_others_stay(
@@ -108,7 +107,7 @@ def bytes_of(seen: ShardObservations) -> list[object]:
     """All that will be stored, to compare bit for bit; NaN is not among it."""
     return [
         [(s.key, s.token_ids.tolist(), s.answer_mask.tolist(), s.map_row) for s in seen.samples],
-        [s.logits_RB.tolist() for s in seen.samples],
+        [s.logits_RQ.tolist() for s in seen.samples],
         [[tensor.tolist() for part in (m.maps, m.windows) for tensor in vars(part).values()] for m in seen.maps],
         seen.skipped,
     ]
@@ -213,10 +212,7 @@ def test_a_sample_that_alone_does_not_fit_is_in_the_ledger_and_others_keep_the_m
     maps = {sample.key: seen.maps[sample.map_row] for sample in seen.samples if sample.map_row is not None}
     assert len(seen.maps) == len(usual.maps)
     # Taken of another sample, whose length may be another: equal to rounding only.
-    found, expected = (
-        decode_maps(teacher.identity.codec, coded.maps, coded.num_tokens)
-        for coded in (maps[sharing[1].key], usual.maps[shared])
-    )
+    found, expected = (teacher.identity.map_codec.decode(coded) for coded in (maps[sharing[1].key], usual.maps[shared]))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 

@@ -9,16 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from storage.codecs.answer_logits import (
-    LOWEST_LOGPROB,
-    AnswerLogits,
-    decode_logits,
-    encode_logits,
-    faults_of,
-    row_addresses,
-)
+from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.bits import pack_integers, unpack_integers
 from storage.codecs.config import LogitCodecConfig
+from storage.codecs.levels import LOWEST_LOGPROB
+from storage.codecs.tail_samples import row_addresses
 
 QWEN_VOCAB = 151_936
 
@@ -31,7 +26,7 @@ def stored(logits_RV: Tensor, addresses_R: Tensor | None = None, **settings: obj
     codec = LogitCodecConfig.model_validate({"vocab_size": logits_RV.shape[1], **settings})
     if addresses_R is None:
         addresses_R = row_addresses("key", len(logits_RV))
-    return decode_logits(codec, encode_logits(codec, logits_RV, addresses_R))
+    return AnswerLogitsCodec(codec).decode(AnswerLogitsCodec(codec).encode(logits_RV, addresses_R))
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,7 +76,7 @@ def test_tails_are_exact_at_every_stored_temperature():
     found = stored(logits_RV, top_k=20, temperatures=(0.5, 2.0, 4.0))
     logprobs = logits_RV.double().log_softmax(-1).scatter(1, found.ids_RK, -torch.inf)
     expected = torch.stack([(logprobs / t).logsumexp(-1) for t in (1, 0.5, 2, 4)], dim=1)
-    torch.testing.assert_close(found.tails_RT.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.tails_RX.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
@@ -109,7 +104,7 @@ def test_a_temperature_that_was_not_stored_is_refused_unless_nothing_is_left_out
 def test_a_tail_below_the_rounding_of_the_kept_values_is_exact():
     logits_RV = torch.zeros(1, 100)
     logits_RV[0, 7] = 20.0
-    tail = stored(logits_RV, top_k=1).tails_RT[:, 0].double()
+    tail = stored(logits_RV, top_k=1).tails_RX[:, 0].double()
     assert torch.allclose(tail.exp(), torch.tensor([99 / (99 + math.exp(20))]).double(), rtol=1e-5)
 
 
@@ -128,14 +123,14 @@ def test_no_rows_and_forbidden_tokens_are_fine_but_nan_is_not(name):
         kept = stored(logits_RV, name=name, top_k=k, temperatures=(2.0,))
         assert kept.ids_RK[0].tolist() == [0, 2, 1, *range(3, 30)][:k]
         assert bool((kept.logprobs_RK[0, 2:] <= LOWEST_LOGPROB).all())
-        assert faults_of(kept) is None
+        assert kept.fault() is None
         for temperature in (1.0, 2.0):
             probs_RK, tail_R, weights_RD = kept.probabilities(temperature)
             assert probs_RK[0, :2].tolist() == pytest.approx([0.5, 0.5][:k], rel=1e-3)
             assert float(tail_R) == pytest.approx(0.5 if k == 1 else 0, abs=1e-3)
             assert float(weights_RD.sum()) == pytest.approx(0.5 if k == 1 else 0, abs=1e-3)
         if k == 1:
-            assert set(kept.draw_ids_RD[0].tolist()) == {2}
+            assert set(kept.tail_ids_RD[0].tolist()) == {2}
     for bad in ([0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]):
         with pytest.raises(ValueError, match="NaN"):
             stored(torch.tensor([bad]), top_k=1)
@@ -144,34 +139,34 @@ def test_no_rows_and_forbidden_tokens_are_fine_but_nan_is_not(name):
 def test_arguments_that_do_not_fit_the_codec_are_refused():
     codec = LogitCodecConfig(vocab_size=9, top_k=2)
     with pytest.raises(ValueError, match=r"expected floats \[R, 9\]"):
-        encode_logits(codec, torch.zeros(1, 8), torch.zeros(1))
+        AnswerLogitsCodec(codec).encode(torch.zeros(1, 8), torch.zeros(1))
     for addresses in (torch.zeros(2), torch.ones(1)):
         with pytest.raises(ValueError, match=r"expected one in \[0, 1\) for each row"):
-            encode_logits(codec, torch.zeros(1, 9), addresses)
+            AnswerLogitsCodec(codec).encode(torch.zeros(1, 9), addresses)
     with pytest.raises(ValueError, match="records are"):
-        decode_logits(codec, torch.zeros(1, codec.row_bytes + 1, dtype=torch.uint8))
+        AnswerLogitsCodec(codec).decode(torch.zeros(1, codec.row_bytes + 1, dtype=torch.uint8))
     for temperatures in ((1.0,), (2.0, 2.0), (0.0,), (math.inf,)):
         with pytest.raises(ValueError, match="temperatures"):
             LogitCodecConfig(vocab_size=9, temperatures=temperatures)
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 64, "num_draws": 4, "temperatures": (2.0, 4.0)}])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 64, "num_tail_samples": 4, "temperatures": (2.0, 4.0)}])
 def test_a_row_of_a_large_vocabulary_takes_at_most_220_bytes(settings):
     codec = LogitCodecConfig(vocab_size=QWEN_VOCAB, **settings)
     assert codec.row_bytes <= 220
     logits_RV = normal_logits(3, QWEN_VOCAB, 3.0)
-    assert encode_logits(codec, logits_RV, row_addresses("key", 3)).shape == (3, codec.row_bytes)
+    assert AnswerLogitsCodec(codec).encode(logits_RV, row_addresses("key", 3)).shape == (3, codec.row_bytes)
 
 
 def test_every_token_outside_the_kept_ones_is_drawn_as_often_as_it_is_likely():
     # Every address of a fine grid once: means over it are those over all addresses, to 1 / grid.
     grid, draws = 20_000, 4
     logits_RV = normal_logits(1, 60, 2.0).expand(grid, -1)
-    found = stored(logits_RV, (torch.arange(grid).double() + 0.5) / grid, top_k=5, num_draws=draws)
+    found = stored(logits_RV, (torch.arange(grid).double() + 0.5) / grid, top_k=5, num_tail_samples=draws)
     exact = logits_RV[0].double().softmax(-1)
     rest = exact.scatter(0, found.ids_RK[0], 0)
     expected = draws * rest / rest.sum()
-    counts_RV = torch.zeros(grid, 60).scatter_add_(1, found.draw_ids_RD, torch.ones(grid, draws)).double()
+    counts_RV = torch.zeros(grid, 60).scatter_add_(1, found.tail_ids_RD, torch.ones(grid, draws)).double()
     torch.testing.assert_close(counts_RV.mean(0), expected, rtol=0, atol=2 / grid)
     # Never further from its expectation than the next integer, so with the least variance.
     assert bool(((counts_RV - expected).abs() < 1 + 1e-9).all())
@@ -182,10 +177,10 @@ def test_every_token_outside_the_kept_ones_is_drawn_as_often_as_it_is_likely():
 def test_draws_reach_the_last_token_and_never_one_without_mass():
     logits_RV = torch.full((2, 8), -torch.inf)
     logits_RV[:, [1, 3, 6]] = torch.tensor([5.0, 0.0, 0.0])
-    found = stored(logits_RV, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), top_k=1, num_draws=4)
-    assert found.draw_ids_RD[0].tolist() == [3, 3, 6, 6]
-    assert set(found.draw_ids_RD[1].tolist()) == {3, 6}
-    assert found.draw_ids_RD[1, -1] == 6
+    found = stored(logits_RV, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), top_k=1, num_tail_samples=4)
+    assert found.tail_ids_RD[0].tolist() == [3, 3, 6, 6]
+    assert set(found.tail_ids_RD[1].tolist()) == {3, 6}
+    assert found.tail_ids_RD[1, -1] == 6
 
 
 def test_addresses_follow_from_key_and_row_alone_and_are_spread_evenly():
@@ -201,8 +196,8 @@ def test_addresses_follow_from_key_and_row_alone_and_are_spread_evenly():
 def test_a_record_does_not_depend_on_the_rows_beside_it():
     codec = LogitCodecConfig(vocab_size=300, top_k=20, temperatures=(2.0,))
     logits_RV, addresses_R = normal_logits(100, 300, 3.0), row_addresses("key", 100)
-    whole = encode_logits(codec, logits_RV, addresses_R)
-    one_by_one = [encode_logits(codec, logits_RV[r : r + 1], addresses_R[r : r + 1]) for r in range(100)]
+    whole = AnswerLogitsCodec(codec).encode(logits_RV, addresses_R)
+    one_by_one = [AnswerLogitsCodec(codec).encode(logits_RV[r : r + 1], addresses_R[r : r + 1]) for r in range(100)]
     assert torch.equal(whole, torch.cat(one_by_one))
 
 
@@ -215,14 +210,14 @@ def test_encoding_leaves_its_argument_alone():
 
 def test_what_no_teacher_says_is_found():
     found = stored(normal_logits(3, 50, 1.0), top_k=20, temperatures=(2.0,))
-    assert faults_of(found) is None
+    assert found.fault() is None
     cases = {
         "ids_RK": (found.ids_RK + 50, "past the vocabulary of 50"),
-        "draw_ids_RD": (found.draw_ids_RD + 50, "past the vocabulary of 50"),
-        "tails_RT": (found.tails_RT * math.nan, "NaN"),
-        "draw_logprobs_RD": (found.draw_logprobs_RD.fill_(math.inf).clone(), "NaN or infinite"),
+        "tail_ids_RD": (found.tail_ids_RD + 50, "past the vocabulary of 50"),
+        "tails_RX": (found.tails_RX * math.nan, "NaN"),
+        "tail_logprobs_RD": (found.tail_logprobs_RD.fill_(math.inf).clone(), "NaN or infinite"),
         "logprobs_RK": (found.logprobs_RK + 1, "sum to"),
     }
-    found = dataclasses.replace(found, draw_logprobs_RD=torch.zeros_like(found.draw_logprobs_RD))
+    found = dataclasses.replace(found, tail_logprobs_RD=torch.zeros_like(found.tail_logprobs_RD))
     for field, (value, message) in cases.items():
-        assert message in str(faults_of(dataclasses.replace(found, **{field: value})))
+        assert message in str(dataclasses.replace(found, **{field: value}).fault())

@@ -1,16 +1,18 @@
 """Codecs against float64 and by round trip."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs.config import MapCodecConfig
-from storage.codecs.maps import EncodedMaps, decode_maps, encode_maps
+from storage.codecs.config import MapCodecConfig, num_entries
+from storage.codecs.map_entries import code_dtype
+from storage.codecs.maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
-from storage.codecs.triangle import num_entries, pack_entries, unpack_entries
+from storage.codecs.triangle import pack_entries, unpack_entries
 from tests.storage.builders import random_maps
 
 NAMES = ("float16", "sqrt8", "sqrt4", "sqrt2")
@@ -47,14 +49,14 @@ def test_entries_of_another_size_are_refused():
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 9, 40])
 def test_decoded_maps_are_within_the_stated_bound(config, num_tokens):
     maps = random_maps(4, num_tokens, seed=3, causal=config.causal)
-    encoded = encode_maps(config, maps)
-    assert encoded.codes_LC.dtype == config.dtype
+    encoded = MapCodec(config).encode(maps)
+    assert encoded.codes_LC.dtype == code_dtype(config)
     assert encoded.codes_LC.shape == (4, config.num_codes(num_tokens))
     assert encoded.codes_LC.element_size() * config.num_codes(num_tokens) == math.ceil(
         num_entries(num_tokens, config.causal) * config.bits / 8
     )
     assert encoded.caps_L.dtype == torch.float32
-    decoded = decode_maps(config, encoded, num_tokens).double()
+    decoded = MapCodec(config).decode(encoded).double()
     exact = maps.double()
     if config.name == "float16":
         bound = torch.maximum(exact * 2**-11, torch.tensor(2.0**-25))
@@ -74,7 +76,7 @@ def test_the_cap_is_six_three_or_two_times_the_sink_threshold_of_the_whole_squar
     factor = {"sqrt8": 6, "sqrt4": 3, "sqrt2": 2}[name]
     assert MapCodecConfig(name=name).cap_factor == factor
     limit = factor * (flat.mean(1) + flat.std(1, correction=1))
-    caps = encode_maps(MapCodecConfig(name=name), maps).caps_L.double()
+    caps = MapCodec(MapCodecConfig(name=name)).encode(maps).caps_L.double()
     exact = limit.minimum(flat.amax(1))
     assert bool(((caps >= exact * (1 - 1e-6)) & (caps <= exact * (1 + 1e-6) + 2**-24)).all())
     assert torch.equal(caps * 2**24, (caps * 2**24).round())
@@ -84,28 +86,29 @@ def test_the_cap_is_six_three_or_two_times_the_sink_threshold_of_the_whole_squar
 def test_the_first_entry_is_in_the_lowest_bits_of_a_byte():
     values = torch.tensor([[9.0, 0.0], [4.0, 1.0]])[None] / 9
     for name, expected in (("sqrt2", [0b01_10_11]), ("sqrt4", [10 << 4 | 15, 5]), ("sqrt8", [255, 170, 85])):
-        assert encode_maps(MapCodecConfig(name=name), values).codes_LC.tolist() == [expected]
+        assert MapCodec(MapCodecConfig(name=name)).encode(values).codes_LC.tolist() == [expected]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_codes_decodes_at_once(name):
     config = MapCodecConfig(name=name)
-    encoded = [encode_maps(config, random_maps(3, 7, seed)) for seed in range(2)]
-    stacked = EncodedMaps(*(torch.stack([getattr(e, part) for e in encoded]) for part in ("codes_LC", "caps_L")))
-    assert torch.equal(decode_maps(config, stacked, 7)[1], decode_maps(config, encoded[1], 7))
+    encoded = [MapCodec(config).encode(random_maps(3, 7, seed)) for seed in range(2)]
+    parts = {part: torch.stack([getattr(e, part) for e in encoded]) for part in ("codes_LC", "caps_L")}
+    stacked = replace(encoded[0], **parts)
+    assert torch.equal(MapCodec(config).decode(stacked)[1], MapCodec(config).decode(encoded[1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_map_of_zeros_stays_zero(name):
     config = MapCodecConfig(name=name)
-    assert not decode_maps(config, encode_maps(config, torch.zeros(1, 4, 4)), 4).any()
+    assert not MapCodec(config).decode(MapCodec(config).encode(torch.zeros(1, 4, 4))).any()
 
 
 def test_codes_of_another_codec_or_size_are_refused():
-    encoded = encode_maps(MapCodecConfig(name="sqrt4"), random_maps(1, 9, seed=0))
+    encoded = MapCodec(MapCodecConfig(name="sqrt4")).encode(random_maps(1, 9, seed=0))
     for name, num_tokens in (("sqrt2", 9), ("float16", 9), ("sqrt4", 8)):
         with pytest.raises(ValueError, match=f"but codec {name} stores"):
-            decode_maps(MapCodecConfig(name=name), encoded, num_tokens)
+            MapCodec(MapCodecConfig(name=name)).decode(replace(encoded, num_tokens=num_tokens))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
@@ -113,12 +116,12 @@ def test_maps_that_are_no_probabilities_are_refused(value):
     maps = random_maps(1, 4, seed=0)
     maps[0, 2, 1] = value
     with pytest.raises(ValueError, match="NaN, infinite or negative"):
-        encode_maps(MapCodecConfig(name="sqrt8"), maps)
+        MapCodec(MapCodecConfig(name="sqrt8")).encode(maps)
 
 
 def test_a_causal_codec_refuses_maps_that_attend_both_ways():
     with pytest.raises(ValueError, match=r"set map_codec\.causal to false"):
-        encode_maps(MapCodecConfig(name="float16"), random_maps(1, 4, seed=0, causal=False))
+        MapCodec(MapCodecConfig(name="float16")).encode(random_maps(1, 4, seed=0, causal=False))
 
 
 def test_unknown_codec_settings_fail():

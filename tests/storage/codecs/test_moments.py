@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from storage.codecs.config import MapCodecConfig
+from storage.codecs.maps import MapCodec
 from storage.codecs.moments import layer_moments, window_thresholds
 from storage.codecs.sinks import sink_keep_mask, sink_threshold
 from storage.codecs.triangle import pack_entries
-from storage.codecs.windows import encode_image, estimate_windows, window_means
+from storage.codecs.windows import window_means
 from tests.storage.builders import random_maps
 
 ROWS = ((0,), (1, 3), (0, 1, 2, 3), (3, 2))
@@ -39,29 +40,28 @@ def test_a_map_of_one_value_has_its_value_for_a_threshold():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_windows_that_were_not_foreseen_have_nearly_exact_masks_at_8_bits(causal):
-    config = MapCodecConfig(name="sqrt8", causal=causal)
+def test_windows_that_are_not_stored_have_nearly_exact_masks_at_8_bits(causal):
+    codec = MapCodec(MapCodecConfig(name="sqrt8", causal=causal), ((0, 1),))
     maps = random_maps(4, 40, seed=5, causal=causal)
-    encoded, windows = encode_image(config, ((0, 1),), maps)
-    _, keep = estimate_windows(config, ROWS, encoded, windows, 40)
+    _, keep = codec.estimate_windows(codec.encode(maps), ROWS)
     wrong = keep != sink_keep_mask(window_means(maps, ROWS))
     assert float(wrong.float().mean()) < 0.004
 
 
 @pytest.mark.parametrize("num_tokens", [32, 33, 70])
-def test_the_last_keys_of_windows_that_were_not_foreseen_are_exact_to_float16(num_tokens):
+def test_the_last_keys_of_windows_that_are_not_stored_are_exact_to_float16(num_tokens):
     config = MapCodecConfig(name="sqrt2")
     maps = random_maps(4, num_tokens, seed=6)
-    found, keep = estimate_windows(config, ROWS, *encode_image(config, ((0, 1),), maps), num_tokens)
+    codec = MapCodec(config, ((0, 1),))
+    found, keep = codec.estimate_windows(codec.encode(maps), ROWS)
     exact = window_means(maps, ROWS)
-    first = num_tokens - config.corner_size(num_tokens)
+    first = num_tokens - config.tail_block_size(num_tokens)
     assert num_tokens - first == {32: 1, 33: 2, 70: 3}[num_tokens]
     torch.testing.assert_close(found[:, :, first:], exact[:, :, first:], rtol=2**-11, atol=2**-25)
     assert torch.equal(keep[:, :, first:], sink_keep_mask(exact)[:, :, first:])
 
 
-def test_maps_that_attend_both_ways_have_no_short_columns_and_no_corner():
+def test_maps_that_attend_both_ways_have_no_short_columns_and_no_tail_block():
     config = MapCodecConfig(name="sqrt2", causal=False)
     maps = random_maps(4, 40, seed=6, causal=False)
-    _, windows = encode_image(config, ((0, 1),), maps)
-    assert windows.corners_LY.shape == (4, 0)
+    assert MapCodec(config, ((0, 1),)).encode(maps).windows.tail_blocks_LY.shape == (4, 0)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.codecs.config import MapCodecConfig
-from storage.codecs.maps import decode_maps
+from storage.codecs.config import MapCodecConfig, num_entries
+from storage.codecs.maps import MapCodec
 from storage.codecs.sinks import decode_flips, encode_flips, sink_keep_mask
-from storage.codecs.windows import decode_windows, encode_image, num_mask_entries, window_means, window_rows
+from storage.codecs.windows import window_means, window_rows
 from tests.storage.builders import random_maps
 
 NAMES = ("float16", "sqrt8", "sqrt4", "sqrt2")
@@ -32,17 +32,18 @@ def test_window_means_are_those_of_float64():
 def test_masks_are_exact_and_each_keys_mean_is_that_of_the_uncoded_window(name, causal, num_tokens):
     config = MapCodecConfig(name=name, causal=causal)
     maps = random_maps(4, num_tokens, seed=num_tokens, causal=causal)
-    encoded, windows = encode_image(config, ROWS, maps)
-    found, keep = decode_windows(config, ROWS, encoded, windows, num_tokens)
+    codec = MapCodec(config, ROWS)
+    encoded = codec.encode(maps)
+    found, keep = codec.decode_windows(encoded)
     exact = window_means(maps, ROWS)
     assert torch.equal(keep, sink_keep_mask(exact))
 
-    coded = window_means(decode_maps(config, encoded, num_tokens), ROWS)
+    coded = window_means(codec.decode(encoded), ROWS)
     worst = ((coded - exact).abs() * keep).amax(-2).double()
     assert bool((((found - exact).abs() * keep).amax(-2) <= 2 * worst + 1e-7).all())
     count = keep.sum(-2).clamp(min=1)
     off = ((found.double() - exact.double()) * keep).sum(-2) / count
-    bound = torch.clamp(windows.shifts_WN.double().abs() * 2**-11, min=2**-25) + 1e-7 * exact.amax(-2)
+    bound = torch.clamp(encoded.windows.shifts_WN.double().abs() * 2**-11, min=2**-25) + 1e-7 * exact.amax(-2)
     assert bool((off.abs() <= bound).all())
     # Outside the masks nothing is moved: those entries are in no mean.
     assert torch.allclose(found[~keep], coded[~keep], rtol=1e-6, atol=1e-9)
@@ -53,9 +54,8 @@ def test_masks_hold_zeros_inside_the_triangle_and_maps_of_zeros(name):
     maps = random_maps(4, 20, seed=3)
     maps[:, 12, 4:9] = 0
     maps[3] = 0
-    config = MapCodecConfig(name=name)
-    encoded, windows = encode_image(config, ROWS, maps)
-    found, keep = decode_windows(config, ROWS, encoded, windows, 20)
+    codec = MapCodec(MapCodecConfig(name=name), ROWS)
+    found, keep = codec.decode_windows(codec.encode(maps))
     assert torch.equal(keep, sink_keep_mask(window_means(maps, ROWS)))
     assert not keep[0, 12, 4:9].any()
     assert not keep[2].any()
@@ -66,28 +66,27 @@ def test_the_finer_the_codes_the_fewer_bytes_correct_their_masks():
     maps = random_maps(4, 60, seed=2)
     sizes = []
     for name in NAMES:
-        config = MapCodecConfig(name=name)
-        _, windows = encode_image(config, ROWS, maps)
-        sizes.append(int((windows.flips_G < 255).sum()))
+        encoded = MapCodec(MapCodecConfig(name=name), ROWS).encode(maps)
+        sizes.append(int((encoded.windows.flips_G < 255).sum()))
     assert sizes == sorted(sizes)
     # A bit an entry would be 686 bytes.
-    assert num_mask_entries(config, len(ROWS), 60) == 5490
+    assert len(ROWS) * num_entries(60, causal=True) == 5490
     assert sizes[2] < 200
 
 
 def test_layers_too_few_for_the_windows_are_refused():
     config = MapCodecConfig(name="sqrt4")
     maps = random_maps(4, 9, seed=0)
-    encoded, windows = encode_image(config, ROWS, maps)
+    encoded = MapCodec(config, ROWS).encode(maps)
     with pytest.raises(ValueError, match="do not belong to 2 windows of 9 image tokens"):
-        decode_windows(config, ROWS[:2], encoded, windows, 9)
+        MapCodec(config, ROWS[:2]).decode_windows(encoded)
 
 
 def test_the_codec_refuses_what_is_no_probability():
     maps = random_maps(4, 9, seed=0)
     maps[1, 5, 2] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        encode_image(MapCodecConfig(name="sqrt4"), ROWS, maps)
+        MapCodec(MapCodecConfig(name="sqrt4"), ROWS).encode(maps)
 
 
 def test_flips_are_the_gaps_before_them():

@@ -108,7 +108,7 @@ def test_the_stream_of_a_mixture_reads_each_sample_from_its_own_store(data):
     assert [sample.key for sample in read] == [sample.key for sample in expected]
     for found, wanted in zip(read, expected, strict=True):
         assert found.targets.token_ids.equal(wanted.token_ids)
-        assert found.targets.logits_RB.equal(wanted.logits_RB)
+        assert found.targets.logits_RQ.equal(wanted.logits_RQ)
 
 
 @pytest.mark.parametrize(

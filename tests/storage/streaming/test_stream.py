@@ -216,10 +216,10 @@ def test_streamed_samples_hold_both_sides(data):
             expected, maps = shard.read(shard.row_of(sample.key), layers=[3])
             assert sample.record["id"] == f"id-{sample.key}"
             assert sample.targets.key == sample.key == expected.key
-            assert torch.equal(sample.targets.logits_RB, expected.logits_RB)
+            assert torch.equal(sample.targets.logits_RQ, expected.logits_RQ)
             assert (sample.maps is None) == (maps is None) == (expected.map_row is None)
             if sample.maps is not None:
-                assert torch.equal(sample.maps.maps.codes_LC, maps.maps.codes_LC)
+                assert torch.equal(sample.maps.codes_LC, maps.codes_LC)
             assert all(sample.key.encode() in image for image in sample.images)
     for batch in stream(data, StreamConfig(seed=0, batch_size=4), with_maps=False):
         assert all(sample.maps is None for sample in batch)

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.maps import EncodedMaps
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.layout import ROWS_A_CHUNK
 from storage.targets.manifest import create_or_check
-from storage.targets.sample_targets import MapTargets, SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets, SkippedSample
 from storage.targets.store import TargetStore
 from storage.targets.writer import write_shard
 from tests.storage.builders import VOCAB, as_a_dead_process, files_of, manifest, sample_targets, shard_content
@@ -90,8 +91,8 @@ def test_layers_are_chosen_by_their_teacher_number(tmp_path):
     shard = TargetStore.open(tmp_path).shard(0)
     for layers, rows in (([4, 2], [2, 0]), ([3, 4], [1, 2]), ([2], [0]), ([], [])):
         found = shard.read(0, layers=layers)[1]
-        assert torch.equal(found.maps.codes_LC, maps[0].maps.codes_LC[rows])
-        assert torch.equal(found.maps.caps_L, maps[0].maps.caps_L[rows])
+        assert torch.equal(found.codes_LC, maps[0].codes_LC[rows])
+        assert torch.equal(found.caps_L, maps[0].caps_L[rows])
         # What makes windows exact cannot be decoded without all layers.
         assert found.windows is None
     with pytest.raises(UserError, match=r"layers \[5\] were not captured"):
@@ -118,7 +119,7 @@ def test_more_answer_rows_than_a_chunk_round_trip(tmp_path):
     made_for = manifest()
     create_or_check(store, made_for)
     samples = [sample_targets(made_for, f"k{n}", 130, 120, None, seed=n) for n in range(5)]
-    assert sum(len(sample.logits_RB) for sample in samples) > 2 * ROWS_A_CHUNK
+    assert sum(len(sample.logits_RQ) for sample in samples) > 2 * ROWS_A_CHUNK
     write_shard(store, 0, made_for, "samples-000000.tar", samples, [], [])
     shard = TargetStore.open(tmp_path).shard(0)
     for row, sample in enumerate(samples):
@@ -350,7 +351,7 @@ def test_cleaning_reads_a_record_only_where_a_shard_has_several_folders_and_list
     assert not [path for path in scanned if any(path.startswith(str(tmp_path / record.path)) for record in records)]
 
 
-def broken(samples: list[SampleTargets], maps: list[MapTargets], what: str) -> None:
+def broken(samples: list[SampleTargets], maps: list[EncodedMaps], what: str) -> None:
     def change(target, row, **fields):
         target[row] = dataclasses.replace(target[row], **fields)
 
@@ -368,20 +369,20 @@ def broken(samples: list[SampleTargets], maps: list[MapTargets], what: str) -> N
                 samples,
                 3,
                 answer_mask=torch.eye(1, len(samples[3].token_ids)).bool()[0],
-                logits_RB=samples[0].logits_RB,
+                logits_RQ=samples[0].logits_RQ,
             )
         case "ids":
-            change(samples, 0, logits_RB=torch.full_like(samples[0].logits_RB, 255))
+            change(samples, 0, logits_RQ=torch.full_like(samples[0].logits_RQ, 255))
         case "mass":
-            change(samples, 0, logits_RB=torch.zeros_like(samples[0].logits_RB))
+            change(samples, 0, logits_RQ=torch.zeros_like(samples[0].logits_RQ))
         case "record":
-            change(samples, 0, logits_RB=samples[0].logits_RB[:, :-1])
+            change(samples, 0, logits_RQ=samples[0].logits_RQ[:, :-1])
         case "codes":
             change(maps, 0, num_tokens=8)
         case "caps":
-            change(maps, 0, maps=dataclasses.replace(maps[0].maps, caps_L=maps[0].maps.caps_L * float("nan")))
+            change(maps, 0, caps_L=maps[0].caps_L * float("nan"))
         case "dtype":
-            change(maps, 0, maps=dataclasses.replace(maps[0].maps, codes_LC=maps[0].maps.codes_LC.half()))
+            change(maps, 0, codes_LC=maps[0].codes_LC.half())
         case "flips":
             past_the_end = torch.full((9,), 254, dtype=torch.uint8)
             change(maps, 0, windows=dataclasses.replace(maps[0].windows, flips_G=past_the_end))

@@ -8,7 +8,7 @@ from torch import Tensor
 from stages.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
 from stages.student.data.batch_transport import ALIGNMENT, flatten
-from storage.targets.sample_targets import MapTargets
+from storage.codecs.maps import EncodedMaps
 from tests.storage.builders import manifest, map_targets
 
 
@@ -23,7 +23,7 @@ def make_batch() -> Batch:
             "pixel_values": torch.randn(1, 3, 7, 5, generator=generator).transpose(2, 3),
         },
         answers=AnswerRows(torch.tensor([0, 1, 1]), torch.tensor([3, 2, 3]), torch.tensor([7, 8, 9])),
-        logits_RB=torch.randint(0, 255, (3, 11), generator=generator, dtype=torch.uint8),
+        logits_RQ=torch.randint(0, 255, (3, 11), generator=generator, dtype=torch.uint8),
         image_positions=(torch.arange(3), torch.zeros(0, dtype=torch.long)),
         maps=(maps, None),
     )
@@ -50,7 +50,7 @@ def test_a_batch_comes_back_as_it_was() -> None:
     batch = make_batch()
     found = flatten(batch).restore()
     assert same(found, batch)
-    assert isinstance(found.maps[0], MapTargets)
+    assert isinstance(found.maps[0], EncodedMaps)
     changed = dataclasses.replace(batch, answers=dataclasses.replace(batch.answers, token_R=torch.tensor([7, 8, 0])))
     assert not same(found, changed)
 
@@ -60,7 +60,7 @@ def test_all_its_tensors_lie_in_one_allocation_aligned() -> None:
     found = flat.restore()
     assert found.maps[0] is not None
     assert found.maps[0].windows is not None
-    tensors = [*found.inputs.values(), found.logits_RB, found.maps[0].maps.codes_LC, found.maps[0].windows.flips_G]
+    tensors = [*found.inputs.values(), found.logits_RQ, found.maps[0].codes_LC, found.maps[0].windows.flips_G]
     assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {flat.block.untyped_storage().data_ptr()}
     assert all((tensor.data_ptr() - flat.block.data_ptr()) % ALIGNMENT == 0 for tensor in tensors)
 

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.student.losses import Divergence, answer_losses, logit_distillation_loss, teacher_rows
-from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
+from stages.student.losses import logit_distillation_loss
+from stages.student.losses.head import answer_losses
+from stages.student.losses.logits import Divergence, teacher_rows
+from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
+from storage.codecs.tail_samples import row_addresses
 
 ROWS, WIDTH, VOCAB = 13, 6, 40
 
@@ -19,7 +22,7 @@ def stored_rows(num_rows: int = ROWS, vocab: int = VOCAB, **settings: object) ->
         {"vocab_size": vocab, "name": "float16", "temperatures": (2.0,), **settings}
     )
     teacher = torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
-    return decode_logits(codec, encode_logits(codec, teacher, row_addresses("key", num_rows)))
+    return AnswerLogitsCodec(codec).decode(AnswerLogitsCodec(codec).encode(teacher, row_addresses("key", num_rows)))
 
 
 def exact(stored: AnswerLogits, vocab: int = VOCAB) -> Tensor:
@@ -95,7 +98,7 @@ def test_losses_in_parts_have_the_values_and_gradients_of_the_textbook_over_all_
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 13])
 def test_the_number_of_parts_changes_nothing_beyond_rounding(rows_at_once: int) -> None:
-    teacher, answers = teacher_rows(stored_rows(top_k=5, num_draws=3), VOCAB, 1.0), torch.arange(ROWS) * 3
+    teacher, answers = teacher_rows(stored_rows(top_k=5, num_tail_samples=3), VOCAB, 1.0), torch.arange(ROWS) * 3
     found = []
     for rows in (ROWS, rows_at_once):
         model = Tied(frozen=False)

@@ -9,14 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.student.losses import (
-    Divergence,
-    logit_distillation_loss,
-    next_token_loss,
-    teacher_rows,
-)
-from storage.codecs.answer_logits import AnswerLogits, decode_logits, encode_logits, row_addresses
+from stages.student.losses import logit_distillation_loss
+from stages.student.losses.logits import Divergence, next_token_loss, teacher_rows
+from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
+from storage.codecs.tail_samples import row_addresses
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 
@@ -56,7 +53,7 @@ def store(teacher: Tensor, addresses: Tensor | None = None, **settings: object) 
     codec = LogitCodecConfig.model_validate({"vocab_size": teacher.shape[1], "name": "float16", **settings})
     if addresses is None:
         addresses = row_addresses("key", len(teacher))
-    return decode_logits(codec, encode_logits(codec, teacher, addresses))
+    return AnswerLogitsCodec(codec).decode(AnswerLogitsCodec(codec).encode(teacher, addresses))
 
 
 def random_logits(*shape: int, seed: int, scale: float = 2.0) -> Tensor:
@@ -100,11 +97,11 @@ NUM_REPEATS = 20_000
 
 
 @cache
-def many_draws(scale: float, num_draws: int, temperatures: tuple[float, ...] = ()) -> AnswerLogits:
+def many_draws(scale: float, num_tail_samples: int, temperatures: tuple[float, ...] = ()) -> AnswerLogits:
     """What is stored of `random_logits(1, 60, seed=2, scale=scale)` under many independent draws."""
     addresses = torch.rand(NUM_REPEATS, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     teacher = random_logits(1, 60, seed=2, scale=scale).expand(NUM_REPEATS, -1)
-    return store(teacher, addresses, top_k=6, num_draws=num_draws, temperatures=temperatures)
+    return store(teacher, addresses, top_k=6, num_tail_samples=num_tail_samples, temperatures=temperatures)
 
 
 def repeated(stored: AnswerLogits, student: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -120,27 +117,27 @@ def assert_mean_is(samples: Tensor, expected: Tensor, rounding: float) -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 4.0], ids=["flat", "medium", "peaked"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("num_draws", [1, 3])
+@pytest.mark.parametrize("num_tail_samples", [1, 3])
 def test_loss_and_gradient_equal_the_dense_ones_in_expectation_over_the_draws(
-    scale: float, temperature: float, num_draws: int
+    scale: float, temperature: float, num_tail_samples: int
 ) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=scale), random_logits(1, 60, seed=3)
-    losses, grads = repeated(many_draws(scale, num_draws, (2.0,)), student, temperature)
+    losses, grads = repeated(many_draws(scale, num_tail_samples, (2.0,)), student, temperature)
     expected_loss, expected_grad = dense_rows(student, teacher, temperature)
     assert_mean_is(losses, expected_loss[0], rounding=2e-3)
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
 
 
-@pytest.mark.parametrize("num_draws", [1, 3])
-def test_the_variance_of_the_gradient_is_the_stated_one(num_draws: int) -> None:
+@pytest.mark.parametrize("num_tail_samples", [1, 3])
+def test_the_variance_of_the_gradient_is_the_stated_one(num_tail_samples: int) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=1.0), random_logits(1, 60, seed=3)
-    _, grads = repeated(many_draws(1.0, num_draws), student)
+    _, grads = repeated(many_draws(1.0, num_tail_samples), student)
     probs = teacher[0].softmax(-1).sort(descending=True).values
     tail = probs[6:].sum()
-    rest = (num_draws * probs[6:] / tail) % 1
-    expected = (tail / num_draws) ** 2 * (rest * (1 - rest)).sum()
+    rest = (num_tail_samples * probs[6:] / tail) % 1
+    expected = (tail / num_tail_samples) ** 2 * (rest * (1 - rest)).sum()
     assert float(grads.var(0).sum()) == pytest.approx(float(expected), rel=0.02)
-    assert float(expected) <= float(tail**2) / num_draws
+    assert float(expected) <= float(tail**2) / num_tail_samples
 
 
 def test_a_student_that_equals_its_teacher_has_no_gradient_in_expectation() -> None:
@@ -287,7 +284,7 @@ def test_the_gradient_of_a_divergence_is_that_of_finite_differences(
 def test_divergences_are_zero_with_zero_gradient_row_by_row_where_the_student_says_what_is_stored(
     divergence: Divergence, temperature: float, top_k: int
 ) -> None:
-    stored = store(random_logits(4, 60, seed=2), top_k=top_k, num_draws=3, temperatures=(2.0,))
+    stored = store(random_logits(4, 60, seed=2), top_k=top_k, num_tail_samples=3, temperatures=(2.0,))
     kept, tail, _ = stored.probabilities(temperature)
     # The tail may be spread as one likes.
     others = torch.rand(4, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.student.losses import sparse_cross_entropy, support_probabilities
+from stages.student.losses.vocabulary import sparse_cross_entropy, support_probabilities
 
 ROWS = 70  # more than are converted at a time
 

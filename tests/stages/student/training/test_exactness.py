@@ -26,12 +26,12 @@ from stages.student.config import DistilledFinetuning
 from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
-from stages.student.losses import answer_losses
+from stages.student.losses.head import answer_losses
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.training.forward import decode_windows
 from stages.student.training.objective import BatchTotals, DistillationObjective
-from storage.codecs.answer_logits import decode_logits
+from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
 from storage.targets.store import TargetStore
@@ -173,7 +173,7 @@ def as_stored(world: World) -> Callable[[str, EncodedConversation], TeacherSide]
 
     def say(name: str, encoded: EncodedConversation) -> TeacherSide:
         sample = world.samples[name]
-        stored = decode_logits(codec, sample.targets.logits_RB)
+        stored = AnswerLogitsCodec(codec).decode(sample.targets.logits_RQ)
         logits = torch.zeros(len(stored), codec.vocab_size, dtype=torch.float64)
         logits.scatter_(1, stored.ids_RK, stored.logprobs_RK.double())
         windows = None
