@@ -20,7 +20,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Steps of each student's longest stage.", min=1)] = None,
     variant: Annotated[Variant, typer.Option(help="What the images show; digits are handwritten.")] = Variant.SHAPES,
 ) -> None:
-    """Runs the whole pipeline on the bundled example: pack, extract, train, evaluate, compare."""
+    """Runs the whole pipeline on a bundled example. It packs, extracts, trains, evaluates and compares."""
     from pipeline.demo.report import DemoConfig
     from pipeline.demo.run import run_demo
 

@@ -29,7 +29,7 @@ def extract_teacher(
     ] = None,
     workers: TeachersOption = None,
 ) -> None:
-    """Runs the teacher over sample shards and stores the targets, as a Ray job; a rerun makes what is missing."""
+    """Runs the teacher and stores its targets. This is a Ray job; run it again to make what is missing."""
     flags = {
         "teacher.checkpoint": teacher,
         "samples": samples,

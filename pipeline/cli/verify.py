@@ -26,7 +26,7 @@ def verify(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
+    """Checks every commit, file, chunk and count. Ends with exit code 1 when anything is wrong."""
     from storage.integrity.repair import repair as set_aside
 
     percent = _percent(sample)

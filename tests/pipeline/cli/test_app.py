@@ -67,6 +67,7 @@ def settings(names: tuple[str, ...]) -> list[str]:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(app.app, ["--help"])
     assert all(f" {command} " in result.output for command in COMMANDS)
+    assert "..." not in result.output.replace("[ARGS]...", ""), "each first sentence fits a line"
 
 
 def test_version_is_that_of_the_package() -> None:
