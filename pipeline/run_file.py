@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.extraction import ExtractConfig
+from pipeline.extraction.config import ExtractConfig
 from pipeline.recipes import find_config
 from stages.estimate.report import EstimateConfig
 from stages.evaluation.scoring import EvaluationConfig

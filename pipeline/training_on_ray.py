@@ -65,7 +65,7 @@ def train_on_ray(
             gpus_per_worker=1 if cluster.gpus else 0,
             max_attempts=run.train.cluster.max_attempts,
             storage=str(output),
-            on_letter=receive,
+            on_message=receive,
             should_stop=lambda: should_stop() or asked_to_stop(),
         )
     if stopped:
@@ -77,9 +77,9 @@ def train_on_ray(
 def _marker_file(output: Path) -> Iterator[Path]:
     """A file in the run folder; a process that finds it sees the same folder as this process."""
     # In a folder that Ray Train makes in any case.
-    store, name = open_store(output / ray_train_group.NOTES), f"driver-{uuid4().hex}"
+    store, name = open_store(output / ray_train_group.RUN_NAME), f"driver-{uuid4().hex}"
     store.write(name, b"")
-    marker = output / ray_train_group.NOTES / name
+    marker = output / ray_train_group.RUN_NAME / name
     try:
         yield marker
     finally:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from stages.answer_rows import answer_rows
 from stages.attention import AttentionCapture
 from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
@@ -55,14 +56,15 @@ def run_teacher(
     # The base model, not the one with the head: logits are wanted at answer rows only.
     inputs = model_inputs(teacher, batch)
     hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
-    answers = [sample.encoded.answer_mask.nonzero()[:, 0] for sample in batch]
-    hidden_Rd = torch.cat([hidden_BTd[row, (t - 1).to(device)] for row, t in enumerate(answers)])
+    answer_masks = [sample.encoded.answer_mask for sample in batch]
+    answers = answer_rows([sample.encoded.token_ids for sample in batch], answer_masks).to(device)
+    hidden_Rd = hidden_BTd[answers.sequence_R, answers.position_R]
+    sizes = [int(mask.sum()) for mask in answer_masks]
     # Addresses by key and row, so that the tail samples do not depend on the batch.
-    addresses_R = torch.cat([row_addresses(sample.key, len(t)) for sample, t in zip(batch, answers, strict=True)])
+    addresses_R = torch.cat([row_addresses(sample.key, size) for sample, size in zip(batch, sizes, strict=True)])
     logits_RQ, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
-    sizes = list(map(len, answers))
     rows = zip(torch.split(logits_RQ, sizes), torch.split(finite_R, sizes), strict=True)
-    logits = [of_sample_RB if bool(finite.all()) else None for of_sample_RB, finite in rows]
+    logits = [of_sample_RQ if bool(finite.all()) else None for of_sample_RQ, finite in rows]
     maps = {}
     for row, sample in enumerate(batch):
         if sample in wanted_maps and sample.map_key is not None:

@@ -125,7 +125,7 @@ def test_what_a_collator_refuses_is_the_error_of_the_training_process(workers, d
 
 
 def test_a_loader_process_that_is_killed_ends_the_run_with_what_to_do(data):
-    with pytest.raises(LoaderDied, match=r"a loader process died .*train\.num_workers"):
+    with pytest.raises(LoaderDied, match=r"a loader process died .*train\.loader\.num_workers"):
         list(loader(data, 1, kill_me).steps(range(1), 0))
 
 

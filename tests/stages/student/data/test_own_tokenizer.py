@@ -115,7 +115,7 @@ def test_losses_are_those_of_its_own_tokens_and_the_teachers_maps(
     for sample in samples:
         read = spec.reader(sample)
         with torch.no_grad():
-            seen = own(input_ids=read.token_ids[None], output_attentions=True, **read.pixels)
+            seen = own(input_ids=read.token_ids[None], output_attentions=True, **read.pixel_inputs)
         answers = read.answer_mask.nonzero()[:, 0]
         lm.append(F.cross_entropy(seen.logits[0, answers - 1], read.token_ids[answers], reduction="none"))
         p = read.image_positions
@@ -123,7 +123,7 @@ def test_losses_are_those_of_its_own_tokens_and_the_teachers_maps(
             maps = [seen.attentions[layer][0].mean(0)[p][:, p]]
             ids = sample.targets.token_ids.long()
             with torch.no_grad():
-                theirs = teacher(input_ids=ids[None], output_attentions=True, **read.pixels).attentions
+                theirs = teacher(input_ids=ids[None], output_attentions=True, **read.pixel_inputs).attentions
             where = (ids == teacher.config.image_token_id).nonzero()[:, 0]
             window = torch.stack([theirs[number][0].mean(0)[where][:, where] for number in (2, 3)]).mean(0)
             attention.append(attention_alignment_loss(torch.stack(maps)[:, None], window[None, None]))
