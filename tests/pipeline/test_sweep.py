@@ -12,7 +12,7 @@ from pipeline.evaluation import evaluate_checkpoint
 from pipeline.interruption import Interrupted
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
-from pipeline.sweep_file import compared_places, load_sweep
+from pipeline.sweep_file import compared_data, load_sweep
 from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageReport
 from storage.errors import UserError
@@ -196,7 +196,7 @@ def test_students_of_several_sources_are_compared_on_the_first(
 ) -> None:
     sources = f"train.data.sources: [{{samples: {tiny.samples}, targets: {targets}}}, {{samples: x, targets: y}}]\n"
     run = load_sweep(write(tmp_path / "two.yaml", sources + "students: {a: }\n"), None, [], {"output": "out"}).runs["a"]
-    assert compared_places(run) == (str(tiny.samples), str(targets))
+    assert compared_data(run) == (str(tiny.samples), str(targets))
     one = sources.replace(", {samples: x, targets: y}", "")
     text = f"student: {tiny.student_lm}\n{SHARED}{one}compare: {{similarity_samples: 4}}\nstudents: {{a: }}\n"
     sweep, output = write(tmp_path / "one.yaml", text), tmp_path / "out"
