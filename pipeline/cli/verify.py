@@ -20,19 +20,21 @@ def verify(
         str, typer.Option(help="Share of the shards whose chunks are read; all records and sizes always are.")
     ] = "100%",
     seed: Annotated[int, typer.Option(help="Which shards that share is; another seed reads others.")] = 0,
-    repair: Annotated[bool, typer.Option("--repair", help="Set broken parts aside, to be extracted again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move broken parts to quarantine, to be extracted again.")
+    ] = False,
     teacher: Annotated[
         str | None, typer.Option(help="With --repair and --samples: extract them again now, with this teacher.")
     ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Checks every commit, file, chunk and count. Ends with exit code 1 when anything is wrong."""
-    from storage.integrity.repair import repair as set_aside
+    from storage.integrity.repair import repair as repair_store
 
     percent = _percent(sample)
     report = _check(targets, samples, percent, seed)
     if report.findings and repair:
-        repaired = set_aside(report)
+        repaired = repair_store(report)
         _print_repair(repaired, report)
         if repaired.moved and (teacher or config):
             extract_targets(config, [], {"teacher.checkpoint": teacher, "samples": samples, "targets": targets})
@@ -91,14 +93,14 @@ def _print_report(report: "VerifyReport") -> None:
 
 
 def _print_repair(repaired: "RepairReport", report: "VerifyReport") -> None:
-    """Prints what was set aside and what remains to be done."""
+    """Prints what was moved to quarantine and what remains to be done."""
     from rich.markup import escape
 
     from pipeline.ui.console import results
     from pipeline.ui.tables import facts_table
 
     if repaired.folder:
-        table = facts_table("set aside", f"{report.targets_url}/{repaired.folder}")
+        table = facts_table("quarantine", f"{report.targets_url}/{repaired.folder}")
         for path in repaired.moved:
             table.add_row("moved", escape(path))
         results.print(table)
@@ -107,7 +109,7 @@ def _print_repair(repaired: "RepairReport", report: "VerifyReport") -> None:
         results.print(f"  cdp extract-teacher --teacher TEACHER {escape(where)}", soft_wrap=True)
     for finding in repaired.left:
         results.print(
-            f"not set aside: {escape(str(finding.part))} {escape(finding.file)}; samples are restored or packed again, "
+            f"not moved: {escape(str(finding.part))} {escape(finding.file)}; samples are restored or packed again, "
             "a shard without a record is made by the next extraction",
             soft_wrap=True,
         )
