@@ -74,10 +74,6 @@ def pytest_collection_finish() -> None:
             getattr(library, name).__repr__ = object.__repr__
 
 
-def _expensive_fixture(item: pytest.Item) -> str:
-    return next((name for name in EXPENSIVE if name in getattr(item, "fixturenames", ())), "")
-
-
 @dataclass(frozen=True)
 class TinyWorld:
     """Folders of one small data set and the models for it."""
