@@ -24,8 +24,8 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
+from pipeline.extraction.shard_extractor import ShardExtractor
 from pipeline.run_file import load_run_file
-from pipeline.shard_extractor import ShardExtractor
 from pipeline.training import train
 from stages.layers import window_means
 from stages.samples.pack import PackConfig, pack_samples

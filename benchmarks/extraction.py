@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
-from pipeline.extraction import SHARDS_IN_FLIGHT
-from pipeline.shard_extractor import ShardExtractor
+from pipeline.extraction.extract import SHARDS_IN_FLIGHT
+from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, SamplePreparer
 from stages.teacher.forward import model_inputs

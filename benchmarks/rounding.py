@@ -20,7 +20,7 @@ from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
-from stages.teacher.observe import ShardObservations, observe_shard
+from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import MapCodecName
@@ -56,11 +56,11 @@ def measure(dtype: str, samples: Path, codec: MapCodecName) -> dict[str, Any]:
 
 def _observe(teacher: Teacher, samples: Path, kernel: SDPBackend | None) -> ShardObservations:
     store = open_store(samples)
-    with SampleShard.open(store, SampleIndex.load(store).shards[0]) as shard:
+    with SampleShard.open(store, SampleIndex.load(store).shards[0]) as shard, Observer(teacher) as observer:
         if kernel is None:
-            return observe_shard(teacher, shard)
+            return observer.observe(shard)
         with sdpa_kernel(kernel):
-            return observe_shard(teacher, shard)
+            return observer.observe(shard)
 
 
 def _differences(teacher: Teacher, one: ShardObservations, other: ShardObservations) -> dict[str, float]:

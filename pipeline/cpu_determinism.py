@@ -1,21 +1,21 @@
-"""What a process on a CPU is told before it first multiplies, so that any number of threads gives the same bytes."""
+"""Makes a CPU give the same bytes for any number of threads."""
 
 import os
 from pathlib import Path
 
 
 def make_cpu_deterministic() -> None:
-    """Makes a matrix product on an Intel CPU the same for any number of threads, and with it of workers.
+    """Makes a matrix product on an Intel CPU the same for any number of threads, and so of workers.
 
-    MKL reads this when it first multiplies. On other processors it does not keep the promise (measured: AMD EPYC, with
-    and without it); there `reproducible_threads` does.
+    MKL reads the variable at its first product, so call this before. On other processors it does not help (measured on
+    an AMD EPYC); there `reproducible_threads` does.
     """
     if _made_by_intel():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def reproducible_threads(threads: int) -> int:
-    """As many, or one where another number would give other bytes: a resumed run may have fewer workers."""
+    """Gives the threads to use: one where their number changes bytes, since a resumed run may have fewer."""
     return threads if _made_by_intel() else 1
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception that says how to go on."""
+"""Turns Ctrl-C and SIGTERM into one exception that says how to go on."""
 
 import signal
 import time
@@ -10,7 +10,7 @@ from typing import NoReturn
 RESUME = "run the same command again to go on from here"
 PASSED_ON_S = 2.0
 SAVED_EXIT_CODE = 75
-"""Of a training that was asked to stop and saved where it was (EX_TEMPFAIL: try again later)."""
+"""Exit code of a training that was asked to stop and saved a checkpoint (EX_TEMPFAIL: try again later)."""
 
 
 class Interrupted(BaseException):
@@ -30,12 +30,12 @@ class Interrupted(BaseException):
 
 @contextmanager
 def raised_on(*signals: signal.Signals) -> Iterator[None]:
-    """These signals end the block with `Interrupted`; only the main thread may do this."""
+    """Ends the block with `Interrupted` on these signals; only the main thread may do this."""
     received: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> NoReturn:
         received.append(number)
-        # Of all exceptions of a handler, ray's calls pass on this one alone.
+        # Ray's calls pass on no other exception of a handler.
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in signals}
@@ -50,10 +50,10 @@ def raised_on(*signals: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def remembered(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
-    """These signals are only remembered, for the block to ask whether there was one.
+    """Only remembers these signals; the block asks whether there was one.
 
-    Only Ctrl-C a while after the first signal ends the block at once: moments later, launchers pass on signals that
-    each process has had already.
+    A Ctrl-C ends the block at once if it comes a while after the first signal. Earlier it may be the same one:
+    launchers pass signals on to processes that had them already.
     """
     received: list[float] = []
 

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, revision of the code, hardware."""
+"""Records what a run was made with: versions, revision of the code, hardware."""
 
 import platform
 import subprocess
@@ -24,7 +24,7 @@ _PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """As JSON holds it; `git_revision` is None where the code is no git checkout, `git_changed` then as well."""
+    """Gives versions, revision and hardware as JSON values; without a git checkout both `git_` values are None."""
     revision = _git("rev-parse", "HEAD")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {

@@ -4,8 +4,8 @@ A model is switched to the attention function `CAPTURING_SDPA` once after loadin
 `capture=AttentionCapture(...)` then also yields the maps of the layers it names. Everything else (other layers,
 the vision tower, passes without `capture`) is the stock scaled-dot-product attention, bit for bit.
 
-Shape letters: B rows of the batch, H query heads, G key-value heads, T tokens, S keys up to the last image token,
-M queries of a block, N image tokens (of the row with the most), d head width.
+Shape letters: B rows of the batch, H query heads, g key-value heads, T tokens, k keys up to the last image token,
+q queries of a block, N image tokens (of the row with the most), d head width.
 """
 
 from collections.abc import Sequence
@@ -59,17 +59,17 @@ class AttentionCapture:
         return self
 
     def bias(self, attention_mask: Tensor | None) -> Tensor | None:
-        """`[B, N, S]` float32 to add to the scores of image queries; None where these attend to all keys before them.
+        """`[B, N, k]` float32 to add to the scores of image queries; None where these attend to all keys before them.
 
         Looked at once in a forward pass, as long as all captured layers share their mask.
         """
         if attention_mask is None:
             return None
         if self._bias_of is None or self._bias_of[0] is not attention_mask:
-            bias_BNS = _score_bias(attention_mask, self.positions_BN, self.num_keys, torch.float32)
-            causal_BNS = _score_bias(None, self.positions_BN, self.num_keys, torch.float32)
-            differs_BNS = (bias_BNS != causal_BNS) & self.valid_BN[:, :, None]
-            self._bias_of = attention_mask, bias_BNS if bool(differs_BNS.any()) else None
+            bias_BNk = _score_bias(attention_mask, self.positions_BN, self.num_keys, torch.float32)
+            causal_BNk = _score_bias(None, self.positions_BN, self.num_keys, torch.float32)
+            differs_BNk = (bias_BNk != causal_BNk) & self.valid_BN[:, :, None]
+            self._bias_of = attention_mask, bias_BNk if bool(differs_BNk.any()) else None
         return self._bias_of[1]
 
 
@@ -111,7 +111,7 @@ def _sdpa_with_capture(
 
 def image_block_maps(
     query_BHTd: Tensor,
-    key_BGTd: Tensor,
+    key_BgTd: Tensor,
     attention_mask: Tensor | None,
     capture: AttentionCapture,
     scaling: float,
@@ -124,7 +124,7 @@ def image_block_maps(
 
     Args:
         query_BHTd: queries with rotary positions applied.
-        key_BGTd: keys, one per key-value head (G divides H).
+        key_BgTd: keys, one per key-value head (g divides H).
         attention_mask: None for plain causal attention, else bool (True = may attend) or additive, `[B|1, 1, T, T]`.
         capture: which rows and columns.
         scaling: factor on the scores.
@@ -136,33 +136,33 @@ def image_block_maps(
     Source: docs/method.md#visual-attention-maps
     """
     capture.to(query_BHTd.device)
-    if torch.is_grad_enabled() and (query_BHTd.requires_grad or key_BGTd.requires_grad):
-        return _differentiable_maps(query_BHTd, key_BGTd, attention_mask, capture, scaling)
-    bias_BNS = capture.bias(attention_mask)
+    if torch.is_grad_enabled() and (query_BHTd.requires_grad or key_BgTd.requires_grad):
+        return _differentiable_maps(query_BHTd, key_BgTd, attention_mask, capture, scaling)
+    bias_BNk = capture.bias(attention_mask)
     size = capture.positions_BN.shape[1]
     maps_BNN = torch.zeros(len(capture.positions), size, size, dtype=torch.float32, device=query_BHTd.device)
     for row, positions in enumerate(capture.row_positions):
-        bias_NS = None if bias_BNS is None else bias_BNS[row]
-        _add_map(maps_BNN[row], query_BHTd[row], key_BGTd[row], positions, capture.positions_BN[row], bias_NS, scaling)
+        bias_Nk = None if bias_BNk is None else bias_BNk[row]
+        _add_map(maps_BNN[row], query_BHTd[row], key_BgTd[row], positions, capture.positions_BN[row], bias_Nk, scaling)
     return maps_BNN.div_(query_BHTd.shape[1])
 
 
 def _add_map(
     map_NN: Tensor,
     query_HTd: Tensor,
-    key_GTd: Tensor,
+    key_gTd: Tensor,
     positions: list[int],
     positions_N: Tensor,
-    bias_NS: Tensor | None,
+    bias_Nk: Tensor | None,
     scaling: float,
 ) -> None:
-    """Adds the probabilities of all heads of one row of the batch to `map_NN`; M is the queries of a block.
+    """Adds the probabilities of all heads of one row of the batch to `map_NN`; q is the queries of a block.
 
     `positions_N` are `positions` on the device, padded.
     """
     if not positions:
         return
-    num_kv_heads, _, width = key_GTd.shape
+    num_kv_heads, _, width = key_gTd.shape
     group = len(query_HTd) // num_kv_heads
     first, last = positions[0], positions[-1]
     consecutive = last - first + 1 == len(positions)
@@ -173,28 +173,28 @@ def _add_map(
     rows_at_once = min(BLOCK_ROWS, max(1, budget // (groups_at_once * group * (last + 1))))
     where_N = positions_N[: len(positions)]
     query_HNd = query_HTd[:, first : last + 1] if consecutive else query_HTd[:, where_N]
-    key_GdS = _for_scores(key_GTd[:, : last + 1]).transpose(1, 2)
-    keys_S = torch.arange(last + 1, device=query_HTd.device)
+    key_gdk = _for_scores(key_gTd[:, : last + 1]).transpose(1, 2)
+    keys_k = torch.arange(last + 1, device=query_HTd.device)
     for start in range(0, len(positions), rows_at_once):
         rows = slice(start, min(start + rows_at_once, len(positions)))
         num_rows = rows.stop - rows.start
         # No key after the last query of the block has a share, unless a mask says otherwise.
-        num_keys = positions[rows.stop - 1] + 1 if bias_NS is None else last + 1
-        num_columns = rows.stop if bias_NS is None else len(positions)
-        later_MS = keys_S[positions[start] + 1 : num_keys] > where_N[rows, None] if bias_NS is None else None
-        sum_MS = torch.zeros(num_rows, num_keys, device=query_HTd.device)
+        num_keys = positions[rows.stop - 1] + 1 if bias_Nk is None else last + 1
+        num_columns = rows.stop if bias_Nk is None else len(positions)
+        later_qk = keys_k[positions[start] + 1 : num_keys] > where_N[rows, None] if bias_Nk is None else None
+        sum_qk = torch.zeros(num_rows, num_keys, device=query_HTd.device)
         for g in range(0, num_kv_heads, groups_at_once):
             heads = slice(g * group, (g + groups_at_once) * group)
-            block_GMd = _for_scores(query_HNd[heads, rows]).reshape(groups_at_once, group * num_rows, width)
-            scores_GMS = _products(block_GMd, key_GdS[g : g + groups_at_once, :, :num_keys], scaling)
-            scores_HMS = scores_GMS.view(-1, num_rows, num_keys)
-            if later_MS is not None:
-                scores_HMS[:, :, positions[start] + 1 :].masked_fill_(later_MS, torch.finfo(torch.float32).min)
-            elif bias_NS is not None:
-                scores_HMS += bias_NS[rows, :num_keys]
-            sum_MS += _softmax(scores_HMS).sum(0)
+            block_gqd = _for_scores(query_HNd[heads, rows]).reshape(groups_at_once, group * num_rows, width)
+            scores_gqk = _products(block_gqd, key_gdk[g : g + groups_at_once, :, :num_keys], scaling)
+            scores_Hqk = scores_gqk.view(-1, num_rows, num_keys)
+            if later_qk is not None:
+                scores_Hqk[:, :, positions[start] + 1 :].masked_fill_(later_qk, torch.finfo(torch.float32).min)
+            elif bias_Nk is not None:
+                scores_Hqk += bias_Nk[rows, :num_keys]
+            sum_qk += _softmax(scores_Hqk).sum(0)
         columns = slice(first, first + num_columns) if consecutive else where_N[:num_columns]
-        map_NN[rows, :num_columns] = sum_MS[:, columns]
+        map_NN[rows, :num_columns] = sum_qk[:, columns]
 
 
 def _for_scores(tensor: Tensor) -> Tensor:
@@ -202,57 +202,57 @@ def _for_scores(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.device.type == "cpu" else tensor
 
 
-def _products(query_GMd: Tensor, key_GdS: Tensor, scaling: float) -> Tensor:
-    """`[G, M, S]` scores, summed and kept in float32 for any dtype of queries and keys."""
-    if query_GMd.dtype == torch.float32 or torch.version.hip is not None:
-        return torch.bmm(query_GMd.float(), key_GdS.float()).mul_(scaling)
-    return torch.bmm(query_GMd, key_GdS, out_dtype=torch.float32).mul_(scaling)
+def _products(query_gqd: Tensor, key_gdk: Tensor, scaling: float) -> Tensor:
+    """`[g, q, k]` scores, summed and kept in float32 for any dtype of queries and keys."""
+    if query_gqd.dtype == torch.float32 or torch.version.hip is not None:
+        return torch.bmm(query_gqd.float(), key_gdk.float()).mul_(scaling)
+    return torch.bmm(query_gqd, key_gdk, out_dtype=torch.float32).mul_(scaling)
 
 
-def _softmax(scores_HMS: Tensor) -> Tensor:
+def _softmax(scores_Hqk: Tensor) -> Tensor:
     """Over keys; on a CPU in place, which halves the memory that passes through the cache."""
-    if scores_HMS.device.type == "cpu":
-        return torch.softmax(scores_HMS, -1, out=scores_HMS)
-    return scores_HMS.softmax(-1)
+    if scores_Hqk.device.type == "cpu":
+        return torch.softmax(scores_Hqk, -1, out=scores_Hqk)
+    return scores_Hqk.softmax(-1)
 
 
 def _differentiable_maps(
-    query_BHTd: Tensor, key_BGTd: Tensor, attention_mask: Tensor | None, capture: AttentionCapture, scaling: float
+    query_BHTd: Tensor, key_BgTd: Tensor, attention_mask: Tensor | None, capture: AttentionCapture, scaling: float
 ) -> Tensor:
     """As `image_block_maps`, head by head under a checkpoint."""
     positions_BN, valid_BN, num_keys = capture.positions_BN, capture.valid_BN, capture.num_keys
     batch, num_heads, _, width = query_BHTd.shape
     # No image token attends past the last one of its sample: causal models by order, Gemma 3 because an image block
     # attends within itself. So later keys have probability zero and are left out.
-    bias_BNS = _score_bias(attention_mask, positions_BN, num_keys, query_BHTd.dtype)
+    bias_BNk = _score_bias(attention_mask, positions_BN, num_keys, query_BHTd.dtype)
     index_BNd = positions_BN[:, :, None].expand(-1, -1, width)
     columns_BNN = positions_BN[:, None, :].expand(-1, positions_BN.shape[1], -1)
-    group = num_heads // key_BGTd.shape[1]
+    group = num_heads // key_BgTd.shape[1]
 
     def one_head(query_BTd: Tensor, key_BTd: Tensor) -> Tensor:
         rows_BNd = query_BTd.gather(1, index_BNd)
-        scores_BNS = rows_BNd @ key_BTd[:, :num_keys].transpose(1, 2) * scaling + bias_BNS
-        return scores_BNS.softmax(-1, dtype=dtype).gather(2, columns_BNN)
+        scores_BNk = rows_BNd @ key_BTd[:, :num_keys].transpose(1, 2) * scaling + bias_BNk
+        return scores_BNk.softmax(-1, dtype=dtype).gather(2, columns_BNN)
 
     size = positions_BN.shape[1]
     dtype = torch.promote_types(query_BHTd.dtype, torch.float32)
     total_BNN = torch.zeros(batch, size, size, dtype=dtype, device=query_BHTd.device)
     for head in range(num_heads):
-        query_BTd, key_BTd = query_BHTd[:, head], key_BGTd[:, head // group]
+        query_BTd, key_BTd = query_BHTd[:, head], key_BgTd[:, head // group]
         # Nothing inside is random: its state need be neither kept nor restored for every head.
         total_BNN = total_BNN + checkpoint(one_head, query_BTd, key_BTd, use_reentrant=False, preserve_rng_state=False)
     return total_BNN * (valid_BN[:, :, None] & valid_BN[:, None, :]) / num_heads
 
 
 def _score_bias(attention_mask: Tensor | None, positions_BN: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """`[B, N, S]` to add to the scores: 0 where a query may attend, the lowest float where not."""
+    """`[B, N, k]` to add to the scores: 0 where a query may attend, the lowest float where not."""
     lowest = torch.finfo(dtype).min
     if attention_mask is None:
-        keys_S = torch.arange(num_keys, device=positions_BN.device)
-        allowed_BNS = keys_S <= positions_BN[:, :, None]
-        return torch.zeros(allowed_BNS.shape, dtype=dtype, device=positions_BN.device).masked_fill(~allowed_BNS, lowest)
-    mask_BTS = attention_mask[:, 0, :, :num_keys].expand(positions_BN.shape[0], -1, -1)
-    mask_BNS = mask_BTS.gather(1, positions_BN[:, :, None].expand(-1, -1, num_keys))
-    if mask_BNS.dtype == torch.bool:
-        return torch.zeros(mask_BNS.shape, dtype=dtype, device=mask_BNS.device).masked_fill(~mask_BNS, lowest)
-    return mask_BNS.to(dtype)
+        keys_k = torch.arange(num_keys, device=positions_BN.device)
+        allowed_BNk = keys_k <= positions_BN[:, :, None]
+        return torch.zeros(allowed_BNk.shape, dtype=dtype, device=positions_BN.device).masked_fill(~allowed_BNk, lowest)
+    mask_BTk = attention_mask[:, 0, :, :num_keys].expand(positions_BN.shape[0], -1, -1)
+    mask_BNk = mask_BTk.gather(1, positions_BN[:, :, None].expand(-1, -1, num_keys))
+    if mask_BNk.dtype == torch.bool:
+        return torch.zeros(mask_BNk.shape, dtype=dtype, device=mask_BNk.device).masked_fill(~mask_BNk, lowest)
+    return mask_BNk.to(dtype)

@@ -64,7 +64,8 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
+# Plain help: Rich's would load for longer than all the rest of `cdp --help`.
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in COMMANDS:
     app.command(command.__name__.replace("_", "-"))(command)
 

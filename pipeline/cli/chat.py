@@ -14,7 +14,7 @@ def chat(
     question: Annotated[str | None, typer.Argument(help="Default: questions are read until an empty line.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after which an answer is cut.", min=1)] = 256,
 ) -> None:
-    """Asks a model about an image; the answer comes word by word, always the most likely next token."""
+    """Asks a model about an image. The answer comes word by word, always the most likely next token."""
     from pipeline.chat import answer, open_chat, talk
 
     say_which_student(model)

@@ -22,7 +22,7 @@ def compare_attention(
     report: ReportOption = None,
     html: Annotated[Path | None, typer.Option(help="File to save an HTML report with pictures in.")] = None,
 ) -> None:
-    """Compares a student's visual attention with the teacher's cached maps: numbers and pictures."""
+    """Compares a student's attention with the teacher's. Gives numbers and pictures, from the stored maps."""
     from pipeline.evaluation import attention_pictures, compare_with_targets
     from pipeline.run_file import need
     from pipeline.ui.html_report import render_report

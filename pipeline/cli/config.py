@@ -27,7 +27,7 @@ def config(
     section: Annotated[str | None, typer.Argument(help="Show this section only, such as train.loader.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/settings.md.")] = False,
 ) -> None:
-    """Lists every setting of a run file: its type, its default, what it does, and whether it may change at resume."""
+    """Lists every setting of a run file. Shows type, default, meaning, and whether it may change at resume."""
     from pipeline.run_file import RunFile
     from stages.settings import sections_of
 

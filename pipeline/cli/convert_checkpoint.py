@@ -17,7 +17,7 @@ def convert_checkpoint(
         str | None, typer.Option(help="Image processor, if SRC has none: folder or hub id.")
     ] = None,
 ) -> None:
-    """Converts a released CompoDistill or TinyLLaVA checkpoint to Hugging Face's Llava, with processor and template."""
+    """Converts a released checkpoint to Llava. Takes CompoDistill's or TinyLLaVA's; adds processor and template."""
     from pipeline.ui.progress import progress_display
     from stages.convert.checkpoint import convert_checkpoint as convert
 

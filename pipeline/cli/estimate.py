@@ -30,8 +30,8 @@ def estimate(
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Estimates bytes and GPU-hours of an extraction with each setting, from a few samples; writes nothing."""
-    from pipeline.estimation import make_estimate
+    """Estimates what an extraction will cost. Gives bytes and GPU-hours of each setting, from a few samples."""
+    from pipeline.extraction.estimation import make_estimate
     from pipeline.run_file import load_run_file, need
     from pipeline.ui.console import results
     from pipeline.ui.progress import progress_display

@@ -29,7 +29,7 @@ def evaluate(
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Scores a checkpoint on compositional suites: accuracy of each kind with its 95 % interval."""
+    """Scores a model on compositional suites. Gives the accuracy of each kind with its 95 % interval."""
     from pipeline.evaluation import evaluate_checkpoint
     from pipeline.run_file import load_run_file
     from pipeline.ui.progress import progress_display

@@ -30,7 +30,7 @@ def export(
     teacher: Annotated[str | None, typer.Option(help="How the model card names the teacher.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="Report of `cdp evaluate`, for the card.")] = None,
 ) -> None:
-    """Writes a student as a Hugging Face folder that needs transformers only, with a model card."""
+    """Writes a student as a Hugging Face folder. It has a model card and needs transformers only."""
     from pipeline.export import export as export_folder
     from pipeline.ui.progress import progress_display
 

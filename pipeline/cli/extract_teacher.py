@@ -15,7 +15,7 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.extraction import ExtractionReport
+    from pipeline.extraction.report import ExtractionReport
 
 
 def extract_teacher(
@@ -29,7 +29,7 @@ def extract_teacher(
     ] = None,
     workers: TeachersOption = None,
 ) -> None:
-    """Runs the teacher over sample shards and stores the targets, as a Ray job; a rerun makes what is missing."""
+    """Runs the teacher and stores its targets. This is a Ray job; run it again to make what is missing."""
     flags = {
         "teacher.checkpoint": teacher,
         "samples": samples,
@@ -42,7 +42,8 @@ def extract_teacher(
 
 def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
     """Extracts and prints the report; `cdp verify --repair` ends with it, too."""
-    from pipeline.extraction import RUN_FILE, extract
+    from pipeline.extraction.extract import extract
+    from pipeline.extraction.report import RUN_FILE
     from pipeline.run_file import load_run_file, need, save_run_file
     from pipeline.ui.progress import progress_display
 

@@ -22,7 +22,7 @@ SHOWN_OF_FINGERPRINT = (
 
 
 def inspect(targets: TargetsArgument) -> None:
-    """Shows what a target store holds: shards, samples, maps, bytes of each array, fingerprint."""
+    """Shows what a target store holds. Counts shards, samples, maps and bytes of each array; names the teacher."""
     from pipeline.ui.console import results
     from storage.targets.summary import summarize
 

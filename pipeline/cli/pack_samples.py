@@ -17,7 +17,7 @@ def pack_samples(
     shard_bytes: Annotated[int, typer.Option(help="Most bytes of a shard.")] = 256 * 2**20,
     max_skipped_fraction: Annotated[float, typer.Option(help="Fraction of samples that may be unusable.")] = 0.0,
 ) -> None:
-    """Packs LLaVA JSON and images into sample shards; conversations of the same image lie side by side."""
+    """Packs LLaVA JSON and images into shards. Conversations of the same image lie side by side."""
     from pipeline.run_file import validated
     from pipeline.ui.progress import progress_display
     from stages.samples.pack import PackConfig

@@ -53,7 +53,7 @@ def train_student(
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Trains a student from cached targets, one stage or several in a row; resumes. Never loads the teacher."""
+    """Trains a student from stored targets. Runs one stage or several in a row, resumes, never loads the teacher."""
     from pipeline.run_file import load_run_file, need
     from pipeline.ui.progress import progress_display
     from stages.student.config import STAGES

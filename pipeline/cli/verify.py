@@ -26,7 +26,7 @@ def verify(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Checks every commit, file, chunk and count; exit code 1 when anything is wrong."""
+    """Checks every commit, file, chunk and count. Ends with exit code 1 when anything is wrong."""
     from storage.integrity.repair import repair as set_aside
 
     percent = _percent(sample)
@@ -80,13 +80,13 @@ def _print_report(report: "VerifyReport") -> None:
         )
     if report.ok:
         results.print(f"[green]whole[/]: {report.num_committed} of {report.num_planned} shards, {amount} checked")
-        results.print("not checked: reports/ and aside/, which are no part of the data and have no digests")
+        results.print("not checked: reports/ and quarantine/, which are no part of the data and have no digests")
         return
     table = Table(title=f"{len(report.findings)} findings in {amount}")
     for column in ("shard", "file", "found", "expected"):
         table.add_column(column, overflow="fold")
     for finding in report.findings:
-        table.add_row(*map(escape, (finding.shard, finding.file, finding.found, finding.expected)))
+        table.add_row(*map(escape, (str(finding.part), finding.file, finding.found, finding.expected)))
     results.print(table)
 
 
@@ -107,7 +107,7 @@ def _print_repair(repaired: "RepairReport", report: "VerifyReport") -> None:
         results.print(f"  cdp extract-teacher --teacher TEACHER {escape(where)}", soft_wrap=True)
     for finding in repaired.left:
         results.print(
-            f"not set aside: {escape(finding.shard)} {escape(finding.file)}; samples are restored or packed again, "
+            f"not set aside: {escape(str(finding.part))} {escape(finding.file)}; samples are restored or packed again, "
             "a shard without a record is made by the next extraction",
             soft_wrap=True,
         )

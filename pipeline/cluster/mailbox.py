@@ -1,4 +1,4 @@
-"""What the processes of a run and its driver tell each other: a plain object, which whoever runs them holds."""
+"""What the driver and the processes of a run tell each other: a plain object, which the backend puts in an actor."""
 
 import time
 from collections.abc import Callable
@@ -8,60 +8,56 @@ ASK_S = 1.0
 
 
 class Mailbox:
-    """Where processes drop what they have to report until the driver takes it, and find what it asks of them."""
+    """Keeps the messages of the processes until the driver takes them, and what the driver asks of the processes."""
 
     def __init__(self) -> None:
-        self._letters: list[tuple[Any, ...]] = []
-        self._places: dict[int, int] = {}
+        self._messages: list[tuple[Any, ...]] = []
+        self._positions: dict[int, int] = {}
         self._asked_to_stop = False
-        self._mistake: Exception | None = None
+        self._error: Exception | None = None
 
-    def put(self, *letter: Any) -> None:
-        """Something to report."""
-        self._letters.append(letter)
+    def put(self, *message: Any) -> None:
+        """Adds a message to the driver."""
+        self._messages.append(message)
 
     def take(self) -> list[tuple[Any, ...]]:
-        """All letters since the last call, in the order they came."""
-        letters, self._letters = self._letters, []
-        return letters
+        """Gives all messages since the last call, in the order they came."""
+        messages, self._messages = self._messages, []
+        return messages
 
-    def at(self, number: int, place: int) -> None:
-        """How far try `number` of a task has come, for when its process dies."""
-        self._places[number] = place
+    def mark(self, attempt: int, position: int) -> None:
+        """Keeps the position that an attempt has reached, for when its process dies."""
+        self._positions[attempt] = position
 
-    def place(self, number: int) -> int | None:
-        """What `at` said last."""
-        return self._places.get(number)
+    def position(self, attempt: int) -> int | None:
+        """Gives what `mark` was told last."""
+        return self._positions.get(attempt)
 
-    def report_mistake(self, error: Exception) -> None:
-        """What no further try would mend; the first one is kept."""
-        self._mistake = self._mistake or error
+    def report_error(self, error: Exception) -> None:
+        """Keeps an error that would come again in every attempt; the first one only."""
+        self._error = self._error or error
 
-    def has_mistake(self) -> bool:
-        """Whether there is one."""
-        return self._mistake is not None
-
-    def mistake(self) -> Exception | None:
-        """The first one."""
-        return self._mistake
+    def error(self) -> Exception | None:
+        """Gives that error."""
+        return self._error
 
     def ask_to_stop(self) -> None:
-        """From the driver, to all processes."""
+        """Asks all processes to stop."""
         self._asked_to_stop = True
 
     def is_asked_to_stop(self) -> bool:
-        """Whether it asked."""
+        """Says whether the driver asked."""
         return self._asked_to_stop
 
 
 class Throttled:
-    """A question to another process that is asked once a second at most; between, the answer is the last one."""
+    """Asks another process a question once a second at most; in between, the answer is the last one."""
 
     def __init__(self, question: Callable[[], bool]) -> None:
         self._question, self._answer, self._next = question, False, 0.0
 
     def __call__(self) -> bool:
-        """The answer."""
+        """Gives the answer."""
         if (now := time.monotonic()) > self._next:
             self._answer, self._next = self._question(), now + ASK_S
         return self._answer

@@ -1,4 +1,4 @@
-"""Running tasks on a Ray cluster: long-lived actors, as many as the cluster has room for, and their progress.
+"""Runs tasks on a Ray cluster: long-lived actors, as many as the cluster has room for, and their progress.
 
 It knows nothing of what a task is.
 """
@@ -75,17 +75,31 @@ def _check_reachable(address: str) -> None:
         raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
 
 
+@dataclass(frozen=True)
+class TaskLimits:
+    """How many workers there are, what each holds, and how often a task is tried."""
+
+    num_workers: int | None
+    """Actors at most; those the cluster has no room for wait for it to grow. None is one a GPU (or CPU, when
+    `gpus_per_worker` is 0) that the cluster has at the time."""
+    gpus_per_worker: float
+    """GPUs an actor holds."""
+    max_attempts: int
+    """Tries of one task, crashes and exceptions counted alike; also how many workers in a row may fail to start, while
+    none works, before the run is given up."""
+    tasks_per_worker: int = 1
+    """Tasks an actor has in flight; with more than one, its work is called from as many threads, so that it can read
+    and write for one task while it computes for another."""
+
+
 def run_tasks(
     make_worker: Callable[[], Work],
     tasks: list[int],
+    limits: TaskLimits,
     *,
-    num_workers: int | None,
-    gpus_per_worker: float,
-    max_attempts: int,
     on_progress: Callable[[int, int], None],
     on_result: Callable[[int, Any], None],
-    on_workers: Callable[[list[Worker]], None] | None = None,
-    tasks_per_worker: int = 1,
+    on_workers: Callable[[list[Worker]], None] = lambda _: None,
 ) -> Outcome:
     """Runs every task on some worker, a failed one again, until it is done or out of attempts.
 
@@ -96,53 +110,42 @@ def run_tasks(
         make_worker: called once in each actor; what it returns does the work. A `UserError` from it ends the run,
             unless another worker was ready before.
         tasks: task numbers, started in this order.
-        num_workers: actors at most; those the cluster has no room for wait for it to grow. None is one a GPU (or
-            CPU, when `gpus_per_worker` is 0) that the cluster has at the time.
-        gpus_per_worker: GPUs an actor holds.
-        max_attempts: tries of one task, crashes and exceptions counted alike; also how many workers in a row may
-            fail to start, while none works, before the run is given up.
+        limits: of workers and attempts.
         on_progress: called with (task, units of work) as workers report them; with a negative number when an
             attempt failed, so that the sum over a task is what its successful attempt reported.
         on_result: called with (task, result) as tasks finish.
         on_workers: called with the workers that there are, a few times a second.
-        tasks_per_worker: tasks an actor has in flight; with more than one, its work is called from as many threads,
-            so that it can read and write for one task while it computes for another.
     """
-    calls = _RayExecutor(make_worker, num_workers, gpus_per_worker, tasks_per_worker)
-    pool = TaskQueue(tasks, max_attempts, tasks_per_worker)
-    actor_pool = ActorPool(pool, calls, on_progress, on_result)
+    executor = _RayExecutor(make_worker, limits)
+    queue = TaskQueue(tasks, limits.max_attempts, limits.tasks_per_worker)
+    pool = ActorPool(queue, executor, on_progress, on_result)
     polled = 0.0
     try:
-        while pool.num_unfinished:
-            actor_pool.scale()
-            for reference in _finished(list(actor_pool.running)):
-                actor_pool.finish(reference)
+        while queue.num_unfinished:
+            pool.scale()
+            for call in _finished(pool.calls):
+                pool.finish(call)
             if (now := time.monotonic()) > polled + POLL_S:
                 polled = now
                 with contextlib.suppress(RayError):
-                    # What a lost letter said comes again with the task's result.
-                    actor_pool.progress(calls.letters())
-                if on_workers is not None:
-                    on_workers(actor_pool.workers)
-        if on_workers is not None:
-            on_workers(actor_pool.workers)
+                    # What a lost report said comes again with the task's result.
+                    pool.progress(executor.reports())
+                on_workers(pool.workers)
+        on_workers(pool.workers)
     finally:
-        actor_pool.close()
-        calls.close()
-    return Outcome(pool.given_up, pool.tries, actor_pool.ever_ready, dict(actor_pool.failed_starts))
+        pool.close()
+        executor.close()
+    return Outcome(queue.given_up, queue.tries, pool.ever_ready, dict(pool.failed_starts))
 
 
 class _RayExecutor:
     """`actor_pool.Executor` on the connected cluster, and the mailbox of its actors."""
 
-    def __init__(
-        self, make_worker: Callable[[], Work], num_workers: int | None, gpus_per_worker: float, tasks_per_worker: int
-    ) -> None:
-        self._make_worker = make_worker
-        self._num_workers, self._gpus_per_worker = num_workers, gpus_per_worker
+    def __init__(self, make_worker: Callable[[], Work], limits: TaskLimits) -> None:
+        self._make_worker, self._limits = make_worker, limits
         self._mailbox = new_mailbox()
         self._actor_class = ray.remote(
-            num_cpus=1, num_gpus=gpus_per_worker, max_restarts=0, max_concurrency=tasks_per_worker
+            num_cpus=1, num_gpus=limits.gpus_per_worker, max_restarts=0, max_concurrency=limits.tasks_per_worker
         )(_Actor)
 
     def new_actor(self) -> Any:
@@ -151,20 +154,20 @@ class _RayExecutor:
     def start(self, actor: Any) -> Any:
         return actor.start.remote()
 
-    def run(self, actor: Any, task: int, number: int, deaths: tuple[int, ...] | None) -> Any:
-        return actor.run.remote(task, number, deaths)
+    def run(self, actor: Any, task: int, attempt: int, crashes: tuple[int, ...] | None) -> Any:
+        return actor.run.remote(task, attempt, crashes)
 
-    def place(self, number: int) -> int | None:
+    def position(self, attempt: int) -> int | None:
         with contextlib.suppress(RayError):
-            place: int | None = ray.get(self._mailbox.place.remote(number))
-            return place
+            position: int | None = ray.get(self._mailbox.position.remote(attempt))
+            return position
         return None
 
     def result(self, call: Any) -> Any:
         try:
             return ray.get(call)
         except RayTaskError as error:
-            node, pid = _place(error)
+            node, pid = _origin(error)
             # The text that ray makes of an exception is a page; that of a `UserError` may have several lines.
             why = str(error.cause) if isinstance(error.cause, UserError) else _last_line(error)
             raise WorkRaised(why, node, pid, error.cause) from None
@@ -175,36 +178,36 @@ class _RayExecutor:
         ray.kill(actor)
 
     def num_slots(self) -> int:
-        if self._num_workers:
-            return self._num_workers
+        if self._limits.num_workers:
+            return self._limits.num_workers
         resources = ray.cluster_resources()
-        if self._gpus_per_worker:
-            return int(resources.get("GPU", 0) / self._gpus_per_worker)
+        if self._limits.gpus_per_worker:
+            return int(resources.get("GPU", 0) / self._limits.gpus_per_worker)
         return int(resources.get("CPU", 0))
 
-    def letters(self) -> list[tuple[int, int, int]]:
-        """What the actors reported since the last call: task, number of the try, units of work."""
-        letters: list[tuple[int, int, int]] = ray.get(self._mailbox.take.remote())
-        return letters
+    def reports(self) -> list[tuple[int, int]]:
+        """What attempts reported since the last call: number of the attempt, units of work."""
+        reports: list[tuple[int, int]] = ray.get(self._mailbox.take.remote())
+        return reports
 
     def close(self) -> None:
         """Ends the mailbox."""
         ray.kill(self._mailbox)
 
 
-def _finished(references: list[Any]) -> list[Any]:
-    """Those that are finished, after waiting a moment for the first one."""
-    if not references:
+def _finished(calls: list[Any]) -> list[Any]:
+    """Calls that are finished, after waiting a moment for the first one."""
+    if not calls:
         time.sleep(POLL_S)
         return []
-    done, _ = ray.wait(references, timeout=POLL_S)
+    done, _ = ray.wait(calls, timeout=POLL_S)
     if done:
-        done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
     return list(done)
 
 
 def new_mailbox() -> Any:
-    """The actor through which processes and driver talk."""
+    """Makes the actor through which processes and driver talk."""
     # Without a slot of its own: on a cluster whose every core holds a worker it would wait for ever. On the head node:
     # that one is not lost while the cluster lives.
     return ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(Mailbox).remote()
@@ -223,35 +226,35 @@ class _Actor:
         self._work = self._make_worker()
         return socket.gethostname(), os.getpid()
 
-    def run(self, task: int, number: int, deaths: tuple[int, ...] | None) -> tuple[Any, int, dict[str, float]]:
-        """The result, the units of work it was, and what the worker's time went into."""
-        report = _Report(task, number, self._mailbox)
-        carefully = getattr(self._work, "carefully", None)
-        if deaths is None or carefully is None:
+    def run(self, task: int, attempt: int, crashes: tuple[int, ...] | None) -> tuple[Any, int, dict[str, float]]:
+        """Gives the result, the units of work it was, and what the worker's time went into."""
+        report = _Report(attempt, self._mailbox)
+        run_isolated = getattr(self._work, "run_isolated", None)
+        if crashes is None or run_isolated is None:
             result = self._work(task, report)
         else:
-            result = carefully(task, report, _ProgressMarker(deaths, number, self._mailbox))
+            result = run_isolated(task, report, _MailboxMarker(crashes, attempt, self._mailbox))
         timings: dict[str, float] = getattr(self._work, "timings", dict)()
         return result, report.total, timings
 
 
-class _ProgressMarker:
-    """`workers.ProgressMarker`, kept in the mailbox: on the head node, whatever becomes of this one."""
+class _MailboxMarker:
+    """A `ProgressMarker` that keeps positions in the mailbox: on the head node, whatever becomes of this one."""
 
-    def __init__(self, deaths: tuple[int, ...], number: int, mailbox: Any) -> None:
-        self.deaths = deaths
-        self._number, self._mailbox = number, mailbox
+    def __init__(self, crashes: tuple[int, ...], attempt: int, mailbox: Any) -> None:
+        self.crashes = crashes
+        self._attempt, self._mailbox = attempt, mailbox
 
-    def at(self, place: int) -> None:
+    def mark(self, position: int) -> None:
         # Waits for the answer: the process may die at the next instruction.
-        ray.get(self._mailbox.at.remote(self._number, place))
+        ray.get(self._mailbox.mark.remote(self._attempt, position))
 
 
 class _Report:
-    """Adds up what one try of a task reports, and sends it now and then."""
+    """Adds up what one attempt reports, and sends it now and then."""
 
-    def __init__(self, task: int, number: int, mailbox: Any) -> None:
-        self._task, self._number, self._mailbox = task, number, mailbox
+    def __init__(self, attempt: int, mailbox: Any) -> None:
+        self._attempt, self._mailbox = attempt, mailbox
         self._lock = threading.Lock()
         self.total = self._sent = 0
         self._sent_at = 0.0
@@ -260,7 +263,7 @@ class _Report:
         with self._lock:
             self.total += amount
             if (now := time.monotonic()) > self._sent_at + REPORT_S:
-                self._mailbox.put.remote(self._task, self._number, self.total - self._sent)
+                self._mailbox.put.remote(self._attempt, self.total - self._sent)
                 self._sent, self._sent_at = self.total, now
 
 
@@ -272,7 +275,7 @@ def _cause_of_death(error: RayError) -> str:
     return detail.splitlines()[0].split(" Some common causes")[0] if found else _last_line(error)
 
 
-def _place(error: RayTaskError) -> tuple[str, str]:
+def _origin(error: RayTaskError) -> tuple[str, str]:
     """Address and process; the exception of the worker's own type, which ray raises, knows them as text only."""
     found = re.search(r"\(pid=(\d+), ip=([^,)]+)", str(error))
     return (found[2], found[1]) if found else ("?", "?")

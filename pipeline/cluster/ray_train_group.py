@@ -1,4 +1,4 @@
-"""Running one function in the processes of a torch process group, with Ray Train."""
+"""Runs one function in the processes of a torch process group, with Ray Train."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -10,8 +10,8 @@ from pipeline.cluster.mailbox import Throttled
 from pipeline.cluster.ray_backend import POLL_S, new_mailbox
 from storage.errors import PassingFailure, UserError
 
-NOTES = "ray-train"
-"""Folder that Ray Train keeps its own notes in, inside the one it is given."""
+RUN_NAME = "ray-train"
+"""Folder of Ray Train's own state, inside the one it is given."""
 
 
 def run_group(
@@ -21,25 +21,24 @@ def run_group(
     gpus_per_worker: float,
     max_attempts: int,
     storage: str,
-    on_letter: Callable[..., None],
+    on_message: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
     """Runs a function in processes that form one torch process group, with Ray Train.
 
     Args:
-        work: called once in each process, with a function that sends a letter to the driver, and one that says
+        work: called once in each process, with a function that sends a message to the driver, and one that says
             whether the driver was asked to stop.
         num_workers: processes.
         gpus_per_worker: GPUs each holds; 0 is one CPU each.
         max_attempts: times the whole group is started, the first included, when a process dies or meets a
             `PassingFailure`.
-        storage: folder, seen by all nodes, that Ray Train keeps its own notes in.
-        on_letter: called with what was sent.
+        storage: folder, seen by all nodes, for Ray Train's own state.
+        on_message: called with each message.
         should_stop: asked a few times a second, as long as it says no.
 
     Raises:
-        UserError: one that `work` raised; it is not tried again, but for a `PassingFailure`. Or the group failed too
-            often.
+        UserError: If `work` raised it (only a `PassingFailure` is tried again), or the group failed too often.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -47,23 +46,23 @@ def run_group(
     mailbox = new_mailbox()
 
     def in_each_process(_: dict[str, Any]) -> None:
-        if ray.get(mailbox.has_mistake.remote()):
-            # Started again, but it would be the same.
+        if ray.get(mailbox.error.remote()) is not None:
+            # The group was started again, but the error would be the same.
             return
         last_sent: list[Any] = []
 
-        def send(*letter: Any) -> None:
-            last_sent[:] = [mailbox.put.remote(*letter)]
+        def send(*message: Any) -> None:
+            last_sent[:] = [mailbox.put.remote(*message)]
 
         try:
             work(send, Throttled(lambda: bool(ray.get(mailbox.is_asked_to_stop.remote()))))
         except PassingFailure:
             raise
         except UserError as error:
-            ray.get(mailbox.report_mistake.remote(error))
-            # So that the others of the group, which may wait for this process, are ended.
+            ray.get(mailbox.report_error.remote(error))
+            # Raised, so that the other processes of the group, which may wait for this one, are ended.
             raise
-        # Letters of one process arrive in order: with the last one all are there.
+        # Messages of one process arrive in order: with the last one all are there.
         ray.get(last_sent)
 
     trainer = TorchTrainer(
@@ -75,7 +74,7 @@ def run_group(
             resources_per_worker={"GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1},
         ),
         run_config=RunConfig(
-            name=NOTES, storage_path=storage, failure_config=FailureConfig(max_failures=max_attempts - 1)
+            name=RUN_NAME, storage_path=storage, failure_config=FailureConfig(max_failures=max_attempts - 1)
         ),
     )
     # Beside this thread: in the main one it would take Ctrl-C for itself, and end without a checkpoint.
@@ -84,16 +83,16 @@ def run_group(
         asked = False
         while not fitting.done():
             wait([fitting], POLL_S)
-            for letter in ray.get(mailbox.take.remote()):
-                on_letter(*letter)
+            for message in ray.get(mailbox.take.remote()):
+                on_message(*message)
             if not asked and (asked := should_stop()):
                 ray.get(mailbox.ask_to_stop.remote())
-    for letter in ray.get(mailbox.take.remote()):
-        on_letter(*letter)
-    mistake = ray.get(mailbox.mistake.remote())
+    for message in ray.get(mailbox.take.remote()):
+        on_message(*message)
+    error = ray.get(mailbox.error.remote())
     ray.kill(mailbox)
-    if mistake is not None:
-        raise mistake
-    if isinstance(error := fitting.exception(), ray.train.TrainingFailedError):
-        raise UserError(f"the processes of the group failed {max_attempts} times, at last with: {error}") from error
+    if error is not None:
+        raise error
+    if isinstance(failure := fitting.exception(), ray.train.TrainingFailedError):
+        raise UserError(f"the processes of the group failed {max_attempts} times, at last with: {failure}") from failure
     fitting.result()

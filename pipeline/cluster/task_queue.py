@@ -1,11 +1,11 @@
-"""Which task is run next, and what a failure costs it. Knows no executor.
+"""Decides which task is run next, and what a failure costs it. Knows no executor.
 
-When a worker dies, all its tasks go back. A death in company counts against none of them, since any one may have caused
-it; each is a suspect from then on and run alone, where a death counts. So a task has at most one try more than
-`max_attempts`, and no task is given up for what its neighbour did.
+When a worker dies, all its tasks go back. If it had several, the death counts against none of them, since any one may
+have caused it; each is a suspect from then on and runs alone, where a death counts. So a task has at most one try more
+than `max_attempts`, and no task is given up for what its neighbour did.
 
-The last attempt of several is a careful one, alone in its worker, and may say at which place of the task it is. If the
-worker dies then, the next try is told the place: such a death is no attempt, as long as it may teach something.
+The last attempt of several is isolated: it runs alone in its worker and may mark its position in the task. If the
+worker crashes then, the next try is told the position. Such a crash is no attempt as long as it may teach something.
 """
 
 import logging
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
-DEATHS_AT_A_PLACE = 2
-"""Careful tries in a row that die at one place; after that many the place is to blame, and to be left out."""
-MOST_DEATHS_AT_PLACES = 16
-"""Of one task; then it is given up."""
+CRASHES_AT_A_POSITION = 2
+"""Isolated tries that crash at one position; after that many the position is to blame, and to be left out."""
+MAX_MARKED_CRASHES = 16
+"""Crashes of one task at known positions; then it is given up."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class FailedTry:
     why: str
     """The error, or what the process died of."""
     counts: bool
-    """Whether it is one of the task's attempts; a death in company, or at a known place, is not."""
-    place: int | None = None
-    """Where in the task a careful try was when its worker died, as it said itself."""
+    """Whether it is one of the task's attempts; a death beside other tasks, or a crash at a marked position, is not."""
+    position: int | None = None
+    """Where in the task an isolated try was when its worker crashed, as it marked."""
 
 
 @dataclass
@@ -89,22 +89,22 @@ class TaskQueue:
         return queue.popleft()
 
     def is_last(self, task: int) -> bool:
-        """Whether the next try is the last of several attempts, and so is a careful one."""
+        """Whether the next try is the last of several attempts, and so is isolated."""
         return self.max_attempts > 1 and self._num_attempts(task) >= self.max_attempts - 1
 
-    def deaths(self, task: int) -> tuple[int, ...]:
-        """Places at which workers died in careful tries of the task, in order."""
-        return tuple(failed.place for failed in self.tries.get(task, ()) if failed.place is not None)
+    def crashes(self, task: int) -> tuple[int, ...]:
+        """Positions at which workers crashed in isolated tries of the task, in order."""
+        return tuple(failed.position for failed in self.tries.get(task, ()) if failed.position is not None)
 
     def done(self, task: int) -> None:
-        """The task succeeded."""
+        """Notes that the task succeeded."""
         self._num_in_flight -= 1
 
-    def failed(self, task: int, node: str, pid: int, why: str, place: int | None = None) -> None:
-        """The task raised, or its worker died while the task was alone in it, at that place if it is known."""
+    def failed(self, task: int, node: str, pid: int, why: str, position: int | None = None) -> None:
+        """Notes that the task raised, or that its worker died while it was alone there, at that position if known."""
         self._num_in_flight -= 1
-        is_lesson = place is not None and self._may_die_at(task, place)
-        self.tries.setdefault(task, []).append(FailedTry(node, pid, why, counts=not is_lesson, place=place))
+        is_lesson = position is not None and self._may_crash_at(task, position)
+        self.tries.setdefault(task, []).append(FailedTry(node, pid, why, counts=not is_lesson, position=position))
         num_attempts = self._num_attempts(task)
         if num_attempts < self.max_attempts:
             logger.warning("task %d failed on %s, process %d (%s); trying again", task, node, pid, why)
@@ -116,10 +116,10 @@ class TaskQueue:
             logger.warning("task %d failed on %s, process %d (%s); given up", task, node, pid, why)
             self.given_up[task] = f"{why} (after {num_attempts} attempts)"
 
-    def worker_died(self, tasks: Sequence[int], node: str, pid: int, why: str, place: int | None = None) -> None:
-        """The worker that had these tasks is gone; `place` is where a careful try of a task alone was."""
+    def worker_died(self, tasks: Sequence[int], node: str, pid: int, why: str, position: int | None = None) -> None:
+        """Puts the tasks of a dead worker back; `position` is where an isolated try was."""
         if len(tasks) == 1:
-            self.failed(tasks[0], node, pid, why, place)
+            self.failed(tasks[0], node, pid, why, position)
             return
         for task in tasks:
             self._num_in_flight -= 1
@@ -131,13 +131,13 @@ class TaskQueue:
     def _num_attempts(self, task: int) -> int:
         return sum(failed.counts for failed in self.tries.get(task, ()))
 
-    def _may_die_at(self, task: int, place: int) -> bool:
-        """Whether one death more there is a lesson to the next try; bounded, as is all that a task may cost."""
-        deaths = Counter(self.deaths(task))
-        return deaths[place] < DEATHS_AT_A_PLACE and deaths.total() < MOST_DEATHS_AT_PLACES
+    def _may_crash_at(self, task: int, position: int) -> bool:
+        """Whether one crash more there is a lesson to the next try; bounded, as is all that a task may cost."""
+        crashes = Counter(self.crashes(task))
+        return crashes[position] < CRASHES_AT_A_POSITION and crashes.total() < MAX_MARKED_CRASHES
 
     def give_up_waiting(self, why: str) -> None:
-        """No worker will ever take what still waits."""
+        """Gives up all tasks that still wait."""
         for task in [*self._waiting, *self._waiting_suspects]:
             self.given_up[task] = why
         self._waiting.clear()

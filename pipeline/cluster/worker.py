@@ -1,4 +1,4 @@
-"""What is known of the workers of a run, and of what became of its tasks. Knows no executor."""
+"""The workers of a run, their attempts at tasks, and the outcome of all. Knows no executor."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,38 +11,38 @@ Work = Callable[[int, Callable[[int], None]], Any]
 """A worker's work on one task: gets the task's number and a function to report progress with.
 
 If it has a method `timings`, that says in seconds, since it was made, what its time went into. If it has a method
-`carefully`, the last of several attempts calls that with a `ProgressMarker` as third argument: the task is alone in the
-process then, and what fails in it may be found and left out."""
+`run_isolated`, the last of several attempts calls that with a `ProgressMarker` as third argument: the task is alone in
+the process then, so the work can find what fails in it and leave that out."""
 
 RATE_WINDOW_S = 20.0
 
 
 class ProgressMarker(Protocol):
-    """What a careful try tells of itself, and is told of those before it."""
+    """Where an isolated try says how far it is, and learns where earlier ones crashed."""
 
     @property
-    def deaths(self) -> tuple[int, ...]:
-        """Places at which earlier careful tries died, in order."""
+    def crashes(self) -> tuple[int, ...]:
+        """Positions at which earlier isolated tries crashed, in order."""
 
-    def at(self, place: int) -> None:
-        """Says where in the task the try is now; outlives the process and its machine once this returns."""
+    def mark(self, position: int) -> None:
+        """Keeps the position that the try has reached; once this returns, it outlives the process and its machine."""
 
 
 class ProcessUnfit(Exception):
-    """Raised by work whose process is of no use any more; it is replaced, and the try counts as a death."""
+    """Raised by work whose process is of no use any more; it is replaced, and the try counts as a crash."""
 
 
 @dataclass(eq=False)
 class Worker:
-    """An actor: where it is, what it has in flight, what it has done."""
+    """An actor: where it is, what it is at, what it has done."""
 
     actor: Any
     node: str = "?"
     pid: int = 0
     ready_at: float | None = None
     """Clock time (`time.monotonic`) at which it could take its first task."""
-    in_flight: dict[int, int] = field(default_factory=dict)
-    """Task -> units it reported so far."""
+    attempts: "list[Attempt]" = field(default_factory=list)
+    """Those in flight, the oldest first."""
     num_tasks: int = 0
     """Tasks done."""
     num_units: int = 0
@@ -70,6 +70,18 @@ class Worker:
         self._recent.append((now, self.num_units))
         while self._recent[0][0] < now - RATE_WINDOW_S:
             self._recent.popleft()
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One try of a task in a worker, while it is in flight."""
+
+    number: int
+    """No other try of the run has it."""
+    task: int
+    worker: Worker
+    num_units: int = 0
+    """Units of work that it reported so far."""
 
 
 @dataclass

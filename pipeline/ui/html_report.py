@@ -29,7 +29,7 @@ p.text { margin: .2rem 0; color: #444 }
 {% for row in table.rows %}<tr{% if row[0] == "average" %} class="total"{% endif %}>
 {% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% endfor %}
-{% if samples %}<h2>Where they look</h2>
+{% if samples %}<h2>Visual attention</h2>
 <p>Attention that each image token receives in the matched layers, mean over pairs, attention sinks left out.</p>
 {% for sample in samples %}<p class="text">{{ sample.text }}</p><div class="row">
 {% for name, picture in sample.pictures %}<figure><img src="data:image/png;base64,{{ picture }}" alt="{{ name }}">

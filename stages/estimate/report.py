@@ -8,7 +8,7 @@ from pydantic import Field
 
 from storage.codecs.config import MapCodecName
 from storage.strict_model import StrictModel
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.commits import SkippedSample
 
 SHOWN_UNUSABLE = 5
 

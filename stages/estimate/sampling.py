@@ -17,7 +17,7 @@ from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.shard import SampleShard
 from storage.stores import Store
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.commits import SkippedSample
 
 UNITS = ("samples", "tokens", "answer_rows", "maps", "image_tokens", "map_entries")
 """What bytes grow with. The last three are counted once for all samples that share a map."""

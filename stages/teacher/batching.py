@@ -20,7 +20,7 @@ from stages.unusable_sample import Reason, UnusableSample
 from storage.errors import UserError
 from storage.samples.members import StoredSample
 from storage.samples.shard import SampleShard
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.commits import SkippedSample
 
 logger = logging.getLogger(__name__)
 

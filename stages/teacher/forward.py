@@ -64,7 +64,7 @@ def run_teacher(
     addresses_R = torch.cat([row_addresses(sample.key, size) for sample, size in zip(batch, sizes, strict=True)])
     logits_RQ, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
     rows = zip(torch.split(logits_RQ, sizes), torch.split(finite_R, sizes), strict=True)
-    logits = [of_sample_RB if bool(finite.all()) else None for of_sample_RB, finite in rows]
+    logits = [of_sample_RQ if bool(finite.all()) else None for of_sample_RQ, finite in rows]
     maps = {}
     for row, sample in enumerate(batch):
         if sample in wanted_maps and sample.map_key is not None:

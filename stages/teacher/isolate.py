@@ -16,7 +16,7 @@ from stages.unusable_sample import Reason
 from storage.errors import UserError
 from storage.samples.members import StoredSample
 from storage.samples.shard import SampleShard
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.commits import SkippedSample
 
 NOWHERE = -1
 """Told to `at` while no sample of the shard is in the teacher."""

@@ -24,7 +24,8 @@ from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
 from storage.codecs.maps import EncodedMaps
 from storage.samples.shard import SampleShard
-from storage.targets.sample_targets import SampleTargets, SkippedSample
+from storage.targets.commits import SkippedSample
+from storage.targets.sample_targets import SampleTargets
 
 PREPARING_THREADS = 4
 
@@ -62,7 +63,7 @@ class Observer:
         self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
         self.coder = MapCoder(teacher, self.timings, overlap=overlap)
         self._turn = threading.Lock()
-        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare") if overlap else None
+        self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare") if overlap else None
 
     def __enter__(self) -> Self:
         return self
@@ -74,8 +75,8 @@ class Observer:
 
     def close(self) -> None:
         """Ends its threads."""
-        if self._preparing is not None:
-            self._preparing.shutdown(cancel_futures=True)
+        if self.preparing is not None:
+            self.preparing.shutdown(cancel_futures=True)
         self.coder.close()
 
     def observe(self, shard: SampleShard, progress: Callable[[int], None] | None = None) -> ShardObservations:
@@ -102,10 +103,6 @@ class Observer:
                     work.run(batch)
                 work.run_orphans()
         return work.finish()
-
-    def prefetch(self, prepare: SamplePreparer, num_rows: int) -> Generator[PreparedSample | SkippedSample, None, None]:
-        """The shard's rows in order."""
-        return prefetch(prepare, num_rows, self._preparing, self.batch_size)
 
     def attempt(self, batch: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]) -> ForwardOutput | None:
         """One forward pass; None if the batch does not fit into memory."""
@@ -137,8 +134,8 @@ class ShardWork:
 
     def batches(self, num_rows: int) -> Generator[list[PreparedSample], None, None]:
         """The shard's samples in batches; the first in the tar that needs a map becomes its owner."""
-        batcher = LengthBatcher(self._observer.batch_size)
-        with closing(self._observer.prefetch(self._prepare, num_rows)) as samples:
+        observer, batcher = self._observer, LengthBatcher(self._observer.batch_size)
+        with closing(prefetch(self._prepare, num_rows, observer.preparing, observer.batch_size)) as samples:
             for sample in samples:
                 if self.admit(sample) and (batch := batcher.add(sample)) is not None:
                     yield batch
@@ -234,11 +231,3 @@ class ShardWork:
             self._seen[sample.row] = sample
             sample.encoded.pixel_inputs.clear()
         return True
-
-
-def observe_shard(
-    teacher: Teacher, shard: SampleShard, progress: Callable[[int], None] | None = None
-) -> ShardObservations:
-    """As `Observer.observe`, for one shard alone."""
-    with Observer(teacher) as observer:
-        return observer.observe(shard, progress)

@@ -1,7 +1,7 @@
 """Integers of a fixed number of bits, one after another in a string of bytes.
 
 Bit n of a string is bit n % 8 (the lowest is 0) of byte n // 8; spare bits of the last byte are 0.
-Letters: R rows, K integers of a row, J bits, Q bytes.
+Letters: R rows, I integers of a row, J bits, Q bytes.
 """
 
 import torch
@@ -13,7 +13,7 @@ MAX_WIDTH = 25
 
 
 def pack_narrow(values: Tensor, width: int) -> Tensor:
-    """`[..., ceil(K * width / 8)]` uint8 of `[..., K]` uint8 below 2**width, which is 1, 2, 4 or 8; same device."""
+    """`[..., ceil(I * width / 8)]` uint8 of `[..., I]` uint8 below 2**width, which is 1, 2, 4 or 8; same device."""
     in_byte = 8 // width
     values = F.pad(values, (0, -values.shape[-1] % in_byte))
     packed = values[..., ::in_byte].clone()
@@ -40,23 +40,23 @@ def unpack_bits(packed_RQ: Tensor, count: int) -> Tensor:
     return unpack_narrow(packed_RQ, count, 1).bool()
 
 
-def pack_integers(values_RK: Tensor, width: int) -> Tensor:
-    """`[R, ceil(K * width / 8)]` uint8: integer k is bits `[k * width, (k + 1) * width)`, its lowest bit first.
+def pack_integers(values_RI: Tensor, width: int) -> Tensor:
+    """`[R, ceil(I * width / 8)]` uint8: integer k is bits `[k * width, (k + 1) * width)`, its lowest bit first.
 
     Args:
-        values_RK: `[R, K]` integers in `[0, 2**width)`.
+        values_RI: `[R, I]` integers in `[0, 2**width)`.
         width: Bits of each, 1 to 25.
     """
     assert 1 <= width <= MAX_WIDTH
-    shifts = torch.arange(width, dtype=torch.int32, device=values_RK.device)
-    return pack_bits(((values_RK.int()[..., None] >> shifts) & 1).flatten(1))
+    shifts = torch.arange(width, dtype=torch.int32, device=values_RI.device)
+    return pack_bits(((values_RI.int()[..., None] >> shifts) & 1).flatten(1))
 
 
 def unpack_integers(packed_RQ: Tensor, count: int, width: int) -> Tensor:
     """`[R, count]` int64: the inverse of `pack_integers`."""
     assert 1 <= width <= MAX_WIDTH
-    first_K = torch.arange(count, device=packed_RQ.device) * width
+    first_I = torch.arange(count, device=packed_RQ.device) * width
     bytes_RQ = F.pad(packed_RQ, (0, 4)).long()
-    word_RK = sum(bytes_RQ[:, first_K // 8 + n] << (8 * n) for n in range(4))
-    assert isinstance(word_RK, Tensor)
-    return (word_RK >> (first_K % 8)) & ((1 << width) - 1)
+    word_RI = sum(bytes_RQ[:, first_I // 8 + n] << (8 * n) for n in range(4))
+    assert isinstance(word_RI, Tensor)
+    return (word_RI >> (first_I % 8)) & ((1 << width) - 1)

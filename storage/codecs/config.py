@@ -51,7 +51,7 @@ class MapCodecConfig(StrictModel):
         return entries if self.bits >= 8 else num_bytes(entries * self.bits)
 
     def tail_block_size(self, num_tokens: int) -> int:
-        """A: how many of a causal map's last keys, which few queries see, are stored as float16 beside their codes."""
+        """Z: how many of a causal map's last keys, which few queries see, are stored as float16 beside their codes."""
         return -(-num_tokens // TAIL_BLOCK_SHARE) if self.causal else 0
 
 

@@ -6,7 +6,7 @@ that the codes get wrong are stored; and each column is shifted to the exact mea
 not stored, the exact threshold is known at least, and the values of the shortest columns.
 
 Letters: L captured layers, W windows, N image tokens, E stored entries of one map (`triangle.py`), C elements that
-hold their codes, A keys of the tail block.
+hold their codes, Z keys of the tail block.
 """
 
 from collections.abc import Sequence
@@ -170,9 +170,9 @@ class MapCodec:
         keep_WNN = unpack_entries(keep_WE, num_tokens, causal)
         size = self.config.tail_block_size(num_tokens)
         first = num_tokens - size
-        tail_WAA = unpack_entries(window_means(windows.tail_blocks_LY, rows), size, causal)
-        maps_WNN[:, first:, first:] = tail_WAA
-        keep_WNN[:, first:, first:] = (tail_WAA <= thresholds_W[:, None, None]).tril()
+        tail_WZZ = unpack_entries(window_means(windows.tail_blocks_LY, rows), size, causal)
+        maps_WNN[:, first:, first:] = tail_WZZ
+        keep_WNN[:, first:, first:] = (tail_WZZ <= thresholds_W[:, None, None]).tril()
         return maps_WNN, keep_WNN
 
     def _decode_means(self, encoded: EncodedMaps, rows: WindowRows, thresholds_W: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""Whether a store holds what was committed, and how its broken parts are set aside."""
+"""Whether a store holds what was committed, and how its broken parts are moved to quarantine."""

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
+Part = int | str
+"""Number of a target shard, or `teacher`, the name of a tar, `samples`, or `-` for the store itself."""
+
 
 @dataclass(frozen=True)
 class Finding:
     """One fault."""
 
-    shard: str
-    """Number of the target shard, `teacher`, name of the tar, `samples`, or `-` for the store itself."""
+    part: Part
+    """What is at fault."""
     file: str
     """Path in the shard's folder, or in the store."""
     found: str

@@ -1,4 +1,4 @@
-"""Setting aside what `verify` found broken, so that the next extraction makes just that again; nothing is deleted."""
+"""Moving broken parts to quarantine, so that the next extraction makes just them again; nothing is deleted."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -10,13 +10,13 @@ from storage.stores import Store, open_store
 from storage.targets.commits import SHARDS, commit_path
 from storage.targets.teacher import TEACHER, TEACHER_RECORD
 
-ASIDE = "aside"
-_ASIDE_NUMBER = re.compile(rf"{ASIDE}/([0-9]{{4,}})/.*")
+QUARANTINE = "quarantine"
+_QUARANTINE_NUMBER = re.compile(rf"{QUARANTINE}/([0-9]{{4,}})/.*")
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was set aside."""
+    """What was moved to quarantine."""
 
     folder: str | None
     """Where in the store it lies now, with the findings in `findings.json`; None when nothing had to be."""
@@ -27,7 +27,7 @@ class RepairReport:
 
 
 def repair(report: VerifyReport) -> RepairReport:
-    """Move each broken part of a target store to `aside/NUMBER/`: its commit record first, so that it exists no more.
+    """Move each broken part of a target store to `quarantine/NUMBER/`: first its record, so that nobody reads it.
 
     No extraction may be running on the store: it could be about to commit a folder that is moved.
 
@@ -50,13 +50,13 @@ def repair(report: VerifyReport) -> RepairReport:
 
 def _parts(finding: Finding, paths: list[str]) -> list[str]:
     """What must go for a finding to be mended by extracting again: records before folders."""
-    if finding.shard.isdigit():
-        record = commit_path(int(finding.shard))
-        folder = re.compile(rf"{SHARDS}/{int(finding.shard):06d}-[0-9a-f]{{16}}\.zarr(?=/)")
-    elif finding.shard == TEACHER:
+    if isinstance(finding.part, int):
+        record = commit_path(finding.part)
+        folder = re.compile(rf"{SHARDS}/{finding.part:06d}-[0-9a-f]{{16}}\.zarr(?=/)")
+    elif finding.part == TEACHER:
         record, folder = TEACHER_RECORD, re.compile(rf"{TEACHER}(?=/)")
     else:
-        return [finding.file] if finding.shard == "-" and finding.file in paths else []
+        return [finding.file] if finding.part == "-" and finding.file in paths else []
     if record not in paths:
         # Without a record nobody reads the folder, and whoever writes it may be about to commit it.
         return []
@@ -66,10 +66,10 @@ def _parts(finding: Finding, paths: list[str]) -> list[str]:
 
 def _new_folder(store: Store, paths: list[str], reasons: bytes) -> str:
     """The first free number, taken by creating its list of reasons."""
-    taken = [int(match[1]) for match in map(_ASIDE_NUMBER.fullmatch, paths) if match]
+    taken = [int(match[1]) for match in map(_QUARANTINE_NUMBER.fullmatch, paths) if match]
     number = max(taken, default=-1) + 1
     while True:
-        folder = f"{ASIDE}/{number:04d}"
+        folder = f"{QUARANTINE}/{number:04d}"
         if not store.exists(f"{folder}/findings.json") and store.create(f"{folder}/findings.json", reasons):
             return folder
         number += 1

@@ -12,7 +12,7 @@ from storage.errors import CorruptData
 from storage.samples.index import SampleShardEntry
 from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
 from storage.samples.table import SampleMembers
-from storage.stores import Store
+from storage.stores import FileInfo, Store
 
 _IMAGE_NAME = re.compile(r"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.(jpg|png|webp)")
 
@@ -41,7 +41,7 @@ class SampleShard:
             members = entry.read_members(store)
         holder = _Holder()
         try:
-            path = store.local(entry.name, {"": (entry.bytes, entry.sha256)}, holder)
+            path = store.local(entry.name, {"": FileInfo(entry.bytes, entry.sha256)}, holder)
         except FileNotFoundError as error:
             raise CorruptData(
                 f"sample shard {store.url}/{entry.name} is missing; restore it or pack the samples again"

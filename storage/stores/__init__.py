@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 from storage.errors import UserError
-from storage.stores.base import PARTIAL, ExpectedFiles, Store, relative_path
+from storage.stores.base import PARTIAL, ExpectedFiles, FileInfo, Store, relative_path
 from storage.stores.local import LocalStore
 from storage.stores.objects import SCHEMES, ObjectStore
 
 __all__ = [
     "PARTIAL",
     "ExpectedFiles",
+    "FileInfo",
     "LocalStore",
     "ObjectStore",
     "Store",

@@ -4,13 +4,23 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 PARTIAL = ".partial"
 """Suffix of what is still being written; readers never see such a file, `clean_partials` removes abandoned ones."""
 
-ExpectedFiles = Mapping[str, tuple[int, str]]
-"""Path relative to what is fetched ("" for a file itself) -> (bytes, sha256)."""
+
+class FileInfo(NamedTuple):
+    """What a record says of a stored file."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """64 hex digits."""
+
+
+ExpectedFiles = Mapping[str, FileInfo]
+"""Path relative to what is fetched ("" for a file itself) -> what its bytes must be."""
 
 
 class Store(Protocol):

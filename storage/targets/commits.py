@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -10,11 +11,10 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.digests import canonical_json, digest_of, file_sha256, parse_record
-from storage.errors import CorruptData
-from storage.stores import Store
+from storage.errors import CorruptData, FingerprintMismatch
+from storage.stores import FileInfo, Store
 from storage.targets.file_table import StoredFiles
-from storage.targets.manifest import FORMAT_VERSION
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.manifest import FORMAT_VERSION, Manifest
 
 READS_AT_ONCE = 32
 READ_BATCH = 1024
@@ -94,6 +94,20 @@ class Committed(BaseModel):
         return record
 
 
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample without targets, and why."""
+
+    key: str
+    """The sample's key in its tar."""
+    id: str
+    """The conversation's own id."""
+    reason: str
+    """A short name to count by, such as `image_unreadable`."""
+    detail: str
+    """What was found."""
+
+
 class CommitRecord(Committed):
     """What a shard consists of; a shard without this file does not exist."""
 
@@ -137,10 +151,10 @@ def commit_path(shard: int) -> str:
     return f"{COMMITS}/{shard:06d}.json"
 
 
-def measure_files(folder: Path) -> dict[str, tuple[int, str]]:
+def measure_files(folder: Path) -> dict[str, FileInfo]:
     """Size and sha256 of every file below `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): (path.stat().st_size, file_sha256(path)) for path in files}
+    return {path.relative_to(folder).as_posix(): FileInfo(path.stat().st_size, file_sha256(path)) for path in files}
 
 
 _Record = TypeVar("_Record", bound=Committed)
@@ -169,6 +183,31 @@ def read_commits(store: Store) -> dict[int, CommitRecord]:
         CorruptData: If a record is damaged, naming it.
     """
     return {record.shard: record for record in iter_commits(store, committed_shards(store.list(COMMITS)))}
+
+
+def read_store(store: Store) -> tuple[Manifest, dict[int, CommitRecord]]:
+    """The manifest, and all committed shards by number.
+
+    Raises:
+        UserError: If there is no manifest, or one of another format version.
+        CorruptData: If the manifest or a record is damaged.
+        FingerprintMismatch: If a shard was committed under another manifest.
+    """
+    manifest = Manifest.load(store)
+    commits = read_commits(store)
+    for record in commits.values():
+        if record.manifest != manifest.digest:
+            raise FingerprintMismatch(
+                f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the "
+                f"store's is {manifest.digest[:12]}; restore the manifest, or run `cdp verify --repair` and "
+                "extract the shard again"
+            )
+        if record.shard >= manifest.num_shards:
+            raise CorruptData(
+                f"{store.url} has a record of shard {record.shard}, the manifest says "
+                f"{manifest.num_shards} shards; run `cdp verify --repair`"
+            )
+    return manifest, commits
 
 
 def iter_commits(store: Store, paths: Mapping[int, str]) -> Iterator[CommitRecord]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, TypeAdapter
 
-from storage.stores import relative_path
+from storage.stores import FileInfo, relative_path
 
 _DIGEST_BYTES = 32
 _NAMES: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -18,16 +18,16 @@ _Files = TypeAdapter(
 )
 
 
-class FileTable(Mapping[str, tuple[int, str]]):
+class FileTable(Mapping[str, FileInfo]):
     """Path in the folder -> (bytes, sha256), in 40 bytes a file; as a dict of them it would take 350."""
 
     __slots__ = ("_digests", "_names", "_sizes")
 
-    def __init__(self, files: Mapping[str, tuple[int, str]]) -> None:
+    def __init__(self, files: Mapping[str, FileInfo]) -> None:
         names = tuple(sorted(files))
         self._names = _NAMES.setdefault(names, names)
-        self._sizes = array("q", [files[name][0] for name in names])
-        self._digests = b"".join(bytes.fromhex(files[name][1]) for name in names)
+        self._sizes = array("q", [files[name].bytes for name in names])
+        self._digests = b"".join(bytes.fromhex(files[name].sha256) for name in names)
 
     @classmethod
     def validated(cls, files: object) -> "FileTable":
@@ -39,14 +39,14 @@ class FileTable(Mapping[str, tuple[int, str]]):
         checked = _Files.validate_python(dict(files) if isinstance(files, FileTable) else files)
         for name in checked:
             relative_path(name)
-        return cls(checked)
+        return cls({name: FileInfo(*info) for name, info in checked.items()})
 
-    def __getitem__(self, name: str) -> tuple[int, str]:
-        place = bisect_left(self._names, name)
-        if place == len(self) or self._names[place] != name:
+    def __getitem__(self, name: str) -> FileInfo:
+        row = bisect_left(self._names, name)
+        if row == len(self) or self._names[row] != name:
             raise KeyError(name)
-        start = place * _DIGEST_BYTES
-        return self._sizes[place], self._digests[start : start + _DIGEST_BYTES].hex()
+        start = row * _DIGEST_BYTES
+        return FileInfo(self._sizes[row], self._digests[start : start + _DIGEST_BYTES].hex())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -58,7 +58,7 @@ class FileTable(Mapping[str, tuple[int, str]]):
         return f"FileTable({dict(self)})"
 
 
-def _as_dict(files: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+def _as_dict(files: Mapping[str, FileInfo]) -> dict[str, Any]:
     return dict(files)
 
 

@@ -1,8 +1,8 @@
 """The arrays of one shard: names, types, chunks and codecs. FORMAT.md says the same in words.
 
-Letters: S samples, T tokens of all samples, R answer rows of all samples, Q bytes of a row's record, M maps, W windows,
-L captured layers, K pairs of them, C stored codes of one layer of all maps, N image tokens of all maps, Y entries of
-the corners of one layer of all maps, G bytes of flips of all maps.
+Letters: S samples, U bytes of their keys, T tokens of all samples, R answer rows of all samples, Q bytes of a row's
+record, M maps, W windows, L captured layers, P pairs of them, C stored codes of one layer of all maps, N image tokens
+of all maps, Y entries of the tail blocks of one layer of all maps, G bytes of flips of all maps.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,8 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore as ZarrFolder
 
-TOKENS_A_CHUNK = 65_536
 ROWS_A_CHUNK = 256
-"""Answer rows decoded at least when one sample is read: 56 kB of records at the default codec.
-"""
+"""Answer rows decoded at least when one sample is read: 56 kB of records at the default codec."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ ARRAYS = (
     ArraySpec("map_num_tokens", "int32", "M"),
     ArraySpec("map_caps", "float32", "LM"),
     ArraySpec("map_means", "float32", "LM"),
-    ArraySpec("map_covariances", "float32", "KM"),
+    ArraySpec("map_covariances", "float32", "PM"),
     ArraySpec("map_codes", "(codec)", "LC", sharded=True),
     ArraySpec("map_code_offsets", "int64", "M+1"),
     ArraySpec("map_corners", "float16", "LY", sharded=True),

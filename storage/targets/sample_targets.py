@@ -22,17 +22,3 @@ class SampleTargets:
     """Which maps of the shard are this sample's; None without an image."""
     logits_RQ: Tensor
     """uint8, a record for each answer token, in order; see `storage.codecs.answer_logits`."""
-
-
-@dataclass(frozen=True)
-class SkippedSample:
-    """A sample without targets, and why."""
-
-    key: str
-    """The sample's key in its tar."""
-    id: str
-    """The conversation's own id."""
-    reason: str
-    """A short name to count by, such as `image_unreadable`."""
-    detail: str
-    """What was found."""

@@ -227,7 +227,7 @@ class TargetShard:
             "Q": fingerprint.logit_codec.row_bytes,
             "M": record.num_maps,
             "L": len(fingerprint.layers),
-            "K": num_entries(len(fingerprint.layers), causal=True),
+            "P": num_entries(len(fingerprint.layers), causal=True),
             "W": len(fingerprint.windows),
             "U": int(small["sample_key_offsets"][-1]),
             "C": int(small["map_code_offsets"][-1]),

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Self
 
-from storage.errors import CorruptData, FingerprintMismatch, UserError
+from storage.errors import UserError
 from storage.stores import Store, open_store
-from storage.targets.commits import CommitRecord, read_commits
+from storage.targets.commits import CommitRecord, read_store
 from storage.targets.manifest import Manifest
 from storage.targets.shard import TargetShard
 from storage.targets.teacher import teacher_folder
@@ -22,26 +22,10 @@ class TargetStore:
         """Read the manifest and all commit records.
 
         Raises:
-            UserError: If there is no manifest, or one of another format version.
-            CorruptData: If the manifest or a record is damaged.
-            FingerprintMismatch: If a shard was committed under another manifest.
+            UserError, CorruptData, FingerprintMismatch: As `read_store`.
         """
         store = open_store(url) if isinstance(url, str | Path) else url
-        manifest = Manifest.load(store)
-        commits = read_commits(store)
-        for record in commits.values():
-            if record.manifest != manifest.digest:
-                raise FingerprintMismatch(
-                    f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the "
-                    f"store's is {manifest.digest[:12]}; restore the manifest, or run `cdp verify --repair` and "
-                    "extract the shard again"
-                )
-            if record.shard >= manifest.num_shards:
-                raise CorruptData(
-                    f"{store.url} has a record of shard {record.shard}, the manifest says "
-                    f"{manifest.num_shards} shards; run `cdp verify --repair`"
-                )
-        return cls(store, manifest, commits)
+        return cls(store, *read_store(store))
 
     def teacher_folder(self) -> Path:
         """The teacher's files for students; arguments and errors as for `storage.targets.teacher_folder`."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.targets.commits import CommitRecord
+from storage.stores import open_store
+from storage.targets.commits import CommitRecord, read_store
 from storage.targets.manifest import Manifest
-from storage.targets.store import TargetStore
 
 _HALF_BYTES = 2
 """Raw sizes are those of 16-bit floats."""
@@ -73,19 +73,20 @@ def summarize(targets_url: str | Path) -> StoreSummary:
     """Add up the commit records of a store.
 
     Raises:
-        UserError, CorruptData, FingerprintMismatch: As `TargetStore.open`.
+        UserError, CorruptData, FingerprintMismatch: As `read_store`.
     """
-    targets = TargetStore.open(targets_url)
-    return summary_of(targets.store.url, targets.manifest, list(targets.commits.values()))
+    store = open_store(targets_url)
+    manifest, commits = read_store(store)
+    return summary_of(store.url, manifest, list(commits.values()))
 
 
 def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> StoreSummary:
     """The summary of these records."""
     array_bytes: Counter[str] = Counter()
     for record in records:
-        for path, (num_bytes, _) in record.files.items():
+        for path, info in record.files.items():
             name, _, below = path.partition("/")
-            array_bytes[name if below else "(group)"] += num_bytes
+            array_bytes[name if below else "(group)"] += info.bytes
     reasons = Counter(sample.reason for record in records for sample in record.skipped)
     num_layers = len(manifest.fingerprint.layers)
     squares = sum(record.num_referenced_squares for record in records)

@@ -19,10 +19,10 @@ from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.windows import EncodedWindows
 from storage.errors import CorruptData, disk_errors_named
 from storage.stores import Store
-from storage.targets.commits import SHARDS, CommitRecord, measure_files, publish
+from storage.targets.commits import SHARDS, CommitRecord, SkippedSample, measure_files, publish
 from storage.targets.layout import write_group
 from storage.targets.manifest import Manifest
-from storage.targets.sample_targets import SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets
 
 _Array = np.ndarray[Any, Any]
 

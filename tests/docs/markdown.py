@@ -38,12 +38,16 @@ class Page:
     @property
     def links(self) -> list[str]:
         """Targets of all links and images."""
-        return [target for _, line in self.prose for target in _LINK.findall(line)]
+        return _LINK.findall(self._text)
 
     @property
     def spans(self) -> list[str]:
         """Inline code."""
-        return [span for _, line in self.prose for span in re.findall(r"`([^`]+)`", line)]
+        return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self._text)]
+
+    @property
+    def _text(self) -> str:
+        return "\n".join(line for _, line in self.prose)
 
     def blocks(self, *languages: str) -> list[str]:
         """Fenced code of these languages, and with "" indented code too."""

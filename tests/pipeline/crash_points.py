@@ -23,7 +23,8 @@ from unittest.mock import patch
 import torch
 
 import stages.teacher.teacher
-from pipeline.extraction import ExtractConfig, extract
+from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.extract import extract
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher

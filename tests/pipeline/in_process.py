@@ -12,13 +12,13 @@ from pipeline.cluster.worker import Outcome
 
 @contextlib.contextmanager
 def without_ray(threads: int = 1) -> Iterator[None]:
-    """Inside the block `pipeline.extraction.extract` makes its shards here, `threads` of them at a time."""
+    """Inside the block `extract` makes its shards here, `threads` of them at a time."""
 
     @contextlib.contextmanager
     def connect(_: str | None) -> Iterator[ray_backend.Cluster]:
         yield ray_backend.Cluster(cpus=1, gpus=0)
 
-    def run_tasks(make_worker: Any, tasks: list[int], **calls: Any) -> Outcome:
+    def run_tasks(make_worker: Any, tasks: list[int], _: ray_backend.TaskLimits, **calls: Any) -> Outcome:
         work = make_worker()
 
         def run(task: int) -> None:

@@ -158,7 +158,7 @@ def test_a_mistake_that_one_process_of_a_ray_cluster_meets_ends_all_at_once_and_
             gpus_per_worker=0,
             max_attempts=3,
             storage=str(tmp_path),
-            on_letter=print,
+            on_message=print,
             should_stop=lambda: False,
         )
     assert time.monotonic() - begun < 240

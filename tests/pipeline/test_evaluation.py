@@ -44,6 +44,7 @@ def test_the_run_file_says_how_to_score_unless_a_flag_does(
     done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     assert json.loads(Path("report.json").read_text())["scoring"] == scoring
+    assert f"evaluate {tiny.teacher.name}: 2 of 2 pairs" in done.err
 
 
 def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_default_ones(

@@ -13,18 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import pipeline.extraction
+import pipeline.extraction.extract
 from pipeline.cli.extract_teacher import print_report
 from pipeline.cluster.worker import ProgressMarker
-from pipeline.extraction import ExtractConfig, ExtractionReport, extract
-from pipeline.shard_extractor import ShardExtractor
+from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.extract import extract
+from pipeline.extraction.report import ExtractionReport
+from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
 from storage.integrity.verify import verify
 from storage.progress import SILENT, Progress
-from storage.targets.commits import CommitRecord
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
@@ -228,7 +229,7 @@ class KilledBeforeCommitting(KilledOnce):
 def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced_and_the_bytes_are_the_same(
     worker: type[KilledOnce], tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", worker)
+    monkeypatch.setattr(pipeline.extraction.extract, "ShardExtractor", worker)
     progress = RecordedProgress()
     store = tmp_path / "store"
     report = run(tiny, store, progress=progress)
@@ -250,7 +251,7 @@ class FailsOnShardTwo(ShardExtractor):
             raise RuntimeError("this shard is poison")
         return super().__call__(shard, progress)
 
-    def carefully(self, shard: int, progress: Callable[[int], None], _: ProgressMarker) -> CommitRecord:
+    def run_isolated(self, shard: int, progress: Callable[[int], None], _: ProgressMarker) -> CommitRecord:
         return self(shard, progress)
 
 
@@ -258,7 +259,7 @@ def test_a_shard_that_always_fails_is_reported_after_its_attempts_and_the_others
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
-    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", FailsOnShardTwo)
+    monkeypatch.setattr(pipeline.extraction.extract, "ShardExtractor", FailsOnShardTwo)
     with pytest.raises(UserError, match=r"1 of \d+ shards could not be made(.|\n)*shard 2: .*this shard is poison"):
         run(tiny, store, max_attempts=2)
     assert len(list((tmp_path / "store.attempts").iterdir())) == 2
@@ -277,7 +278,7 @@ def test_a_shard_that_always_fails_is_reported_after_its_attempts_and_the_others
 def test_a_worker_that_sees_another_teacher_than_the_driver_ends_the_run(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", OtherLength)
+    monkeypatch.setattr(pipeline.extraction.extract, "ShardExtractor", OtherLength)
     with pytest.raises(FingerprintMismatch, match=r"differs in: max_length\); give all machines the same files"):
         run(tiny, tmp_path / "store")
     assert not (tmp_path / "store/commits").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.shard_extractor import ShardExtractor
+from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from storage.samples.index import SampleIndex
@@ -65,7 +65,7 @@ def test_workers_order_and_batch_size_change_no_byte(tiny: TinyWorld, tmp_path: 
 _WITH_THREADS = """
 import sys
 from pathlib import Path
-from pipeline.shard_extractor import ShardExtractor
+from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.teacher.identity import TeacherConfig
 from tests.pipeline.test_extraction_bytes import manifest_for
 teacher, samples, out, threads = sys.argv[1:]

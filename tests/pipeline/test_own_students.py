@@ -1,6 +1,7 @@
 """Students with their own vision tower or tokenizer, through the commands: trained, compared, evaluated, refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_a_whole_model_is_trained_by_command_and_its_attention_compared(
     done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     assert "dft" in done.out
+    assert re.search(r"^dft: (\d+) of \1 steps, ", done.err, re.M)
     trained = tmp_path / "run/dft/student"
     assert AutoConfig.from_pretrained(trained).model_type == "llava"
     assert "vision: own" in (tmp_path / "run/run.yaml").read_text()

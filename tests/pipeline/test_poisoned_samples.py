@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.extraction
+import pipeline.extraction.extract
 import stages.teacher.forward
 import stages.teacher.observe
-from pipeline.extraction import ExtractConfig, ExtractionReport, extract
-from pipeline.shard_extractor import ShardExtractor
+from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.extract import extract
+from pipeline.extraction.report import ExtractionReport
+from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.teacher.forward import ForwardOutput
 from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError
@@ -109,7 +111,7 @@ def test_a_sample_the_teacher_cannot_take_is_in_the_ledger_and_every_other_has_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = tmp_path / "store"
-    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", poisoned_by(meet))
+    monkeypatch.setattr(pipeline.extraction.extract, "ShardExtractor", poisoned_by(meet))
     with pytest.raises(TooManySkipped, match=rf"1 of {NUM_SAMPLES} samples could not be used \({reason}: 1\)"):
         run(tiny, store)
     assert verify(store, tiny.samples).ok
@@ -137,17 +139,17 @@ def test_which_sample_is_at_fault_is_in_the_ledger_and_how_it_was_found_in_the_r
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
-    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", poisoned_by(meet_the_memory_killer))
+    monkeypatch.setattr(pipeline.extraction.extract, "ShardExtractor", poisoned_by(meet_the_memory_killer))
     report = run(tiny, store, max_attempts=2, max_skipped_fraction=0.1)
     assert (report.skipped, report.failures) == ({"kills_worker": 1}, {})
     ((poisoned, tries),) = [
-        (shard, tries) for shard, tries in report.failed_tries.items() if any(one.place is not None for one in tries)
+        (shard, tries) for shard, tries in report.failed_tries.items() if any(one.position is not None for one in tries)
     ]
     (skipped,) = TargetStore.open(store).commits[poisoned].skipped
     samples = open_store(str(tiny.samples))
     with SampleShard.open(samples, SampleIndex.load(samples).shards[poisoned]) as shard:
         at_fault = shard.keys.index(skipped.key)
-    assert [one.place for one in tries if one.place is not None] == [at_fault, at_fault]
+    assert [one.position for one in tries if one.position is not None] == [at_fault, at_fault]
     assert sum(one.counts for one in tries) == 1
 
 
@@ -168,7 +170,7 @@ def test_with_one_attempt_a_shard_is_given_up_unsearched_and_a_rerun_without_the
 ) -> None:
     store = tmp_path / "store"
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.extraction, "ShardExtractor", poisoned_by(meet))
+        patched.setattr(pipeline.extraction.extract, "ShardExtractor", poisoned_by(meet))
         with pytest.raises(UserError, match=rf"1 of \d+ shards could not be made(.|\n)*shard \d+: .*{why}"):
             run(tiny, store, max_attempts=1)
     _only_the_poisoned_shard_is_missing(store)
@@ -208,7 +210,7 @@ def test_a_fault_of_the_disk_puts_no_sample_into_the_ledger_and_a_rerun_gives_th
 ) -> None:
     store = tmp_path / "store"
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.extraction, "ShardExtractor", FullDisk)
+        patched.setattr(pipeline.extraction.extract, "ShardExtractor", FullDisk)
         with pytest.raises(UserError, match=r"1 of \d+ shards could not be made(.|\n)*No space left on device"):
             run(tiny, store)
     _only_the_poisoned_shard_is_missing(store)
@@ -221,7 +223,7 @@ def test_a_teacher_that_takes_no_sample_at_all_puts_none_into_the_ledger(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
-    monkeypatch.setattr(pipeline.extraction, "ShardExtractor", BrokenEnvironment)
+    monkeypatch.setattr(pipeline.extraction.extract, "ShardExtractor", BrokenEnvironment)
     with pytest.raises(UserError, match="the teacher fails on other samples too: RuntimeError: no kernel image"):
         run(tiny, store, max_attempts=2)
     assert TargetStore.open(store).commits == {}

@@ -39,7 +39,7 @@ def tries(error: UserError, folder: Path) -> int:
             gpus_per_worker=0,
             max_attempts=2,
             storage=str(folder),
-            on_letter=print,
+            on_message=print,
             should_stop=lambda: False,
         )
     return len(list(folder.glob("try-*")))

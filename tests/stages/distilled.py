@@ -1,12 +1,13 @@
 """A tiny teacher's targets made in this process, without Ray, for the tests of stages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
-from stages.teacher.observe import observe_shard
-from stages.teacher.teacher import load_teacher
+from stages.teacher.observe import Observer, ShardObservations
+from stages.teacher.teacher import Teacher, load_teacher
 from storage.samples.index import SampleIndex
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
@@ -50,3 +51,11 @@ def extract_here(data: TinyData, out: Path, **settings: object) -> TargetStore:
             seen = observe_shard(teacher, shard)
         write_shard(targets, number, manifest, entry.name, seen.samples, seen.maps, seen.skipped)
     return TargetStore.open(out)
+
+
+def observe_shard(
+    teacher: Teacher, shard: SampleShard, progress: Callable[[int], None] | None = None
+) -> ShardObservations:
+    """What a teacher says of one shard alone."""
+    with Observer(teacher) as observer:
+        return observer.observe(shard, progress)

@@ -18,9 +18,9 @@ from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.writer import SampleShardWriter
 from storage.stores import Store, open_store, owner
-from storage.targets.commits import CommitRecord
+from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
-from storage.targets.sample_targets import SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.writer import write_shard
 
 VOCAB = 50

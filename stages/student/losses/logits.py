@@ -4,7 +4,7 @@ The forward divergence is the published loss. The others compare buckets: each s
 together are one more, with the teacher's stored tail mass and the student's probability of all of them.
 
 Shape letters: R answer rows, V vocabulary, K stored ids of a row, D tail samples of a row, A ids of a row that have a
-weight, U buckets.
+weight, O outcomes of a row: its stored ids, and all other ids as one.
 """
 
 import math
@@ -89,13 +89,13 @@ class TeacherRows:
         if divergence == "forward":
             return sparse_cross_entropy(student_RV, self.ids_RA, self.weights_RA, self.temperature)
         kept_RK, rest_R = support_probabilities(student_RV, self.ids_RK, self.temperature)
-        student_RU = torch.cat([kept_RK, rest_R[:, None]], dim=1)
-        teacher_RU = torch.cat([self.probs_RK, self.tail_R[:, None]], dim=1).to(student_RU.dtype)
+        student_RO = torch.cat([kept_RK, rest_R[:, None]], dim=1)
+        teacher_RO = torch.cat([self.probs_RK, self.tail_R[:, None]], dim=1).to(student_RO.dtype)
         if divergence == "jensen_shannon":
-            middle_RU = (student_RU + teacher_RU) / 2
-            return (_divergence(teacher_RU, middle_RU) + _divergence(student_RU, middle_RU)) / 2
-        reverse_R = _divergence(student_RU, teacher_RU.clamp(min=LEAST_TEACHER_PROBABILITY))
-        return reverse_R if divergence == "reverse" else (reverse_R + _divergence(teacher_RU, student_RU)) / 2
+            middle_RO = (student_RO + teacher_RO) / 2
+            return (_divergence(teacher_RO, middle_RO) + _divergence(student_RO, middle_RO)) / 2
+        reverse_R = _divergence(student_RO, teacher_RO.clamp(min=LEAST_TEACHER_PROBABILITY))
+        return reverse_R if divergence == "reverse" else (reverse_R + _divergence(teacher_RO, student_RO)) / 2
 
 
 def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> TeacherRows:
@@ -129,7 +129,7 @@ def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> T
     )
 
 
-def _divergence(of_RU: Tensor, under_RU: Tensor) -> Tensor:
+def _divergence(of_RO: Tensor, under_RO: Tensor) -> Tensor:
     """`[R]` KL(of || under); an empty bucket of the first adds nothing, and logarithms stay finite."""
-    of_log_RU, under_log_RU = (probs.clamp(min=torch.finfo(probs.dtype).tiny).log() for probs in (of_RU, under_RU))
-    return (of_RU * (of_log_RU - under_log_RU)).sum(-1)
+    of_log_RO, under_log_RO = (probs.clamp(min=torch.finfo(probs.dtype).tiny).log() for probs in (of_RO, under_RO))
+    return (of_RO * (of_log_RO - under_log_RO)).sum(-1)

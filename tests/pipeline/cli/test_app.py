@@ -67,6 +67,7 @@ def settings(names: tuple[str, ...]) -> list[str]:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(app.app, ["--help"])
     assert all(f" {command} " in result.output for command in COMMANDS)
+    assert "..." not in result.output.replace("[ARGS]...", ""), "each first sentence fits a line"
 
 
 def test_version_is_that_of_the_package() -> None:
@@ -163,6 +164,7 @@ def test_estimate_prints_every_codec_and_saves_the_report_before_anything_is_wri
     assert (saved["num_samples"], saved["workers"], saved["basis"]) == (NUM_SAMPLES, 2, "measured")
     assert all(codec in done.out for codec in saved["settings"])
     assert "unusable among them" in done.out
+    assert all(f"\n{step}: " in f"\n{done.err}" for step in ("load teacher", "run teacher", "code and write"))
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
     alone = ("--teacher", tiny.teacher, "--config-only", "--set", "estimate.samples=665000")
     coarse = run_here("estimate", *alone, monkeypatch=monkeypatch, capsys=capsys)
@@ -201,7 +203,8 @@ def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
     assert ended.code == 0, ended.err
     assert tree(store, "shards", "commits", "teacher") == tree(targets, "shards", "commits", "teacher")
     assert json.loads((store / "reports/extraction.json").read_text())["shards_made_now"] == 1
-    assert (store / "aside/0000/findings.json").exists()
+    assert [line.split(":")[0] for line in ended.err.splitlines()] == ["verify", "extract", "verify"]
+    assert (store / "quarantine/0000/findings.json").exists()
 
 
 TRAIN = "train-student --samples {samples} --targets {targets} --student {lm} --output {new}"
@@ -240,11 +243,11 @@ MISTAKES = {
         "extract-teacher --teacher {teacher} --samples {samples} --targets {new} --set teacher.num_matched=9",
         "9 matched layers need at least as many captured teacher layers",
     ),
-    "set: unknown key": ("train-student --set train.steps=3", "train.steps: Extra inputs"),
+    "set: unknown key": ("train-student --set train.steps=3", "train.steps: there is no such setting"),
     "set: no value": ("train-student --set train.seed", "expected section.field=value"),
     "config: no such file": ("train-student --config {new}/run.yaml", "run.yaml cannot be read"),
     "config: bad YAML": ("train-student --config {bad_yaml}", "is not YAML"),
-    "config: unknown key": ("train-student --config {unknown_key}", "trian: Extra inputs"),
+    "config: unknown key": ("train-student --config {unknown_key}", "trian: there is no such setting"),
     "train: no output": ("train-student --samples {samples} --targets {targets} --student {lm}", "--output is missing"),
     "train: no student": (
         "train-student --samples {samples} --targets {targets} --output {new}",
@@ -306,6 +309,7 @@ MISTAKES = {
     "inspect: nothing there": ("inspect {new}", "is no target store"),
     "verify: no store": ("verify {images}", "is no target store"),
     "no such command": ("frobnicate", "frobnicate"),
+    "the old name of --vision": ("train-student --adapter own", "--adapter is called --vision now"),
     "an option's old name": ("compare-attention x --page=y", "--page is called --html now"),
 }
 

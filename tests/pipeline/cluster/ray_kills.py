@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.extraction import ExtractionReport
+from pipeline.extraction.report import ExtractionReport
 from storage.integrity.verify import verify
 from tests.pipeline.crash_points import Snapshot, assert_complete_or_absent, difference, snapshot_of
 from tests.pipeline.processes import start_cdp

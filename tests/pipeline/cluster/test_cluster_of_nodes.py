@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.extraction import ExtractionReport
+from pipeline.extraction.report import ExtractionReport
 from storage.integrity.verify import verify
 from tests.conftest import TinyWorld
 from tests.pipeline.cluster.ray_nodes import nodes

@@ -14,7 +14,7 @@ from ray.exceptions import OutOfMemoryError, RayTaskError
 
 from pipeline.cluster import ray_backend
 from pipeline.cluster.actor_pool import ActorPool
-from pipeline.cluster.ray_backend import connect, run_tasks
+from pipeline.cluster.ray_backend import TaskLimits, connect, run_tasks
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Worker
 from storage.errors import FingerprintMismatch, UserError
@@ -46,14 +46,12 @@ def run(
 ) -> Ran:
     reports: list[tuple[int, int]] = []
     results: dict[int, Any] = {}
-    settings: dict[str, Any] = {
-        "num_workers": workers,
-        "gpus_per_worker": 0,
-        "max_attempts": attempts,
+    limits = TaskLimits(workers, 0, attempts, overrides.pop("tasks_per_worker", 1))
+    listeners: dict[str, Any] = {
         "on_progress": lambda task, amount: reports.append((task, amount)),
         "on_result": results.__setitem__,
     }
-    return Ran(run_tasks(make_worker, tasks, **(settings | overrides)), results, reports)
+    return Ran(run_tasks(make_worker, tasks, limits, **(listeners | overrides)), results, reports)
 
 
 class Recorder:
@@ -99,7 +97,7 @@ def test_one_worker_does_the_tasks_in_their_order_and_is_made_once(tmp_path: Pat
     assert [ran.reported(task) for task in (1, 2, 3)] == [2, 2, 2]
     (worker,) = ran.outcome.workers
     assert [worker.pid] == worker_pids(tmp_path)
-    assert (worker.num_tasks, worker.num_units, worker.num_failures, worker.in_flight) == (3, 6, 0, {})
+    assert (worker.num_tasks, worker.num_units, worker.num_failures, worker.attempts) == (3, 6, 0, [])
     assert worker.timings == {"waiting": 1.5}
     assert all(wait_until_dead(pid) for pid in worker_pids(tmp_path))
 
@@ -176,7 +174,7 @@ class LateExecutor(ray_backend._RayExecutor):
     """Of an actor whose start ends in an error."""
 
     def __init__(self) -> None:
-        self._num_workers = 2
+        self._limits = TaskLimits(2, 0, 1)
 
     def new_actor(self) -> str:
         return "the late one"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.demo.demo import DemoConfig, DemoReport, accuracy_table, run_demo
+from pipeline.demo.report import DemoConfig, DemoReport, accuracy_table
+from pipeline.demo.run import run_demo
 from storage.errors import UserError
 
 ROOT = Path(__file__).parents[3]

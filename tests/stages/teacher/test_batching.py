@@ -11,7 +11,7 @@ import torch
 from stages.conversations.encoder import EncodedConversation
 from stages.teacher import batching
 from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, prefetch
-from storage.targets.sample_targets import SkippedSample
+from storage.targets.commits import SkippedSample
 
 
 def size_of(value: int) -> BatchSize:

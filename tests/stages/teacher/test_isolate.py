@@ -10,13 +10,13 @@ import stages.teacher.observe
 from stages.teacher.batching import SamplePreparer
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.isolate import NOWHERE, TeacherUnusable, run_isolated
-from stages.teacher.observe import ShardObservations, observe_shard
+from stages.teacher.observe import ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import StoreUnavailable
 from storage.samples.index import SampleIndex
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from tests.stages.distilled import TinyData, make_tiny_data
+from tests.stages.distilled import TinyData, make_tiny_data, observe_shard
 
 BAD = 1
 """Row of the sample at fault."""

@@ -12,14 +12,14 @@ import stages.teacher.observe
 from stages.teacher.batching import BatchSize, PreparedSample
 from stages.teacher.forward import ForwardOutput, run_teacher
 from stages.teacher.identity import TeacherConfig, identify_teacher
-from stages.teacher.observe import Observer, ShardObservations, observe_shard
+from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.errors import UserError
 from storage.samples.index import SampleIndex
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
-from tests.stages.distilled import TinyData, make_tiny_data
+from tests.stages.distilled import TinyData, make_tiny_data, observe_shard
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def bytes_of(seen: ShardObservations) -> list[object]:
     return [
         [(s.key, s.token_ids.tolist(), s.answer_mask.tolist(), s.map_row) for s in seen.samples],
         [s.logits_RQ.tolist() for s in seen.samples],
-        [[tensor.tolist() for part in (m.maps, m.windows) for tensor in vars(part).values()] for m in seen.maps],
+        [[t.tolist() for t in (m.codes_LC, m.caps_L, *vars(m.windows).values())] for m in seen.maps],
         seen.skipped,
     ]
 

@@ -36,7 +36,7 @@ def test_a_damaged_tar_is_found(root):
     path.write_bytes(data[:-1] + b"\1")
     assert verify(root / "targets").ok
     (finding,) = verify(root / "targets", root / "samples").findings
-    assert finding.shard == "samples-000001.tar"
+    assert str(finding.part) == "samples-000001.tar"
     path.unlink()
     (finding,) = verify(root / "targets", root / "samples").findings
     assert finding.found == "no such file"

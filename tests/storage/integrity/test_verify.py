@@ -78,7 +78,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 
 
 def lasting(root: Path) -> dict[str, bytes]:
-    return {path: data for path, data in files_of(root / "targets").items() if not path.startswith("aside/")}
+    return {path: data for path, data in files_of(root / "targets").items() if not path.startswith("quarantine/")}
 
 
 def test_the_undamaged_store_is_whole(whole):
@@ -101,7 +101,7 @@ def test_a_flipped_bit_anywhere_in_any_file_is_found_and_named(tmp_path, num_pos
         clean = file.read_bytes()
         for position in chance.choices(range(len(clean)), k=num_positions):
             flip(file, position, chance.randrange(8))
-            named = {(finding.shard, finding.file) for finding in verify(targets).findings}
+            named = {(str(finding.part), finding.file) for finding in verify(targets).findings}
             assert named == {place_of(path)}, (path, position)
             file.write_bytes(clean)
     assert verify(targets, tmp_path / "samples").ok
@@ -194,14 +194,14 @@ def test_damage_is_named_and_set_aside_and_a_new_extraction_gives_the_undamaged_
     do_damage, expected = DAMAGES[damage]
     do_damage(damaged / "targets")
     report = check(damaged)
-    assert {(finding.shard, finding.file) for finding in report.findings} >= expected
+    assert {(str(finding.part), finding.file) for finding in report.findings} >= expected
     blamed = {shard for shard, _ in expected}
-    assert {finding.shard for finding in report.findings} == blamed
+    assert {str(finding.part) for finding in report.findings} == blamed
     before = files_of(damaged / "targets")
     repaired = repair(report)
     # Nothing is lost: every byte lies at its place or aside.
     kept = {
-        path.partition("/")[2].partition("/")[2] if path.startswith("aside/") else path: data
+        path.partition("/")[2].partition("/")[2] if path.startswith("quarantine/") else path: data
         for path, data in files_of(damaged / "targets").items()
     }
     kept.pop("findings.json", None)
@@ -209,7 +209,7 @@ def test_damage_is_named_and_set_aside_and_a_new_extraction_gives_the_undamaged_
     if repaired.folder:
         reasons = json.loads((damaged / "targets" / repaired.folder / "findings.json").read_text())
         assert len(reasons["findings"]) == len(report.findings)
-        assert {str(finding["shard"]) for finding in reasons["findings"]} == blamed
+        assert {str(finding["part"]) for finding in reasons["findings"]} == blamed
     extract_all(damaged / "samples", damaged / "targets")
     assert lasting(damaged) == files_of(whole / "targets")
     assert check(damaged).ok
@@ -219,7 +219,7 @@ def test_a_second_repair_has_a_folder_of_its_own_and_a_whole_store_none(damaged)
     assert repair(check(damaged)).folder is None
     for number in range(2):
         (_folder(damaged / "targets", 0) / "zarr.json").unlink()
-        assert repair(check(damaged)).folder == f"aside/{number:04d}"
+        assert repair(check(damaged)).folder == f"quarantine/{number:04d}"
         extract_all(damaged / "samples", damaged / "targets")
     assert check(damaged).ok
 
@@ -231,7 +231,9 @@ def test_damaged_samples_are_named_and_never_moved(damaged, name):
     report = check(damaged)
     # A table is held by what the index says of it alone, so that either may be wrong.
     doubted = {("samples", "index.json")} if name.endswith(".json") else set()
-    assert {(finding.shard, finding.file) for finding in report.findings} == {("samples-000001.tar", name)} | doubted
+    assert {(str(finding.part), finding.file) for finding in report.findings} == {
+        ("samples-000001.tar", name)
+    } | doubted
     repaired = repair(report)
     assert repaired.moved == ()
     assert repaired.left == report.findings
@@ -242,7 +244,7 @@ def test_samples_packed_anew_from_other_data_are_named(damaged, tmp_path):
     pack(tmp_path / "other", (5, 3, 3))
     shutil.rmtree(damaged / "samples")
     shutil.copytree(tmp_path / "other", damaged / "samples")
-    named = {(finding.shard, finding.file) for finding in check(damaged).findings}
+    named = {(str(finding.part), finding.file) for finding in check(damaged).findings}
     assert ("samples", "index.json") in named
     assert any(shard == "2" for shard, _ in named)
 

@@ -99,7 +99,7 @@ def test_folders_are_named_without_what_is_in_them(store):
 def test_partials_are_looked_for_everywhere_but_in_folders_known_to_be_whole(tmp_path):
     store = open_store(tmp_path)
     with as_a_dead_process():
-        for name in ("root", "aside/1/findings.json", "shards/a.zarr", "shards/a.zarr/inside"):
+        for name in ("root", "quarantine/1/findings.json", "shards/a.zarr", "shards/a.zarr/inside"):
             store.staging(name)
     assert store.remove_partials(lambda folder: folder == "shards/a.zarr") == 3
     assert store.remove_partials() == 1

@@ -18,9 +18,10 @@ from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store
 from storage.targets.cleaning import clean_partials
+from storage.targets.commits import SkippedSample
 from storage.targets.layout import ROWS_A_CHUNK
 from storage.targets.manifest import create_or_check
-from storage.targets.sample_targets import SampleTargets, SkippedSample
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.store import TargetStore
 from storage.targets.writer import write_shard
 from tests.storage.builders import VOCAB, as_a_dead_process, files_of, manifest, sample_targets, shard_content
@@ -197,7 +198,7 @@ def test_verify_goes_on_after_a_fault_and_notices_strange_files(tmp_path):
     (tmp_path / "commits/000001.json").write_bytes(b"{}")
     calls = []
     report = verify(tmp_path, progress=lambda *numbers: calls.append(numbers))
-    assert sorted((finding.shard, finding.file) for finding in report.findings) == [
+    assert sorted((str(finding.part), finding.file) for finding in report.findings) == [
         ("0", "strange"),
         ("1", "commits/000001.json"),
         ("2", "strange"),

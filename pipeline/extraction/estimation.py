@@ -1,10 +1,10 @@
-"""An estimate of an extraction, with as many workers and threads as the extraction would have here."""
+"""Estimates an extraction with as many workers and threads as it would have here."""
 
 import os
 from typing import TYPE_CHECKING
 
 from pipeline.cpu_determinism import make_cpu_deterministic
-from pipeline.extraction import ExtractConfig, threads_of_each
+from pipeline.extraction.config import ExtractConfig, threads_per_worker
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.stores import open_store
@@ -23,7 +23,7 @@ def make_estimate(
     config_only: bool,
     progress: Progress = SILENT,
 ) -> "Estimate":
-    """Bytes and hours of extracting these samples; the target store is not touched.
+    """Estimates bytes and hours of extracting these samples; does not touch the target store.
 
     Args:
         teacher: as for extraction.
@@ -50,5 +50,5 @@ def make_estimate(
     num_shards = len(SampleIndex.load(samples).shards)
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
-    threads = threads_of_each(cpus, gpus, min(workers, cpus), num_shards)
+    threads = threads_per_worker(cpus, gpus, min(workers, cpus), num_shards)
     return estimate_by_measurement(teacher, samples, config, workers=workers, threads=threads, progress=progress)

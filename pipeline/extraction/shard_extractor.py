@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.cluster.task_queue import DEATHS_AT_A_PLACE
+from pipeline.cluster.task_queue import CRASHES_AT_A_POSITION
 from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
 from pipeline.cpu_determinism import make_cpu_deterministic, reproducible_threads
 from storage.errors import FingerprintMismatch
@@ -30,9 +30,9 @@ NUM_CONTROLS = 4
 
 
 class ShardExtractor:
-    """One worker: a teacher, loaded once, that makes and commits shards; two threads may each give it one.
+    """A teacher, loaded once, that makes and commits shards; two threads may each give it one.
 
-    While the teacher runs on one shard, the last is written and the first samples of the next are made ready.
+    While the teacher runs on one shard, the last is written and the first samples of the next are prepared.
     """
 
     def __init__(self, teacher: "TeacherConfig", samples: str, targets: str, manifest: Manifest, threads: int) -> None:
@@ -57,28 +57,28 @@ class ShardExtractor:
         self._saving_vision = threading.Lock()
 
     def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord | None:
-        """Observes and commits one shard, unless another extraction has done so by now."""
+        """Observes and commits one shard, unless another extraction did so first."""
         return self._make(shard, progress, lambda samples: self.observer.observe(samples, progress))
 
-    def carefully(self, shard: int, progress: Callable[[int], None], marker: ProgressMarker) -> CommitRecord | None:
-        """As calling it, after that failed: one sample after the other, those at fault go to the ledger.
+    def run_isolated(self, shard: int, progress: Callable[[int], None], marker: ProgressMarker) -> CommitRecord | None:
+        """Makes a shard that failed before, one sample after the other; those at fault are skipped with a reason.
 
         Raises:
-            ProcessUnfit: a sample left the teacher unusable.
+            ProcessUnfit: If a sample left the teacher unusable.
         """
         from stages.teacher.isolate import NOWHERE, TeacherUnusable, run_isolated
 
-        deaths = Counter(marker.deaths)
-        crashing_rows = {row for row, count in deaths.items() if row != NOWHERE and count >= DEATHS_AT_A_PLACE}
+        crashes = Counter(marker.crashes)
+        crashing_rows = {row for row, count in crashes.items() if row != NOWHERE and count >= CRASHES_AT_A_POSITION}
 
         def observe(samples: SampleShard) -> "ShardObservations":
             with contextlib.ExitStack() as opened:
                 return run_isolated(
                     self.teacher,
                     samples,
-                    controls=self._controls(shard, deaths.total(), opened),
+                    controls=self._controls(shard, crashes.total(), opened),
                     crashing_rows=crashing_rows,
-                    at=marker.at,
+                    at=marker.mark,
                     progress=progress,
                     timings=self.observer.timings,
                 )
@@ -108,7 +108,7 @@ class ShardExtractor:
             return write_shard(self.targets, shard, self.manifest, entry.name, seen.samples, seen.maps, seen.skipped)
 
     def _controls(self, shard: int, first: int, opened: contextlib.ExitStack) -> Iterator[tuple[SampleShard, int]]:
-        """Samples that are not in doubt: of other shards, where there are any; others after a death than before it."""
+        """Samples that are not in doubt: of other shards, where there are any; other ones after each crash."""
         num_shards = len(self.index.shards)
         if num_shards == 1:
             samples = opened.enter_context(SampleShard.open(self.samples, self.index.shards[shard]))
@@ -119,7 +119,7 @@ class ShardExtractor:
             yield opened.enter_context(SampleShard.open(self.samples, self.index.shards[other])), 0
 
     def timings(self) -> dict[str, float]:
-        """Seconds so far, by what they went into: `forward`, `waited` (see `Timings`), and what went on beside it."""
+        """Gives the seconds so far by what they went into, as `Timings` names it."""
         return self.observer.timings.seconds()
 
     def save_teacher_vision(self) -> None:

@@ -1,0 +1,149 @@
+"""Runs the demo: the whole pipeline on the bundled example, with one table of what attention distillation did.
+
+Every number is measured in the run that prints it. The settings are the recipe `pipeline/configs/demo.yaml` and the
+students of `pipeline/demo/students.yaml`.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.demo.assets import STUDENT_LM, TEACHER
+from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
+from pipeline.demo.report import DemoConfig, DemoReport, StudentResult, accuracy_table, summary_lines
+from pipeline.demo.scenes.dataset import write_dataset
+from pipeline.evaluation import attention_pictures, evaluate_checkpoint
+from pipeline.extraction.extract import extract
+from pipeline.run_file import load_run_file
+from pipeline.sweep import SweepReport, run_sweep
+from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
+from pipeline.training import train
+from pipeline.ui.console import results
+from pipeline.ui.html_report import render_report
+from pipeline.ui.progress import NamedProgress, progress_display
+from pipeline.ui.tables import print_report_table
+from stages.samples.pack import PackConfig, pack_samples
+from stages.settings import refuse_other_settings
+from storage.errors import UserError
+from storage.progress import Progress
+from storage.stores import open_store
+from storage.targets.summary import summarize
+
+RECIPE = Path("demo")
+COMPARED_SAMPLES = 256
+PICTURES = 8
+
+
+def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
+    """Packs scenes, extracts with the bundled teacher through Ray, trains students, evaluates all, prints the table.
+
+    A finished or interrupted demo in `folder` goes on from there.
+
+    Raises:
+        UserError: If `folder` holds a demo with other settings, or a student failed.
+    """
+    _check_settings(folder, config)
+    with progress_display() as progress:
+        report = _measure(folder, config, progress)
+    open_store(folder).write("report.json", report.model_dump_json(indent=1).encode())
+    models = {name: str(folder / "students" / name) for name in config.students}
+    pictures = attention_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
+    table = accuracy_table(report)
+    html = render_report("cdp demo: what attention distillation did", [table], pictures)
+    open_store(folder).write("report.html", html.encode())
+    print_report_table(table)
+    for line in summary_lines(report, summarize(folder / "targets")):
+        results.print(line)
+    results.print(f"pictures: {folder / 'report.html'}")
+    return report
+
+
+def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
+    clock = _Clock()
+    scenes, samples, targets = folder / "scenes", folder / "samples", folder / "targets"
+    with clock.part("draw scenes"):
+        if not (scenes / "train.json").is_file():
+            shutil.rmtree(scenes, ignore_errors=True)
+            write_dataset(scenes, config.num_images, config.seed, config.variant, config.num_pairs)
+    with clock.part("pack samples"):
+        if not (samples / "index.json").is_file():
+            pack_samples(
+                scenes / "train.json",
+                scenes,
+                samples,
+                PackConfig(max_samples_per_shard=256),
+                progress,
+            )
+    with clock.part("extract teacher"):
+        run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})
+        assert run.teacher is not None
+        extract(run.teacher, str(samples), str(targets), run.extract, progress)
+    with clock.part("evaluate teacher"):
+        teacher = evaluate_checkpoint(str(TEACHER), scenes / "pairs", None, run.evaluate, None, progress)
+    with clock.part("train and evaluate students"):
+        swept = run_sweep(
+            _sweep_of(folder, config),
+            lambda name, student: train(student, student.train.stages, NamedProgress(name, progress)),
+            progress,
+        )
+    stored = summarize(targets)
+    return DemoReport(
+        config=config,
+        seconds=clock.seconds,
+        target_bytes=stored.total_bytes,
+        raw_bytes=stored.raw_square_bytes + stored.raw_logit_bytes,
+        teacher=teacher,
+        students=_results(swept),
+    )
+
+
+class _Clock:
+    """Seconds of each part of the demo."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def _check_settings(folder: Path, config: DemoConfig) -> None:
+    store = open_store(folder)
+    wanted = json.loads(config.model_dump_json())
+    if not store.exists("demo.json"):
+        store.write("demo.json", json.dumps(wanted, indent=1).encode())
+    found, instead = json.loads(store.read("demo.json")), "remove the folder or name another with --output"
+    refuse_other_settings(str(folder), found, wanted, "with other settings", instead)
+
+
+def _sweep_of(folder: Path, config: DemoConfig) -> Sweep:
+    flags = {
+        "samples": str(folder / "samples"),
+        "targets": str(folder / "targets"),
+        "student": str(STUDENT_LM),
+        "output": str(folder / "students"),
+        "train.seed": config.seed,
+        "train.dft.max_steps": config.steps,
+    }
+    sweep = load_sweep(STUDENTS_FILE, None, [], flags)
+    compare = CompareConfig(pairs=folder / "scenes" / "pairs", similarity_samples=COMPARED_SAMPLES)
+    return Sweep(sweep.output, {name: sweep.runs[name] for name in config.students}, compare)
+
+
+def _results(swept: SweepReport) -> dict[str, StudentResult]:
+    if swept.failures:
+        raise UserError("\n".join(f"student {name} failed: {reason}" for name, reason in swept.failures.items()))
+    results = {}
+    for name, student in swept.students.items():
+        assert student.evaluation is not None
+        assert student.similarity is not None
+        results[name] = StudentResult(
+            evaluation=student.evaluation, similarity=student.similarity.mean, seconds=student.seconds
+        )
+    return results

@@ -1,0 +1,1 @@
+"""Extraction of targets from a teacher: settings, workers, progress, report, and its estimate."""

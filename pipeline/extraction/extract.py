@@ -1,0 +1,110 @@
+"""Runs an extraction: finds the shards that are missing, has them made on a cluster, writes the report."""
+
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pipeline.extraction.config import ExtractConfig, threads_per_worker
+from pipeline.extraction.report import REPORT, ExtractionReport, check_report, make_report
+from pipeline.extraction.shard_extractor import TEACHER_ONLY, ShardExtractor
+from pipeline.extraction.tally import ExtractionTally
+from pipeline.interruption import RESUME, Interrupted, raised_on
+from storage.progress import SILENT, Progress
+from storage.samples.index import SampleIndex
+from storage.stores import Store, open_store
+from storage.targets.cleaning import clean_partials
+from storage.targets.commits import COMMITS, committed_shards, iter_commits
+from storage.targets.manifest import create_or_check
+from storage.targets.teacher import has_teacher
+
+if TYPE_CHECKING:
+    from stages.teacher.identity import TeacherConfig
+
+SHARDS_IN_FLIGHT = 2
+"""Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""
+
+
+def extract(
+    teacher: "TeacherConfig",
+    samples_url: str,
+    targets_url: str,
+    config: ExtractConfig,
+    progress: Progress = SILENT,
+    on_begin: Callable[[Store], None] = lambda _: None,
+) -> ExtractionReport:
+    """Makes every shard that is not committed yet; running it again finishes the rest.
+
+    Args:
+        teacher: which teacher, and what is kept of what it sees.
+        samples_url: sample shards.
+        targets_url: target store.
+        config: how it runs.
+        progress: shows all samples, and what each worker does.
+        on_begin: called with the target store once it is known to be of this teacher and these samples.
+
+    Raises:
+        FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
+        TooManySkipped: If more samples are unusable than allowed; all others are stored.
+        UserError: If a shard failed on every attempt; the others are stored.
+        Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
+    """
+    from pipeline.cluster import ray_backend
+    from stages.teacher.identity import identify_teacher
+
+    started = time.perf_counter()
+    samples, targets = open_store(samples_url), open_store(targets_url)
+    index = SampleIndex.load(samples)
+    with ray_backend.connect(config.ray_address) as cluster:
+        identity = identify_teacher(teacher, on_gpu=cluster.gpus > 0)
+        manifest = identity.manifest(index.digest, len(index.shards))
+        create_or_check(targets, manifest)
+        on_begin(targets)
+        clean_partials(targets)
+        committed = committed_shards(targets.list(COMMITS))
+        missing = [shard for shard in range(len(index.shards)) if shard not in committed]
+        for note in identity.notes:
+            progress.message(f"note: {note}")
+        tally = ExtractionTally(index, progress)
+        tally.start(missing)
+        make_worker = partial(
+            ShardExtractor,
+            teacher,
+            samples_url,
+            targets_url,
+            manifest,
+            threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing)),
+        )
+        try:
+            # Here, because ray, too, installs a handler of SIGTERM when it starts.
+            with raised_on(signal.SIGINT, signal.SIGTERM):
+                outcome = ray_backend.run_tasks(
+                    make_worker,
+                    missing or ([] if has_teacher(targets) else [TEACHER_ONLY]),
+                    ray_backend.TaskLimits(
+                        num_workers=config.workers,
+                        gpus_per_worker=1 if cluster.gpus else 0,
+                        max_attempts=config.max_attempts,
+                        tasks_per_worker=SHARDS_IN_FLIGHT,
+                    ),
+                    on_progress=tally.advance,
+                    on_result=tally.add,
+                    on_workers=tally.show,
+                )
+        except Interrupted as stop:
+            stored = len(committed_shards(targets.list(COMMITS)))
+            raise Interrupted(
+                stop.signal_number,
+                f"interrupted: {stored} of {len(index.shards)} shards are stored in {targets_url} "
+                f"({stored - len(committed)} made now); {RESUME}",
+            ) from None
+    # What workers that died were writing, and folders that another extraction was first to commit in place of.
+    clean_partials(targets)
+    committed = committed_shards(targets.list(COMMITS))
+    for record in iter_commits(targets, {n: path for n, path in committed.items() if n not in tally.new_shards}):
+        tally.count(record)
+    report = make_report(len(committed), tally, outcome, identity.notes, time.perf_counter() - started)
+    targets.write(REPORT, report.model_dump_json(indent=1).encode())
+    check_report(report, config, targets.url, manifest.num_shards)
+    return report

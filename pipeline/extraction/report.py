@@ -1,0 +1,137 @@
+"""What an extraction says of itself, and when that makes its command fail."""
+
+from pipeline.cluster.task_queue import FailedTry
+from pipeline.cluster.worker import Outcome, Worker
+from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.tally import ExtractionTally
+from storage.errors import TooManySkipped, UserError
+from storage.strict_model import StrictModel
+
+REPORT, RUN_FILE = "reports/extraction.json", "reports/run.yaml"
+SHOWN_FAILURES = 20
+
+
+class WorkerReport(StrictModel):
+    """One worker of a run: a process with a teacher in it."""
+
+    node: str
+    pid: int
+    shards: int
+    samples: int
+    seconds: float
+    """From the moment its teacher was loaded."""
+    samples_per_s: float
+    failed_tries: int
+    timings: dict[str, float]
+    """Seconds, by what it spent them on; as it says itself, so empty for one that died before its first shard."""
+    waited_share: float | None
+    """Part of the time since its first forward pass in which its teacher stood idle; None before that."""
+    ended: str
+    """Why it ended."""
+
+
+class ExtractionReport(StrictModel):
+    """What a run of `cdp extract-teacher` did; saved in the store as `reports/extraction.json`."""
+
+    shards: int
+    shards_made_now: int
+    samples: int
+    skipped: dict[str, int]
+    maps: int
+    bytes: int
+    seconds: float
+    samples_per_s: float
+    workers: int
+    """The most that worked at one time."""
+    per_worker: tuple[WorkerReport, ...]
+    """Every worker that ever was, those that died included."""
+    failed_starts: dict[str, int]
+    """Why workers did not start, and where -> how many times; such as a node that joined with another teacher on it."""
+    failed_tries: dict[int, tuple[FailedTry, ...]]
+    """Shard -> each try of it that failed, where and why; shards that succeeded later are among them."""
+    failures: dict[int, str]
+    """Shard given up -> its last error."""
+    notes: tuple[str, ...] = ()
+    """What students will not learn from these targets; said before the first shard, too."""
+
+
+def make_report(
+    num_shards: int, tally: ExtractionTally, outcome: Outcome, notes: tuple[str, ...], seconds: float
+) -> ExtractionReport:
+    """Makes the report of a run that ended.
+
+    Args:
+        num_shards: shards that the store holds now.
+        tally: sums over all of them.
+        outcome: what became of the run's tasks and workers.
+        notes: what students will not learn from these targets.
+        seconds: the run took.
+    """
+    return ExtractionReport(
+        shards=num_shards,
+        shards_made_now=len(tally.new_shards),
+        samples=tally.samples,
+        skipped=dict(tally.skipped),
+        maps=tally.maps,
+        bytes=tally.bytes,
+        seconds=seconds,
+        samples_per_s=tally.new_samples / seconds,
+        workers=tally.max_workers,
+        per_worker=tuple(_worker_report(worker) for worker in outcome.workers),
+        failed_starts=outcome.failed_starts,
+        failed_tries={shard: tuple(tries) for shard, tries in sorted(outcome.tries.items())},
+        failures=outcome.failures,
+        notes=notes,
+    )
+
+
+def check_report(report: ExtractionReport, config: ExtractConfig, targets_url: str, num_planned: int) -> None:
+    """Refuses a run that gave up shards or skipped too many samples.
+
+    Args:
+        report: the run's.
+        config: its settings.
+        targets_url: the target store.
+        num_planned: shards that the store has when it is complete.
+
+    Raises:
+        UserError: If a shard failed on every attempt.
+        TooManySkipped: If more samples are unusable than the settings allow.
+    """
+    if report.failures:
+        failures = sorted(report.failures.items())
+        lines = [f"  shard {shard}: {why}" for shard, why in failures[:SHOWN_FAILURES]]
+        if len(failures) > SHOWN_FAILURES:
+            lines.append(f"  and {len(failures) - SHOWN_FAILURES} more")
+        raise UserError(
+            f"{len(failures)} of {num_planned} shards could not be made; the others are stored. "
+            f"Every try is in {targets_url}/{REPORT}. "
+            "Run the same command again when the cause is mended:\n" + "\n".join(lines)
+        )
+    num_skipped = sum(report.skipped.values())
+    num_samples = num_skipped + report.samples
+    if num_skipped > config.max_skipped_fraction * num_samples:
+        by_count = sorted(report.skipped.items(), key=lambda item: -item[1])
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in by_count)
+        raise TooManySkipped(
+            f"{num_skipped} of {num_samples} samples could not be used ({reasons}), allowed is a fraction of "
+            f"{config.max_skipped_fraction}. They are named with their reasons in {targets_url}/commits/*.json; all "
+            "others are stored. Accept them with --set extract.max_skipped_fraction=FRACTION"
+        )
+
+
+def _worker_report(worker: Worker) -> WorkerReport:
+    from stages.teacher.timings import waited_share
+
+    return WorkerReport(
+        node=worker.node,
+        pid=worker.pid,
+        shards=worker.num_tasks,
+        samples=worker.num_units,
+        seconds=worker.seconds,
+        samples_per_s=worker.num_units / max(worker.seconds, 1e-9),
+        failed_tries=worker.num_failures,
+        timings=worker.timings,
+        waited_share=waited_share(worker.timings),
+        ended=worker.ended,
+    )

@@ -1,0 +1,160 @@
+"""Checks of a target store: its records, what lies beside them, and all that its shards decode to."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.maps import MapCodec
+from storage.integrity.checks import Checks
+from storage.integrity.findings import Finding, Part
+from storage.samples.index import SampleIndex
+from storage.stores import Store
+from storage.streaming.join import joined_rows
+from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed, commit_path, committed_shards
+from storage.targets.manifest import MANIFEST_PATH, Manifest
+from storage.targets.shard import TargetShard
+from storage.targets.teacher import TEACHER, TEACHER_RECORD, TeacherRecord
+
+_Record = TypeVar("_Record", bound=Committed)
+_SHARD_FOLDER = re.compile(rf"({SHARDS}/([0-9]{{6,}})-[0-9a-f]{{16}}\.zarr)/")
+_REPORT = "reports/extraction.json"
+
+
+class _ReportedCounts(BaseModel):
+    shards: int
+
+
+class TargetChecks(Checks):
+    """Checks one target store."""
+
+    def load_shards(self, stored: Mapping[str, int]) -> list[CommitRecord]:
+        """The sound records of shards, in order."""
+        found = [self._load(CommitRecord, number, path) for number, path in committed_shards(stored).items()]
+        return [record for record in found if record]
+
+    def load_teacher(self, stored: Mapping[str, int]) -> TeacherRecord | None:
+        """The record of `teacher/`, which an extraction writes before the first shard."""
+        if not (_REPORT in stored or any(path.startswith(f"{TEACHER}/") or path == TEACHER_RECORD for path in stored)):
+            return None
+        return self._load(TeacherRecord, TEACHER, TEACHER_RECORD)
+
+    def _load(self, kind: type[_Record], label: Part, path: str) -> _Record | None:
+        return self.guarded(label, path, lambda: kind.load(self.store, path))
+
+    def check_manifest(self, manifest: Manifest | None, records: Sequence[Committed]) -> Manifest | None:
+        """The manifest if it is the one of the records; if they agree on another one, it is it that was changed."""
+        named = {record.manifest for record in records}
+        if manifest is None or named <= {manifest.digest}:
+            return manifest
+        if len(named) == 1:
+            self.compare("-", MANIFEST_PATH, f"digest {manifest.digest}", f"digest {named.pop()}, as all records name")
+            return None
+        for record in records:
+            label = record.shard if isinstance(record, CommitRecord) else TEACHER
+            self.compare(label, record.record_path, record.manifest, manifest.digest)
+        return manifest
+
+    def check_places(self, stored: Mapping[str, int], num_planned: int) -> None:
+        """Records that are missing though their shard was made, and files where only ours may be."""
+        shards = committed_shards(stored)
+        for number in shards:
+            if number >= num_planned:
+                self.findings.append(
+                    Finding("-", commit_path(number), f"shard {number}", f"no shard above {num_planned - 1}")
+                )
+        lost = {}
+        for path in stored:
+            folder = _SHARD_FOLDER.match(path)
+            if folder and int(folder[2]) not in shards:
+                lost[int(folder[2])] = f"no such file, but {folder[1]}/"
+            elif not folder and path.startswith((f"{SHARDS}/", f"{COMMITS}/")):
+                ours = path in shards.values() or path == TEACHER_RECORD
+                if not ours:
+                    self.findings.append(Finding("-", path, "a file", "no such file"))
+        lost |= {
+            number: f"no such file, but {_REPORT} counts {self._num_reported()} shards"
+            for number in range(num_planned if self._num_reported() > len(shards) else 0)
+            if number not in shards and number not in lost
+        }
+        for number, found in sorted(lost.items()):
+            self.findings.append(
+                Finding(number, commit_path(number), found, "a record: it was removed, or extraction was stopped")
+            )
+
+    def _num_reported(self) -> int:
+        """Shards that the last extraction left; 0 when it left no report."""
+        try:
+            return _ReportedCounts.model_validate_json(self.store.read(_REPORT)).shards
+        except (FileNotFoundError, ValidationError):
+            return 0
+
+    def check_shard(
+        self,
+        manifest: Manifest | None,
+        record: CommitRecord,
+        index: SampleIndex | None,
+        stored: Mapping[str, int],
+        *,
+        read: bool,
+    ) -> None:
+        """Sizes of one shard's files; if it is to be read, their digests and all that they decode to."""
+        label, faults = record.shard, len(self.findings)
+        self.check_sizes(label, record, stored)
+        if not read:
+            return
+
+        def read_all() -> None:
+            with self.store.as_stored(record.path) as here:
+                self.check_digests(label, record, here)
+                if manifest and manifest.digest == record.manifest and len(self.findings) == faults:
+                    # Only then is there something to decode that the digests have not condemned.
+                    self._decode(here, manifest, record, index)
+
+        self.guarded(label, record.path, read_all)
+        self.advance()
+
+    def check_teacher(self, record: TeacherRecord, stored: Mapping[str, int]) -> None:
+        """Sizes and digests of the teacher's files."""
+        self.check_sizes(TEACHER, record, stored)
+
+        def read_all() -> None:
+            with self.store.as_stored(record.path) as here:
+                self.check_digests(TEACHER, record, here)
+
+        self.guarded(TEACHER, record.path, read_all)
+
+    def _decode(self, here: Store, manifest: Manifest, record: CommitRecord, index: SampleIndex | None) -> None:
+        """Every row and every map, one at a time."""
+        targets = TargetShard(here, manifest, record)
+        tar = index.shards[record.shard] if index and record.shard < len(index.shards) else None
+        # A table that cannot be read is the samples' fault, not this shard's.
+        if index and (tar is None or self.guarded(tar.name, tar.table_name, lambda: tar.members) is not None):
+            joined_rows(index, targets)
+        shard, codec = record.shard, manifest.fingerprint.map_codec
+        decoder = MapCodec.of_layers(codec, manifest.fingerprint.layers, manifest.fingerprint.windows)
+        references = 0
+        for row in range(len(targets)):
+            sample, _ = targets.read(row, with_maps=False)
+            num_answers = int(sample.answer_mask.sum())
+            self.compare(
+                shard,
+                "logit_offsets",
+                f"{len(sample.logits_RQ)} rows of {sample.key}",
+                f"{num_answers} rows of {sample.key}",
+            )
+            faults = AnswerLogitsCodec(manifest.fingerprint.logit_codec).decode(sample.logits_RQ).fault()
+            self.compare(shard, "logit_records", faults or "sound records", "sound records")
+            references += sample.map_row is not None
+        self.compare(shard, "map_rows", references, record.num_map_references)
+        for map_row, num_tokens in enumerate(targets.map_num_tokens):
+            entry = targets.read_map(map_row)
+            self.compare(shard, "map_code_offsets", entry.codes_LC.shape[1], codec.num_codes(num_tokens))
+            if entry.windows is not None:
+                try:
+                    decoder.decode_flips(entry)
+                except ValueError as error:
+                    self.findings.append(Finding(shard, "window_flips", str(error), "positions inside the masks"))
+        self.num_samples += len(targets)

@@ -1,0 +1,75 @@
+"""What every check shares: findings, counts, and the comparison of a folder's files with its record."""
+
+import errno
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from storage.errors import CorruptData, StoreUnavailable, UserError
+from storage.integrity.findings import Finding, Part
+from storage.stores import Store
+from storage.targets.commits import Committed, measure_files
+
+_Result = TypeVar("_Result")
+
+Progress = Callable[[int, int, int], None]
+"""Called with (shards done, shards to do, bytes read so far)."""
+
+
+class Checks:
+    """Counts and findings of one verification."""
+
+    def __init__(self, store: Store, progress: Progress | None) -> None:
+        self.store, self._progress = store, progress
+        self.findings: list[Finding] = []
+        self.num_files = self.num_bytes = self.num_samples = self.num_to_do = self._num_done = 0
+
+    def guarded(self, part: Part, file: str, action: Callable[[], _Result], *, refuse: bool = False) -> _Result | None:
+        """The action's result; None and a finding if it meets damage, or a user's error that is not to be refused."""
+        try:
+            return action()
+        except StoreUnavailable:
+            raise
+        except UserError as error:
+            if refuse and not isinstance(error, CorruptData):
+                raise
+            found = str(error)
+        except OSError as error:
+            if error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+                raise
+            found = str(error)
+        self.findings.append(Finding(part, file, found, "what was committed"))
+        return None
+
+    def compare(self, part: Part, file: str, found: object, expected: object) -> bool:
+        """A finding unless both are equal."""
+        if found != expected:
+            self.findings.append(Finding(part, file, str(found), str(expected)))
+        return found == expected
+
+    def advance(self) -> None:
+        """Tell the caller."""
+        self._num_done += 1
+        if self._progress:
+            self._progress(self._num_done, self.num_to_do, self.num_bytes)
+
+    def check_sizes(self, label: Part, record: Committed, stored: Mapping[str, int]) -> None:
+        """Presence and size of a folder's files, and that there are no others."""
+        below = f"{record.path}/"
+        found = {path.removeprefix(below): size for path, size in stored.items() if path.startswith(below)}
+        expected = {name: info.bytes for name, info in record.files.items()}
+        for name in sorted(found.keys() | expected.keys()):
+            self.compare(label, name, size_of(found, name), size_of(expected, name))
+
+    def check_digests(self, label: Part, record: Committed, here: Store) -> None:
+        """Sha256 of a folder's files; of other sizes `check_sizes` tells."""
+        found = measure_files(here.local(record.path))
+        self.num_files += len(found)
+        self.num_bytes += sum(info.bytes for info in found.values())
+        for name in sorted(found.keys() & record.files.keys()):
+            if found[name].bytes == record.files[name].bytes:
+                self.compare(label, name, f"sha256 {found[name].sha256}", f"sha256 {record.files[name].sha256}")
+
+
+def size_of(stored: Mapping[str, int], path: str) -> str:
+    """What a finding says of a file's size."""
+    return f"{stored[path]} bytes" if path in stored else "no such file"
