@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers, each a file at a time; the tests of the Ray cluster are one group (tests/conftest.py) and begin first.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers; tests/conftest.py says which files share one.
+PARALLEL := -n 2 --no-loadscope-reorder
 # Hundreds of processes that tests start import the same files: these are compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 STAMP := $(VENV)/.installed

@@ -16,7 +16,7 @@ def find_config(config: Path) -> Path:
     """The file itself, or the recipe of that name.
 
     Raises:
-        UserError: neither is there; names the recipes.
+        UserError: If neither is there; names the recipes.
     """
     if config.is_file():
         return config

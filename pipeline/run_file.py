@@ -72,14 +72,14 @@ def load_run_file(path: Path | None, settings: list[str], flags: dict[str, Any])
         flags: dotted names to values; None means the flag was not given.
 
     Raises:
-        UserError: unreadable YAML, an unknown key, or a value out of range; names the place.
+        UserError: If YAML is unreadable, a setting unknown, or a value out of range; names it.
     """
     document = read_document(find_config(path)) if path is not None else {}
     return resolve(document, settings, flags, str(path or "the settings"))
 
 
-def resolve(document: dict[str, Any], settings: list[str], flags: dict[str, Any], place: str) -> RunFile:
-    """A document with `--set` and flags applied, as by `load_run_file`; `place` says in an error where it is from."""
+def resolve(document: dict[str, Any], settings: list[str], flags: dict[str, Any], origin: str) -> RunFile:
+    """A document with `--set` and flags applied, as by `load_run_file`; `origin` says in an error where it is from."""
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
@@ -88,14 +88,14 @@ def resolve(document: dict[str, Any], settings: list[str], flags: dict[str, Any]
     for name, value in flags.items():
         if value is not None:
             _assign(document, name, value)
-    return validated(RunFile, document, place)
+    return validated(RunFile, document, origin)
 
 
 def lay_over(document: dict[str, Any], settings: dict[str, Any], prefix: str = "") -> None:
     """Puts settings into a document, section by section; names may be dotted, sections nested.
 
     Raises:
-        UserError: a section where the document has a value, or sections deeper than any settings.
+        UserError: If the document has a value where a section is given, or sections are too deep.
     """
     if prefix.count(".") > _DEEPEST:
         raise UserError(f"{prefix[:80]}... nests too deep for settings; does a YAML anchor hold itself?")
@@ -141,7 +141,7 @@ def read_document(path: Path) -> dict[str, Any]:
     """A YAML file of sections, not yet checked.
 
     Raises:
-        UserError: it cannot be read, is not YAML, or holds something else.
+        UserError: If it cannot be read, is not YAML, or holds something else.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -153,15 +153,15 @@ def read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 it is a SafeLoader
     except _RepeatedKey as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{origin}: {error}") from None
     except RecursionError:
-        raise UserError(f"{place} nests too deep for a run file") from None
+        raise UserError(f"{origin} nests too deep for a run file") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{place} is not YAML: {error}") from error
+        raise UserError(f"{origin} is not YAML: {error}") from error
 
 
 class _RepeatedKey(Exception):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pipeline.checkpoints import find_checkpoint
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
 from pipeline.run_file import RunFile
-from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_places
+from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_data
 from pipeline.ui.console import is_main_process
 from pipeline.ui.tables import ReportTable
 from stages.checkpoints import weights_digest
@@ -105,11 +105,11 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
             reports = {stage.stage: stage for stage in train(name, run)}
             students[name] = _compared(run, sweep.compare, reports, progress)
         except UserError as error:
-            _end_in_company()
+            _raise_if_distributed()
             failures[name] = str(error)
         except Exception as error:
-            _end_in_company()
-            # Whatever it is, such as too little memory, concerns no other student.
+            _raise_if_distributed()
+            # Such as too little memory; the other students may still train.
             logger.exception("student %s failed", name)
             failures[name] = f"{type(error).__name__}: {error}"
         report = SweepReport(students=students, failures=failures)
@@ -118,8 +118,8 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
     return report
 
 
-def _end_in_company() -> None:
-    """Raises what is being handled, if other processes train along: they still are in this student's step."""
+def _raise_if_distributed() -> None:
+    """Raises the error that is being handled if other processes train too: they are still in this student's step."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise
 
@@ -140,7 +140,7 @@ def _compared(
             model, compare.pairs, compare.images, run.evaluate, compare.pairs_limit, progress
         )
     if compare.similarity_samples is not None:
-        similarity = compare_with_targets(model, *compared_places(run), compare.similarity_samples, progress)
+        similarity = compare_with_targets(model, *compared_data(run), compare.similarity_samples, progress)
     made = _Compared(measured=measured, evaluation=evaluation, similarity=similarity)
     if is_main_process:
         store.write(_COMPARED, made.model_dump_json(indent=1).encode())
@@ -154,7 +154,7 @@ def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
         kinds = load_pairs(compare.pairs, compare.images, limit=compare.pairs_limit)
         pairs = digest_of([[str(value) for value in astuple(pair)] for kind in kinds.values() for pair in kind])
     if compare.similarity_samples is not None:
-        samples, store = compared_places(run)
+        samples, store = compared_data(run)
         targets = Source(open_store(samples), TargetStore.open(store)).description()
     return _Measured(
         compare=compare,

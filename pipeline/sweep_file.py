@@ -63,8 +63,8 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
         flags: dotted names to values, for all students; `output` is the folder of the sweep.
 
     Raises:
-        UserError: unreadable, a name that is no folder name or taken, a setting that is unknown or out of range, by
-            student, or something that the comparison lacks.
+        UserError: If the file is unreadable, a student's name is taken or names no folder, a student's setting is
+            unknown or out of range, or the comparison lacks something.
     """
     document = read_document(path)
     base, students = document.pop("config", None), document.pop("students", None)
@@ -90,7 +90,7 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
         runs[name] = resolve(run, settings, {**flags, "output": str(output / name)}, f"{path}: student {name}")
         if compare.similarity_samples is not None:
             try:
-                compared_places(runs[name])
+                compared_data(runs[name])
             except UserError as error:
                 raise UserError(f"{path}: student {name}: {error}") from None
     if compare.pairs is not None:
@@ -98,11 +98,11 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
     return Sweep(output, runs, compare)
 
 
-def compared_places(run: RunFile) -> tuple[str, str]:
+def compared_data(run: RunFile) -> tuple[str, str]:
     """Samples and targets that a student's attention is compared on: the run's, or the first of its sources.
 
     Raises:
-        UserError: it names neither.
+        UserError: If it names neither.
     """
     if run.samples is not None and run.targets is not None:
         return run.samples, run.targets

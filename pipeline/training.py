@@ -1,4 +1,4 @@
-"""Training runs: the stages one after another, each from the student the one before left."""
+"""Training runs: the stages one after another, each from the student of the one before."""
 
 import json
 import os
@@ -61,8 +61,8 @@ def train(
         resume: False refuses a folder that holds a stage already.
 
     Raises:
-        Interrupted: a process was asked to stop; a checkpoint was saved.
-        UserError: a missing place, or what `train_stage` raises.
+        Interrupted: If a process was asked to stop; a checkpoint was saved.
+        UserError: If a path is missing, or as `train_stage`.
     """
     hide_loading_bars()
     folder = RunFolder(Path(need(run.output, "--output")))
@@ -75,18 +75,18 @@ def train(
         # No process may begin a stage while another still looks.
         accelerator.wait_for_everyone()
     stores: dict[str, TargetStore] = {}
-    runs = {name: _stage_run(run, name, decoder, folder, stores) for name in STAGES if name in stages}
+    stage_runs = {name: _stage_run(run, name, decoder, folder, stores) for name in STAGES if name in stages}
     if run.train.vision == "teacher":
-        _check_one_teacher(runs)
-    # All of them before anything is written: a refusal changes nothing.
-    starts = {name: _checked(stage) for name, stage in runs.items()}
+        _check_one_teacher(stage_runs)
+    # All stages are checked before anything is written: a refusal changes nothing.
+    setups = {name: _checked(stage) for name, stage in stage_runs.items()}
     if accelerator.is_main_process:
         save_run_file(run, open_store(folder.path), folder.run_file.name)
-        _note_start(folder, run.train, runs, accelerator)
+        _note_start(folder, run.train, stage_runs, accelerator)
     reports = []
-    for name, stage in runs.items():
+    for name, stage in stage_runs.items():
         try:
-            reports.append(train_stage(stage, accelerator, progress, should_stop, starts.pop(name)))
+            reports.append(train_stage(stage, accelerator, progress, should_stop, setups.pop(name)))
         except TrainingStopped as stop:
             raise Interrupted(signal.SIGTERM, f"{stop}; {RESUME}", SAVED_EXIT_CODE) from None
     if accelerator.is_main_process:
@@ -137,7 +137,7 @@ def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
 
 
 def _note_start(
-    folder: RunFolder, config: TrainConfig, runs: dict[StageName, StageRun], accelerator: Accelerator
+    folder: RunFolder, config: TrainConfig, stage_runs: dict[StageName, StageRun], accelerator: Accelerator
 ) -> None:
     """A line for each time the run was started: a resumed one may have had other machines and versions."""
     line: dict[str, Any] = {
@@ -152,7 +152,7 @@ def _note_start(
                 "teacher": stage.targets.manifest.fingerprint.teacher_weights,
                 "samples": [source.targets.manifest.fingerprint.samples for source in stage.sources],
             }
-            for name, stage in runs.items()
+            for name, stage in stage_runs.items()
         },
     }
     with (folder.path / "provenance.jsonl").open("a") as file:
@@ -160,7 +160,7 @@ def _note_start(
 
 
 def _checked(stage: StageRun) -> StageSetup | None:
-    """Refuses a stage that cannot be trained; what it starts from, if it is to be trained and that is there already."""
+    """Refuses a stage that cannot be trained; its setup, if it is to be trained and what it starts from is there."""
     check_resumable(stage)
     if stage.folder.is_finished:
         return None
@@ -188,9 +188,9 @@ def _stage_run(
     )
 
 
-def _check_one_teacher(runs: dict[StageName, StageRun]) -> None:
+def _check_one_teacher(stage_runs: dict[StageName, StageRun]) -> None:
     """Refuses stages with targets of several teachers: a student keeps the vision tower of one."""
-    teachers = {name: stage.targets.manifest.fingerprint.teacher_weights for name, stage in runs.items()}
+    teachers = {name: stage.targets.manifest.fingerprint.teacher_weights for name, stage in stage_runs.items()}
     if len(set(teachers.values())) > 1:
         raise FingerprintMismatch(
             "the stages have targets of different teachers (sha256 of weights: "

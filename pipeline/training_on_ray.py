@@ -21,7 +21,7 @@ from storage.errors import UserError
 from storage.progress import SILENT, Progress, ProgressTask
 from storage.stores import open_store
 
-PLACES = ("samples", "targets", "student", "output", "subset")
+LOCATIONS = ("samples", "targets", "student", "output", "subset")
 """Settings, of the run or of its parts, that may name a folder or file."""
 
 
@@ -38,7 +38,7 @@ def train_on_ray(
     Folders must be seen by all nodes, and by this process, under the same names.
 
     Raises:
-        UserError: a process does not see this one's run folder, or what `train` raises.
+        UserError: If a process does not see this one's run folder, or as `train`.
     """
     output = Path(need(run.output, "--output")).absolute()
     if not resume:
@@ -58,9 +58,9 @@ def train_on_ray(
     # Connecting takes the signals for Ray, so that they are remembered anew after it.
     signals = remembered(signal.SIGTERM, signal.SIGINT)
     connected = ray_backend.connect(run.train.cluster.ray_address)
-    with connected as cluster, signals as asked_to_stop, _mark_of_the_driver(output) as mark:
+    with connected as cluster, signals as asked_to_stop, _marker_file(output) as marker:
         ray_train_group.run_group(
-            partial(_train_in_group, _with_absolute_places(run), tuple(stages), mark),
+            partial(_train_in_group, _with_absolute_paths(run), tuple(stages), marker),
             num_workers=run.train.cluster.workers or max(1, cluster.gpus),
             gpus_per_worker=1 if cluster.gpus else 0,
             max_attempts=run.train.cluster.max_attempts,
@@ -74,16 +74,16 @@ def train_on_ray(
 
 
 @contextmanager
-def _mark_of_the_driver(output: Path) -> Iterator[Path]:
-    """A file by which a process on another machine knows that it sees the folder that the driver sees."""
-    # In the folder that Ray Train makes in any case.
+def _marker_file(output: Path) -> Iterator[Path]:
+    """A file in the run folder; a process that finds it sees the same folder as this process."""
+    # In a folder that Ray Train makes in any case.
     store, name = open_store(output / ray_train_group.RUN_NAME), f"driver-{uuid4().hex}"
     store.write(name, b"")
-    mark = output / ray_train_group.RUN_NAME / name
+    marker = output / ray_train_group.RUN_NAME / name
     try:
-        yield mark
+        yield marker
     finally:
-        mark.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,20 @@ class _SentProgress:
 def _train_in_group(
     run: RunFile,
     stages: Sequence[StageName],
-    mark: Path,
+    marker: Path,
     send: Callable[..., None],
     should_stop: Callable[[], bool],
 ) -> None:
     """In each process of the group."""
-    if not mark.is_file():
+    if not marker.is_file():
         raise UserError(
             f"{run.output} on {socket.gethostname()} is another folder than where the command was given: it lacks "
-            f"{mark.name}, written there. Name an --output that all nodes of the Ray cluster and the machine of the "
+            f"{marker.name}, written there. Name an --output that all nodes of the Ray cluster and the machine of the "
             "command see, such as a folder of a network file system"
         )
     first = int(os.environ["RANK"]) == 0
     try:
-        # One that asks is enough: the processes tell each other.
+        # It is enough to ask one: the processes tell each other.
         asked = should_stop if first else (lambda: False)
         train(run, stages, _SentProgress(send) if first else SILENT, asked)
     except Interrupted as stop:
@@ -136,8 +136,8 @@ def _train_in_group(
             send("stopped", str(stop))
 
 
-def _with_absolute_places(run: RunFile) -> RunFile:
-    """Ray Train's processes have a working folder of their own."""
+def _with_absolute_paths(run: RunFile) -> RunFile:
+    """The settings as processes with another working folder understand them."""
     return RunFile.model_validate(_absolute(run.model_dump(mode="json")))
 
 
@@ -147,6 +147,6 @@ def _absolute(settings: Any, name: str = "") -> Any:
     if isinstance(settings, list):
         return [_absolute(one) for one in settings]
     # Anything else is the address of an object store, or the name of a model.
-    if name in PLACES and isinstance(settings, str) and (name == "output" or Path(settings).exists()):
+    if name in LOCATIONS and isinstance(settings, str) and (name == "output" or Path(settings).exists()):
         return str(Path(settings).absolute())
     return settings

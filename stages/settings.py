@@ -161,17 +161,10 @@ def lasting(config: BaseModel, *, matched: bool = True, prefix: str = "") -> dic
 
 
 def refuse_other_settings(folder: str, found: dict[str, Any], wanted: dict[str, Any], how: str, instead: str) -> None:
-    """Refuses to go on in a folder that was begun with other settings.
-
-    Args:
-        folder: its path or URL.
-        found: what it was begun with.
-        wanted: what it is to go on with; other entries of `found` do not matter.
-        how: it was begun, such as `with other settings`.
-        instead: what the user can do.
+    """Refuses to go on in a folder that was begun with other values of what is `wanted`.
 
     Raises:
-        FingerprintMismatch: If they differ; names in what.
+        FingerprintMismatch: If a value differs; says which, how the folder was begun, and what to do `instead`.
     """
     if differing := sorted(name for name, value in wanted.items() if found.get(name) != value):
         raise FingerprintMismatch(f"{folder} was begun {how} (differs in: {', '.join(differing)}); {instead}")

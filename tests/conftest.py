@@ -7,9 +7,13 @@ import gc
 import json
 import os
 import random
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,34 +28,50 @@ make_cpu_deterministic()
 
 pytest_plugins = ["tests.s3_server", "tests.faulty_s3", "tests.small_disk"]
 
-EXPENSIVE = ("ray_address", "undisturbed", "extract")
-"""Session fixtures that are made once, by the worker that runs all tests of them: a cluster, a training run, targets of
-every family."""
+EXPENSIVE = {
+    "ray": r'usefixtures\("ray_address"\)',
+    "run": r"\bundisturbed: Path",
+    "families": r"\bextract: (Any|Callable\[)",
+}
+"""Groups of test files that share a session fixture worth making once: how a file of the group asks for it."""
 
 NUM_SAMPLES = 24
 SAMPLES_PER_SHARD = 4
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sends all tests of an expensive fixture to one worker, which begins with them, and every other file as a whole.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each group of files, and every other file, to one worker as a whole."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Before pytest-xdist's own hook, which reads the groups.
-    """
-    items.sort(key=lambda item: (*EXPENSIVE, "").index(_expensive_fixture(item)))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_expensive_fixture(item) or item.path.as_posix()))
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(config.rootpath / nodeid.split("::")[0])
+
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the groups first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: [*EXPENSIVE, str(item.path)].index(_group(item.path)))
+
+
+@cache
+def _group(file: Path) -> str:
+    text = file.read_text()
+    return next((group for group, asked in EXPENSIVE.items() if re.search(asked, text)), str(file))
 
 
 def pytest_collection_finish() -> None:
-    """Spares the garbage collector what imports and collection made: it lasts until the process ends."""
+    """Makes whatever the tests do cheaper; nothing that a test sees."""
+    # What imports and collection made lasts until the process ends; the collector need not look at it.
     gc.collect()
     gc.freeze()
-
-
-def _expensive_fixture(item: pytest.Item) -> str:
-    return next((name for name in EXPENSIVE if name in getattr(item, "fixturenames", ())), "")
+    # The library spells out each config that it reads, against a new one of its class, for a message that nobody sees:
+    # a third of the time in which it loads a tiny model.
+    for name in ("PreTrainedConfig", "GenerationConfig"):
+        if (library := sys.modules.get("transformers")) is not None:
+            getattr(library, name).__repr__ = object.__repr__
 
 
 @dataclass(frozen=True)

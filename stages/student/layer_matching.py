@@ -87,7 +87,7 @@ def match_layers(
         The matching, and notes for the user.
 
     Raises:
-        UserError: layers the student does not have, that were not captured, or more than were captured.
+        UserError: If layers are asked for that the student lacks, or that were not captured.
     """
     fingerprint, layers, span = manifest.fingerprint, config.student_layers, config.span
     captured = fingerprint.layers

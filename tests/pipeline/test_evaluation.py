@@ -85,7 +85,7 @@ def test_the_comparison_runs_where_models_are_put(
         devices.append(student.device.type)
 
     # Stands for a GPU, which tests do not have.
-    monkeypatch.setattr("pipeline.evaluation._device", lambda: torch.device("meta"))
+    monkeypatch.setattr("pipeline.evaluation.default_device", lambda: torch.device("meta"))
     monkeypatch.setattr("pipeline.evaluation.attention_similarity", note)
     compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), 1)
     assert devices == ["meta"]

@@ -12,7 +12,7 @@ from pipeline.evaluation import evaluate_checkpoint
 from pipeline.interruption import Interrupted
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
-from pipeline.sweep_file import compared_places, load_sweep
+from pipeline.sweep_file import compared_data, load_sweep
 from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageReport
 from storage.errors import UserError
@@ -161,10 +161,18 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
     [
         ("train: {seed: 1}\n", "names no students"),
         ("students: {}\n", "names no students"),
-        ("students: {a: {train.sed: 1}}\n", r"student a:\n  train.sed: Extra inputs"),
+        ("students: {a: {train.sed: 1}}\n", r"student a:\n  train.sed: there is no such setting .*mean train.seed\?"),
+        (
+            "students: {a: {lr: 1}}\n",
+            r"student a:\n  lr: there is no such setting .*did you mean train.dpt.learning_rate",
+        ),
+        ("students: {a: {train.adapter: own}}\n", r"train.adapter: .*it is called train.vision now"),
         ("students: {../a: {}}\n", "student '../a' cannot name a folder"),
         ("students: {a: 3}\n", "student a is 3, expected settings"),
-        ("students: {a: {}}\ncompare: {pears: x}\n", r"compare:\n  pears: Extra inputs"),
+        (
+            "students: {a: {}}\ncompare: {pears: x}\n",
+            r"compare:\n  pears: there is no such setting .*did you mean pairs\?",
+        ),
         (
             "students: {a: {}}\nconfig: {train: {seed: 1}}\n",
             "config is {'train': {'seed': 1}}, expected the path of a run",
@@ -185,7 +193,7 @@ def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, messag
     with pytest.raises(UserError, match=message):
         load_sweep(write(tmp_path / "s.yaml", text), None, [], {"output": str(tmp_path / "out")})
     with pytest.raises(
-        UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe|such|again"
+        UserError, match=r"(--output is missing)|no such setting|names no|cannot|expected|recipe|such|again"
     ):
         load_sweep(tmp_path / "s.yaml", None, [], {})
     assert not (tmp_path / "out").exists()
@@ -196,7 +204,7 @@ def test_students_of_several_sources_are_compared_on_the_first(
 ) -> None:
     sources = f"train.data.sources: [{{samples: {tiny.samples}, targets: {targets}}}, {{samples: x, targets: y}}]\n"
     run = load_sweep(write(tmp_path / "two.yaml", sources + "students: {a: }\n"), None, [], {"output": "out"}).runs["a"]
-    assert compared_places(run) == (str(tiny.samples), str(targets))
+    assert compared_data(run) == (str(tiny.samples), str(targets))
     one = sources.replace(", {samples: x, targets: y}", "")
     text = f"student: {tiny.student_lm}\n{SHARED}{one}compare: {{similarity_samples: 4}}\nstudents: {{a: }}\n"
     sweep, output = write(tmp_path / "one.yaml", text), tmp_path / "out"

@@ -293,7 +293,11 @@ def test_bookkeeping_may_change_between_a_stop_and_its_resume(
 
 @pytest.mark.parametrize(
     ("setting", "field"),
-    [("train.dpt.learning_rate=0.5", "dpt.learning_rate"), ("train.seed=9", "seed"), ("train.lora.rank=2", "lora")],
+    [
+        ("train.dpt.learning_rate=0.5", "dpt.learning_rate"),
+        ("train.seed=9", "seed"),
+        ("train.lora.rank=2", "lora.rank"),
+    ],
 )
 def test_going_on_with_other_settings_is_refused_by_name_and_changes_nothing(
     setting: str, field: str, tiny: TinyWorld, targets: Path, undisturbed: Path

@@ -1,16 +1,15 @@
 """Training checkpoints: complete or absent, safetensors and JSON only.
 
 A checkpoint is a folder `step-00000100` with the trained parameters, the optimizer's tensors under the parameters'
-names, and `state.json` (position in the stream, schedule, sha256 of the other files). It is written under another name
-and renamed when it is whole. Tensors are stored whole, however many processes hold a part of each, so a stage may go on
-with another number of them. There is no random state: what a step draws follows from its number.
+names, and `state.json` (position in the stream, schedule, sha256 of the other files). Tensors are stored whole, however
+many processes hold a part of each, so that a stage may go on with another number of processes. There is no random
+state: what a step draws follows from its number.
 """
 
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -46,7 +45,7 @@ class CheckpointConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Position:
-    """How far a stage has come.
+    """How far a stage is.
 
     Attributes:
         step: finished optimizer steps.
@@ -91,14 +90,14 @@ class Checkpoints:
         self._damaged: set[str] = set()
 
     def save(self, position: Position, state: TrainerState) -> None:
-        """Writes `step-N`, then removes the whole ones but the newest, and the damaged ones that `restore` met.
+        """Writes `step-N`, then removes older ones, and the damaged ones that `restore` met.
 
         Args:
             position: how far the stage is.
-            state: of all processes: each must call this, since parts of a tensor are gathered from all.
+            state: of this process. All processes must call this: parts of a tensor are gathered from all.
 
         Raises:
-            StoreUnavailable: the disk is full or not to be written; the checkpoints before stay as they are.
+            StoreUnavailable: If the disk is full or cannot be written; earlier checkpoints stay as they are.
         """
         trained = trained_tensors(state.model, wanted=self._write)
         moments = gathered(_optimizer_tensors(state), wanted=self._write)
@@ -106,26 +105,20 @@ class Checkpoints:
             return
         store, name = open_store(self._folder), f"step-{position.step:08d}"
         try:
-            with disk_errors(self._folder / name):
-                staging = store.staging(name)
-                try:
-                    save_file(trained, staging / TRAINED)
-                    save_file(moments, staging / OPTIMIZER)
-                    written = {
-                        "position": asdict(position),
-                        "scheduler": state.scheduler.state_dict(),
-                        "sha256": {file: file_sha256(staging / file) for file in (TRAINED, OPTIMIZER)},
-                    }
-                    (staging / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1))
-                    store.put_tree(staging, name)
-                finally:
-                    # On a full disk, what is half-written is in the way of everything else.
-                    shutil.rmtree(staging, ignore_errors=True)
+            with disk_errors(self._folder / name), store.new_tree(name) as folder:
+                save_file(trained, folder / TRAINED)
+                save_file(moments, folder / OPTIMIZER)
+                written = {
+                    "position": asdict(position),
+                    "scheduler": state.scheduler.state_dict(),
+                    "sha256": {file: file_sha256(folder / file) for file in (TRAINED, OPTIMIZER)},
+                }
+                (folder / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1))
         except StoreUnavailable as error:
             before = [path for path in list_checkpoints(self._folder) if path.name not in self._damaged]
             kept = f"the newest one, {before[-1]}, is whole" if before else "there is none before it"
             raise StoreUnavailable(f"the checkpoint of step {position.step} was not saved; {kept}: {error}") from error
-        # They would count as the newest ones.
+        # A damaged one would count as one of the newest.
         for damaged in self._damaged - {name}:
             store.remove_tree(damaged)
         self._damaged.clear()
@@ -133,10 +126,10 @@ class Checkpoints:
             store.remove_tree(old.name)
 
     def restore(self, state: TrainerState) -> Position:
-        """Puts the newest whole one into a freshly built state; the start of the stage if there is none.
+        """Loads the newest whole checkpoint into a freshly built state; without one, the stage starts at step 0.
 
         Raises:
-            UserError: there are checkpoints, but all are damaged.
+            UserError: If there are checkpoints, but all are damaged.
         """
         found = list_checkpoints(self._folder)
         for path in reversed(found):
@@ -153,7 +146,7 @@ class Checkpoints:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Those that were written to the end, oldest first."""
+    """The checkpoints of a folder that are whole, oldest first."""
     return sorted(path for path in folder.glob("step-*") if not path.name.endswith(".partial"))
 
 
@@ -166,7 +159,7 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Puts what `trained_tensors` gave into the parameters that learn.
 
     Raises:
-        FingerprintMismatch: others were trained then.
+        FingerprintMismatch: If other parameters were trained then.
     """
     wanted = _trained(model)
     if differing := sorted(tensors.keys() ^ wanted.keys()):
@@ -181,7 +174,7 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """As `disk_errors_named`, also for files that safetensors writes, which has an exception of its own."""
+    """As `disk_errors_named`, also for safetensors, which raises an exception of its own."""
     with disk_errors_named(path):
         try:
             yield

@@ -18,7 +18,7 @@ from stages.student.data.batch import Batch
 from stages.student.data.loader import LoaderDied, StepLoader
 from stages.student.model.student import decoder_of
 from stages.student.model.trainable import keep_frozen_in, merge_lora
-from stages.student.run_folder import StageReport
+from stages.student.run_folder import STUDENT, StageReport
 from stages.student.training.checkpoint import (
     Checkpoints,
     Position,
@@ -46,9 +46,9 @@ def train_stage(
     accelerator: Accelerator,
     progress: Progress = SILENT,
     should_stop: Callable[[], bool] = lambda: False,
-    start: StageSetup | None = None,
+    setup: StageSetup | None = None,
 ) -> StageReport:
-    """Trains one stage, from its newest whole checkpoint when there is one; a finished stage is not run again.
+    """Trains one stage, from its newest whole checkpoint if it has one; a finished stage is not trained again.
 
     Leaves `student/` (a Hugging Face folder, LoRA merged), `checkpoints/`, `metrics.jsonl` and `report.json`.
 
@@ -56,75 +56,75 @@ def train_stage(
         run: what is trained on what.
         accelerator: of this process.
         progress: shows a task of the stage's name, in steps.
-        should_stop: asked before each step; as soon as it says so in any process, all save a checkpoint and stop.
-        start: of this run, if it is known already.
+        should_stop: asked before each step. If it says yes in any process, all of them save a checkpoint and stop.
+        setup: of this stage, if it is known already.
 
     Raises:
-        TrainingStopped: after such a checkpoint.
-        UserError: the folder holds the same stage with other settings, the student does not fit the targets, the
+        TrainingStopped: If a process was asked to stop; the checkpoint is saved.
+        UserError: If the folder holds the same stage with other settings, the student does not fit the targets, the
             processes do not see the same folder, or the loss is no longer finite.
     """
-    # In all of them, so that all say what is wrong.
+    # In all processes, so that all of them say what is wrong.
     check_resumable(run)
     if accelerator.is_main_process:
         record_stage(run)
     accelerator.wait_for_everyone()
     check_same_folder(accelerator, run)
-    # With what was written: an incomplete store may have grown between two looks at it.
+    # Again, with what was written: an incomplete store may have grown in between.
     check_resumable(run)
     if accelerator.is_main_process:
-        # What a killed process left half-written; there may be gigabytes of it.
+        # A killed process may have left gigabytes half-written.
         open_store(run.output).remove_partials()
     if run.folder.is_finished:
         return run.folder.report()
     try:
         with torch.random.fork_rng(devices=[]):
-            return _StageLoop(run, start or StageSetup(run), accelerator, progress, should_stop).run()
+            return _StageLoop(run, setup or StageSetup(run), accelerator, progress, should_stop).train()
     finally:
-        # It holds what it prepared: a student for each stage, on the GPU.
+        # Accelerate keeps what it prepared: a student for each stage, on the GPU.
         accelerator.free_memory()
 
 
 class _StageLoop:
-    """State of one running stage."""
+    """A stage that is being trained."""
 
     def __init__(
         self,
         run: StageRun,
-        start: StageSetup,
+        setup: StageSetup,
         accelerator: Accelerator,
         progress: Progress,
         should_stop: Callable[[], bool],
     ) -> None:
-        self.run_config, self.accelerator, self.progress, self.should_stop = run, accelerator, progress, should_stop
-        self.start = start
+        self.run, self.accelerator, self.progress, self.should_stop = run, accelerator, progress, should_stop
+        self.setup = setup
         config, stage = run.config, run.stage
-        # Before the student is loaded: what makes loader processes gets ready meanwhile.
+        # Before the student is loaded, so that loader processes start meanwhile.
         self.loader = StepLoader(
-            start.mixture,
-            start.collator,
+            setup.mixture,
+            setup.collator,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             device=accelerator.device,
             config=config.loader,
             with_maps=stage.attention_weight > 0,
         )
-        self.student, self.peft = start.load()
+        self.student, self.peft = setup.load()
         enable_capture(self.student)
         if config.parallel.activation_checkpointing:
-            # The reentrant kind gives captured maps no gradient, silently.
+            # Reentrant checkpointing silently gives captured maps no gradient.
             self.student.activation_checkpointing_enable({"use_reentrant": False})
         if accelerator.mixed_precision == "bf16":
             keep_frozen_in(self.student, torch.bfloat16)
         if accelerator.is_main_process:
-            # Now, and not only in the report: what they say may be a reason to stop.
-            for note in start.notes:
+            # Also in the report, but a note may be a reason to stop now.
+            for note in setup.notes:
                 logger.warning("%s: %s", run.name, note)
         self.steps_per_epoch = self.loader.mixture.num_steps
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
         logits = run.targets.manifest.fingerprint.logit_codec
-        objective = DistillationObjective(self.student, stage, logits, start.matching)
+        objective = DistillationObjective(self.student, stage, logits, setup.matching)
         self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel.strategy)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=stage.learning_rate, weight_decay=0.0)
@@ -138,16 +138,16 @@ class _StageLoop:
         self.position = self.checkpoints.restore(self.state)
         check_same_position(accelerator, run, self.position)
 
-    def run(self) -> StageReport:
+    def train(self) -> StageReport:
         """Trains to the last step and saves the student."""
-        config = self.run_config.config
+        config = self.run.config
         waiting: list[float] = []
         self.student.train()
         begun = time.perf_counter()
-        started = begun - self.position.seconds
-        task = self.progress.task(self.run_config.name, self.num_steps, unit="steps")
+        began_stage = begun - self.position.seconds
+        task = self.progress.task(self.run.name, self.num_steps, unit="steps")
         task.update(done=self.position.step)
-        groups = self.loader.steps(range(self.position.epoch, self.run_config.stage.epochs), self.position.epoch_step)
+        groups = self.loader.steps(range(self.position.epoch, self.run.stage.epochs), self.position.epoch_step)
         with closing(self._metrics_log()) as log, closing(groups):
             while self.position.step < self.num_steps:
                 before = time.perf_counter()
@@ -155,12 +155,12 @@ class _StageLoop:
                 waiting.append(time.perf_counter() - before)
                 totals = self._totals(group)
                 losses = self._step(group, totals)
-                self._advance(losses, time.perf_counter() - started)
+                self._advance(losses, time.perf_counter() - began_stage)
                 step = self.position.step
                 if step % config.logging.every == 0 or step == self.num_steps:
                     log.write(step, {**losses, "samples": self.position.samples, "seconds": self.position.seconds})
                 task.update(done=step, note=_step_text(losses, self.position))
-                # After the last step too: whatever happens while the student is saved, none is done again.
+                # Also after the last step, so that no step is repeated if saving the student fails.
                 if step % config.checkpoint.every == 0 or step == self.num_steps:
                     self.checkpoints.save(self.position, self.state)
         first_batch_s, *later = waiting or [0.0]
@@ -168,7 +168,7 @@ class _StageLoop:
         return self._finish(first_batch_s, sum(later) / max(seconds, 1e-9))
 
     def _metrics_log(self) -> MetricsLog:
-        run = self.run_config
+        run = self.run
         settings = run.config.model_dump(mode="json") | {"stage": run.name, "decoder": run.decoder}
         main = self.accelerator.is_main_process
         return MetricsLog(run.output, run.config.logging.trackers, self.position.step, settings, enabled=main)
@@ -180,7 +180,7 @@ class _StageLoop:
         except LoaderDied:
             if not self.should_stop():
                 raise
-            # Who stops a job may stop its loader processes with it.
+            # A launcher that stops the job may stop its loader processes first.
             return []
 
     def _step(self, group: list[Batch], totals: BatchTotals) -> dict[str, float]:
@@ -189,7 +189,7 @@ class _StageLoop:
         terms: dict[str, Tensor] = {}
         total_loss = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(group):
-            # One at a time: the device holds no more than it computes with.
+            # One microbatch at a time, so that the device holds no other.
             batch = batch.to(self.accelerator.device, self.student.dtype)
             last = index == len(group) - 1
             with nullcontext() if last else gradients_stay(self.objective, self.accelerator):
@@ -200,8 +200,8 @@ class _StageLoop:
             total_loss += loss.detach()
             for name, value in shares.items():
                 terms[name] = terms.get(name, torch.zeros_like(value)) + value
-        norm = float(clip_gradients(self.trained, self.run_config.config.max_grad_norm))
-        # Of all processes: one whose own loss is finite must end here too.
+        norm = float(clip_gradients(self.trained, self.run.config.max_grad_norm))
+        # Summed over all processes: one whose own loss is finite must stop here too.
         summed = self.accelerator.reduce(torch.stack([total_loss, *terms.values()]), reduction="sum").tolist()
         for name, value in (("loss", summed[0]), ("gradient", norm)):
             if not math.isfinite(value):
@@ -218,15 +218,15 @@ class _StageLoop:
         return {**dict(zip(names, summed, strict=True)), "learning_rate": rate, "grad_norm": norm}
 
     def _seed_step(self) -> None:
-        """Dropout draws the same in a step, whatever ran before it in this process, or was not run again."""
-        address = (self.run_config.config.seed, self.position.step, self.accelerator.process_index)
+        """Makes dropout depend on the number of the step alone, whatever ran before it in this process."""
+        address = (self.run.config.seed, self.position.step, self.accelerator.process_index)
         torch.manual_seed(int(np.random.SeedSequence(address).generate_state(1, np.uint64)[0]))
 
     def _totals(self, group: list[Batch]) -> BatchTotals:
-        """Counts of the global batch; the request to stop travels with them, so that all processes stop at one step.
+        """Counts of the global batch. The request to stop is summed with them, so that all processes stop at one step.
 
         Raises:
-            TrainingStopped: in all processes, after a checkpoint.
+            TrainingStopped: In all processes, after a checkpoint.
         """
         counts = torch.tensor(
             [
@@ -240,7 +240,7 @@ class _StageLoop:
         rows, images, self.samples_in_step, stop = self.accelerator.reduce(counts, reduction="sum").tolist()
         if stop:
             self.checkpoints.save(self.position, self.state)
-            raise TrainingStopped(self.run_config.name, self.position.step)
+            raise TrainingStopped(self.run.name, self.position.step)
         return BatchTotals(rows, images)
 
     def _advance(self, losses: dict[str, float], seconds: float) -> None:
@@ -257,7 +257,7 @@ class _StageLoop:
         self.position = Position(position.step + 1, epoch, epoch_step, samples, seconds, sums, num_summed)
 
     def _finish(self, first_batch_s: float, wait_share: float) -> StageReport:
-        run = self.run_config
+        run = self.run
         report = StageReport(
             stage=run.name,
             steps=self.position.step,
@@ -268,11 +268,11 @@ class _StageLoop:
             first_batch_s=first_batch_s,
             wait_share=wait_share,
             losses={name: value / self.position.num_summed for name, value in self.position.loss_sums.items()},
-            notes=tuple(self.start.notes),
+            notes=tuple(self.setup.notes),
         )
         trained = trained_tensors(self.student, wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            _save_student(run, self.start, trained)
+            _save_student(run, self.setup, trained)
             run.folder.finish(report)
         self.accelerator.wait_for_everyone()
         return report
@@ -285,14 +285,11 @@ def _step_text(losses: dict[str, float], position: Position) -> str:
     return ", ".join([*terms, f"learning rate {losses['learning_rate']:.2g}", f"{speed:,.1f} samples/s"])
 
 
-def _save_student(run: StageRun, start: StageSetup, trained: dict[str, Tensor]) -> None:
+def _save_student(run: StageRun, setup: StageSetup, trained: dict[str, Tensor]) -> None:
     """The student that the stage started from with what was trained, LoRA merged; in float32, with plain sdpa."""
-    student, peft = start.load()
+    student, peft = setup.load()
     load_trained(student, trained)
     student = merge_lora(peft, student)
-    store = open_store(run.output)
-    with disk_errors(run.output / "student"):
-        staging = store.staging("student")
-        student.save_pretrained(staging)
-        start.processor.save_pretrained(staging)
-        store.put_tree(staging, "student")
+    with disk_errors(run.folder.student), open_store(run.output).new_tree(STUDENT) as folder:
+        student.save_pretrained(folder)
+        setup.processor.save_pretrained(folder)

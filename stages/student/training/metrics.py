@@ -43,7 +43,7 @@ class MetricsLog:
         enabled: False on all ranks but the first.
 
     Raises:
-        UserError: wandb was asked for and is not installed.
+        UserError: If wandb was asked for and is not installed.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Whether all processes that train a stage together see one and the same run folder.
+"""Checks that all processes that train a stage together see the same run folder.
 
-Each decides by what it sees there what the stage starts from and how far it is. One that saw something else would take
-other samples than its share, and wait for the others for ever in the end.
+Each process reads there what the stage starts from and how far it is. One that saw another folder would take the wrong
+samples, and wait for the others for ever.
 """
 
 import socket
@@ -20,8 +20,8 @@ from storage.errors import UserError
 from storage.stores import open_store
 
 LOOKS = 45
-"""How often they look before they give up, a second apart: for half a minute, a machine may believe that a network file
-system still lacks what it lacked before."""
+"""How often the processes look before they give up, a second apart. A machine may keep what it saw of a network file
+system for half a minute."""
 PAUSE_S = 1.0
 
 
@@ -29,13 +29,13 @@ def check_same_folder(accelerator: Accelerator, run: StageRun) -> None:
     """Compares what the processes see of a stage and of what it starts from; all must call this.
 
     Raises:
-        UserError: in all of them, if they do not see the same.
+        UserError: In all processes, if they do not see the same.
     """
     _compare(accelerator, run, lambda: _seen(run), LOOKS)
 
 
 def check_same_position(accelerator: Accelerator, run: StageRun, position: Position) -> None:
-    """Compares where the processes go on from; arguments and errors as above."""
+    """Compares the step that the processes go on from; arguments and errors as of `check_same_folder`."""
     _compare(accelerator, run, lambda: {"whole checkpoint": f"of step {position.step}"}, looks=1)
 
 
@@ -43,7 +43,7 @@ def _compare(accelerator: Accelerator, run: StageRun, look: Callable[[], dict[st
     if accelerator.num_processes == 1:
         return
     views: list[tuple[str, dict[str, str]]] = []
-    # All get the same list, so that all look equally often.
+    # All processes get the same list, so that all look equally often.
     for number in range(looks):
         if number:
             time.sleep(PAUSE_S)

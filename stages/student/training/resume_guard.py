@@ -1,4 +1,4 @@
-"""What a stage's folder was begun with, and the refusal to go on in it with anything else."""
+"""Refuses to go on with a stage whose folder was begun with other settings, data or weights."""
 
 from functools import lru_cache
 from itertools import chain
@@ -15,7 +15,7 @@ from storage.errors import FingerprintMismatch
 
 
 def check_resumable(run: StageRun) -> None:
-    """Compares what the stage is with what its folder and the stage before were begun with; changes nothing.
+    """Compares a stage with what its folder and the stage before it were begun with; changes nothing.
 
     Raises:
         FingerprintMismatch: If the folder was begun with other settings, which are named, or from another student; or
@@ -25,7 +25,7 @@ def check_resumable(run: StageRun) -> None:
     begun = run.folder.begun_with()
     if begun is None:
         return
-    # Which layers would be matched decides nothing of a stage that matches none.
+    # In a stage without the attention loss, it does not matter which layers would be matched.
     wanted = _data(run) | _settings(run.config, run.name, matched=run.stage.attention_weight > 0)
     # A setting that the folder's version did not have counts as its default.
     found = {**_settings(TrainConfig(), run.name), **begun.data, **begun.settings}
@@ -38,7 +38,7 @@ def check_resumable(run: StageRun) -> None:
 
 
 def record_stage(run: StageRun) -> None:
-    """Writes down what the stage is, unless its folder says so already.
+    """Writes down what the stage begins with, unless its folder has that already.
 
     Raises:
         FingerprintMismatch: As `check_resumable`.
@@ -64,9 +64,9 @@ def _check_decoder(run: StageRun) -> None:
 
 
 def _check_start(run: StageRun, found: dict[str, Any]) -> None:
-    """A checkpoint holds what was trained only; on another base it would be another student."""
+    """A checkpoint holds only what was trained; on other weights it would be another student."""
     start = _start(run)
-    # Weights that are not known yet, or were not written down by the folder's version, are any.
+    # Weights may not be known yet, or the folder's version did not write them down.
     known = start["start_weights"] and found.get("start_weights")
     if found["starts_from"] == start["starts_from"] and (not known or known == start["start_weights"]):
         return
@@ -86,12 +86,12 @@ def _start(run: StageRun) -> dict[str, Any]:
 
 
 def start_weights(run: StageRun) -> str | None:
-    """sha256 of the weights of the student that the stage goes on from, None if it does not, or that is yet to come."""
+    """sha256 of the weights of the student that the stage starts from; None for a decoder, or while it is not there."""
     return None if run.initial is None or not run.initial.is_dir() else _weights(run.initial)
 
 
 def _data(run: StageRun) -> dict[str, Any]:
-    """What the stage trains, and on what."""
+    """What the stage trains, and on which samples and targets."""
     sources = [source.description() for source in run.sources]
     return {
         "stage": run.name,
@@ -116,7 +116,7 @@ _local_folder = lru_cache(resolve_checkpoint)
 
 
 def _weights(folder: Path) -> str:
-    """Their digest, for which they are read again only if a file has changed: there may be gigabytes."""
+    """Digest of a folder's weights; gigabytes are read again only if a file has changed."""
     files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
     return _digest_of(folder, tuple((name, seen.st_size, seen.st_mtime_ns, seen.st_ino) for name, seen in files))
 

@@ -33,10 +33,10 @@ class StageSetup:
         notes: for the user.
 
     Raises:
-        UserError: the student cannot read the store's samples, or cannot be of the kind that is asked for; the targets
-            lack what the stage's losses need, or are not complete; the student's files lack weights, or its layers
-            give no attention maps.
-        FingerprintMismatch: it was built for another teacher, or targets and samples do not belong together.
+        UserError: If the student cannot read the store's samples or is of another kind than asked for, if the targets
+            are not complete or lack what a loss needs, or if the student's files lack weights or its layers give no
+            attention maps.
+        FingerprintMismatch: If the student was built for another teacher, or targets and samples do not match.
     """
 
     def __init__(self, run: StageRun) -> None:

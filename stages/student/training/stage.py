@@ -1,4 +1,4 @@
-"""One stage of training as a value: where it reads and writes, how far it is, what it came to."""
+"""One stage of training as a value: what is trained, on what, and where it is saved."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from storage.targets.store import TargetStore
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage with its places.
+    """One stage of a training run.
 
     Attributes:
         name: dpt, dft or sft.
@@ -42,7 +42,7 @@ class StageRun:
 
     @property
     def targets(self) -> TargetStore:
-        """The first source's; all of them agree in what a student needs of the teacher."""
+        """The target store of the first source; all of them agree in what a student needs of the teacher."""
         return self.sources[0].targets
 
     @property

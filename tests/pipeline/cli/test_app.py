@@ -243,11 +243,11 @@ MISTAKES = {
         "extract-teacher --teacher {teacher} --samples {samples} --targets {new} --set teacher.num_matched=9",
         "9 matched layers need at least as many captured teacher layers",
     ),
-    "set: unknown key": ("train-student --set train.steps=3", "train.steps: Extra inputs"),
+    "set: unknown key": ("train-student --set train.steps=3", "train.steps: there is no such setting"),
     "set: no value": ("train-student --set train.seed", "expected section.field=value"),
     "config: no such file": ("train-student --config {new}/run.yaml", "run.yaml cannot be read"),
     "config: bad YAML": ("train-student --config {bad_yaml}", "is not YAML"),
-    "config: unknown key": ("train-student --config {unknown_key}", "trian: Extra inputs"),
+    "config: unknown key": ("train-student --config {unknown_key}", "trian: there is no such setting"),
     "train: no output": ("train-student --samples {samples} --targets {targets} --student {lm}", "--output is missing"),
     "train: no student": (
         "train-student --samples {samples} --targets {targets} --output {new}",
@@ -309,6 +309,7 @@ MISTAKES = {
     "inspect: nothing there": ("inspect {new}", "is no target store"),
     "verify: no store": ("verify {images}", "is no target store"),
     "no such command": ("frobnicate", "frobnicate"),
+    "the old name of --vision": ("train-student --adapter own", "--adapter is called --vision now"),
     "an option's old name": ("compare-attention x --page=y", "--page is called --html now"),
 }
 

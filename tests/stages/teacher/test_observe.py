@@ -108,7 +108,7 @@ def bytes_of(seen: ShardObservations) -> list[object]:
     return [
         [(s.key, s.token_ids.tolist(), s.answer_mask.tolist(), s.map_row) for s in seen.samples],
         [s.logits_RQ.tolist() for s in seen.samples],
-        [[tensor.tolist() for part in (m.maps, m.windows) for tensor in vars(part).values()] for m in seen.maps],
+        [[t.tolist() for t in (m.codes_LC, m.caps_L, *vars(m.windows).values())] for m in seen.maps],
         seen.skipped,
     ]
 
