@@ -210,8 +210,9 @@ def _export(export: ExportReport) -> str:
     }
     text = (
         f"`{export.model_class}`, {export.parameters:,} parameters in {export.dtype}. "
-        f"{became[export.post_connector]}Logits differ from those of the trained student by at most "
-        f"{export.logit_error:.2g}; the largest is {export.logit_scale:.3g}, in float32 on one picture and question."
+        f"{became[export.post_connector]}Logits differ from those of the trained student by "
+        f"{export.logit_error:.2g} at most; the largest is {export.logit_scale:.3g}, in float32 on one picture and "
+        "question."
     )
     if export.dtype != export.trained_dtype:
         text += f" Rounding the weights from {export.trained_dtype} alone changes logits by at most "

@@ -161,10 +161,18 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
     [
         ("train: {seed: 1}\n", "names no students"),
         ("students: {}\n", "names no students"),
-        ("students: {a: {train.sed: 1}}\n", r"student a:\n  train.sed: Extra inputs"),
+        ("students: {a: {train.sed: 1}}\n", r"student a:\n  train.sed: there is no such setting .*mean train.seed\?"),
+        (
+            "students: {a: {lr: 1}}\n",
+            r"student a:\n  lr: there is no such setting .*did you mean train.dpt.learning_rate",
+        ),
+        ("students: {a: {train.adapter: own}}\n", r"train.adapter: .*it is called train.vision now"),
         ("students: {../a: {}}\n", "student '../a' cannot name a folder"),
         ("students: {a: 3}\n", "student a is 3, expected settings"),
-        ("students: {a: {}}\ncompare: {pears: x}\n", r"compare:\n  pears: Extra inputs"),
+        (
+            "students: {a: {}}\ncompare: {pears: x}\n",
+            r"compare:\n  pears: there is no such setting .*did you mean pairs\?",
+        ),
         (
             "students: {a: {}}\nconfig: {train: {seed: 1}}\n",
             "config is {'train': {'seed': 1}}, expected the path of a run",
@@ -185,7 +193,7 @@ def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, messag
     with pytest.raises(UserError, match=message):
         load_sweep(write(tmp_path / "s.yaml", text), None, [], {"output": str(tmp_path / "out")})
     with pytest.raises(
-        UserError, match=r"(--output is missing)|Extra inputs|names no|cannot|expected|recipe|such|again"
+        UserError, match=r"(--output is missing)|no such setting|names no|cannot|expected|recipe|such|again"
     ):
         load_sweep(tmp_path / "s.yaml", None, [], {})
     assert not (tmp_path / "out").exists()

@@ -310,6 +310,7 @@ MISTAKES = {
     "inspect: nothing there": ("inspect {new}", "is no target store"),
     "verify: no store": ("verify {images}", "is no target store"),
     "no such command": ("frobnicate", "frobnicate"),
+    "the old name of --vision": ("train-student --adapter own", "--adapter is called --vision now"),
     "an option's old name": ("compare-attention x --page=y", "--page is called --html now"),
 }
 

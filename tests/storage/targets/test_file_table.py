@@ -7,10 +7,15 @@ from pydantic import ValidationError
 
 from benchmarks.driver_scale import records
 from benchmarks.memory import PeakMemory
+from storage.stores import FileInfo
 from storage.targets.commits import CommitRecord
 from storage.targets.file_table import FileTable
 
-FILES = {"b/c/0/0": (2**40, "ab" * 32), "a/zarr.json": (0, "0" * 64), "b": (7, f"{7:064x}")}
+FILES = {
+    "b/c/0/0": FileInfo(2**40, "ab" * 32),
+    "a/zarr.json": FileInfo(0, "0" * 64),
+    "b": FileInfo(7, f"{7:064x}"),
+}
 
 
 def test_a_table_says_what_the_dict_says() -> None:
