@@ -23,13 +23,13 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.results import RESULTS, Spent, command_line, save_result, spent
-from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction.extract import SHARDS_IN_FLIGHT
 from pipeline.extraction.shard_extractor import ShardExtractor
 from pipeline.extraction.tally import stored_bytes
 from pipeline.run_file import load_run_file
+from pipeline.runtime.cpu_determinism import make_cpu_deterministic
 from stages.estimate.measured import estimate_by_measurement
 from stages.estimate.report import EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples

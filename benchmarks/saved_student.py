@@ -23,7 +23,8 @@ from pipeline.demo.assets import STUDENT_LM
 from pipeline.run_file import load_run_file
 from pipeline.training import train
 from stages.student.config import StageName
-from stages.student.data.batch import Batch, Collator
+from stages.student.data.batch import Batch
+from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.model.loading import load_student
 from stages.student.model.student import Student

@@ -21,7 +21,7 @@ from stages.evaluation.pairs import load_pairs
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from stages.images import decode_image
-from stages.student.data.batch import Collator
+from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.model.loading import load_student

@@ -12,8 +12,8 @@ from typing import Any
 from uuid import uuid4
 
 from pipeline.cluster import ray_backend, ray_train_group
-from pipeline.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.run_file import RunFile, need
+from pipeline.runtime.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.training import refuse_existing, train
 from stages.student.config import STAGES, StageName
 from stages.student.run_folder import RunFolder, StageReport

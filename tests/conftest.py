@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cpu_determinism import make_cpu_deterministic
+from pipeline.runtime.cpu_determinism import make_cpu_deterministic
 
 # Hidden devices and one thread: the same bytes on any machine.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -26,7 +26,7 @@ from pipeline.cli.options import RENAMED
 from pipeline.cli.pack_samples import pack_samples
 from pipeline.cli.train_student import train_student
 from pipeline.cli.verify import verify
-from pipeline.interruption import Interrupted, raised_on
+from pipeline.runtime.interruption import Interrupted, raised_on
 from storage.errors import UserError, disk_errors_named
 
 COMMANDS = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption
-from pipeline.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remembered
+from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remembered
 
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile

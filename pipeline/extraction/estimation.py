@@ -3,8 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.extraction.config import ExtractConfig, threads_per_worker
+from pipeline.runtime.cpu_determinism import make_cpu_deterministic
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.stores import open_store

@@ -10,7 +10,7 @@ from pipeline.extraction.config import ExtractConfig, threads_per_worker
 from pipeline.extraction.report import REPORT, ExtractionReport, check_report, make_report
 from pipeline.extraction.shard_extractor import TEACHER_ONLY, ShardExtractor
 from pipeline.extraction.tally import ExtractionTally
-from pipeline.interruption import RESUME, Interrupted, raised_on
+from pipeline.runtime.interruption import RESUME, Interrupted, raised_on
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.stores import Store, open_store

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cluster.task_queue import CRASHES_AT_A_POSITION
 from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
-from pipeline.cpu_determinism import make_cpu_deterministic, reproducible_threads
+from pipeline.runtime.cpu_determinism import make_cpu_deterministic, reproducible_threads
 from storage.errors import FingerprintMismatch
 from storage.samples.index import SampleIndex
 from storage.samples.shard import SampleShard

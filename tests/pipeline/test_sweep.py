@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline.evaluation import evaluate_checkpoint
-from pipeline.interruption import Interrupted
 from pipeline.run_file import RunFile, load_run_file
+from pipeline.runtime.interruption import Interrupted
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
 from stages.evaluation.report import EvaluationReport

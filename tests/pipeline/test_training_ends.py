@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.interruption import Interrupted
+from pipeline.runtime.interruption import Interrupted
 from pipeline.training import train
 from stages.student.run_folder import StageFolder, StageReport
 from storage.errors import StoreUnavailable

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.interruption import SAVED_EXIT_CODE, Interrupted
+from pipeline.runtime.interruption import SAVED_EXIT_CODE, Interrupted
 from pipeline.training import train
 from stages.student.config import STAGES
 from storage.errors import StoreUnavailable, UserError

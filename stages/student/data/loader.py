@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, IterableDataset
 
-from stages.student.data.batch import Batch, Collator
+from stages.student.data.batch import Batch
 from stages.student.data.batch_transport import FlatBatch, flatten
+from stages.student.data.collator import Collator
 from storage.errors import PassingFailure, UserError
 from storage.streaming.order import num_microbatches
 from storage.streaming.stream import Mixture, mixture_stream

@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 from stages.captured_layers import check_maps
 from stages.checkpoints import resolve_checkpoint
 from stages.conversations.answer_ends import notes_of_ends
-from stages.student.data.batch import Collator
+from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import ReaderSpec, check_first_samples, resolve_reader_spec
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_layers
 from stages.student.model.build import build_student, check_vision_tower

@@ -10,7 +10,8 @@ from stages.attention import AttentionCapture, enable_capture
 from stages.checkpoints import load_processor
 from stages.evaluation.attention_pictures import PICTURE_SIZE, overlay, pooled_attention
 from stages.evaluation.attention_similarity import attention_similarity, map_similarity
-from stages.student.data.batch import Batch, Collator
+from stages.student.data.batch import Batch
+from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching
 from stages.student.model.build import build_student

@@ -16,7 +16,7 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.families import FAMILIES
 from stages.student.config import DistilledFinetuning
-from stages.student.data.batch import Collator
+from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss

@@ -19,7 +19,7 @@ from stages.conversations.encoder import ConversationEncoder
 from stages.images import decode_image
 from stages.layers import window_means
 from stages.student.config import DistilledFinetuning
-from stages.student.data.batch import Collator
+from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss

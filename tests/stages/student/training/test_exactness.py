@@ -23,7 +23,7 @@ from stages.conversations.encoder import ConversationEncoder, EncodedConversatio
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
 from stages.student.config import DistilledFinetuning
-from stages.student.data.batch import Collator
+from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses.head import answer_losses

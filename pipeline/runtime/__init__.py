@@ -1,0 +1,1 @@
+"""How a process of the pipeline computes, is interrupted, and says what it was."""
