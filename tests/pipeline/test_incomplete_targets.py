@@ -38,7 +38,7 @@ def allowed(tiny: TinyWorld, store: Path, output: Path) -> RunFile:
 def test_an_incomplete_store_is_trained_on_and_compared_with_when_that_is_allowed(
     tiny: TinyWorld, incomplete: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"to finish it, or train on these with train\.allow_incomplete"):
+    with pytest.raises(UserError, match=r"to finish it, or train on these with train\.data\.allow_incomplete"):
         train(run_file(tiny, incomplete, tmp_path / "refused", EPOCH), ["dpt"])
     output = tmp_path / "run"
     (report,) = train(allowed(tiny, incomplete, output), ["dpt"])

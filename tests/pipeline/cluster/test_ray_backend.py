@@ -275,8 +275,24 @@ def say_pid(task: int, report: Report) -> int:
     return os.getpid()
 
 
-def test_workers_share_few_tasks_rather_than_the_first_one_taking_them_all() -> None:
-    ran = run(lambda: say_pid, [0, 1], workers=2, tasks_per_worker=2)
+class WaitsForAnother:
+    """Says its process number, once as many workers are ready as the folder is to have files."""
+
+    def __init__(self, folder: Path, num_workers: int) -> None:
+        self.folder, self.num_workers = folder, num_workers
+        (folder / str(os.getpid())).touch()
+
+    def __call__(self, task: int, report: Report) -> int:
+        deadline = time.monotonic() + 60
+        while len(list(self.folder.iterdir())) < self.num_workers and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # The driver, too, must have seen that the other one is ready.
+        time.sleep(1)
+        return os.getpid()
+
+
+def test_workers_share_few_tasks_rather_than_the_first_one_taking_them_all(tmp_path: Path) -> None:
+    ran = run(partial(WaitsForAnother, tmp_path, 2), [0, 1], workers=2, tasks_per_worker=2)
     assert len(set(ran.results.values())) == 2
 
 
