@@ -17,7 +17,7 @@ from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_tea
 from storage.codecs.config import MapCodecName, num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.stores import Store
+from storage.samples.sample_set import SampleSet
 from storage.targets.layout import ARRAYS
 
 BYTES_PER_ENTRY: dict[MapCodecName, float] = {
@@ -42,7 +42,7 @@ Work = dict[str, float]
 
 def estimate_from_configs(
     settings: TeacherConfig,
-    samples: Store | None,
+    samples: SampleSet | None,
     config: EstimateConfig,
     *,
     workers: int,
@@ -81,7 +81,7 @@ def estimate_from_configs(
     return Estimate(
         basis="analytic",
         teacher=settings.checkpoint,
-        samples_url=None if samples is None else samples.url,
+        samples_url=None if samples is None else samples.store.url,
         num_samples=held.num_samples,
         num_shards=len(held.shard_sizes),
         num_sampled=held.num_read,

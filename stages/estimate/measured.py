@@ -21,11 +21,10 @@ from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
+from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.samples.writer import SampleShardWriter
-from storage.stores import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class _Seen:
 
 def estimate_by_measurement(
     settings: TeacherConfig,
-    samples: Store,
+    samples: SampleSet,
     config: EstimateConfig,
     *,
     workers: int,
@@ -63,7 +62,6 @@ def estimate_by_measurement(
     Raises:
         UserError: If extraction would refuse the teacher, or none of the chosen samples can be used.
     """
-    index = SampleIndex.load(samples)
     torch.set_num_threads(threads)
     started = time.perf_counter()
     loading = progress.task("load teacher", 1, unit="teachers")
@@ -76,7 +74,7 @@ def estimate_by_measurement(
         folder = Path(name)
         seen = _run_teacher(teacher, held.blocks, folder / "samples", progress)
         blocks = [{sample.key for sample in block.kept} for block in held.blocks]
-        costs = measure_codecs(teacher, seen.shard, blocks, index, settings.map_codec, folder, progress)
+        costs = measure_codecs(teacher, seen.shard, blocks, samples.index, settings.map_codec, folder, progress)
         teacher.save_vision(folder / "teacher")
         vision_bytes = sum(file.stat().st_size for file in (folder / "teacher").rglob("*") if file.is_file())
     on_gpu = teacher.model.device.type == "cuda"
@@ -94,7 +92,7 @@ def estimate_by_measurement(
     return Estimate(
         basis="measured",
         teacher=settings.checkpoint,
-        samples_url=samples.url,
+        samples_url=samples.store.url,
         num_samples=held.num_samples,
         num_shards=len(held.shard_sizes),
         num_sampled=held.num_read,
@@ -118,7 +116,7 @@ def estimate_by_measurement(
     )
 
 
-def _sample(teacher: Teacher, samples: Store, config: EstimateConfig, progress: Progress) -> SetCounts:
+def _sample(teacher: Teacher, samples: SampleSet, config: EstimateConfig, progress: Progress) -> SetCounts:
     """Counts of the sample set, with enough usable samples for two batches of the teacher."""
     with Observer(teacher) as observer:
         two_batches = 2 * observer.batch_size.value
@@ -133,7 +131,7 @@ def _sample(teacher: Teacher, samples: Store, config: EstimateConfig, progress: 
     if not any(block.kept for block in held.blocks):
         reasons = Counter(skipped.reason for skipped in held.skipped)
         raise UserError(
-            f"none of {held.num_read} samples drawn from {samples.url} can be used "
+            f"none of {held.num_read} samples drawn from {samples.store.url} can be used "
             f"({', '.join(f'{reason}: {count}' for reason, count in reasons.most_common())})"
         )
     return held
@@ -157,8 +155,7 @@ def _packed(folder: Path, samples: Sequence[StoredSample]) -> SampleShard:
     """These samples as a shard of their own, open."""
     with SampleShardWriter(folder, len(samples), 2**63) as writer:
         writer.add_group(samples)
-    store = open_store(folder)
-    return SampleShard.open(store, SampleIndex.load(store).shards[0])
+    return SampleSet.open(folder).shard(0)
 
 
 def _notes(held: SetCounts, seen: _Seen, *, on_gpu: bool) -> tuple[str, ...]:

@@ -15,8 +15,7 @@ from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
-from storage.samples.shard import SampleShard
-from storage.stores import Store
+from storage.samples.sample_set import SampleSet
 from storage.targets.commits import SkippedSample
 
 UNITS = ("samples", "tokens", "answer_rows", "maps", "image_tokens", "map_entries")
@@ -64,7 +63,7 @@ class SetCounts:
 
 
 def sample_set(
-    store: Store,
+    samples: SampleSet,
     encoder: ConversationEncoder,
     config: EstimateConfig,
     *,
@@ -77,10 +76,10 @@ def sample_set(
     Raises:
         UserError: If the set is empty.
     """
-    index = SampleIndex.load(store)
+    index = samples.index
     planned = plan_blocks(index.num_samples, config.num_blocks, config.num_sampled, config.seed)
     num_kept = -(-num_kept // len(planned))
-    blocks = count_blocks(store, index, encoder, planned, causal=causal, num_kept=num_kept, progress=progress)
+    blocks = count_blocks(samples, encoder, planned, causal=causal, num_kept=num_kept, progress=progress)
     num_read = sum(block.num_read for block in blocks)
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
     return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks)
@@ -108,8 +107,7 @@ def plan_blocks(num_samples: int, num_blocks: int, num_sampled: int, seed: int) 
 
 
 def count_blocks(
-    store: Store,
-    index: SampleIndex,
+    samples: SampleSet,
     encoder: ConversationEncoder,
     planned: Sequence[range],
     *,
@@ -123,8 +121,7 @@ def count_blocks(
     this, so that a block that begins among conversations about one image does not count a map too many.
 
     Args:
-        store: the sample set.
-        index: its index.
+        samples: the sample set.
         encoder: the teacher's.
         planned: the blocks of sample numbers that `plan_blocks` returns.
         causal: whether half of a map is stored.
@@ -137,8 +134,8 @@ def count_blocks(
         counts = dict.fromkeys(UNITS, 0.0)
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
-        for number, rows in _by_shard(index, numbers):
-            with SampleShard.open(store, index.shards[number]) as shard:
+        for number, rows in _by_shard(samples.index, numbers):
+            with samples.shard(number) as shard:
                 prepare = SamplePreparer(encoder, shard, Timings())
                 usable = []
                 for row in rows:

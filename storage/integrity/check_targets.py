@@ -10,7 +10,7 @@ from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.maps import MapCodec
 from storage.integrity.checks import Checks
 from storage.integrity.findings import Finding, Part
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.stores import Store
 from storage.streaming.join import joined_rows
 from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed, commit_path, committed_shards
@@ -95,7 +95,7 @@ class TargetChecks(Checks):
         self,
         manifest: Manifest | None,
         record: CommitRecord,
-        index: SampleIndex | None,
+        samples: SampleSet | None,
         stored: Mapping[str, int],
         *,
         read: bool,
@@ -106,33 +106,35 @@ class TargetChecks(Checks):
         if not read:
             return
 
-        def read_all() -> None:
-            with self.store.as_stored(record.path) as here:
-                self.check_digests(label, record, here)
-                if manifest and manifest.digest == record.manifest and len(self.findings) == faults:
-                    # Only then is there something to decode that the digests have not condemned.
-                    self._decode(here, manifest, record, index)
+        def check(here: Store) -> None:
+            self.check_digests(label, record, here)
+            if manifest and manifest.digest == record.manifest and len(self.findings) == faults:
+                # Only then is there something to decode that the digests have not condemned.
+                targets = TargetShard(here, manifest, record)
+                if samples:
+                    self._check_keys(samples, targets)
+                self._decode(manifest, targets)
 
-        self.guarded(label, record.path, read_all)
-        self.advance()
+        self.guarded_read(self.store, label, record.path, check)
+        self.task.advance()
 
     def check_teacher(self, record: TeacherRecord, stored: Mapping[str, int]) -> None:
         """Sizes and digests of the teacher's files."""
         self.check_sizes(TEACHER, record, stored)
+        self.guarded_read(self.store, TEACHER, record.path, lambda here: self.check_digests(TEACHER, record, here))
 
-        def read_all() -> None:
-            with self.store.as_stored(record.path) as here:
-                self.check_digests(TEACHER, record, here)
+    def _check_keys(self, samples: SampleSet, targets: TargetShard) -> None:
+        """A table that cannot be read is the samples' fault, not this shard's."""
+        shard, shards = targets.record.shard, samples.index.shards
+        if shard < len(shards):
+            tar = shards[shard]
+            if self.guarded(tar.name, tar.table_name, lambda: samples.members(shard)) is None:
+                return
+        joined_rows(samples, targets)
 
-        self.guarded(TEACHER, record.path, read_all)
-
-    def _decode(self, here: Store, manifest: Manifest, record: CommitRecord, index: SampleIndex | None) -> None:
+    def _decode(self, manifest: Manifest, targets: TargetShard) -> None:
         """Every row and every map, one at a time."""
-        targets = TargetShard(here, manifest, record)
-        tar = index.shards[record.shard] if index and record.shard < len(index.shards) else None
-        # A table that cannot be read is the samples' fault, not this shard's.
-        if index and (tar is None or self.guarded(tar.name, tar.table_name, lambda: tar.members) is not None):
-            joined_rows(index, targets)
+        record = targets.record
         shard, codec = record.shard, manifest.fingerprint.map_codec
         decoder = MapCodec.of_layers(codec, manifest.fingerprint.layers, manifest.fingerprint.windows)
         references = 0
