@@ -4,7 +4,6 @@ import os
 import re
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from storage.digests import file_sha256, parse_json
@@ -83,9 +82,7 @@ class SampleShard:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _member(self, key: str, offset: int, num_bytes: int) -> tuple[str, bytes]:

@@ -190,7 +190,7 @@ class ObjectStore(Store):
 
     @contextmanager
     def _reaching(self, what: str, path: str) -> Iterator[tuple[Any, Any]]:
-        """obstore and its client, whose errors become one for the user; an absent object is a FileNotFoundError."""
+        """The library and a client, whose errors become one for the user; an absent object is a FileNotFoundError."""
         obstore, client = self._connect()
         try:
             yield obstore, client
