@@ -25,15 +25,15 @@ def make_estimate(
     """Estimates bytes and hours of extracting these samples; does not touch the target store.
 
     Args:
-        teacher: as for extraction.
-        samples_url: the sample set; None only with `config_only`.
-        extract: of which the number of workers counts; None is as many as this machine has GPUs, or cores.
-        config: how many samples are looked at, and what is assumed.
-        config_only: neither loads nor looks for the teacher's weights.
-        progress: what is shown.
+        teacher: As for extraction.
+        samples_url: None only with `config_only`.
+        extract: Its number of workers counts; None is as many as this machine has GPUs, or cores.
+        config: How many samples are looked at, and what is assumed.
+        config_only: Neither loads nor looks for the teacher's weights.
+        progress: Shows the samples.
 
     Raises:
-        UserError: as `estimate_by_measurement` and `estimate_from_configs`.
+        UserError: As `estimate_by_measurement` and `estimate_from_configs`.
     """
     samples = None if samples_url is None else SampleSet.open(samples_url)
     if config_only:

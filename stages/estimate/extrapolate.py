@@ -3,95 +3,162 @@
 import heapq
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from stages.estimate.codec_costs import UNIT_OF_ARRAY, CodecCost, predicted
-from stages.estimate.report import SettingEstimate
-from stages.estimate.sampling import SetCounts
-from storage.codecs.config import LogitCodecConfig
+from stages.estimate.report import SHOWN_UNUSABLE, Estimate, SettingEstimate
+from stages.estimate.sampling import UNITS, Counts, SetCounts
+from stages.teacher.identity import TeacherConfig, TeacherIdentity
+from storage.codecs.config import LogitCodecConfig, MapCodecName
+from storage.targets.commits import SkippedSample
+from storage.targets.layout import ARRAYS
 
 METADATA = "(metadata)"
 TOP_KS = (16, 32, 48, 64, 128, 256)
 
+UNIT_OF_ARRAY = {
+    spec.name: next(unit for letter in spec.letters for unit, letters in UNITS.items() if letter in letters)
+    for spec in ARRAYS
+}
+"""What an array's bytes grow with: its one dimension that is not the same in every shard."""
 
-class Extrapolation:
-    """The whole extraction, from the cost of each codec on the measured samples.
 
-    Args:
-        held: what the sample set holds.
-        workers: teachers side by side.
-        on_gpu: whether coding and writing go on beside the teacher.
-        teacher_seconds: the teacher's for a sample, with the coding in 16 bits.
-        float16: cost of the codec in 16 bits, in which the teacher's maps were taken.
-        load_seconds: for loading the teacher.
-        vision_bytes: of the folder `teacher/`.
-    """
+@dataclass(frozen=True)
+class CodecCost:
+    """What samples take as one map codec stores them; what is not measured is 0."""
 
-    def __init__(
-        self,
-        held: SetCounts,
-        workers: int,
-        *,
-        on_gpu: bool,
-        teacher_seconds: float,
-        float16: CodecCost,
-        load_seconds: float,
-        vision_bytes: int,
-    ) -> None:
-        self._held, self._on_gpu = held, on_gpu
-        self._teacher_seconds, self._float16 = teacher_seconds, float16
-        self._load_seconds, self._vision_bytes = load_seconds, vision_bytes
-        self._longest_share = longest_share(held.shard_sizes, workers)
-        self._num_shards = len(held.shard_sizes)
+    rates: Mapping[str, float]
+    """Array -> bytes of one of its unit."""
+    metadata_bytes: int
+    """Of a shard, whatever is in it."""
+    num_files: int
+    commit_bytes: int = 0
+    coding_seconds: float = 0.0
+    """For each map."""
+    spread: float | None = None
+    """Standard error of the rates over the blocks, as a share of them; None where they are assumed."""
+    fixed_seconds: float = 0.0
+    """Writing a shard of nothing."""
+    seconds_per_byte: float = 0.0
 
-    def writing_seconds(self, cost: CodecCost) -> float:
-        """Of an average shard."""
-        data = predicted(cost.rates, self._held.per_sample) * self._held.num_samples
-        return cost.fixed_seconds + cost.seconds_per_byte * data / self._num_shards
 
-    def setting(self, cost: CodecCost) -> SettingEstimate:
-        """The whole extraction with one codec."""
-        by_array = {
-            array: rate * self._held.per_sample[UNIT_OF_ARRAY[array]] * self._held.num_samples
-            for array, rate in cost.rates.items()
-        }
-        data, metadata = sum(by_array.values()), cost.metadata_bytes * self._num_shards
-        half = data * self._relative_error(cost)
-        shard_bytes = data + metadata
-        seconds = self._worker_seconds(cost)
-        return SettingEstimate(
-            shard_bytes=round(shard_bytes),
-            shard_bytes_95=(round(max(shard_bytes - half, 0)), round(shard_bytes + half)),
-            bytes_by_array={METADATA: metadata} | {array: round(size) for array, size in by_array.items()},
-            store_bytes=round(shard_bytes + cost.commit_bytes * self._num_shards + self._vision_bytes),
-            worker_seconds=seconds,
-            wall_seconds=self._load_seconds + seconds * self._longest_share,
-        )
+@dataclass(frozen=True, kw_only=True)
+class TeacherCost:
+    """What the teacher takes, whatever the map codec; what is not measured is 0."""
 
-    def _worker_seconds(self, cost: CodecCost) -> float:
-        teacher = self._teacher_seconds * self._held.num_samples
-        num_maps = self._held.per_sample["maps"] * self._held.num_samples
-        writing = self.writing_seconds(cost) * self._num_shards
-        if self._on_gpu:
-            # Coding and writing go on beside the teacher.
-            return max(teacher, cost.coding_seconds * num_maps + writing)
+    device: str
+    on_gpu: bool
+    """Whether coding and writing go on beside the teacher."""
+    seconds_per_sample: float
+    """With the coding in 16 bits."""
+    threads: int = 1
+    load_seconds: float = 0.0
+    vision_bytes: int = 0
+    """Of the folder `teacher/`."""
+    num_measured: int = 0
+    skipped: Sequence[SkippedSample] = ()
+    """Samples of these that it could not take."""
+
+
+def extrapolate(
+    settings: TeacherConfig,
+    identity: TeacherIdentity,
+    samples_url: str | None,
+    held: SetCounts,
+    costs: Mapping[MapCodecName, CodecCost],
+    teacher: TeacherCost,
+    *,
+    workers: int,
+    notes: Sequence[str],
+) -> Estimate:
+    """The whole extraction with each map codec, by `workers` teachers side by side."""
+    chosen, logit_codec = costs[settings.map_codec], identity.logit_codec
+    skipped = [*held.skipped, *teacher.skipped]
+    measured = costs if teacher.num_measured else {}
+    return Estimate(
+        basis="measured" if teacher.num_measured else "analytic",
+        teacher=settings.checkpoint,
+        samples_url=samples_url,
+        num_samples=held.num_samples,
+        num_shards=len(held.shard_sizes),
+        num_sampled=held.num_read,
+        num_measured=teacher.num_measured,
+        per_sample=held.per_sample,
+        unusable=dict(Counter(one.reason for one in skipped).most_common()),
+        unusable_examples=tuple(f"{one.key}: {one.reason}: {one.detail}" for one in skipped[:SHOWN_UNUSABLE]),
+        device=teacher.device,
+        workers=workers,
+        threads=teacher.threads,
+        load_seconds=teacher.load_seconds,
+        teacher_seconds_per_sample=teacher.seconds_per_sample,
+        coding_seconds_per_map={name: cost.coding_seconds for name, cost in measured.items()},
+        writing_seconds_per_shard={name: _writing_seconds(held, cost) for name, cost in measured.items()},
+        chosen=settings.map_codec,
+        settings={name: _setting(held, teacher, cost, costs["float16"], workers) for name, cost in costs.items()},
+        answer_bytes_by_top_k=_answer_bytes(
+            logit_codec,
+            held.per_sample["answer_rows"] * held.num_samples,
+            chosen.rates["logit_records"] / logit_codec.row_bytes,
+        ),
+        files_per_shard=chosen.num_files + 1,
+        notes=(*notes, *identity.notes),
+    )
+
+
+def predicted(rates: Mapping[str, float], units: Counts) -> float:
+    """Bytes of so many units."""
+    return sum(rate * units[UNIT_OF_ARRAY[array]] for array, rate in rates.items())
+
+
+def _writing_seconds(held: SetCounts, cost: CodecCost) -> float:
+    """Of an average shard."""
+    data = predicted(cost.rates, held.per_sample) * held.num_samples
+    return cost.fixed_seconds + cost.seconds_per_byte * data / len(held.shard_sizes)
+
+
+def _setting(
+    held: SetCounts, teacher: TeacherCost, cost: CodecCost, float16: CodecCost, workers: int
+) -> SettingEstimate:
+    num_samples, num_shards = held.num_samples, len(held.shard_sizes)
+    by_array = {array: rate * held.per_sample[UNIT_OF_ARRAY[array]] * num_samples for array, rate in cost.rates.items()}
+    data, metadata = sum(by_array.values()), cost.metadata_bytes * num_shards
+    shard_bytes = data + metadata
+    interval = None
+    if cost.spread is not None:
+        half = data * _relative_error(held, cost.rates, cost.spread)
+        interval = round(max(shard_bytes - half, 0)), round(shard_bytes + half)
+    seconds = teacher.seconds_per_sample * num_samples
+    num_maps = held.per_sample["maps"] * num_samples
+    writing = _writing_seconds(held, cost) * num_shards
+    if teacher.on_gpu:
+        seconds = max(seconds, cost.coding_seconds * num_maps + writing)
+    else:
         # The measured teacher coded in 16 bits; that took its part of the time.
-        return teacher + (cost.coding_seconds - self._float16.coding_seconds) * num_maps + writing
-
-    def _relative_error(self, cost: CodecCost) -> float:
-        """Half the 95 % interval of the data's bytes, as a share of them."""
-        blocks = self._held.blocks
-        each = [predicted(cost.rates, block.counts) / block.num_read for block in blocks]
-        mean = predicted(cost.rates, self._held.per_sample)
-        if len(each) < 2 or not mean:
-            return 0.0
-        counts = statistics.stdev(each) / mean / math.sqrt(len(each))
-        # Where the whole set was read, the counts are exact.
-        counts *= math.sqrt(1 - self._held.num_read / self._held.num_samples)
-        return student_t(len(each) - 1) * math.hypot(counts, cost.spread)
+        seconds += (cost.coding_seconds - float16.coding_seconds) * num_maps + writing
+    return SettingEstimate(
+        shard_bytes=round(shard_bytes),
+        shard_bytes_95=interval,
+        bytes_by_array={METADATA: metadata} | {array: round(size) for array, size in by_array.items()},
+        store_bytes=round(shard_bytes + cost.commit_bytes * num_shards + teacher.vision_bytes),
+        worker_seconds=seconds,
+        wall_seconds=teacher.load_seconds + seconds * longest_share(held.shard_sizes, workers),
+    )
 
 
-def answer_bytes(codec: LogitCodecConfig, num_rows: float, share_left: float) -> dict[int, int]:
+def _relative_error(held: SetCounts, rates: Mapping[str, float], spread: float) -> float:
+    """Half the 95 % interval of the data's bytes, as a share of them."""
+    each = [predicted(rates, block.counts) / block.num_read for block in held.blocks]
+    mean = predicted(rates, held.per_sample)
+    if len(each) < 2 or not mean:
+        return 0.0
+    counts = statistics.stdev(each) / mean / math.sqrt(len(each))
+    # Where the whole set was read, the counts are exact.
+    counts *= math.sqrt(1 - held.num_read / held.num_samples)
+    return student_t(len(each) - 1) * math.hypot(counts, spread)
+
+
+def _answer_bytes(codec: LogitCodecConfig, num_rows: float, share_left: float) -> dict[int, int]:
     """Kept tokens -> bytes of all answer rows, where zstd leaves `share_left` of a record."""
     top_ks = sorted({min(top_k, codec.vocab_size) for top_k in (*TOP_KS, codec.top_k)})
     row_bytes = {top_k: codec.model_copy(update={"top_k": top_k}).row_bytes for top_k in top_ks}

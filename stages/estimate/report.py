@@ -1,14 +1,11 @@
 """An estimate of an extraction: how it is to be made, and what it says."""
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from storage.codecs.config import MapCodecName
 from storage.strict_model import StrictModel
-from storage.targets.commits import SkippedSample
 
 SHOWN_UNUSABLE = 5
 
@@ -50,7 +47,8 @@ class SettingEstimate(StrictModel):
     shard_bytes_95: tuple[int, int] | None
     """95 % interval for the choice of samples; None where nothing was measured."""
     bytes_by_array: dict[str, int]
-    """`shard_bytes` by array; `(metadata)` is that of all arrays."""
+    """`shard_bytes` by array; `(metadata)` is that of all arrays. From configs alone `map_codes` is all of the
+    maps and `token_ids` all of the tokens."""
     store_bytes: int
     """`shard_bytes`, commit records and the folder `teacher/`."""
     worker_seconds: float
@@ -88,6 +86,7 @@ class Estimate(StrictModel):
     teacher_seconds_per_sample: float
     """Forward pass with all that happens beside it, at the batch size of extraction, after a warm-up."""
     coding_seconds_per_map: dict[MapCodecName, float]
+    """Empty from configs alone, as the next."""
     writing_seconds_per_shard: dict[MapCodecName, float]
     chosen: MapCodecName
     """The codec that extraction would use with these settings."""
@@ -98,11 +97,3 @@ class Estimate(StrictModel):
     """Objects of an object store; the commit record is one of them."""
     notes: tuple[str, ...]
     """What the numbers rest on."""
-
-
-def unusable_fields(skipped: Sequence[SkippedSample]) -> dict[str, Any]:
-    """The fields of an `Estimate` that say which samples cannot be used."""
-    return {
-        "unusable": dict(Counter(one.reason for one in skipped).most_common()),
-        "unusable_examples": tuple(f"{one.key}: {one.reason}: {one.detail}" for one in skipped[:SHOWN_UNUSABLE]),
-    }

@@ -18,8 +18,9 @@ from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
 from storage.targets.commits import SkippedSample
 
-UNITS = ("samples", "tokens", "answer_rows", "maps", "image_tokens", "map_entries")
-"""What bytes grow with. The last three are counted once for all samples that share a map."""
+UNITS = {"samples": "SU", "tokens": "T", "answer_rows": "R", "maps": "M", "image_tokens": "N", "map_entries": "CYG"}
+"""What bytes grow with -> letters of `storage.targets.layout` that count it. The last three are counted once for all
+samples that share a map."""
 
 Counts = Mapping[str, float]
 """Amount of each of `UNITS`."""
@@ -78,8 +79,8 @@ def sample_set(
     """
     index = samples.index
     planned = plan_blocks(index.num_samples, config.num_blocks, config.num_sampled, config.seed)
-    num_kept = -(-num_kept // len(planned))
-    blocks = count_blocks(samples, encoder, planned, causal=causal, num_kept=num_kept, progress=progress)
+    kept_per_block = -(-num_kept // len(planned))
+    blocks = count_blocks(samples, encoder, planned, causal=causal, num_kept=kept_per_block, progress=progress)
     num_read = sum(block.num_read for block in blocks)
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
     return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks)
@@ -119,14 +120,6 @@ def count_blocks(
 
     Where g samples of a shard share a map, each counts 1/g of it. The samples beside the block's ends are read for
     this, so that a block that begins among conversations about one image does not count a map too many.
-
-    Args:
-        samples: the sample set.
-        encoder: the teacher's.
-        planned: the blocks of sample numbers that `plan_blocks` returns.
-        causal: whether half of a map is stored.
-        num_kept: usable samples of each block to give back.
-        progress: where the samples read are shown.
     """
     task = progress.task("count", sum(map(len, planned)))
     blocks = []
@@ -134,8 +127,8 @@ def count_blocks(
         counts = dict.fromkeys(UNITS, 0.0)
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
-        for number, rows in _by_shard(samples.index, numbers):
-            with samples.shard(number) as shard:
+        for shard_number, rows in _by_shard(samples.index, numbers):
+            with samples.shard(shard_number) as shard:
                 prepare = SamplePreparer(encoder, shard, Timings())
                 usable = []
                 for row in rows:
@@ -148,20 +141,17 @@ def count_blocks(
                         if len(kept) < num_kept:
                             kept.append(shard.read(row))
                     task.advance()
-                for sample, share in zip(usable, _shares(prepare, len(shard), usable), strict=True):
-                    _add(counts, sample, share, causal)
+                shares = _shares(prepare, len(shard), usable)
+            for sample, share in zip(usable, shares, strict=True):
+                num_tokens = len(sample.encoded.image_positions)
+                counts["samples"] += 1
+                counts["tokens"] += len(sample.encoded.token_ids)
+                counts["answer_rows"] += int(sample.encoded.answer_mask.sum())
+                counts["maps"] += share
+                counts["image_tokens"] += share * num_tokens
+                counts["map_entries"] += share * num_entries(num_tokens, causal)
         blocks.append(SampledBlock(len(numbers), counts, tuple(skipped), tuple(kept)))
     return blocks
-
-
-def _add(counts: dict[str, float], sample: PreparedSample, share: float, causal: bool) -> None:
-    num_tokens = len(sample.encoded.image_positions)
-    counts["samples"] += 1
-    counts["tokens"] += len(sample.encoded.token_ids)
-    counts["answer_rows"] += int(sample.encoded.answer_mask.sum())
-    counts["maps"] += share
-    counts["image_tokens"] += share * num_tokens
-    counts["map_entries"] += share * num_entries(num_tokens, causal)
 
 
 def _shares(prepare: SamplePreparer, num_rows: int, samples: Sequence[PreparedSample]) -> list[float]:
@@ -175,20 +165,15 @@ def _shares(prepare: SamplePreparer, num_rows: int, samples: Sequence[PreparedSa
 
 def _neighbours(prepare: SamplePreparer, rows: range, key: str | None) -> int:
     """Number of samples with this map from the first row on; such samples lie side by side."""
-    number = 0
-    for row in rows if key is not None else ():
-        found = prepare(row)
-        if isinstance(found, SkippedSample) or found.map_key != key:
-            break
-        number += 1
-    return number
+    same = (getattr(prepare(row), "map_key", None) == key for row in rows if key is not None)
+    return sum(1 for _ in itertools.takewhile(bool, same))
 
 
 def _by_shard(index: SampleIndex, numbers: range) -> Iterator[tuple[int, range]]:
-    """Shard and rows in it of a block of the whole set."""
+    """Numbers of the shards of a block of the whole set, and its rows in each."""
     first = 0
     for number, entry in enumerate(index.shards):
-        start, stop = max(numbers.start - first, 0), min(numbers.stop - first, entry.num_samples)
-        if start < stop:
-            yield number, range(start, stop)
+        rows = range(max(numbers.start - first, 0), min(numbers.stop - first, entry.num_samples))
+        if rows:
+            yield number, rows
         first += entry.num_samples

@@ -399,7 +399,7 @@ def test_an_export_of_another_precision_loads_in_it_where_only_transformers_is_a
         assert report.rounding_error == pytest.approx(report.logit_error, rel=1e-2)
         assert 1e-4 * report.logit_scale < report.rounding_error < 0.1 * report.logit_scale
         card = (folder / "README.md").read_text()
-        assert f"rounded from float32, which by itself changes logits by {report.rounding_error:.2g} at most" in card
+        assert f"Rounding the weights from float32 alone changes logits by at most {report.rounding_error:.2g}." in card
 
 
 def test_the_precision_that_the_weights_have_changes_nothing(teacher: Path, tmp_path: Path) -> None:

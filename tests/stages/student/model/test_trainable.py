@@ -38,7 +38,7 @@ LORA = LoraSettings(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a target store keeps of a teacher."""
     folder = tmp_path_factory.mktemp("teacher")
     checkpoint = make_tiny_llava(folder / "checkpoint")
