@@ -118,7 +118,7 @@ class _Join:
         opened = OpenShards(self._open)
         try:
             for step in steps:
-                opened.need(step.ahead[:, 0].tolist())
+                opened.need(dict.fromkeys(step.ahead[:, 0].tolist()))
                 lengths = _lengths(step.rows, opened) if config.bucket_by_length else None
                 dealt = deal(len(step.rows), config.microbatch_size, self.world_size, lengths)
                 for number in step.batches:
