@@ -15,7 +15,7 @@ from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_tea
 from storage.codecs.config import MapCodecName, num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.stores import Store
+from storage.samples.sample_set import SampleSet
 from storage.targets.layout import ARRAYS
 
 BYTES_PER_ENTRY: dict[MapCodecName, float] = {
@@ -37,7 +37,7 @@ PHOTOGRAPH = (640, 480)
 
 def estimate_from_configs(
     settings: TeacherConfig,
-    samples: Store | None,
+    samples: SampleSet | None,
     config: EstimateConfig,
     *,
     workers: int,
@@ -93,7 +93,7 @@ def estimate_from_configs(
         "bytes of answer rows and tokens are those before zstd",
         *assumed,
     )
-    samples_url = None if samples is None else samples.url
+    samples_url = None if samples is None else samples.store.url
     return extrapolate(settings, identity, samples_url, held, costs, teacher, workers=workers, notes=notes)
 
 
