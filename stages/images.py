@@ -54,7 +54,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UnusableSample("image_too_large", str(error)) from error
     except _DECODER_ERRORS as error:
         if not _has_known_signature(data):
-            raise UnusableSample("unsupported_image", f"{_opening(data)}; expected JPEG, PNG or WebP") from error
+            detail = f"a file that begins with {data[:8]!r}; expected JPEG, PNG or WebP"
+            raise UnusableSample("unsupported_image", detail) from error
         raise UnusableSample("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
 
 
@@ -72,7 +73,3 @@ def _has_known_signature(data: bytes) -> bool:
         or data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
         or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
     )
-
-
-def _opening(data: bytes) -> str:
-    return f"a file that begins with {data[:8]!r}"

@@ -90,7 +90,7 @@ def convert_checkpoint(
         output: a folder that does not exist yet, or is empty.
         tokenizer: folder or hub id, if not the one in `source` or named by its config.
         image_processor: the same for the image processor.
-        progress: where the megabytes written are shown.
+        progress: shows the megabytes written.
 
     Raises:
         UserError: If the layout is unknown, weights are pickled, tensors or shapes are missing or unexpected, or

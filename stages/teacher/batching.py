@@ -86,13 +86,7 @@ class SamplePreparer:
                 encoded = self._encoder.encode(sample.record["conversations"], images)
             except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
-            return PreparedSample(
-                row=row,
-                key=sample.key,
-                id=name,
-                encoded=encoded,
-                map_key=_map_key(sample, encoded),
-            )
+            return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded))
 
 
 def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
@@ -164,11 +158,7 @@ def prefetch(
 
 
 class LengthBatcher:
-    """Collects samples by padded length.
-
-    Args:
-        size: samples of a batch.
-    """
+    """Collects samples by padded length into batches of `size`."""
 
     def __init__(self, size: BatchSize) -> None:
         self._size = size
