@@ -11,12 +11,7 @@ LayerSpan = Literal["early", "middle", "late", "all"]
 Matching = Literal["group", "one_to_one"]
 
 MATCHED_LAYERS = 7  # S of the published models
-_PUBLISHED_SPANS = {
-    24: (8, 8),
-    28: (9, 9),
-    32: (11, 9),
-    40: (13, 11),
-}  # depth -> (first layer, number of layers)
+_PUBLISHED_SPANS = {24: (8, 8), 28: (9, 9), 32: (11, 9), 40: (13, 11)}  # depth -> (first layer, number of layers)
 
 
 def visual_understanding_layers(num_layers: int) -> range:

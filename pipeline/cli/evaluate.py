@@ -39,7 +39,7 @@ def evaluate(
     with progress_display() as progress:
         result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress)
     if report is not None:
-        save(report, result.to_json())
+        save(report, result.model_dump_json(indent=1))
     _print_report(Path(model).name, result)
 
 

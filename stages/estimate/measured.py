@@ -15,8 +15,8 @@ from typing import get_args
 
 import torch
 
-from stages.estimate.extrapolate import UNIT_OF_ARRAY, CodecCost, TeacherCost, extrapolate, predicted
-from stages.estimate.report import Estimate, EstimateConfig
+from stages.estimate.extrapolate import UNIT_OF_ARRAY, CodecCost, extrapolate, predicted
+from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SampledBlock, SetCounts, sample_set
 from stages.teacher.batching import BatchSize
 from stages.teacher.identity import TeacherConfig
@@ -75,13 +75,11 @@ def estimate_by_measurement(
     on_gpu = teacher.model.device.type == "cuda"
     cost = TeacherCost(
         device=torch.cuda.get_device_name() if on_gpu else "CPU",
-        on_gpu=on_gpu,
-        seconds_per_sample=seconds / len(kept),
+        teacher_seconds_per_sample=seconds / len(kept),
         threads=threads,
         load_seconds=load_seconds,
         vision_bytes=vision_bytes,
         num_measured=len(seen.samples) + len(seen.skipped),
-        skipped=seen.skipped,
     )
     notes = [
         f"the teacher was timed on {len(seen.samples)} samples in batches of at most {batch_size}",
@@ -91,7 +89,9 @@ def estimate_by_measurement(
         notes.append("the estimate takes coding and writing to go on beside the teacher")
     if held.num_read == held.num_samples:
         notes.append("every sample was read: the interval is for what the teacher did not see")
-    return extrapolate(settings, teacher.identity, samples.url, held, costs, cost, workers=workers, notes=notes)
+    return extrapolate(
+        settings, teacher.identity, held, costs, cost, skipped=seen.skipped, workers=workers, notes=notes
+    )
 
 
 def _sample(teacher: Teacher, samples: Store, config: EstimateConfig, progress: Progress) -> SetCounts:

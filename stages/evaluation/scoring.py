@@ -121,7 +121,7 @@ def letter_scores(
 ) -> Tensor:
     """Scores of the letters of both captions of each pair, in both orders.
 
-    Arguments and errors are those of `likelihood_scores`.
+    Model, encoder and errors are those of `likelihood_scores`.
 
     Returns:
         `[pairs, 2, 2]` float64: log-probability of the letter of the fitting and of the negative caption (last

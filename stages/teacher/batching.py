@@ -101,12 +101,7 @@ def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
 
 
 class BatchSize:
-    """Samples of one forward pass: as set, or on a GPU the largest power of two that fits.
-
-    Args:
-        wanted: `TeacherConfig.batch_size`; None lets it be found.
-        on_gpu: where the teacher runs.
-    """
+    """Samples of one forward pass: as `wanted` by the settings, or on a GPU the largest power of two that fits."""
 
     def __init__(self, wanted: int | None, *, on_gpu: bool) -> None:
         self.value = wanted or (GPU_FIRST_TRY if on_gpu else CPU_BATCH)
