@@ -14,8 +14,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from examples.scenes.patches import GRID, PATCH_SIZE
 from examples.scenes.processor import EOS, IMAGE, PAD, VOCABULARY
-from pipeline.demo.scenes.draw import GRID, PATCH_SIZE
 from pipeline.demo.scenes.world import IMAGE_SIZE
 
 _PAD_ID, _EOS_ID, _IMAGE_ID = (VOCABULARY.index(token) for token in (PAD, EOS, IMAGE))

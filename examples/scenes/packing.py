@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from examples.scenes.patches import GRID
 from examples.scenes.processor import EOS, IMAGE, PAD, VOCABULARY, word_ids
-from pipeline.demo.scenes.draw import GRID
 from pipeline.demo.scenes.language import Exchange
 
 _INDEX = {token: index for index, token in enumerate(VOCABULARY)}

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from pipeline.demo.scenes.draw import PATCH_SIZE
+from examples.scenes.patches import PATCH_SIZE
 from pipeline.demo.scenes.world import COLOURS, DIGITS, IMAGE_SIZE, RELATIONS, SHAPES, SIZES
 
 PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"

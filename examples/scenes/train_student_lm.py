@@ -53,7 +53,9 @@ def text_batch(config: TextConfig, step: int) -> tuple[Tensor, Tensor]:
     rng = generator(config.seed, _TEXT_STREAM, step)
     variant = "digits" if rng.random() < 0.5 else "shapes"
     scenes = sample_scenes(rng, config.num_captions, variant, "train")
-    rows = [[*word_ids(ask_caption(rng, scenes.things(index)).answer), _EOS_ID] for index in range(len(scenes))]
+    rows = [
+        [*word_ids(ask_caption(rng, scenes.things(index), variant).answer), _EOS_ID] for index in range(len(scenes))
+    ]
     length = max(map(len, rows))
     ids = torch.tensor([row + [_PAD_ID] * (length - len(row)) for row in rows])
     return ids, ids.masked_fill(ids == _PAD_ID, -100)

@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,19 +24,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
+from examples.scenes.choice import ask_choice
 from examples.scenes.models import build_teacher, place_code
 from examples.scenes.packing import Batch, Row, pack
+from examples.scenes.patches import NO_KIND, PatchLabels, patch_labels
 from examples.scenes.processor import build_processor
 from examples.scenes.scoring import pair_accuracy
 from examples.scenes.training import Log, Optimizers, machine
-from pipeline.demo.scenes.draw import NO_KIND, PatchLabels, draw, patch_labels
+from pipeline.demo.scenes.draw import draw
 from pipeline.demo.scenes.language import (
     DESCRIBE,
     PAIR_KINDS,
+    QUESTIONS,
     Exchange,
     PairKind,
     QuestionKind,
-    ask,
     ask_without_image,
     hard_negative,
 )
@@ -43,6 +46,8 @@ from pipeline.demo.scenes.pairs import TRAIN_STREAM, sample_pairs
 from pipeline.demo.scenes.world import COLOURS, Scenes, Variant, generator, sample_scenes
 
 EVALUATION_SEED = 1_000_003
+
+LessonKind = QuestionKind | Literal["choice"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Lesson:
     """What is asked during a part of the language stage."""
 
     until: float
-    mix: dict[QuestionKind, float]
+    mix: dict[LessonKind, float]
     num_ranked: int = 0
     """Pairs of caption and hard negative behind each image."""
     turns_share: float = 0.0
@@ -226,7 +231,8 @@ def lesson_rows(
                 exchange = ask_without_image(rng)
             else:
                 asked = kinds[int(np.searchsorted(share, rng.random()))]
-                exchange = ask(rng, asked, things, scenes.variant)
+                question = ask_choice if asked == "choice" else QUESTIONS[asked]
+                exchange = question(rng, things, scenes.variant)
             if exchange and row.add(exchange) is None:
                 break
         rows.append(row)

@@ -27,19 +27,18 @@ def compare_attention(
     from pipeline.run_file import need
     from pipeline.ui.html_report import render_report
     from pipeline.ui.progress import progress_display
-    from pipeline.ui.tables import print_report_table
+    from pipeline.ui.tables import print_table
 
     say_which_student(model)
     samples, targets = need(samples, "--samples"), need(targets, "--targets")
     with progress_display() as progress:
         result = compare_with_targets(model, samples, targets, limit, progress)
     table = similarity_table(result)
-    if report is not None:
-        save(report, result.model_dump_json(indent=1))
+    save(report, result.model_dump_json(indent=1))
     if html is not None:
         pictures = attention_pictures({Path(model).name: model}, samples, targets, NUM_PICTURES)
         save(html, render_report(f"Attention of {model}", [table], pictures))
-    print_report_table(table)
+    print_table(table)
 
 
 def similarity_table(result: "AttentionSimilarity") -> "ReportTable":

@@ -27,15 +27,15 @@ def convert_checkpoint(
 
 
 def _print_report(report: "ConversionReport", folder: Path) -> None:
-    from pipeline.ui.console import results
-    from pipeline.ui.tables import facts_table, size_text
+    from pipeline.ui.tables import print_facts, size_text
 
-    table = facts_table("checkpoint", str(folder))
-    table.add_row("type", f"{report.layout} -> {report.model_type}, {report.dtype}")
-    table.add_row("weights", f"{report.tensors:,} tensors, {size_text(report.bytes)}")
-    table.add_row("image token", f"{report.image_token_id}, {report.added_rows} rows added to the vocabulary for it")
     missing = "none found, so no processor was written; convert again into a new folder with --tokenizer"
-    table.add_row("tokenizer", report.tokenizer_from or f"[yellow]{missing}[/]")
-    table.add_row("image processor", report.image_processor_from)
-    table.add_row("time", f"{report.seconds:.1f} s")
-    results.print(table)
+    facts = [
+        ("type", f"{report.layout} -> {report.model_type}, {report.dtype}"),
+        ("weights", f"{report.tensors:,} tensors, {size_text(report.bytes)}"),
+        ("image token", f"{report.image_token_id}, {report.added_rows} rows added to the vocabulary for it"),
+        ("tokenizer", report.tokenizer_from or missing),
+        ("image processor", report.image_processor_from),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    print_facts(f"checkpoint: {folder}", facts)

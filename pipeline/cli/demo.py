@@ -1,27 +1,21 @@
 """`cdp demo`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-
-class Variant(StrEnum):
-    """Values of `--variant`."""
-
-    SHAPES = "shapes"
-    DIGITS = "digits"
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for all that the demo makes.")] = Path("demo"),
     images: Annotated[int, typer.Option(help="Training images; fewer is faster and teaches less.", min=1)] = 1500,
     steps: Annotated[int | None, typer.Option(help="Steps of each student's longest stage.", min=1)] = None,
-    variant: Annotated[Variant, typer.Option(help="What the images show; digits are handwritten.")] = Variant.SHAPES,
+    variant: Annotated[
+        Literal["shapes", "digits"], typer.Option(help="What the images show; digits are handwritten.")
+    ] = "shapes",
 ) -> None:
     """Runs the whole pipeline on a bundled example. It packs, extracts, trains, evaluates and compares."""
     from pipeline.demo.report import DemoConfig
     from pipeline.demo.run import run_demo
 
-    run_demo(output, DemoConfig(num_images=images, steps=steps, variant=variant.value))
+    run_demo(output, DemoConfig(num_images=images, steps=steps, variant=variant))

@@ -16,8 +16,6 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from stages.estimate.report import Estimate
 
 
@@ -33,7 +31,6 @@ def estimate(
     """Estimates what an extraction will cost. Gives bytes and GPU-hours of each setting, from a few samples."""
     from pipeline.extraction.estimation import make_estimate
     from pipeline.run_file import load_run_file, need
-    from pipeline.ui.console import results
     from pipeline.ui.progress import progress_display
 
     flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
@@ -47,60 +44,55 @@ def estimate(
             config_only=config_only,
             progress=progress,
         )
-    if report is not None:
-        save(report, result.model_dump_json(indent=1))
-    results.print(_facts(result))
-    results.print(_settings(result))
+    save(report, result.model_dump_json(indent=1))
+    _print_facts(result)
+    _print_settings(result)
 
 
-def _facts(estimate: "Estimate") -> "Table":
-    from rich.markup import escape
-
-    from pipeline.ui.tables import counts_text, facts_table, size_text
+def _print_facts(estimate: "Estimate") -> None:
+    from pipeline.ui.tables import counts_text, print_facts, size_text
 
     read = f"{estimate.num_sampled:,} read, {estimate.num_measured:,} through the teacher"
-    table = facts_table("estimate", f"{estimate.teacher} over {estimate.samples_url or 'samples to come'}")
-    table.add_row("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({read})")
-    table.add_row("unusable among them", counts_text(estimate.unusable))
-    for example in estimate.unusable_examples:
-        table.add_row("", f"[yellow]{escape(example)}[/]")
     mean = estimate.per_sample
     tokens_per_map = mean["image_tokens"] / mean["maps"] if mean["maps"] else 0
-    table.add_row(
-        "a sample has",
-        f"{mean['tokens']:,.1f} tokens, {mean['answer_rows']:,.1f} answer rows, {mean['maps']:.3f} maps of "
-        f"{tokens_per_map:,.0f} image tokens",
-    )
-    table.add_row(
-        "teacher", f"{1000 * estimate.teacher_seconds_per_sample:,.1f} ms a sample on {escape(estimate.device)}"
-    )
-    table.add_row("objects", f"{estimate.num_shards * estimate.files_per_shard:,}")
-    sizes = ", ".join(f"k {k}: {size_text(size)}" for k, size in estimate.answer_bytes_by_top_k.items())
-    table.add_row("answer rows", sizes)
-    for note in estimate.notes:
-        table.add_row("note", escape(note))
-    return table
+    facts = [
+        ("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({read})"),
+        ("unusable among them", counts_text(estimate.unusable)),
+        *(("", example) for example in estimate.unusable_examples),
+        (
+            "a sample has",
+            (
+                f"{mean['tokens']:,.1f} tokens, {mean['answer_rows']:,.1f} answer rows, {mean['maps']:.3f} maps of "
+                f"{tokens_per_map:,.0f} image tokens"
+            ),
+        ),
+        ("teacher", f"{1000 * estimate.teacher_seconds_per_sample:,.1f} ms a sample on {estimate.device}"),
+        ("objects", f"{estimate.num_shards * estimate.files_per_shard:,}"),
+        (
+            "answer rows",
+            ", ".join(f"k {k}: {size_text(size)}" for k, size in estimate.answer_bytes_by_top_k.items()),
+        ),
+        *(("note", note) for note in estimate.notes),
+    ]
+    print_facts(f"estimate: {estimate.teacher} over {estimate.samples_url or 'samples to come'}", facts)
 
 
-def _settings(estimate: "Estimate") -> "Table":
-    from rich.table import Table
+def _print_settings(estimate: "Estimate") -> None:
+    from pipeline.ui.tables import ReportTable, print_table, size_text
 
-    from pipeline.ui.tables import size_text
-
-    hours = "core-hours" if estimate.device == "CPU" else "GPU-hours"
-    table = Table(title=f"a whole extraction, workers: {estimate.workers}")
-    for column in ("map codec", "shards", "95 % interval", "a sample", "whole store", hours, "wall time"):
-        table.add_column(column, justify="left" if column == "map codec" else "right")
-    for name, setting in estimate.settings.items():
-        is_chosen = name == estimate.chosen
-        table.add_row(
-            f"{name} (chosen)" if is_chosen else name,
+    rows = [
+        [
+            f"{name} (chosen)" if name == estimate.chosen else name,
             size_text(setting.shard_bytes),
             "-" if setting.shard_bytes_95 is None else " to ".join(map(size_text, setting.shard_bytes_95)),
             size_text(setting.shard_bytes / estimate.num_samples),
             size_text(setting.store_bytes),
             f"{setting.worker_seconds / 3600:,.3g}",
             str(timedelta(seconds=round(setting.wall_seconds))),
-            style="bold" if is_chosen else None,
-        )
-    return table
+        ]
+        for name, setting in estimate.settings.items()
+    ]
+    hours = "core-hours" if estimate.device == "CPU" else "GPU-hours"
+    header = ["map codec", "shards", "95 % interval", "a sample", "whole store", hours, "wall time"]
+    title = f"a whole extraction, workers: {estimate.workers}"
+    print_table(ReportTable(title, header, rows, emphasized=f"{estimate.chosen} (chosen)"))

@@ -52,37 +52,33 @@ def extract_targets(config: Path | None, settings: list[str], flags: dict[str, A
     samples, targets = need(run.samples, "--samples"), need(run.targets, "--targets")
     with progress_display() as progress:
         report = extract(
-            teacher,
-            samples,
-            targets,
-            run.extract,
-            progress,
-            lambda store: save_run_file(run, store, RUN_FILE),
+            teacher, samples, targets, run.extract, progress, lambda store: save_run_file(run, store, RUN_FILE)
         )
     print_report(report, targets)
 
 
 def print_report(report: "ExtractionReport", targets: str) -> None:
     """Prints what an extraction did."""
-    from pipeline.ui.console import results
-    from pipeline.ui.tables import counts_text, facts_table, print_notes, size_text
+    from pipeline.ui.tables import counts_text, print_facts, print_notes, size_text
 
-    table = facts_table("targets", targets)
-    table.add_row("samples", f"{report.samples:,}")
-    table.add_row("skipped", counts_text(report.skipped))
-    table.add_row("maps", f"{report.maps:,}")
-    table.add_row("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)")
-    table.add_row("size", f"{size_text(report.bytes)}, {size_text(report.bytes / max(report.samples, 1))} a sample")
-    table.add_row("time", f"{report.seconds:.1f} s, {report.samples_per_s:.1f} samples/s, workers: {report.workers}")
+    facts = [
+        ("samples", f"{report.samples:,}"),
+        ("skipped", counts_text(report.skipped)),
+        ("maps", f"{report.maps:,}"),
+        ("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)"),
+        ("size", f"{size_text(report.bytes)}, {size_text(report.bytes / max(report.samples, 1))} a sample"),
+        ("time", f"{report.seconds:.1f} s, {report.samples_per_s:.1f} samples/s, workers: {report.workers}"),
+    ]
     waited = [worker.waited_share for worker in report.per_worker if worker.waited_share is not None]
     if waited:
         most = f"; of the worker that waited most {max(waited):.1%}" if len(waited) > 1 else ""
-        table.add_row("teachers idle", f"{sum(waited) / len(waited):.1%} of the time since their first batch{most}")
+        idle = f"{sum(waited) / len(waited):.1%} of the time since their first batch{most}"
+        facts.append(("teachers idle", idle))
     if report.failed_tries:
         num_tries = sum(map(len, report.failed_tries.values()))
-        table.add_row("failed tries", f"{num_tries:,}, each in reports/extraction.json")
+        facts.append(("failed tries", f"{num_tries:,}, each in reports/extraction.json"))
     if report.failed_starts:
         num_starts = sum(report.failed_starts.values())
-        table.add_row("workers that did not start", f"{num_starts:,}, the reasons in reports/extraction.json")
-    results.print(table)
+        facts.append(("workers that did not start", f"{num_starts:,}, the reasons in reports/extraction.json"))
+    print_facts(f"targets: {targets}", facts)
     print_notes(report.notes)

@@ -25,10 +25,11 @@ RENAMED = {"--adapter": "--vision", "--json": "--report", "--page": "--html"}
 """Options of earlier versions -> what they are called now."""
 
 
-def save(path: Path, text: str) -> None:
-    """Writes a report into a folder that need not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+def save(path: Path | None, text: str) -> None:
+    """Writes a report into a folder that need not exist, if a file for it was named."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def say_which_student(model: str) -> None:

@@ -35,13 +35,13 @@ def pack_samples(
 
 
 def _print_report(report: "PackReport", folder: Path) -> None:
-    from pipeline.ui.console import results
-    from pipeline.ui.tables import counts_text, facts_table, size_text
+    from pipeline.ui.tables import counts_text, print_facts, size_text
 
-    table = facts_table("samples", str(folder))
-    table.add_row("samples", f"{report.num_samples:,} ({report.num_text_only:,} without an image)")
-    table.add_row("distinct images", f"{report.num_images:,}")
-    table.add_row("shards", f"{report.num_shards:,}, {size_text(report.num_bytes)}")
-    table.add_row("skipped", counts_text(report.num_skipped))
-    table.add_row("time", f"{report.seconds:.1f} s")
-    results.print(table)
+    facts = [
+        ("samples", f"{report.num_samples:,} ({report.num_text_only:,} without an image)"),
+        ("distinct images", f"{report.num_images:,}"),
+        ("shards", f"{report.num_shards:,}, {size_text(report.num_bytes)}"),
+        ("skipped", counts_text(report.num_skipped)),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    print_facts(f"samples: {folder}", facts)

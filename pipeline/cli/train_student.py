@@ -1,9 +1,8 @@
 """`cdp train-student`: one student, or all of a sweep."""
 
 import signal
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,22 +15,6 @@ if TYPE_CHECKING:
     from storage.progress import Progress
 
 
-class Stages(StrEnum):
-    """Values of `--stage`."""
-
-    ALL = "all"
-    DPT = "dpt"
-    DFT = "dft"
-    SFT = "sft"
-
-
-class Vision(StrEnum):
-    """Values of `--vision`."""
-
-    TEACHER = "teacher"
-    OWN = "own"
-
-
 def train_student(
     samples: SamplesOption = None,
     targets: TargetsOption = None,
@@ -39,12 +22,13 @@ def train_student(
         str | None, typer.Option(help="The student's decoder, or with --vision own a whole model: folder or hub id.")
     ] = None,
     vision: Annotated[
-        Vision | None,
+        Literal["teacher", "own"] | None,
         typer.Option(help="Whose vision tower: the teacher's (teacher adapter fetching, TAF), or the student's own."),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     stage: Annotated[
-        Stages | None, typer.Option(help="One stage, or all three in a row; default: train.stages of the run file.")
+        Literal["all", "dpt", "dft", "sft"] | None,
+        typer.Option(help="One stage, or all three in a row; default: train.stages of the run file."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint; else begin a new run.")] = True,
     ray_address: Annotated[str | None, typer.Option(help="Train on this Ray cluster, with Ray Train.")] = None,
@@ -63,8 +47,8 @@ def train_student(
         "targets": targets,
         "student": student,
         "output": output,
-        "train.stages": [name for name in STAGES if stage in (Stages.ALL, name)] or None,
-        "train.vision": vision.value if vision is not None else None,
+        "train.stages": [name for name in STAGES if stage in ("all", name)] or None,
+        "train.vision": vision,
         "train.cluster.ray_address": ray_address,
         "train.cluster.workers": workers,
     }
@@ -106,7 +90,7 @@ def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: di
     from pipeline.sweep_file import load_sweep
     from pipeline.ui.console import say
     from pipeline.ui.progress import NamedProgress, progress_display
-    from pipeline.ui.tables import print_report_table
+    from pipeline.ui.tables import print_table
 
     sweep = load_sweep(path, config, settings, flags)
     with progress_display() as progress:
@@ -115,7 +99,7 @@ def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: di
             lambda name, run: _train_stages(run, NamedProgress(name, progress), resume=resume, more=True),
             progress,
         )
-    print_report_table(sweep_table(report))
+    print_table(sweep_table(report))
     for name, reason in report.failures.items():
         say(f"error: student {name} failed: {reason}")
     if report.failures:
@@ -123,25 +107,20 @@ def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: di
 
 
 def _print_reports(reports: "list[StageReport]", folder: str) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    from pipeline.ui.tables import ReportTable, print_notes, print_table
 
-    from pipeline.ui.console import results
-    from pipeline.ui.tables import print_notes
-
-    table = Table(title=f"student in {escape(folder)}")
-    for column in ("stage", "steps", "samples", "trained", "rate", "waited", "LM", "KD", "attention"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for report in reports:
-        losses = [f"{report.losses[name]:.3f}" if name in report.losses else "-" for name in ("lm", "kd", "attention")]
-        table.add_row(
+    header = ["stage", "steps", "samples", "trained", "rate", "waited", "LM", "KD", "attention"]
+    rows = [
+        [
             report.stage,
             f"{report.steps:,}",
             f"{report.samples:,}",
             f"{report.trained_parameters:,}",
             f"{report.samples_per_s:.1f}/s",
             f"{report.wait_share:.1%}",
-            *losses,
-        )
-    results.print(table)
+            *(f"{report.losses[name]:.3f}" if name in report.losses else "-" for name in ("lm", "kd", "attention")),
+        ]
+        for report in reports
+    ]
+    print_table(ReportTable(f"student in {folder}", header, rows))
     print_notes(dict.fromkeys(note for report in reports for note in report.notes))

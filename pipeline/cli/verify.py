@@ -55,10 +55,7 @@ def _check(targets: str, samples: str | None, percent: float, seed: int) -> "Ver
     from storage.integrity.verify import verify as verify_store
 
     with progress_display() as progress:
-        task = progress.task("verify", unit="shards")
-        report = verify_store(
-            targets, samples, lambda done, total, _: task.update(done=done, total=total), percent=percent, seed=seed
-        )
+        report = verify_store(targets, samples, percent=percent, seed=seed, progress=progress)
     _print_report(report)
     return report
 
@@ -66,7 +63,7 @@ def _check(targets: str, samples: str | None, percent: float, seed: int) -> "Ver
 def _print_report(report: "VerifyReport") -> None:
     """Prints every finding, or that there is none; which shards were not read, and which are not there yet."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from pipeline.ui.console import results
     from pipeline.ui.tables import size_text
@@ -84,9 +81,8 @@ def _print_report(report: "VerifyReport") -> None:
         results.print(f"[green]whole[/]: {report.num_committed} of {report.num_planned} shards, {amount} checked")
         results.print("not checked: reports/ and quarantine/, which are no part of the data and have no digests")
         return
-    table = Table(title=f"{len(report.findings)} findings in {amount}")
-    for column in ("shard", "file", "found", "expected"):
-        table.add_column(column, overflow="fold")
+    columns = [Column(name, overflow="fold") for name in ("shard", "file", "found", "expected")]
+    table = Table(*columns, title=f"{len(report.findings)} findings in {amount}")
     for finding in report.findings:
         table.add_row(*map(escape, (str(finding.part), finding.file, finding.found, finding.expected)))
     results.print(table)
@@ -97,13 +93,11 @@ def _print_repair(repaired: "RepairReport", report: "VerifyReport") -> None:
     from rich.markup import escape
 
     from pipeline.ui.console import results
-    from pipeline.ui.tables import facts_table
+    from pipeline.ui.tables import print_facts
 
     if repaired.folder:
-        table = facts_table("quarantine", f"{report.targets_url}/{repaired.folder}")
-        for path in repaired.moved:
-            table.add_row("moved", escape(path))
-        results.print(table)
+        where = f"quarantine: {report.targets_url}/{repaired.folder}"
+        print_facts(where, [("moved", path) for path in repaired.moved])
         results.print("To extract what is missing, with the settings of the first time, run", soft_wrap=True)
         where = f"--samples {report.samples_url or 'SAMPLES'} --targets {report.targets_url}"
         results.print(f"  cdp extract-teacher --teacher TEACHER {escape(where)}", soft_wrap=True)

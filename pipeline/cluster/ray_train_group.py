@@ -13,9 +13,12 @@ from storage.errors import PassingFailure, UserError
 RUN_NAME = "ray-train"
 """Folder of Ray Train's own state, inside the one it is given."""
 
+Work = Callable[[Callable[..., None], Callable[[], bool]], None]
+"""Gets a function that sends a message to the driver, and one that says whether the driver was asked to stop."""
+
 
 def run_group(
-    work: Callable[[Callable[..., None], Callable[[], bool]], None],
+    work: Work,
     *,
     num_workers: int,
     gpus_per_worker: float,
@@ -27,8 +30,7 @@ def run_group(
     """Runs a function in processes that form one torch process group, with Ray Train.
 
     Args:
-        work: called once in each process, with a function that sends a message to the driver, and one that says
-            whether the driver was asked to stop.
+        work: called once in each process.
         num_workers: processes.
         gpus_per_worker: GPUs each holds; 0 is one CPU each.
         max_attempts: times the whole group is started, the first included, when a process dies or meets a
@@ -44,29 +46,8 @@ def run_group(
     from ray.train.torch import TorchTrainer
 
     mailbox = new_mailbox()
-
-    def in_each_process(_: dict[str, Any]) -> None:
-        if ray.get(mailbox.error.remote()) is not None:
-            # The group was started again, but the error would be the same.
-            return
-        last_sent: list[Any] = []
-
-        def send(*message: Any) -> None:
-            last_sent[:] = [mailbox.put.remote(*message)]
-
-        try:
-            work(send, Throttled(lambda: bool(ray.get(mailbox.is_asked_to_stop.remote()))))
-        except PassingFailure:
-            raise
-        except UserError as error:
-            ray.get(mailbox.report_error.remote(error))
-            # Raised, so that the other processes of the group, which may wait for this one, are ended.
-            raise
-        # Messages of one process arrive in order: with the last one all are there.
-        ray.get(last_sent)
-
     trainer = TorchTrainer(
-        in_each_process,
+        _in_each_process(work, mailbox),
         train_loop_config={},
         scaling_config=ScalingConfig(
             num_workers=num_workers,
@@ -96,3 +77,27 @@ def run_group(
     if isinstance(failure := fitting.exception(), ray.train.TrainingFailedError):
         raise UserError(f"the processes of the group failed {max_attempts} times, at last with: {failure}") from failure
     fitting.result()
+
+
+def _in_each_process(work: Work, mailbox: Any) -> Callable[[dict[str, Any]], None]:
+    def run(_: dict[str, Any]) -> None:
+        if ray.get(mailbox.error.remote()) is not None:
+            # The group was started again, but the error would be the same.
+            return
+        last_sent: list[Any] = []
+
+        def send(*message: Any) -> None:
+            last_sent[:] = [mailbox.put.remote(*message)]
+
+        try:
+            work(send, Throttled(lambda: bool(ray.get(mailbox.is_asked_to_stop.remote()))))
+        except PassingFailure:
+            raise
+        except UserError as error:
+            ray.get(mailbox.report_error.remote(error))
+            # Raised, so that the other processes of the group, which may wait for this one, are ended.
+            raise
+        # Messages of one process arrive in order: with the last one all are there.
+        ray.get(last_sent)
+
+    return run

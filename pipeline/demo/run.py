@@ -24,7 +24,7 @@ from pipeline.training import train
 from pipeline.ui.console import results
 from pipeline.ui.html_report import render_report
 from pipeline.ui.progress import NamedProgress, progress_display
-from pipeline.ui.tables import print_report_table
+from pipeline.ui.tables import print_table
 from stages.samples.pack import PackConfig, pack_samples
 from stages.settings import refuse_other_settings
 from storage.errors import UserError
@@ -54,7 +54,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     table = accuracy_table(report)
     html = render_report("cdp demo: what attention distillation did", [table], pictures)
     open_store(folder).write("report.html", html.encode())
-    print_report_table(table)
+    print_table(table)
     for line in summary_lines(report, summarize(folder / "targets")):
         results.print(line)
     results.print(f"pictures: {folder / 'report.html'}")

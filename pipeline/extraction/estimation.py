@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 from pipeline.cpu_determinism import make_cpu_deterministic
 from pipeline.extraction.config import ExtractConfig, threads_per_worker
 from storage.progress import SILENT, Progress
-from storage.samples.index import SampleIndex
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 
 if TYPE_CHECKING:
     from stages.estimate.report import Estimate, EstimateConfig
@@ -26,17 +25,17 @@ def make_estimate(
     """Estimates bytes and hours of extracting these samples; does not touch the target store.
 
     Args:
-        teacher: as for extraction.
-        samples_url: the sample set; None only with `config_only`.
-        extract: of which the number of workers counts; None is as many as this machine has GPUs, or cores.
-        config: how many samples are looked at, and what is assumed.
-        config_only: neither loads nor looks for the teacher's weights.
-        progress: what is shown.
+        teacher: As for extraction.
+        samples_url: None only with `config_only`.
+        extract: Its number of workers counts; None is as many as this machine has GPUs, or cores.
+        config: How many samples are looked at, and what is assumed.
+        config_only: Neither loads nor looks for the teacher's weights.
+        progress: Shows the samples.
 
     Raises:
-        UserError: as `estimate_by_measurement` and `estimate_from_configs`.
+        UserError: As `estimate_by_measurement` and `estimate_from_configs`.
     """
-    samples = None if samples_url is None else open_store(samples_url)
+    samples = None if samples_url is None else SampleSet.open(samples_url)
     if config_only:
         from stages.estimate.analytic import estimate_from_configs
 
@@ -47,7 +46,7 @@ def make_estimate(
     from stages.estimate.measured import estimate_by_measurement
 
     assert samples is not None
-    num_shards = len(SampleIndex.load(samples).shards)
+    num_shards = len(samples.index.shards)
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
     threads = threads_per_worker(cpus, gpus, min(workers, cpus), num_shards)

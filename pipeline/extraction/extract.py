@@ -36,13 +36,7 @@ def extract(
 ) -> ExtractionReport:
     """Makes every shard that is not committed yet; running it again finishes the rest.
 
-    Args:
-        teacher: which teacher, and what is kept of what it sees.
-        samples_url: sample shards.
-        targets_url: target store.
-        config: how it runs.
-        progress: shows all samples, and what each worker does.
-        on_begin: called with the target store once it is known to be of this teacher and these samples.
+    `on_begin` is called with the target store once it is known to be of this teacher and these samples.
 
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
@@ -66,21 +60,13 @@ def extract(
         missing = [shard for shard in range(len(index.shards)) if shard not in committed]
         for note in identity.notes:
             progress.message(f"note: {note}")
-        tally = ExtractionTally(index, progress)
-        tally.start(missing)
-        make_worker = partial(
-            ShardExtractor,
-            teacher,
-            samples_url,
-            targets_url,
-            manifest,
-            threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing)),
-        )
+        tally = ExtractionTally(index, missing, progress)
+        threads = threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing))
         try:
             # Here, because ray, too, installs a handler of SIGTERM when it starts.
             with raised_on(signal.SIGINT, signal.SIGTERM):
                 outcome = ray_backend.run_tasks(
-                    make_worker,
+                    partial(ShardExtractor, teacher, samples_url, targets_url, manifest, threads),
                     missing or ([] if has_teacher(targets) else [TEACHER_ONLY]),
                     ray_backend.TaskLimits(
                         num_workers=config.workers,

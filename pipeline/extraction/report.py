@@ -1,5 +1,7 @@
 """What an extraction says of itself, and when that makes its command fail."""
 
+from collections import Counter
+
 from pipeline.cluster.task_queue import FailedTry
 from pipeline.cluster.worker import Outcome, Worker
 from pipeline.extraction.config import ExtractConfig
@@ -58,15 +60,7 @@ class ExtractionReport(StrictModel):
 def make_report(
     num_shards: int, tally: ExtractionTally, outcome: Outcome, notes: tuple[str, ...], seconds: float
 ) -> ExtractionReport:
-    """Makes the report of a run that ended.
-
-    Args:
-        num_shards: shards that the store holds now.
-        tally: sums over all of them.
-        outcome: what became of the run's tasks and workers.
-        notes: what students will not learn from these targets.
-        seconds: the run took.
-    """
+    """Makes the report of a run that ended; `num_shards` are those that the store holds now."""
     return ExtractionReport(
         shards=num_shards,
         shards_made_now=len(tally.new_shards),
@@ -86,13 +80,7 @@ def make_report(
 
 
 def check_report(report: ExtractionReport, config: ExtractConfig, targets_url: str, num_planned: int) -> None:
-    """Refuses a run that gave up shards or skipped too many samples.
-
-    Args:
-        report: the run's.
-        config: its settings.
-        targets_url: the target store.
-        num_planned: shards that the store has when it is complete.
+    """Refuses a run that gave up shards or skipped too many samples; `num_planned` is the shards of a complete store.
 
     Raises:
         UserError: If a shard failed on every attempt.
@@ -111,8 +99,7 @@ def check_report(report: ExtractionReport, config: ExtractConfig, targets_url: s
     num_skipped = sum(report.skipped.values())
     num_samples = num_skipped + report.samples
     if num_skipped > config.max_skipped_fraction * num_samples:
-        by_count = sorted(report.skipped.items(), key=lambda item: -item[1])
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in by_count)
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(report.skipped).most_common())
         raise TooManySkipped(
             f"{num_skipped} of {num_samples} samples could not be used ({reasons}), allowed is a fraction of "
             f"{config.max_skipped_fraction}. They are named with their reasons in {targets_url}/commits/*.json; all "

@@ -16,7 +16,7 @@ class ExtractionTally:
     Commit records are not kept: there may be 100,000.
     """
 
-    def __init__(self, index: SampleIndex, progress: Progress) -> None:
+    def __init__(self, index: SampleIndex, missing: list[int], progress: Progress) -> None:
         self._index, self._progress = index, progress
         self.new_shards: set[int] = set()
         """Those that this run made."""
@@ -24,12 +24,9 @@ class ExtractionTally:
         self.samples = self.new_samples = self.maps = self.bytes = self.new_bytes = 0
         self.skipped: Counter[str] = Counter()
         self._task = progress.task("extract", index.num_samples)
+        num_missing = sum(index.shards[shard].num_samples for shard in missing)
+        self._task.update(done=index.num_samples - num_missing, note="workers start")
         self._worker_tasks: dict[Worker, ProgressTask] = {}
-
-    def start(self, missing: list[int]) -> None:
-        """Shows what is there before the first shard is made."""
-        num_missing = sum(self._index.shards[shard].num_samples for shard in missing)
-        self._task.update(done=self._index.num_samples - num_missing, note="workers start")
 
     def advance(self, _: int, samples: int) -> None:
         """Shows samples that a worker observed; a negative number when a failed shard's are taken back."""
@@ -37,12 +34,11 @@ class ExtractionTally:
 
     def add(self, shard: int, record: CommitRecord | None) -> None:
         """Adds a shard that this run made; without a record nothing but `teacher/` was made."""
-        if record is None:
-            return
-        self.new_shards.add(shard)
-        self.new_samples += record.num_samples
-        self.new_bytes += stored_bytes(record)
-        self.count(record)
+        if record is not None:
+            self.new_shards.add(shard)
+            self.new_samples += record.num_samples
+            self.new_bytes += stored_bytes(record)
+            self.count(record)
 
     def count(self, record: CommitRecord) -> None:
         """Adds a shard of the store, whoever made it."""
@@ -55,7 +51,7 @@ class ExtractionTally:
         """Shows what each worker is at."""
         ready = [worker for worker in workers if worker.ready_at is not None]
         self.max_workers = max(self.max_workers, len(ready))
-        for worker in [worker for worker in self._worker_tasks if worker not in ready]:
+        for worker in self._worker_tasks.keys() - ready:
             self._worker_tasks.pop(worker).remove()
         for worker in ready:
             if worker not in self._worker_tasks:

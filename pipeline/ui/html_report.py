@@ -26,7 +26,7 @@ p.text { margin: .2rem 0; color: #444 }
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
 <table><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in table.rows %}<tr{% if row[0] == "average" %} class="total"{% endif %}>
+{% for row in table.rows %}<tr{% if row[0] == table.emphasized %} class="total"{% endif %}>
 {% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% endfor %}
 {% if samples %}<h2>Visual attention</h2>

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from rich import progress as rich_progress
@@ -65,9 +66,7 @@ class _Bars(rich_progress.Progress):
     """A bar for each task; of details the first few, and a count of the others."""
 
     def __init__(self) -> None:
-        def one_line() -> Column:
-            return Column(no_wrap=True)
-
+        one_line = partial(Column, no_wrap=True)
         super().__init__(
             rich_progress.TextColumn("{task.description}", markup=False, table_column=one_line()),
             rich_progress.BarColumn(bar_width=12),
@@ -126,16 +125,8 @@ class _Bar:
     def advance(self, amount: float = 1) -> None:
         self._bars.advance(self._bar, amount)
 
-    def update(
-        self,
-        *,
-        done: float | None = None,
-        total: float | None = None,
-        note: str | None = None,
-        rate: float | None = None,
-    ) -> None:
-        fields: dict[str, Any] = {name: value for name, value in (("note", note), ("rate", rate)) if value is not None}
-        self._bars.update(self._bar, completed=done, total=total, **fields)
+    def update(self, *, done: float | None = None, **said: Any) -> None:
+        self._bars.update(self._bar, completed=done, **said)
 
     def remove(self) -> None:
         self._bars.remove(self._bar)

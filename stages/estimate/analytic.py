@@ -15,7 +15,7 @@ from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_tea
 from storage.codecs.config import MapCodecName, num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.stores import Store
+from storage.samples.sample_set import SampleSet
 from storage.targets.layout import ARRAYS
 
 BYTES_PER_ENTRY: dict[MapCodecName, float] = {"float16": 1.77782, "sqrt8": 0.86340, "sqrt4": 0.42269, "sqrt2": 0.22282}
@@ -32,7 +32,7 @@ PHOTOGRAPH = (640, 480)
 
 def estimate_from_configs(
     settings: TeacherConfig,
-    samples: Store | None,
+    samples: SampleSet | None,
     config: EstimateConfig,
     *,
     workers: int,

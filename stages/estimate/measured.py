@@ -27,9 +27,10 @@ from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
+from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.samples.writer import SampleShardWriter
-from storage.stores import Store, open_store
+from storage.stores import open_store
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
 from storage.targets.manifest import Manifest
@@ -40,7 +41,7 @@ CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
 
 def estimate_by_measurement(
     settings: TeacherConfig,
-    samples: Store,
+    samples: SampleSet,
     config: EstimateConfig,
     *,
     workers: int,
@@ -68,8 +69,7 @@ def estimate_by_measurement(
     with tempfile.TemporaryDirectory(prefix="cdp-estimate-") as name:
         folder = Path(name)
         seen, seconds, batch_size = _run_teacher(teacher, kept, folder / "samples", progress)
-        index = SampleIndex.load(samples)
-        costs = _measure_codecs(teacher, seen, held.blocks, index, settings.map_codec, folder, progress)
+        costs = _measure_codecs(teacher, seen, held.blocks, samples.index, settings.map_codec, folder, progress)
         teacher.save_vision(folder / "teacher")
         vision_bytes = sum(file.stat().st_size for file in (folder / "teacher").rglob("*") if file.is_file())
     on_gpu = teacher.model.device.type == "cuda"
@@ -94,7 +94,7 @@ def estimate_by_measurement(
     )
 
 
-def _sample(teacher: Teacher, samples: Store, config: EstimateConfig, progress: Progress) -> SetCounts:
+def _sample(teacher: Teacher, samples: SampleSet, config: EstimateConfig, progress: Progress) -> SetCounts:
     """Counts of the sample set, with enough usable samples for two batches of the teacher."""
     identity = teacher.identity
     batch_size = BatchSize(identity.settings.batch_size, on_gpu=teacher.model.device.type == "cuda").value
@@ -109,7 +109,7 @@ def _sample(teacher: Teacher, samples: Store, config: EstimateConfig, progress: 
     if not held.per_sample["samples"]:
         reasons = Counter(skipped.reason for skipped in held.skipped)
         raise UserError(
-            f"none of {held.num_read} samples drawn from {samples.url} can be used "
+            f"none of {held.num_read} samples drawn from {samples.store.url} can be used "
             f"({', '.join(f'{reason}: {count}' for reason, count in reasons.most_common())})"
         )
     return held
@@ -133,8 +133,7 @@ def _packed(folder: Path, samples: Sequence[StoredSample]) -> SampleShard:
     """These samples as a shard of their own, open."""
     with SampleShardWriter(folder, len(samples), 2**63) as writer:
         writer.add_group(samples)
-    store = open_store(folder)
-    return SampleShard.open(store, SampleIndex.load(store).shards[0])
+    return SampleSet.open(folder).shard(0)
 
 
 def _measure_codecs(

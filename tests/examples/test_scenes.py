@@ -10,11 +10,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 from examples.scenes import packing, processor, scoring
+from examples.scenes.choice import ask_choice
 from examples.scenes.models import build_student_lm, build_teacher
+from examples.scenes.patches import GRID
 from examples.scenes.train_teacher import answer_logprobs
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.scenes import language, pairs, world
-from pipeline.demo.scenes.draw import GRID, draw
+from pipeline.demo.scenes.draw import draw
 from tests.pipeline.demo.caption_reader import reads_as_true, scenes_and_things
 
 VARIANTS: tuple[world.Variant, ...] = ("shapes", "digits")
@@ -28,8 +30,8 @@ def test_every_word_said_of_scenes_is_one_token_and_decodes_to_itself() -> None:
     rng = world.generator(9)
     for variant in VARIANTS:
         for things in scenes_and_things(variant, num=100):
-            for kind in language.QuestionKind.__args__:
-                exchange = language.ask(rng, kind, things, variant) or language.ask_without_image(rng)
+            for ask in (*language.QUESTIONS.values(), ask_choice):
+                exchange = ask(rng, things, variant) or language.ask_without_image(rng)
                 for text in (exchange.question, exchange.answer):
                     ids = tokenizer(text)["input_ids"]
                     assert ids == list(processor.word_ids(text))

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.training import train
 from storage.errors import FingerprintMismatch, UserError
-from storage.samples.index import SampleIndex
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp
 from tests.pipeline.runs import SETTINGS, run_file
@@ -27,8 +26,8 @@ def _one_thread() -> None:
 
 
 def keys_of(samples: Path) -> list[str]:
-    index = SampleIndex.load(open_store(samples))
-    return [members.key for entry in index.shards for members in entry.members]
+    packed = SampleSet.open(samples)
+    return [members.key for number in range(len(packed.index.shards)) for members in packed.members(number)]
 
 
 def weights(output: Path, stage: str = "dpt") -> dict[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """Writes a scenes data set to disk: images, LLaVA conversations, captions, SugarCrepe caption pairs.
 
-    python -m pipeline.demo.scenes.dataset OUT --images 2000 --seed 0 --variant shapes
-
 OUT/images/*.png, OUT/train.json (instructions), OUT/captions.json (one caption an image), OUT/pairs/KIND.json
 and OUT/pairs/images/*.png. Equal arguments give equal bytes. Pairs come from a stream of their own: their
 scenes, and in the digits variant their drawings too, never appear in training.
@@ -9,7 +7,6 @@ scenes, and in the digits variant their drawings too, never appear in training.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.demo.scenes.draw import draw
-from pipeline.demo.scenes.language import Exchange, QuestionKind, ask, ask_caption, ask_without_image
+from pipeline.demo.scenes.language import QUESTIONS, Exchange, QuestionKind, ask_caption, ask_without_image
 from pipeline.demo.scenes.pairs import TRAIN_STREAM, sample_pairs
 from pipeline.demo.scenes.world import Thing, Variant, generator, sample_scenes
 
@@ -61,7 +58,7 @@ def draw_exchanges(rng: np.random.Generator, things: list[Thing], variant: Varia
     share = np.cumsum(weights) / weights.sum()
     found: dict[str, Exchange] = {}
     while len(found) < num:
-        exchange = ask(rng, kinds[int(np.searchsorted(share, rng.random()))], things, variant)
+        exchange = QUESTIONS[kinds[int(np.searchsorted(share, rng.random()))]](rng, things, variant)
         if exchange:
             found.setdefault(exchange.question, exchange)
     return list(found.values())
@@ -90,7 +87,7 @@ def write_dataset(
             name = f"images/{number:06d}.png"
             things = scenes.things(index)
             _write_image(out / name, pixels[index])
-            captions.append(_sample(f"caption-{number:06d}", [ask_caption(rng, things)], name))
+            captions.append(_sample(f"caption-{number:06d}", [ask_caption(rng, things, variant)], name))
             for part in range(1 + int(rng.integers(0, 3))):  # two conversations an image on average
                 num_turns = 1 + int(rng.integers(0, _MAX_TURNS))
                 exchanges = draw_exchanges(rng, things, variant, num_turns)
@@ -139,19 +136,3 @@ def _write_image(path: Path, pixels: np.ndarray) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def main() -> None:
-    """Parse the command line and write one data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variant", choices=("shapes", "digits"), default="shapes")
-    parser.add_argument("--pairs", type=int, default=100, help="held-out caption pairs of each kind")
-    args = parser.parse_args()
-    print(write_dataset(args.out, args.images, args.seed, args.variant, args.pairs))
-
-
-if __name__ == "__main__":
-    main()

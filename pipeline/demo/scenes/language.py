@@ -6,7 +6,7 @@ denied only when not even a generous reader would grant them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -96,12 +96,13 @@ def clear_pairs(things: list[Thing]) -> list[tuple[Thing, str, Thing]]:
 _Option = TypeVar("_Option")
 
 
-def _pick(rng: np.random.Generator, options: Sequence[_Option]) -> _Option:
+def pick(rng: np.random.Generator, options: Sequence[_Option]) -> _Option:
+    """One of the options."""
     return options[int(rng.random() * len(options))]
 
 
 def _other(rng: np.random.Generator, options: tuple[str, ...], *not_these: str) -> str:
-    return _pick(rng, [option for option in options if option not in not_these])
+    return pick(rng, [option for option in options if option not in not_these])
 
 
 def phrase(rng: np.random.Generator, thing: Thing, size_share: float = 0.3) -> Phrase:
@@ -111,7 +112,7 @@ def phrase(rng: np.random.Generator, thing: Thing, size_share: float = 0.3) -> P
 
 def true_caption(rng: np.random.Generator, things: list[Thing]) -> Caption:
     """A random caption that clearly holds of the scene."""
-    a, relation, b = _pick(rng, clear_pairs(things))
+    a, relation, b = pick(rng, clear_pairs(things))
     return Caption(phrase(rng, a), relation, phrase(rng, b))
 
 
@@ -166,9 +167,9 @@ def _place(thing: Thing) -> str | None:
     return f"{row} {column}" if row and column else None
 
 
-def ask_attribute(rng: np.random.Generator, things: list[Thing]) -> Exchange | None:
+def ask_attribute(rng: np.random.Generator, things: list[Thing], _: Variant) -> Exchange | None:
     """The colour, kind or size of one object."""
-    thing = _pick(rng, things)
+    thing = pick(rng, things)
     draw = rng.random()
     if draw < 0.4:
         if sum(t.noun == thing.noun for t in things) > 1:
@@ -181,9 +182,9 @@ def ask_attribute(rng: np.random.Generator, things: list[Thing]) -> Exchange | N
     return Exchange(f"Is the {thing.colour} {thing.noun} small or large?", thing.size)
 
 
-def ask_place(rng: np.random.Generator, things: list[Thing]) -> Exchange | None:
+def ask_place(rng: np.random.Generator, things: list[Thing], _: Variant) -> Exchange | None:
     """Where an object is, or what is at a place."""
-    thing = _pick(rng, things)
+    thing = pick(rng, things)
     place = _place(thing)
     if place is None:
         return None
@@ -194,15 +195,15 @@ def ask_place(rng: np.random.Generator, things: list[Thing]) -> Exchange | None:
     return Exchange(f"What is at the {place}?", f"a {thing.colour} {thing.noun}")
 
 
-def ask_direction(rng: np.random.Generator, things: list[Thing]) -> Exchange | None:
+def ask_direction(rng: np.random.Generator, things: list[Thing], _: Variant) -> Exchange | None:
     """In which direction one named object lies from another."""
-    a, relation, b = _pick(rng, clear_pairs(things))
+    a, relation, b = pick(rng, clear_pairs(things))
     return Exchange(f"Where is the {a.colour} {a.noun} from the {b.colour} {b.noun}?", relation)
 
 
-def ask_neighbour(rng: np.random.Generator, things: list[Thing]) -> Exchange | None:
+def ask_neighbour(rng: np.random.Generator, things: list[Thing], _: Variant) -> Exchange | None:
     """What lies in a direction from a named object."""
-    a, relation, b = _pick(rng, clear_pairs(things))
+    a, relation, b = pick(rng, clear_pairs(things))
     if any(t is not a and t is not b and loosely_holds(t, relation, b) for t in things):
         return None
     return Exchange(f"What is {_SAID[relation]} the {b.colour} {b.noun}?", f"a {a.colour} {a.noun}")
@@ -210,10 +211,10 @@ def ask_neighbour(rng: np.random.Generator, things: list[Thing]) -> Exchange | N
 
 def ask_presence(rng: np.random.Generator, things: list[Thing], variant: Variant) -> Exchange:
     """Is there such an object? Half of the answers are no, with one attribute wrong or borrowed."""
-    thing = _pick(rng, things)
+    thing = pick(rng, things)
     asked = Phrase(thing.colour, thing.noun)
     if rng.random() < 0.5:
-        donor = _pick(rng, things)
+        donor = pick(rng, things)
         asked = replace(asked, colour=donor.colour)
         if any(asked.fits(t) for t in things):
             asked = _change(rng, asked, "replace_obj" if rng.random() < 0.5 else "replace_att", variant)
@@ -233,72 +234,42 @@ def ask_relation(rng: np.random.Generator, things: list[Thing], variant: Variant
     return Exchange(f"Is the {caption.subject} {_SAID[caption.relation]} the {caption.other}?", answer)
 
 
-def ask_count(rng: np.random.Generator, things: list[Thing]) -> Exchange:
+def ask_count(rng: np.random.Generator, things: list[Thing], _: Variant) -> Exchange:
     """How many objects there are, in all or of a colour."""
     if rng.random() < 0.5:
         return Exchange("How many objects are there?", _COUNTS[len(things)])
-    colour = _pick(rng, things).colour if rng.random() < 0.7 else _pick(rng, COLOURS)
+    colour = pick(rng, things).colour if rng.random() < 0.7 else pick(rng, COLOURS)
     return Exchange(f"How many objects are {colour}?", _COUNTS[sum(t.colour == colour for t in things)])
 
 
-def ask_caption(rng: np.random.Generator, things: list[Thing]) -> Exchange:
+def ask_caption(rng: np.random.Generator, things: list[Thing], _: Variant) -> Exchange:
     """A description of the image."""
     return Exchange(DESCRIBE, str(true_caption(rng, things)))
-
-
-def choice_question(first: str, second: str) -> str:
-    """The question that lets a model choose between two captions by a letter."""
-    return f"Which caption fits? A: {first} B: {second} Answer with A or B."
-
-
-def ask_choice(rng: np.random.Generator, things: list[Thing], variant: Variant) -> Exchange | None:
-    """Which of two captions fits, the wrong one being a hard negative of a random kind."""
-    pair = hard_negative(rng, things, _pick(rng, PAIR_KINDS), variant, tries=3)
-    if pair is None:
-        return None
-    true, false = map(str, pair)
-    if rng.random() < 0.5:
-        return Exchange(choice_question(true, false), "A")
-    return Exchange(choice_question(false, true), "B")
 
 
 def ask_without_image(rng: np.random.Generator) -> Exchange:
     """A question about the language alone."""
     draw = rng.random()
     if draw < 0.4:
-        relation = _pick(rng, RELATIONS)
+        relation = pick(rng, RELATIONS)
         return Exchange(f"What is the opposite of {relation}?", OPPOSITE[relation], about_image=False)
     if draw < 0.7:
         number = int(rng.random() * 9)
         return Exchange(f"What number comes after {DIGITS[number]}?", DIGITS[number + 1], about_image=False)
     groups = {"colour": COLOURS, "number": DIGITS, "shape": SHAPES}
-    asked, word = _pick(rng, tuple(groups)), _pick(rng, _pick(rng, tuple(groups.values())))
+    asked, word = pick(rng, tuple(groups)), pick(rng, pick(rng, tuple(groups.values())))
     return Exchange(f"Is {word} a {asked}?", "yes" if word in groups[asked] else "no", about_image=False)
 
 
-QuestionKind = Literal[
-    "attribute", "place", "direction", "neighbour", "presence", "relation", "count", "caption", "choice"
-]
-
-
-def ask(rng: np.random.Generator, kind: QuestionKind, things: list[Thing], variant: Variant) -> Exchange | None:
-    """One exchange of the given kind; None when the scene does not allow an unambiguous one (draw again)."""
-    match kind:
-        case "attribute":
-            return ask_attribute(rng, things)
-        case "place":
-            return ask_place(rng, things)
-        case "direction":
-            return ask_direction(rng, things)
-        case "neighbour":
-            return ask_neighbour(rng, things)
-        case "presence":
-            return ask_presence(rng, things, variant)
-        case "relation":
-            return ask_relation(rng, things, variant)
-        case "count":
-            return ask_count(rng, things)
-        case "caption":
-            return ask_caption(rng, things)
-        case "choice":
-            return ask_choice(rng, things, variant)
+QuestionKind = Literal["attribute", "place", "direction", "neighbour", "presence", "relation", "count", "caption"]
+QUESTIONS: dict[QuestionKind, Callable[[np.random.Generator, list[Thing], Variant], Exchange | None]] = {
+    "attribute": ask_attribute,
+    "place": ask_place,
+    "direction": ask_direction,
+    "neighbour": ask_neighbour,
+    "presence": ask_presence,
+    "relation": ask_relation,
+    "count": ask_count,
+    "caption": ask_caption,
+}
+"""Gives one exchange of a kind; None when the scene does not allow an unambiguous one (draw again)."""

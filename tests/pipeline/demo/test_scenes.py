@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.scenes.choice import ask_choice
+from examples.scenes.patches import GRID, NO_KIND, PATCH_SIZE, patch_labels
 from pipeline.demo.scenes import language, world
 from pipeline.demo.scenes.dataset import write_dataset
-from pipeline.demo.scenes.draw import GRID, NO_KIND, PATCH_SIZE, draw, patch_labels
+from pipeline.demo.scenes.draw import draw
 from tests.pipeline.demo.caption_reader import reads_as_true, scenes_and_things
 
 VARIANTS: tuple[world.Variant, ...] = ("shapes", "digits")
@@ -91,12 +93,12 @@ def test_answers_agree_with_an_independent_reader(variant: world.Variant) -> Non
         exchange = language.ask_presence(rng, things, variant)
         asked = exchange.question.removeprefix("Is there a ").rstrip("?")
         assert (asked in by_name) == (exchange.answer == "yes")
-        if exchange := language.ask_neighbour(rng, things):
+        if exchange := language.ask_neighbour(rng, things, variant):
             said, named = re.fullmatch(r"What is (.*) the (.*)\?", exchange.question).groups()
             assert reads_as_true(f"{exchange.answer} {said} a {named}", things, slack=-8)
             for name in by_name.keys() - {named, exchange.answer.removeprefix("a ")}:
                 assert not reads_as_true(f"a {name} {said} a {named}", things, slack=0.9)
-        if exchange := language.ask_choice(rng, things, variant):
+        if exchange := ask_choice(rng, things, variant):
             a, b = re.fullmatch(r"Which .* A: (.*) B: (.*) Answer .*", exchange.question).groups()
             right, wrong = (a, b) if exchange.answer == "A" else (b, a)
             assert reads_as_true(right, things, slack=-8)

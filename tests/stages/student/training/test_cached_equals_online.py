@@ -27,10 +27,10 @@ from stages.student.model.student import Student
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.windows import window_means, window_rows
-from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
+from storage.streaming.stream import StreamConfig, StreamedSample
 from storage.targets.store import TargetStore
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
+from tests.storage.builders import target_stream
 
 LAYERS = [2, 3, 4, 5, 6]
 
@@ -71,7 +71,7 @@ def new_student(data: TinyData, store: TargetStore) -> Student:
 
 def streamed(data: TinyData, store: TargetStore, count: int = 10) -> list[StreamedSample]:
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=count)
-    stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(data.samples, store, config, rank=0, world_size=1, epoch=0)
     return next(iter(stream))
 
 

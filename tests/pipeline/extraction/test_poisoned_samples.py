@@ -20,8 +20,7 @@ from stages.teacher.forward import ForwardOutput
 from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError
 from storage.integrity.verify import verify
-from storage.samples.index import SampleIndex
-from storage.samples.shard import SampleShard
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.targets.store import TargetStore
 from tests.conftest import NUM_SAMPLES, TinyWorld
@@ -147,7 +146,7 @@ def test_which_sample_is_at_fault_is_in_the_ledger_and_how_it_was_found_in_the_r
     ]
     (skipped,) = TargetStore.open(store).commits[poisoned].skipped
     samples = open_store(str(tiny.samples))
-    with SampleShard.open(samples, SampleIndex.load(samples).shards[poisoned]) as shard:
+    with SampleSet.open(samples).shard(poisoned) as shard:
         at_fault = shard.keys.index(skipped.key)
     assert [one.position for one in tries if one.position is not None] == [at_fault, at_fault]
     assert sum(one.counts for one in tries) == 1

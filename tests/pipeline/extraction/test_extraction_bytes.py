@@ -67,7 +67,7 @@ import sys
 from pathlib import Path
 from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.teacher.identity import TeacherConfig
-from tests.pipeline.test_extraction_bytes import manifest_for
+from tests.pipeline.extraction.test_extraction_bytes import manifest_for
 teacher, samples, out, threads = sys.argv[1:]
 settings = TeacherConfig(checkpoint=teacher, batch_size=3)
 manifest = manifest_for(settings, Path(samples), Path(out))
