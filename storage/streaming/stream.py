@@ -118,7 +118,7 @@ class _Join:
         opened = OpenShards(self._open)
         try:
             for step in steps:
-                opened.need(step.ahead[_first_rows(step.ahead[:, 0]), 0].tolist())
+                opened.need(dict.fromkeys(step.ahead[:, 0].tolist()))
                 lengths = _lengths(step.rows, opened) if config.bucket_by_length else None
                 dealt = deal(len(step.rows), config.microbatch_size, self.world_size, lengths)
                 for number in step.batches:
@@ -131,11 +131,6 @@ class _Join:
         number, shard = self.mixture.place(shard)
         source = self.mixture.sources[number]
         return JoinedShard(source.samples, source.targets, shard)
-
-
-def _first_rows(shards: Ints) -> Ints:
-    """Where each shard comes first, in this order."""
-    return np.sort(np.unique(shards, return_index=True)[1])
 
 
 def _lengths(rows: Ints, opened: OpenShards) -> Ints:

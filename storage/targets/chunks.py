@@ -48,12 +48,8 @@ def declared(
 ) -> Declared:
     """What a `zarr.json` declares, before anything is decoded by it.
 
-    Args:
-        metadata: The file.
-        where: Its name in errors.
-        shape: What the commit record makes of it; None where it does not say.
-        dtypes: Allowed data types.
-        num_bytes: Bytes of the array's chunk files.
+    `shape` follows from the commit record, with None where that does not say; `num_bytes` are those of the array's
+    chunk files.
 
     Raises:
         UnsoundChunk: If it is no array of this shape, in one file, with our codecs, or if it would be too large.

@@ -66,13 +66,9 @@ ARRAYS = (
 
 
 def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
-    """Write all arrays of a shard, each in one call (a sharded array written row by row is rewritten each
-    time).
+    """Write a group of all arrays to an empty folder, each in one call.
 
-    Args:
-        folder: An empty local folder.
-        arrays: One array for each name of `ARRAYS`.
-        attributes: Attributes of the group.
+    A sharded array written row by row is rewritten each time.
     """
     assert set(arrays) == {spec.name for spec in ARRAYS}
     group = zarr.create_group(ZarrFolder(folder), attributes=attributes)

@@ -67,10 +67,6 @@ class TargetShard:
         """`[S]` int64: tokens of each sample, those of images included."""
         return np.diff(self._small["token_offsets"])
 
-    def row_of(self, key: str) -> int | None:
-        """The row of a sample, None if it has no targets here."""
-        return self._rows.get(key)
-
     def read(
         self, row: int, with_maps: bool = True, layers: Sequence[int] | None = None
     ) -> tuple[SampleTargets, EncodedMaps | None]:
@@ -138,10 +134,6 @@ class TargetShard:
     @cached_property
     def _token_ends(self) -> list[int]:
         return [0, *accumulate(self.map_num_tokens)]
-
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {key: row for row, key in enumerate(self.keys)}
 
     def _layer_rows(self, layers: Sequence[int] | None) -> slice | list[int]:
         captured = self._manifest.fingerprint.layers
@@ -251,8 +243,8 @@ class TargetShard:
         if bool(((rows < -1) | (rows >= record.num_maps)).any()) or with_map != record.num_map_references:
             expected = f"{record.num_map_references} samples with one of {record.num_maps} maps"
             raise self._corrupt("map_rows", f"{with_map} samples with maps up to {rows.max(initial=-1)}", expected)
-        if len(self._rows) != len(self):
-            raise self._corrupt("sample_keys", f"{len(self._rows)} different keys", f"{len(self)}")
+        if (num_keys := len(set(self.keys))) != len(self):
+            raise self._corrupt("sample_keys", f"{num_keys} different keys", f"{len(self)}")
 
     def _corrupt(self, name: str, found: str, expected: str) -> CorruptData:
         return CorruptData(

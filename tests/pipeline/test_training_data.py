@@ -181,7 +181,7 @@ def test_resuming_in_the_second_epoch_on_another_number_of_processes_gives_the_s
     assert checkpoints(output) == ["step-00000002", "step-00000003", "step-00000004"]
     flags = (word for pair in zip(PLACES, places, strict=True) for word in pair)
     words = (word for setting in (*SETTINGS, *settings) for word in ("--set", setting))
-    torchrun(after, "pipeline.cli.app", "train-student", "--stage", "dft", *flags, *words)
+    torchrun(after, "pipeline.cli", "train-student", "--stage", "dft", *flags, *words)
     assert checkpoints(output) == ["step-00000004", "step-00000005", "step-00000006"]
     lines = [json.loads(line) for line in (output / "dft/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

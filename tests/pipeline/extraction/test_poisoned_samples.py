@@ -125,7 +125,7 @@ def test_a_sample_the_teacher_cannot_take_is_in_the_ledger_and_every_other_has_i
     shard, undisturbed = found.shard(poisoned), expected.shard(poisoned)
     assert set(undisturbed.keys) - set(shard.keys) == {skipped.key}
     for key in shard.keys:
-        one, other = (each.read(each.row_of(key) or 0) for each in (shard, undisturbed))
+        one, other = (each.read(each.keys.index(key)) for each in (shard, undisturbed))
         assert torch.equal(one[0].logits_RQ, other[0].logits_RQ)
         assert torch.equal(one[0].token_ids, other[0].token_ids)
         assert (one[1] is None) == (other[1] is None)

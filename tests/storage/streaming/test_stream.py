@@ -213,7 +213,7 @@ def test_streamed_samples_hold_both_sides(data):
     for batch in stream(data, StreamConfig(seed=0, batch_size=4), layers=[3]):
         for sample in batch:
             shard = targets.shard(int(sample.key[1]))
-            expected, maps = shard.read(shard.row_of(sample.key), layers=[3])
+            expected, maps = shard.read(shard.keys.index(sample.key), layers=[3])
             assert sample.record["id"] == f"id-{sample.key}"
             assert sample.targets.key == sample.key == expected.key
             assert torch.equal(sample.targets.logits_RQ, expected.logits_RQ)
