@@ -46,6 +46,7 @@ class SetCounts:
     per_sample: Counts
     blocks: Sequence[SampledBlock] = ()
     """What was read of it; nothing where `per_sample` is assumed."""
+    url: str | None = None
 
     @property
     def num_samples(self) -> int:
@@ -83,7 +84,7 @@ def sample_set(
     blocks = count_blocks(samples, encoder, planned, causal=causal, num_kept=kept_per_block, progress=progress)
     num_read = sum(block.num_read for block in blocks)
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
-    return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks)
+    return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks, samples.store.url)
 
 
 def plan_blocks(num_samples: int, num_blocks: int, num_sampled: int, seed: int) -> list[range]:

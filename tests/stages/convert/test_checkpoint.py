@@ -20,7 +20,7 @@ from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedTo
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.cli.app import app
 from stages.attention import AttentionCapture, enable_capture
 from stages.checkpoints import load_processor
 from stages.conversations.encoder import ConversationEncoder

@@ -9,9 +9,8 @@ from benchmarks.results import RESULTS
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from stages.estimate.analytic import BYTES_PER_ENTRY, METADATA_BYTES_PER_ARRAY, estimate_from_configs
-from stages.estimate.codec_costs import CODECS
 from stages.estimate.extrapolate import longest_share, student_t
-from stages.estimate.measured import estimate_by_measurement
+from stages.estimate.measured import CODECS, estimate_by_measurement
 from stages.estimate.report import Estimate, EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig

@@ -17,7 +17,6 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.images import decode_image
-from stages.layers import window_means
 from stages.student.config import DistilledFinetuning
 from stages.student.data.batch import Collator
 from stages.student.data.sample_reader import SampleReader
@@ -27,6 +26,7 @@ from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.windows import window_means, window_rows
 from storage.streaming.stream import StreamConfig, StreamedSample
 from storage.targets.store import TargetStore
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
@@ -126,7 +126,7 @@ def online(
         if len(p):
             teacher_maps = torch.stack([seen.attentions[layer][0].mean(0)[p][:, p] for layer in LAYERS])
             student_maps = torch.stack([own.attentions[layer][0].mean(0)[p][:, p] for layer in matching.student_layers])
-            windows = window_means(teacher_maps, LAYERS, matching.windows)
+            windows = window_means(teacher_maps, window_rows(LAYERS, matching.windows))
             attention.append(attention_alignment_loss(student_maps[:, None], windows[:, None]))
     rows = sum(int(s.targets.answer_mask.sum()) for s in samples)
     terms = {
