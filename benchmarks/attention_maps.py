@@ -22,9 +22,7 @@ from stages.layers import default_num_matched, sliding_windows, visual_understan
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.samples.index import SampleIndex
-from storage.samples.shard import SampleShard
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 
 HEADS, HEAD_SIZE, TEXT_KEYS = 20, 32, 31
 
@@ -93,9 +91,9 @@ def bundled_teacher_maps(num_samples: int) -> MapSet:
 
 @torch.inference_mode()
 def _observed(teacher: Teacher, folder: Path) -> Iterator[Tensor]:
-    store = open_store(folder)
-    for entry in SampleIndex.load(store).shards:
-        with SampleShard.open(store, entry) as shard:
+    samples = SampleSet.open(folder)
+    for number in range(len(samples.index.shards)):
+        with samples.shard(number) as shard:
             for row in range(len(shard)):
                 sample = shard.read(row)
                 images = [decode_image(data) for data in sample.images]

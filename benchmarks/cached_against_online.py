@@ -27,13 +27,13 @@ from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction.shard_extractor import ShardExtractor
 from pipeline.run_file import load_run_file
 from pipeline.training import train
-from stages.layers import window_means
 from stages.samples.pack import PackConfig, pack_samples
 from stages.student.config import StageName
 from stages.student.data.batch import Batch
 from stages.student.losses import attention_alignment_loss, logit_distillation_loss
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.teacher.identity import TeacherConfig, identify_teacher
+from storage.codecs.windows import window_means, window_rows
 from storage.samples.index import SampleIndex
 from storage.stores import open_store
 from storage.targets.manifest import create_or_check
@@ -107,7 +107,7 @@ class Online(Kept):
             torch.stack([attentions[layer][0].mean(0)[positions][:, positions] for layer in layers])
             for attentions, layers in ((own.attentions, self.matching.student_layers), (seen.attentions, LAYERS))
         ]
-        windows = window_means(maps[1], LAYERS, self.matching.windows)
+        windows = window_means(maps[1], window_rows(LAYERS, self.matching.windows))
         loss = attention_alignment_loss(maps[0][:, None], windows[:, None])
         terms["attention"] = terms["attention"] + loss / totals.samples_with_image
 

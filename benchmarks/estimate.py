@@ -36,6 +36,7 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from storage.codecs.config import MapCodecName
 from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.targets.manifest import create_or_check
 
@@ -50,7 +51,7 @@ def compare(folder: Path, codec: MapCodecName, repeats: int, config: EstimateCon
     samples = str(folder / "samples")
     found: list[dict[str, Any]] = []
     estimate_now = partial(
-        estimate_by_measurement, run.teacher, open_store(samples), config, workers=1, threads=THREADS
+        estimate_by_measurement, run.teacher, SampleSet.open(samples), config, workers=1, threads=THREADS
     )
     for number in range(repeats):
         by_wall = estimate_now().settings[codec]

@@ -34,8 +34,7 @@ from stages.teacher.identity import TeacherConfig, identify_teacher
 from stages.teacher.observe import Observer
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings, waited_share
-from storage.samples.index import SampleIndex
-from storage.samples.shard import SampleShard
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.targets.manifest import Manifest, create_or_check
 
@@ -68,7 +67,8 @@ class Bench:
             checkpoint=str(folder / "teacher"), batch_size=size.batch_size, max_length=1024, top_k=32
         )
         self.folder, self.threads = folder, threads
-        self.index = SampleIndex.load(open_store(folder / "samples"))
+        self.samples = SampleSet.open(folder / "samples")
+        self.index = self.samples.index
         identity = identify_teacher(self.settings, on_gpu=torch.cuda.is_available())
         self.manifest: Manifest = identity.manifest(self.index.digest, len(self.index.shards))
         self.worker = self._new_worker(folder / "first")
@@ -131,8 +131,8 @@ class Bench:
 
     def _ready_batches(self) -> Iterator[list[PreparedSample]]:
         batcher = LengthBatcher(BatchSize(self.settings.batch_size, on_gpu=False))
-        for entry in self.index.shards:
-            with SampleShard.open(open_store(self.folder / "samples"), entry) as shard:
+        for number in range(len(self.index.shards)):
+            with self.samples.shard(number) as shard:
                 maker = SamplePreparer(self.teacher.encoder, shard, Timings())
                 for sample in map(maker, range(len(shard))):
                     if isinstance(sample, PreparedSample) and (batch := batcher.add(sample)) is not None:

@@ -41,6 +41,7 @@ from storage.codecs.maps import MapCodec
 from storage.codecs.tail_samples import row_addresses
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
+from storage.samples.sample_set import SampleSet
 from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source
@@ -80,7 +81,7 @@ def make_store(root: Path, shape: Shape) -> None:
                 image = _jpeg(shape.image_side, shard * shape.samples + first)
                 keys = [f"{shard:06d}-{first + n:06d}" for n in range(2)]
                 writer.add_group([StoredSample(key, _conversation(key), (image,)) for key in keys])
-    index = SampleIndex.load(open_store(root / "samples"))
+    packed = SampleSet.open(root / "samples")
     made = synthetic_maps(shape.image_tokens, shape.distinct_maps)
     codec, logits = MapCodecConfig(name="sqrt4"), LogitCodecConfig(vocab_size=VOCABULARY)
     map_codec = MapCodec.of_layers(codec, made.layers, made.windows)
@@ -88,13 +89,13 @@ def make_store(root: Path, shape: Shape) -> None:
     generator = torch.Generator().manual_seed(0)
     answers = torch.randn(shape.answer_rows, VOCABULARY, generator=generator) * 3
     records = AnswerLogitsCodec(logits).encode(answers, row_addresses("loader", shape.answer_rows))
-    manifest = _manifest(index, made.layers, made.windows, codec, logits)
+    manifest = _manifest(packed.index, made.layers, made.windows, codec, logits)
     targets = open_store(root / "targets")
     create_or_check(targets, manifest)
     lengths = text_lengths(shape.shards * shape.samples)
-    for shard, entry in enumerate(index.shards):
+    for shard, entry in enumerate(packed.index.shards):
         samples = []
-        for row, members in enumerate(entry.members):
+        for row, members in enumerate(packed.members(shard)):
             text = int(lengths[shard * shape.samples + row])
             samples.append(_targets(members.key, shape, text, records, row // 2, generator))
         chosen = [maps[(shard + number) % len(maps)] for number in range(shape.samples // 2)]
@@ -302,7 +303,7 @@ def _mixture(samples: str | Path, targets: str | Path, *, batch_size: int, shuff
     config = StreamConfig(
         seed=0, shuffle_shards=shuffle_shards, batch_size=batch_size, microbatch_size=8, bucket_by_length=True
     )
-    return Mixture([Source(open_store(samples), TargetStore.open(targets))], config)
+    return Mixture([Source(SampleSet.open(samples), TargetStore.open(targets))], config)
 
 
 def _loader(mixture: Mixture, num_workers: int) -> StepLoader:

@@ -26,8 +26,7 @@ from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import MapCodecName
 from storage.codecs.map_entries import code_squares
 from storage.codecs.maps import EncodedMaps
-from storage.samples.index import SampleIndex
-from storage.samples.shard import SampleShard
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,7 +55,7 @@ def measure(dtype: str, samples: Path, codec: MapCodecName) -> dict[str, Any]:
 
 def _observe(teacher: Teacher, samples: Path, kernel: SDPBackend | None) -> ShardObservations:
     store = open_store(samples)
-    with SampleShard.open(store, SampleIndex.load(store).shards[0]) as shard, Observer(teacher) as observer:
+    with SampleSet.open(store).shard(0) as shard, Observer(teacher) as observer:
         if kernel is None:
             return observer.observe(shard)
         with sdpa_kernel(kernel):

@@ -29,8 +29,8 @@ from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.model.loading import load_student
 from stages.student.model.student import Student
 from stages.student.training.objective import DistillationObjective
-from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, target_stream
+from storage.samples.sample_set import SampleSet
+from storage.streaming.stream import Mixture, Source, StreamConfig, mixture_stream
 from storage.targets.store import TargetStore
 
 BEFORE: dict[StageName, StageName | None] = {"dpt": None, "dft": "dpt", "sft": "dft"}
@@ -68,8 +68,10 @@ def against(found_RV: Tensor, saved_RV: Tensor) -> dict[str, float]:
 
 def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[StageName, Any]:
     """The three stages in a row, in bfloat16."""
-    samples, store = open_store(bench.folder / "samples"), TargetStore.open(str(bench.folder / "default"))
-    stream = target_stream(samples, store, StreamConfig(seed=1, batch_size=num_samples), rank=0, world_size=1, epoch=0)
+    store = TargetStore.open(str(bench.folder / "default"))
+    samples = SampleSet.open(bench.folder / "samples")
+    mixture = Mixture([Source(samples, store)], StreamConfig(seed=1, batch_size=num_samples))
+    stream = mixture_stream(mixture, rank=0, world_size=1, epochs=range(1))
     spec = resolve_reader_spec(store, STUDENT_LM, own_vision=False, kd_weight=1.0)
     batch = Collator(spec.reader)(next(iter(stream)))
     settings = [
@@ -81,7 +83,12 @@ def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[St
     settings += ["train.lora={rank: 16, alpha: 32}"]
     stage = f"{{batch_size: 16, epochs: 50, max_steps: {steps}, learning_rate: 1.0e-3}}"
     settings += [f"train.{name}={stage}" for name in BEFORE]
-    places = {"samples": samples.url, "targets": store.store.url, "student": str(STUDENT_LM), "output": str(output)}
+    places = {
+        "samples": samples.store.url,
+        "targets": store.store.url,
+        "student": str(STUDENT_LM),
+        "output": str(output),
+    }
     run = load_run_file(None, settings, places)
     found: dict[StageName, Any] = {}
     for name, before in BEFORE.items():

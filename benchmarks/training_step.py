@@ -36,7 +36,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
 from stages.answer_rows import AnswerRows
 from stages.attention import AttentionCapture, enable_capture
-from stages.layers import sliding_windows, student_layers, visual_understanding_layers, window_means
+from stages.layers import sliding_windows, student_layers, visual_understanding_layers
 from stages.student.config import DistilledFinetuning, LoraSettings
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
@@ -49,6 +49,7 @@ from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
 from storage.codecs.maps import MapCodec
 from storage.codecs.tail_samples import row_addresses
+from storage.codecs.windows import window_means, window_rows
 
 MATCHED = 7
 WAYS = ("supervised", "cached", "compiled", "online", "released")
@@ -207,7 +208,7 @@ class Bench:
         return self._dense_loss(own.logits.float()[rows], seen.logits.float()[rows], student_LBNN, maps_LBNN)
 
     def _dense_loss(self, student_RV: Tensor, teacher_RV: Tensor, student_LBNN: Tensor, maps_LBNN: Tensor) -> Tensor:
-        windows_LBNN = window_means(maps_LBNN, self.captured, self.matching.windows)
+        windows_LBNN = window_means(maps_LBNN, window_rows(self.captured, self.matching.windows))
         return (
             F.cross_entropy(student_RV.float(), self.batch.answers.token_R)
             + logit_distillation_loss(student_RV, teacher_RV)

@@ -28,8 +28,8 @@ from stages.student.model.loading import load_student
 from stages.student.model.student import Student, is_student
 from stages.student.run_folder import StageFolder
 from storage.progress import SILENT, Progress
-from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
+from storage.samples.sample_set import SampleSet
+from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
 
 BATCH_SIZE = 16
@@ -135,7 +135,8 @@ def _open_student(model: str, store: TargetStore) -> _Compared:
 def _first_samples(samples: str, store: TargetStore, limit: int) -> Generator[list[StreamedSample]]:
     """The first `limit` samples of a store in its own order, in batches; it need not be complete for this."""
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=min(BATCH_SIZE, limit), allow_incomplete=True)
-    stream = target_stream(open_store(samples), store, config, rank=0, world_size=1, epoch=0)
+    mixture = Mixture([Source(SampleSet.open(samples), store)], config)
+    stream = mixture_stream(mixture, rank=0, world_size=1, epochs=range(1))
     with closing(iter(stream)) as batches:
         for batch in batches:
             yield batch[:limit]

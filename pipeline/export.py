@@ -31,11 +31,11 @@ def export(
     Args:
         model: Training run, checkpoint folder or hub id.
         output: New folder.
-        fold: See `export_student`.
-        dtype: See `export_student`.
+        fold: As of `export_student`.
+        dtype: As of `export_student`.
         teacher: The teacher's name on the card; None takes the name in the run's own run file.
         evaluation: Report of `cdp evaluate`, for the card.
-        progress: Where the steps are counted.
+        progress: Shows the steps.
 
     Raises:
         UserError: If no stage has finished or the report cannot be read; or as `export_student`.

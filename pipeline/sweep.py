@@ -25,6 +25,7 @@ from stages.student.run_folder import StageReport
 from storage.digests import digest_of
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
+from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
 from storage.streaming.stream import Source
 from storage.strict_model import StrictModel
@@ -155,7 +156,7 @@ def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
         pairs = digest_of([[str(value) for value in astuple(pair)] for kind in kinds.values() for pair in kind])
     if compare.similarity_samples is not None:
         samples, store = compared_data(run)
-        targets = Source(open_store(samples), TargetStore.open(store)).description()
+        targets = Source(SampleSet.open(samples), TargetStore.open(store)).description()
     return _Measured(
         compare=compare,
         evaluate=run.evaluate,

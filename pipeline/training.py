@@ -26,6 +26,7 @@ from stages.student.training.setup import StageSetup
 from stages.student.training.stage import StageRun, TrainingStopped
 from storage.errors import FingerprintMismatch, UserError
 from storage.progress import SILENT, Progress
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.streaming.stream import Source
 from storage.targets.store import TargetStore
@@ -228,4 +229,4 @@ def _opened(source: DataSource, stores: dict[str, TargetStore]) -> Source:
     subset = None if source.subset is None else Path(source.subset)
     if source.targets not in stores:
         stores[source.targets] = TargetStore.open(source.targets)
-    return Source(open_store(source.samples), stores[source.targets], source.weight, subset)
+    return Source(SampleSet.open(source.samples), stores[source.targets], source.weight, subset)

@@ -34,12 +34,7 @@ class AnswerRows:
 
 
 def answer_rows(token_ids: Sequence[Tensor], answer_masks: Sequence[Tensor]) -> AnswerRows:
-    """The answer rows of sequences that are padded on the right, if at all.
-
-    Args:
-        token_ids: Of each sequence.
-        answer_masks: True at the answer tokens of each.
-    """
+    """The answer rows of sequences that are padded on the right, if at all; masks are True at answer tokens."""
     parts = [(torch.zeros(0, dtype=torch.long),) * 3]
     for number, (ids, mask) in enumerate(zip(token_ids, answer_masks, strict=True)):
         at = mask.nonzero()[:, 0]

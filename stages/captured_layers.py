@@ -12,13 +12,8 @@ from storage.errors import UserError
 def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
     """The layers, counted from 0, whose attention `AttentionCapture` sees: one forward pass without numbers.
 
-    Linear attention and state space layers have no maps; in some families layers do not hand `capture` on.
-
-    Args:
-        decoder: config of a language model, such as `config.get_text_config()`.
-
-    Returns:
-        The layers; None for a family whose forward pass depends on numbers, or that the library does not know.
+    Linear attention and state space layers have no maps; in some families layers do not hand `capture` on. None for a
+    family whose forward pass depends on numbers, or that the library does not know.
 
     Raises:
         UserError: If it cannot run with sdpa, beside which maps are captured.
@@ -53,16 +48,10 @@ def check_sdpa(model: object) -> None:
 
 
 def check_maps(what: str, decoder: PreTrainedConfig, wanted: Iterable[int], remedy: str) -> None:
-    """Refuses layers that give no attention maps.
-
-    Args:
-        what: whose layers they are, for the message.
-        decoder: config of the language model.
-        wanted: layers whose maps are needed.
-        remedy: what to do about it.
+    """Refuses layers that give no attention maps; `what` is whose they are, `remedy` what to do about it.
 
     Raises:
-        UserError: If some of them give none; the message names them and those that do.
+        UserError: If some wanted ones give none; the message names them and those that do.
     """
     able = layers_with_maps(decoder)
     if able is not None:

@@ -34,10 +34,6 @@ _VIDEO = "video_processor"
 def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a model id of the hub, downloaded once.
 
-    Args:
-        name: a folder or a model id.
-        with_weights: False neither downloads nor looks for them.
-
     Raises:
         UserError: If there is none, or its safetensors weights are missing or not whole.
     """

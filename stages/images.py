@@ -12,16 +12,7 @@ from stages.unusable_sample import UnusableSample
 FORMATS: Final = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS: Final = 50_000_000
 
-_DECODER_ERRORS: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    IndexError,
-    TypeError,
-    EOFError,
-    struct.error,
-    zlib.error,
-)
+_DECODER_ERRORS: Final = (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, struct.error, zlib.error)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -31,10 +22,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     the stored pixels. Because the metadata is dropped, no later library call can apply it either.
     Transparency is dropped, not blended; of an animation the first frame is taken.
 
-    Args:
-        data: a whole JPEG, PNG or WebP file.
-        max_pixels: width times height above which the image is refused, judged from its header before any
-            pixel is decoded. Pillow's own limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
+    An image of more than `max_pixels` is refused by its header, before any pixel is decoded. Pillow's own limit
+    (`Image.MAX_IMAGE_PIXELS`) holds as well.
 
     Raises:
         UnusableSample: If the file has another format, is too large, empty, truncated or damaged.
@@ -54,7 +43,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UnusableSample("image_too_large", str(error)) from error
     except _DECODER_ERRORS as error:
         if not _has_known_signature(data):
-            raise UnusableSample("unsupported_image", f"{_opening(data)}; expected JPEG, PNG or WebP") from error
+            detail = f"a file that begins with {data[:8]!r}; expected JPEG, PNG or WebP"
+            raise UnusableSample("unsupported_image", detail) from error
         raise UnusableSample("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
 
 
@@ -72,7 +62,3 @@ def _has_known_signature(data: bytes) -> bool:
         or data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
         or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
     )
-
-
-def _opening(data: bytes) -> str:
-    return f"a file that begins with {data[:8]!r}"

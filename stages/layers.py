@@ -3,25 +3,15 @@
 Layer numbers count from 0. Source: docs/method.md#layer-matching and docs/method.md#layer-spans.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
-from storage.codecs.windows import window_means as row_means
-from storage.codecs.windows import window_rows
 from storage.errors import UserError
 
 LayerSpan = Literal["early", "middle", "late", "all"]
 Matching = Literal["group", "one_to_one"]
 
 MATCHED_LAYERS = 7  # S of the published models
-_PUBLISHED_SPANS = {
-    24: (8, 8),
-    28: (9, 9),
-    32: (11, 9),
-    40: (13, 11),
-}  # depth -> (first layer, number of layers)
+_PUBLISHED_SPANS = {24: (8, 8), 28: (9, 9), 32: (11, 9), 40: (13, 11)}  # depth -> (first layer, number of layers)
 
 
 def visual_understanding_layers(num_layers: int) -> range:
@@ -94,17 +84,6 @@ def single_layers(captured: tuple[int, ...], num_matched: int) -> tuple[tuple[in
     last, steps = len(captured) - 1, num_matched - 1
     # Halves are rounded up, in whole numbers.
     return tuple((captured[(2 * i * last + steps) // (2 * steps)],) for i in range(num_matched))
-
-
-def window_means(maps_LNN: Tensor, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
-    """`[W, N, N]` mean map of each window of teacher layers.
-
-    Args:
-        maps_LNN: maps of `layers`, in that order; any leading shape after L.
-        layers: teacher layer numbers of the first axis.
-        windows: teacher layer numbers of each window.
-    """
-    return row_means(maps_LNN, window_rows(layers, windows))
 
 
 def _check_enough(captured: tuple[int, ...], num_matched: int) -> None:

@@ -135,18 +135,10 @@ def meant_by(wrong: str, model: type[BaseModel]) -> list[str]:
     return [name for name in found if name.startswith(f"{section}.")] or found
 
 
-def name_today(name: str) -> str:
-    """What a setting of that dotted name is called in this version."""
-    return RENAMED.get(name, name)
-
-
 def lasting(config: BaseModel, *, matched: bool = True, prefix: str = "") -> dict[str, Any]:
-    """The settings that must stay the same at resume, by dotted name, as JSON holds them.
+    """The settings that must stay the same at resume, by dotted name after `prefix`, as JSON holds them.
 
-    Args:
-        config: the settings.
-        matched: whether student layers are matched with teacher layers; without it, which ones decides nothing.
-        prefix: put before each name.
+    Unless student layers are `matched` with teacher layers, the settings that say which ones decide nothing.
     """
     found: dict[str, Any] = {}
     for name, value in config.model_dump(mode="json").items():

@@ -1,6 +1,6 @@
 """How long work says how far it is; who shows it, and how, is decided elsewhere (`pipeline.ui.progress`)."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class ProgressTask(Protocol):
@@ -50,29 +50,13 @@ class Progress(Protocol):
 
 
 class _Silent:
-    def task(
-        self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False
-    ) -> ProgressTask:
+    def task(self, *_: Any, **__: Any) -> ProgressTask:
         return self
 
-    def advance(self, amount: float = 1) -> None:
+    def message(self, *_: Any, **__: Any) -> None:
         pass
 
-    def update(
-        self,
-        *,
-        done: float | None = None,
-        total: float | None = None,
-        note: str | None = None,
-        rate: float | None = None,
-    ) -> None:
-        pass
-
-    def remove(self) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
+    advance = update = remove = message
 
 
 SILENT: Progress = _Silent()

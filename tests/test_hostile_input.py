@@ -14,9 +14,8 @@ from pipeline.run_file import load_run_file
 from stages.checkpoints import refuse_code
 from storage.digests import canonical_json
 from storage.errors import CorruptData, UserError
-from storage.samples.index import SampleIndex
 from storage.samples.members import BLOCK_BYTES
-from storage.samples.shard import SampleShard
+from storage.samples.sample_set import SampleSet
 from storage.samples.table import SampleMembers, table_to_bytes
 from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
@@ -29,7 +28,7 @@ def one_sample(folder: Path) -> tuple[SampleMembers, ...]:
     """The members of a set of one sample."""
     with SampleShardWriter(folder, 9, 10**6) as writer:
         writer.add_group(stored_samples(["a"]))
-    return SampleIndex.load(open_store(folder)).shards[0].members
+    return SampleSet.open(folder).members(0)
 
 
 def store_index(folder: Path, members: tuple[SampleMembers, ...], tar: bytes) -> None:
@@ -39,9 +38,7 @@ def store_index(folder: Path, members: tuple[SampleMembers, ...], tar: bytes) ->
 
 
 def read_first(folder: Path) -> None:
-    store = open_store(folder)
-    (entry,) = SampleIndex.load(store).shards
-    with SampleShard.open(store, entry) as shard:
+    with SampleSet.open(folder).shard(0) as shard:
         shard.read(0)
 
 

@@ -106,7 +106,3 @@ def main() -> None:
 def _end(message: str, exit_code: int) -> None:
     print(message, file=sys.stderr)
     sys.exit(exit_code)
-
-
-if __name__ == "__main__":
-    main()

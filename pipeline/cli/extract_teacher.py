@@ -5,14 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import (
-    ConfigOption,
-    SamplesOption,
-    SetOption,
-    TargetsOption,
-    TeacherOption,
-    TeachersOption,
-)
+from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption, TeacherOption, TeachersOption
 
 if TYPE_CHECKING:
     from pipeline.extraction.report import ExtractionReport

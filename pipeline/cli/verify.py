@@ -55,10 +55,7 @@ def _check(targets: str, samples: str | None, percent: float, seed: int) -> "Ver
     from storage.integrity.verify import verify as verify_store
 
     with progress_display() as progress:
-        task = progress.task("verify", unit="shards")
-        report = verify_store(
-            targets, samples, lambda done, total, _: task.update(done=done, total=total), percent=percent, seed=seed
-        )
+        report = verify_store(targets, samples, percent=percent, seed=seed, progress=progress)
     _print_report(report)
     return report
 

@@ -46,11 +46,7 @@ class Executor(Protocol):
     def run(self, actor: Any, task: int, attempt: int, crashes: tuple[int, ...] | None) -> Any:
         """Gives the pending call of one attempt; its result is the work's, its units, and the worker's timings.
 
-        Args:
-            actor: who runs it.
-            task: the task.
-            attempt: number of the attempt.
-            crashes: positions at which isolated tries of the task crashed; None unless this try is isolated.
+        `crashes` are positions at which isolated tries of the task crashed; None unless this try is isolated.
         """
 
     def position(self, attempt: int) -> int | None:

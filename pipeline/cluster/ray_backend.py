@@ -37,23 +37,19 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def connect(address: str | None, num_cpus: int | None = None) -> Iterator[Cluster]:
+def connect(address: str | None) -> Iterator[Cluster]:
     """Connects to a cluster, or starts one on this machine for the time of the block.
 
-    Args:
-        address: of a running cluster ("auto", "host:6379", "ray://host:10001"); None starts a local one.
-        num_cpus: slots of a local cluster; None is the number of cores.
+    The address is that of a running cluster ("auto", "host:6379", "ray://host:10001"); None starts a local one.
     """
     started = not ray.is_initialized()
     if started:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address is None:
-            options |= {"num_cpus": num_cpus, "include_dashboard": False, "address": "local"}
-        else:
+        where: dict[str, Any] = {"address": "local", "include_dashboard": False}
+        if address is not None:
             _check_reachable(address)
-            options["address"] = address
+            where = {"address": address}
         try:
-            ray.init(**options)
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
     try:
@@ -158,10 +154,10 @@ class _RayExecutor:
         return actor.run.remote(task, attempt, crashes)
 
     def position(self, attempt: int) -> int | None:
+        position: int | None = None
         with contextlib.suppress(RayError):
-            position: int | None = ray.get(self._mailbox.position.remote(attempt))
-            return position
-        return None
+            position = ray.get(self._mailbox.position.remote(attempt))
+        return position
 
     def result(self, call: Any) -> Any:
         try:

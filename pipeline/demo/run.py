@@ -70,13 +70,7 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
             write_dataset(scenes, config.num_images, config.seed, config.variant, config.num_pairs)
     with clock.part("pack samples"):
         if not (samples / "index.json").is_file():
-            pack_samples(
-                scenes / "train.json",
-                scenes,
-                samples,
-                PackConfig(max_samples_per_shard=256),
-                progress,
-            )
+            pack_samples(scenes / "train.json", scenes, samples, PackConfig(max_samples_per_shard=256), progress)
     with clock.part("extract teacher"):
         run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})
         assert run.teacher is not None

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 from pipeline.extraction.config import ExtractConfig, threads_per_worker
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic
 from storage.progress import SILENT, Progress
-from storage.samples.index import SampleIndex
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 
 if TYPE_CHECKING:
     from stages.estimate.report import Estimate, EstimateConfig
@@ -36,7 +35,7 @@ def make_estimate(
     Raises:
         UserError: As `estimate_by_measurement` and `estimate_from_configs`.
     """
-    samples = None if samples_url is None else open_store(samples_url)
+    samples = None if samples_url is None else SampleSet.open(samples_url)
     if config_only:
         from stages.estimate.analytic import estimate_from_configs
 
@@ -47,7 +46,7 @@ def make_estimate(
     from stages.estimate.measured import estimate_by_measurement
 
     assert samples is not None
-    num_shards = len(SampleIndex.load(samples).shards)
+    num_shards = len(samples.index.shards)
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
     threads = threads_per_worker(cpus, gpus, min(workers, cpus), num_shards)

@@ -6,6 +6,7 @@ from pipeline.cluster.task_queue import FailedTry
 from pipeline.cluster.worker import Outcome, Worker
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.tally import ExtractionTally
+from stages.teacher.timings import waited_share
 from storage.errors import TooManySkipped, UserError
 from storage.strict_model import StrictModel
 
@@ -108,8 +109,6 @@ def check_report(report: ExtractionReport, config: ExtractConfig, targets_url: s
 
 
 def _worker_report(worker: Worker) -> WorkerReport:
-    from stages.teacher.timings import waited_share
-
     return WorkerReport(
         node=worker.node,
         pid=worker.pid,

@@ -11,7 +11,7 @@ from pipeline.cluster.task_queue import CRASHES_AT_A_POSITION
 from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic, reproducible_threads
 from storage.errors import FingerprintMismatch
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord, commit_path
@@ -43,11 +43,10 @@ class ShardExtractor:
         from stages.teacher.teacher import load_teacher
 
         torch.set_num_threads(threads if torch.cuda.is_available() else reproducible_threads(threads))
-        self.samples, self.targets, self.manifest = open_store(samples), open_store(targets), manifest
-        self.index = SampleIndex.load(self.samples)
+        self.samples, self.targets, self.manifest = SampleSet.open(samples), open_store(targets), manifest
         self.teacher = load_teacher(teacher)
         # A node may hold another version of the checkpoint under the same path.
-        own = self.teacher.identity.manifest(self.index.digest, len(self.index.shards))
+        own = self.teacher.identity.manifest(self.samples.index.digest, len(self.samples.index.shards))
         if differing := own.fingerprint.differences(manifest.fingerprint):
             raise FingerprintMismatch(
                 f"the worker on {os.uname().nodename} sees another teacher or data than the driver "
@@ -95,12 +94,12 @@ class ShardExtractor:
             with self._saving_vision:
                 self.save_teacher_vision()
             return None
-        entry = self.index.shards[shard]
+        entry = self.samples.index.shards[shard]
         with contextlib.suppress(FileNotFoundError):
             committed = CommitRecord.load(self.targets, commit_path(shard))
             progress(entry.num_samples)
             return committed
-        with SampleShard.open(self.samples, entry) as samples:
+        with self.samples.shard(shard) as samples:
             seen = observe(samples)
         with self._saving_vision:
             self.save_teacher_vision()
@@ -109,14 +108,14 @@ class ShardExtractor:
 
     def _controls(self, shard: int, first: int, opened: contextlib.ExitStack) -> Iterator[tuple[SampleShard, int]]:
         """Samples that are not in doubt: of other shards, where there are any; other ones after each crash."""
-        num_shards = len(self.index.shards)
+        num_shards = len(self.samples.index.shards)
         if num_shards == 1:
-            samples = opened.enter_context(SampleShard.open(self.samples, self.index.shards[shard]))
+            samples = opened.enter_context(self.samples.shard(shard))
             yield from ((samples, (first + number + 1) % len(samples)) for number in range(len(samples)))
             return
         for number in range(min(NUM_CONTROLS, num_shards - 1)):
             other = (shard + 1 + (first + number) % (num_shards - 1)) % num_shards
-            yield opened.enter_context(SampleShard.open(self.samples, self.index.shards[other])), 0
+            yield opened.enter_context(self.samples.shard(other)), 0
 
     def timings(self) -> dict[str, float]:
         """Gives the seconds so far by what they went into, as `Timings` names it."""

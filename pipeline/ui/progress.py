@@ -136,7 +136,7 @@ class _Log:
     """A line for each task now and then, and one when it ends: when the next task begins, or with the block."""
 
     def __init__(self, every_s: float) -> None:
-        self._every_s = every_s
+        self.every_s = every_s
         self._open: list[_LogTask] = []
 
     def task(
@@ -146,7 +146,7 @@ class _Log:
             return SILENT.task(name)
         for task in [task for task in self._open if task.is_complete]:
             self.end(task)
-        self._open.append(_LogTask(self, name, total, unit, self._every_s))
+        self._open.append(_LogTask(self, name, total, unit))
         return self._open[-1]
 
     def message(self, text: str) -> None:
@@ -167,8 +167,8 @@ class _Log:
 class _LogTask:
     """A task in a log."""
 
-    def __init__(self, log: _Log, name: str, total: float | None, unit: str, every_s: float) -> None:
-        self._log, self._name, self._total, self._unit, self._every_s = log, name, total, unit, every_s
+    def __init__(self, log: _Log, name: str, total: float | None, unit: str) -> None:
+        self._log, self._name, self._total, self._unit = log, name, total, unit
         self._done = 0.0
         self._note = ""
         self._rate: float | None = None
@@ -183,8 +183,7 @@ class _LogTask:
         return self._total is not None and self._done >= self._total
 
     def advance(self, amount: float = 1) -> None:
-        if self._first is None:
-            self._first = (self._begun_at, 0.0)
+        self._first = self._first or (self._begun_at, 0.0)
         self.update(done=self._done + amount)
 
     def update(
@@ -203,7 +202,7 @@ class _LogTask:
         self._total = self._total if total is None else total
         self._note = self._note if note is None else note
         self._rate = self._rate if rate is None else rate
-        if self._first is not None and not self.is_complete and now >= self._last_line[0] + self._every_s:
+        if self._first is not None and not self.is_complete and now >= self._last_line[0] + self._log.every_s:
             rate = self._rate or self._speed_since(self._last_line, now)
             self._print(rate, self._time_left(rate))
             self._last_line = (now, self._done)

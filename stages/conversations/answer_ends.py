@@ -17,11 +17,7 @@ _NO_LIMIT = 2**31
 def notes_of_ends(processor: Any, image_token_id: int, whose: str, way_out: str) -> tuple[str, ...]:
     """A note for the user if answers have no end that a student could learn; empty if they have one.
 
-    Args:
-        processor: its chat template is asked for a conversation of two answers.
-        image_token_id: `config.image_token_id` of the model.
-        whose: the subject of the sentence, such as "the chat template of X".
-        way_out: what to do about it.
+    `whose` is the subject of the sentence, such as "the chat template of X", and `way_out` what to do about it.
     """
     try:
         encoded = ConversationEncoder(processor, image_token_id, _NO_LIMIT).encode(_TWO_ANSWERS, [])

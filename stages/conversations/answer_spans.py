@@ -39,10 +39,14 @@ def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any
     Returns:
         `[T]` bool.
     """
+    placed = [(replacement["span"][1], replacement["new_span"][1]) for replacement in replacements]
     starts_T, ends_T = offsets_T2.unbind(-1)
     mask_T = torch.zeros(len(offsets_T2), dtype=torch.bool)
     for start, end in spans:
-        grown_start, grown_end = (char + _chars_gained(char, replacements) for char in (start, end))
+        # A character moves because of the placeholders before it that grew.
+        grown_start, grown_end = (
+            char + next((new - old for old, new in reversed(placed) if old <= char), 0) for char in (start, end)
+        )
         mask_T |= (starts_T < grown_end) & (ends_T > grown_start) & (ends_T > starts_T)
     return mask_T
 
@@ -64,12 +68,3 @@ def _by_prefixes(template: ChatTemplate, messages: list[Message]) -> tuple[str, 
             )
         spans.append((len(before), len(until)))
     return text, spans
-
-
-def _chars_gained(char: int, replacements: Sequence[Mapping[str, Any]]) -> int:
-    """How far the character moves because of the placeholders before it that were expanded."""
-    gained = 0
-    for replacement in replacements:
-        if replacement["span"][1] <= char:
-            gained = replacement["new_span"][1] - replacement["span"][1]
-    return gained

@@ -4,7 +4,7 @@ Shape letters: T tokens, N image tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from PIL import Image
@@ -46,10 +46,7 @@ class EncodedConversation:
 class ConversationEncoder:
     """Encodes conversations for one processor; may be used by several threads.
 
-    Args:
-        processor: a Hugging Face processor with a fast tokenizer and a chat template.
-        image_token_id: `config.image_token_id` of the model.
-        max_length: tokens kept of a conversation, image tokens included.
+    `image_token_id` is that of the model's config; of a conversation `max_length` tokens are kept, images' included.
 
     Raises:
         UserError: If the tokenizer is slow or there is no usable chat template.
@@ -98,10 +95,7 @@ class ConversationEncoder:
     ) -> EncodedConversation:
         """A question up to where the model's answer begins; `answer_mask` is all False.
 
-        Args:
-            question: the last turn.
-            images: of all turns.
-            earlier: turns before it (`from`, `value`), which then hold the images' placeholders.
+        Turns before it (`from`, `value`) hold the placeholders of all images, if there are any.
 
         Raises:
             UnusableSample: If the question cannot be asked, or is longer than `max_length`: a prompt is never cut.
@@ -184,9 +178,4 @@ class ConversationEncoder:
             )
         if num_tokens <= self.max_length:
             return encoded
-        return EncodedConversation(
-            token_ids=encoded.token_ids[: self.max_length].clone(),
-            answer_mask=answer_mask.clone(),
-            pixel_inputs=encoded.pixel_inputs,
-            image_positions=encoded.image_positions,
-        )
+        return replace(encoded, token_ids=encoded.token_ids[: self.max_length].clone(), answer_mask=answer_mask.clone())

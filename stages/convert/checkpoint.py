@@ -85,12 +85,7 @@ def convert_checkpoint(
     A teacher, and a student trained without a post-connector, become a stock Llava. A student with a post-connector
     becomes this project's student model, since Llava's projector has the decoder's width.
 
-    Args:
-        source: folder or hub id of a checkpoint in the released layout.
-        output: a folder that does not exist yet, or is empty.
-        tokenizer: folder or hub id, if not the one in `source` or named by its config.
-        image_processor: the same for the image processor.
-        progress: where the megabytes written are shown.
+    Tokenizer and image processor are those of the source or named by its config, unless given as folder or hub id.
 
     Raises:
         UserError: If the layout is unknown, weights are pickled, tensors or shapes are missing or unexpected, or
@@ -210,7 +205,9 @@ def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, p
         with safe_open(path, framework="pt") as file:
             for name, source in tensors.items():
                 if source.file == path:
-                    held[name] = _grown(file.get_tensor(source.name), added_rows if name in (EMBEDDING, HEAD) else 0)
+                    tensor = held[name] = file.get_tensor(source.name)
+                    if added_rows and name in (EMBEDDING, HEAD):
+                        held[name] = torch.cat([tensor, tensor.new_zeros(added_rows, *tensor.shape[1:])])
         save_file(held, folder / target, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, target)
         num_bytes += sum(tensor.nbytes for tensor in held.values())
@@ -219,7 +216,3 @@ def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, p
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=1))
     return num_bytes
-
-
-def _grown(tensor: Tensor, added_rows: int) -> Tensor:
-    return torch.cat([tensor, tensor.new_zeros(added_rows, *tensor.shape[1:])]) if added_rows else tensor

@@ -69,11 +69,6 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def is_student(config: Mapping[str, Any]) -> bool:
-    """Whether a released config is that of a student with a post-connector."""
-    return bool(config.get("post_connector_use"))
-
-
 def class_tokens(config: Mapping[str, Any]) -> int:
     """Tokens that the vision tower puts before its patches."""
     return _CLASS_TOKENS[config["vision_config"]["model_type"]]
@@ -96,7 +91,7 @@ def converted_config(config: Mapping[str, Any], image_token_id: int, vocab_size:
         "tie_word_embeddings": text.tie_word_embeddings,
         "dtype": dtype,
     }
-    if is_student(config):
+    if config.get("post_connector_use"):
         return CompoDistillStudentConfig(adapter_hidden_size=config["connector_hidden_size"], **shared)
     return LlavaConfig(**shared)
 

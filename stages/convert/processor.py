@@ -26,10 +26,7 @@ def load_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer with `IMAGE_TOKEN` in it, and where it is from; None if nobody chose one and none was found.
 
-    Args:
-        source: the released folder; its own tokenizer is taken when it has one.
-        config: the released config, which names another source.
-        chosen: a folder or hub id that wins over both.
+    It is the `chosen` one, else that of the released folder `source`, else the one that its config names.
 
     Raises:
         UserError: If the chosen one, or that of `source`, cannot be read.
@@ -56,7 +53,11 @@ def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | 
     files, named = ("preprocessor_config.json", "processor_config.json"), _named(config, "vision_model_name_or_path")
     images, origin = _load(AutoImageProcessor, "image processor", source, files, named, chosen)
     if images is None:
-        images, origin = _of_tower(config["vision_config"]["model_type"], wanted), "the vision tower's config"
+        square, origin = {"height": wanted, "width": wanted}, "the vision tower's config"
+        if config["vision_config"]["model_type"] == "siglip_vision_model":
+            images = SiglipImageProcessorPil(size=square)
+        else:
+            images = CLIPImageProcessorPil(size={"shortest_edge": wanted}, crop_size=square)
     made = _side(images)
     if made != wanted:
         raise UserError(f"the image processor of {origin} makes images of {made} pixels, the tower takes {wanted}")
@@ -68,11 +69,7 @@ def make_processor(
 ) -> LlavaProcessor:
     """A Llava processor that makes the pixels and the text of the released code.
 
-    Args:
-        config: the released config.
-        tokenizer: of `load_tokenizer`.
-        images: of `load_image_processor`.
-        strategy: `vision_feature_select_strategy` of the converted config.
+    `strategy` is `vision_feature_select_strategy` of the converted config.
     """
     end = END_TOKEN if END_TOKEN in tokenizer.get_vocab() else tokenizer.eos_token
     return LlavaProcessor(
@@ -107,13 +104,6 @@ def _load(
 
 def _named(config: Mapping[str, Any], *keys: str) -> str | None:
     return next((str(config[key]) for key in keys if config.get(key)), None)
-
-
-def _of_tower(model_type: str, size: int) -> Any:
-    square = {"height": size, "width": size}
-    if model_type == "siglip_vision_model":
-        return SiglipImageProcessorPil(size=square)
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
 
 
 def _side(images: Any) -> object:

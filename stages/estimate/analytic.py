@@ -8,22 +8,17 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from stages.conversations.encoder import ConversationEncoder
-from stages.estimate.extrapolate import CodecCost, TeacherCost, extrapolate
-from stages.estimate.report import Estimate, EstimateConfig
+from stages.estimate.extrapolate import CodecCost, extrapolate
+from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, sample_set
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
 from storage.codecs.config import MapCodecName, num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.stores import Store
+from storage.samples.sample_set import SampleSet
 from storage.targets.layout import ARRAYS
 
-BYTES_PER_ENTRY: dict[MapCodecName, float] = {
-    "float16": 1.77782,
-    "sqrt8": 0.86340,
-    "sqrt4": 0.42269,
-    "sqrt2": 0.22282,
-}
+BYTES_PER_ENTRY: dict[MapCodecName, float] = {"float16": 1.77782, "sqrt8": 0.86340, "sqrt4": 0.42269, "sqrt2": 0.22282}
 """Of an entry of one captured layer's map, with all that is stored of the windows; from
 `benchmarks/results/attention_codes.json`, synthetic maps of 728 image tokens. A test compares them."""
 
@@ -37,7 +32,7 @@ PHOTOGRAPH = (640, 480)
 
 def estimate_from_configs(
     settings: TeacherConfig,
-    samples: Store | None,
+    samples: SampleSet | None,
     config: EstimateConfig,
     *,
     workers: int,
@@ -68,6 +63,7 @@ def estimate_from_configs(
         raise UserError(
             "neither sample shards nor how many samples there will be: give --samples, or --set estimate.samples=NUMBER"
         )
+    # Attention maps cost nothing for a sample without an image, and once for all samples that share them.
     work = forward_work(identity, held.per_sample)
     operations = sum(work.values())
     rates = {"logit_records": identity.logit_codec.row_bytes, "token_ids": TOKEN_BYTES}
@@ -81,8 +77,7 @@ def estimate_from_configs(
     }
     teacher = TeacherCost(
         device=f"GPU of {config.gpu_tflops:g} TFLOP/s at {config.efficiency:.0%}",
-        on_gpu=True,
-        seconds_per_sample=operations / (config.gpu_tflops * 1e12 * config.efficiency),
+        teacher_seconds_per_sample=operations / (config.gpu_tflops * 1e12 * config.efficiency),
     )
     shares = ", ".join(f"{name} {part / operations:.1%}" for name, part in work.items())
     notes = (
@@ -93,8 +88,7 @@ def estimate_from_configs(
         "bytes of answer rows and tokens are those before zstd",
         *assumed,
     )
-    samples_url = None if samples is None else samples.url
-    return extrapolate(settings, identity, samples_url, held, costs, teacher, workers=workers, notes=notes)
+    return extrapolate(settings, identity, held, costs, teacher, workers=workers, notes=notes)
 
 
 def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, float]:

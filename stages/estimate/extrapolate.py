@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.estimate.report import SHOWN_UNUSABLE, Estimate, SettingEstimate
+from stages.estimate.report import SHOWN_UNUSABLE, Estimate, SettingEstimate, TeacherCost
 from stages.estimate.sampling import UNITS, Counts, SetCounts
 from stages.teacher.identity import TeacherConfig, TeacherIdentity
 from storage.codecs.config import LogitCodecConfig, MapCodecName
@@ -43,55 +43,33 @@ class CodecCost:
     seconds_per_byte: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherCost:
-    """What the teacher takes, whatever the map codec; what is not measured is 0."""
-
-    device: str
-    on_gpu: bool
-    """Whether coding and writing go on beside the teacher."""
-    seconds_per_sample: float
-    """With the coding in 16 bits."""
-    threads: int = 1
-    load_seconds: float = 0.0
-    vision_bytes: int = 0
-    """Of the folder `teacher/`."""
-    num_measured: int = 0
-    skipped: Sequence[SkippedSample] = ()
-    """Samples of these that it could not take."""
-
-
 def extrapolate(
     settings: TeacherConfig,
     identity: TeacherIdentity,
-    samples_url: str | None,
     held: SetCounts,
     costs: Mapping[MapCodecName, CodecCost],
     teacher: TeacherCost,
     *,
+    skipped: Sequence[SkippedSample] = (),
     workers: int,
     notes: Sequence[str],
 ) -> Estimate:
-    """The whole extraction with each map codec, by `workers` teachers side by side."""
+    """The whole extraction with each map codec, by `workers` teachers side by side; `skipped` are the teacher's."""
     chosen, logit_codec = costs[settings.map_codec], identity.logit_codec
-    skipped = [*held.skipped, *teacher.skipped]
+    unusable = [*held.skipped, *skipped]
     measured = costs if teacher.num_measured else {}
     return Estimate(
+        **dict(teacher),
         basis="measured" if teacher.num_measured else "analytic",
         teacher=settings.checkpoint,
-        samples_url=samples_url,
+        samples_url=held.url,
         num_samples=held.num_samples,
         num_shards=len(held.shard_sizes),
         num_sampled=held.num_read,
-        num_measured=teacher.num_measured,
         per_sample=held.per_sample,
-        unusable=dict(Counter(one.reason for one in skipped).most_common()),
-        unusable_examples=tuple(f"{one.key}: {one.reason}: {one.detail}" for one in skipped[:SHOWN_UNUSABLE]),
-        device=teacher.device,
+        unusable=dict(Counter(one.reason for one in unusable).most_common()),
+        unusable_examples=tuple(f"{one.key}: {one.reason}: {one.detail}" for one in unusable[:SHOWN_UNUSABLE]),
         workers=workers,
-        threads=teacher.threads,
-        load_seconds=teacher.load_seconds,
-        teacher_seconds_per_sample=teacher.seconds_per_sample,
         coding_seconds_per_map={name: cost.coding_seconds for name, cost in measured.items()},
         writing_seconds_per_shard={name: _writing_seconds(held, cost) for name, cost in measured.items()},
         chosen=settings.map_codec,
@@ -128,10 +106,10 @@ def _setting(
     if cost.spread is not None:
         half = data * _relative_error(held, cost.rates, cost.spread)
         interval = round(max(shard_bytes - half, 0)), round(shard_bytes + half)
-    seconds = teacher.seconds_per_sample * num_samples
+    seconds = teacher.teacher_seconds_per_sample * num_samples
     num_maps = held.per_sample["maps"] * num_samples
     writing = _writing_seconds(held, cost) * num_shards
-    if teacher.on_gpu:
+    if teacher.device != "CPU":
         seconds = max(seconds, cost.coding_seconds * num_maps + writing)
     else:
         # The measured teacher coded in 16 bits; that took its part of the time.

@@ -3,34 +3,45 @@
 The teacher sees them once; its maps, taken in 16 bits, are then coded and written with every codec.
 """
 
+import math
+import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from stages.estimate.codec_costs import measure_codecs
-from stages.estimate.extrapolate import TeacherCost, extrapolate
-from stages.estimate.report import Estimate, EstimateConfig
-from stages.estimate.sampling import SetCounts, sample_set
+from stages.estimate.extrapolate import UNIT_OF_ARRAY, CodecCost, extrapolate, predicted
+from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
+from stages.estimate.sampling import Counts, SampledBlock, SetCounts, sample_set
 from stages.teacher.batching import BatchSize
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
+from storage.codecs.config import MapCodecName, num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
+from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.samples.writer import SampleShardWriter
-from storage.stores import Store, open_store
+from storage.stores import open_store
+from storage.targets.commits import CommitRecord
+from storage.targets.layout import ARRAYS
+from storage.targets.manifest import Manifest
+from storage.targets.writer import write_shard
+
+CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
 
 
 def estimate_by_measurement(
     settings: TeacherConfig,
-    samples: Store,
+    samples: SampleSet,
     config: EstimateConfig,
     *,
     workers: int,
@@ -58,20 +69,17 @@ def estimate_by_measurement(
     with tempfile.TemporaryDirectory(prefix="cdp-estimate-") as name:
         folder = Path(name)
         seen, seconds, batch_size = _run_teacher(teacher, kept, folder / "samples", progress)
-        index = SampleIndex.load(samples)
-        costs = measure_codecs(teacher, seen, held.blocks, index, settings.map_codec, folder, progress)
+        costs = _measure_codecs(teacher, seen, held.blocks, samples.index, settings.map_codec, folder, progress)
         teacher.save_vision(folder / "teacher")
         vision_bytes = sum(file.stat().st_size for file in (folder / "teacher").rglob("*") if file.is_file())
     on_gpu = teacher.model.device.type == "cuda"
     cost = TeacherCost(
         device=torch.cuda.get_device_name() if on_gpu else "CPU",
-        on_gpu=on_gpu,
-        seconds_per_sample=seconds / len(kept),
+        teacher_seconds_per_sample=seconds / len(kept),
         threads=threads,
         load_seconds=load_seconds,
         vision_bytes=vision_bytes,
         num_measured=len(seen.samples) + len(seen.skipped),
-        skipped=seen.skipped,
     )
     notes = [
         f"the teacher was timed on {len(seen.samples)} samples in batches of at most {batch_size}",
@@ -81,10 +89,12 @@ def estimate_by_measurement(
         notes.append("the estimate takes coding and writing to go on beside the teacher")
     if held.num_read == held.num_samples:
         notes.append("every sample was read: the interval is for what the teacher did not see")
-    return extrapolate(settings, teacher.identity, samples.url, held, costs, cost, workers=workers, notes=notes)
+    return extrapolate(
+        settings, teacher.identity, held, costs, cost, skipped=seen.skipped, workers=workers, notes=notes
+    )
 
 
-def _sample(teacher: Teacher, samples: Store, config: EstimateConfig, progress: Progress) -> SetCounts:
+def _sample(teacher: Teacher, samples: SampleSet, config: EstimateConfig, progress: Progress) -> SetCounts:
     """Counts of the sample set, with enough usable samples for two batches of the teacher."""
     identity = teacher.identity
     batch_size = BatchSize(identity.settings.batch_size, on_gpu=teacher.model.device.type == "cuda").value
@@ -99,7 +109,7 @@ def _sample(teacher: Teacher, samples: Store, config: EstimateConfig, progress: 
     if not held.per_sample["samples"]:
         reasons = Counter(skipped.reason for skipped in held.skipped)
         raise UserError(
-            f"none of {held.num_read} samples drawn from {samples.url} can be used "
+            f"none of {held.num_read} samples drawn from {samples.store.url} can be used "
             f"({', '.join(f'{reason}: {count}' for reason, count in reasons.most_common())})"
         )
     return held
@@ -123,5 +133,109 @@ def _packed(folder: Path, samples: Sequence[StoredSample]) -> SampleShard:
     """These samples as a shard of their own, open."""
     with SampleShardWriter(folder, len(samples), 2**63) as writer:
         writer.add_group(samples)
-    store = open_store(folder)
-    return SampleShard.open(store, SampleIndex.load(store).shards[0])
+    return SampleSet.open(folder).shard(0)
+
+
+def _measure_codecs(
+    teacher: Teacher,
+    seen: ShardObservations,
+    blocks: Sequence[SampledBlock],
+    index: SampleIndex,
+    chosen: MapCodecName,
+    folder: Path,
+    progress: Progress,
+) -> dict[MapCodecName, CodecCost]:
+    """Codes the 16-bit maps that the teacher saw with every codec, and writes them as shards below `folder`."""
+    task = progress.task("code and write", len(CODECS), unit="codecs")
+    causal = teacher.identity.codec.causal
+    costs: dict[MapCodecName, CodecCost] = {}
+    for name in (chosen, *(name for name in CODECS if name != chosen)):
+        identity = replace(teacher.identity, codec=teacher.identity.codec.model_copy(update={"name": name}))
+        manifest = identity.manifest(index.digest, len(index.shards))
+        started = time.perf_counter()
+        recoded = _recoded(teacher, seen, manifest)
+        coding_seconds = (time.perf_counter() - started) / max(len(recoded.maps), 1)
+        if name == chosen:
+            # How blocks differ, and what a shard costs to write, is measured with this codec alone.
+            parts = [_part(recoded, {sample.key for sample in block.kept}) for block in blocks]
+            parts = [part for part in parts if part.samples]
+            written = [_write(folder / name / str(number), manifest, part) for number, part in enumerate(parts)]
+        record, seconds = _write(folder / name / "whole", manifest, recoded)
+        data, metadata_bytes = _bytes_by_array(record)
+        units = _units(recoded, causal=causal)
+        rates = {array: size / max(units[UNIT_OF_ARRAY[array]], 1) for array, size in data.items()}
+        if name == chosen:
+            part_bytes = [_bytes_by_array(part_record)[0].total() for part_record, _ in written]
+            # A block is little more than what every shard costs, whatever is in it.
+            fixed_seconds = statistics.median(part_seconds for _, part_seconds in written)
+            more_bytes = data.total() - statistics.median(part_bytes)
+            per_byte = max(0.0, (seconds - fixed_seconds) / more_bytes) if more_bytes > 0 else 0.0
+            expected = [predicted(rates, _units(part, causal=causal)) for part in parts]
+            spread = _standard_error([size / each for size, each in zip(part_bytes, expected, strict=True)])
+        costs[name] = CodecCost(
+            rates=rates,
+            metadata_bytes=metadata_bytes,
+            num_files=len(record.files),
+            commit_bytes=len(record.to_bytes()),
+            coding_seconds=coding_seconds,
+            spread=spread,
+            fixed_seconds=fixed_seconds,
+            seconds_per_byte=per_byte,
+        )
+        task.advance()
+    return {name: costs[name] for name in CODECS}
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the mean, as a share of it; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    return statistics.stdev(values) / statistics.mean(values) / math.sqrt(len(values))
+
+
+def _recoded(teacher: Teacher, seen: ShardObservations, manifest: Manifest) -> ShardObservations:
+    """The 16-bit maps in another code, made on the teacher's device."""
+    stored, device = teacher.identity.map_codec, teacher.model.device
+    other = replace(stored, config=manifest.fingerprint.map_codec)
+    maps = [other.encode(stored.decode(entry.to(device))).to(torch.device("cpu")) for entry in seen.maps]
+    return ShardObservations(seen.samples, maps)
+
+
+def _part(whole: ShardObservations, keys: Collection[str]) -> ShardObservations:
+    """The samples of these keys, their maps numbered from 0."""
+    samples = [sample for sample in whole.samples if sample.key in keys]
+    rows = list(dict.fromkeys(sample.map_row for sample in samples if sample.map_row is not None))
+    numbers: dict[int | None, int | None] = {None: None} | {row: number for number, row in enumerate(rows)}
+    return ShardObservations(
+        [replace(sample, map_row=numbers[sample.map_row]) for sample in samples], [whole.maps[row] for row in rows]
+    )
+
+
+def _write(folder: Path, manifest: Manifest, seen: ShardObservations) -> tuple[CommitRecord, float]:
+    """Writes a shard; its commit record, and the seconds it took."""
+    started = time.perf_counter()
+    record = write_shard(open_store(folder), 0, manifest, "samples-000000.tar", seen.samples, seen.maps, [])
+    return record, time.perf_counter() - started
+
+
+def _bytes_by_array(record: CommitRecord) -> tuple[Counter[str], int]:
+    """Bytes of data by array, and bytes of all metadata."""
+    data, metadata = Counter({spec.name: 0 for spec in ARRAYS}), 0
+    for path, (size, _) in record.files.items():
+        name, _, below = path.partition("/")
+        if below.startswith("c/") or below == "c":
+            data[name] += size
+        else:
+            metadata += size
+    return data, metadata
+
+
+def _units(seen: ShardObservations, *, causal: bool) -> Counts:
+    return {
+        "samples": len(seen.samples),
+        "tokens": sum(len(sample.token_ids) for sample in seen.samples),
+        "answer_rows": sum(len(sample.logits_RQ) for sample in seen.samples),
+        "maps": len(seen.maps),
+        "image_tokens": sum(entry.num_tokens for entry in seen.maps),
+        "map_entries": sum(num_entries(entry.num_tokens, causal) for entry in seen.maps),
+    }

@@ -57,7 +57,24 @@ class SettingEstimate(StrictModel):
     """From the start of the workers to the last shard, with as many workers as the estimate names."""
 
 
-class Estimate(StrictModel):
+class TeacherCost(StrictModel):
+    """What the teacher takes, whatever the map codec; from configs alone, what is not computed is 0."""
+
+    device: str
+    """CPU, or the name of the GPU, where coding and writing go on beside the teacher."""
+    threads: int = 1
+    """Of each worker, as extraction sets them on this machine."""
+    load_seconds: float = 0.0
+    """Loading the teacher, once a worker."""
+    teacher_seconds_per_sample: float
+    """Forward pass with all that happens beside it, at the batch size of extraction, after a warm-up."""
+    vision_bytes: int = 0
+    """Of the folder `teacher/`."""
+    num_measured: int = 0
+    """Samples that went through the teacher."""
+
+
+class Estimate(TeacherCost):
     """What `cdp estimate` found, before anything is written."""
 
     basis: Literal["measured", "analytic"]
@@ -68,8 +85,6 @@ class Estimate(StrictModel):
     num_shards: int
     num_sampled: int
     """Samples read and tokenised."""
-    num_measured: int
-    """Samples that went through the teacher."""
     per_sample: dict[str, float]
     """Usable samples, tokens, answer rows, maps, image tokens and map entries of a sample of the set; the last three
     are those of stored maps, which samples share."""
@@ -77,14 +92,7 @@ class Estimate(StrictModel):
     """Reason -> samples of those read that could not be used."""
     unusable_examples: tuple[str, ...]
     """The first of them, each with what was found."""
-    device: str
     workers: int
-    threads: int
-    """Of each worker, as extraction sets them on this machine."""
-    load_seconds: float
-    """Loading the teacher, once a worker."""
-    teacher_seconds_per_sample: float
-    """Forward pass with all that happens beside it, at the batch size of extraction, after a warm-up."""
     coding_seconds_per_map: dict[MapCodecName, float]
     """Empty from configs alone, as the next."""
     writing_seconds_per_shard: dict[MapCodecName, float]

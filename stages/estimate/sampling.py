@@ -13,10 +13,9 @@ from stages.teacher.timings import Timings
 from storage.codecs.config import num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.samples.index import SampleIndex, SampleShardEntry
+from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
-from storage.samples.shard import SampleShard
-from storage.stores import Store
+from storage.samples.sample_set import SampleSet
 from storage.targets.commits import SkippedSample
 
 UNITS = {"samples": "SU", "tokens": "T", "answer_rows": "R", "maps": "M", "image_tokens": "N", "map_entries": "CYG"}
@@ -47,6 +46,7 @@ class SetCounts:
     per_sample: Counts
     blocks: Sequence[SampledBlock] = ()
     """What was read of it; nothing where `per_sample` is assumed."""
+    url: str | None = None
 
     @property
     def num_samples(self) -> int:
@@ -65,7 +65,7 @@ class SetCounts:
 
 
 def sample_set(
-    store: Store,
+    samples: SampleSet,
     encoder: ConversationEncoder,
     config: EstimateConfig,
     *,
@@ -78,13 +78,13 @@ def sample_set(
     Raises:
         UserError: If the set is empty.
     """
-    index = SampleIndex.load(store)
+    index = samples.index
     planned = plan_blocks(index.num_samples, config.num_blocks, config.num_sampled, config.seed)
     kept_per_block = -(-num_kept // len(planned))
-    blocks = count_blocks(store, index, encoder, planned, causal=causal, num_kept=kept_per_block, progress=progress)
+    blocks = count_blocks(samples, encoder, planned, causal=causal, num_kept=kept_per_block, progress=progress)
     num_read = sum(block.num_read for block in blocks)
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
-    return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks)
+    return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks, samples.store.url)
 
 
 def plan_blocks(num_samples: int, num_blocks: int, num_sampled: int, seed: int) -> list[range]:
@@ -109,8 +109,7 @@ def plan_blocks(num_samples: int, num_blocks: int, num_sampled: int, seed: int) 
 
 
 def count_blocks(
-    store: Store,
-    index: SampleIndex,
+    samples: SampleSet,
     encoder: ConversationEncoder,
     planned: Sequence[range],
     *,
@@ -129,8 +128,8 @@ def count_blocks(
         counts = dict.fromkeys(UNITS, 0.0)
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
-        for entry, rows in _by_shard(index, numbers):
-            with SampleShard.open(store, entry) as shard:
+        for shard_number, rows in _by_shard(samples.index, numbers):
+            with samples.shard(shard_number) as shard:
                 prepare = SamplePreparer(encoder, shard, Timings())
                 usable = []
                 for row in rows:
@@ -171,11 +170,11 @@ def _neighbours(prepare: SamplePreparer, rows: range, key: str | None) -> int:
     return sum(1 for _ in itertools.takewhile(bool, same))
 
 
-def _by_shard(index: SampleIndex, numbers: range) -> Iterator[tuple[SampleShardEntry, range]]:
-    """Shards of a block of the whole set, and its rows in each."""
+def _by_shard(index: SampleIndex, numbers: range) -> Iterator[tuple[int, range]]:
+    """Numbers of the shards of a block of the whole set, and its rows in each."""
     first = 0
-    for entry in index.shards:
+    for number, entry in enumerate(index.shards):
         rows = range(max(numbers.start - first, 0), min(numbers.stop - first, entry.num_samples))
         if rows:
-            yield entry, rows
+            yield number, rows
         first += entry.num_samples

@@ -39,10 +39,7 @@ class PooledAttention:
 def pooled_attention(student: Student, batch: Batch, matching: LayerMatching) -> PooledAttention:
     """Pools the maps of student and teacher, each with its own sink mask.
 
-    Args:
-        student: With capture enabled; left in evaluation mode.
-        batch: On the student's device, with an image.
-        matching: Which layers are compared.
+    The student has capture enabled and is left in evaluation mode; the batch is on its device and has an image.
     """
     _, student_maps, windows = run_student(student.eval(), batch, matching)
     assert windows is not None
@@ -56,11 +53,9 @@ def pooled_attention(student: Student, batch: Batch, matching: LayerMatching) ->
 
 
 def overlay(image: Image.Image, received_N: Tensor) -> Image.Image | None:
-    """`image` darkened, and lit where attention goes; None when the tokens form no square grid.
+    """An RGB image darkened, and lit where attention goes; None when the tokens form no square grid.
 
-    Args:
-        image: RGB, any size.
-        received_N: Attention that each image token receives, in row order.
+    `received_N` is the attention that each image token receives, in row order.
     """
     side = math.isqrt(len(received_N))
     if side * side != len(received_N) or not side:

@@ -55,12 +55,7 @@ def attention_similarity(
 ) -> AttentionSimilarity:
     """Runs the student over `batches` and compares its maps with the stored ones.
 
-    Args:
-        student: With capture enabled; left in evaluation mode.
-        batches: From the collator; samples without an image do not count.
-        matching: Which layers are compared.
-        task: Advances by the samples of each batch.
-        layers_from: Where `matching` is from, for the report.
+    Samples without an image do not count. The student has capture enabled and is left in evaluation mode.
     """
     student.eval()
     similarity_W = torch.zeros(len(matching.student_layers), dtype=torch.float64)

@@ -1,15 +1,15 @@
 """Evaluates a model on a suite of caption pairs."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from stages.checkpoints import image_processor_backend
 from stages.conversations.encoder import ConversationEncoder
-from stages.evaluation.intervals import wilson_interval
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport, KindResult
 from stages.evaluation.rows import RowReader
@@ -24,6 +24,8 @@ from stages.evaluation.scoring import (
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 
+_Z_95: Final = 1.959963984540054
+
 
 def evaluate_pairs(
     model: Any,
@@ -35,13 +37,7 @@ def evaluate_pairs(
 ) -> EvaluationReport:
     """Scores all pairs and sums up by kind.
 
-    Args:
-        model: Any model of `AutoModelForImageTextToText`, on its device; it is left in the mode it came in.
-        processor: The processor of its checkpoint.
-        pairs: Kind to pairs, as from `load_pairs`.
-        config: How to score.
-        progress: Where finished pairs are counted.
-        title: Name of the task there.
+    The model is any of `AutoModelForImageTextToText`, on its device; it is left in the mode it came in.
 
     Raises:
         UserError: If a kind has no pairs, a pair cannot be encoded, the model cannot be read row by row, or scores are
@@ -77,6 +73,22 @@ def evaluate_pairs(
         seconds=seconds,
         pairs_per_s=num_pairs / seconds,
     )
+
+
+def wilson_interval(successes: float, num_trials: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion.
+
+    A tie counts as half a success.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if num_trials < 1 or not 0 <= successes <= num_trials:
+        raise ValueError(f"{successes} successes of {num_trials} trials")
+    share, z2 = successes / num_trials, _Z_95**2
+    center = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
+    spread = math.sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))
+    half = _Z_95 * spread / (1 + z2 / num_trials)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _sum_up(scores: Tensor) -> KindResult:

@@ -33,13 +33,9 @@ def load_pairs(
     kinds: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, list[CaptionPair]]:
-    """The pairs of each kind: kinds in the order asked for, or by name, pairs in the order of their file.
+    """The first `limit` pairs of each kind: kinds in the order asked for, or by name, pairs in the order of their file.
 
-    Args:
-        folder: Holds the `KIND.json` files.
-        images: Holds the images; None is `folder/images`.
-        kinds: Kinds to read; None reads all.
-        limit: The first pairs of each kind; None reads all.
+    Images are in `folder/images` unless another folder is named.
 
     Raises:
         UserError: If a folder, file, kind or image is missing, JSON has another layout, or a file name leaves the

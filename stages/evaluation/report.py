@@ -9,7 +9,6 @@ class KindResult(StrictModel):
     """The result on one kind of pairs."""
 
     num_pairs: int
-    """Pairs scored."""
     accuracy: float
     """Mean over the pairs, within 0 and 1; guessing gives 0.5."""
     interval_95: tuple[float, float]
@@ -41,7 +40,3 @@ class EvaluationReport(StrictModel):
     """Wall-clock time of scoring with decoding of images, without loading the model."""
     pairs_per_s: float
     """Pairs scored a second."""
-
-    def to_json(self) -> str:
-        """The report as indented JSON with a newline at its end."""
-        return self.model_dump_json(indent=2) + "\n"

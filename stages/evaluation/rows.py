@@ -55,15 +55,7 @@ class RowReader:
             )
 
     def hidden(self, groups: Sequence[Group], rows: Sequence[Tensor]) -> Tensor:
-        """The last hidden states of a batch at chosen rows of each sequence.
-
-        Args:
-            groups: The batch.
-            rows: Wanted positions of each sequence, group after group; int64.
-
-        Returns:
-            `[R, d]`, in the order of `rows`.
-        """
+        """`[R, d]` last hidden states of a batch at chosen int64 `rows` of each sequence, group after group."""
         rows_left = iter(rows)
         parts: list[Tensor] = []
         for _, alike in groupby(groups, key=_pixel_shapes):

@@ -87,12 +87,7 @@ def likelihood_scores(
 ) -> Tensor:
     """Scores of both captions of each pair as answers to `config.prompt`.
 
-    Args:
-        model: Any model of `AutoModelForImageTextToText`, in eval mode.
-        encoder: Of the model's processor, with `max_length` too large to cut a caption.
-        pairs: What to score.
-        config: Prompt, batching and bounds.
-        task: Advances by the pairs of each batch.
+    The model is in eval mode; the encoder's `max_length` is too large to cut a caption.
 
     Returns:
         `[pairs, 2]` float64: summed log-probability of the fitting and of the negative caption.
@@ -126,7 +121,7 @@ def letter_scores(
 ) -> Tensor:
     """Scores of the letters of both captions of each pair, in both orders.
 
-    Arguments and errors are those of `likelihood_scores`.
+    Model, encoder and errors are those of `likelihood_scores`.
 
     Returns:
         `[pairs, 2, 2]` float64: log-probability of the letter of the fitting and of the negative caption (last

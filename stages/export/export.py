@@ -14,9 +14,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from stages.checkpoints import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
-from stages.export.model_card import ExportReport, ModelNames, model_card, read_history
+from stages.export.model_card import ExportReport, ModelNames, PostConnector, model_card, read_history
 from stages.new_folder import check_new, new_folder
-from stages.student.model.folding import fold_post_connector, has_post_connector, take_apart
+from stages.student.model.folding import ModelParts, fold_post_connector, has_post_connector, take_apart
 from stages.student.model.generation import (
     generation_settings,
     grow_vocabulary,
@@ -62,7 +62,7 @@ def export_student(
         fold: Whether the post-connector becomes part of the projector, where that is exact.
         dtype: What the weights are rounded to, after folding; None keeps the checkpoint's, float32 of a run.
         names: Of the models that it was made from, for the card.
-        evaluation: Goes into the card.
+        evaluation: For the card.
         progress: Where the steps are counted.
 
     Raises:
@@ -77,39 +77,31 @@ def export_student(
     pad_on_the_left(processor.tokenizer)
     vision_type = getattr(student.config, "teacher_config", student.config).model_type
     probe = ConversationEncoder(processor, student.config.image_token_id, _NO_LIMIT).encode_pair(*_PROBE, [_picture()])
-    parts = whole = take_apart(student)
-    had_post_connector = has_post_connector(whole)
-    if fold and had_post_connector:
-        parts = fold_post_connector(parts)
-    folded = had_post_connector and not has_post_connector(parts)
-    parts, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
+    parts, post_connector = _folded(student, fold=fold)
+    grown, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
     generation = generation_settings(student, processor.tokenizer, probe, added_ids)
 
     task.update(done=1, note="saving")
     with new_folder(output) as staging:
         # The student itself where nothing changed: transformers saves some families under other names than it holds.
-        model = student if parts is whole else parts.build()
+        changed = post_connector == "folded" or bool(added_ids)
+        model = grown.build() if changed else student
         trained, stored = student.dtype, student.dtype if dtype is None else getattr(torch, dtype)
         num_parameters, expected_TV, unrounded_TV = _save_rounded(model, stored, generation, staging, student, probe)
-        del student, parts, whole, model
+        del student, parts, grown, model
         processor.save_pretrained(staging)
         name_video_half(vision_type, staging)
         task.update(done=2, note="comparing")
         exported = load_multimodal(staging)
         stored = exported.dtype
         found_TV = _logits(exported, probe)
-        unrounded_TV = found_TV if unrounded_TV is None else unrounded_TV
-        # Far more than rounding the folded weights once can do, far less than a mistake in them would do.
-        share = torch.finfo(trained).eps ** 0.5
-        _check(unrounded_TV, expected_TV, share, "the export's logits", "Export with --no-fold")
-        what = f"the logits of weights rounded to {stored}"
-        rounding_error = _check(found_TV, unrounded_TV, _MOST_BY_ROUNDING, what, "Export with another --dtype")
+        rounding_error = _check_logits(found_TV, expected_TV, unrounded_TV, trained, stored)
         report = ExportReport(
             # The whole path is private.
             source="/".join(source.absolute().parts[-3:]),
             model_class=type(exported).__name__,
             custom_code=_code_of(type(exported)).name if isinstance(exported, OWN_CLASSES) else None,
-            post_connector="folded" if folded else "kept" if had_post_connector else "none",
+            post_connector=post_connector,
             dtype=str(stored).removeprefix("torch."),
             trained_dtype=str(trained).removeprefix("torch."),
             parameters=num_parameters,
@@ -127,6 +119,15 @@ def export_student(
         (staging / CARD).write_text(card, encoding="utf-8")
     task.update(done=3, note="")
     return report
+
+
+def _folded(student: PreTrainedModel, *, fold: bool) -> tuple[ModelParts, PostConnector]:
+    """The student's parts, its post-connector folded if wanted and exact, and what became of it."""
+    parts = take_apart(student)
+    if not has_post_connector(parts):
+        return parts, "none"
+    parts = fold_post_connector(parts) if fold else parts
+    return parts, "kept" if has_post_connector(parts) else "folded"
 
 
 def _save_rounded(
@@ -200,6 +201,18 @@ def _logits(model: PreTrainedModel, probe: EncodedConversation) -> Tensor:
 def _difference(found_TV: Tensor, expected_TV: Tensor) -> float:
     """The largest difference over the ids that both have."""
     return float((found_TV[:, : expected_TV.shape[1]] - expected_TV).abs().max())
+
+
+def _check_logits(
+    found_TV: Tensor, expected_TV: Tensor, unrounded_TV: Tensor | None, trained: torch.dtype, stored: torch.dtype
+) -> float:
+    """Refuses logits that folding or rounding changed too much; returns what rounding changed."""
+    unrounded_TV = found_TV if unrounded_TV is None else unrounded_TV
+    # Far more than rounding the folded weights once can do, far less than a mistake in them would do.
+    share = torch.finfo(trained).eps ** 0.5
+    _check(unrounded_TV, expected_TV, share, "the export's logits", "Export with --no-fold")
+    what = f"the logits of weights rounded to {stored}"
+    return _check(found_TV, unrounded_TV, _MOST_BY_ROUNDING, what, "Export with another --dtype")
 
 
 def _check(found_TV: Tensor, expected_TV: Tensor, share: float, what: str, advice: str) -> float:

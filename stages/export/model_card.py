@@ -28,6 +28,9 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 STAGE_NAMES = tuple(f"{name}." for name in STAGES)
 
+PostConnector = Literal["folded", "kept", "none"]
+"""What became of it; `none`: the checkpoint had none."""
+
 
 class ExportReport(StrictModel):
     """What was exported; `export.json` beside the weights."""
@@ -38,8 +41,7 @@ class ExportReport(StrictModel):
     """Class of transformers, or of the modelling file in the folder."""
     custom_code: str | None
     """The modelling file, which `trust_remote_code` runs; None for a class of transformers itself."""
-    post_connector: Literal["folded", "kept", "none"]
-    """`none`: the checkpoint had none."""
+    post_connector: PostConnector
     dtype: str
     """Of the weights."""
     trained_dtype: str
@@ -103,15 +105,7 @@ def model_card(
     names: ModelNames,
     evaluation: EvaluationReport | None,
 ) -> str:
-    """The card in Markdown, with the front matter that the hub reads.
-
-    Args:
-        name: Of the model.
-        export: What was exported.
-        history: From `read_history`.
-        names: Of the models that it was made from.
-        evaluation: Of the model, if there is one.
-    """
+    """The card in Markdown, with the front matter that the hub reads; `history` is from `read_history`."""
     parts = [_front_matter(names, history), f"# {name}", _about(names, history), "## Use"]
     if export.custom_code is not None:
         parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")

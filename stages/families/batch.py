@@ -24,12 +24,7 @@ def batch_inputs(
 ) -> dict[str, Tensor]:
     """The model's inputs: tokens padded right, pixels of the samples that have any.
 
-    Args:
-        family: says how pixels are joined and whether the model wants to be told where images are.
-        image_token_id: the placeholder's id.
-        token_ids: `[t]` integers of each sample.
-        pixel_inputs: the image processor's outputs of each sample; empty for one without an image.
-        multiple: T is rounded up to a multiple of it.
+    T is rounded up to a multiple of `multiple`. The pixel inputs of a sample without an image are empty.
 
     Returns:
         `input_ids` and `attention_mask` `[B, T]`, for some families where images are `[B, T]`, and the pixels. Padded

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
@@ -17,33 +16,6 @@ MAX_LINE_BYTES = 16 * 2**20
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 _BOM = b"\xef\xbb\xbf"
-
-
-class LlavaRecords(Protocol):
-    """A data file read twice: once through to learn what is in it, then record by record in another order."""
-
-    def positions(self) -> Iterator[int]:
-        """Where each record lies, in file order; a record's ordinal is its number in this sequence, from 0."""
-
-    def load(self, position: int) -> object:
-        """The record at `position`, not validated.
-
-        Raises:
-            UnusableSample: If the bytes there are not JSON.
-        """
-
-
-def open_llava_records(source: Path) -> LlavaRecords:
-    """The records of `source`: JSON lines when its name ends in .jsonl or .ndjson, one JSON list otherwise.
-
-    Raises:
-        UserError: If there is no such file, or the JSON list is too large or not one in UTF-8.
-    """
-    if not source.is_file():
-        raise UserError(f"no data file at {source}; expected a LLaVA .json list or .jsonl file")
-    if source.suffix.lower() in JSONL_SUFFIXES:
-        return JsonLines(source)
-    return JsonList(source)
 
 
 class JsonList:
@@ -77,11 +49,11 @@ class JsonList:
         self._records: list[object] = value
 
     def positions(self) -> Iterator[int]:
-        """The indices of the list."""
+        """The indices of the list; a record's ordinal is its number in this sequence."""
         return iter(range(len(self._records)))
 
     def load(self, position: int) -> object:
-        """The list's item."""
+        """The list's item, not validated."""
         return self._records[position]
 
 
@@ -110,7 +82,7 @@ class JsonLines:
                     yield start
 
     def load(self, position: int) -> object:
-        """The record that begins at byte `position`.
+        """The record that begins at byte `position`, not validated.
 
         Raises:
             UnusableSample: If the line is too long, or not JSON in UTF-8.
@@ -129,3 +101,18 @@ class JsonLines:
         except (ValueError, RecursionError) as error:
             raise UnusableSample("bad_json_line", f"{error} at byte {position}") from error
         return value
+
+
+LlavaRecords = JsonList | JsonLines
+"""A data file read twice: once through to learn what is in it, then record by record in another order."""
+
+
+def open_llava_records(source: Path) -> LlavaRecords:
+    """The records of `source`: JSON lines when its name ends in .jsonl or .ndjson, one JSON list otherwise.
+
+    Raises:
+        UserError: If there is no such file, or the JSON list is too large or not one in UTF-8.
+    """
+    if not source.is_file():
+        raise UserError(f"no data file at {source}; expected a LLaVA .json list or .jsonl file")
+    return JsonLines(source) if source.suffix.lower() in JSONL_SUFFIXES else JsonList(source)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.settings import flattened, name_today
+from stages.settings import RENAMED, flattened
 from stages.student.config import STAGES, StageName
 from stages.student.layer_matching import MatchingConfig
 from storage.errors import UserError
@@ -98,7 +98,9 @@ class StageFolder:
         settings = flattened(data.pop("settings", {}), "train.")
         # Earlier versions wrote the stage's own settings beside the others.
         settings |= {f"train.{name}": data.pop(name) for name in list(data) if "." in name}
-        return StageDescription(data, {name_today(name).removeprefix("train."): settings[name] for name in settings})
+        return StageDescription(
+            data, {RENAMED.get(name, name).removeprefix("train."): settings[name] for name in settings}
+        )
 
     def matching(self) -> MatchingConfig | None:
         """Which layers the stage matches; None for a stage that was not begun."""

@@ -86,13 +86,7 @@ class SamplePreparer:
                 encoded = self._encoder.encode(sample.record["conversations"], images)
             except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
-            return PreparedSample(
-                row=row,
-                key=sample.key,
-                id=name,
-                encoded=encoded,
-                map_key=_map_key(sample, encoded),
-            )
+            return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded))
 
 
 def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
@@ -107,12 +101,7 @@ def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
 
 
 class BatchSize:
-    """Samples of one forward pass: as set, or on a GPU the largest power of two that fits.
-
-    Args:
-        wanted: `TeacherConfig.batch_size`; None lets it be found.
-        on_gpu: where the teacher runs.
-    """
+    """Samples of one forward pass: as `wanted` by the settings, or on a GPU the largest power of two that fits."""
 
     def __init__(self, wanted: int | None, *, on_gpu: bool) -> None:
         self.value = wanted or (GPU_FIRST_TRY if on_gpu else CPU_BATCH)
@@ -164,11 +153,7 @@ def prefetch(
 
 
 class LengthBatcher:
-    """Collects samples by padded length.
-
-    Args:
-        size: samples of a batch.
-    """
+    """Collects samples by padded length into batches of `size`."""
 
     def __init__(self, size: BatchSize) -> None:
         self._size = size

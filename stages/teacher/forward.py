@@ -36,12 +36,7 @@ class ForwardOutput(NamedTuple):
 def run_teacher(
     teacher: Teacher, batch: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]
 ) -> ForwardOutput:
-    """One forward pass; returns when it is done, on a GPU too.
-
-    Args:
-        teacher: the loaded teacher.
-        batch: samples of one padded length.
-        wanted_maps: those of them whose attention maps are taken.
+    """One forward pass of samples of one padded length; returns when it is done, on a GPU too.
 
     Raises:
         torch.OutOfMemoryError: If the batch does not fit; nothing of it is kept then.

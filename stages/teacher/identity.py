@@ -32,6 +32,8 @@ from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
 
+_LOCAL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
+
 
 class TeacherConfig(StrictModel):
     """Which teacher, and what is stored of its attention and answers."""
@@ -140,10 +142,7 @@ class TeacherIdentity:
 def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: bool = True) -> TeacherIdentity:
     """Reads config, processor and chat template and digests the weight files.
 
-    Args:
-        settings: which teacher and what is stored.
-        on_gpu: whether it will run on a GPU; decides what dtype "auto" means.
-        with_weights: False for an estimate, which needs none: the digest of weights is then empty.
+    `on_gpu` decides what dtype "auto" means. Without weights, as for an estimate, their digest is empty.
 
     Raises:
         UserError: If checkpoint or chat template cannot be read, or its family or layers cannot be used.
@@ -192,25 +191,10 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
     With tuples or numbers as keys it would never equal the stored one.
     """
-    portable: dict[str, Any] = json.loads(json.dumps(_without_local(config)))
-    return portable
-
-
-def _without_local(config: dict[str, Any]) -> dict[str, Any]:
-    local = {
-        "_name_or_path",
-        "name_or_path",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "_attn_implementation",
-    }
-    return {
-        key: _without_local(value) if isinstance(value, dict) else value
+    kept = {
+        key: _portable(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in local and _is_json(value)
+        if key not in _LOCAL and isinstance(value, str | int | float | bool | list | tuple | dict | None)
     }
-
-
-def _is_json(value: object) -> bool:
-    return value is None or isinstance(value, str | int | float | bool | list | tuple | dict)
+    portable: dict[str, Any] = json.loads(json.dumps(kept))
+    return portable

@@ -9,6 +9,7 @@ the cause.
 from collections.abc import Callable, Collection, Iterable
 
 from stages.teacher.batching import PreparedSample, SamplePreparer
+from stages.teacher.forward import run_teacher
 from stages.teacher.observe import Observer, ShardObservations, ShardWork
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
@@ -46,8 +47,8 @@ def run_isolated(
     On a CPU all other targets are the same as in batches. On a GPU they are what `teacher.batch_size: 1` gives.
 
     Args:
-        teacher: the loaded teacher; nothing else uses it meanwhile.
-        shard: the sample shard.
+        teacher: nothing else uses it meanwhile.
+        shard: what is observed.
         controls: other samples, by shard and row. The first that the teacher takes is run again whenever a sample
             raises: if it passes, the fault is the sample's and not the teacher's.
         crashing_rows: rows that are left out, with the reason `kills_worker`.
@@ -110,7 +111,7 @@ def _find_control(observer: Observer, controls: Iterable[tuple[SampleShard, int]
                 sample = prepare.make(row, stored)
                 if not isinstance(sample, PreparedSample):
                     return f"{sample.reason}: {sample.detail}"
-                observer.try_out(sample)
+                run_teacher(observer.teacher, [sample], ())
             except _NOT_A_SAMPLES_FAULT:
                 raise
             except Exception as error:

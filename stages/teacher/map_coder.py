@@ -19,13 +19,7 @@ UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 
 
 
 class MapCoder:
-    """Codes the maps of one batch after the other, in a thread of its own.
-
-    Args:
-        teacher: says how maps are coded.
-        timings: where the time is counted.
-        overlap: False codes at once, in the caller's thread.
-    """
+    """Codes the maps of one batch after the other, in a thread of its own or, without `overlap`, in the caller's."""
 
     def __init__(self, teacher: Teacher, timings: Timings, *, overlap: bool) -> None:
         self._teacher, self._timings = teacher, timings

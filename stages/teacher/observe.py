@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self, TypeGuard
 
 import torch
@@ -48,12 +47,8 @@ class Observer:
     """A teacher at work; several threads may each give it a shard.
 
     One shard has the teacher at a time. The others prepare their first batch meanwhile, and the shard that had it
-    before codes its last batches and can be written.
-
-    Args:
-        teacher: the loaded teacher.
-        overlap: False does one thing after the other, in one thread; what comes out is the same.
-        timings: where its time is counted; None is its own.
+    before codes its last batches and can be written. Without `overlap` one thing is done after the other, in one
+    thread; what comes out is the same.
     """
 
     def __init__(self, teacher: Teacher, *, overlap: bool = True, timings: Timings | None = None) -> None:
@@ -68,9 +63,7 @@ class Observer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -88,9 +81,7 @@ class Observer:
         Memory: the coded targets of the shard, a bounded number of batches of prepared samples, and the uncoded maps
         of a few batches (`map_coder.UNCODED_BATCHES` + 1).
 
-        Args:
-            shard: the sample shard.
-            progress: called with the number of samples finished since the last call.
+        `progress` is called with the number of samples finished since the last call.
 
         Raises:
             UserError: If a batch does not fit into memory and its size was set.
@@ -115,10 +106,6 @@ class Observer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
-
-    def try_out(self, sample: PreparedSample) -> None:
-        """Runs the teacher on one sample for nothing but to see whether it can."""
-        run_teacher(self.teacher, [sample], ())
 
 
 class ShardWork:

@@ -136,13 +136,7 @@ class AnswerLogitsCodec:
         return torch.cat([torch.zeros((0, config.row_bytes), dtype=torch.uint8, device=logits_RV.device), *records])
 
     def decode(self, records_RQ: Tensor) -> AnswerLogits:
-        """Decode records, within the bounds stated at `encode`.
-
-        Args:
-            records_RQ: `[R, Q]` uint8, any device.
-
-        Returns:
-            Tensors on the same device.
+        """Decode `[R, Q]` uint8 records on their device, within the bounds stated at `encode`.
 
         Raises:
             ValueError: If type or size are not the codec's.

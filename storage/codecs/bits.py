@@ -41,12 +41,7 @@ def unpack_bits(packed_RQ: Tensor, count: int) -> Tensor:
 
 
 def pack_integers(values_RI: Tensor, width: int) -> Tensor:
-    """`[R, ceil(I * width / 8)]` uint8: integer k is bits `[k * width, (k + 1) * width)`, its lowest bit first.
-
-    Args:
-        values_RI: `[R, I]` integers in `[0, 2**width)`.
-        width: Bits of each, 1 to 25.
-    """
+    """`[R, ceil(I * width / 8)]` uint8: integer k is bits `[k * width, (k + 1) * width)`, its lowest bit first."""
     assert 1 <= width <= MAX_WIDTH
     shifts = torch.arange(width, dtype=torch.int32, device=values_RI.device)
     return pack_bits(((values_RI.int()[..., None] >> shifts) & 1).flatten(1))

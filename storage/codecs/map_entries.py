@@ -26,11 +26,7 @@ def code_dtype(config: MapCodecConfig) -> torch.dtype:
 
 
 def checked_entries(config: MapCodecConfig, maps_LNN: Tensor) -> Tensor:
-    """The entries `[L, E]` that are to be coded.
-
-    Args:
-        config: The codec.
-        maps_LNN: `[L, N, N]` float32, non-negative, rows are queries; any device.
+    """`[L, E]`: the entries of `[L, N, N]` float32 maps that are to be coded; rows are queries.
 
     Raises:
         ValueError: If values are NaN, infinite or negative, or lie above the diagonal of a causal codec.
@@ -52,20 +48,13 @@ def checked_entries(config: MapCodecConfig, maps_LNN: Tensor) -> Tensor:
 
 
 def encode_entries(config: MapCodecConfig, entries_LE: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Code the entries of one image's maps.
+    """Codes `[L, C]` and caps `[L]` of one image's entries from `checked_entries`, on their device.
 
     float16 keeps a value A within max(A * 2**-11, 2**-25). A sqrt code is round(m * sqrt(min(A, cap) / cap)) with m
     its highest code (255, 15 or 3) and cap = min(max A, cap_factor * (mean + std)) of each map over its whole
     square, rounded up to a multiple of 2**-24. Below the cap the error is at most cap * (2 * sqrt(A / cap) * r + r * r)
     with r = 0.5 / m, so never more than 0.00393, 0.0678 or 0.3612 caps at 8, 4 or 2 bits.
-
-    Args:
-        config: The codec.
-        entries_LE: From `checked_entries`.
-        num_tokens: N.
-
-    Returns:
-        Codes `[L, C]` and caps `[L]` on the same device. The first entry of a byte is in its lowest bits.
+    The first entry of a byte is in its lowest bits.
     """
     if config.name == "float16":
         return entries_LE.half(), torch.ones(len(entries_LE), device=entries_LE.device)
@@ -81,15 +70,7 @@ def encode_entries(config: MapCodecConfig, entries_LE: Tensor, num_tokens: int) 
 
 
 def code_squares(config: MapCodecConfig, codes_LC: Tensor, num_tokens: int) -> Tensor:
-    """Values of codes in units of cap / m**2: the code's square, or a float16's value.
-
-    Args:
-        config: The codec the codes were made with, its highest code m.
-        codes_LC: `[..., C]`.
-        num_tokens: N.
-
-    Returns:
-        `[..., E]` float32, exact.
+    """`[..., E]` float32: values of codes in units of cap / m**2, exact: the code's square, or a float16's value.
 
     Raises:
         ValueError: If dtype or sizes do not belong to the codec and N.

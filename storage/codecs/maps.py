@@ -58,13 +58,9 @@ class MapCodec:
         return cls(config, window_rows(layers, windows))
 
     def encode(self, maps_LNN: Tensor) -> EncodedMaps:
-        """All that is stored of one image's maps.
+        """All that is stored of one image's float32 maps, as the teacher had them.
 
-        Args:
-            maps_LNN: `[L, N, N]` float32 as the teacher had them, any device.
-
-        Returns:
-            Codes within the bounds of `encode_entries`, with windows within those of `decode_windows`.
+        Layers are within the bounds of `encode_entries`, windows within those of `decode_windows`.
 
         Raises:
             ValueError: As `checked_entries`.
@@ -88,13 +84,9 @@ class MapCodec:
         return EncodedMaps(num_tokens, codes_LC, caps_L, windows)
 
     def decode(self, encoded: EncodedMaps) -> Tensor:
-        """The maps of the layers, within the bounds stated at `encode_entries`.
+        """`[..., L, N, N]` float32 maps of the layers, within the bounds of `encode_entries`.
 
-        Args:
-            encoded: Codes `[..., L, C]` and caps `[..., L]` on any device; leading sizes (a batch) are allowed.
-
-        Returns:
-            `[..., L, N, N]` float32 on the codes' device.
+        Codes `[..., L, C]` and caps `[..., L]` may have leading sizes (a batch).
 
         Raises:
             ValueError: If dtype or sizes do not belong to the codec and N.
@@ -104,17 +96,11 @@ class MapCodec:
         return unpack_entries(values_LE, encoded.num_tokens, self.config.causal)
 
     def decode_windows(self, encoded: EncodedMaps) -> tuple[Tensor, Tensor]:
-        """The stored windows' maps and exact sink masks.
+        """The stored windows' maps, `[W, N, N]` float32, and exact sink masks, `[W, N, N]` bool.
 
         The masks are those of the uncoded maps, bit for bit, on any device. Where they are True, the mean of a column
         is that of the uncoded map within 2**-11 of the column's shift (or 2**-25) and float32 rounding; an entry errs
         at most by twice the largest error that the codes make at a kept entry of its column.
-
-        Args:
-            encoded: Codes of all captured layers, with their windows.
-
-        Returns:
-            `[W, N, N]` float32 maps and `[W, N, N]` bool masks.
 
         Raises:
             ValueError: If sizes do not belong together, or the windows were not read.
@@ -143,20 +129,13 @@ class MapCodec:
         return decode_flips(_windows_of(encoded).flips_G, count)
 
     def estimate_windows(self, encoded: EncodedMaps, rows: WindowRows) -> tuple[Tensor, Tensor]:
-        """Maps and masks of windows that are not stored: decoded maps, compared with the exact threshold.
+        """As `decode_windows`, of windows that are not stored: decoded maps, compared with the exact threshold.
 
         Maps are within the bounds of `encode_entries`, and within those of float16 in the tail block, where one wrong
         mask entry is much of a column. Elsewhere a mask errs where the codes pass the threshold. It also errs where a
         value was cut at its layer's cap and the mean with it is not above the threshold: that entry is kept, which does
         less harm than to leave out what belongs in. In a causal map only what lies above the diagonal is taken for 0,
         since small values have the code 0 too; in a square one cannot tell, and every decoded 0 is.
-
-        Args:
-            encoded: As for `decode_windows`.
-            rows: Any windows.
-
-        Returns:
-            As `decode_windows`.
 
         Raises:
             ValueError: If the windows were not read.

@@ -35,10 +35,7 @@ def layer_moments(entries_LE: Tensor, square: int) -> tuple[Tensor, Tensor]:
 def window_thresholds(rows: Sequence[Sequence[int]], means_L: Tensor, covariances_P: Tensor) -> Tensor:
     """`[W]` float32 mean + std of each window's uncoded map, within 2**-22 of it while no covariance is negative.
 
-    Args:
-        rows: Of each window the rows of its layers.
-        means_L: From `layer_moments`.
-        covariances_P: From `layer_moments`.
+    `rows` has for each window the rows of its layers; the moments are those of `layer_moments`.
 
     Raises:
         ValueError: If there are not as many covariances as pairs of layers.

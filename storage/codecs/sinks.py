@@ -10,17 +10,11 @@ _ESCAPE = 255
 
 
 def sink_keep_mask(maps: Tensor) -> Tensor:
-    """Which entries are neither attention sinks nor zero: (B <= mean(B) + std(B)) & (B > 0).
+    """`[..., N, N]` bool: which entries are neither attention sinks nor zero: (B <= mean(B) + std(B)) & (B > 0).
 
     Statistics are over the whole square, zeros above the diagonal included, sample standard deviation (N*N
     - 1). They are summed in float64, so the mask does not depend on batch, threads or device; the threshold
     is then rounded to the map's dtype.
-
-    Args:
-        maps: `[..., N, N]` floating point, rows are queries.
-
-    Returns:
-        `[..., N, N]` bool.
 
     Source: docs/method.md#attention-loss, the teacher's two factors of `keep`
     """
@@ -40,14 +34,9 @@ def below_threshold(entries: Tensor, threshold: Tensor) -> Tensor:
 
 
 def map_mean_std(entries: Tensor, square: int) -> tuple[Tensor, Tensor]:
-    """Mean and sample std of maps over their whole square, float64; the std of one entry is 0.
+    """Mean and sample std of maps over their whole square of N * N, float64 `[...]` each; the std of one entry is 0.
 
-    Args:
-        entries: `[..., E]`: the square in any order, or a part of it outside of which all is zero.
-        square: N * N.
-
-    Returns:
-        Two `[...]`.
+    `entries` `[..., E]` are the square in any order, or a part of it outside of which all is zero.
     """
     exact = entries.detach().double()
     mean = exact.sum(-1) / max(square, 1)
@@ -58,16 +47,10 @@ def map_mean_std(entries: Tensor, square: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_flips(flips_E: Tensor) -> Tensor:
-    """The positions of the True entries as gaps, one byte each.
+    """`[G]` uint8: the positions of the True entries of a one-dimensional mask as gaps, one byte each.
 
     A byte below 255 says how many entries lie between the previous True (or the start) and the next one; 255 says
     that 255 entries pass without one. So False, True, True is 1, 0.
-
-    Args:
-        flips_E: One-dimensional bool.
-
-    Returns:
-        `[G]` uint8 on the same device.
     """
     places = flips_E.nonzero()[:, 0]
     gaps = places.diff(prepend=places.new_full((1,), -1)) - 1
@@ -80,14 +63,7 @@ def encode_flips(flips_E: Tensor) -> Tensor:
 
 
 def decode_flips(encoded_G: Tensor, count: int) -> Tensor:
-    """The inverse of `encode_flips`.
-
-    Args:
-        encoded_G: `[G]` uint8.
-        count: Length of the mask.
-
-    Returns:
-        Positions of the True entries, rising, int64.
+    """Rising int64 positions of the True entries of a mask of `count` entries: the inverse of `encode_flips`.
 
     Raises:
         ValueError: If a position lies past `count`.

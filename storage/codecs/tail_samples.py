@@ -20,7 +20,7 @@ def row_addresses(key: str, num_rows: int) -> Tensor:
 
 
 def sample_tail(running_RV: Tensor, addresses_R: Tensor, num_samples: int) -> Tensor:
-    """Systematic samples of each row, each token in proportion to its mass.
+    """`[R, D]` int64 ids: systematic samples of each row, each token in proportion to its mass.
 
     With r(i) the share of token i in the row's mass, F the running sum of r in the order of the ids, and u the row's
     address, the samples are the tokens where F passes (u + 0) / D, (u + 1) / D, ... For u uniform in [0, 1) the
@@ -30,10 +30,7 @@ def sample_tail(running_RV: Tensor, addresses_R: Tensor, num_samples: int) -> Te
     Args:
         running_RV: `[R, V]` float64, running sum of the tokens' masses; a kept token has none.
         addresses_R: `[R]` float64 in [0, 1).
-        num_samples: D.
-
-    Returns:
-        `[R, D]` int64 ids; token 0 where there is no mass.
+        num_samples: D. Where a row has no mass, each is token 0.
     """
     total_R1 = running_RV[:, -1:].contiguous()
     steps_D = torch.arange(num_samples, dtype=torch.float64, device=running_RV.device)

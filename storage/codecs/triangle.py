@@ -14,14 +14,7 @@ from storage.codecs.config import num_entries
 
 
 def pack_entries(maps: Tensor, causal: bool) -> Tensor:
-    """The stored entries of maps.
-
-    Args:
-        maps: `[..., N, N]`, rows are queries.
-        causal: Whether only the lower triangle with its diagonal is kept.
-
-    Returns:
-        `[..., E]`, same dtype and device.
+    """`[..., E]`: the stored entries of maps `[..., N, N]`, whose rows are queries; same dtype and device.
 
     Raises:
         ValueError: If the last two sizes differ.
@@ -35,15 +28,7 @@ def pack_entries(maps: Tensor, causal: bool) -> Tensor:
 
 
 def unpack_entries(entries: Tensor, num_tokens: int, causal: bool) -> Tensor:
-    """The inverse of `pack_entries`: zeros above the diagonal of a causal map.
-
-    Args:
-        entries: `[..., E]`.
-        num_tokens: N.
-        causal: As given to `pack_entries`.
-
-    Returns:
-        `[..., N, N]`, same dtype and device.
+    """`[..., N, N]`: the inverse of `pack_entries`, with zeros above the diagonal of a causal map.
 
     Raises:
         ValueError: If E does not belong to N.

@@ -4,19 +4,23 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.maps import MapCodec
 from storage.integrity.checks import Checks
 from storage.integrity.findings import Finding, Part
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.stores import Store
 from storage.streaming.join import joined_rows
 from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed, commit_path, committed_shards
 from storage.targets.manifest import MANIFEST_PATH, Manifest
 from storage.targets.shard import TargetShard
 from storage.targets.teacher import TEACHER, TEACHER_RECORD, TeacherRecord
+
+ROWS_AT_ONCE = 4096
+"""Answer rows that are decoded together: some 10 MB."""
 
 _Record = TypeVar("_Record", bound=Committed)
 _SHARD_FOLDER = re.compile(rf"({SHARDS}/([0-9]{{6,}})-[0-9a-f]{{16}}\.zarr)/")
@@ -95,7 +99,7 @@ class TargetChecks(Checks):
         self,
         manifest: Manifest | None,
         record: CommitRecord,
-        index: SampleIndex | None,
+        samples: SampleSet | None,
         stored: Mapping[str, int],
         *,
         read: bool,
@@ -106,36 +110,39 @@ class TargetChecks(Checks):
         if not read:
             return
 
-        def read_all() -> None:
-            with self.store.as_stored(record.path) as here:
-                self.check_digests(label, record, here)
-                if manifest and manifest.digest == record.manifest and len(self.findings) == faults:
-                    # Only then is there something to decode that the digests have not condemned.
-                    self._decode(here, manifest, record, index)
+        def check(here: Store) -> None:
+            self.check_digests(label, record, here)
+            if manifest and manifest.digest == record.manifest and len(self.findings) == faults:
+                # Only then is there something to decode that the digests have not condemned.
+                targets = TargetShard(here, manifest, record)
+                if samples:
+                    self._check_keys(samples, targets)
+                self._decode(manifest, targets)
 
-        self.guarded(label, record.path, read_all)
-        self.advance()
+        self.guarded_read(self.store, label, record.path, check)
+        self.task.advance()
 
     def check_teacher(self, record: TeacherRecord, stored: Mapping[str, int]) -> None:
         """Sizes and digests of the teacher's files."""
         self.check_sizes(TEACHER, record, stored)
+        self.guarded_read(self.store, TEACHER, record.path, lambda here: self.check_digests(TEACHER, record, here))
 
-        def read_all() -> None:
-            with self.store.as_stored(record.path) as here:
-                self.check_digests(TEACHER, record, here)
+    def _check_keys(self, samples: SampleSet, targets: TargetShard) -> None:
+        """A table that cannot be read is the samples' fault, not this shard's."""
+        shard, shards = targets.record.shard, samples.index.shards
+        if shard < len(shards):
+            tar = shards[shard]
+            if self.guarded(tar.name, tar.table_name, lambda: samples.members(shard)) is None:
+                return
+        joined_rows(samples, targets)
 
-        self.guarded(TEACHER, record.path, read_all)
-
-    def _decode(self, here: Store, manifest: Manifest, record: CommitRecord, index: SampleIndex | None) -> None:
+    def _decode(self, manifest: Manifest, targets: TargetShard) -> None:
         """Every row and every map, one at a time."""
-        targets = TargetShard(here, manifest, record)
-        tar = index.shards[record.shard] if index and record.shard < len(index.shards) else None
-        # A table that cannot be read is the samples' fault, not this shard's.
-        if index and (tar is None or self.guarded(tar.name, tar.table_name, lambda: tar.members) is not None):
-            joined_rows(index, targets)
+        record = targets.record
         shard, codec = record.shard, manifest.fingerprint.map_codec
         decoder = MapCodec.of_layers(codec, manifest.fingerprint.layers, manifest.fingerprint.windows)
-        references = 0
+        logits = AnswerLogitsCodec(manifest.fingerprint.logit_codec)
+        references, records = 0, []
         for row in range(len(targets)):
             sample, _ = targets.read(row, with_maps=False)
             num_answers = int(sample.answer_mask.sum())
@@ -145,8 +152,12 @@ class TargetChecks(Checks):
                 f"{len(sample.logits_RQ)} rows of {sample.key}",
                 f"{num_answers} rows of {sample.key}",
             )
-            faults = AnswerLogitsCodec(manifest.fingerprint.logit_codec).decode(sample.logits_RQ).fault()
-            self.compare(shard, "logit_records", faults or "sound records", "sound records")
+            records.append(sample.logits_RQ)
+            # Of many samples at once: decoding a few rows takes as long as decoding thousands.
+            if sum(map(len, records)) >= ROWS_AT_ONCE or row == len(targets) - 1:
+                faults = logits.decode(torch.cat(records)).fault()
+                self.compare(shard, "logit_records", faults or "sound records", "sound records")
+                records.clear()
             references += sample.map_row is not None
         self.compare(shard, "map_rows", references, record.num_map_references)
         for map_row, num_tokens in enumerate(targets.map_num_tokens):

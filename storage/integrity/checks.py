@@ -6,22 +6,20 @@ from typing import TypeVar
 
 from storage.errors import CorruptData, StoreUnavailable, UserError
 from storage.integrity.findings import Finding, Part
+from storage.progress import ProgressTask
 from storage.stores import Store
 from storage.targets.commits import Committed, measure_files
 
 _Result = TypeVar("_Result")
 
-Progress = Callable[[int, int, int], None]
-"""Called with (shards done, shards to do, bytes read so far)."""
-
 
 class Checks:
     """Counts and findings of one verification."""
 
-    def __init__(self, store: Store, progress: Progress | None) -> None:
-        self.store, self._progress = store, progress
+    def __init__(self, store: Store, task: ProgressTask) -> None:
+        self.store, self.task = store, task
         self.findings: list[Finding] = []
-        self.num_files = self.num_bytes = self.num_samples = self.num_to_do = self._num_done = 0
+        self.num_files = self.num_bytes = self.num_samples = 0
 
     def guarded(self, part: Part, file: str, action: Callable[[], _Result], *, refuse: bool = False) -> _Result | None:
         """The action's result; None and a finding if it meets damage, or a user's error that is not to be refused."""
@@ -40,17 +38,20 @@ class Checks:
         self.findings.append(Finding(part, file, found, "what was committed"))
         return None
 
+    def guarded_read(self, store: Store, part: Part, path: str, read: Callable[[Store], object]) -> None:
+        """Give `read` a local store that holds `path` as it is stored now; damage that it meets is a finding."""
+
+        def read_copy() -> None:
+            with store.as_stored(path) as here:
+                read(here)
+
+        self.guarded(part, path, read_copy)
+
     def compare(self, part: Part, file: str, found: object, expected: object) -> bool:
         """A finding unless both are equal."""
         if found != expected:
             self.findings.append(Finding(part, file, str(found), str(expected)))
         return found == expected
-
-    def advance(self) -> None:
-        """Tell the caller."""
-        self._num_done += 1
-        if self._progress:
-            self._progress(self._num_done, self.num_to_do, self.num_bytes)
 
     def check_sizes(self, label: Part, record: Committed, stored: Mapping[str, int]) -> None:
         """Presence and size of a folder's files, and that there are no others."""

@@ -1,16 +1,14 @@
 """`index.json` of a sample set: which shards it has. Where in a tar its members lie is in the table beside it."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from hashlib import sha256
-from typing import Annotated, Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from storage.digests import digest_of, parse_record
 from storage.errors import CorruptData, UserError
-from storage.samples.table import MAX_TABLE_BYTES, SAMPLES_VERSION, SampleMembers, parse_table
+from storage.samples.table import MAX_TABLE_BYTES, SAMPLES_VERSION
 from storage.stores import Store
 
 INDEX_PATH = "index.json"
@@ -38,50 +36,22 @@ class SampleShardEntry:
     """Size of its member table."""
     table_sha256: Digest
     """Digest of its member table."""
-    store: Any = field(default=None, init=False, repr=False, compare=False)
-    """The Store whose index this is of; None for an entry that was not loaded."""
 
     @property
     def table_name(self) -> str:
         """`samples-000000.json`: the member table's file name."""
         return f"{self.name.removesuffix('.tar')}.json"
 
-    @property
-    def members(self) -> tuple[SampleMembers, ...]:
-        """The tar's samples in its order; the table is read from the store each time."""
-        return self.read_members(self.store)
-
-    def read_members(self, store: Store) -> tuple[SampleMembers, ...]:
-        """The tar's samples in its order, from the table in `store`.
-
-        Raises:
-            CorruptData: If the table is missing, is not the one of the index, or does not fit the tar.
-        """
-        where = f"{store.url}/{self.table_name}"
-        try:
-            data = store.read(self.table_name, self.table_bytes)
-        except FileNotFoundError as error:
-            raise CorruptData(f"member table {where} is missing; restore it or pack the samples again") from error
-        found = sha256(data).hexdigest()
-        if found != self.table_sha256:
-            raise CorruptData(
-                f"member table {where} has {len(data)} bytes and sha256 {found[:12]}, the index says "
-                f"{self.table_bytes} and {self.table_sha256[:12]}; restore it or pack the samples again"
-            )
-        return parse_table(data, where, self.num_samples, self.bytes)
-
     def to_json(self) -> str:
         """The entry's text in the index."""
-        return json.dumps({name: getattr(self, name) for name in _STORED}, separators=(",", ":"))
-
-
-_STORED = tuple(each.name for each in fields(SampleShardEntry) if each.init)
-_ENTRY = TypeAdapter(SampleShardEntry)
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class SampleIndex:
     """All shards of a sample set, in order."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     shards: tuple[SampleShardEntry, ...]
     """The tars, in order; their position is their number."""
@@ -102,7 +72,7 @@ class SampleIndex:
         return f'{{"format_version":{SAMPLES_VERSION},"shards":[{shards}]}}'.encode()
 
     @classmethod
-    def load(cls, store: Store) -> Self:
+    def load(cls, store: Store) -> "SampleIndex":
         """Read `index.json`; no member table is read.
 
         Raises:
@@ -117,17 +87,11 @@ class SampleIndex:
                 f"{where} does not exist: {store.url} holds no finished sample set; run `cdp pack-samples`"
             ) from None
         stored = parse_record(data, where, SAMPLES_VERSION, canonical=False)
+        del stored["format_version"]
         try:
-            return cls(tuple(_entries(stored, store)))
+            return _INDEX.validate_python(stored)
         except ValueError as error:
             raise CorruptData(f"{where} is no sample index: {error}; pack the samples again") from error
 
 
-def _entries(stored: dict[str, Any], store: Store) -> Iterator[SampleShardEntry]:
-    shards = stored.get("shards")
-    if stored.keys() != {"format_version", "shards"} or not isinstance(shards, list):
-        raise ValueError(f"it has the fields {sorted(stored)}, expected a list of shards")
-    for fields_of_one in shards:
-        entry = _ENTRY.validate_python(fields_of_one)
-        object.__setattr__(entry, "store", store)
-        yield entry
+_INDEX = TypeAdapter(SampleIndex)

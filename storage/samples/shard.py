@@ -4,7 +4,6 @@ import os
 import re
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from storage.digests import file_sha256, parse_json
@@ -12,49 +11,19 @@ from storage.errors import CorruptData
 from storage.samples.index import SampleShardEntry
 from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
 from storage.samples.table import SampleMembers
-from storage.stores import FileInfo, Store
 
 _IMAGE_NAME = re.compile(r"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.(jpg|png|webp)")
-
-
-class _Holder:
-    """Keeps a downloaded tar from being evicted as long as it lives."""
 
 
 class SampleShard:
     """An open tar: `read(row)` costs one `pread` a member, wherever it lies."""
 
-    def __init__(self, path: Path, entry: SampleShardEntry, members: tuple[SampleMembers, ...]) -> None:
-        self._path, self._entry, self._members = path, entry, members
-        self._holder: _Holder | None = None
+    def __init__(
+        self, path: Path, entry: SampleShardEntry, members: tuple[SampleMembers, ...], holder: object = None
+    ) -> None:
+        """Opens the tar at `path`; a downloaded one is not evicted as long as `holder` lives."""
+        self._path, self._entry, self._members, self._holder = path, entry, members, holder
         self._file = path.open("rb")
-
-    @classmethod
-    def open(cls, store: Store, entry: SampleShardEntry, members: tuple[SampleMembers, ...] | None = None) -> Self:
-        """Open a shard; its size must be the index's (its digest is checked by `verify`, or when it is
-        downloaded). Its member table is read unless `members` is given.
-
-        Raises:
-            CorruptData: If the file is missing or has another size, or its member table is not the index's.
-        """
-        if members is None:
-            members = entry.read_members(store)
-        holder = _Holder()
-        try:
-            path = store.local(entry.name, {"": FileInfo(entry.bytes, entry.sha256)}, holder)
-        except FileNotFoundError as error:
-            raise CorruptData(
-                f"sample shard {store.url}/{entry.name} is missing; restore it or pack the samples again"
-            ) from error
-        found = path.stat().st_size
-        if found != entry.bytes:
-            raise CorruptData(
-                f"sample shard {path} has {found} bytes, the index says {entry.bytes}; "
-                "restore it or pack the samples again"
-            )
-        shard = cls(path, entry, members)
-        shard._holder = holder
-        return shard
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -113,9 +82,7 @@ class SampleShard:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _member(self, key: str, offset: int, num_bytes: int) -> tuple[str, bytes]:

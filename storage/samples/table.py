@@ -55,11 +55,6 @@ def _checked(fields: dict[str, Any], num_samples: int, tar_bytes: int) -> tuple[
     members = _MEMBERS.validate_python(fields["members"])
     if len(members) != num_samples:
         raise ValueError(f"it lists {len(members)} samples, num_samples is {num_samples}")
-    _check_spans(members, tar_bytes)
-    return members
-
-
-def _check_spans(members: Iterable[SampleMembers], tar_bytes: int) -> None:
     end = 0
     for key, spans, _ in members:
         if not is_key(key) or not spans:
@@ -72,3 +67,4 @@ def _check_spans(members: Iterable[SampleMembers], tar_bytes: int) -> None:
             end = offset + num_bytes
     if end > tar_bytes:
         raise ValueError(f"the tar has {tar_bytes} bytes, its members end at {end}")
+    return members

@@ -5,7 +5,6 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from storage.errors import UserError
@@ -76,9 +75,7 @@ class SampleShardWriter:
                 self._tar = _Tar(self._out / f"samples-{len(self._entries):06d}.tar")
             self._tar.add(key, members)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             if self._tar:
                 self._tar.abandon()

@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 
-def open_store(url: str | Path) -> Store:
-    """The store at `url`: a folder (path or `file://`), or `s3://`, `gs://`, `az://`, `memory://`.
+def open_store(url: str | Path | Store) -> Store:
+    """The store at `url`: a folder (path or `file://`), or `s3://`, `gs://`, `az://`, `memory://`; a store itself.
 
     Nothing is read, created or connected here; an object store connects on first use, in the process that
     uses it.
@@ -31,6 +31,8 @@ def open_store(url: str | Path) -> Store:
     """
     if isinstance(url, Path):
         return LocalStore(url)
+    if not isinstance(url, str):
+        return url
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
     if scheme is None:
         return LocalStore(Path(url))

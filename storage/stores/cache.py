@@ -106,7 +106,7 @@ def _pinned(entry: Path, holder: object | None) -> int:
     with pins.guard:
         descriptor, count = pins.files.get(entry, (-1, 0))
         if not count:
-            descriptor = _locked_file(_lock_of(entry), fcntl.LOCK_SH)
+            descriptor = _locked_file(entry.with_name(f"{entry.name}.lock"), fcntl.LOCK_SH)
         pins.files[entry] = (descriptor, count + 1)
         os.utime(descriptor)
     if holder is not None:
@@ -167,10 +167,6 @@ def _evicted(lock: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _lock_of(entry: Path) -> Path:
-    return entry.with_name(f"{entry.name}.lock")
 
 
 def _locked_file(path: Path, how: int) -> int:

@@ -137,44 +137,33 @@ class LocalStore(Store):
 
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Fsync every file, then rename the folder into place; who may look into it may read its files."""
-        with disk_errors_named(self._at(path)):
-            self._put_tree(local_dir, path)
-
-    def _put_tree(self, local_dir: Path, path: str) -> None:
         target = self._at(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if local_dir.stat().st_dev != target.parent.stat().st_dev:
-            nearer = partial_path(target)
-            shutil.copytree(local_dir, nearer)
-            shutil.rmtree(local_dir)
-            local_dir = nearer
-        for folder, _, files in os.walk(local_dir):
-            readers = Path(folder).stat().st_mode & 0o444
-            for name in files:
-                file = Path(folder) / name
-                # safetensors writes for the owner alone, whatever the umask.
-                if readers & ~(mode := file.stat().st_mode):
-                    file.chmod(S_IMODE(mode) | readers)
-                _fsync(file)
-            _fsync(Path(folder))
-        while True:
-            try:
-                local_dir.rename(target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            else:
-                _fsync(target.parent)
-                return
-            try:
-                equal = _same_tree(local_dir, target)
-            except FileNotFoundError:
-                # Another writer of this content lost its race and is removing it: the name is free in a moment.
-                continue
-            if equal:
+        with disk_errors_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if local_dir.stat().st_dev != target.parent.stat().st_dev:
+                nearer = partial_path(target)
+                shutil.copytree(local_dir, nearer)
                 shutil.rmtree(local_dir)
-                return
-            self.remove_tree(path)
+                local_dir = nearer
+            _make_durable(local_dir)
+            while True:
+                try:
+                    local_dir.rename(target)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                else:
+                    _fsync(target.parent)
+                    return
+                try:
+                    equal = _same_tree(local_dir, target)
+                except FileNotFoundError:
+                    # Another writer of this content lost its race and is removing it: the name is free in a moment.
+                    continue
+                if equal:
+                    shutil.rmtree(local_dir)
+                    return
+                self.remove_tree(path)
 
     def remove_tree(self, path: str) -> None:
         """Rename the folder away first, so that no half of it is ever seen under its name."""
@@ -225,6 +214,18 @@ def _unless_absent(error: OSError) -> None:
         raise error
 
 
+def _make_durable(top: Path) -> None:
+    for folder, _, files in os.walk(top):
+        readers = Path(folder).stat().st_mode & 0o444
+        for name in files:
+            file = Path(folder) / name
+            # safetensors writes for the owner alone, whatever the umask.
+            if readers & ~(mode := file.stat().st_mode):
+                file.chmod(S_IMODE(mode) | readers)
+            _fsync(file)
+        _fsync(Path(folder))
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -238,6 +239,4 @@ def _same_tree(left: Path, right: Path) -> bool:
         return {p.relative_to(top).as_posix(): p.stat().st_size for p in top.rglob("*") if p.is_file()}
 
     names = files(left)
-    if names != files(right):
-        return False
-    return all(file_sha256(left / name) == file_sha256(right / name) for name in names)
+    return names == files(right) and all(file_sha256(left / name) == file_sha256(right / name) for name in names)

@@ -61,8 +61,7 @@ class ObjectStore(Store):
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """All bytes of an object, once its size is known to be allowed."""
-        obstore, client = self._connect()
-        with self._reaching("read", path):
+        with self._reaching("read", path) as (obstore, client):
             answer = obstore.get(client, self._key(path))
             found = answer.meta["size"]
             if max_bytes is not None and found > max_bytes:
@@ -77,8 +76,7 @@ class ObjectStore(Store):
 
     def write(self, path: str, data: bytes) -> None:
         """Put the object; object stores show it whole or not at all."""
-        obstore, client = self._connect()
-        with self._reaching("write", path):
+        with self._reaching("write", path) as (obstore, client):
             obstore.put(client, self._key(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
@@ -100,8 +98,7 @@ class ObjectStore(Store):
 
     def folders(self, prefix: str) -> list[str]:
         """Sorted relative paths of the prefixes directly below `prefix`: a request for a thousand of them."""
-        obstore, client = self._connect()
-        with self._reaching("list", prefix):
+        with self._reaching("list", prefix) as (obstore, client):
             found = obstore.list_with_delimiter(client, self._key(prefix))["common_prefixes"]
         names = (str(path).removeprefix(self._prefix).rstrip("/") for path in found)
         return sorted(name for name in names if not name.endswith(PARTIAL))
@@ -137,9 +134,8 @@ class ObjectStore(Store):
 
     def move(self, path: str, to: str) -> None:
         """Copy each object, then delete it."""
-        obstore, client = self._connect()
         key, target = self._key(path), self._key(to)
-        with self._reaching("move", path):
+        with self._reaching("move", path) as (obstore, client):
             names = [self._key(name) for name, _, _ in self._objects(path)] or ([key] if self.exists(path) else [])
             for name in names:
                 obstore.copy(client, name, target + name.removeprefix(key))
@@ -155,9 +151,8 @@ class ObjectStore(Store):
 
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Upload every file, in sorted order; the folder is complete for readers when its commit names it."""
-        obstore, client = self._connect()
         files = {f"{path}/{p.relative_to(local_dir).as_posix()}": p for p in local_dir.rglob("*") if p.is_file()}
-        with self._reaching("write", path):
+        with self._reaching("write", path) as (obstore, client):
             # What else lies there was left by a dead writer: readers of this name expect these files alone.
             if strange := [self._key(name) for name, _, _ in self._objects(relative_path(path)) if name not in files]:
                 obstore.delete(client, strange)
@@ -167,8 +162,7 @@ class ObjectStore(Store):
 
     def remove_tree(self, path: str) -> None:
         """Delete every object below the folder."""
-        obstore, client = self._connect()
-        with self._reaching("remove", path):
+        with self._reaching("remove", path) as (obstore, client):
             if keys := [self._key(name) for name, _, _ in self._objects(relative_path(path))]:
                 obstore.delete(client, keys)
 
@@ -195,21 +189,22 @@ class ObjectStore(Store):
         return obstore, _clients[self._bucket]
 
     @contextmanager
-    def _reaching(self, what: str, path: str) -> Iterator[None]:
-        """What obstore raises becomes an error for the user; an absent object stays a FileNotFoundError."""
-        obstore, _ = self._connect()
+    def _reaching(self, what: str, path: str) -> Iterator[tuple[Any, Any]]:
+        """The library and a client, whose errors become one for the user; an absent object is a FileNotFoundError."""
+        obstore, client = self._connect()
         try:
-            yield
+            yield obstore, client
         except obstore.exceptions.BaseError as error:
+            # Without the page of debugging that obstore adds.
+            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise StoreUnavailable(
-                f"{self.url}: could not {what} {path or 'its objects'}: {_first_line(error)}; check the network, "
+                f"{self.url}: could not {what} {path or 'its objects'}: {reason[0]}; check the network, "
                 "the endpoint and the credentials, then run the same command again"
             ) from error
 
     def _head(self, path: str) -> Any:
         """Size and entity tag of an object, None if there is none."""
-        obstore, client = self._connect()
-        with self._reaching("read", path):
+        with self._reaching("read", path) as (obstore, client):
             try:
                 return obstore.head(client, self._key(path))
             except FileNotFoundError:
@@ -217,9 +212,8 @@ class ObjectStore(Store):
 
     def _objects(self, folder: str) -> Sequence[_Object]:
         """(path, bytes, entity tag) of all objects below `folder`, sorted."""
-        obstore, client = self._connect()
         prefix = self._key(folder) if folder else self._prefix.rstrip("/")
-        with self._reaching("list", folder):
+        with self._reaching("list", folder) as (obstore, client):
             found = [
                 (str(meta["path"]).removeprefix(self._prefix), int(meta["size"]), meta["e_tag"])
                 for chunk in obstore.list(client, prefix or None)
@@ -249,9 +243,8 @@ class ObjectStore(Store):
 
     def _part(self, name: str, start: int, end: int, tag: str | None) -> bytes:
         """Bytes of the object as it was listed."""
-        obstore, client = self._connect()
         options = {"range": (start, end)} | ({"if_match": tag} if tag else {})
-        with self._reaching("read", name):
+        with self._reaching("read", name) as (obstore, client):
             try:
                 data = bytes(obstore.get(client, self._key(name), options=options).bytes())
             except FileNotFoundError:
@@ -301,9 +294,3 @@ def _client_options() -> dict[str, Any]:
     if any(os.environ.get(f"{name}_ALLOW_HTTP", "").lower() in ("true", "1") for name in ("AWS", "GOOGLE", "AZURE")):
         options["allow_http"] = True
     return options
-
-
-def _first_line(error: Exception) -> str:
-    """Without the page of debugging that obstore adds."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -37,7 +37,7 @@ def names_owner(path: Path) -> bool:
     return _OWNED.search(path.name) is not None
 
 
-def is_abandoned(path: Path) -> bool:
+def _is_abandoned(path: Path) -> bool:
     """Whether nobody will finish this `.partial`: its owner is dead, or unknown and silent for `STALE_S`."""
     owned = _OWNED.search(path.name)
     if owned and owned["machine"] == _machine():
@@ -48,7 +48,7 @@ def is_abandoned(path: Path) -> bool:
 def remove_if_abandoned(path: Path) -> bool:
     """Remove a `.partial` file or folder that nobody will finish; of several cleaners one gets True."""
     try:
-        if not is_abandoned(path):
+        if not _is_abandoned(path):
             return False
         # Renamed first: of two cleaners one succeeds, and what is left of a killed one has a known owner again.
         doomed = path.rename(partial_path(path.with_name("abandoned")))

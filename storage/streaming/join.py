@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from storage.codecs.maps import EncodedMaps
 from storage.errors import CorruptData
-from storage.samples.index import SampleIndex, SampleShardEntry
-from storage.samples.shard import SampleShard
+from storage.samples.sample_set import SampleSet
 from storage.samples.table import SampleMembers
-from storage.stores import Store
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard import TargetShard
 from storage.targets.store import TargetStore
@@ -48,12 +46,12 @@ class JoinedShard:
             looks for more.
     """
 
-    def __init__(self, samples: Store, index: SampleIndex, targets: TargetStore, number: int) -> None:
-        self._verify = f"cdp verify {shlex.quote(targets.store.url)} --samples {shlex.quote(samples.url)}"
+    def __init__(self, samples: SampleSet, targets: TargetStore, number: int) -> None:
+        self._verify = f"cdp verify {shlex.quote(targets.store.url)} --samples {shlex.quote(samples.store.url)}"
         with self._damage_named():
             self._targets: TargetShard = targets.shard(number)
-            entry, members, self._tar_rows = joined_rows(index, self._targets)
-            self._tar = SampleShard.open(samples, entry, members)
+            members, self._tar_rows = joined_rows(samples, self._targets)
+            self._tar = samples.shard(number, members)
 
     @property
     def num_tokens(self) -> NDArray[np.int64]:
@@ -118,28 +116,25 @@ def _close(opening: "Future[JoinedShard]") -> None:
         opening.add_done_callback(close)
 
 
-def joined_rows(
-    index: SampleIndex, targets: TargetShard
-) -> tuple[SampleShardEntry, tuple[SampleMembers, ...], list[int]]:
-    """The tar of a target shard, its member table, and the tar row of each of its rows.
+def joined_rows(samples: SampleSet, targets: TargetShard) -> tuple[tuple[SampleMembers, ...], list[int]]:
+    """The member table of a target shard's tar, and the tar row of each of the shard's rows.
 
     Raises:
         CorruptData: Unless the targets' keys are the tar's without the skipped ones, in the tar's order.
     """
-    record = targets.record
-    if record.shard >= len(index.shards) or index.shards[record.shard].name != record.sample_shard:
+    record, shards = targets.record, samples.index.shards
+    if record.shard >= len(shards) or shards[record.shard].name != record.sample_shard:
         raise CorruptData(
             f"target shard {record.shard} ({record.path}) was made from {record.sample_shard}, not from "
-            f"shard {record.shard} of the {len(index.shards)} in the sample index; extract it again"
+            f"shard {record.shard} of the {len(shards)} in the sample index; extract it again"
         )
-    entry = index.shards[record.shard]
     skipped = {sample.key for sample in record.skipped}
-    members = entry.members
+    members = samples.members(record.shard)
     tar_keys = [each.key for each in members]
     usable = [(row, key) for row, key in enumerate(tar_keys) if key not in skipped]
     if [key for _, key in usable] != list(targets.keys) or not skipped <= set(tar_keys):
         raise CorruptData(
             f"target shard {record.shard} ({record.path}) has {len(targets)} samples and {len(skipped)} "
-            f"skipped ones, which are not the {len(tar_keys)} of {entry.name} in its order; extract it again"
+            f"skipped ones, which are not the {len(tar_keys)} of {record.sample_shard} in its order; extract it again"
         )
-    return entry, members, [row for row, _ in usable]
+    return members, [row for row, _ in usable]

@@ -9,8 +9,7 @@ import numpy as np
 
 from storage.digests import digest_of
 from storage.errors import FingerprintMismatch, UserError
-from storage.samples.index import SampleIndex
-from storage.stores import Store
+from storage.samples.sample_set import SampleSet
 from storage.streaming.order import Ints, StreamConfig, epoch_order, num_steps, permutation, raw_bits, shard_rows
 from storage.targets.store import TargetStore
 
@@ -26,7 +25,7 @@ _NAMED = 5
 class Source:
     """A sample set with its targets, and how much of it an epoch takes."""
 
-    samples: Store
+    samples: SampleSet
     targets: TargetStore
     weight: float = 1.0
     """Passes over it in one epoch. 0.5 is a seeded half, in the next epoch the other one; 2 has each sample twice."""
@@ -62,13 +61,11 @@ class Mixture:
     def __init__(self, sources: Sequence[Source], config: StreamConfig) -> None:
         self.sources, self.config = tuple(sources), config
         check_agreement([source.targets for source in self.sources])
-        self.indexes = tuple(SampleIndex.load(source.samples) for source in self.sources)
         self._firsts = np.cumsum([0, *(source.targets.manifest.num_shards for source in self.sources)])
         rows = []
-        for number, (source, index) in enumerate(zip(self.sources, self.indexes, strict=True)):
-            check_same_samples(source.samples, index, source.targets)
-            sizes = shard_sizes(source.targets, config.allow_incomplete)
-            rows.append(_usable_rows(source, index, sizes, int(self._firsts[number])))
+        for source, first in zip(self.sources, self._firsts.tolist(), strict=False):
+            check_same_samples(source.samples, source.targets)
+            rows.append(_usable_rows(source, shard_sizes(source.targets, config.allow_incomplete), first))
         self._rows = _within_budget(rows, config)
 
     @property
@@ -99,7 +96,9 @@ class Mixture:
     @property
     def is_remote(self) -> bool:
         """Whether anything of it lies in an object store."""
-        return any("://" in url for source in self.sources for url in (source.samples.url, source.targets.store.url))
+        return any(
+            "://" in url for source in self.sources for url in (source.samples.store.url, source.targets.store.url)
+        )
 
     def _counts(self) -> list[int]:
         """Samples that each source gives to an epoch."""
@@ -137,13 +136,13 @@ def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[in
     return sizes
 
 
-def check_same_samples(samples: Store, index: SampleIndex, targets: TargetStore) -> None:
+def check_same_samples(samples: SampleSet, targets: TargetStore) -> None:
     """Raises FingerprintMismatch unless the targets were made from these samples."""
-    wanted = targets.manifest.fingerprint.samples
-    if index.digest != wanted:
+    wanted, found = targets.manifest.fingerprint.samples, samples.index.digest
+    if found != wanted:
         raise FingerprintMismatch(
-            f"targets at {targets.store.url} were made from samples {wanted[:12]}, {samples.url} holds "
-            f"{index.digest[:12]} (differs in: samples); give the right sample set, or extract again"
+            f"targets at {targets.store.url} were made from samples {wanted[:12]}, {samples.store.url} holds "
+            f"{found[:12]} (differs in: samples); give the right sample set, or extract again"
         )
 
 
@@ -177,7 +176,7 @@ def read_keys(path: Path) -> frozenset[str]:
     return keys
 
 
-def _usable_rows(source: Source, index: SampleIndex, sizes: Mapping[int, int], first: int) -> Ints:
+def _usable_rows(source: Source, sizes: Mapping[int, int], first: int) -> Ints:
     """All rows of a source, or those of its subset, by shard and row."""
     rows = [shard_rows(first + shard, size) for shard, size in sorted(sizes.items())]
     if source.subset is None:
@@ -186,7 +185,7 @@ def _usable_rows(source: Source, index: SampleIndex, sizes: Mapping[int, int], f
     found: set[str] = set()
     for number, shard in enumerate(sorted(sizes)):
         skipped = {sample.key for sample in source.targets.commits[shard].skipped}
-        keys = [members.key for members in index.shards[shard].members if members.key not in skipped]
+        keys = [members.key for members in source.samples.members(shard) if members.key not in skipped]
         rows[number] = rows[number][[row for row, key in enumerate(keys) if key in wanted]]
         found.update(wanted.intersection(keys))
     if unknown := sorted(wanted - found):

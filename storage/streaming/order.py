@@ -32,20 +32,12 @@ class StreamConfig(StrictModel):
 
 
 def epoch_order(parts: Sequence[Ints], seed: int, epoch: int, shuffle_shards: int) -> Ints:
-    """Every row of `parts` once, in the order of one epoch.
+    """`[num_samples, 2]` int64: every row of `parts` once, in the order of one epoch.
 
-    Parts are permuted, taken in groups of `shuffle_shards`, and the rows of a group are permuted together.
-    The order depends on the arguments only: not on ranks, workers, platform or numpy's version (it sorts
-    PCG64's raw output, which numpy keeps stable).
-
-    Args:
-        parts: `[n, 2]` (shard, row) of one shard each.
-        seed: The run's seed.
-        epoch: Counted from 0.
-        shuffle_shards: Parts mixed together; 0 gives parts and rows as they come.
-
-    Returns:
-        `[num_samples, 2]` int64.
+    Each part holds the `[n, 2]` (shard, row) of one shard. Parts are permuted, taken in groups of `shuffle_shards`, and
+    the rows of a group are permuted together; with 0, parts and rows stay as they come. The order depends on the
+    arguments only: not on ranks, workers, platform or numpy's version (it sorts PCG64's raw output, which numpy keeps
+    stable).
     """
     bits = raw_bits(seed, epoch)
     if shuffle_shards:
@@ -72,15 +64,9 @@ def deal(num_samples: int, microbatch_size: int | None, world_size: int, lengths
     """Which samples of a step make up each microbatch of each rank.
 
     The step is cut into as many runs as there are microbatches, and a run into one piece for each rank, all as
-    evenly as can be, the first ones getting one more. With lengths, the longest come first: microbatches with the
-    same number have like lengths on all ranks, which wait for each other, and what does not fit into memory fails at
-    once.
-
-    Args:
-        num_samples: Samples of the step.
-        microbatch_size: Most samples of a piece; None is one microbatch.
-        world_size: Ranks.
-        lengths: `[num_samples]` tokens; None keeps the order.
+    evenly as can be, the first ones getting one more. A piece has at most `microbatch_size` samples; None is one
+    microbatch. With `lengths`, the `[num_samples]` tokens, the longest come first: microbatches with the same number
+    have like lengths on all ranks, which wait for each other, and what does not fit into memory fails at once.
 
     Returns:
         Positions in the step, by microbatch and rank; some are empty if there are fewer samples than ranks.

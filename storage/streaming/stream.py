@@ -2,44 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import get_worker_info
 from webdataset import DataPipeline
 
-from storage.stores import Store
 from storage.streaming.join import JoinedShard, OpenShards, StreamedSample
 from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import Ints, StreamConfig, deal, num_microbatches
-from storage.targets.store import TargetStore
 
-__all__ = ["Mixture", "Source", "StreamConfig", "StreamedSample", "mixture_stream", "target_stream"]
-
-
-def target_stream(
-    samples: Store,
-    targets: TargetStore | str | Path,
-    config: StreamConfig,
-    *,
-    rank: int,
-    world_size: int,
-    epoch: int,
-    start_step: int = 0,
-    layers: Sequence[int] | None = None,
-    with_maps: bool = True,
-) -> DataPipeline:
-    """`mixture_stream` of one epoch over one sample set with its targets."""
-    opened = targets if isinstance(targets, TargetStore) else TargetStore.open(targets)
-    return mixture_stream(
-        Mixture([Source(samples, opened)], config),
-        rank=rank,
-        world_size=world_size,
-        epochs=range(epoch, epoch + 1),
-        start_step=start_step,
-        layers=layers,
-        with_maps=with_maps,
-    )
+__all__ = ["Mixture", "Source", "StreamConfig", "StreamedSample", "mixture_stream"]
 
 
 def mixture_stream(
@@ -146,7 +118,7 @@ class _Join:
         opened = OpenShards(self._open)
         try:
             for step in steps:
-                opened.need(step.ahead[_first_rows(step.ahead[:, 0]), 0].tolist())
+                opened.need(dict.fromkeys(step.ahead[:, 0].tolist()))
                 lengths = _lengths(step.rows, opened) if config.bucket_by_length else None
                 dealt = deal(len(step.rows), config.microbatch_size, self.world_size, lengths)
                 for number in step.batches:
@@ -158,12 +130,7 @@ class _Join:
     def _open(self, shard: int) -> JoinedShard:
         number, shard = self.mixture.place(shard)
         source = self.mixture.sources[number]
-        return JoinedShard(source.samples, self.mixture.indexes[number], source.targets, shard)
-
-
-def _first_rows(shards: Ints) -> Ints:
-    """Where each shard comes first, in this order."""
-    return np.sort(np.unique(shards, return_index=True)[1])
+        return JoinedShard(source.samples, source.targets, shard)
 
 
 def _lengths(rows: Ints, opened: OpenShards) -> Ints:

@@ -4,7 +4,7 @@ Zarr itself reads a missing chunk as the fill value, and believes what a compres
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,12 @@ class UnsoundChunk(ValueError):
 
 
 def declared(
-    metadata: bytes, where: str, shape: tuple[int | None, ...], dtypes: tuple[str, ...], num_bytes: int
+    metadata: bytes, where: str, shape: tuple[int | None, ...], dtypes: Sequence[str], num_bytes: int
 ) -> Declared:
     """What a `zarr.json` declares, before anything is decoded by it.
 
-    Args:
-        metadata: The file.
-        where: Its name in errors.
-        shape: What the commit record makes of it; None where it does not say.
-        dtypes: Allowed data types.
-        num_bytes: Bytes of the array's chunk files.
+    `shape` follows from the commit record, with None where that does not say; `num_bytes` are those of the array's
+    chunk files.
 
     Raises:
         UnsoundChunk: If it is no array of this shape, in one file, with our codecs, or if it would be too large.
@@ -67,7 +63,8 @@ def declared(
     if layout is None:
         raise UnsoundChunk(f"{where} describes an array with other chunks or codecs than this format has")
     found, outer, inner = layout.shape, layout.outer, layout.inner
-    if layout.dtype not in dtypes or len(found) != len(shape) or any(map(_differs, shape, found)):
+    fits = len(found) == len(shape) and all(a in (None, b) for a, b in zip(shape, found, strict=True))
+    if layout.dtype not in dtypes or not fits:
         raise UnsoundChunk(f"{where}: found {layout.dtype} of shape {found}, expected {dtypes[0]} of shape {shape}")
     # One file holds all; a shard of chunks is padded by less than one more inner chunk in each dimension.
     for size, whole, part in zip(found, outer, inner, strict=True):
@@ -116,10 +113,6 @@ def _layout_of(fields: Any) -> _Layout | None:
         and all(type(size) is int and size >= 1 for size in (*outer, *inner))
     )
     return _Layout(shape, fields["data_type"], outer, inner, sharded, _names(codecs) == _COMPRESSED) if ours else None
-
-
-def _differs(wanted: int | None, found: int) -> bool:
-    return wanted is not None and wanted != found
 
 
 def _names(codecs: list[dict[str, Any]]) -> list[str]:

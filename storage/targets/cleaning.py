@@ -21,7 +21,8 @@ def clean_partials(store: Store) -> int:
     Returns:
         How many files and folders were removed.
     """
-    count = store.remove_partials(is_whole=_is_published)
+    # A folder got such a name once it was whole, see `publish`: nothing is written inside.
+    count = store.remove_partials(is_whole=lambda folder: _FOLDER.fullmatch(folder) is not None)
     folders: dict[str, list[str]] = {}
     for path in (*store.folders(SHARDS), *store.folders(TEACHER)):
         if match := _FOLDER.fullmatch(path):
@@ -40,8 +41,3 @@ def clean_partials(store: Store) -> int:
                 store.remove_tree(lost)
                 count += 1
     return count
-
-
-def _is_published(folder: str) -> bool:
-    """Whether the folder was put under this name whole, see `publish`."""
-    return _FOLDER.fullmatch(folder) is not None

@@ -176,17 +176,8 @@ def publish(store: Store, staged: Path, record: _Record) -> _Record:
     return committed
 
 
-def read_commits(store: Store) -> dict[int, CommitRecord]:
-    """All committed shards by number, in order.
-
-    Raises:
-        CorruptData: If a record is damaged, naming it.
-    """
-    return {record.shard: record for record in iter_commits(store, committed_shards(store.list(COMMITS)))}
-
-
 def read_store(store: Store) -> tuple[Manifest, dict[int, CommitRecord]]:
-    """The manifest, and all committed shards by number.
+    """The manifest, and all committed shards by number, in order.
 
     Raises:
         UserError: If there is no manifest, or one of another format version.
@@ -194,8 +185,9 @@ def read_store(store: Store) -> tuple[Manifest, dict[int, CommitRecord]]:
         FingerprintMismatch: If a shard was committed under another manifest.
     """
     manifest = Manifest.load(store)
-    commits = read_commits(store)
-    for record in commits.values():
+    commits = {}
+    for record in iter_commits(store, committed_shards(store.list(COMMITS))):
+        commits[record.shard] = record
         if record.manifest != manifest.digest:
             raise FingerprintMismatch(
                 f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the "

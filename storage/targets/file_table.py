@@ -58,9 +58,5 @@ class FileTable(Mapping[str, FileInfo]):
         return f"FileTable({dict(self)})"
 
 
-def _as_dict(files: Mapping[str, FileInfo]) -> dict[str, Any]:
-    return dict(files)
-
-
-StoredFiles = Annotated[FileTable, BeforeValidator(FileTable.validated), PlainSerializer(_as_dict)]
+StoredFiles = Annotated[FileTable, BeforeValidator(FileTable.validated), PlainSerializer(dict[str, Any])]
 """Field of a record."""

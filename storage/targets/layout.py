@@ -5,6 +5,7 @@ record, M maps, W windows, L captured layers, P pairs of them, C stored codes of
 of all maps, Y entries of the tail blocks of one layer of all maps, G bytes of flips of all maps.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,20 @@ class ArraySpec:
 
     name: str
     dtype: str
-    """Zarr v3 data type."""
+    """Zarr v3 data type; of several, the manifest's codec says which."""
     letters: str
     """Its dimensions, one letter each; `S+1` are offsets."""
     sharded: bool = False
     """Many inner chunks in one file, for reading a part; otherwise the array is one chunk."""
 
     @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Zarr data types it may have."""
-        return ("uint8", "float16") if self.dtype == "(codec)" else (self.dtype,)
+    def is_offsets(self) -> bool:
+        """Whether it says where each item of another array begins, and where the last one ends."""
+        return self.letters.endswith("+1")
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+        """Its shape by what the letters stand for; None for a letter that `sizes` lacks."""
+        return (sizes[self.letters[0]] + 1,) if self.is_offsets else tuple(map(sizes.get, self.letters))
 
 
 ARRAYS = (
@@ -49,7 +54,7 @@ ARRAYS = (
     ArraySpec("map_caps", "float32", "LM"),
     ArraySpec("map_means", "float32", "LM"),
     ArraySpec("map_covariances", "float32", "PM"),
-    ArraySpec("map_codes", "(codec)", "LC", sharded=True),
+    ArraySpec("map_codes", "uint8|float16", "LC", sharded=True),
     ArraySpec("map_code_offsets", "int64", "M+1"),
     ArraySpec("map_corners", "float16", "LY", sharded=True),
     ArraySpec("map_corner_offsets", "int64", "M+1"),
@@ -58,17 +63,12 @@ ARRAYS = (
     ArraySpec("window_flips", "uint8", "G", sharded=True),
     ArraySpec("window_flip_offsets", "int64", "M+1"),
 )
-"""`map_codes` is uint8 or float16, as the manifest's codec says."""
 
 
 def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
-    """Write all arrays of a shard, each in one call (a sharded array written row by row is rewritten each
-    time).
+    """Write a group of all arrays to an empty folder, each in one call.
 
-    Args:
-        folder: An empty local folder.
-        arrays: One array for each name of `ARRAYS`.
-        attributes: Attributes of the group.
+    A sharded array written row by row is rewritten each time.
     """
     assert set(arrays) == {spec.name for spec in ARRAYS}
     group = zarr.create_group(ZarrFolder(folder), attributes=attributes)

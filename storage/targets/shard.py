@@ -3,6 +3,7 @@
 Letters as in `layout.py`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -28,7 +29,6 @@ _Array = np.ndarray[Any, Any]
 _Result = TypeVar("_Result")
 READ_WHOLE_BYTES = 8 * 2**20
 """A read costs about a millisecond before the first byte; for arrays this small that is more than all their bytes."""
-_LARGE = {spec.name for spec in ARRAYS if spec.sharded}
 
 
 class TargetShard:
@@ -43,11 +43,7 @@ class TargetShard:
             raise self._corrupt("its folder", "nothing", "a committed shard") from error
         self._check_files()
         self._arrays = self._guarded("zarr.json", self._open_arrays)
-        self._small = {
-            spec.name: self._guarded(spec.name, self._reading(spec.name, ...))
-            for spec in ARRAYS
-            if spec.name not in _LARGE
-        }
+        self._small = {spec.name: self._read(spec.name, ...) for spec in ARRAYS if not spec.sharded}
         self._check_lengths()
         self._guarded("sample_keys", self._check_order)
         self._whole: dict[str, _Array] = {}
@@ -70,10 +66,6 @@ class TargetShard:
     def num_tokens(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """`[S]` int64: tokens of each sample, those of images included."""
         return np.diff(self._small["token_offsets"])
-
-    def row_of(self, key: str) -> int | None:
-        """The row of a sample, None if it has no targets here."""
-        return self._rows.get(key)
 
     def read(
         self, row: int, with_maps: bool = True, layers: Sequence[int] | None = None
@@ -143,10 +135,6 @@ class TargetShard:
     def _token_ends(self) -> list[int]:
         return [0, *accumulate(self.map_num_tokens)]
 
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {key: row for row, key in enumerate(self.keys)}
-
     def _layer_rows(self, layers: Sequence[int] | None) -> slice | list[int]:
         captured = self._manifest.fingerprint.layers
         if layers is None:
@@ -168,33 +156,33 @@ class TargetShard:
     def _large(self, name: str, selection: Any) -> _Array:
         """Rows of a large array; one that is small in this shard is read whole the first time it is needed."""
         if name not in self._whole and self._arrays[name].nbytes <= READ_WHOLE_BYTES:
-            self._whole[name] = self._guarded(name, self._reading(name, ...))
+            self._whole[name] = self._read(name, ...)
         if name in self._whole:
             return np.array(self._whole[name][selection], order="C")
-        return self._guarded(name, self._reading(name, selection))
+        return self._read(name, selection)
 
-    def _reading(self, name: str, selection: Any) -> Callable[[], _Array]:
-        def read() -> _Array:
-            array = self._arrays[name]
-            chosen = array.oindex[selection] if isinstance(selection, tuple) else array[selection]
-            return np.ascontiguousarray(chosen)
-
-        return read
+    def _read(self, name: str, selection: Any) -> _Array:
+        array = self._arrays[name]
+        source = array.oindex if isinstance(selection, tuple) else array
+        return self._guarded(name, lambda: np.ascontiguousarray(source[selection]))
 
     def _open_arrays(self) -> dict[str, zarr.Array[Any]]:
         """All arrays, of which nothing is decoded before their metadata is known to agree with the record."""
         record = self.record
         known = {"S": record.num_samples, "T": record.num_tokens, "R": record.num_answer_rows, "M": record.num_maps}
-        arrays = {}
-        for spec in ARRAYS:
-            offsets = "+" in spec.letters
-            arrays[spec.name] = declared(
+        chunk_bytes: Counter[str] = Counter()
+        for path, (size, _) in record.files.items():
+            chunk_bytes[path.partition("/c/")[0]] += size
+        arrays = {
+            spec.name: declared(
                 (self._folder / spec.name / "zarr.json").read_bytes(),
                 f"{spec.name}/zarr.json",
-                (known[spec.letters[0]] + 1,) if offsets else tuple(known.get(letter) for letter in spec.letters),
-                spec.dtypes,
-                sum(size for name, (size, _) in record.files.items() if name.startswith(f"{spec.name}/c/")),
+                spec.shape(known),
+                spec.dtype.split("|"),
+                chunk_bytes[spec.name],
             )
+            for spec in ARRAYS
+        }
         folder = CheckedFolder(self._folder, arrays)
         return {spec.name: zarr.open_array(folder, path=spec.name, mode="r") for spec in ARRAYS}
 
@@ -236,11 +224,7 @@ class TargetShard:
             "G": int(small["window_flip_offsets"][-1]),
         }
         for spec in ARRAYS:
-            if "+" in spec.letters:
-                expected: tuple[int, ...] = (sizes[spec.letters[0]] + 1,)
-            else:
-                expected = tuple(sizes[letter] for letter in spec.letters)
-            found = self._arrays[spec.name].shape
+            found, expected = self._arrays[spec.name].shape, spec.shape(sizes)
             if found != expected:
                 raise self._corrupt(spec.name, f"shape {found}", f"shape {expected}")
         for name, end in (("token_offsets", "T"), ("logit_offsets", "R")):
@@ -250,7 +234,7 @@ class TargetShard:
     def _check_order(self) -> None:
         """Offsets start at 0 and never fall; every sample has its own key, and a map that exists or none."""
         small, record = self._small, self.record
-        for name in [spec.name for spec in ARRAYS if "+" in spec.letters]:
+        for name in [spec.name for spec in ARRAYS if spec.is_offsets]:
             offsets = small[name]
             if int(offsets[0]) != 0 or bool((np.diff(offsets) < 0).any()):
                 raise self._corrupt(name, f"offsets that start at {offsets[0]} or fall", "rising ones from 0")
@@ -259,8 +243,8 @@ class TargetShard:
         if bool(((rows < -1) | (rows >= record.num_maps)).any()) or with_map != record.num_map_references:
             expected = f"{record.num_map_references} samples with one of {record.num_maps} maps"
             raise self._corrupt("map_rows", f"{with_map} samples with maps up to {rows.max(initial=-1)}", expected)
-        if len(self._rows) != len(self):
-            raise self._corrupt("sample_keys", f"{len(self._rows)} different keys", f"{len(self)}")
+        if (num_keys := len(set(self.keys))) != len(self):
+            raise self._corrupt("sample_keys", f"{num_keys} different keys", f"{len(self)}")
 
     def _corrupt(self, name: str, found: str, expected: str) -> CorruptData:
         return CorruptData(

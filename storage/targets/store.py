@@ -24,7 +24,7 @@ class TargetStore:
         Raises:
             UserError, CorruptData, FingerprintMismatch: As `read_store`.
         """
-        store = open_store(url) if isinstance(url, str | Path) else url
+        store = open_store(url)
         return cls(store, *read_store(store))
 
     def teacher_folder(self) -> Path:

@@ -30,15 +30,10 @@ def has_teacher(store: Store) -> bool:
 
 
 def save_teacher(store: Store, manifest: Manifest, staged: Path) -> TeacherRecord:
-    """Commit a staged folder of the teacher's files, unless another extractor did so first.
-
-    Args:
-        store: The target store; its manifest exists.
-        manifest: What the teacher is part of.
-        staged: A folder from `store.staging`; it is gone afterwards.
+    """Commit a folder from `store.staging` with the teacher's files, unless another extractor did so first.
 
     Returns:
-        The record that counts.
+        The record that counts; the staged folder is gone.
     """
     return publish(store, staged, TeacherRecord.build(files=measure_files(staged), manifest=manifest.digest))
 

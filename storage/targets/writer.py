@@ -38,17 +38,10 @@ def write_shard(
 ) -> CommitRecord:
     """Write and commit one shard; the same arguments give the same bytes, on any machine and after any kill.
 
-    Needs about three times the shard's codes in memory (the arguments, one array of them, its compressed
-    chunks).
+    Needs about three times the shard's codes in memory (the arguments, one array of them, its compressed chunks).
 
-    Args:
-        store: The target store; its manifest exists.
-        index: The shard's number.
-        manifest: What the arrays are checked against.
-        sample_shard_name: Name of the tar.
-        samples: In the tar's order.
-        maps: What the samples' `map_row` counts into; each is used by a sample.
-        skipped: The tar's other samples.
+    Samples are in the tar's order, and their `map_row` counts into `maps`, each of which is used. `skipped` are the
+    tar's other samples. The store has a manifest already.
 
     Returns:
         The record that counts, which is another extractor's if that one committed this shard first.
@@ -123,25 +116,25 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
 def _map_arrays(manifest: Manifest, maps: Sequence[EncodedMaps]) -> dict[str, _Array]:
     fingerprint = manifest.fingerprint
     num_layers, num_windows = len(fingerprint.layers), len(fingerprint.windows)
-    codes = [entry.codes_LC for entry in maps]
-    caps = [entry.caps_L[:, None] for entry in maps]
-    windows = [_windows(row, entry) for row, entry in enumerate(maps)]
     num_pairs = num_entries(num_layers, causal=True)
-    thresholds = [each.thresholds_W[:, None] for each in windows]
-    means = [each.means_L[:, None] for each in windows]
-    covariances = [each.covariances_P[:, None] for each in windows]
+    codes = [entry.codes_LC for entry in maps]
+    windows = [_windows(row, entry) for row, entry in enumerate(maps)]
     tail_blocks = [each.tail_blocks_LY for each in windows]
     flips = [each.flips_G for each in windows]
+
+    def columns(parts: list[Tensor], num_rows: int) -> _Array:
+        return _joined([part[:, None] for part in parts], (num_rows, 0), torch.float32, dim=1)
+
     return {
         "map_num_tokens": np.array([entry.num_tokens for entry in maps], dtype=np.int32),
-        "map_caps": _joined(caps, (num_layers, 0), torch.float32, dim=1),
-        "map_means": _joined(means, (num_layers, 0), torch.float32, dim=1),
-        "map_covariances": _joined(covariances, (num_pairs, 0), torch.float32, dim=1),
+        "map_caps": columns([entry.caps_L for entry in maps], num_layers),
+        "map_means": columns([each.means_L for each in windows], num_layers),
+        "map_covariances": columns([each.covariances_P for each in windows], num_pairs),
         "map_codes": _joined(codes, (num_layers, 0), code_dtype(fingerprint.map_codec), dim=1),
         "map_code_offsets": _offsets([code.shape[1] for code in codes]),
         "map_corners": _joined(tail_blocks, (num_layers, 0), torch.float16, dim=1),
         "map_corner_offsets": _offsets([block.shape[1] for block in tail_blocks]),
-        "window_thresholds": _joined(thresholds, (num_windows, 0), torch.float32, dim=1),
+        "window_thresholds": columns([each.thresholds_W for each in windows], num_windows),
         "window_shifts": _joined([each.shifts_WN for each in windows], (num_windows, 0), torch.float16, dim=1),
         "window_flips": _joined(flips, (0,), torch.uint8),
         "window_flip_offsets": _offsets([len(each) for each in flips]),

@@ -67,7 +67,7 @@ def tree(folder: Path, *parts: str) -> dict[str, bytes]:
 
 
 def _command(arguments: tuple[object, ...]) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli.app", *map(str, arguments)]
+    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
 
 
 def _environment() -> dict[str, str]:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.run_file import RunFile, load_run_file
-from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
+from storage.streaming.stream import StreamConfig, StreamedSample
+from tests.storage.builders import target_stream
 
 
 class TrainingData(Protocol):
@@ -40,4 +40,4 @@ def run_file(tiny: TrainingData, targets: Path, output: Path, *settings: str) ->
 def dealt(samples: Path, targets: Path, batch_size: int, rank: int, seed: int = 0) -> list[list[StreamedSample]]:
     """The microbatches that one of two processes gets in the first epoch, of one sample each."""
     config = StreamConfig(seed=seed, batch_size=batch_size, microbatch_size=1, bucket_by_length=True)
-    return list(target_stream(open_store(samples), targets, config, rank=rank, world_size=2, epoch=0))
+    return list(target_stream(samples, targets, config, rank=rank, world_size=2, epoch=0))

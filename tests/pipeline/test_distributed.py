@@ -21,7 +21,7 @@ from tests.processes import kill
 PATIENCE_S = 500
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_S)]
 
-ONE = [sys.executable, "-m", "pipeline.cli.app"]
+ONE = [sys.executable, "-m", "pipeline.cli"]
 TORCHRUN = [
     sys.executable,
     "-m",
@@ -30,7 +30,7 @@ TORCHRUN = [
     "--nproc-per-node",
     "2",
     "-m",
-    "pipeline.cli.app",
+    "pipeline.cli",
 ]
 # What these processes run on, a GPU or none, they find out themselves.
 ACCELERATE = [
@@ -109,8 +109,8 @@ def assert_same_stage(found: Path, expected: Path) -> None:
     [
         (TORCHRUN, [], "ddp"),
         (TORCHRUN, ["train.parallel.strategy=fsdp"], "fsdp"),
-        ([*ACCELERATE, "--multi_gpu", "-m", "pipeline.cli.app"], [], "ddp"),
-        ([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "-m", "pipeline.cli.app"], [], "fsdp"),
+        ([*ACCELERATE, "--multi_gpu", "-m", "pipeline.cli"], [], "ddp"),
+        ([*ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "-m", "pipeline.cli"], [], "fsdp"),
     ],
     ids=["torchrun-ddp", "torchrun-fsdp", "accelerate-ddp", "accelerate-fsdp"],
 )

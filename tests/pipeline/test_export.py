@@ -50,7 +50,7 @@ def test_a_run_is_exported_with_a_card_of_its_figures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "evaluation.json").write_text(EVALUATION.to_json())
+    (tmp_path / "evaluation.json").write_text(EVALUATION.model_dump_json())
     flags = ("--teacher", "some-org/teacher-4b", "--evaluation", tmp_path / "evaluation.json")
     done = run_here("export", undisturbed, tmp_path / "out", *flags, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err

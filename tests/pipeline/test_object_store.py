@@ -16,7 +16,7 @@ from tests.pipeline.runs import SETTINGS
 
 
 def cdp(*arguments: str, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pipeline.cli.app", *arguments]
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
 

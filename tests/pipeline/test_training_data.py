@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.training import train
 from storage.errors import FingerprintMismatch, UserError
-from storage.samples.index import SampleIndex
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import cdp
 from tests.pipeline.runs import SETTINGS, run_file
@@ -27,8 +26,8 @@ def _one_thread() -> None:
 
 
 def keys_of(samples: Path) -> list[str]:
-    index = SampleIndex.load(open_store(samples))
-    return [members.key for entry in index.shards for members in entry.members]
+    packed = SampleSet.open(samples)
+    return [members.key for number in range(len(packed.index.shards)) for members in packed.members(number)]
 
 
 def weights(output: Path, stage: str = "dpt") -> dict[str, torch.Tensor]:
@@ -182,7 +181,7 @@ def test_resuming_in_the_second_epoch_on_another_number_of_processes_gives_the_s
     assert checkpoints(output) == ["step-00000002", "step-00000003", "step-00000004"]
     flags = (word for pair in zip(PLACES, places, strict=True) for word in pair)
     words = (word for setting in (*SETTINGS, *settings) for word in ("--set", setting))
-    torchrun(after, "pipeline.cli.app", "train-student", "--stage", "dft", *flags, *words)
+    torchrun(after, "pipeline.cli", "train-student", "--stage", "dft", *flags, *words)
     assert checkpoints(output) == ["step-00000004", "step-00000005", "step-00000006"]
     lines = [json.loads(line) for line in (output / "dft/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

@@ -68,7 +68,7 @@ def test_a_run_folder_that_the_processes_of_a_cluster_do_not_see_is_refused_befo
     where = ("--output", tmp_path / "runs/run", "--ray-address", ray_address, "--workers", 2, "--stage", "dpt")
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
     done = subprocess.run(
-        [*alone, sys.executable, "-m", "pipeline.cli.app", "train-student", *map(str, (*places, *where)), *settings],
+        [*alone, sys.executable, "-m", "pipeline.cli", "train-student", *map(str, (*places, *where)), *settings],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

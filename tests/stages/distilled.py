@@ -8,7 +8,7 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from storage.targets.manifest import create_or_check
@@ -39,15 +39,15 @@ def make_tiny_data(folder: Path, num_samples: int = 20) -> TinyData:
 def extract_here(data: TinyData, out: Path, **settings: object) -> TargetStore:
     """Targets of all shards, made one after another."""
     teacher = load_teacher(TeacherConfig.model_validate({"checkpoint": str(data.teacher), **settings}))
-    samples, targets = open_store(data.samples), open_store(out)
-    index = SampleIndex.load(samples)
+    samples, targets = SampleSet.open(data.samples), open_store(out)
+    index = samples.index
     manifest = teacher.identity.manifest(index.digest, len(index.shards))
     create_or_check(targets, manifest)
     staged = targets.staging("teacher")
     teacher.save_vision(staged)
     save_teacher(targets, manifest, staged)
     for number, entry in enumerate(index.shards):
-        with SampleShard.open(samples, entry) as shard:
+        with samples.shard(number) as shard:
             seen = observe_shard(teacher, shard)
         write_shard(targets, number, manifest, entry.name, seen.samples, seen.maps, seen.skipped)
     return TargetStore.open(out)

@@ -14,10 +14,8 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
 from storage.codecs.maps import EncodedMaps
-from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
-from storage.samples.shard import SampleShard
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
@@ -84,8 +82,7 @@ def extract_family(model_type: str, samples: Path, folder: Path) -> Extracted:
     )
     assert not store.commits[0].skipped
     shard = store.shard(0)
-    entry = SampleIndex.load(open_store(samples)).shards[0]
-    with SampleShard.open(open_store(samples), entry) as tar:
+    with SampleSet.open(samples).shard(0) as tar:
         rows = {tar.read(row).key: (tar.read(row), *shard.read(row)) for row in range(len(shard))}
     assert len(rows) == 5
     return Extracted(checkpoint, samples, store, rows)

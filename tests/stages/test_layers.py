@@ -11,8 +11,8 @@ from stages.layers import (
     span_layers,
     student_layers,
     visual_understanding_layers,
-    window_means,
 )
+from storage.codecs.windows import window_means, window_rows
 from storage.errors import UserError
 
 
@@ -87,4 +87,4 @@ def test_one_to_one_matching_spreads_single_layers_over_all_captured_ones(
 
 def test_window_means_average_the_named_layers() -> None:
     maps = torch.arange(3.0)[:, None, None].expand(3, 2, 2)
-    assert window_means(maps, (5, 6, 7), ((5, 6), (6, 7)))[:, 0, 0].tolist() == [0.5, 1.5]
+    assert window_means(maps, window_rows((5, 6, 7), ((5, 6), (6, 7))))[:, 0, 0].tolist() == [0.5, 1.5]

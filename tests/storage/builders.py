@@ -9,18 +9,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from webdataset import DataPipeline
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
 from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.tail_samples import row_addresses
-from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
+from storage.samples.sample_set import SampleSet
 from storage.samples.writer import SampleShardWriter
-from storage.stores import Store, open_store, owner
+from storage.stores import Store, owner
+from storage.streaming.stream import Mixture, Source, StreamConfig, mixture_stream
 from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.targets.sample_targets import SampleTargets
+from storage.targets.store import TargetStore
 from storage.targets.writer import write_shard
 
 VOCAB = 50
@@ -112,14 +115,14 @@ def stored_samples(keys: list[str]) -> list[StoredSample]:
     ]
 
 
-def pack(out: Path, shard_sizes: tuple[int, ...]) -> SampleIndex:
+def pack(out: Path, shard_sizes: tuple[int, ...]) -> SampleSet:
     """A sample set with one shard of each size."""
     # Groups as large as the limit: each fills a shard of its own.
     with SampleShardWriter(out, max_samples=max(shard_sizes), max_bytes=10**9) as writer:
         for shard, size in enumerate(shard_sizes):
             writer.add_group(stored_samples([f"s{shard}-{row}" for row in range(size)]))
             writer._finish_shard()
-    return SampleIndex.load(open_store(out))
+    return SampleSet.open(out)
 
 
 def write_table(folder: Path, data: bytes, **entry: Any) -> None:
@@ -130,17 +133,27 @@ def write_table(folder: Path, data: bytes, **entry: Any) -> None:
     (folder / "index.json").write_bytes(json.dumps(index, separators=(",", ":")).encode())
 
 
-def extract(samples: SampleIndex, store: Store, skip: tuple[str, ...] = (), **changes: Any) -> list[CommitRecord]:
+def extract(samples: SampleSet, store: Store, skip: tuple[str, ...] = (), **changes: Any) -> list[CommitRecord]:
     """Targets for a whole sample set, without a teacher."""
-    made_for = manifest(len(samples.shards), samples=samples.digest, **changes)
+    index = samples.index
+    made_for = manifest(len(index.shards), samples=index.digest, **changes)
     create_or_check(store, made_for)
     records = []
-    for number, entry in enumerate(samples.shards):
-        keys = [members.key for members in entry.members]
+    for number, entry in enumerate(index.shards):
+        keys = [members.key for members in samples.members(number)]
         used, maps = shard_content(made_for, [key for key in keys if key not in skip], seed=number)
         skipped = [SkippedSample(key, f"id-{key}", "too_long", "200 tokens") for key in keys if key in skip]
         records.append(write_shard(store, number, made_for, entry.name, used, maps, skipped))
     return records
+
+
+def target_stream(
+    samples: Path | str, targets: TargetStore | Path | str, config: StreamConfig, *, epoch: int = 0, **options: Any
+) -> DataPipeline:
+    """One epoch over one sample set with its targets, by default for a single rank."""
+    opened = targets if isinstance(targets, TargetStore) else TargetStore.open(targets)
+    mixture = Mixture([Source(SampleSet.open(samples), opened)], config)
+    return mixture_stream(mixture, **{"rank": 0, "world_size": 1, "epochs": range(epoch, epoch + 1), **options})
 
 
 @contextmanager

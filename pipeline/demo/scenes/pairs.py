@@ -19,7 +19,6 @@ TRAIN_STREAM = 1
 class CaptionPair:
     """A held-out image, a caption that is true of it and one that is false."""
 
-    kind: PairKind
     pixels: NDArray[np.uint8]
     caption: str
     negative: str
@@ -37,6 +36,6 @@ def sample_pairs(num: int, seed: int, variant: Variant) -> dict[PairKind, list[C
             for index in range(len(scenes)):
                 pair = hard_negative(rng, scenes.things(index), kind, variant)
                 if pair:
-                    pairs.append(CaptionPair(kind, pixels[index], str(pair[0]), str(pair[1])))
+                    pairs.append(CaptionPair(pixels[index], str(pair[0]), str(pair[1])))
         found[kind] = pairs[:num]
     return found

@@ -20,8 +20,7 @@ from stages.teacher.forward import ForwardOutput
 from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError
 from storage.integrity.verify import verify
-from storage.samples.index import SampleIndex
-from storage.samples.shard import SampleShard
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.targets.store import TargetStore
 from tests.conftest import NUM_SAMPLES, TinyWorld
@@ -126,7 +125,7 @@ def test_a_sample_the_teacher_cannot_take_is_in_the_ledger_and_every_other_has_i
     shard, undisturbed = found.shard(poisoned), expected.shard(poisoned)
     assert set(undisturbed.keys) - set(shard.keys) == {skipped.key}
     for key in shard.keys:
-        one, other = (each.read(each.row_of(key) or 0) for each in (shard, undisturbed))
+        one, other = (each.read(each.keys.index(key)) for each in (shard, undisturbed))
         assert torch.equal(one[0].logits_RQ, other[0].logits_RQ)
         assert torch.equal(one[0].token_ids, other[0].token_ids)
         assert (one[1] is None) == (other[1] is None)
@@ -147,7 +146,7 @@ def test_which_sample_is_at_fault_is_in_the_ledger_and_how_it_was_found_in_the_r
     ]
     (skipped,) = TargetStore.open(store).commits[poisoned].skipped
     samples = open_store(str(tiny.samples))
-    with SampleShard.open(samples, SampleIndex.load(samples).shards[poisoned]) as shard:
+    with SampleSet.open(samples).shard(poisoned) as shard:
         at_fault = shard.keys.index(skipped.key)
     assert [one.position for one in tries if one.position is not None] == [at_fault, at_fault]
     assert sum(one.counts for one in tries) == 1

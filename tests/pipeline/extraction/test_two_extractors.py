@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def _start(tiny: TinyWorld, targets: str, samples: str, cache: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "pipeline.cli.app", "extract-teacher", "--teacher", str(tiny.teacher)]
+    command = [sys.executable, "-m", "pipeline.cli", "extract-teacher", "--teacher", str(tiny.teacher)]
     command += ["--samples", samples, "--targets", targets, "--workers", "1", "--set", "teacher.batch_size=4"]
     environment = {**os.environ, "CDP_CACHE_DIR": str(cache)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -13,7 +13,7 @@ from stages.student.training.config import TrainConfig
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage import StageRun
 from storage.errors import UserError
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source
 from storage.targets.store import TargetStore
 from tests.checkpoints import (
@@ -105,7 +105,7 @@ def start_of(data: TinyData, store: TargetStore, student: Path, kd_weight: float
     config = TrainConfig(
         matching=MatchingConfig(num_matched=1), dft=DistilledFinetuning(kd_weight=kd_weight, batch_size=4)
     )
-    source = Source(open_store(data.samples), store)
+    source = Source(SampleSet.open(data.samples), store)
     return StageSetup(StageRun("dft", config, str(student), None, (source,), data.samples.parent / "out"))
 
 

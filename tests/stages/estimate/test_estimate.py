@@ -9,15 +9,14 @@ from benchmarks.results import RESULTS
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from stages.estimate.analytic import BYTES_PER_ENTRY, METADATA_BYTES_PER_ARRAY, estimate_from_configs
-from stages.estimate.codec_costs import CODECS
 from stages.estimate.extrapolate import longest_share, student_t
-from stages.estimate.measured import estimate_by_measurement
+from stages.estimate.measured import CODECS, estimate_by_measurement
 from stages.estimate.report import Estimate, EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from storage.codecs.config import num_entries
 from storage.errors import UserError
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from storage.targets.layout import ARRAYS
 from storage.targets.summary import summarize
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
@@ -40,7 +39,7 @@ def estimate(scenes: TinyData) -> Estimate:
     """Of a part of the scenes: 64 read, 32 seen by the teacher."""
     settings = TeacherConfig.model_validate({"checkpoint": str(TEACHER), **SETTINGS})
     config = EstimateConfig(num_sampled=64, num_measured=32)
-    return estimate_by_measurement(settings, open_store(scenes.samples), config, workers=2, threads=1)
+    return estimate_by_measurement(settings, SampleSet.open(scenes.samples), config, workers=2, threads=1)
 
 
 @pytest.mark.parametrize("codec", ["sqrt4", "float16"])
@@ -84,10 +83,10 @@ def test_unusable_samples_are_counted_and_shown_with_their_reasons(tmp_path: Pat
     settings = TeacherConfig(checkpoint=str(data.teacher), max_length=12, batch_size=4)
     config = EstimateConfig(num_blocks=2, num_sampled=20, num_measured=4)
     with pytest.raises(UserError, match=r"none of 20 samples .* can be used \(image_beyond_max_length: 16"):
-        estimate_by_measurement(settings, open_store(data.samples), config, workers=1, threads=1)
+        estimate_by_measurement(settings, SampleSet.open(data.samples), config, workers=1, threads=1)
     # Long enough for the shorter conversations.
     settings = settings.model_copy(update={"max_length": 24})
-    estimate = estimate_by_measurement(settings, open_store(data.samples), config, workers=1, threads=1)
+    estimate = estimate_by_measurement(settings, SampleSet.open(data.samples), config, workers=1, threads=1)
     assert 0 < sum(estimate.unusable.values()) < 20
     assert estimate.per_sample["samples"] == pytest.approx(1 - sum(estimate.unusable.values()) / 20)
     assert all(reason in " ".join(estimate.unusable_examples) for reason in list(estimate.unusable)[:1])
@@ -100,7 +99,7 @@ def test_configs_alone_give_a_coarse_estimate_without_reading_weights(scenes: Ti
         if file.is_file() and file.suffix != ".safetensors":
             (bare / file.name).write_bytes(file.read_bytes())
     settings = TeacherConfig.model_validate({"checkpoint": str(bare), **SETTINGS})
-    counted = estimate_from_configs(settings, open_store(scenes.samples), EstimateConfig(), workers=4)
+    counted = estimate_from_configs(settings, SampleSet.open(scenes.samples), EstimateConfig(), workers=4)
     assert counted.basis == "analytic"
     assert counted.num_sampled == counted.num_samples
     assert counted.settings["sqrt4"].shard_bytes_95 is None

@@ -6,8 +6,7 @@ from stages.estimate.sampling import UNITS, count_blocks, plan_blocks
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import UserError
-from storage.samples.index import SampleIndex
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 
 
@@ -59,6 +58,5 @@ def test_blocks_of_one_sample_find_as_many_maps_as_one_block_of_all(tiny_data: T
 
 
 def _counted(teacher: Teacher, data: TinyData, blocks: list[range]) -> dict[str, float]:
-    store = open_store(data.samples)
-    counted = count_blocks(store, SampleIndex.load(store), teacher.encoder, blocks, causal=True)
+    counted = count_blocks(SampleSet.open(data.samples), teacher.encoder, blocks, causal=True)
     return {unit: sum(block.counts[unit] for block in counted) for unit in UNITS}

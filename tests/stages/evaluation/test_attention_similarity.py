@@ -19,9 +19,9 @@ from stages.student.model.student import Student
 from storage.codecs.config import MapCodecConfig
 from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask
-from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, target_stream
+from storage.streaming.stream import StreamConfig
 from tests.stages.distilled import extract_here, make_tiny_data
+from tests.storage.builders import target_stream
 
 MATCHING = LayerMatching(
     student_layers=(2, 3),
@@ -42,7 +42,7 @@ def student_and_batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student
     enable_capture(student)
     collator = Collator(SampleReader(load_processor(store.teacher_folder()), student.config.image_token_id, 10_000))
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=5)
-    stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(data.samples, store, config, rank=0, world_size=1, epoch=0)
     batch = collator(next(iter(list(stream))))
     capture = AttentionCapture(frozenset(MATCHING.student_layers), batch.image_positions)
     with torch.no_grad():

@@ -1,4 +1,3 @@
-import json
 import math
 from typing import Any
 
@@ -32,7 +31,7 @@ def test_a_report_sums_up_by_kind_and_survives_json(
     assert report.pairs_per_s == pytest.approx(5 / report.seconds)
     assert (report.dtype, report.image_backend) == ("float32", "SiglipImageProcessorPil")
     assert report.model == model.name_or_path
-    assert EvaluationReport.model_validate(json.loads(report.to_json())) == report
+    assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
 
 
 def test_equal_captions_are_a_tie_in_likelihood(model: Any, processor: Any, pairs: list[CaptionPair]) -> None:

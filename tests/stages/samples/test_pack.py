@@ -13,10 +13,8 @@ import pytest
 from stages.samples import image_files, pack
 from stages.samples.pack import PackConfig, PackReport, pack_samples
 from storage.errors import TooManySkipped, UserError
-from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
-from storage.samples.shard import SampleShard
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from tests.stages.samples.llava_data import LlavaFolder, bomb_png, image_bytes, record, turns
 from tests.stages.samples.watched_progress import WatchedProgress
 
@@ -24,10 +22,9 @@ LENIENT = PackConfig(max_skipped_fraction=1.0)
 
 
 def read_shards(out: Path) -> list[list[StoredSample]]:
-    store = open_store(str(out))
-    shards = []
-    for entry in SampleIndex.load(store).shards:
-        with SampleShard.open(store, entry) as shard:
+    samples, shards = SampleSet.open(str(out)), []
+    for number in range(len(samples.index.shards)):
+        with samples.shard(number) as shard:
             shards.append([shard.read(row) for row in range(len(shard))])
     return shards
 

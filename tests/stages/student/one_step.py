@@ -25,7 +25,7 @@ from stages.student.training.metrics import LoggingConfig
 from stages.student.training.objective import DistillationObjective
 from stages.student.training.parallel import ParallelConfig, Strategy, gathered
 from stages.student.training.stage import StageRun
-from storage.stores import open_store
+from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source
 from storage.targets.store import TargetStore
 
@@ -55,7 +55,7 @@ def take_step(folder: Path, microbatch_size: int, strategy: Strategy = "ddp", nu
         parallel=ParallelConfig(strategy=strategy),
         logging=LoggingConfig(trackers=()),
     )
-    source = Source(open_store(folder / "samples"), TargetStore.open(folder / "targets"))
+    source = Source(SampleSet.open(folder / "samples"), TargetStore.open(folder / "targets"))
     run = StageRun("dft", config, str(folder / "lm"), None, (source,), output)
     counts: list[tuple[int, int]] = []
     forward, step = DistillationObjective.forward, torch.optim.AdamW.step

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.layers import LayerSpan, sliding_windows, window_means
+from stages.layers import LayerSpan, sliding_windows
 from stages.student.layer_matching import (
     ONE_TO_ONE_COSINES,
     UNMASKED_COSINES,
@@ -21,6 +21,7 @@ from stages.student.training.forward import decode_windows
 from storage.codecs.config import MapCodecConfig
 from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask, sink_threshold
+from storage.codecs.windows import window_means, window_rows
 from storage.errors import UserError
 from storage.targets.manifest import Manifest
 from tests.storage.builders import manifest, map_targets, random_maps
@@ -39,7 +40,7 @@ def stored(name: str, num_tokens: int = 40) -> EncodedMaps:
 
 
 def exact_windows(num_tokens: int, windows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    return window_means(random_maps(len(LAYERS), num_tokens, seed=3), LAYERS, windows)
+    return window_means(random_maps(len(LAYERS), num_tokens, seed=3), window_rows(LAYERS, windows))
 
 
 def test_as_many_layers_as_the_stored_windows_use_the_stored_masks_without_a_note() -> None:
@@ -70,7 +71,7 @@ def test_another_number_of_layers_takes_masks_from_decoded_maps_and_says_so(name
     assert f"with {name} codes was at least {UNSTORED_WINDOW_COSINES[name]}" in note
     assert "teacher.num_matched=1" in note
     found = decode_windows([stored(name)], matching, CPU)
-    decoded = window_means(MapCodec(codec).decode(stored(name)), LAYERS, (LAYERS,))
+    decoded = window_means(MapCodec(codec).decode(stored(name)), window_rows(LAYERS, (LAYERS,)))
     # But for the last two keys.
     torch.testing.assert_close(found.maps_WBNN[:, 0, :, :38], decoded[:, :, :38], rtol=1e-6, atol=1e-9)
     exact = exact_windows(40, (LAYERS,))

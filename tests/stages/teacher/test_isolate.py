@@ -13,7 +13,7 @@ from stages.teacher.isolate import NOWHERE, TeacherUnusable, run_isolated
 from stages.teacher.observe import ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import StoreUnavailable
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, make_tiny_data, observe_shard
@@ -34,7 +34,7 @@ def teacher(data: TinyData) -> Teacher:
 
 def opened(data: TinyData) -> SampleShard:
     store = open_store(data.samples)
-    return SampleShard.open(store, SampleIndex.load(store).shards[0])
+    return SampleSet.open(store).shard(0)
 
 
 def apart(

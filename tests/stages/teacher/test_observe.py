@@ -16,7 +16,7 @@ from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.errors import UserError
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, make_tiny_data, observe_shard
@@ -34,7 +34,7 @@ def teacher(data: TinyData) -> Teacher:
 
 def opened(data: TinyData, shard: int = 0) -> SampleShard:
     store = open_store(data.samples)
-    return SampleShard.open(store, SampleIndex.load(store).shards[shard])
+    return SampleSet.open(store).shard(shard)
 
 
 def observe(teacher: Teacher, data: TinyData, shard: int = 0, progress: list[int] | None = None) -> ShardObservations:
@@ -45,7 +45,7 @@ def observe(teacher: Teacher, data: TinyData, shard: int = 0, progress: list[int
 def test_each_image_with_its_prefix_is_captured_once_and_shared(teacher: Teacher, data: TinyData) -> None:
     seen = observe(teacher, data)
     store = open_store(data.samples)
-    with SampleShard.open(store, SampleIndex.load(store).shards[0]) as shard:
+    with SampleSet.open(store).shard(0) as shard:
         images = {sample.key: shard.read(row).images for row, sample in enumerate(seen.samples)}
     rows_of_image: dict[bytes, set[int | None]] = {}
     for sample in seen.samples:
@@ -58,7 +58,7 @@ def test_each_image_with_its_prefix_is_captured_once_and_shared(teacher: Teacher
 def test_rows_stand_in_the_tars_order_and_text_only_samples_have_no_maps(teacher: Teacher, data: TinyData) -> None:
     progress: list[int] = []
     seen = observe(teacher, data, progress=progress)
-    keys = [members.key for members in SampleIndex.load(open_store(data.samples)).shards[0].members]
+    keys = [members.key for members in SampleSet.open(data.samples).members(0)]
     assert [sample.key for sample in seen.samples] == keys
     assert sum(progress) == len(keys)
     image_token = teacher.encoder.image_token_id

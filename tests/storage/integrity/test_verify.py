@@ -13,12 +13,13 @@ from storage.errors import StoreUnavailable, UserError
 from storage.integrity.findings import VerifyReport
 from storage.integrity.repair import repair
 from storage.integrity.verify import verify
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.stores import LocalStore, open_store
 from storage.targets.commits import CommitRecord
 from storage.targets.manifest import Manifest
 from storage.targets.store import TargetStore
 from storage.targets.teacher import save_teacher
+from tests.recorded_progress import RecordedProgress
 from tests.storage.builders import extract, files_of, pack
 
 SHARD_SIZES = (5, 3, 4)
@@ -27,7 +28,7 @@ SHARD_SIZES = (5, 3, 4)
 def extract_all(samples: Path, targets: Path) -> None:
     """What `cdp extract-teacher` leaves."""
     store = open_store(targets)
-    extract(SampleIndex.load(open_store(samples)), store)
+    extract(SampleSet.open(samples), store)
     if not store.exists("commits/teacher.json"):
         staged = store.staging("teacher")
         (staged / "config.json").write_text('{"model_type": "llava"}')
@@ -86,6 +87,13 @@ def test_the_undamaged_store_is_whole(whole):
     assert report.ok
     assert (report.num_planned, report.num_committed, report.num_read, report.missing) == (3, 3, 3, ())
     assert report.num_samples == sum(SHARD_SIZES)
+
+
+def test_progress_counts_the_shards_and_the_tars_that_are_read(whole):
+    progress = RecordedProgress()
+    verify(whole / "targets", whole / "samples", progress=progress)
+    task = progress.named("verify")
+    assert (task.done, task.total, task.unit) == (2 * len(SHARD_SIZES), 2 * len(SHARD_SIZES), "shards")
 
 
 @pytest.mark.parametrize("num_positions", [1, pytest.param(12, marks=pytest.mark.slow)])

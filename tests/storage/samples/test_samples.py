@@ -7,7 +7,7 @@ import pytest
 from storage.errors import CorruptData, UserError
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample, image_suffix
-from storage.samples.shard import SampleShard
+from storage.samples.sample_set import SampleSet
 from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
 from tests.storage.builders import JPG, PNG, files_of, stored_samples, write_table
@@ -24,13 +24,13 @@ def test_samples_round_trip_in_any_order(tmp_path):
     with SampleShardWriter(tmp_path, 4, 10**6) as writer:
         for sample in samples:
             writer.add_group([sample])
-    store = open_store(tmp_path)
-    index = SampleIndex.load(store)
+    packed = SampleSet.open(tmp_path)
+    index = packed.index
     assert [entry.num_samples for entry in index.shards] == [4, 4]
     assert index.num_samples == 8
     found = {}
-    for entry in index.shards:
-        with SampleShard.open(store, entry) as shard:
+    for number in range(len(index.shards)):
+        with packed.shard(number) as shard:
             shard.verify()
             assert len(shard) == len(shard.keys)
             for row in reversed(range(len(shard))):
@@ -53,8 +53,8 @@ def test_a_group_is_split_only_when_it_alone_is_too_large(tmp_path):
         writer.add_group(group("a1", "a2", "a3"))
         writer.add_group(group("b1", "b2"))
         writer.add_group(group("c1", "c2", "c3", "c4", "c5"))
-    index = SampleIndex.load(open_store(tmp_path))
-    keys = [[members.key for members in entry.members] for entry in index.shards]
+    packed = SampleSet.open(tmp_path)
+    keys = [[members.key for members in packed.members(number)] for number in range(len(packed.index.shards))]
     assert keys == [["a1", "a2", "a3"], ["b1", "b2"], ["c1", "c2", "c3", "c4"], ["c5"]]
 
 
@@ -107,19 +107,17 @@ def test_unsafe_samples_are_refused(tmp_path, bad, message):
 def test_every_flipped_byte_of_a_sample_is_seen_when_it_is_read(tmp_path):
     with SampleShardWriter(tmp_path, 9, 10**6) as writer:
         writer.add_group(group("a"))
-    store = open_store(tmp_path)
-    (entry,) = SampleIndex.load(store).shards
-    path = tmp_path / entry.name
+    packed = SampleSet.open(tmp_path)
+    path = tmp_path / "samples-000000.tar"
     clean = path.read_bytes()
-    last_offset, last_bytes = entry.members[0].spans[-1]
-    padding = {
-        i for offset, size in entry.members[0].spans for i in range(offset + size, -(-(offset + size) // 512) * 512)
-    }
+    spans = packed.members(0)[0].spans
+    last_offset, last_bytes = spans[-1]
+    padding = {i for offset, size in spans for i in range(offset + size, -(-(offset + size) // 512) * 512)}
     for position in range(0, last_offset + last_bytes, 7):
         if position in padding:
             continue
         path.write_bytes(clean[:position] + bytes([clean[position] ^ 1]) + clean[position + 1 :])
-        with SampleShard.open(store, entry) as shard:
+        with packed.shard(0) as shard:
             with pytest.raises(CorruptData, match="sample a"):
                 shard.read(0)
             with pytest.raises(CorruptData, match="sha256"):
@@ -129,15 +127,14 @@ def test_every_flipped_byte_of_a_sample_is_seen_when_it_is_read(tmp_path):
 def test_a_truncated_or_missing_tar_is_an_error(tmp_path):
     with SampleShardWriter(tmp_path, 9, 10**6) as writer:
         writer.add_group(group("a", "b"))
-    store = open_store(tmp_path)
-    (entry,) = SampleIndex.load(store).shards
-    path = tmp_path / entry.name
+    packed = SampleSet.open(tmp_path)
+    path = tmp_path / "samples-000000.tar"
     path.write_bytes(path.read_bytes()[:1024])
     with pytest.raises(CorruptData, match="1024 bytes, the index says"):
-        SampleShard.open(store, entry)
+        packed.shard(0)
     path.unlink()
     with pytest.raises(CorruptData, match="is missing"):
-        SampleShard.open(store, entry)
+        packed.shard(0)
 
 
 @pytest.mark.parametrize(
@@ -185,26 +182,25 @@ def test_a_member_table_that_is_not_ours_is_refused_though_the_index_names_it(tm
     assert old in data
     write_table(tmp_path, data.replace(old, new, 1))
     with pytest.raises(error, match=message):
-        _ = SampleIndex.load(open_store(tmp_path)).shards[0].members
+        _ = SampleSet.open(tmp_path).members(0)
 
 
 def test_a_member_table_that_is_not_the_one_of_the_index_is_refused(tmp_path):
     with SampleShardWriter(tmp_path, 9, 10**6) as writer:
         writer.add_group(group("a"))
-    store, table = open_store(tmp_path), tmp_path / "samples-000000.json"
-    (entry,) = SampleIndex.load(store).shards
+    packed, table = SampleSet.open(tmp_path), tmp_path / "samples-000000.json"
     clean = table.read_bytes()
     for position in range(len(clean)):
         table.write_bytes(clean[:position] + bytes([clean[position] ^ 1]) + clean[position + 1 :])
         with pytest.raises(CorruptData, match="the index says"):
-            SampleShard.open(store, entry)
+            packed.shard(0)
     for data in (clean[:-1], clean + b" "):
         table.write_bytes(data)
         with pytest.raises(CorruptData, match=r"the index says|at most"):
-            SampleShard.open(store, entry)
+            packed.shard(0)
     table.unlink()
     with pytest.raises(CorruptData, match="is missing"):
-        SampleShard.open(store, entry)
+        packed.shard(0)
 
 
 def test_packing_refuses_what_no_reader_would_open(tmp_path, monkeypatch):

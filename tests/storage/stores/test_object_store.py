@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 from storage.errors import CorruptData
 from storage.integrity.verify import verify
 from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, target_stream
+from storage.streaming.stream import StreamConfig
 from storage.targets.cleaning import clean_partials
 from storage.targets.store import TargetStore
 from storage.targets.summary import summarize
-from tests.storage.builders import extract, files_of, pack
+from tests.storage.builders import extract, files_of, pack, target_stream
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def test_a_store_on_s3_has_the_bytes_of_a_local_one_and_streams_alike(remote, tm
 
     config = StreamConfig(seed=0, batch_size=2)
     options = {"rank": 0, "world_size": 1, "epoch": 0}
-    near = target_stream(open_store(tmp_path / "samples"), tmp_path / "targets", config, **options)
+    near = target_stream(tmp_path / "samples", tmp_path / "targets", config, **options)
     expected = [[sample.key for sample in batch] for batch in near]
-    stream = target_stream(open_store(f"{remote}/samples"), f"{remote}/targets", config, **options)
+    stream = target_stream(f"{remote}/samples", f"{remote}/targets", config, **options)
     loader = DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn")
     assert [[sample.key for sample in batch] for batch in loader] == expected
 

@@ -8,7 +8,7 @@ import pytest
 
 from storage.codecs.config import MapCodecConfig
 from storage.errors import FingerprintMismatch, UserError
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source, read_keys
 from storage.streaming.order import StreamConfig
@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def source(root: Path, name: str, weight: float = 1.0, subset: Path | None = None) -> Source:
-    return Source(open_store(root / name), TargetStore.open(root / f"{name}-targets"), weight, subset)
+    return Source(SampleSet.open(root / name), TargetStore.open(root / f"{name}-targets"), weight, subset)
 
 
 def counts(mixture: Mixture, epoch: int) -> list[Counter[tuple[int, int]]]:
@@ -122,8 +122,8 @@ def test_the_stream_of_a_mixture_reads_each_sample_from_its_own_store(data):
     ],
 )
 def test_stores_that_differ_in_what_a_student_needs_are_refused_by_field(data, tmp_path, changes, named):
-    extract(SampleIndex.load(open_store(data / "small")), open_store(tmp_path / "targets"), **changes)
-    other = Source(open_store(data / "small"), TargetStore.open(tmp_path / "targets"))
+    extract(SampleSet.open(data / "small"), open_store(tmp_path / "targets"), **changes)
+    other = Source(SampleSet.open(data / "small"), TargetStore.open(tmp_path / "targets"))
     with pytest.raises(FingerprintMismatch, match=r"cannot be mixed \(differs in: ([^)]*)\)") as caught:
         Mixture([source(data, "large"), other], CONFIG)
     assert f"differs in: {named})" in str(caught.value)

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.samples.table import table_to_bytes
 from storage.stores import LocalStore, open_store
 from storage.streaming.join import OPENING_THREADS, OpenShards
 from storage.streaming.mixture import Mixture, Source, shard_sizes
 from storage.streaming.order import deal, epoch_order, num_microbatches, num_steps, shard_rows
-from storage.streaming.stream import StreamConfig, mixture_stream, target_stream
+from storage.streaming.stream import StreamConfig, mixture_stream
 from storage.targets.store import TargetStore
-from tests.storage.builders import extract, pack, write_table
+from tests.storage.builders import extract, pack, target_stream, write_table
 
 SHARDS = (7, 1, 5, 4)
 SKIP = ("s0-2", "s3-3")
@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 def stream(root: Path, config: StreamConfig, **options):
     options = {"rank": 0, "world_size": 1, "epoch": 0, **options}
-    return target_stream(open_store(root / "samples"), root / "targets", config, **options)
+    return target_stream(root / "samples", root / "targets", config, **options)
 
 
 def keys_of(batches) -> list[list[str]]:
@@ -138,7 +138,7 @@ def test_any_ranks_workers_and_resume_position_give_the_steps_of_the_one_global_
         microbatch_size=microbatch_size,
         bucket_by_length=bucket,
     )
-    mixture = Mixture([Source(open_store(data / "samples"), TargetStore.open(data / "targets"))], config)
+    mixture = Mixture([Source(SampleSet.open(data / "samples"), TargetStore.open(data / "targets"))], config)
     epochs = range(epoch, epoch + 2)
     per_rank = []
     for rank in range(world_size):
@@ -176,10 +176,10 @@ def test_with_bucketing_microbatches_of_the_same_number_have_like_lengths(data):
 
 @cache
 def names(root: Path) -> dict[int, list[str]]:
-    shards = SampleIndex.load(open_store(root / "samples")).shards
+    samples = SampleSet.open(root / "samples")
     return {
-        number: [members.key for members in entry.members if members.key not in SKIP]
-        for number, entry in enumerate(shards)
+        number: [members.key for members in samples.members(number) if members.key not in SKIP]
+        for number in range(len(samples.index.shards))
     }
 
 
@@ -213,7 +213,7 @@ def test_streamed_samples_hold_both_sides(data):
     for batch in stream(data, StreamConfig(seed=0, batch_size=4), layers=[3]):
         for sample in batch:
             shard = targets.shard(int(sample.key[1]))
-            expected, maps = shard.read(shard.row_of(sample.key), layers=[3])
+            expected, maps = shard.read(shard.keys.index(sample.key), layers=[3])
             assert sample.record["id"] == f"id-{sample.key}"
             assert sample.targets.key == sample.key == expected.key
             assert torch.equal(sample.targets.logits_RQ, expected.logits_RQ)
@@ -240,7 +240,7 @@ def test_resuming_reads_nothing_of_what_came_before(data, tmp_path):
             return super().shard(index)
 
     watched = Watched(targets.store, targets.manifest, targets.commits)
-    found = target_stream(open_store(data / "samples"), watched, config, rank=0, world_size=1, epoch=0, start_step=4)
+    found = target_stream(data / "samples", watched, config, rank=0, world_size=1, epoch=0, start_step=4)
     assert keys_of(found) == rest
     assert first_shard not in opened
     assert len(opened) == len(set(opened))
@@ -256,9 +256,9 @@ def test_a_member_table_is_read_once_when_its_shard_is_opened(data, monkeypatch)
 
 def test_targets_of_other_samples_are_refused(data, tmp_path):
     pack(tmp_path / "samples", (3,))
-    other, config = open_store(tmp_path / "samples"), StreamConfig(seed=0, batch_size=1)
+    config = StreamConfig(seed=0, batch_size=1)
     with pytest.raises(FingerprintMismatch, match="differs in: samples"):
-        target_stream(other, data / "targets", config, rank=0, world_size=1, epoch=0)
+        target_stream(tmp_path / "samples", data / "targets", config)
 
 
 def test_an_unfinished_extraction_is_refused_unless_allowed(tmp_path):
@@ -271,13 +271,13 @@ def test_an_unfinished_extraction_is_refused_unless_allowed(tmp_path):
 
 
 def test_targets_whose_keys_are_not_the_tars_are_an_error(tmp_path):
-    index = pack(tmp_path / "samples", (3,))
-    first, second, third = index.shards[0].members
+    packed = pack(tmp_path / "samples", (3,))
+    first, second, third = packed.members(0)
     swapped = (first._replace(key=second.key), second._replace(key=first.key), third)
     shutil.copytree(tmp_path / "samples", tmp_path / "other")
     write_table(tmp_path / "other", table_to_bytes(swapped))
-    other = SampleIndex.load(open_store(tmp_path / "other"))
-    assert other.digest == index.digest
+    other = SampleSet.open(tmp_path / "other")
+    assert other.index.digest == packed.index.digest
     extract(other, open_store(tmp_path / "targets"))
     with pytest.raises(CorruptData, match=r"are not the 3 of samples-000000\.tar"):
         list(stream(tmp_path, StreamConfig(seed=0, batch_size=1)))
@@ -330,7 +330,7 @@ def test_shards_are_opened_side_by_side_and_closed_once_nothing_needs_them():
 
 def test_shards_are_asked_for_a_group_ahead_of_their_first_row_also_over_the_end_of_an_epoch(data, monkeypatch):
     config = StreamConfig(seed=0, shuffle_shards=2, batch_size=2)
-    mixture = Mixture([Source(open_store(data / "samples"), TargetStore.open(data / "targets"))], config)
+    mixture = Mixture([Source(SampleSet.open(data / "samples"), TargetStore.open(data / "targets"))], config)
     asked: list[list[int]] = []
     need = OpenShards.need
 

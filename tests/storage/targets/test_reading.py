@@ -16,15 +16,15 @@ import zarr
 
 from storage.digests import canonical_json
 from storage.errors import CorruptData, FingerprintMismatch, UserError
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.samples.table import table_to_bytes
 from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, target_stream
+from storage.streaming.stream import StreamConfig
 from storage.targets.commits import CommitRecord, measure_files
 from storage.targets.layout import ARRAYS, ArraySpec
 from storage.targets.shard import TargetShard
 from storage.targets.store import TargetStore
-from tests.storage.builders import extract, pack, write_table
+from tests.storage.builders import extract, pack, target_stream, write_table
 
 INDEX_ENTRY = 16
 
@@ -127,15 +127,14 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_at_every_length(root, m
 
 def _stream_keys(root: Path) -> list[str]:
     config = StreamConfig(seed=0, batch_size=1)
-    store = open_store(root / "samples")
-    stream = target_stream(store, root / "targets", config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(root / "samples", root / "targets", config)
     return [sample.key for batch in stream for sample in batch]
 
 
 def test_a_sample_index_with_fewer_samples_is_refused_whatever_it_says_of_itself(root):
     assert len(_stream_keys(root)) == 7
     samples = root / "samples"
-    index, members = (samples / "index.json").read_bytes(), SampleIndex.load(open_store(samples)).shards[0].members
+    index, members = (samples / "index.json").read_bytes(), SampleSet.open(samples).members(0)
     for lie in (members[:-1], (*members[:-1], members[0]), members[::-1]):
         for num_samples in {7, len(lie)}:
             write_table(samples, table_to_bytes(lie), num_samples=num_samples)

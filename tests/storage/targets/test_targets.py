@@ -24,6 +24,7 @@ from storage.targets.manifest import create_or_check
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.store import TargetStore
 from storage.targets.writer import write_shard
+from tests.recorded_progress import RecordedProgress
 from tests.storage.builders import VOCAB, as_a_dead_process, files_of, manifest, sample_targets, shard_content
 
 KEYS = [f"k{number}" for number in range(12)]
@@ -71,8 +72,8 @@ def test_targets_round_trip(tmp_path, changes, sizes):
     assert targets.commits == {0: record}
     shard = targets.shard(0)
     assert list(shard.keys) == KEYS
-    assert shard.row_of("k3") == 3
-    assert shard.row_of("bad") is None
+    assert shard.keys.index("k3") == 3
+    assert "bad" not in shard.keys
     for row, sample in enumerate(samples):
         found, found_maps = shard.read(row)
         assert_equal(found, sample)
@@ -196,14 +197,15 @@ def test_verify_goes_on_after_a_fault_and_notices_strange_files(tmp_path):
         record, *_ = write(store, index=index)
         (tmp_path / record.path / "strange").write_bytes(b"x")
     (tmp_path / "commits/000001.json").write_bytes(b"{}")
-    calls = []
-    report = verify(tmp_path, progress=lambda *numbers: calls.append(numbers))
+    progress = RecordedProgress()
+    report = verify(tmp_path, progress=progress)
     assert sorted((str(finding.part), finding.file) for finding in report.findings) == [
         ("0", "strange"),
         ("1", "commits/000001.json"),
         ("2", "strange"),
     ]
-    assert [call[:2] for call in calls] == [(1, 2), (2, 2)]
+    task = progress.named("verify")
+    assert (task.done, task.total) == (2, 2)
     assert report.num_committed == 3
 
 

@@ -17,6 +17,7 @@ from stages.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
 from stages.student.data.loader import MOST_WORKERS, LoaderConfig, LoaderDied, StepLoader, spare_workers
 from storage.errors import CorruptData, UserError
+from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig
@@ -69,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loader(root: Path, num_workers: int, collator=batch_of, rank: int = 0, world_size: int = 1) -> StepLoader:
     config = StreamConfig(seed=1, batch_size=4, microbatch_size=1, bucket_by_length=True)
     return StepLoader(
-        Mixture([Source(open_store(root / "samples"), TargetStore.open(root / "targets"))], config),
+        Mixture([Source(SampleSet.open(root / "samples"), TargetStore.open(root / "targets"))], config),
         collator,
         rank=rank,
         world_size=world_size,

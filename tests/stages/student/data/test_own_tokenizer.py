@@ -28,12 +28,13 @@ from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage import StageRun
 from storage.errors import UserError
-from storage.stores import open_store
-from storage.streaming.stream import Source, StreamConfig, StreamedSample, target_stream
+from storage.samples.sample_set import SampleSet
+from storage.streaming.stream import Source, StreamConfig, StreamedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import CHATML, make_foreign_lm, make_tiny_llava
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 from tests.stages.extracted_families import Extracted, eager
+from tests.storage.builders import target_stream
 from tests.tiny_families import RECIPES
 
 ABLE = sorted(name for name in RECIPES if FAMILIES[name].why_no_student() is None)
@@ -58,7 +59,7 @@ def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def streamed(samples: Path, store: TargetStore, count: int = 10) -> list[StreamedSample]:
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=count)
-    return next(iter(target_stream(open_store(samples), store, config, rank=0, world_size=1, epoch=0)))
+    return next(iter(target_stream(samples, store, config, rank=0, world_size=1, epoch=0)))
 
 
 def test_a_logit_loss_refuses_it_and_names_the_way_out(foreign: Path, store: TargetStore) -> None:
@@ -163,7 +164,7 @@ def test_stages_train_on_its_own_tokens_and_the_student_keeps_its_tokenizer(
             config=TrainConfig.model_validate(settings),
             decoder=str(foreign),
             initial=initial,
-            sources=(Source(open_store(data.samples), store),),
+            sources=(Source(SampleSet.open(data.samples), store),),
             output=tmp_path / name,
         )
 

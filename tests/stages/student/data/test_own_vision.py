@@ -32,11 +32,12 @@ from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage import StageRun
 from storage.errors import UserError
-from storage.stores import open_store
-from storage.streaming.stream import Source, StreamConfig, StreamedSample, target_stream
+from storage.samples.sample_set import SampleSet
+from storage.streaming.stream import Source, StreamConfig, StreamedSample
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
 from tests.stages.distilled import TinyData, extract_here
 from tests.stages.extracted_families import LAYERS, Extracted, eager, eager_maps, processed
+from tests.storage.builders import target_stream
 from tests.tiny_families import make_tiny_family
 
 FAMILIES = ("qwen2_5_vl", "llava_next", "llava_onevision", "idefics3", "internvl", "qwen3_vl")
@@ -84,7 +85,7 @@ def make_student(model_type: str, folder: Path) -> Path:
 
 def streamed(extracted: Extracted) -> list[StreamedSample]:
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=5)
-    stream = target_stream(open_store(extracted.samples), extracted.store, config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(extracted.samples, extracted.store, config, rank=0, world_size=1, epoch=0)
     return next(iter(stream))
 
 
@@ -102,7 +103,7 @@ def stage_run(extracted: Extracted, student: Path, output: Path, initial: Path |
         config=TrainConfig.model_validate(settings),
         decoder=str(student),
         initial=initial,
-        sources=(Source(open_store(extracted.samples), extracted.store),),
+        sources=(Source(SampleSet.open(extracted.samples), extracted.store),),
         output=output,
     )
 

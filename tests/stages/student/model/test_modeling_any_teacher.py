@@ -32,10 +32,11 @@ from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.stage import StageRun
 from storage.errors import UserError
-from storage.stores import open_store
-from storage.streaming.stream import Source, StreamConfig, StreamedSample, target_stream
+from storage.samples.sample_set import SampleSet
+from storage.streaming.stream import Source, StreamConfig, StreamedSample
 from tests.checkpoints import make_tiny_lm
 from tests.stages.extracted_families import LAYERS, Extracted, eager, eager_maps, processed
+from tests.storage.builders import target_stream
 from tests.tiny_families import RECIPES
 
 ABLE = sorted(name for name in RECIPES if FAMILIES[name].why_no_student() is None)
@@ -49,7 +50,7 @@ def make_student(extracted: Extracted, folder: Path) -> tuple[Student, Path]:
 
 def streamed(extracted: Extracted) -> list[StreamedSample]:
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=5)
-    stream = target_stream(open_store(extracted.samples), extracted.store, config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(extracted.samples, extracted.store, config, rank=0, world_size=1, epoch=0)
     return next(iter(stream))
 
 
@@ -191,7 +192,7 @@ def test_a_stage_trains_on_tiles_and_generates(extract: Extract, tmp_path: Path)
         config=config,
         decoder=str(decoder),
         initial=None,
-        sources=(Source(open_store(extracted.samples), extracted.store),),
+        sources=(Source(SampleSet.open(extracted.samples), extracted.store),),
         output=tmp_path / "run",
     )
     report = train_stage(run, Accelerator(cpu=True))

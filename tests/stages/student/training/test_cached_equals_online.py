@@ -17,7 +17,6 @@ from stages.attention import enable_capture
 from stages.checkpoints import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.images import decode_image
-from stages.layers import window_means
 from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
@@ -27,10 +26,11 @@ from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
-from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
+from storage.codecs.windows import window_means, window_rows
+from storage.streaming.stream import StreamConfig, StreamedSample
 from storage.targets.store import TargetStore
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
+from tests.storage.builders import target_stream
 
 LAYERS = [2, 3, 4, 5, 6]
 
@@ -71,7 +71,7 @@ def new_student(data: TinyData, store: TargetStore) -> Student:
 
 def streamed(data: TinyData, store: TargetStore, count: int = 10) -> list[StreamedSample]:
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=count)
-    stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(data.samples, store, config, rank=0, world_size=1, epoch=0)
     return next(iter(stream))
 
 
@@ -126,7 +126,7 @@ def online(
         if len(p):
             teacher_maps = torch.stack([seen.attentions[layer][0].mean(0)[p][:, p] for layer in LAYERS])
             student_maps = torch.stack([own.attentions[layer][0].mean(0)[p][:, p] for layer in matching.student_layers])
-            windows = window_means(teacher_maps, LAYERS, matching.windows)
+            windows = window_means(teacher_maps, window_rows(LAYERS, matching.windows))
             attention.append(attention_alignment_loss(student_maps[:, None], windows[:, None]))
     rows = sum(int(s.targets.answer_mask.sum()) for s in samples)
     terms = {

@@ -32,11 +32,11 @@ from stages.student.model.student import Student
 from stages.student.training.forward import decode_windows
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
-from storage.stores import open_store
-from storage.streaming.stream import StreamConfig, StreamedSample, target_stream
+from storage.streaming.stream import StreamConfig, StreamedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image, make_tiny_llava, make_tiny_lm
 from tests.stages.distilled import TinyData, extract_here
+from tests.storage.builders import target_stream
 
 MAX_LENGTH = 150
 LAYERS = tuple(range(8))
@@ -98,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         max_length=MAX_LENGTH,
     )
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=len(RECORDS))
-    stream = target_stream(open_store(data.samples), store, config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(data.samples, store, config, rank=0, world_size=1, epoch=0)
     return World(data, store, {sample.record["id"]: sample for sample in next(iter(stream))})
 
 
