@@ -144,7 +144,8 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(
 
 def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
     base = write(tmp_path / "base.yaml", "train: {seed: 1, logging: {every: 1}, dft: {batch_size: 4, epochs: 2}}\n")
-    text = f"config: {base}\ntrain.logging.every: 2\nstudents:\n  a: {{train.seed: 3, train: {{dft: {{epochs: 5}}}}}}\n  b:\n"
+    students = "students:\n  a: {train.seed: 3, train: {dft: {epochs: 5}}}\n  b:\n"
+    text = f"config: {base}\ntrain.logging.every: 2\n{students}"
     sweep = load_sweep(write(tmp_path / "s.yaml", text), None, ["train.dft.batch_size=16"], {"output": "out"})
     a, b = sweep.runs["a"], sweep.runs["b"]
     assert (a.output, b.output) == ("out/a", "out/b")
