@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stages.teacher.observe import ShardObservations
 
 TEACHER_ONLY = -1
-"""Task of a store whose shards are complete and whose `teacher/` was set aside by a repair."""
+"""Task of a store whose shards are complete and whose `teacher/` was put into quarantine by a repair."""
 NUM_CONTROLS = 4
 """Other shards whose first sample may show that a teacher works."""
 

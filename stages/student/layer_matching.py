@@ -137,7 +137,7 @@ def _check_captured(wanted: tuple[int, ...], captured: tuple[int, ...], span: La
 
 
 def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -> str:
-    """What masks of windows that the store did not foresee are made of, and which extraction would foresee them."""
+    """What masks of windows that are not stored are made of, and which extraction would store them."""
     count, name = len(found.windows), found.codec.name
     cosine = (ONE_TO_ONE_COSINES if matching == "one_to_one" else UNSTORED_WINDOW_COSINES)[name]
     how = " with one teacher layer each" if matching == "one_to_one" else ""

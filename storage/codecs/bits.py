@@ -17,8 +17,8 @@ def pack_narrow(values: Tensor, width: int) -> Tensor:
     in_byte = 8 // width
     values = F.pad(values, (0, -values.shape[-1] % in_byte))
     packed = values[..., ::in_byte].clone()
-    for place in range(1, in_byte):
-        packed |= values[..., place::in_byte] << (width * place)
+    for position in range(1, in_byte):
+        packed |= values[..., position::in_byte] << (width * position)
     return packed
 
 
@@ -26,8 +26,8 @@ def unpack_narrow(packed: Tensor, count: int, width: int) -> Tensor:
     """`[..., count]` uint8: the inverse of `pack_narrow`."""
     if width == 8:
         return packed
-    places = [(packed >> shift) & (2**width - 1) for shift in range(0, 8, width)]
-    return torch.stack(places, -1).flatten(-2)[..., :count]
+    positions = [(packed >> shift) & (2**width - 1) for shift in range(0, 8, width)]
+    return torch.stack(positions, -1).flatten(-2)[..., :count]
 
 
 def pack_bits(bits_RJ: Tensor) -> Tensor:

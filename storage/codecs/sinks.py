@@ -52,8 +52,8 @@ def encode_flips(flips_E: Tensor) -> Tensor:
     A byte below 255 says how many entries lie between the previous True (or the start) and the next one; 255 says
     that 255 entries pass without one. So False, True, True is 1, 0.
     """
-    places = flips_E.nonzero()[:, 0]
-    gaps = places.diff(prepend=places.new_full((1,), -1)) - 1
+    positions = flips_E.nonzero()[:, 0]
+    gaps = positions.diff(prepend=positions.new_full((1,), -1)) - 1
     passes = gaps // _ESCAPE
     ends = (passes + 1).cumsum(0)
     size = int(ends[-1]) if len(ends) else 0
@@ -71,8 +71,8 @@ def decode_flips(encoded_G: Tensor, count: int) -> Tensor:
     if encoded_G.dtype != torch.uint8 or encoded_G.ndim != 1:
         raise ValueError(f"flips are {encoded_G.dtype} {tuple(encoded_G.shape)}, expected one-dimensional uint8")
     steps = encoded_G.long()
-    is_place = steps < _ESCAPE
-    places = (steps + is_place).cumsum(0)[is_place] - 1
-    if len(places) and int(places[-1]) >= count:
-        raise ValueError(f"a flip lies at entry {int(places[-1])} of masks that have {count} entries together")
-    return places
+    is_position = steps < _ESCAPE
+    positions = (steps + is_position).cumsum(0)[is_position] - 1
+    if len(positions) and int(positions[-1]) >= count:
+        raise ValueError(f"a flip lies at entry {int(positions[-1])} of masks that have {count} entries together")
+    return positions

@@ -60,7 +60,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Source], config: StreamConfig) -> None:
         self.sources, self.config = tuple(sources), config
-        check_agreement([source.targets for source in self.sources])
+        check_mixable([source.targets for source in self.sources])
         self._firsts = np.cumsum([0, *(source.targets.manifest.num_shards for source in self.sources)])
         rows = []
         for source, first in zip(self.sources, self._firsts.tolist(), strict=False):
@@ -88,7 +88,7 @@ class Mixture:
         """`[num_samples, 2]`: the epoch's rows in their global order."""
         return epoch_order(list(self._parts(epoch)), self.config.seed, epoch, self.config.shuffle_shards)
 
-    def place(self, shard: int) -> tuple[int, int]:
+    def locate(self, shard: int) -> tuple[int, int]:
         """The source a shard belongs to, and its number there."""
         number = int(np.searchsorted(self._firsts, shard, side="right")) - 1
         return number, shard - int(self._firsts[number])
@@ -146,7 +146,7 @@ def check_same_samples(samples: SampleSet, targets: TargetStore) -> None:
         )
 
 
-def check_agreement(stores: Sequence[TargetStore]) -> None:
+def check_mixable(stores: Sequence[TargetStore]) -> None:
     """Raises FingerprintMismatch unless a student can learn from all these stores at once; names what differs."""
     first = stores[0]
     for other in stores[1:]:

@@ -71,8 +71,8 @@ def deal(num_samples: int, microbatch_size: int | None, world_size: int, lengths
     Returns:
         Positions in the step, by microbatch and rank; some are empty if there are fewer samples than ranks.
     """
-    places = np.arange(num_samples) if lengths is None else np.argsort(-lengths, kind="stable")
-    runs = np.array_split(places, num_microbatches(num_samples, microbatch_size, world_size))
+    positions = np.arange(num_samples) if lengths is None else np.argsort(-lengths, kind="stable")
+    runs = np.array_split(positions, num_microbatches(num_samples, microbatch_size, world_size))
     return [np.array_split(run, world_size) for run in runs]
 
 

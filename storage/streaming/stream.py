@@ -128,7 +128,7 @@ class _Join:
             opened.close()
 
     def _open(self, shard: int) -> JoinedShard:
-        number, shard = self.mixture.place(shard)
+        number, shard = self.mixture.locate(shard)
         source = self.mixture.sources[number]
         return JoinedShard(source.samples, source.targets, shard)
 

@@ -12,7 +12,7 @@ TEACHER_RECORD = f"{COMMITS}/{TEACHER}.json"
 
 
 class TeacherRecord(Committed):
-    """The folder of vision tower, adapter, configs and processor."""
+    """The folder of vision tower, projector, configs and processor."""
 
     @property
     def record_path(self) -> str:

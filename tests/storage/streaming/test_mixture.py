@@ -38,7 +38,7 @@ def counts(mixture: Mixture, epoch: int) -> list[Counter[tuple[int, int]]]:
     """How often each (shard, row) comes, for each source."""
     found: list[Counter[tuple[int, int]]] = [Counter() for _ in mixture.sources]
     for shard, row in mixture.order(epoch).tolist():
-        number, shard = mixture.place(shard)
+        number, shard = mixture.locate(shard)
         found[number][shard, row] += 1
     return found
 
@@ -50,7 +50,7 @@ def test_one_order_goes_over_all_stores_and_has_every_sample_of_weight_one_once(
     large, small = counts(mixture, 0)
     assert set(large.values()) == set(small.values()) == {1}
     assert (large.total(), small.total()) == (19, 7)
-    stores = [mixture.place(shard)[0] for shard in mixture.order(0)[:, 0].tolist()]
+    stores = [mixture.locate(shard)[0] for shard in mixture.order(0)[:, 0].tolist()]
     assert stores not in (sorted(stores), sorted(stores, reverse=True))
 
 
@@ -103,7 +103,7 @@ def test_the_stream_of_a_mixture_reads_each_sample_from_its_own_store(data):
     assert len(read) == 19 + 14
     expected = []
     for shard, row in mixture.order(0).tolist():
-        number, shard = mixture.place(shard)
+        number, shard = mixture.locate(shard)
         expected.append(mixture.sources[number].targets.shard(shard).read(row)[0])
     assert [sample.key for sample in read] == [sample.key for sample in expected]
     for found, wanted in zip(read, expected, strict=True):
