@@ -72,7 +72,7 @@ class Manifest(StrictModel):
     num_layers: int = Field(ge=1)
     """Decoder layers of the teacher, captured or not."""
     hidden_size: int = Field(ge=1)
-    """Width of the teacher's decoder, which the projector writes. Nothing reads it; without it the format would be another."""
+    """Width of the teacher's decoder. Nothing reads it; without it this would be another format."""
     num_shards: int = Field(ge=0)
     """Sample shards, and so target shards when extraction is complete."""
 
