@@ -9,7 +9,6 @@ the cause.
 from collections.abc import Callable, Collection, Iterable
 
 from stages.teacher.batching import PreparedSample, SamplePreparer
-from stages.teacher.forward import run_teacher
 from stages.teacher.observe import Observer, ShardObservations, ShardWork
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
@@ -111,7 +110,7 @@ def _find_control(observer: Observer, controls: Iterable[tuple[SampleShard, int]
                 sample = prepare.make(row, stored)
                 if not isinstance(sample, PreparedSample):
                     return f"{sample.reason}: {sample.detail}"
-                run_teacher(observer.teacher, [sample], ())
+                observer.try_out(sample)
             except _NOT_A_SAMPLES_FAULT:
                 raise
             except Exception as error:

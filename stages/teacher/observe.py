@@ -95,6 +95,10 @@ class Observer:
                 work.run_orphans()
         return work.finish()
 
+    def try_out(self, sample: PreparedSample) -> None:
+        """Runs the teacher on one sample, only to see whether it can."""
+        run_teacher(self.teacher, [sample], ())
+
     def attempt(self, batch: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]) -> ForwardOutput | None:
         """One forward pass; None if the batch does not fit into memory."""
         try:
