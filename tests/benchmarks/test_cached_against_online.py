@@ -44,8 +44,7 @@ def test_training_from_16_bit_targets_follows_training_with_the_teacher_in_the_l
     # Roundings of float32, but of the maps those of 16 bits.
     for name in cached.terms:
         assert found["terms"][name]["largest"] < (1e-4 if name == "attention" else 1e-5), name
-    # Ten steps add up roundings in the order of the processor's kernels: 2.3e-4 for dft on one of them.
-    assert found["weights_apart_of_way_moved"] < 4e-4
+    assert found["weights_apart_of_way_moved"] < 2e-4
 
 
 def test_the_saved_result_holds_what_the_documents_claim() -> None:
