@@ -44,6 +44,8 @@ STORES: dict[str, dict[str, Any]] = {
 }
 """Codes of the stores: float16 and the whole vocabulary, or what `cdp extract-teacher` does."""
 LAYERS, NUM_MATCHED = (2, 3, 4, 5, 6), 2
+LEARNING_RATE = 1e-3
+"""Five times the published one."""
 
 
 class Kept(DistillationObjective):
@@ -142,7 +144,7 @@ class Bench:
     def train(
         self, stage: StageName, steps: int, store: str, objective: type[Kept], microbatch_size: int = 16
     ) -> "Trained":
-        """One stage from the bare decoder, in batches of 16, at five times the published learning rate."""
+        """One stage from the bare decoder, in batches of 16."""
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             settings = [
                 f"train.loader.microbatch_size={microbatch_size}",
@@ -150,7 +152,7 @@ class Bench:
                 "train.logging.every=1",
                 "train.logging.trackers=[]",
                 "train.lora={rank: 16, alpha: 32}",
-                f"train.{stage}={{batch_size: 16, epochs: 50, max_steps: {steps}, learning_rate: 1.0e-3}}",
+                f"train.{stage}={{batch_size: 16, epochs: 50, max_steps: {steps}, learning_rate: {LEARNING_RATE}}}",
             ]
             places = {"samples": self.folder / "samples", "targets": self.folder / store, "student": STUDENT_LM}
             run = load_run_file(None, settings, {name: str(p) for name, p in {**places, "output": output}.items()})
