@@ -23,8 +23,9 @@ from unittest.mock import patch
 import torch
 
 import stages.teacher.teacher
-from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
+from pipeline.extraction.report import RUN_FILE
+from pipeline.run_file import RunFile, save_run_file
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
@@ -62,7 +63,11 @@ class World:
             without_ray(threads),
             patch.object(stages.teacher.teacher, "load_teacher", lambda _: self.teacher),
         ):
-            extract(self.teacher.identity.settings, self.samples, targets, ExtractConfig())
+            settings = self.teacher.identity.settings
+            run = RunFile(teacher=settings, samples=self.samples, targets=targets)
+            extract(
+                settings, self.samples, targets, run.extract, on_begin=lambda store: save_run_file(run, store, RUN_FILE)
+            )
 
 
 class Countdown:
