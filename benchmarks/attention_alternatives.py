@@ -30,9 +30,9 @@ except ImportError as error:
 
 from benchmarks.attention_maps import MapSet, synthetic_maps
 from benchmarks.results import RESULTS, command_line, median_ratio, save_result
+from storage.codecs.attention_maps import MapCodec
 from storage.codecs.config import MapCodecConfig
 from storage.codecs.map_entries import code_squares
-from storage.codecs.maps import MapCodec
 from storage.codecs.sinks import map_mean_std, sink_keep_mask
 from storage.codecs.triangle import pack_entries, unpack_entries
 from storage.codecs.windows import window_means, window_rows

@@ -23,11 +23,11 @@ from torch import Tensor
 from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_maps import TEXT_KEYS, MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
-from stages.layers import sliding_windows
+from stages.attention.layer_selection import sliding_windows
 from stages.student.losses.attention import AttentionLoss, matched_loss
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName, num_entries
-from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask
 from storage.codecs.windows import window_means, window_rows
 from storage.stores import open_store

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pipeline.demo.assets import TEACHER as BUNDLED_TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
-from stages.attention import AttentionCapture
+from stages.attention.capture import AttentionCapture
+from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.families.batch import batch_inputs
 from stages.images import decode_image
-from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher

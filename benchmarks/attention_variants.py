@@ -17,9 +17,9 @@ from torch import Tensor
 from benchmarks.attention_codes import CODECS, query_gradients
 from benchmarks.attention_maps import MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, save_result
-from stages.layers import single_layers
+from stages.attention.layer_selection import single_layers
+from storage.codecs.attention_maps import MapCodec
 from storage.codecs.config import MapCodecConfig
-from storage.codecs.maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
 from storage.codecs.windows import window_means, window_rows
 

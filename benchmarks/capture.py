@@ -22,8 +22,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
-from stages.attention import AttentionCapture, enable_capture
-from stages.layers import visual_understanding_layers
+from stages.attention.capture import AttentionCapture, enable_capture
+from stages.attention.layer_selection import visual_understanding_layers
 
 IMAGE_TOKEN = 1
 WAYS = ("sdpa", "capture", "eager")

@@ -36,8 +36,8 @@ from stages.student.data.collator import Collator
 from stages.student.data.loader import LoaderConfig, StepLoader
 from stages.student.data.sample_reader import SampleReader
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.attention_maps import MapCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.maps import MapCodec
 from storage.codecs.tail_samples import row_addresses
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample

@@ -23,9 +23,9 @@ from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.attention_maps import EncodedMaps
 from storage.codecs.config import MapCodecName
 from storage.codecs.map_entries import code_squares
-from storage.codecs.maps import EncodedMaps
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 

@@ -34,9 +34,9 @@ from benchmarks.capture import IMAGE_TOKEN, make_model
 from benchmarks.capture import Shape as TeacherShape
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result, spent
-from stages.answer_rows import AnswerRows
-from stages.attention import AttentionCapture, enable_capture
-from stages.layers import sliding_windows, student_layers, visual_understanding_layers
+from stages.attention.capture import AttentionCapture, enable_capture
+from stages.attention.layer_selection import sliding_windows, student_layers, visual_understanding_layers
+from stages.conversations.answer_rows import AnswerRows
 from stages.student.config import DistilledFinetuning, LoraSettings
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
@@ -46,8 +46,8 @@ from stages.student.model.modeling_compodistill import CompoDistillStudentForCon
 from stages.student.model.trainable import keep_frozen_in, prepare_for_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.attention_maps import MapCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.maps import MapCodec
 from storage.codecs.tail_samples import row_addresses
 from storage.codecs.windows import window_means, window_rows
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from stages.checkpoints import hide_loading_bars, load_processor, resolve_checkpoint
+from stages.checkpoints.processors import hide_loading_bars, load_processor
+from stages.checkpoints.resolve import resolve_checkpoint
 from stages.student.config import STAGES
 from stages.student.model.loading import load_multimodal
 from stages.student.run_folder import RunFolder, StageFolder

@@ -11,12 +11,12 @@ from PIL import Image
 
 from pipeline.checkpoints import default_device, find_checkpoint, load_model
 from pipeline.ui.html_report import ReportSample
-from stages.attention import enable_capture
-from stages.captured_layers import check_maps
-from stages.checkpoints import hide_loading_bars
+from stages.attention.capturable_layers import check_maps
+from stages.attention.capture import enable_capture
+from stages.checkpoints.processors import hide_loading_bars
 from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
 from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
-from stages.evaluation.evaluate import evaluate_pairs
+from stages.evaluation.evaluate_pairs import evaluate_pairs
 from stages.evaluation.pairs import load_pairs
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from pipeline.checkpoints import find_checkpoint
 from pipeline.run_file import read_document
-from stages.checkpoints import hide_loading_bars, in_hub_cache
+from stages.checkpoints.processors import hide_loading_bars
+from stages.checkpoints.resolve import in_hub_cache
 from stages.evaluation.report import EvaluationReport
 from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport, ModelNames

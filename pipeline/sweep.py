@@ -15,7 +15,7 @@ from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_data
 from pipeline.ui.console import is_main_process
 from pipeline.ui.tables import ReportTable
-from stages.checkpoints import weights_digest
+from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention_similarity import AttentionSimilarity
 from stages.evaluation.pairs import load_pairs
 from stages.evaluation.report import EvaluationReport

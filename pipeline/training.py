@@ -16,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from pipeline.run_file import RunFile, need, save_run_file
 from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
 from pipeline.runtime.provenance import provenance
-from stages.checkpoints import hide_loading_bars
+from stages.checkpoints.processors import hide_loading_bars
 from stages.student.config import STAGES, DataSource, StageName
 from stages.student.run_folder import RunFolder, StageFolder, StageReport
 from stages.student.training.config import TrainConfig

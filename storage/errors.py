@@ -30,6 +30,11 @@ class TooManySkipped(UserError):
     """More samples were unusable than `max_skipped_fraction` allows; the ledger names each and why."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what it says, or its type: libraries add advice below that does not fit here."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 _TO_DO = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",

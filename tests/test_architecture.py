@@ -16,7 +16,7 @@ from tests.import_arrows import (
 ROOT = Path(__file__).parent.parent
 
 PURE_MODULES = [
-    "stages.attention",
+    "stages.attention.capture",
     "stages.student.losses",
     "stages.student.training.objective",
     "stages.student.model.modeling_any_teacher",

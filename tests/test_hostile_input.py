@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.run_file import load_run_file
-from stages.checkpoints import refuse_code
+from stages.checkpoints.resolve import refuse_code
 from storage.digests import canonical_json
 from storage.errors import CorruptData, UserError
 from storage.samples.members import BLOCK_BYTES

@@ -1,7 +1,7 @@
 """Builds a tiny random checkpoint of each model family on disk, offline: model, tokenizer, processor, chat template.
 
 The processors are the library's own, with their Pillow image backends; those that also read videos are built without
-that half (`stages.checkpoints.load_processor`). Equal arguments give equal weights.
+that half (`stages.checkpoints.processors.load_processor`). Equal arguments give equal weights.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from stages.checkpoints import images_only
+from stages.checkpoints.processors import images_only
 
 TEMPLATE = """\
 {%- for message in messages -%}

@@ -17,7 +17,7 @@ from storage.stores import Store, open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import COMMITS, committed_shards, iter_commits
 from storage.targets.manifest import create_or_check
-from storage.targets.teacher import has_teacher
+from storage.targets.teacher_assets import has_teacher
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig

@@ -16,7 +16,7 @@ from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord, commit_path
 from storage.targets.manifest import Manifest
-from storage.targets.teacher import has_teacher, save_teacher
+from storage.targets.teacher_assets import has_teacher, save_teacher
 from storage.targets.writer import write_shard
 
 if TYPE_CHECKING:

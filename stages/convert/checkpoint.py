@@ -15,15 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
-from stages.checkpoints import resolve_checkpoint
+from stages.checkpoints.new_folder import check_new, new_folder
+from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.weights import INDEX, SINGLE, indexed_files, some
 from stages.convert.layout import converted_config, converted_name, read_released_config
 from stages.convert.processor import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_processor
-from stages.new_folder import check_new, new_folder
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
-from stages.weights import INDEX, SINGLE, indexed_files, some
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.strict_model import StrictModel

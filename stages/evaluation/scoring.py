@@ -27,10 +27,10 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from stages.answer_rows import answer_rows
+from stages.conversations.answer_rows import answer_rows
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.evaluation.logprobs import RowReader
 from stages.evaluation.pairs import CaptionPair
-from stages.evaluation.rows import RowReader
 from stages.images import MAX_PIXELS, decode_image
 from storage.errors import UserError
 from storage.progress import SILENT, ProgressTask

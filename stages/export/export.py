@@ -11,12 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from stages.checkpoints import load_processor
+from stages.checkpoints.new_folder import check_new, new_folder
+from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
 from stages.export.model_card import ExportReport, ModelNames, PostConnector, model_card, read_history
-from stages.new_folder import check_new, new_folder
-from stages.student.model.folding import ModelParts, fold_post_connector, has_post_connector, take_apart
 from stages.student.model.generation import (
     generation_settings,
     grow_vocabulary,
@@ -26,6 +25,7 @@ from stages.student.model.generation import (
 )
 from stages.student.model.inputs import model_inputs
 from stages.student.model.loading import load_multimodal
+from stages.student.model.projector_folding import ModelParts, fold_post_connector, has_post_connector, take_apart
 from stages.student.model.student import OWN_CLASSES
 from storage.errors import UserError
 from storage.progress import SILENT, Progress

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from stages.layers import (
+from stages.attention.layer_selection import (
     LayerSpan,
     Matching,
     default_num_matched,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stages.answer_rows import answer_rows
-from stages.attention import AttentionCapture
+from stages.attention.capture import AttentionCapture
+from stages.conversations.answer_rows import answer_rows
 from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.teacher import Teacher

@@ -9,25 +9,19 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from stages.attention import CAPTURE_VERSION
-from stages.captured_layers import check_maps
-from stages.checkpoints import (
-    image_processor_backend,
-    load_config,
-    load_processor,
-    refuse_code,
-    resolve_checkpoint,
-    tokenizer_digest,
-    weights_digest,
-)
+from stages.attention.capturable_layers import check_maps
+from stages.attention.capture import CAPTURE_VERSION
+from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
+from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
+from stages.checkpoints.resolve import load_config, refuse_code, resolve_checkpoint
+from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import chat_template, read_template
 from stages.families import family_of
 from stages.families.family import Family
-from stages.layers import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.settings import AtResume
+from storage.codecs.attention_maps import MapCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
-from storage.codecs.maps import MapCodec
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
-from storage.codecs.maps import EncodedMaps
+from storage.codecs.attention_maps import EncodedMaps
 
 UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
 

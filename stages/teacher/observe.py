@@ -21,7 +21,7 @@ from stages.teacher.map_coder import MapCoder
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
-from storage.codecs.maps import EncodedMaps
+from storage.codecs.attention_maps import EncodedMaps
 from storage.samples.shard import SampleShard
 from storage.targets.commits import SkippedSample
 from storage.targets.sample_targets import SampleTargets

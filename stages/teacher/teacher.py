@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from stages.attention import enable_capture
+from stages.attention.capture import enable_capture
+from stages.checkpoints.weights import load_weights
 from stages.conversations.encoder import ConversationEncoder
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
-from stages.weights import load_weights
 
 
 @dataclass(frozen=True)

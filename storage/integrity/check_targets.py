@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
-from storage.codecs.maps import MapCodec
+from storage.codecs.attention_maps import MapCodec
 from storage.integrity.checks import Checks
 from storage.integrity.findings import Finding, Part
 from storage.samples.sample_set import SampleSet
@@ -17,7 +17,7 @@ from storage.streaming.join import joined_rows
 from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed, commit_path, committed_shards
 from storage.targets.manifest import MANIFEST_PATH, Manifest
 from storage.targets.shard import TargetShard
-from storage.targets.teacher import TEACHER, TEACHER_RECORD, TeacherRecord
+from storage.targets.teacher_assets import TEACHER, TEACHER_RECORD, TeacherRecord
 
 ROWS_AT_ONCE = 4096
 """Answer rows that are decoded together: some 10 MB."""

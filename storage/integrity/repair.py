@@ -8,7 +8,7 @@ from storage.digests import canonical_json
 from storage.integrity.findings import Finding, VerifyReport
 from storage.stores import Store, open_store
 from storage.targets.commits import SHARDS, commit_path
-from storage.targets.teacher import TEACHER, TEACHER_RECORD
+from storage.targets.teacher_assets import TEACHER, TEACHER_RECORD
 
 QUARANTINE = "quarantine"
 _QUARANTINE_NUMBER = re.compile(rf"{QUARANTINE}/([0-9]{{4,}})/.*")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.codecs.maps import EncodedMaps
+from storage.codecs.attention_maps import EncodedMaps
 from storage.errors import CorruptData
 from storage.samples.sample_set import SampleSet
 from storage.samples.table import SampleMembers

@@ -4,7 +4,7 @@ import re
 
 from storage.stores import Store
 from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed
-from storage.targets.teacher import TEACHER, TEACHER_RECORD, TeacherRecord
+from storage.targets.teacher_assets import TEACHER, TEACHER_RECORD, TeacherRecord
 
 _FOLDER = re.compile(rf"{SHARDS}/(?P<shard>[0-9]{{6,}})-[0-9a-f]{{16}}\.zarr|{TEACHER}/[0-9a-f]{{16}}")
 

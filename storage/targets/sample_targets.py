@@ -1,4 +1,4 @@
-"""What the teacher said of one sample, in memory; its maps are `storage.codecs.maps.EncodedMaps`.
+"""What the teacher said of one sample, in memory; its maps are `storage.codecs.attention_maps.EncodedMaps`.
 
 Letters: T tokens, R answer rows, Q bytes of a record.
 """

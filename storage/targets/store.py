@@ -8,7 +8,7 @@ from storage.stores import Store, open_store
 from storage.targets.commits import CommitRecord, read_store
 from storage.targets.manifest import Manifest
 from storage.targets.shard import TargetShard
-from storage.targets.teacher import teacher_folder
+from storage.targets.teacher_assets import teacher_folder
 
 
 class TargetStore:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.config import num_entries
 from storage.codecs.map_entries import code_dtype
-from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.windows import EncodedWindows
 from storage.errors import CorruptData, disk_errors_named
 from storage.stores import Store

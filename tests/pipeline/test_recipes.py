@@ -22,9 +22,9 @@ from pipeline.cli.app import app
 from pipeline.demo import assets
 from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
+from stages.attention.layer_selection import student_layers, visual_understanding_layers
 from stages.conversations.chat_templates import read_template
 from stages.families import family_of
-from stages.layers import student_layers, visual_understanding_layers
 from stages.student.config import STAGES
 from stages.student.layer_matching import match_layers
 from stages.student.model.build import build_student

@@ -67,7 +67,7 @@ def test_a_decoder_whose_layers_do_not_hand_on_what_captures_is_refused(
 def test_a_decoder_that_could_not_be_asked_beforehand_is_refused_at_its_first_batch(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.captured_layers.layers_with_maps", lambda _: None)
+    monkeypatch.setattr("stages.attention.capturable_layers.layers_with_maps", lambda _: None)
     run = run_of(tiny, targets, stablelm(tiny, tmp_path / "stablelm"), tmp_path / "run")
     with pytest.raises(UserError, match="of the student give no attention map"):
         train(run, ("dft",))

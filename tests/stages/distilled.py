@@ -13,7 +13,7 @@ from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from storage.targets.manifest import create_or_check
 from storage.targets.store import TargetStore
-from storage.targets.teacher import save_teacher
+from storage.targets.teacher_assets import save_teacher
 from storage.targets.writer import write_shard
 from tests.checkpoints import make_llava_data, make_tiny_llava, make_tiny_lm
 

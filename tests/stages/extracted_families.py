@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
-from storage.codecs.maps import EncodedMaps
+from storage.codecs.attention_maps import EncodedMaps
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
 from storage.targets.sample_targets import SampleTargets

@@ -12,8 +12,8 @@ import torch
 from webdataset import DataPipeline
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.tail_samples import row_addresses
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
+from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.moments import window_thresholds
 from storage.codecs.tail_samples import row_addresses
 from storage.codecs.windows import window_rows

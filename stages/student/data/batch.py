@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stages.answer_rows import AnswerRows
+from stages.conversations.answer_rows import AnswerRows
 from stages.families.batch import move_inputs
-from storage.codecs.maps import EncodedMaps
+from storage.codecs.attention_maps import EncodedMaps
 
 
 @dataclass(frozen=True)

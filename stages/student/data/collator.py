@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.answer_rows import answer_rows
+from stages.conversations.answer_rows import answer_rows
 from stages.families.batch import batch_inputs
 from stages.student.data.batch import Batch
 from stages.student.data.sample_reader import SampleReader

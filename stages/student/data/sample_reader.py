@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from stages.checkpoints import load_config, load_processor, refuse_code
+from stages.checkpoints.processors import load_processor
+from stages.checkpoints.resolve import load_config, refuse_code
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.families import FAMILIES, family_of, llava
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
 from stages.images import decode_image
-from stages.student.data.tokenizers import other_tokenizer, student_processor, tokenizer_differences
+from stages.student.data.tokenizer_compatibility import other_tokenizer, student_processor, tokenizer_differences
 from stages.student.model.build import check_decoder, teacher_family
 from stages.student.model.student import is_student, register_students
 from stages.unusable_sample import UnusableSample

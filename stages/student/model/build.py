@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from stages.captured_layers import check_sdpa
-from stages.checkpoints import load_config, refuse_code, resolve_checkpoint
+from stages.attention.capturable_layers import check_sdpa
+from stages.checkpoints.resolve import load_config, refuse_code, resolve_checkpoint
+from stages.checkpoints.weights import load_weights
 from stages.families import FAMILIES, family_of
 from stages.families.family import Family
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
@@ -19,7 +20,6 @@ from stages.student.model.modeling_compodistill import (
     CompoDistillStudentForConditionalGeneration,
 )
 from stages.student.model.student import VISION_PREFIXES, Student
-from stages.weights import load_weights
 from storage.errors import FingerprintMismatch, UserError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from stages.conversations.encoder import EncodedConversation
-from stages.student.model.folding import ModelParts
+from stages.student.model.projector_folding import ModelParts
 
 _VIDEO_HALVES: Final = {
     "internvl": "InternVLVideoProcessor",

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from stages.checkpoints import load_config, refuse_code
+from stages.checkpoints.resolve import load_config, refuse_code
+from stages.checkpoints.weights import load_weights
 from stages.student.model.student import Student, is_student, register_students
-from stages.weights import load_weights
 from storage.errors import UserError
 
 

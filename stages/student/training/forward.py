@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.attention import AttentionCapture
-from stages.captured_layers import refuse_without_maps
+from stages.attention.capturable_layers import refuse_without_maps
+from stages.attention.capture import AttentionCapture
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.model.student import Student
-from storage.codecs.maps import EncodedMaps, MapCodec
+from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.windows import window_rows
 
 

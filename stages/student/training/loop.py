@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from stages.attention import enable_capture
+from stages.attention.capture import enable_capture
 from stages.student.data.batch import Batch
 from stages.student.data.loader import LoaderDied, StepLoader
 from stages.student.model.student import decoder_of

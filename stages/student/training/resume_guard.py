@@ -5,7 +5,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from stages.checkpoints import resolve_checkpoint, weights_digest
+from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.weights import weights_digest
 from stages.settings import lasting, refuse_other_settings
 from stages.student.config import STAGES, StageName
 from stages.student.run_folder import StageDescription, StageFolder

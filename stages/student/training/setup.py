@@ -5,8 +5,8 @@ from dataclasses import replace
 from peft import PeftModel
 from transformers import ProcessorMixin
 
-from stages.captured_layers import check_maps
-from stages.checkpoints import resolve_checkpoint
+from stages.attention.capturable_layers import check_maps
+from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.answer_ends import notes_of_ends
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import ReaderSpec, check_first_samples, resolve_reader_spec

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from stages.checkpoints import load_processor
+from stages.checkpoints.processors import load_processor
 from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import FOLDER, read_template
 from stages.conversations.encoder import ConversationEncoder

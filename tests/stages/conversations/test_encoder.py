@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.checkpoints import image_processor_backend
+from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.chat_templates import chat_template
 from stages.conversations.encoder import ConversationEncoder
 from stages.unusable_sample import UnusableSample

@@ -21,8 +21,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from typer.testing import CliRunner
 
 from pipeline.cli.app import app
-from stages.attention import AttentionCapture, enable_capture
-from stages.checkpoints import load_processor
+from stages.attention.capture import AttentionCapture, enable_capture
+from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.convert.checkpoint import ConversionReport, convert_checkpoint
 from stages.student.model.loading import load_student

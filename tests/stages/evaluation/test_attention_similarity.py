@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.attention import AttentionCapture, enable_capture
-from stages.checkpoints import load_processor
+from stages.attention.capture import AttentionCapture, enable_capture
+from stages.checkpoints.processors import load_processor
 from stages.evaluation.attention_pictures import PICTURE_SIZE, overlay, pooled_attention
 from stages.evaluation.attention_similarity import attention_similarity, map_similarity
 from stages.student.data.batch import Batch
@@ -16,8 +16,8 @@ from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
+from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.config import MapCodecConfig
-from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask
 from storage.streaming.stream import StreamConfig
 from tests.stages.distilled import extract_here, make_tiny_data

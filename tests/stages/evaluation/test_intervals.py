@@ -1,6 +1,6 @@
 import pytest
 
-from stages.evaluation.evaluate import wilson_interval
+from stages.evaluation.evaluate_pairs import wilson_interval
 
 
 # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.

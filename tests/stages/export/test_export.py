@@ -21,15 +21,15 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaProcessor
 
 import stages.export.export as export_module
-from stages.checkpoints import load_processor
+from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport
 from stages.student.model.build import build_student
 from stages.student.model.chat import Chat
-from stages.student.model.folding import ModelParts, fold_post_connector
 from stages.student.model.inputs import model_inputs
 from stages.student.model.loading import load_multimodal
+from stages.student.model.projector_folding import ModelParts, fold_post_connector
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError

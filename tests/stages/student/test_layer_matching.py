@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.layers import LayerSpan, sliding_windows
+from stages.attention.layer_selection import LayerSpan, sliding_windows
 from stages.student.layer_matching import (
     ONE_TO_ONE_COSINES,
     UNMASKED_COSINES,
@@ -18,8 +18,8 @@ from stages.student.layer_matching import (
     match_layers,
 )
 from stages.student.training.forward import decode_windows
+from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.config import MapCodecConfig
-from storage.codecs.maps import EncodedMaps, MapCodec
 from storage.codecs.sinks import sink_keep_mask, sink_threshold
 from storage.codecs.windows import window_means, window_rows
 from storage.errors import UserError

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from stages.attention import AttentionCapture
-from stages.checkpoints import load_processor
+from stages.attention.capture import AttentionCapture
+from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.families import FAMILIES, family_of
 from stages.families.batch import batch_inputs, join_pixels, pixels_of
@@ -22,7 +22,7 @@ from stages.images import decode_image
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
-from storage.codecs.maps import MapCodec
+from storage.codecs.attention_maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
 from storage.errors import UserError
 from tests.stages.extracted_families import LAYERS, eager, eager_maps, processed

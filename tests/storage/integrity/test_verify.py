@@ -18,7 +18,7 @@ from storage.stores import LocalStore, open_store
 from storage.targets.commits import CommitRecord
 from storage.targets.manifest import Manifest
 from storage.targets.store import TargetStore
-from storage.targets.teacher import save_teacher
+from storage.targets.teacher_assets import save_teacher
 from tests.recorded_progress import RecordedProgress
 from tests.storage.builders import extract, files_of, pack
 

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
+from storage.codecs.attention_maps import EncodedMaps
 from storage.codecs.config import LogitCodecConfig, MapCodecConfig
-from storage.codecs.maps import EncodedMaps
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store

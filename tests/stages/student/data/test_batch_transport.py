@@ -5,10 +5,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from stages.answer_rows import AnswerRows
+from stages.conversations.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
 from stages.student.data.batch_transport import ALIGNMENT, flatten
-from storage.codecs.maps import EncodedMaps
+from storage.codecs.attention_maps import EncodedMaps
 from tests.storage.builders import manifest, map_targets
 
 

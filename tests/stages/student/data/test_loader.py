@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.answer_rows import AnswerRows
+from stages.conversations.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
 from stages.student.data.loader import MOST_WORKERS, LoaderConfig, LoaderDied, StepLoader, spare_workers
 from storage.errors import CorruptData, UserError

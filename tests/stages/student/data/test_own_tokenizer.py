@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from stages.attention import enable_capture
-from stages.checkpoints import load_processor
+from stages.attention.capture import enable_capture
+from stages.checkpoints.processors import load_processor
 from stages.families import FAMILIES
 from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator

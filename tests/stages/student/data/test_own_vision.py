@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 
-from stages.attention import enable_capture
-from stages.checkpoints import load_processor
+from stages.attention.capture import enable_capture
+from stages.checkpoints.processors import load_processor
 from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from stages.attention import enable_capture
-from stages.checkpoints import load_processor
+from stages.attention.capture import enable_capture
+from stages.checkpoints.processors import load_processor
 from stages.families import FAMILIES, family_of
 from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator

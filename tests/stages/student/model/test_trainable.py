@@ -19,7 +19,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from stages.attention import AttentionCapture, enable_capture
+from stages.attention.capture import AttentionCapture, enable_capture
 from stages.student.config import DistilledFinetuning, LoraSettings
 from stages.student.model.build import build_student
 from stages.student.model.student import Student

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from stages.attention import enable_capture
-from stages.checkpoints import load_processor
+from stages.attention.capture import enable_capture
+from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from transformers import AutoModel, PreTrainedConfig
 
-from stages.attention import CAPTURING_SDPA, AttentionCapture, register_capture
+from stages.attention.capture import CAPTURING_SDPA, AttentionCapture, register_capture
 from storage.errors import UserError
 
 

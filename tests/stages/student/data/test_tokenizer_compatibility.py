@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor, ProcessorMixin
 
-from stages.student.data.tokenizers import other_tokenizer, tokenizer_differences
+from stages.student.data.tokenizer_compatibility import other_tokenizer, tokenizer_differences
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.layers import (
+from stages.attention.layer_selection import (
     LayerSpan,
     default_num_matched,
     single_layers,

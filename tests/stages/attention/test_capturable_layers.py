@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from stages.attention import CAPTURING_SDPA, AttentionCapture
-from stages.captured_layers import check_maps, layers_with_maps
+from stages.attention.capturable_layers import check_maps, layers_with_maps
+from stages.attention.capture import CAPTURING_SDPA, AttentionCapture
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava

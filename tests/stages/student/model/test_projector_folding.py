@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.checkpoints import load_processor
+from stages.checkpoints.processors import load_processor
 from stages.families import FAMILIES
 from stages.student.model.build import build_student
-from stages.student.model.folding import (
+from stages.student.model.projector_folding import (
     carried_vector,
     fold_post_connector,
     folded_linear,

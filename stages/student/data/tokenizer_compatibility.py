@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stages.checkpoints import load_processor, load_tokenizer
+from stages.checkpoints.processors import load_processor, load_tokenizer
 from stages.conversations.chat_templates import chat_template
 from storage.errors import UserError
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from stages.evaluation.evaluate import evaluate_pairs
+from stages.evaluation.evaluate_pairs import evaluate_pairs
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-import stages.attention
-from stages.attention import AttentionCapture, enable_capture, image_block_maps
+import stages.attention.capture
+from stages.attention.capture import AttentionCapture, enable_capture, image_block_maps
 from tests.checkpoints import load_tiny_llava, make_tiny_llava
 
 LAYERS = frozenset({1, 3, 4})
@@ -103,7 +103,7 @@ def test_logits_with_capture_are_bit_identical_to_plain_sdpa(checkpoint: Path, c
 def test_blocks_of_queries_give_the_softmax_of_the_textbook(
     spread: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.attention, "BLOCK_ROWS", 29)
+    monkeypatch.setattr(stages.attention.capture, "BLOCK_ROWS", 29)
     generator = torch.Generator().manual_seed(4)
     query, key = torch.randn(2, 6, 200, 16, generator=generator) * 2, torch.randn(2, 2, 200, 16, generator=generator)
     positions = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.checkpoints import load_processor, load_tokenizer
-from stages.student.data.tokenizers import tokenizer_differences
+from stages.checkpoints.processors import load_processor, load_tokenizer
+from stages.student.data.tokenizer_compatibility import tokenizer_differences
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from stages.checkpoints import resolve_checkpoint
+from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.weights import load_weights
 from stages.student.model.loading import load_multimodal
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
-from stages.weights import load_weights
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava
 

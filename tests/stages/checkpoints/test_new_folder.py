@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.new_folder import new_folder
+from stages.checkpoints.new_folder import new_folder
 
 KILLED = """
 import sys

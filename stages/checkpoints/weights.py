@@ -1,5 +1,6 @@
-"""Loads a checkpoint's weights: all of them from its files, or refuses it."""
+"""A checkpoint's weights: loaded whole from its files or refused, and their digest."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, *
             "missing would be random numbers. Fetch the checkpoint again, or save the model that it was made from again"
         )
     return loaded
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over the names and contents of all weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(WEIGHTS)):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def some(names: Iterable[str]) -> str:

@@ -8,11 +8,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from stages.checkpoints import load_processor
+from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
-from stages.evaluation import rows as rows_module
+from stages.evaluation import logprobs as rows_module
+from stages.evaluation.logprobs import RowReader
 from stages.evaluation.pairs import CaptionPair
-from stages.evaluation.rows import RowReader
 from stages.families import family_of
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,

@@ -8,11 +8,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from stages.checkpoints import image_processor_backend
+from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.encoder import ConversationEncoder
+from stages.evaluation.logprobs import RowReader
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport, KindResult
-from stages.evaluation.rows import RowReader
 from stages.evaluation.scoring import (
     NO_LIMIT,
     EvaluationConfig,

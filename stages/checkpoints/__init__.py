@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: finding, loading and identifying them; new folders for those made here."""

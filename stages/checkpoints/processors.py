@@ -1,0 +1,130 @@
+"""A checkpoint's processor and tokenizer, without the half of a processor that reads videos."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging as transformers_logging
+
+from storage.errors import UserError, first_line
+
+_VIDEO = "video_processor"
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
+    """A checkpoint's processor; see `images_only` for those that also read videos.
+
+    Raises:
+        UserError: If the library lacks a package for it, or its files are missing or damaged.
+    """
+    try:
+        cls = None if trust_remote_code else _processor_class(folder)
+        processor: ProcessorMixin = (
+            AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if cls is None or _VIDEO not in cls.get_attributes()
+            else images_only(cls).from_pretrained(folder)
+        )
+    except ImportError as error:
+        raise UserError(
+            f"the processor of {folder} cannot be built here: {error} (SmolVLM: pip install 'compodistill[smolvlm]')"
+        ) from error
+    # For a damaged tokenizer.json the library raises a bare Exception.
+    except Exception as error:
+        raise UserError(
+            f"{folder} has no processor that can be read ({type(error).__name__}: {first_line(error)}); expected "
+            "processor_config.json or preprocessor_config.json, tokenizer_config.json and tokenizer.json in it, whole: "
+            "fetch or save them again"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise UserError(
+            f"{folder} has a {type(processor).__name__} and no processor for images and text; expected "
+            "processor_config.json or preprocessor_config.json beside the tokenizer: fetch or save them again"
+        )
+    return processor
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        UserError: If its files are missing or damaged.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # As in `load_processor`.
+    except Exception as error:
+        raise UserError(
+            f"{folder} has no tokenizer that can be read ({type(error).__name__}: {first_line(error)}); expected "
+            "tokenizer_config.json and tokenizer.json in it, whole: fetch or save them again"
+        ) from error
+    return tokenizer
+
+
+def images_only(cls: Any) -> Any:
+    """A processor class of the library without the half that reads videos.
+
+    That half is never used here, and the library builds it only where torchvision is installed. It is left out
+    everywhere, so that a fingerprint does not depend on the machine.
+    """
+    attributes = [name for name in cls.get_attributes() if name != _VIDEO]
+
+    def arguments(*args: Any, **kwargs: Any) -> list[Any]:
+        # One of these classes takes the video half as an argument without a default; it is the last in all of them.
+        return [*cls._get_arguments_from_pretrained.__func__(without, *args, **kwargs), None]
+
+    # The class keeps its name, which is what is saved and what finds it again.
+    without = type(
+        cls.__name__,
+        (cls,),
+        {
+            "get_attributes": classmethod(lambda _: attributes),
+            "_get_arguments_from_pretrained": staticmethod(arguments),
+            # Loading workers may be started afresh and get it by pickle, which knows no class made here.
+            "__reduce__": lambda self: (_remade, (cls, self.__dict__)),
+        },
+    )
+    return without
+
+
+def _remade(cls: Any, state: dict[str, Any]) -> Any:
+    without = images_only(cls)
+    processor = without.__new__(without)
+    processor.__dict__.update(state)
+    return processor
+
+
+def _processor_class(folder: Path) -> Any:
+    """The library's class that the folder names, None if it names none."""
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        named = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path.is_file() else None
+        if named is not None:
+            return getattr(transformers, named, None)
+    return None
+
+
+def image_processor_backend(processor: Any) -> str:
+    """Class name of what makes the pixels, such as `SiglipImageProcessorPil`; the saved JSON lacks it."""
+    return type(processor.image_processor).__name__
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over everything that decides which ids a text gets.
+
+    Raises:
+        UserError: If it is a slow tokenizer, whose rules cannot be written down.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to tokenizer.json first")
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Truncation and padding are call-time settings that happen to be saved in the same place.
+    rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def hide_loading_bars() -> None:
+    """Stops transformers from drawing its own bar for each checkpoint, through those of the command."""
+    transformers_logging.disable_progress_bar()
