@@ -10,17 +10,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = [
-    "compodistill",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "safetensors",
-    "zarr",
-    "webdataset",
-    "numpy",
-]
+_LIBRARIES = ["torch", "transformers", "accelerate", "peft", "safetensors", "zarr", "webdataset", "numpy"]
 
 
 def provenance() -> dict[str, Any]:
