@@ -74,17 +74,11 @@ class LayerMatching:
 def match_layers(
     student_depth: int, manifest: Manifest, config: MatchingConfig, *, sink_mask: bool = True
 ) -> tuple[LayerMatching, list[str]]:
-    """Matching of a student with a store's captured layers.
+    """Matching of a student of that many decoder layers with a store's captured layers, and notes for the user.
 
-    Args:
-        student_depth: decoder layers of the student.
-        manifest: of the target store.
-        config: what is asked for. Without a number, it is the store's where that holds just the span, else what
-            `default_num_matched` says; for the span `all` it is the number of layers of the shallower model.
-        sink_mask: whether attention sinks are left out; only the notes depend on it.
-
-    Returns:
-        The matching, and notes for the user.
+    Where `config` has no number of layers, it is the store's where that holds just the span, else what
+    `default_num_matched` says; for the span `all` it is the number of layers of the shallower model. Only the notes
+    depend on `sink_mask`: whether attention sinks are left out.
 
     Raises:
         UserError: If layers are asked for that the student lacks, or that were not captured.

@@ -50,17 +50,10 @@ class LoaderDied(PassingFailure):
 
 
 class StepLoader:
-    """This rank's part of every optimizer step.
+    """This rank's part of every optimizer step, in pinned memory if the device is a GPU.
 
     Make it early: the server that loader processes are copied from starts at once, and imports for seconds meanwhile.
-
-    Args:
-        mixture: The samples, their order and the sizes of steps and microbatches.
-        collator: Makes a batch of a microbatch's samples.
-        rank, world_size: This process among those that train together.
-        device: Where batches go; pinned memory for a GPU.
-        config: Number of loader processes, and what they make ahead.
-        with_maps: Whether attention maps are read.
+    The mixture has the sizes of steps and microbatches. Attention maps are read only `with_maps`.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ A student reads the stored token ids where they mean the same to it as to the te
 reads the stored conversation with its own one. It then learns from the answers and the attention maps, not from the
 teacher's logits, and only the number of image tokens must be the stored one.
 
-Shape letters: T tokens.
 """
 
 from collections.abc import Sequence
@@ -156,12 +155,8 @@ class ReaderSpec:
 def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool, kd_weight: float) -> ReaderSpec:
     """Finds out how the student in `folder` reads a store's samples.
 
-    Args:
-        targets: The store.
-        folder: Checkpoint of a bare decoder, of a student that an earlier stage saved, or with `own_vision` of a
-            multimodal model, which keeps its own vision tower and projector.
-        own_vision: See `folder`.
-        kd_weight: The largest weight of the logit loss among the stages that train it.
+    The folder is the checkpoint of a bare decoder, of a student that an earlier stage saved, or with `own_vision` of a
+    multimodal model, which keeps its vision tower and projector. `kd_weight` is the largest of the stages to train.
 
     Raises:
         UserError: If the folder is no such checkpoint, its family cannot be matched with the teacher's maps, or its

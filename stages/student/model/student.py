@@ -39,11 +39,6 @@ def is_student(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text()).get("model_type") in VISION_PREFIXES
 
 
-def has_own_vision(student: Student) -> bool:
-    """Whether it is a model of transformers with its own vision tower and projector."""
-    return student.config.model_type in FAMILIES
-
-
 def projector_parameters(student: Student) -> list[nn.Parameter]:
     """What carries image features to the decoder: the post-connector, or a student's own projector."""
     family = FAMILIES.get(student.config.model_type)

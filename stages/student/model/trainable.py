@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from stages.student.config import LoraSettings, StageConfig
-from stages.student.model.student import Student, decoder_of, has_own_vision, projector_parameters
+from stages.student.model.student import OWN_CLASSES, Student, decoder_of, projector_parameters
 from storage.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def prepare_for_stage(
     elif stage.trains == "full":
         decoder_of(student).requires_grad_(True)
         student.lm_head.requires_grad_(True)
-    if own_projector or not has_own_vision(student):
+    if own_projector or isinstance(student, OWN_CLASSES):
         for parameter in projector_parameters(student):
             parameter.requires_grad_(True)
     elif stage.trains == "post_connector":

@@ -52,10 +52,9 @@ class Position:
         epoch: the epoch of the next step, counted from 0.
         epoch_step: finished steps of that epoch; a step is the same slice of the global order for any number of
             ranks and any microbatch size.
-        samples: samples used, over all ranks and epochs.
-        seconds: training time so far.
-        loss_sums: each loss term summed over the steps that the stage's report is about: the last ones.
-        num_summed: how many of these are finished.
+        samples, seconds: samples used, over all ranks and epochs, and training time so far.
+        loss_sums, num_summed: each loss term summed over the finished ones of the last steps, which the stage's report
+            is about, and how many these are.
     """
 
     step: int = 0
@@ -77,13 +76,7 @@ class TrainerState:
 
 
 class Checkpoints:
-    """The checkpoints of one stage.
-
-    Args:
-        folder: where they lie.
-        keep: how many of the newest whole ones stay; at least 1.
-        write: False in all processes but one.
-    """
+    """The checkpoints of one stage: the newest `keep` whole ones stay, at least 1; one process alone has `write`."""
 
     def __init__(self, folder: Path, keep: int, *, write: bool = True) -> None:
         self._folder, self._keep, self._write = folder, keep, write
@@ -103,10 +96,7 @@ class Checkpoints:
             for name, parameter in parameters.items()
             for key, value in state.optimizer.state.get(parameter, {}).items()
         }
-        contents = {
-            TRAINED: gathered(parameters, wanted=self._write),
-            OPTIMIZER: gathered(moments, wanted=self._write),
-        }
+        contents = {TRAINED: gathered(parameters, wanted=self._write), OPTIMIZER: gathered(moments, wanted=self._write)}
         if not self._write:
             return
         store, name = open_store(self._folder), f"step-{position.step:08d}"

@@ -46,12 +46,7 @@ def train_stage(
 
     Leaves `student/` (a Hugging Face folder, LoRA merged), `checkpoints/`, `metrics.jsonl` and `report.json`.
 
-    Args:
-        run: what is trained on what.
-        accelerator: of this process.
-        progress: shows a task of the stage's name, in steps.
-        should_stop: asked before each step. If it says yes in any process, all of them save a checkpoint and stop.
-        setup: of this stage, if it is known already.
+    `should_stop` is asked before each step. If it says yes in any process, all of them save a checkpoint and stop.
 
     Raises:
         TrainingStopped: If a process was asked to stop; the checkpoint is saved.

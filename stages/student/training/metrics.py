@@ -37,13 +37,9 @@ def metrics_log(
 ) -> Iterator[Write]:
     """Opens `metrics.jsonl` of a stage's folder and the curves of each tracker; gives what writes to all of them.
 
-    Args:
-        folder: the stage's folder.
-        trackers: TensorBoard writes to `tensorboard/`, and is left out where it is not installed; Weights & Biases
-            takes project, account and mode from its own environment variables and writes to `wandb/`.
-        step: finished steps; what an interrupted run wrote of later ones is taken away, as they are done again.
-        settings: what Weights & Biases shows as the run's config.
-        enabled: False on all ranks but the first.
+    TensorBoard writes to `tensorboard/`, and is left out where it is not installed. Weights & Biases takes project,
+    account and mode from its own environment variables, shows `settings` as the run's config, and writes to `wandb/`.
+    What an interrupted run wrote of steps after `step` is taken away, as they are done again. One rank is `enabled`.
 
     Raises:
         UserError: If wandb was asked for and is not installed.

@@ -1,7 +1,4 @@
-"""The training objective of a batch: LM + logit distillation + attention alignment, from stored targets.
-
-Shape letters: B samples, T tokens, R answer rows, d hidden size, W windows, N image tokens.
-"""
+"""The training objective of a batch: LM + logit distillation + attention alignment, from stored targets."""
 
 from dataclasses import dataclass
 

@@ -39,11 +39,7 @@ def spread(objective: nn.Module, decoder: PreTrainedModel, accelerator: Accelera
     With "fsdp" the parameters of `objective` become DTensors in place; make the optimizer afterwards. Its forward pass
     then gathers each decoder layer's parameters when they are needed, so every process must run every layer.
 
-    Args:
-        objective: what one forward pass computes the loss with.
-        decoder: the part of it whose layers are sharded one by one; all else is one group.
-        accelerator: of this process.
-        strategy: nothing is wrapped when there is one process.
+    The layers of `decoder`, a part of it, are sharded one by one; all else is one group. One process wraps nothing.
     """
     if strategy == "ddp" or accelerator.num_processes == 1:
         prepared: nn.Module = accelerator.prepare(objective)

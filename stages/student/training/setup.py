@@ -22,9 +22,6 @@ from storage.streaming.stream import Mixture
 class StageSetup:
     """A stage's student and what it trains on, known before any weights are loaded and anything is written.
 
-    Args:
-        run: the stage.
-
     Attributes:
         mixture: the stage's samples.
         collator: reads them as this student does.
