@@ -40,7 +40,7 @@ def answer_losses(
     parts.
 
     The last hidden states, answer tokens and the teacher's distributions are those of the answer rows; without
-    distillation there is no teacher. At least one row of logits exists at a time. See `TeacherRows.loss` for `divergence`.
+    distillation there is no teacher. At least one row of logits exists at a time. Divergences: `TeacherRows.loss`.
 
     Returns:
         `[R]` LM loss, `[R]` distillation loss or None.
