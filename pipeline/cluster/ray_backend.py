@@ -152,10 +152,10 @@ class _RayExecutor:
         return actor.run.remote(task, attempt, crashes)
 
     def position(self, attempt: int) -> int | None:
-        try:
-            return ray.get(self._mailbox.position.remote(attempt))
-        except RayError:
-            return None
+        position: int | None = None
+        with contextlib.suppress(RayError):
+            position = ray.get(self._mailbox.position.remote(attempt))
+        return position
 
     def result(self, call: Any) -> Any:
         try:
@@ -179,7 +179,7 @@ class _RayExecutor:
 
     def reports(self) -> list[tuple[int, int]]:
         """What attempts reported since the last call: number of the attempt, units of work."""
-        return ray.get(self._mailbox.take.remote())
+        return list(ray.get(self._mailbox.take.remote()))
 
     def close(self) -> None:
         """Ends the mailbox."""
@@ -191,7 +191,7 @@ def _finished(calls: list[Any]) -> list[Any]:
     if not calls:
         time.sleep(POLL_S)
     elif ray.wait(calls, timeout=POLL_S)[0]:
-        return ray.wait(calls, num_returns=len(calls), timeout=0)[0]
+        return list(ray.wait(calls, num_returns=len(calls), timeout=0)[0])
     return []
 
 
@@ -208,8 +208,7 @@ class _Actor:
     """Holds one worker for its lifetime, so that what it loaded is loaded once."""
 
     def __init__(self, make_worker: Callable[[], Work], mailbox: Any) -> None:
-        self._make_worker = make_worker
-        self._mailbox = mailbox
+        self._make_worker, self._mailbox = make_worker, mailbox
 
     def start(self) -> tuple[str, int]:
         """Makes the worker; says on which machine and in which process."""
