@@ -16,7 +16,7 @@ from storage.samples.shard import SampleShard
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord, commit_path
 from storage.targets.manifest import Manifest
-from storage.targets.teacher_assets import has_teacher, save_teacher
+from storage.targets.teacher_assets import TEACHER_RECORD, save_teacher
 from storage.targets.writer import write_shard
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class ShardExtractor:
     def save_teacher_vision(self) -> None:
         """Writes `teacher/` before the first commit: a store with shards must be complete for students."""
         with self._saving_vision:
-            if not has_teacher(self.targets):
+            if not self.targets.exists(TEACHER_RECORD):
                 staging = self.targets.staging("teacher")
                 self.teacher.save_vision(staging)
                 save_teacher(self.targets, self.manifest, staging)
