@@ -8,7 +8,6 @@ from typing import Any
 
 from storage.errors import CorruptData, UserError
 
-_CHUNK_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Nesting of lists and objects in a stored record."""
 
@@ -19,8 +18,7 @@ def canonical_json(value: Any) -> bytes:
     Raises:
         ValueError: For NaN and infinities, which JSON cannot hold.
     """
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode()
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -106,9 +104,6 @@ def digest_of(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Sha256 (64 hex digits) of a file, read 1 MiB at a time."""
-    digest = hashlib.sha256()
+    """Sha256 (64 hex digits) of a file, which is not read at once."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

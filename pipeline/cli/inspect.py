@@ -2,16 +2,8 @@
 
 from pipeline.cli.options import TargetsArgument
 
-SHOWN_OF_FINGERPRINT = (
-    "teacher_weights",
-    "tokenizer",
-    "layers",
-    "windows",
-    "map_codec",
-    "logit_codec",
-    "dtype",
-    "max_length",
-)
+SHOWN = ["teacher_weights", "tokenizer", "layers", "windows", "map_codec", "logit_codec", "dtype", "max_length"]
+"""Fields of the fingerprint."""
 
 
 def inspect(targets: TargetsArgument) -> None:
@@ -45,7 +37,7 @@ def inspect(targets: TargetsArgument) -> None:
         ("raw fp16 logits", size_text(summary.raw_logit_bytes)),
         ("ratio to raw", f"{summary.ratio:.1f} times smaller"),
         ("fingerprint", summary.fingerprint_digest),
-        *((f"  {name}", str(summary.fingerprint[name])) for name in SHOWN_OF_FINGERPRINT),
+        *((f"  {name}", str(summary.fingerprint[name])) for name in SHOWN),
     ]
     print_facts(f"target store: {summary.url}", facts)
     arrays = [

@@ -17,7 +17,7 @@ from storage.stores import Store, open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import COMMITS, committed_shards, iter_commits
 from storage.targets.manifest import create_or_check
-from storage.targets.teacher_assets import has_teacher
+from storage.targets.teacher_assets import TEACHER_RECORD
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig
@@ -67,7 +67,7 @@ def extract(
             with raised_on(signal.SIGINT, signal.SIGTERM):
                 outcome = ray_backend.run_tasks(
                     partial(ShardExtractor, teacher, samples_url, targets_url, manifest, threads),
-                    missing or ([] if has_teacher(targets) else [TEACHER_ONLY]),
+                    missing or ([] if targets.exists(TEACHER_RECORD) else [TEACHER_ONLY]),
                     ray_backend.TaskLimits(
                         num_workers=config.workers,
                         gpus_per_worker=1 if cluster.gpus else 0,

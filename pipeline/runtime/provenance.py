@@ -10,17 +10,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = (
-    "compodistill",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "safetensors",
-    "zarr",
-    "webdataset",
-    "numpy",
-)
+_LIBRARIES = ["torch", "transformers", "accelerate", "peft", "safetensors", "zarr", "webdataset", "numpy"]
 
 
 def provenance() -> dict[str, Any]:
@@ -30,7 +20,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in ("compodistill", *_LIBRARIES)},
         "git_revision": revision,
         "git_changed": None if revision is None else bool(_git("status", "--porcelain")),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

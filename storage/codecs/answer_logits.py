@@ -1,8 +1,5 @@
 """The codec of answer rows: a row's top-k, tail mass and tail samples in a record of about 200 bytes.
 
-Letters: R answer rows, V vocabulary, K kept tokens of a row, D samples from the tail (the V - K other tokens),
-X temperatures (the first is 1), Q bytes of a record.
-
 A record is what `LogitCodecConfig.sections` lists, one part after another: the K likeliest ids by falling
 probability; their log-probabilities; for each temperature the log of what all other tokens add; the ids and
 log-probabilities of D tokens sampled from these others. FORMAT.md says the same bit by bit.
@@ -35,8 +32,8 @@ class AnswerLogits:
     logprobs_RK: Tensor
     """float32, l."""
     tails_RX: Tensor
-    """float32, log of the sum of exp(l / T) over the tokens that are not kept, at T = 1 and each of
-    `codec.temperatures`; at T = 1 the log of their probability. -inf when there is none."""
+    """float32, log of the sum of exp(l / T) over the tokens that are not kept (-inf without any), at T = 1, where it is
+    the log of their probability, and at each of `codec.temperatures`."""
     tail_ids_RD: Tensor
     """int64, sampled from the tokens that are not kept, each with probability proportional to exp(l)."""
     tail_logprobs_RD: Tensor

@@ -4,9 +4,6 @@ Two errors spoil the gradient of the loss, and little else does: a flipped mask 
 values that err to one side along a column. So each window's mask is computed from the uncoded maps, and the entries
 that the codes get wrong are stored; and each column is shifted to the exact mean of what it keeps. Of windows that are
 not stored, the exact threshold is known at least, and the values of the shortest columns.
-
-Letters: L captured layers, W windows, N image tokens, E stored entries of one map (`triangle.py`), C elements that
-hold their codes, Z keys of the tail block.
 """
 
 from collections.abc import Sequence
@@ -112,9 +109,8 @@ class MapCodec:
                 f"belong to {len(rows)} windows of {num_tokens} image tokens"
             )
         coded_WE, keep_WE = self._decode_means(encoded, rows, windows.thresholds_W)
-        flips = self.decode_flips(encoded)
         flat = keep_WE.view(-1)
-        flat[flips] = ~flat[flips]
+        flat[self.decode_flips(encoded)] ^= True
         maps_WNN = unpack_entries(coded_WE, num_tokens, self.config.causal)
         keep_WNN = unpack_entries(keep_WE, num_tokens, self.config.causal)
         return maps_WNN.addcmul_(windows.shifts_WN.float()[:, None, :], keep_WNN.float()), keep_WNN
@@ -147,8 +143,7 @@ class MapCodec:
             keep_WE &= coded_WE > 0
         maps_WNN = unpack_entries(coded_WE, num_tokens, causal)
         keep_WNN = unpack_entries(keep_WE, num_tokens, causal)
-        size = self.config.tail_block_size(num_tokens)
-        first = num_tokens - size
+        first = num_tokens - (size := self.config.tail_block_size(num_tokens))
         tail_WZZ = unpack_entries(window_means(windows.tail_blocks_LY, rows), size, causal)
         maps_WNN[:, first:, first:] = tail_WZZ
         keep_WNN[:, first:, first:] = (tail_WZZ <= thresholds_W[:, None, None]).tril()

@@ -1,7 +1,6 @@
 """Integers of a fixed number of bits, one after another in a string of bytes.
 
 Bit n of a string is bit n % 8 (the lowest is 0) of byte n // 8; spare bits of the last byte are 0.
-Letters: R rows, I integers of a row, J bits, Q bytes.
 """
 
 import torch

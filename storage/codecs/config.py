@@ -8,6 +8,7 @@ from storage.strict_model import StrictModel
 
 MapCodecName = Literal["float16", "sqrt8", "sqrt4", "sqrt2"]
 _BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
+_CAP_FACTORS = {"float16": 3.0, "sqrt8": 6.0, "sqrt4": 3.0, "sqrt2": 2.0}
 
 TAIL_BLOCK_SHARE = 32
 """One of so many keys is in the tail block: a thousandth of the entries."""
@@ -30,7 +31,7 @@ class MapCodecConfig(StrictModel):
     """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry."""
     causal: bool = True
     """Store the lower triangle only; False for models whose image tokens attend in both directions."""
-    cap_factor: float = Field(default_factory=lambda fields: _cap_factor(**fields), gt=0, allow_inf_nan=False)
+    cap_factor: float = Field(default_factory=lambda fields: _CAP_FACTORS[fields["name"]], gt=0, allow_inf_nan=False)
     """sqrt codes only: values are cut at this many times the sink threshold (mean + std) of their map. The default is
     3, but 2 for `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a
     window averages several layers, and one of them may lie above its threshold where the mean does not."""
@@ -55,10 +56,6 @@ class MapCodecConfig(StrictModel):
         return -(-num_tokens // TAIL_BLOCK_SHARE) if self.causal else 0
 
 
-def _cap_factor(name: MapCodecName, **_: object) -> float:
-    return {"sqrt2": 2.0, "sqrt8": 6.0}.get(name, 3.0)
-
-
 class LogitCodecConfig(StrictModel):
     """How an answer row is coded; its dict stands in the manifest and is all a reader needs to decode."""
 
@@ -81,10 +78,9 @@ class LogitCodecConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_temperatures(self) -> Self:
-        if any(not 0 < t < float("inf") or t == 1 for t in self.temperatures) or len(set(self.temperatures)) < len(
-            self.temperatures
-        ):
-            raise ValueError(f"temperatures {self.temperatures} are not positive, distinct and other than 1")
+        given = self.temperatures
+        if len(set(given)) < len(given) or any(not 0 < t < float("inf") or t == 1 for t in given):
+            raise ValueError(f"temperatures {given} are not positive, distinct and other than 1")
         return self
 
     @property

@@ -1,8 +1,4 @@
-"""The kept log-probabilities of an answer row: float16 values, and levels of about 4 bits between them.
-
-Letters: R answer rows, K kept tokens, F values in float16, I values between the last exact one and the lowest, stored
-as levels, J bits of these levels, Q bytes of a part of a record.
-"""
+"""The kept log-probabilities of an answer row: float16 values, and levels of about 4 bits between them."""
 
 import torch
 from torch import Tensor

@@ -3,9 +3,6 @@
 The cosine loss averages hundreds of entries of each key, so coarse values do no harm as long as they do not err to one
 side. That error, and which entries count as sinks, is corrected for each window (`windows.py`). Values above the cap
 are sinks in almost any window.
-
-Letters: L captured layers, N image tokens, E stored entries of one map (`triangle.py`), C elements that hold their
-codes.
 """
 
 import torch

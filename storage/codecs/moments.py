@@ -1,7 +1,4 @@
-"""Mean and covariance of one image's maps, by which the sink threshold of any mean of them is known without them.
-
-Letters: L captured layers, W windows, E stored entries of one map (`triangle.py`), P pairs of layers.
-"""
+"""Mean and covariance of one image's maps, by which the sink threshold of any mean of them is known without them."""
 
 from collections.abc import Sequence
 

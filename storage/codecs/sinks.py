@@ -1,7 +1,4 @@
-"""Which entries of a map are attention sinks, and how a mask is stored once it was guessed nearly right.
-
-Letters: N image tokens, E stored entries of one map (`triangle.py`), G bytes of gaps.
-"""
+"""Which entries of a map are attention sinks, and how a mask is stored once it was guessed nearly right."""
 
 import torch
 from torch import Tensor
@@ -12,9 +9,9 @@ _ESCAPE = 255
 def sink_keep_mask(maps: Tensor) -> Tensor:
     """`[..., N, N]` bool: which entries are neither attention sinks nor zero: (B <= mean(B) + std(B)) & (B > 0).
 
-    Statistics are over the whole square, zeros above the diagonal included, sample standard deviation (N*N
-    - 1). They are summed in float64, so the mask does not depend on batch, threads or device; the threshold
-    is then rounded to the map's dtype.
+    Statistics are over the whole square, zeros above the diagonal included, sample standard deviation (N*N - 1). They
+    are summed in float64, so the mask does not depend on batch, threads or device; the threshold is then rounded to
+    the map's dtype.
 
     Source: docs/method.md#attention-loss, the teacher's two factors of `keep`
     """

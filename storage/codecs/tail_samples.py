@@ -1,7 +1,4 @@
-"""Seeded samples from the tokens of an answer row that are not kept.
-
-Letters: R answer rows, V vocabulary, D tail samples.
-"""
+"""Seeded samples from the tokens of an answer row that are not kept."""
 
 import hashlib
 

@@ -1,6 +1,5 @@
 """Which entries of a map are stored, and in which order.
 
-Letters: N image tokens, E stored entries of one map.
 A causal map is zero above its diagonal, so its lower triangle is stored, row by row: entry (i, j) lies at
 i*(i+1)/2 + j, as in 00 10 11 20 21 22. Models whose image tokens attend both ways (Gemma 3) store the square.
 """
@@ -22,9 +21,7 @@ def pack_entries(maps: Tensor, causal: bool) -> Tensor:
     if maps.ndim < 2 or maps.shape[-1] != maps.shape[-2]:
         raise ValueError(f"maps are {tuple(maps.shape)}, expected [..., N, N] with equal last sizes")
     flat = maps.flatten(-2)
-    if not causal:
-        return flat
-    return flat.index_select(-1, _triangle_index(maps.shape[-1], maps.device))
+    return flat.index_select(-1, _triangle_index(maps.shape[-1], maps.device)) if causal else flat
 
 
 def unpack_entries(entries: Tensor, num_tokens: int, causal: bool) -> Tensor:
@@ -33,8 +30,7 @@ def unpack_entries(entries: Tensor, num_tokens: int, causal: bool) -> Tensor:
     Raises:
         ValueError: If E does not belong to N.
     """
-    expected = num_entries(num_tokens, causal)
-    if entries.shape[-1] != expected:
+    if entries.shape[-1] != (expected := num_entries(num_tokens, causal)):
         raise ValueError(
             f"{entries.shape[-1]} entries cannot fill a {'causal' if causal else 'full'} map of {num_tokens} "
             f"tokens, expected {expected}; check `causal` and the number of image tokens"

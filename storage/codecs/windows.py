@@ -1,8 +1,4 @@
-"""Windows of captured layers: their rows, their means, and what is stored of each beside the codes.
-
-Letters: L captured layers, W windows, N image tokens, P pairs of layers (`moments.py`), Y entries of a tail block,
-G bytes of flips.
-"""
+"""Windows of captured layers: their rows, their means, and what is stored of each beside the codes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +21,10 @@ class EncodedWindows:
     flips_G: Tensor
     """uint8, see `encode_flips`: where the masks, one after the other, are not what the codes say."""
     means_L: Tensor
-    """float32, see `layer_moments`: of the uncoded maps, for windows that are not stored."""
     covariances_P: Tensor
-    """float32, as `means_L`."""
+    """float32 both, see `layer_moments`: of the uncoded maps, for windows that are not stored."""
     tail_blocks_LY: Tensor
-    """float16, the uncoded entries of the last `tail_block_size` queries and keys, packed as a map of so many
-    tokens."""
+    """float16, the uncoded entries of the last `tail_block_size` queries and keys, packed as a map of that size."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "EncodedWindows":
         """The same on a device."""

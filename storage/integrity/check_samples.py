@@ -1,9 +1,11 @@
 """Checks of a sample set: sizes and digests of tars and tables, and every sample where its table says."""
 
+from collections import deque
 from collections.abc import Container
 
 from storage.errors import CorruptData
 from storage.integrity.checks import Checks, size_of
+from storage.samples.index import INDEX_PATH
 from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.stores import Store
@@ -13,22 +15,20 @@ def check_tars(checks: Checks, samples: SampleSet, chosen: Container[int]) -> No
     """Sizes of all sample shards, and all that the chosen ones hold."""
     stored = samples.store.sizes()
     for number, entry in enumerate(samples.index.shards):
-        table = entry.table_name
-        right = checks.compare(entry.name, entry.name, size_of(stored, entry.name), f"{entry.bytes} bytes")
-        if not checks.compare(entry.name, table, size_of(stored, table), f"{entry.table_bytes} bytes"):
+        tar, table = entry.name, entry.table_name
+        tar_fits = checks.compare(tar, tar, size_of(stored, tar), f"{entry.bytes} bytes")
+        table_fits = checks.compare(tar, table, size_of(stored, table), f"{entry.table_bytes} bytes")
+        if not table_fits:
             _doubt_index(checks, table)
-            right = False
         if number in chosen:
-            if right:
+            if tar_fits and table_fits:
                 _check_tar(checks, samples, number)
             checks.task.advance()
 
 
 def _doubt_index(checks: Checks, table: str) -> None:
     """Where a table is not what the index says of it, either may be damaged: no other digest holds these words."""
-    checks.compare(
-        "samples", "index.json", f"another size or sha256 of {table}", f"those of {table}, or that is damaged"
-    )
+    checks.fault("samples", INDEX_PATH, f"another size or sha256 of {table}", f"those of {table}, or that is damaged")
 
 
 def _check_tar(checks: Checks, samples: SampleSet, number: int) -> None:
@@ -38,16 +38,12 @@ def _check_tar(checks: Checks, samples: SampleSet, number: int) -> None:
     if members is None:
         _doubt_index(checks, entry.table_name)
 
-    def read_samples(tar: SampleShard) -> None:
-        for row in range(len(tar)):
-            tar.read(row)
-
     def check(here: Store) -> None:
         with SampleShard(here.local(entry.name), entry, members or ()) as tar:
             tar.verify()
             # The tar is right: what cannot be read now is where the table misleads.
             if members is not None:
-                checks.guarded(entry.name, entry.table_name, lambda: read_samples(tar))
+                checks.guarded(entry.name, entry.table_name, lambda: deque(map(tar.read, range(len(tar))), maxlen=0))
 
     checks.num_files += 2
     checks.num_bytes += entry.bytes + entry.table_bytes
@@ -57,6 +53,6 @@ def _check_tar(checks: Checks, samples: SampleSet, number: int) -> None:
 def written_samples(store: Store) -> SampleSet:
     """The sample set, whose index must be as it was written: its digest leaves out sizes and member tables."""
     samples = SampleSet.open(store)
-    if samples.index.to_bytes() != store.read("index.json"):
-        raise CorruptData(f"{store.url}/index.json is not as it was written; restore it or pack the samples again")
+    if samples.index.to_bytes() != store.read(INDEX_PATH):
+        raise CorruptData(f"{store.url}/{INDEX_PATH} is not as it was written; restore it or pack the samples again")
     return samples

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
 from storage.integrity.checks import Checks
-from storage.integrity.findings import Finding, Part
+from storage.integrity.findings import Part
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store
 from storage.streaming.join import joined_rows
@@ -34,16 +35,26 @@ class _ReportedCounts(BaseModel):
 class TargetChecks(Checks):
     """Checks one target store."""
 
-    def load_shards(self, stored: Mapping[str, int]) -> list[CommitRecord]:
-        """The sound records of shards, in order."""
-        found = [self._load(CommitRecord, number, path) for number, path in committed_shards(stored).items()]
-        return [record for record in found if record]
+    @cached_property
+    def stored(self) -> dict[str, int]:
+        """Bytes of each of its files."""
+        return self.store.sizes()
 
-    def load_teacher(self, stored: Mapping[str, int]) -> TeacherRecord | None:
+    @cached_property
+    def committed(self) -> Mapping[int, str]:
+        """The paths of its shards' records."""
+        return committed_shards(self.stored)
+
+    def load_shards(self) -> list[CommitRecord]:
+        """The sound records of shards, in order."""
+        paths = self.committed.items()
+        return [record for number, path in paths if (record := self._load(CommitRecord, number, path))]
+
+    def load_teacher(self) -> TeacherRecord | None:
         """The record of `teacher/`, which an extraction writes before the first shard."""
-        if not (_REPORT in stored or any(path.startswith(f"{TEACHER}/") or path == TEACHER_RECORD for path in stored)):
-            return None
-        return self._load(TeacherRecord, TEACHER, TEACHER_RECORD)
+        if any(path in (_REPORT, TEACHER_RECORD) or path.startswith(f"{TEACHER}/") for path in self.stored):
+            return self._load(TeacherRecord, TEACHER, TEACHER_RECORD)
+        return None
 
     def _load(self, kind: type[_Record], label: Part, path: str) -> _Record | None:
         return self.guarded(label, path, lambda: kind.load(self.store, path))
@@ -61,32 +72,24 @@ class TargetChecks(Checks):
             self.compare(label, record.record_path, record.manifest, manifest.digest)
         return manifest
 
-    def check_places(self, stored: Mapping[str, int], num_planned: int) -> None:
+    def check_places(self, num_planned: int) -> None:
         """Records that are missing though their shard was made, and files where only ours may be."""
-        shards = committed_shards(stored)
+        shards = self.committed
         for number in shards:
             if number >= num_planned:
-                self.findings.append(
-                    Finding("-", commit_path(number), f"shard {number}", f"no shard above {num_planned - 1}")
-                )
+                self.fault("-", commit_path(number), f"shard {number}", f"no shard above {num_planned - 1}")
         lost = {}
-        for path in stored:
-            folder = _SHARD_FOLDER.match(path)
-            if folder and int(folder[2]) not in shards:
+        if (reported := self._num_reported()) > len(shards):
+            lost = dict.fromkeys(range(num_planned), f"no such file, but {_REPORT} counts {reported} shards")
+        ours = {*shards.values(), TEACHER_RECORD}
+        for path in self.stored:
+            if folder := _SHARD_FOLDER.match(path):
                 lost[int(folder[2])] = f"no such file, but {folder[1]}/"
-            elif not folder and path.startswith((f"{SHARDS}/", f"{COMMITS}/")):
-                ours = path in shards.values() or path == TEACHER_RECORD
-                if not ours:
-                    self.findings.append(Finding("-", path, "a file", "no such file"))
-        lost |= {
-            number: f"no such file, but {_REPORT} counts {self._num_reported()} shards"
-            for number in range(num_planned if self._num_reported() > len(shards) else 0)
-            if number not in shards and number not in lost
-        }
-        for number, found in sorted(lost.items()):
-            self.findings.append(
-                Finding(number, commit_path(number), found, "a record: it was removed, or extraction was stopped")
-            )
+            elif path.startswith((f"{SHARDS}/", f"{COMMITS}/")) and path not in ours:
+                self.fault("-", path, "a file", "no such file")
+        for number in sorted(lost.keys() - shards.keys()):
+            expected = "a record: it was removed, or extraction was stopped"
+            self.fault(number, commit_path(number), lost[number], expected)
 
     def _num_reported(self) -> int:
         """Shards that the last extraction left; 0 when it left no report."""
@@ -96,17 +99,11 @@ class TargetChecks(Checks):
             return 0
 
     def check_shard(
-        self,
-        manifest: Manifest | None,
-        record: CommitRecord,
-        samples: SampleSet | None,
-        stored: Mapping[str, int],
-        *,
-        read: bool,
+        self, manifest: Manifest | None, record: CommitRecord, samples: SampleSet | None, *, read: bool
     ) -> None:
         """Sizes of one shard's files; if it is to be read, their digests and all that they decode to."""
         label, faults = record.shard, len(self.findings)
-        self.check_sizes(label, record, stored)
+        self.check_sizes(label, record, self.stored)
         if not read:
             return
 
@@ -122,9 +119,9 @@ class TargetChecks(Checks):
         self.guarded_read(self.store, label, record.path, check)
         self.task.advance()
 
-    def check_teacher(self, record: TeacherRecord, stored: Mapping[str, int]) -> None:
+    def check_teacher(self, record: TeacherRecord) -> None:
         """Sizes and digests of the teacher's files."""
-        self.check_sizes(TEACHER, record, stored)
+        self.check_sizes(TEACHER, record, self.stored)
         self.guarded_read(self.store, TEACHER, record.path, lambda here: self.check_digests(TEACHER, record, here))
 
     def _check_keys(self, samples: SampleSet, targets: TargetShard) -> None:
@@ -138,20 +135,15 @@ class TargetChecks(Checks):
 
     def _decode(self, manifest: Manifest, targets: TargetShard) -> None:
         """Every row and every map, one at a time."""
-        record = targets.record
-        shard, codec = record.shard, manifest.fingerprint.map_codec
-        decoder = MapCodec.of_layers(codec, manifest.fingerprint.layers, manifest.fingerprint.windows)
-        logits = AnswerLogitsCodec(manifest.fingerprint.logit_codec)
+        shard, fingerprint = targets.record.shard, manifest.fingerprint
+        decoder = MapCodec.of_layers(fingerprint.map_codec, fingerprint.layers, fingerprint.windows)
+        logits = AnswerLogitsCodec(fingerprint.logit_codec)
         references, records = 0, []
         for row in range(len(targets)):
             sample, _ = targets.read(row, with_maps=False)
             num_answers = int(sample.answer_mask.sum())
-            self.compare(
-                shard,
-                "logit_offsets",
-                f"{len(sample.logits_RQ)} rows of {sample.key}",
-                f"{num_answers} rows of {sample.key}",
-            )
+            found, expected = (f"{count} rows of {sample.key}" for count in (len(sample.logits_RQ), num_answers))
+            self.compare(shard, "logit_offsets", found, expected)
             records.append(sample.logits_RQ)
             # Of many samples at once: decoding a few rows takes as long as decoding thousands.
             if sum(map(len, records)) >= ROWS_AT_ONCE or row == len(targets) - 1:
@@ -159,13 +151,13 @@ class TargetChecks(Checks):
                 self.compare(shard, "logit_records", faults or "sound records", "sound records")
                 records.clear()
             references += sample.map_row is not None
-        self.compare(shard, "map_rows", references, record.num_map_references)
+        self.compare(shard, "map_rows", references, targets.record.num_map_references)
         for map_row, num_tokens in enumerate(targets.map_num_tokens):
             entry = targets.read_map(map_row)
-            self.compare(shard, "map_code_offsets", entry.codes_LC.shape[1], codec.num_codes(num_tokens))
+            self.compare(shard, "map_code_offsets", entry.codes_LC.shape[1], decoder.config.num_codes(num_tokens))
             if entry.windows is not None:
                 try:
                     decoder.decode_flips(entry)
                 except ValueError as error:
-                    self.findings.append(Finding(shard, "window_flips", str(error), "positions inside the masks"))
+                    self.fault(shard, "window_flips", str(error), "positions inside the masks")
         self.num_samples += len(targets)

@@ -8,9 +8,12 @@ from storage.errors import CorruptData, StoreUnavailable, UserError
 from storage.integrity.findings import Finding, Part
 from storage.progress import ProgressTask
 from storage.stores import Store
-from storage.targets.commits import Committed, measure_files
+from storage.stores.base import measure_files
+from storage.targets.commits import Committed
 
 _Result = TypeVar("_Result")
+_DAMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+"""Numbers of the system's errors that damage can cause."""
 
 
 class Checks:
@@ -21,21 +24,21 @@ class Checks:
         self.findings: list[Finding] = []
         self.num_files = self.num_bytes = self.num_samples = 0
 
+    def fault(self, part: Part, file: str, found: str, expected: str) -> None:
+        """One more finding."""
+        self.findings.append(Finding(part, file, found, expected))
+
     def guarded(self, part: Part, file: str, action: Callable[[], _Result], *, refuse: bool = False) -> _Result | None:
         """The action's result; None and a finding if it meets damage, or a user's error that is not to be refused."""
         try:
             return action()
         except StoreUnavailable:
             raise
-        except UserError as error:
-            if refuse and not isinstance(error, CorruptData):
+        except (UserError, OSError) as error:
+            unknown = isinstance(error, OSError) and error.errno not in _DAMAGE
+            if unknown or (refuse and isinstance(error, UserError) and not isinstance(error, CorruptData)):
                 raise
-            found = str(error)
-        except OSError as error:
-            if error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
-                raise
-            found = str(error)
-        self.findings.append(Finding(part, file, found, "what was committed"))
+            self.fault(part, file, str(error), "what was committed")
         return None
 
     def guarded_read(self, store: Store, part: Part, path: str, read: Callable[[Store], object]) -> None:
@@ -50,7 +53,7 @@ class Checks:
     def compare(self, part: Part, file: str, found: object, expected: object) -> bool:
         """A finding unless both are equal."""
         if found != expected:
-            self.findings.append(Finding(part, file, str(found), str(expected)))
+            self.fault(part, file, str(found), str(expected))
         return found == expected
 
     def check_sizes(self, label: Part, record: Committed, stored: Mapping[str, int]) -> None:

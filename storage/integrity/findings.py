@@ -8,16 +8,13 @@ Part = int | str
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault."""
+    """One fault: what is there, and what was committed."""
 
     part: Part
-    """What is at fault."""
     file: str
     """Path in the shard's folder, or in the store."""
     found: str
-    """What is there."""
     expected: str
-    """What was committed."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,8 @@ class VerifyReport:
     num_read: int
     """Target shards of which every byte was read; of the others, record, presence and sizes."""
     num_files: int
-    """Files read."""
     num_bytes: int
-    """Bytes read."""
+    """Files read, and their bytes."""
     num_samples: int
     """Samples whose targets were decoded."""
     missing: tuple[int, ...]

@@ -27,12 +27,9 @@ class RepairReport:
 
 
 def repair(report: VerifyReport) -> RepairReport:
-    """Move each broken part of a target store to `quarantine/NUMBER/`: first its record, so that nobody reads it.
+    """Move each broken part that `verify` found to `quarantine/NUMBER/`: first its record, so that nobody reads it.
 
     No extraction may be running on the store: it could be about to commit a folder that is moved.
-
-    Args:
-        report: What `verify` found in the store.
     """
     store = open_store(Path(report.targets_url) if "://" not in report.targets_url else report.targets_url)
     paths = store.list()

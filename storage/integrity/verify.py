@@ -10,8 +10,8 @@ from storage.integrity.check_samples import check_tars, written_samples
 from storage.integrity.check_targets import TargetChecks
 from storage.integrity.findings import VerifyReport
 from storage.progress import SILENT, Progress
+from storage.samples.index import INDEX_PATH
 from storage.stores import open_store
-from storage.targets.commits import committed_shards
 from storage.targets.manifest import MANIFEST_PATH, Manifest
 
 
@@ -44,38 +44,36 @@ def verify(
     sample_store = None if samples_url is None else open_store(samples_url)
     if not run.store.exists(MANIFEST_PATH):
         Manifest.load(run.store)
-    samples = run.guarded("samples", "index.json", lambda: written_samples(sample_store)) if sample_store else None
+    samples = run.guarded("samples", INDEX_PATH, lambda: written_samples(sample_store)) if sample_store else None
     manifest = run.guarded("-", MANIFEST_PATH, lambda: Manifest.load(run.store), refuse=True)
-    stored = run.store.sizes()
-    shards = run.load_shards(stored)
-    teacher = run.load_teacher(stored)
+    shards = run.load_shards()
+    teacher = run.load_teacher()
     manifest = run.check_manifest(manifest, [*shards, *([teacher] if teacher else [])])
     num_tars = len(samples.index.shards) if samples else 0
     if manifest and samples:
-        run.compare("samples", "index.json", samples.index.digest, manifest.fingerprint.samples)
-        run.compare("samples", "index.json", f"{num_tars} shards", f"{manifest.num_shards} shards")
-    committed = committed_shards(stored)
-    num_planned = manifest.num_shards if manifest else len(committed)
-    run.check_places(stored, num_planned)
+        run.compare("samples", INDEX_PATH, samples.index.digest, manifest.fingerprint.samples)
+        run.compare("samples", INDEX_PATH, f"{num_tars} shards", f"{manifest.num_shards} shards")
+    num_planned = manifest.num_shards if manifest else len(run.committed)
+    run.check_places(num_planned)
     if teacher:
-        run.check_teacher(teacher, stored)
+        run.check_teacher(teacher)
     chosen = _drawn([record.shard for record in shards], percent, seed)
     tars = _drawn(range(num_tars), percent, seed)
     task.update(total=len(chosen) + len(tars))
     for record in shards:
-        run.check_shard(manifest, record, samples, stored, read=record.shard in chosen)
+        run.check_shard(manifest, record, samples, read=record.shard in chosen)
     if samples:
         check_tars(run, samples, tars)
     return VerifyReport(
         targets_url=run.store.url,
         samples_url=None if sample_store is None else sample_store.url,
         num_planned=num_planned,
-        num_committed=len(committed),
+        num_committed=len(run.committed),
         num_read=len(chosen),
         num_files=run.num_files,
         num_bytes=run.num_bytes,
         num_samples=run.num_samples,
-        missing=tuple(sorted(set(range(num_planned)) - set(committed))),
+        missing=tuple(sorted(set(range(num_planned)) - set(run.committed))),
         findings=tuple(dict.fromkeys(run.findings)),
     )
 

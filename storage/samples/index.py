@@ -27,15 +27,11 @@ class SampleShardEntry:
     name: Annotated[str, Field(pattern=r"^samples-[0-9]{6,}\.tar$")]
     """File name beside the index."""
     num_samples: Annotated[int, Field(ge=0)]
-    """Samples in it."""
     bytes: Annotated[int, Field(ge=0)]
-    """Size of the file."""
     sha256: Digest
-    """Digest of the file."""
     table_bytes: Annotated[int, Field(ge=0, le=MAX_TABLE_BYTES)]
-    """Size of its member table."""
     table_sha256: Digest
-    """Digest of its member table."""
+    """Size and digest of its member table; the two before are the tar's own."""
 
     @property
     def table_name(self) -> str:
@@ -49,12 +45,12 @@ class SampleShardEntry:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """All shards of a sample set, in order."""
+    """All shards of a sample set."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     shards: tuple[SampleShardEntry, ...]
-    """The tars, in order; their position is their number."""
+    """In order: their position is their number."""
 
     @property
     def num_samples(self) -> int:

@@ -18,8 +18,7 @@ class StoredSample:
     """A conversation with its images, as bytes."""
 
     key: str
-    """Unique in the data set; letters, digits, `_` and `-`: WebDataset splits member names at the first dot.
-    """
+    """Unique in the data set; letters, digits, `_` and `-`: WebDataset splits member names at the first dot."""
     record: dict[str, Any]
     """The LLaVA conversation: `id`, `conversations`, optionally `image`."""
     images: tuple[bytes, ...]

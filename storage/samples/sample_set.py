@@ -7,7 +7,7 @@ from typing import Self
 
 from storage.errors import CorruptData
 from storage.samples.index import SampleIndex
-from storage.samples.shard import SampleShard
+from storage.samples.shard import RESTORE, SampleShard
 from storage.samples.table import SampleMembers, parse_table
 from storage.stores import FileInfo, Store, open_store
 
@@ -40,37 +40,28 @@ class SampleSet:
         try:
             data = self.store.read(entry.table_name, entry.table_bytes)
         except FileNotFoundError as error:
-            raise CorruptData(f"member table {where} is missing; restore it or pack the samples again") from error
-        found = sha256(data).hexdigest()
-        if found != entry.table_sha256:
+            raise CorruptData(f"member table {where} is missing; {RESTORE}") from error
+        if (found := sha256(data).hexdigest()) != entry.table_sha256:
             raise CorruptData(
                 f"member table {where} has {len(data)} bytes and sha256 {found[:12]}, the index says "
-                f"{entry.table_bytes} and {entry.table_sha256[:12]}; restore it or pack the samples again"
+                f"{entry.table_bytes} and {entry.table_sha256[:12]}; {RESTORE}"
             )
         return parse_table(data, where, entry.num_samples, entry.bytes)
 
     def shard(self, number: int, members: tuple[SampleMembers, ...] | None = None) -> SampleShard:
         """Open a tar. Its size is compared with the index; its digest only by `verify` and after a download.
 
-        Args:
-            number: The shard's position in the index.
-            members: What `members` returned for it; read if not given.
+        `members` are what `self.members` returned for it, and read if not given.
 
         Raises:
             CorruptData: If the file is missing or has another size, or its member table is not the index's.
         """
         entry, holder = self.index.shards[number], _Holder()
-        if members is None:
-            members = self.members(number)
+        members = self.members(number) if members is None else members
         try:
             path = self.store.local(entry.name, {"": FileInfo(entry.bytes, entry.sha256)}, holder)
         except FileNotFoundError as error:
-            raise CorruptData(
-                f"sample shard {self.store.url}/{entry.name} is missing; restore it or pack the samples again"
-            ) from error
+            raise CorruptData(f"sample shard {self.store.url}/{entry.name} is missing; {RESTORE}") from error
         if (found := path.stat().st_size) != entry.bytes:
-            raise CorruptData(
-                f"sample shard {path} has {found} bytes, the index says {entry.bytes}; "
-                "restore it or pack the samples again"
-            )
+            raise CorruptData(f"sample shard {path} has {found} bytes, the index says {entry.bytes}; {RESTORE}")
         return SampleShard(path, entry, members, holder)

@@ -12,6 +12,7 @@ from storage.samples.index import SampleShardEntry
 from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
 from storage.samples.table import SampleMembers
 
+RESTORE = "restore it or pack the samples again"
 _IMAGE_NAME = re.compile(r"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.(jpg|png|webp)")
 
 
@@ -62,16 +63,12 @@ class SampleShard:
         return StoredSample(key, fields, tuple(images))
 
     def verify(self) -> None:
-        """Compare the file's size and sha256 with the index.
-
-        Raises:
-            CorruptData: If either differs.
-        """
+        """Raises CorruptData unless the file has the index's size and sha256."""
         found_bytes, found = self._path.stat().st_size, file_sha256(self._path)
         if (found_bytes, found) != (self._entry.bytes, self._entry.sha256):
             raise CorruptData(
                 f"sample shard {self._path} has {found_bytes} bytes and sha256 {found[:12]}, the index says "
-                f"{self._entry.bytes} and {self._entry.sha256[:12]}; restore it or pack the samples again"
+                f"{self._entry.bytes} and {self._entry.sha256[:12]}; {RESTORE}"
             )
 
     def close(self) -> None:

@@ -54,8 +54,7 @@ class SampleShardWriter:
         """Append conversations about one image; they share a shard unless they alone exceed a limit.
 
         Raises:
-            ValueError: For a repeated key, an unsafe key or an unknown kind of image; nothing of the group
-                is kept.
+            ValueError: For a repeated key, an unsafe key or an unknown kind of image; nothing of the group is kept.
             UserError: If a shard has more samples, or the set more shards, than readers accept.
         """
         group = [(sample.key, members_of(sample)) for sample in samples]
@@ -64,28 +63,30 @@ class SampleShardWriter:
             twice = next(key for key in keys if key in self._keys or keys.count(key) > 1)
             raise ValueError(f"sample key {twice!r} comes twice; keys must be unique in a sample set")
         self._keys.update(keys)
-        group_bytes = sum(member.tar_bytes for _, members in group for member in members)
-        if self._tar and not self._tar.has_room(len(group), group_bytes, self._max_samples, self._max_bytes):
-            self._finish_shard()
+        self._make_room([members for _, members in group])
         for key, members in group:
-            num_bytes = sum(member.tar_bytes for member in members)
-            if self._tar and not self._tar.has_room(1, num_bytes, self._max_samples, self._max_bytes):
-                self._finish_shard()
+            self._make_room([members])
             if self._tar is None:
                 self._tar = _Tar(self._out / f"samples-{len(self._entries):06d}.tar")
             self._tar.add(key, members)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            if self._tar:
-                self._tar.abandon()
-            return
-        if self._tar:
+        if kind is None:
             self._finish_shard()
-        LocalStore(self._out).write(INDEX_PATH, SampleIndex(shards=tuple(self._entries)).to_bytes())
+            LocalStore(self._out).write(INDEX_PATH, SampleIndex(shards=tuple(self._entries)).to_bytes())
+        elif self._tar:
+            self._tar.abandon()
+
+    def _make_room(self, samples: Sequence[Sequence[Member]]) -> None:
+        """Finish the shard if these samples would exceed its limits."""
+        if self._tar:
+            num_bytes = self._tar.num_bytes + sum(each.tar_bytes for members in samples for each in members) + len(_END)
+            if len(self._tar.samples) + len(samples) > self._max_samples or num_bytes > self._max_bytes:
+                self._finish_shard()
 
     def _finish_shard(self) -> None:
-        assert self._tar is not None
+        if self._tar is None:
+            return
         tar, self._tar = self._tar, None
         try:
             entry = tar.finish()
@@ -110,13 +111,8 @@ class _Tar:
         self._partial = path.with_name(f"{path.name}{PARTIAL}")
         self._file: BinaryIO = self._partial.open("wb")
         self._digest = hashlib.sha256()
-        self._num_bytes = 0
-        self._samples: list[SampleMembers] = []
-
-    def has_room(self, num_samples: int, num_bytes: int, max_samples: int, max_bytes: int) -> bool:
-        """Whether so much more stays within the limits."""
-        total_bytes = self._num_bytes + num_bytes + len(_END)
-        return len(self._samples) + num_samples <= max_samples and total_bytes <= max_bytes
+        self.num_bytes = 0
+        self.samples: list[SampleMembers] = []
 
     def add(self, key: str, members: list[Member]) -> None:
         """Append a sample."""
@@ -124,16 +120,16 @@ class _Tar:
         crc32 = zlib.crc32(b"".join(member.data for member in members))
         for member in members:
             self._write(header(member.name, len(member.data)))
-            spans.append((self._num_bytes, len(member.data)))
+            spans.append((self.num_bytes, len(member.data)))
             self._write(member.data + bytes(padding(len(member.data))))
-        self._samples.append(SampleMembers(key, tuple(spans), crc32))
+        self.samples.append(SampleMembers(key, tuple(spans), crc32))
 
     def finish(self) -> SampleShardEntry:
         """Close the tar, give it its name and write its table."""
-        table = table_to_bytes(self._samples)
+        table = table_to_bytes(self.samples)
         if len(table) > MAX_TABLE_BYTES:
             raise UserError(
-                f"{self._path} has {len(self._samples):,} samples, whose table has {len(table)} bytes, at most "
+                f"{self._path} has {len(self.samples):,} samples, whose table has {len(table)} bytes, at most "
                 f"{MAX_TABLE_BYTES} are read; pack fewer samples into a shard"
             )
         self._write(_END)
@@ -143,8 +139,8 @@ class _Tar:
         self._partial.replace(self._path)
         entry = SampleShardEntry(
             name=self._path.name,
-            num_samples=len(self._samples),
-            bytes=self._num_bytes,
+            num_samples=len(self.samples),
+            bytes=self.num_bytes,
             sha256=self._digest.hexdigest(),
             table_bytes=len(table),
             table_sha256=hashlib.sha256(table).hexdigest(),
@@ -160,4 +156,4 @@ class _Tar:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
-        self._num_bytes += len(data)
+        self.num_bytes += len(data)

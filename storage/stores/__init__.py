@@ -8,23 +8,13 @@ from storage.stores.base import PARTIAL, ExpectedFiles, FileInfo, Store, relativ
 from storage.stores.local import LocalStore
 from storage.stores.objects import SCHEMES, ObjectStore
 
-__all__ = [
-    "PARTIAL",
-    "ExpectedFiles",
-    "FileInfo",
-    "LocalStore",
-    "ObjectStore",
-    "Store",
-    "open_store",
-    "relative_path",
-]
+__all__ = ["PARTIAL", "ExpectedFiles", "FileInfo", "LocalStore", "ObjectStore", "Store", "open_store", "relative_path"]
 
 
 def open_store(url: str | Path | Store) -> Store:
     """The store at `url`: a folder (path or `file://`), or `s3://`, `gs://`, `az://`, `memory://`; a store itself.
 
-    Nothing is read, created or connected here; an object store connects on first use, in the process that
-    uses it.
+    Nothing is read or created here; an object store connects on first use, in the process that uses it.
 
     Raises:
         UserError: For any other scheme.
@@ -34,9 +24,7 @@ def open_store(url: str | Path | Store) -> Store:
     if not isinstance(url, str):
         return url
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    if scheme is None:
-        return LocalStore(Path(url))
-    if scheme[1] == "file":
+    if scheme is None or scheme[1] == "file":
         return LocalStore(Path(url.removeprefix("file://")))
     if scheme[1] in SCHEMES:
         return ObjectStore(url)

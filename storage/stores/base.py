@@ -6,21 +6,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from storage.digests import file_sha256
+
 PARTIAL = ".partial"
 """Suffix of what is still being written; readers never see such a file, `clean_partials` removes abandoned ones."""
 
 
 class FileInfo(NamedTuple):
-    """What a record says of a stored file."""
+    """What a record says of a stored file: its size and 64 hex digits."""
 
     bytes: int
-    """Its size."""
     sha256: str
-    """64 hex digits."""
 
 
 ExpectedFiles = Mapping[str, FileInfo]
 """Path relative to what is fetched ("" for a file itself) -> what its bytes must be."""
+
+
+def measure_files(folder: Path) -> dict[str, FileInfo]:
+    """Size and sha256 of every file below `folder`, by their sorted paths in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): FileInfo(path.stat().st_size, file_sha256(path)) for path in files}
 
 
 class Store(Protocol):
@@ -43,11 +49,9 @@ class Store(Protocol):
         """Create or replace a file; readers see the old bytes or the new ones, never a part."""
 
     def create(self, path: str, data: bytes) -> bool:
-        """Create a file unless it exists; of several callers with different data exactly one gets True.
+        """Create a file unless it exists, and tell whether it now holds `data`.
 
-        Returns:
-            Whether the file now holds `data`: it does as well if an equal call was first, or if this one was and its
-            answer got lost.
+        Of several callers with different data exactly one gets True. So do equal calls, and one whose answer got lost.
         """
 
     def folders(self, prefix: str) -> list[str]:
@@ -66,8 +70,7 @@ class Store(Protocol):
             path: A file or a folder of the store.
             expect: Sizes and digests; a download that differs raises CorruptData and is not kept.
                 A local folder is not read for this: compare what matters when it is opened.
-            holder: Who reads it: as long as this object lives, a downloaded copy is not evicted; None keeps it as
-                long as the process runs.
+            holder: A downloaded copy is not evicted as long as this object lives; None is as long as the process runs.
         """
 
     @contextmanager
@@ -78,19 +81,14 @@ class Store(Protocol):
         """Give a file or folder another place in the store; nothing happens when it is absent."""
 
     def staging(self, name: str) -> Path:
-        """A new, empty local folder from which `put_tree` is cheap; its name says who owns it and ends with
-        `.partial`.
-        """
+        """A new, empty local folder from which `put_tree` is cheap; its name ends with its owner and `.partial`."""
 
     def put_tree(self, local_dir: Path, path: str) -> None:
         """Move `local_dir` to the folder `path`; one with the same content is left alone."""
 
     @contextmanager
     def new_tree(self, path: str) -> Iterator[Path]:
-        """A new local folder to write to, which becomes the folder `path` when the block ends.
-
-        The folder appears complete or not at all: it is gone when the block raises.
-        """
+        """A new local folder, which becomes the folder `path` when the block ends, and is gone when that raises."""
         staging = self.staging(path)
         try:
             yield staging
@@ -117,8 +115,6 @@ def relative_path(path: str) -> str:
     Raises:
         ValueError: For absolute paths, `..`, `.`, empty parts, backslashes and control characters.
     """
-    parts = path.split("/")
-    bad = any(part in {"", ".", ".."} for part in parts)
-    if bad or "\\" in path or any(ord(char) < 32 for char in path):
+    if not {"", ".", ".."}.isdisjoint(path.split("/")) or "\\" in path or any(ord(char) < 32 for char in path):
         raise ValueError(f"path {path!r} does not stay inside its store: give a relative one without '..'")
     return path

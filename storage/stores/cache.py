@@ -4,7 +4,6 @@ import fcntl
 import os
 import re
 import shutil
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,42 +87,21 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class _Pins:
-    """Entries in use by this process: an open file with a shared lock each, and how many hold it."""
-
-    def __init__(self) -> None:
-        self.guard = threading.RLock()  # a holder may be collected at any moment, in this thread too
-        self.files: dict[Path, tuple[int, int]] = {}
-
-
-_pins: dict[int, _Pins] = {}
-"""By process number: a forked child shares its parent's locks, and must not release them."""
+_kept: dict[Path, int] = {}
+"""Open lock files of the entries that this process uses until it ends."""
 
 
 def _pinned(entry: Path, holder: object | None) -> int:
-    """Pin an entry and mark it as used now; the open lock file."""
-    pins = _pins.setdefault(os.getpid(), _Pins())
-    with pins.guard:
-        descriptor, count = pins.files.get(entry, (-1, 0))
-        if not count:
-            descriptor = _locked_file(entry.with_name(f"{entry.name}.lock"), fcntl.LOCK_SH)
-        pins.files[entry] = (descriptor, count + 1)
-        os.utime(descriptor)
+    """Mark an entry as used now, and hold a shared lock as long as the holder lives; the open lock file."""
+    descriptor = _locked_file(entry.with_name(f"{entry.name}.lock"), fcntl.LOCK_SH)
+    os.utime(descriptor)
     if holder is not None:
-        weakref.finalize(holder, _release, os.getpid(), entry)
+        # A forked child closes its own copy: the lock stays until its parent's is closed too.
+        weakref.finalize(holder, os.close, descriptor)
+    elif (kept := _kept.setdefault(entry, descriptor)) != descriptor:
+        os.close(descriptor)
+        return kept
     return descriptor
-
-
-def _release(pid: int, entry: Path) -> None:
-    if pid != os.getpid():
-        return
-    pins = _pins[pid]
-    with pins.guard:
-        descriptor, count = pins.files.pop(entry)
-        if count > 1:
-            pins.files[entry] = (descriptor, count - 1)
-        else:
-            os.close(descriptor)
 
 
 def _make_room(folder: Path) -> None:
@@ -133,14 +111,14 @@ def _make_room(folder: Path) -> None:
         for partial in folder.glob(f"*{PARTIAL}"):
             remove_if_abandoned(partial)
         locks = [lock for lock in folder.glob("*.lock") if _LOCK_NAME.fullmatch(lock.name)]
+        num_bytes = {lock: _entry_bytes(lock) for lock in locks}
+        total = sum(num_bytes.values())
         # What a killed download left comes first.
-        entries = [(lock.with_suffix("").is_dir(), lock.stat().st_mtime_ns, _entry_bytes(lock), lock) for lock in locks]
-        total = sum(num_bytes for _, _, num_bytes, _ in entries)
-        for _, _, num_bytes, lock in sorted(entries):
+        for lock in sorted(locks, key=lambda lock: (lock.with_suffix("").is_dir(), lock.stat().st_mtime_ns)):
             if total <= limit:
                 return
             if _evicted(lock):
-                total -= num_bytes
+                total -= num_bytes[lock]
 
 
 def _entry_bytes(lock: Path) -> int:

@@ -4,13 +4,12 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
 
-from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError, disk_errors_named
-from storage.stores.base import PARTIAL, ExpectedFiles, Store, relative_path
+from storage.stores.base import PARTIAL, ExpectedFiles, Store, measure_files, relative_path
 from storage.stores.owner import partial_path, remove_if_abandoned
 
 
@@ -52,8 +51,7 @@ class LocalStore(Store):
         """Write beside the target, fsync, then hard-link it into place, which fails when the name is taken.
 
         Raises:
-            UserError: On a file system without hard links, where no other step is atomic and exclusive at
-            once.
+            UserError: On a file system without hard links, where no other step is both atomic and exclusive.
         """
         target = self._at(path)
 
@@ -68,24 +66,18 @@ class LocalStore(Store):
                     "use a folder on another file system, or an object store"
                 ) from error
 
-        if not target.exists():
-            try:
+        with suppress(FileExistsError):
+            if not target.exists():
                 self._publish(target, data, link)
-            except FileExistsError:
-                pass
-            else:
                 return True
         return self.read(path) == data
 
     def folders(self, prefix: str) -> list[str]:
         """Sorted relative paths of the folders directly in `prefix`."""
         top = self._at(prefix)
-        with disk_errors_named(top):
-            try:
-                with os.scandir(top) as entries:
-                    names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-            except (FileNotFoundError, NotADirectoryError):
-                return []
+        names: list[str] = []
+        with disk_errors_named(top), suppress(FileNotFoundError, NotADirectoryError), os.scandir(top) as entries:
+            names += [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         return sorted(f"{prefix}/{name}" for name in names if not name.endswith(PARTIAL))
 
     def list(self, prefix: str = "") -> list[str]:
@@ -155,28 +147,21 @@ class LocalStore(Store):
                 else:
                     _fsync(target.parent)
                     return
-                try:
-                    equal = _same_tree(local_dir, target)
-                except FileNotFoundError:
-                    # Another writer of this content lost its race and is removing it: the name is free in a moment.
-                    continue
-                if equal:
-                    shutil.rmtree(local_dir)
-                    return
-                self.remove_tree(path)
+                # Another writer of this content, that lost its race, may remove it: the name is free in a moment.
+                with suppress(FileNotFoundError):
+                    if measure_files(local_dir) == measure_files(target):
+                        shutil.rmtree(local_dir)
+                        return
+                    self.remove_tree(path)
 
     def remove_tree(self, path: str) -> None:
         """Rename the folder away first, so that no half of it is ever seen under its name."""
         target = self._at(path)
-        if not target.is_dir():
-            return
         doomed = partial_path(target)
-        with disk_errors_named(target):
-            try:
+        with disk_errors_named(target), suppress(FileNotFoundError):
+            if target.is_dir():
                 target.rename(doomed)
-            except FileNotFoundError:
-                return
-            shutil.rmtree(doomed)
+                shutil.rmtree(doomed)
 
     def remove_partials(self, is_whole: Callable[[str], bool] | None = None) -> int:
         """Remove every `.partial` file and folder in the store that nobody will finish."""
@@ -185,8 +170,8 @@ class LocalStore(Store):
         with disk_errors_named(self.root):
             for folder, folders, files in os.walk(self.root):
                 partial = [name for name in (*folders, *files) if name.endswith(PARTIAL)]
-                base = "" if folder == str(self.root) else f"{Path(folder).relative_to(self.root).as_posix()}/"
-                folders[:] = [name for name in folders if not name.endswith(PARTIAL) and not skip(base + name)]
+                base = Path(folder).relative_to(self.root)
+                folders[:] = [name for name in folders if name not in partial and not skip((base / name).as_posix())]
                 count += sum(remove_if_abandoned(Path(folder) / name) for name in partial)
         return count
 
@@ -217,8 +202,7 @@ def _unless_absent(error: OSError) -> None:
 def _make_durable(top: Path) -> None:
     for folder, _, files in os.walk(top):
         readers = Path(folder).stat().st_mode & 0o444
-        for name in files:
-            file = Path(folder) / name
+        for file in (Path(folder) / name for name in files):
             # safetensors writes for the owner alone, whatever the umask.
             if readers & ~(mode := file.stat().st_mode):
                 file.chmod(S_IMODE(mode) | readers)
@@ -232,11 +216,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _same_tree(left: Path, right: Path) -> bool:
-    def files(top: Path) -> dict[str, int]:
-        return {p.relative_to(top).as_posix(): p.stat().st_size for p in top.rglob("*") if p.is_file()}
-
-    names = files(left)
-    return names == files(right) and all(file_sha256(left / name) == file_sha256(right / name) for name in names)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ SCHEMES = ("s3", "gs", "az", "memory")
 
 PART_BYTES = 32 * 2**20
 """Most of an object that one request fetches, so that a broken or slow connection costs no more than this again."""
-
 TIMEOUT_S = 120.0
 """Of one request, from its start to its last byte."""
 MAX_RETRIES = 6
 RETRY_TIMEOUT_S = 180.0
-"""Server errors, time-outs and dropped connections are tried again so often, within so many seconds, with growing
-pauses; then the command ends with an error."""
+"""Server errors, time-outs and dropped connections are tried again so often, within so long, with growing pauses."""
 
 _Object = tuple[str, int, str | None]
 """Path below the prefix, bytes, entity tag."""
@@ -38,10 +36,9 @@ _used_by: set[int] = set()
 class ObjectStore(Store):
     """Whole objects below `scheme://bucket/prefix`; credentials and endpoint come from the environment.
 
-    What is read through `local` is kept in the cache folder (`storage.stores.cache`), under a name made of the
-    objects' sizes and entity tags, so that a replaced object is downloaded again.
-
-    A store that does not answer after all retries, or refuses, is a `StoreUnavailable` from any method.
+    What is read through `local` is cached under a name made of the objects' sizes and entity tags, so that a replaced
+    object is downloaded again. A store that does not answer after all retries, or refuses, is a `StoreUnavailable`
+    from any method.
     """
 
     def __init__(self, url: str) -> None:
@@ -63,11 +60,9 @@ class ObjectStore(Store):
         """All bytes of an object, once its size is known to be allowed."""
         with self._reaching("read", path) as (obstore, client):
             answer = obstore.get(client, self._key(path))
-            found = answer.meta["size"]
-            if max_bytes is not None and found > max_bytes:
-                raise CorruptData(
-                    f"{self.url}/{path} has {found} bytes, at most {max_bytes} are read; it is no file of ours"
-                )
+            if max_bytes is not None and (found := answer.meta["size"]) > max_bytes:
+                where = f"{self.url}/{path}"
+                raise CorruptData(f"{where} has {found} bytes, at most {max_bytes} are read; it is no file of ours")
             return bytes(answer.bytes())
 
     def exists(self, path: str) -> bool:
@@ -82,9 +77,8 @@ class ObjectStore(Store):
     def create(self, path: str, data: bytes) -> bool:
         """Put the object on condition that none has this name."""
         obstore, client = self._connect()
-        key = self._key(path)
         try:
-            obstore.put(client, key, data, mode="create", use_multipart=False)
+            obstore.put(client, self._key(path), data, mode="create", use_multipart=False)
         except obstore.exceptions.AlreadyExistsError:
             # Also when our first request succeeded and its answer got lost: then the second one finds our bytes.
             return self.read(path) == data
@@ -176,17 +170,14 @@ class ObjectStore(Store):
         return self._prefix + relative_path(path)
 
     def _connect(self) -> tuple[Any, Any]:
-        obstore = _import_obstore()
-        if self._bucket not in _clients:
-            if self._bucket.startswith("memory://"):
-                _clients[self._bucket] = obstore.store.MemoryStore()
-            else:
-                _clients[self._bucket] = obstore.store.from_url(
-                    self._bucket,
-                    client_options=_client_options(),
-                    retry_config={"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)},
-                )
-        return obstore, _clients[self._bucket]
+        obstore, bucket = _import_obstore(), self._bucket
+        if bucket not in _clients and bucket.startswith("memory://"):
+            _clients[bucket] = obstore.store.MemoryStore()
+        elif bucket not in _clients:
+            retries = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)}
+            options = _client_options()
+            _clients[bucket] = obstore.store.from_url(bucket, client_options=options, retry_config=retries)
+        return obstore, _clients[bucket]
 
     @contextmanager
     def _reaching(self, what: str, path: str) -> Iterator[tuple[Any, Any]]:
@@ -204,29 +195,24 @@ class ObjectStore(Store):
 
     def _head(self, path: str) -> Any:
         """Size and entity tag of an object, None if there is none."""
-        with self._reaching("read", path) as (obstore, client):
-            try:
-                return obstore.head(client, self._key(path))
-            except FileNotFoundError:
-                return None
+        with self._reaching("read", path) as (obstore, client), suppress(FileNotFoundError):
+            return obstore.head(client, self._key(path))
+        return None
 
     def _objects(self, folder: str) -> Sequence[_Object]:
         """(path, bytes, entity tag) of all objects below `folder`, sorted."""
         prefix = self._key(folder) if folder else self._prefix.rstrip("/")
         with self._reaching("list", folder) as (obstore, client):
-            found = [
-                (str(meta["path"]).removeprefix(self._prefix), int(meta["size"]), meta["e_tag"])
-                for chunk in obstore.list(client, prefix or None)
-                for meta in chunk
-            ]
-        return sorted(found, key=lambda item: item[0])
+            metas = [meta for chunk in obstore.list(client, prefix or None) for meta in chunk]
+        return sorted(
+            (str(each["path"]).removeprefix(self._prefix), int(each["size"]), each["e_tag"]) for each in metas
+        )
 
     def _objects_at(self, path: str) -> Sequence[_Object]:
         """The objects below the folder `path`, or the one of this name."""
         if objects := self._objects(relative_path(path)):
             return objects
-        meta = self._head(path)
-        if meta is None:
+        if (meta := self._head(path)) is None:
             raise FileNotFoundError(f"{self.url}/{path} does not exist")
         return [(path, meta["size"], meta["e_tag"])]
 
@@ -247,10 +233,9 @@ class ObjectStore(Store):
         with self._reaching("read", name) as (obstore, client):
             try:
                 data = bytes(obstore.get(client, self._key(name), options=options).bytes())
-            except FileNotFoundError:
-                raise CorruptData(f"{self.url}/{name} was removed while it was read; run the command again") from None
-            except obstore.exceptions.PreconditionError:
-                raise CorruptData(f"{self.url}/{name} was replaced while it was read; run the command again") from None
+            except (FileNotFoundError, obstore.exceptions.PreconditionError) as error:
+                change = "removed" if isinstance(error, FileNotFoundError) else "replaced"
+                raise CorruptData(f"{self.url}/{name} was {change} while it was read; run the command again") from None
         if len(data) != end - start:
             raise StoreUnavailable(
                 f"{self.url}/{name}: asked for {end - start} bytes, the store sent {len(data)}; run the command again"
@@ -262,7 +247,7 @@ class ObjectStore(Store):
 
     def _check_arrival(self, arrived: Path, path: str, expect: ExpectedFiles) -> None:
         for name, (num_bytes, sha256) in expect.items():
-            file = arrived / name if name else arrived
+            file = arrived / name
             found_bytes = file.stat().st_size if file.is_file() else None
             if found_bytes != num_bytes or file_sha256(file) != sha256:
                 raise CorruptData(
@@ -279,7 +264,6 @@ def _import_obstore() -> Any:
             'multiprocessing_context="spawn" (or "forkserver")'
         )
     try:
-        import obstore
         import obstore.exceptions
         import obstore.store
     except ImportError as error:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 import uuid
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -26,8 +27,7 @@ def partial_path(target: Path) -> Path:
 
     Unique, because two threads may write one target; the name never becomes part of what is stored.
     """
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32] or "host"
-    pid = os.getpid()
+    host, pid = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32] or "host", os.getpid()
     owner = f"{host}_{_machine()}_{pid}_{_start_of(pid) or 0}_{uuid.uuid4().hex[:12]}"
     return target.with_name(f"{target.name}.{owner}{PARTIAL}")
 
@@ -37,18 +37,18 @@ def names_owner(path: Path) -> bool:
     return _OWNED.search(path.name) is not None
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Whether nobody will finish this `.partial`: its owner is dead, or unknown and silent for `STALE_S`."""
-    owned = _OWNED.search(path.name)
-    if owned and owned["machine"] == _machine():
-        return not _runs(int(owned["pid"]), int(owned["start"]))
-    return time.time() - _newest(path) > STALE_S
-
-
 def remove_if_abandoned(path: Path) -> bool:
-    """Remove a `.partial` file or folder that nobody will finish; of several cleaners one gets True."""
+    """Remove a `.partial` file or folder whose owner is dead, or unknown and silent for `STALE_S`.
+
+    Of several cleaners one gets True.
+    """
+    owned = _OWNED.search(path.name)
     try:
-        if not _is_abandoned(path):
+        if owned and owned["machine"] == _machine():
+            in_work = _runs(int(owned["pid"]), int(owned["start"]))
+        else:
+            in_work = time.time() - _newest(path) <= STALE_S
+        if in_work:
             return False
         # Renamed first: of two cleaners one succeeds, and what is left of a killed one has a known owner again.
         doomed = path.rename(partial_path(path.with_name("abandoned")))
@@ -65,12 +65,10 @@ def remove_if_abandoned(path: Path) -> bool:
 def _machine() -> str:
     """Of this boot and this set of process numbers: a container sees other processes than its host."""
     parts = [socket.gethostname()]
-    try:
+    # Without Linux the host name has to do, and process numbers alone say who runs.
+    with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    except OSError:
-        # Not Linux: the host name has to do, and process numbers alone say who runs.
-        parts.append("")
     return sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -95,8 +93,5 @@ def _start_of(pid: int) -> int | None:
 
 
 def _newest(path: Path) -> float:
-    newest = path.lstat().st_mtime
-    for folder, folders, files in os.walk(path):
-        for name in (*folders, *files):
-            newest = max(newest, (Path(folder) / name).lstat().st_mtime)
-    return newest
+    """When it, or anything in it, was last changed."""
+    return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))

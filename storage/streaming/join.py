@@ -27,7 +27,7 @@ class StreamedSample:
     """A sample together with what the teacher said of it."""
 
     key: str
-    """The sample's key, equal in tar and targets."""
+    """Equal in tar and targets."""
     record: dict[str, Any]
     """The LLaVA conversation."""
     images: tuple[bytes, ...]
@@ -42,8 +42,7 @@ class JoinedShard:
     """One tar and its targets, whose keys were compared.
 
     Raises:
-        CorruptData: From any method, for damaged or missing bytes on either side; names the shard and the command that
-            looks for more.
+        CorruptData: From any method, for damaged or missing bytes; names the shard and the command that looks for more.
     """
 
     def __init__(self, samples: SampleSet, targets: TargetStore, number: int) -> None:
@@ -90,7 +89,9 @@ class OpenShards:
         """Begin to open these shards, the first ones first; close all others."""
         wanted = dict.fromkeys(shards)
         for number in self._shards.keys() - wanted.keys():
-            _close(self._shards.pop(number))
+            opening = self._shards.pop(number)
+            if not opening.cancel():
+                opening.add_done_callback(_close)
         for number in wanted:
             if number not in self._shards:
                 self._shards[number] = self._threads.submit(self._open_shard, number)
@@ -105,15 +106,10 @@ class OpenShards:
         self._threads.shutdown(cancel_futures=True)
 
 
-def _close(opening: "Future[JoinedShard]") -> None:
-    """Also a shard whose opening cannot be called off any more."""
-
-    def close(done: "Future[JoinedShard]") -> None:
-        if done.exception() is None:
-            done.result().close()
-
-    if not opening.cancel():
-        opening.add_done_callback(close)
+def _close(opened: "Future[JoinedShard]") -> None:
+    """Also a shard whose opening could not be called off any more."""
+    if opened.exception() is None:
+        opened.result().close()
 
 
 def joined_rows(samples: SampleSet, targets: TargetShard) -> tuple[tuple[SampleMembers, ...], list[int]]:
@@ -123,10 +119,11 @@ def joined_rows(samples: SampleSet, targets: TargetShard) -> tuple[tuple[SampleM
         CorruptData: Unless the targets' keys are the tar's without the skipped ones, in the tar's order.
     """
     record, shards = targets.record, samples.index.shards
+    where = f"target shard {record.shard} ({record.path})"
     if record.shard >= len(shards) or shards[record.shard].name != record.sample_shard:
         raise CorruptData(
-            f"target shard {record.shard} ({record.path}) was made from {record.sample_shard}, not from "
-            f"shard {record.shard} of the {len(shards)} in the sample index; extract it again"
+            f"{where} was made from {record.sample_shard}, not from shard {record.shard} of the {len(shards)} in the "
+            "sample index; extract it again"
         )
     skipped = {sample.key for sample in record.skipped}
     members = samples.members(record.shard)
@@ -134,7 +131,7 @@ def joined_rows(samples: SampleSet, targets: TargetShard) -> tuple[tuple[SampleM
     usable = [(row, key) for row, key in enumerate(tar_keys) if key not in skipped]
     if [key for _, key in usable] != list(targets.keys) or not skipped <= set(tar_keys):
         raise CorruptData(
-            f"target shard {record.shard} ({record.path}) has {len(targets)} samples and {len(skipped)} "
-            f"skipped ones, which are not the {len(tar_keys)} of {record.sample_shard} in its order; extract it again"
+            f"{where} has {len(targets)} samples and {len(skipped)} skipped ones, which are not the {len(tar_keys)} of "
+            f"{record.sample_shard} in its order; extract it again"
         )
     return members, [row for row, _ in usable]

@@ -96,9 +96,7 @@ class Mixture:
     @property
     def is_remote(self) -> bool:
         """Whether anything of it lies in an object store."""
-        return any(
-            "://" in url for source in self.sources for url in (source.samples.store.url, source.targets.store.url)
-        )
+        return any("://" in store.url for each in self.sources for store in (each.samples.store, each.targets.store))
 
     def _counts(self) -> list[int]:
         """Samples that each source gives to an epoch."""
@@ -110,9 +108,7 @@ class Mixture:
     def _parts(self, epoch: int) -> Iterator[Ints]:
         """The epoch's rows, those of one shard and one pass together."""
         for number, (rows, count) in enumerate(zip(self._rows, self._counts(), strict=True)):
-            if not count:
-                continue
-            passes, rest = divmod(count, len(rows))
+            passes, rest = divmod(count, max(1, len(rows)))
             drawn = np.sort(_turn(len(rows), rest, epoch, raw_bits(self.config.seed, number, _FOR_PASSES)))
             for part in [rows] * passes + [rows[drawn]] * (rest > 0):
                 yield from np.split(part, np.flatnonzero(np.diff(part[:, 0])) + 1)
@@ -125,13 +121,13 @@ def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[in
         UserError: If shards are not committed yet and that is not allowed, or nothing is committed.
     """
     sizes = {shard: record.num_samples for shard, record in targets.commits.items()}
-    planned = targets.manifest.num_shards
+    planned, num_samples = targets.manifest.num_shards, sum(sizes.values())
     missing = sorted(set(range(planned)) - set(sizes))
-    if (missing and not allow_incomplete) or not any(sizes.values()):
+    if (missing and not allow_incomplete) or not num_samples:
         raise UserError(
-            f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with "
-            f"{sum(sizes.values())} samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
-            + (", or train on these with train.data.allow_incomplete" if any(sizes.values()) else "")
+            f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with {num_samples} "
+            f"samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
+            + (", or train on these with train.data.allow_incomplete" if num_samples else "")
         )
     return sizes
 
@@ -148,8 +144,8 @@ def check_same_samples(samples: SampleSet, targets: TargetStore) -> None:
 
 def check_mixable(stores: Sequence[TargetStore]) -> None:
     """Raises FingerprintMismatch unless a student can learn from all these stores at once; names what differs."""
-    first = stores[0]
-    for other in stores[1:]:
+    first, *others = stores
+    for other in others:
         names = first.manifest.fingerprint.differences(other.manifest.fingerprint)
         if differing := [name for name in names if name.split(".")[0] not in MAY_DIFFER]:
             raise FingerprintMismatch(
@@ -168,9 +164,7 @@ def read_keys(path: Path) -> frozenset[str]:
         # With the byte-order mark that some editors write, which would become a part of the first key.
         keys = frozenset(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"subset {path} cannot be read: {error}; give a text file with one sample key a line"
-        ) from error
+        raise UserError(f"subset {path} cannot be read: {error}; give a text file of sample keys") from error
     if not keys:
         raise UserError(f"subset {path} names no sample; give a text file of sample keys, one a line")
     return keys

@@ -1,7 +1,9 @@
 """The training stream: one WebDataset pipeline that joins tars and target shards, key by key."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import get_worker_info
@@ -26,8 +28,8 @@ def mixture_stream(
 ) -> DataPipeline:
     """This rank's microbatches of all steps, each a list of StreamedSample.
 
-    Give it to `DataLoader(stream, batch_size=None, num_workers=W)`: batches come in the same order for any
-    W. Object stores need `multiprocessing_context="spawn"` (or `"forkserver"`).
+    Give it to `DataLoader(stream, batch_size=None, num_workers=W)`: batches come in the same order for any W.
+    Object stores need `multiprocessing_context="spawn"` (or `"forkserver"`).
 
     Args:
         mixture: The samples, their order and the sizes of steps and microbatches.
@@ -44,14 +46,13 @@ def mixture_stream(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of {world_size}, expected 0 to {world_size - 1}")
     return DataPipeline(
-        _Plan(mixture, epochs, start_step, world_size),
+        partial(_steps, mixture, epochs, start_step, world_size),
         _split_by_worker,
-        _Join(mixture, rank, world_size, layers, with_maps),
+        partial(_joined, mixture, rank, world_size, layers, with_maps),
     )
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """One step as all ranks and workers see it."""
 
     rows: Ints
@@ -62,78 +63,59 @@ class _Step:
     """Its microbatches, or those of them that this worker makes."""
 
 
-@dataclass(frozen=True)
-class _Plan:
+def _steps(mixture: Mixture, epochs: range, start_step: int, world_size: int) -> Iterator[_Step]:
     """First stage: all steps, worked out anew in each worker rather than sent to it."""
-
-    mixture: Mixture
-    epochs: range
-    start_step: int
-    world_size: int
-
-    def __call__(self) -> Iterator[_Step]:
-        mixture, config = self.mixture, self.mixture.config
-        num_ahead = config.batch_size + mixture.group_rows
-        order: Ints | None = None
-        for epoch in self.epochs:
-            order = mixture.order(epoch) if order is None else order
-            following: Ints | None = None
-            for step in range(self.start_step if epoch == self.epochs[0] else 0, mixture.num_steps):
-                first = step * config.batch_size
-                rows, ahead = order[first : first + config.batch_size], order[first : first + num_ahead]
-                if len(ahead) < num_ahead and epoch + 1 in self.epochs:
-                    # Also the next epoch should find its first shards open.
-                    following = mixture.order(epoch + 1) if following is None else following
-                    ahead = np.concatenate([ahead, following[: num_ahead - len(ahead)]])
-                count = num_microbatches(len(rows), config.microbatch_size, self.world_size)
-                yield _Step(rows, ahead, tuple(range(count)))
-            order = following
+    config = mixture.config
+    num_ahead = config.batch_size + mixture.group_rows
+    order: Ints | None = None
+    for epoch in epochs:
+        order = mixture.order(epoch) if order is None else order
+        following: Ints | None = None
+        for step in range(start_step if epoch == epochs[0] else 0, mixture.num_steps):
+            first = step * config.batch_size
+            rows, ahead = order[first : first + config.batch_size], order[first : first + num_ahead]
+            if len(ahead) < num_ahead and epoch + 1 in epochs:
+                # Also the next epoch should find its first shards open.
+                following = mixture.order(epoch + 1) if following is None else following
+                ahead = np.concatenate([ahead, following[: num_ahead - len(ahead)]])
+            count = num_microbatches(len(rows), config.microbatch_size, world_size)
+            yield _Step(rows, ahead, tuple(range(count)))
+        order = following
 
 
 def _split_by_worker(plan: Iterator[_Step]) -> Iterator[_Step]:
     """Microbatch i of all goes to worker i % W: the DataLoader asks its workers in turn, so the order stays."""
     worker = get_worker_info()
+    worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
     done = 0
     for step in plan:
-        if worker is None:
-            yield step
-            continue
-        if mine := tuple(n for n in step.batches if (done + n) % worker.num_workers == worker.id):
-            yield _Step(step.rows, step.ahead, mine)
+        if mine := tuple(n for n in step.batches if (done + n) % num_workers == worker_id):
+            yield step._replace(batches=mine)
         done += len(step.batches)
 
 
-@dataclass(frozen=True)
-class _Join:
+def _joined(
+    mixture: Mixture, rank: int, world_size: int, layers: Sequence[int] | None, with_maps: bool, steps: Iterator[_Step]
+) -> Iterator[list[StreamedSample]]:
     """Last stage: deals a step out and reads it from both sides. Shards are opened in the process that reads them."""
+    config = mixture.config
 
-    mixture: Mixture
-    rank: int
-    world_size: int
-    layers: Sequence[int] | None
-    with_maps: bool
+    def open_shard(shard: int) -> JoinedShard:
+        number, shard = mixture.locate(shard)
+        return JoinedShard(mixture.sources[number].samples, mixture.sources[number].targets, shard)
 
-    def __call__(self, steps: Iterator[_Step]) -> Iterator[list[StreamedSample]]:
-        config = self.mixture.config
-        opened = OpenShards(self._open)
-        try:
-            for step in steps:
-                opened.need(dict.fromkeys(step.ahead[:, 0].tolist()))
-                lengths = _lengths(step.rows, opened) if config.bucket_by_length else None
-                dealt = deal(len(step.rows), config.microbatch_size, self.world_size, lengths)
-                for number in step.batches:
-                    rows = step.rows[dealt[number][self.rank]].tolist()
-                    yield [opened[shard].read(row, self.layers, self.with_maps) for shard, row in rows]
-        finally:
-            opened.close()
-
-    def _open(self, shard: int) -> JoinedShard:
-        number, shard = self.mixture.locate(shard)
-        source = self.mixture.sources[number]
-        return JoinedShard(source.samples, source.targets, shard)
+    with closing(OpenShards(open_shard)) as opened:
+        for step in steps:
+            opened.need(dict.fromkeys(step.ahead[:, 0].tolist()))
+            lengths = _lengths(step.rows, opened) if config.bucket_by_length else None
+            dealt = deal(len(step.rows), config.microbatch_size, world_size, lengths)
+            for number in step.batches:
+                rows = step.rows[dealt[number][rank]].tolist()
+                yield [opened[shard].read(row, layers, with_maps) for shard, row in rows]
 
 
 def _lengths(rows: Ints, opened: OpenShards) -> Ints:
+    """`[n]` tokens of each row's sample."""
     lengths = np.zeros(len(rows), dtype=np.int64)
     for shard in np.unique(rows[:, 0]).tolist():
         of_shard = rows[:, 0] == shard

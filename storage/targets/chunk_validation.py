@@ -22,8 +22,7 @@ ALWAYS_ALLOWED_BYTES = 64 * 2**20
 """An array may have at most `MAX_RATIO` times the bytes of its files, or this if that is more. Real ones have a
 hundredth of that ratio; a few bytes of zstd could claim any size."""
 
-_CRC_BYTES = 4
-_INDEX_ENTRY_BYTES = 16
+_CRC_BYTES, _INDEX_ENTRY_BYTES = 4, 16
 _PLAIN, _COMPRESSED = ["bytes", "crc32c"], ["bytes", "zstd", "crc32c"]
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
@@ -55,44 +54,36 @@ def declared(
         UnsoundChunk: If it is no array of this shape, in one file, with our codecs, or if it would be too large.
         CorruptData: If it is not JSON.
     """
-    fields = parse_json(metadata, where)
     try:
-        layout = _layout_of(fields)
+        layout = _layout_of(parse_json(metadata, where))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UnsoundChunk(f"{where} is no metadata of an array ({error!r})") from error
     if layout is None:
         raise UnsoundChunk(f"{where} describes an array with other chunks or codecs than this format has")
-    found, outer, inner = layout.shape, layout.outer, layout.inner
+    found, dtype, outer, inner, sharded, compressed = layout
     fits = len(found) == len(shape) and all(a in (None, b) for a, b in zip(shape, found, strict=True))
-    if layout.dtype not in dtypes or not fits:
-        raise UnsoundChunk(f"{where}: found {layout.dtype} of shape {found}, expected {dtypes[0]} of shape {shape}")
+    if dtype not in dtypes or not fits:
+        raise UnsoundChunk(f"{where}: found {dtype} of shape {found}, expected {dtypes[0]} of shape {shape}")
     # One file holds all; a shard of chunks is padded by less than one more inner chunk in each dimension.
     for size, whole, part in zip(found, outer, inner, strict=True):
         if size > whole or whole % part or (part != whole and whole >= max(size, 1) + part):
             raise UnsoundChunk(f"{where}: chunks of {outer} and {inner} are not those of one file of shape {found}")
     num_values = math.prod(outer)
-    wanted, num_inner = num_values * np.dtype(layout.dtype).itemsize, num_values // math.prod(inner)
+    wanted, num_inner = num_values * np.dtype(dtype).itemsize, num_values // math.prod(inner)
     allowed = max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * num_bytes)
     if wanted > allowed or (0 not in found and num_inner > max(1, num_bytes // _INDEX_ENTRY_BYTES)):
         raise UnsoundChunk(
             f"{where} declares {wanted} bytes in {num_inner} chunks, {num_bytes} are stored; at most {allowed} are "
             "decoded, and each chunk has an entry in the index"
         )
-    return Declared(wanted // num_inner, layout.compressed, num_inner if layout.sharded else None)
+    return Declared(wanted // num_inner, compressed, num_inner if sharded else None)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    shape: tuple[int, ...]
-    dtype: str
-    outer: tuple[int, ...]
-    inner: tuple[int, ...]
-    sharded: bool
-    compressed: bool
+_Sizes = tuple[int, ...]
 
 
-def _layout_of(fields: Any) -> _Layout | None:
-    """Shapes and codecs; None for what Zarr has and this format does not."""
+def _layout_of(fields: Any) -> tuple[_Sizes, str, _Sizes, _Sizes, bool, bool] | None:
+    """Shape, type, outer and inner chunk, sharded, compressed; None for what Zarr has and this format does not."""
     grid, codecs = fields["chunk_grid"], fields["codecs"]
     shape, outer = tuple(fields["shape"]), tuple(grid["configuration"]["chunk_shape"])
     inner, sharded = outer, codecs[0]["name"] == "sharding_indexed"
@@ -112,7 +103,7 @@ def _layout_of(fields: Any) -> _Layout | None:
         and all(type(size) is int and size >= 0 for size in shape)
         and all(type(size) is int and size >= 1 for size in (*outer, *inner))
     )
-    return _Layout(shape, fields["data_type"], outer, inner, sharded, _names(codecs) == _COMPRESSED) if ours else None
+    return (shape, fields["data_type"], outer, inner, sharded, _names(codecs) == _COMPRESSED) if ours else None
 
 
 def _names(codecs: list[dict[str, Any]]) -> list[str]:
@@ -124,7 +115,7 @@ class CheckedFolder(WrapperStore[ZarrFolder]):
 
     def __init__(self, folder: Path, arrays: Mapping[str, Declared]) -> None:
         super().__init__(ZarrFolder(folder, read_only=True))
-        self._declared = dict(arrays)
+        self._declared = arrays
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """What is stored under `key`, once it is known to be whole."""
@@ -141,10 +132,8 @@ class CheckedFolder(WrapperStore[ZarrFolder]):
 def _check(data: np.ndarray[Any, Any], array: Declared, asked: ByteRequest | None, key: str) -> None:
     """What was read of a chunk file: an inner chunk, the index of them, or all of it."""
     if isinstance(asked, RangeByteRequest):
-        if len(data) != asked.end - asked.start:
-            raise UnsoundChunk(
-                f"{key} has {len(data)} bytes at {asked.start}, its index says {asked.end - asked.start}"
-            )
+        if len(data) != (expected := asked.end - asked.start):
+            raise UnsoundChunk(f"{key} has {len(data)} bytes at {asked.start}, its index says {expected}")
         _check_frame(data, array, key)
     elif array.num_inner is None:
         _check_frame(data, array, key)
@@ -152,8 +141,7 @@ def _check(data: np.ndarray[Any, Any], array: Declared, asked: ByteRequest | Non
         index_bytes = array.num_inner * _INDEX_ENTRY_BYTES + _CRC_BYTES
         if len(data) < index_bytes:
             raise UnsoundChunk(f"{key} has {len(data)} bytes, the index of its chunks alone {index_bytes}")
-        entries = data[len(data) - index_bytes : len(data) - _CRC_BYTES].tobytes()
-        spans = np.frombuffer(entries, dtype="<u8").reshape(-1, 2)
+        spans = np.frombuffer(data[-index_bytes:-_CRC_BYTES].tobytes(), dtype="<u8").reshape(-1, 2)
         if bool((spans == np.iinfo(np.uint64).max).any()):
             raise UnsoundChunk(f"{key} leaves out one of its {array.num_inner} chunks")
         if isinstance(asked, SuffixByteRequest):

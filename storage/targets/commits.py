@@ -4,15 +4,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from storage.digests import canonical_json, digest_of, file_sha256, parse_record
+from storage.digests import canonical_json, digest_of, parse_record
 from storage.errors import CorruptData, FingerprintMismatch
-from storage.stores import FileInfo, Store
+from storage.stores import Store
 from storage.targets.file_table import StoredFiles
 from storage.targets.manifest import FORMAT_VERSION, Manifest
 
@@ -24,8 +25,8 @@ _COMMIT_NAME = re.compile(rf"{COMMITS}/([0-9]{{6,}})\.json")
 
 MAX_RECORD_BYTES = 64 * 2**20
 """Largest record that is read; one of a hundred thousand skipped samples is smaller."""
-
 _REMEDY = "the record is damaged; run `cdp verify --repair` on the store, then extract again"
+_Count = Annotated[int, Field(ge=0)]
 
 
 class Committed(BaseModel):
@@ -79,9 +80,8 @@ class Committed(BaseModel):
         """
         where = f"{store.url}/{path}"
         data = store.read(path, MAX_RECORD_BYTES)
-        fields = parse_record(data, where, FORMAT_VERSION)
         try:
-            record = cls.model_validate(fields)
+            record = cls.model_validate(parse_record(data, where, FORMAT_VERSION))
         except ValidationError as error:
             raise CorruptData(f"{where} is no commit record: {error}; {_REMEDY}") from error
         digest = record.content_digest()
@@ -99,9 +99,8 @@ class SkippedSample:
     """A sample without targets, and why."""
 
     key: str
-    """The sample's key in its tar."""
     id: str
-    """The conversation's own id."""
+    """The conversation's own id; the key is the sample's in its tar."""
     reason: str
     """A short name to count by, such as `image_unreadable`."""
     detail: str
@@ -111,28 +110,25 @@ class SkippedSample:
 class CommitRecord(Committed):
     """What a shard consists of; a shard without this file does not exist."""
 
-    shard: int = Field(ge=0)
+    shard: _Count
     """The shard's number."""
     sample_shard: str
     """The tar these are the targets of."""
-    num_samples: int = Field(ge=0)
+    num_samples: _Count
     """Samples with targets, in the tar's order."""
-    num_tokens: int = Field(ge=0)
-    """Tokens of all samples."""
-    num_answer_rows: int = Field(ge=0)
-    """Answer rows of all samples."""
-    num_maps: int = Field(ge=0)
+    num_tokens: _Count
+    num_answer_rows: _Count
+    """Tokens and answer rows of all samples."""
+    num_maps: _Count
     """Stored maps (each of all captured layers)."""
-    num_map_tokens: int = Field(ge=0)
-    """Sum of N over the stored maps."""
-    num_map_squares: int = Field(ge=0)
-    """Sum of N*N over the stored maps."""
-    num_map_references: int = Field(ge=0)
+    num_map_tokens: _Count
+    num_map_squares: _Count
+    """Sums of N and of N*N over the stored maps."""
+    num_map_references: _Count
     """Samples with a map; what exceeds `num_maps` is saved by sharing."""
-    num_referenced_tokens: int = Field(ge=0)
-    """Sum of N over the map references."""
-    num_referenced_squares: int = Field(ge=0)
-    """Sum of N*N over the map references."""
+    num_referenced_tokens: _Count
+    num_referenced_squares: _Count
+    """Sums of N and of N*N over these references."""
     skipped: tuple[SkippedSample, ...]
     """Samples of the tar without targets."""
 
@@ -149,12 +145,6 @@ class CommitRecord(Committed):
 def commit_path(shard: int) -> str:
     """The record's file."""
     return f"{COMMITS}/{shard:06d}.json"
-
-
-def measure_files(folder: Path) -> dict[str, FileInfo]:
-    """Size and sha256 of every file below `folder`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): FileInfo(path.stat().st_size, file_sha256(path)) for path in files}
 
 
 _Record = TypeVar("_Record", bound=Committed)
@@ -190,15 +180,12 @@ def read_store(store: Store) -> tuple[Manifest, dict[int, CommitRecord]]:
         commits[record.shard] = record
         if record.manifest != manifest.digest:
             raise FingerprintMismatch(
-                f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the "
-                f"store's is {manifest.digest[:12]}; restore the manifest, or run `cdp verify --repair` and "
-                "extract the shard again"
+                f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the store's "
+                f"is {manifest.digest[:12]}; restore it, or run `cdp verify --repair` and extract the shard again"
             )
         if record.shard >= manifest.num_shards:
-            raise CorruptData(
-                f"{store.url} has a record of shard {record.shard}, the manifest says "
-                f"{manifest.num_shards} shards; run `cdp verify --repair`"
-            )
+            found = f"{store.url} has a record of shard {record.shard}"
+            raise CorruptData(f"{found}, the manifest says {manifest.num_shards} shards; run `cdp verify --repair`")
     return manifest, commits
 
 
@@ -210,14 +197,10 @@ def iter_commits(store: Store, paths: Mapping[int, str]) -> Iterator[CommitRecor
     Raises:
         CorruptData: If a record is damaged, naming it.
     """
-
-    def read(shard: int) -> CommitRecord:
-        return CommitRecord.load(store, paths[shard])
-
-    shards = iter(paths)
+    left = iter(paths.values())
     with ThreadPoolExecutor(READS_AT_ONCE) as readers:
-        while batch := list(islice(shards, READ_BATCH)):
-            yield from readers.map(read, batch)
+        while batch := list(islice(left, READ_BATCH)):
+            yield from readers.map(partial(CommitRecord.load, store), batch)
 
 
 def committed_shards(paths: Iterable[str]) -> Mapping[int, str]:

@@ -13,11 +13,10 @@ from storage.strict_model import StrictModel
 MANIFEST_PATH = "manifest.json"
 FORMAT_VERSION = 2
 """Version of the target store's layout; `FORMAT.md` has a paragraph for each."""
-
 MAX_MANIFEST_BYTES = 64 * 2**20
 """Largest manifest that is read; a model's config and a chat template have kilobytes."""
-
 _SHOWN_CHARS = 60
+_ABSENT = "(absent)"
 
 
 class Fingerprint(StrictModel):
@@ -102,9 +101,8 @@ class Manifest(StrictModel):
         try:
             data = store.read(MANIFEST_PATH, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
-            raise UserError(
-                f"{where} does not exist: {store.url} is no target store; run `cdp extract-teacher`"
-            ) from None
+            found = f"{where} does not exist: {store.url} is no target store"
+            raise UserError(f"{found}; run `cdp extract-teacher`") from None
         fields = parse_record(data, where, FORMAT_VERSION)
         digest = fields.pop("digest", None)
         try:
@@ -112,10 +110,8 @@ class Manifest(StrictModel):
         except ValidationError as error:
             raise CorruptData(f"{where} is no manifest: {error}; restore it or extract again") from error
         if manifest.to_bytes() != data:
-            found = digest_of(fields)
-            raise CorruptData(
-                f"{where} has digest {found[:12]}, it says {str(digest)[:12]}; restore it or extract again"
-            )
+            found, said = digest_of(fields)[:12], str(digest)[:12]
+            raise CorruptData(f"{where} has digest {found}, it says {said}; restore it or extract again")
         return manifest
 
 
@@ -130,11 +126,10 @@ def create_or_check(store: Store, manifest: Manifest) -> None:
     stored = Manifest.load(store)
     if stored == manifest:
         return
-    ours, theirs = manifest.model_dump(mode="json"), stored.model_dump(mode="json")
-    names = sorted(_differences(theirs, ours))
+    differing = _differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json"))
     lines = [
-        f"  {name.removeprefix('fingerprint.')}: stored {_shown(theirs, name)}, this run {_shown(ours, name)}"
-        for name in names
+        f"  {name.removeprefix('fingerprint.')}: stored {_shown(theirs)}, this run {_shown(ours)}"
+        for name, (theirs, ours) in sorted(differing.items())
     ]
     raise FingerprintMismatch(
         f"targets at {store.url} were made from something else than this run names; it differs in:\n"
@@ -143,28 +138,18 @@ def create_or_check(store: Store, manifest: Manifest) -> None:
     )
 
 
-def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
-    names: list[str] = []
+def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Both values of each field that differs, by its dotted name."""
+    differing: dict[str, tuple[Any, Any]] = {}
     for key in left.keys() | right.keys():
-        ours, theirs = left.get(key, _ABSENT), right.get(key, _ABSENT)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            names += _differences(ours, theirs, f"{prefix}{key}.")
-        elif canonical_json([ours]) != canonical_json([theirs]):
-            names.append(f"{prefix}{key}")
-    return names
+        pair = one, other = left.get(key, _ABSENT), right.get(key, _ABSENT)
+        if isinstance(one, dict) and isinstance(other, dict):
+            differing |= _differences(one, other, f"{prefix}{key}.")
+        elif canonical_json(one) != canonical_json(other):
+            differing[f"{prefix}{key}"] = pair
+    return differing
 
 
-_ABSENT = "(absent)"
-
-
-def _shown(fields: dict[str, Any], dotted: str) -> str:
-    value: Any = fields
-    rest = dotted
-    while rest:
-        # Keys of a model's config may hold dots themselves.
-        key = rest if rest in value else next((k for k in value if rest.startswith(f"{k}.")), None)
-        if key is None:
-            return _ABSENT
-        value, rest = value[key], rest.removeprefix(key).removeprefix(".")
-    text = canonical_json(value).decode()
+def _shown(value: Any) -> str:
+    text = value if value is _ABSENT else canonical_json(value).decode()
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"

@@ -1,7 +1,4 @@
-"""What the teacher said of one sample, in memory; its maps are `storage.codecs.attention_maps.EncodedMaps`.
-
-Letters: T tokens, R answer rows, Q bytes of a record.
-"""
+"""What the teacher said of one sample, in memory; its maps are `storage.codecs.attention_maps.EncodedMaps`."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,4 @@
-"""Reading target shards: what was committed, or an error that names what is missing.
-
-Letters as in `layout.py`.
-"""
+"""Reading target shards: what was committed, or an error that names what is missing."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -57,7 +54,7 @@ class TargetShard:
     def __len__(self) -> int:
         return self.record.num_samples
 
-    @property
+    @cached_property
     def map_num_tokens(self) -> tuple[int, ...]:
         """N of each stored map."""
         return tuple(self._small["map_num_tokens"].tolist())
@@ -70,16 +67,12 @@ class TargetShard:
     def read(
         self, row: int, with_maps: bool = True, layers: Sequence[int] | None = None
     ) -> tuple[SampleTargets, EncodedMaps | None]:
-        """The targets of one sample.
+        """The targets of one sample, and its maps; None without an image.
 
         Args:
             row: Position in `keys`.
             with_maps: False leaves the attention maps unread (None is returned for them).
-            layers: Teacher layers to read, in this order; None means all captured ones.
-
-        Returns:
-            The sample's targets and its maps, None for a sample without an image. Only with all layers in stored
-            order (`layers` is None) have the maps their windows.
+            layers: Teacher layers to read, in this order; only with None, all captured ones, have maps their windows.
 
         Raises:
             IndexError: If there is no such row.
@@ -96,7 +89,7 @@ class TargetShard:
             token_ids=torch.from_numpy(small["token_ids"][tokens].copy()),
             answer_mask=torch.from_numpy(small["answer_mask"][tokens].copy()),
             map_row=map_row if map_row >= 0 else None,
-            logits_RQ=torch.from_numpy(self._large("logit_records", rows)),
+            logits_RQ=self._large("logit_records", rows),
         )
         return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
 
@@ -105,30 +98,26 @@ class TargetShard:
         if not 0 <= map_row < self.record.num_maps:
             raise IndexError(f"map {map_row} of {self._where}, which has {self.record.num_maps} maps")
         rows = self._layer_rows(layers)
-        codes = self._span("map_code_offsets", map_row)
-        caps_L: _Array = self._small["map_caps"][rows, map_row]
         return EncodedMaps(
-            num_tokens=int(self._small["map_num_tokens"][map_row]),
-            codes_LC=torch.from_numpy(self._large("map_codes", (rows, codes))),
-            caps_L=torch.from_numpy(caps_L.copy()),
+            num_tokens=self.map_num_tokens[map_row],
+            codes_LC=self._large("map_codes", (rows, self._span("map_code_offsets", map_row))),
+            caps_L=torch.from_numpy(self._small["map_caps"][rows, map_row].copy()),
             windows=self._read_windows(map_row) if layers is None else None,
         )
 
     def _read_windows(self, map_row: int) -> EncodedWindows:
-        first, last = self._token_ends[map_row : map_row + 2]
+        tokens = slice(*self._token_ends[map_row : map_row + 2])
         thresholds_W, means_L, covariances_P = (
             torch.from_numpy(self._small[name][:, map_row].copy())
             for name in ("window_thresholds", "map_means", "map_covariances")
         )
         return EncodedWindows(
             thresholds_W=thresholds_W,
-            shifts_WN=torch.from_numpy(self._large("window_shifts", (slice(None), slice(first, last)))),
-            flips_G=torch.from_numpy(self._large("window_flips", (self._span("window_flip_offsets", map_row),))),
+            shifts_WN=self._large("window_shifts", (slice(None), tokens)),
+            flips_G=self._large("window_flips", (self._span("window_flip_offsets", map_row),)),
             means_L=means_L,
             covariances_P=covariances_P,
-            tail_blocks_LY=torch.from_numpy(
-                self._large("map_corners", (slice(None), self._span("map_corner_offsets", map_row)))
-            ),
+            tail_blocks_LY=self._large("map_corners", (slice(None), self._span("map_corner_offsets", map_row))),
         )
 
     @cached_property
@@ -140,26 +129,22 @@ class TargetShard:
         if layers is None:
             return slice(None)
         if missing := sorted(set(layers) - set(captured)):
-            raise UserError(
-                f"teacher layers {missing} were not captured, {self._where} has {list(captured)}; "
-                "choose layers among these, or extract again"
-            )
+            found = f"teacher layers {missing} were not captured, {self._where} has {list(captured)}"
+            raise UserError(f"{found}; choose layers among these, or extract again")
         rows = [captured.index(layer) for layer in layers]
-        first = rows[0] if rows else 0
-        contiguous = rows == list(range(first, first + len(rows)))
-        return slice(first, first + len(rows)) if contiguous else rows
+        end = rows[0] + len(rows) if rows else 0
+        return slice(end - len(rows), end) if rows == list(range(end - len(rows), end)) else rows
 
     def _span(self, offsets: str, row: int) -> slice:
-        start, stop = self._small[offsets][row : row + 2].tolist()
-        return slice(start, stop)
+        return slice(*self._small[offsets][row : row + 2].tolist())
 
-    def _large(self, name: str, selection: Any) -> _Array:
+    def _large(self, name: str, selection: Any) -> torch.Tensor:
         """Rows of a large array; one that is small in this shard is read whole the first time it is needed."""
         if name not in self._whole and self._arrays[name].nbytes <= READ_WHOLE_BYTES:
             self._whole[name] = self._read(name, ...)
         if name in self._whole:
-            return np.array(self._whole[name][selection], order="C")
-        return self._read(name, selection)
+            return torch.from_numpy(np.array(self._whole[name][selection], order="C"))
+        return torch.from_numpy(self._read(name, selection))
 
     def _read(self, name: str, selection: Any) -> _Array:
         array = self._arrays[name]
@@ -168,10 +153,9 @@ class TargetShard:
 
     def _open_arrays(self) -> dict[str, zarr.Array[Any]]:
         """All arrays, of which nothing is decoded before their metadata is known to agree with the record."""
-        record = self.record
-        known = {"S": record.num_samples, "T": record.num_tokens, "R": record.num_answer_rows, "M": record.num_maps}
+        known = self._committed_sizes
         chunk_bytes: Counter[str] = Counter()
-        for path, (size, _) in record.files.items():
+        for path, (size, _) in self.record.files.items():
             chunk_bytes[path.partition("/c/")[0]] += size
         arrays = {
             spec.name: declared(
@@ -205,15 +189,16 @@ class TargetShard:
             if file.name == "zarr.json" and file_sha256(file) != sha256:
                 raise self._corrupt(name, "other bytes", f"sha256 {sha256[:12]}")
 
+    @property
+    def _committed_sizes(self) -> dict[str, int]:
+        """What the commit record says of the letters in `ARRAYS`."""
+        record = self.record
+        return {"S": record.num_samples, "T": record.num_tokens, "R": record.num_answer_rows, "M": record.num_maps}
+
     def _check_lengths(self) -> None:
-        record, fingerprint = self.record, self._manifest.fingerprint
-        small = self._small
-        sizes = {
-            "S": record.num_samples,
-            "T": record.num_tokens,
-            "R": record.num_answer_rows,
+        fingerprint, small = self._manifest.fingerprint, self._small
+        sizes = self._committed_sizes | {
             "Q": fingerprint.logit_codec.row_bytes,
-            "M": record.num_maps,
             "L": len(fingerprint.layers),
             "P": num_entries(len(fingerprint.layers), causal=True),
             "W": len(fingerprint.windows),
@@ -233,12 +218,11 @@ class TargetShard:
 
     def _check_order(self) -> None:
         """Offsets start at 0 and never fall; every sample has its own key, and a map that exists or none."""
-        small, record = self._small, self.record
+        record, rows = self.record, self._small["map_rows"]
         for name in [spec.name for spec in ARRAYS if spec.is_offsets]:
-            offsets = small[name]
+            offsets = self._small[name]
             if int(offsets[0]) != 0 or bool((np.diff(offsets) < 0).any()):
                 raise self._corrupt(name, f"offsets that start at {offsets[0]} or fall", "rising ones from 0")
-        rows = small["map_rows"]
         with_map = int((rows >= 0).sum())
         if bool(((rows < -1) | (rows >= record.num_maps)).any()) or with_map != record.num_map_references:
             expected = f"{record.num_map_references} samples with one of {record.num_maps} maps"

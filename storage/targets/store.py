@@ -28,7 +28,7 @@ class TargetStore:
         return cls(store, *read_store(store))
 
     def teacher_folder(self) -> Path:
-        """The teacher's files for students; arguments and errors as for `storage.targets.teacher_folder`."""
+        """The teacher's files for students; errors as for `storage.targets.teacher_assets.teacher_folder`."""
         return teacher_folder(self.store, self.manifest)
 
     def shard(self, index: int) -> TargetShard:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.stores import open_store
-from storage.targets.commits import CommitRecord, read_store
-from storage.targets.manifest import Manifest
+from storage.targets.commits import read_store
 
 _HALF_BYTES = 2
 """Raw sizes are those of 16-bit floats."""
@@ -77,11 +76,7 @@ def summarize(targets_url: str | Path) -> StoreSummary:
     """
     store = open_store(targets_url)
     manifest, commits = read_store(store)
-    return summary_of(store.url, manifest, list(commits.values()))
-
-
-def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> StoreSummary:
-    """The summary of these records."""
+    records = commits.values()
     array_bytes: Counter[str] = Counter()
     for record in records:
         for path, info in record.files.items():
@@ -90,17 +85,15 @@ def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> Sto
     reasons = Counter(sample.reason for record in records for sample in record.skipped)
     num_layers = len(manifest.fingerprint.layers)
     squares = sum(record.num_referenced_squares for record in records)
-    tokens = sum(record.num_referenced_tokens for record in records)
-    stored_squares = sum(record.num_map_squares for record in records)
     # N(N+1)/2 entries of a causal map.
-    if manifest.fingerprint.map_codec.causal:
-        entries = (squares + tokens) // 2
-        stored_entries = (stored_squares + sum(record.num_map_tokens for record in records)) // 2
-    else:
-        entries, stored_entries = squares, stored_squares
+    triangles = (squares + sum(record.num_referenced_tokens for record in records)) // 2
+    stored_squares = sum(record.num_map_squares for record in records)
+    stored_triangles = (stored_squares + sum(record.num_map_tokens for record in records)) // 2
+    causal = manifest.fingerprint.map_codec.causal
+    entries, stored_entries = (triangles, stored_triangles) if causal else (squares, stored_squares)
     num_answer_rows = sum(record.num_answer_rows for record in records)
     return StoreSummary(
-        url=url,
+        url=store.url,
         num_planned=manifest.num_shards,
         num_committed=len(records),
         num_samples=sum(record.num_samples for record in records),
@@ -115,7 +108,7 @@ def summary_of(url: str, manifest: Manifest, records: list[CommitRecord]) -> Sto
         array_bytes=dict(sorted(array_bytes.items())),
         total_bytes=array_bytes.total(),
         raw_square_bytes=squares * num_layers * _HALF_BYTES,
-        raw_triangle_bytes=(squares + tokens) // 2 * num_layers * _HALF_BYTES,
+        raw_triangle_bytes=triangles * num_layers * _HALF_BYTES,
         raw_logit_bytes=num_answer_rows * manifest.vocab_size * _HALF_BYTES,
         fingerprint_digest=manifest.fingerprint.digest,
         fingerprint=manifest.fingerprint.model_dump(mode="json"),

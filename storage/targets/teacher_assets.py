@@ -4,7 +4,8 @@ from pathlib import Path
 
 from storage.errors import CorruptData, UserError
 from storage.stores import Store
-from storage.targets.commits import COMMITS, Committed, measure_files, publish
+from storage.stores.base import measure_files
+from storage.targets.commits import COMMITS, Committed, publish
 from storage.targets.manifest import Manifest
 
 TEACHER = "teacher"
@@ -22,11 +23,6 @@ class TeacherRecord(Committed):
     def folder_for(self, digest: str) -> str:
         """`teacher/0123456789abcdef`."""
         return f"{TEACHER}/{digest[:16]}"
-
-
-def has_teacher(store: Store) -> bool:
-    """Whether the folder is committed."""
-    return store.exists(TEACHER_RECORD)
 
 
 def save_teacher(store: Store, manifest: Manifest, staged: Path) -> TeacherRecord:
@@ -49,9 +45,8 @@ def teacher_folder(store: Store, manifest: Manifest) -> Path:
     try:
         record = TeacherRecord.load(store, TEACHER_RECORD)
     except FileNotFoundError:
-        raise UserError(
-            f"{where} is not committed: {store.url}/{TEACHER_RECORD} does not exist; run `cdp extract-teacher`"
-        ) from None
+        missing = f"{store.url}/{TEACHER_RECORD} does not exist"
+        raise UserError(f"{where} is not committed: {missing}; run `cdp extract-teacher`") from None
     todo = "run `cdp verify --repair` on the store, then `cdp extract-teacher`"
     if record.manifest != manifest.digest:
         raise CorruptData(
@@ -62,9 +57,7 @@ def teacher_folder(store: Store, manifest: Manifest) -> Path:
         found = measure_files(folder)
     except FileNotFoundError as error:
         raise CorruptData(f"{where}: {record.path} is missing; {todo}") from error
-    if wrong := sorted(
-        name for name in found.keys() | record.files.keys() if found.get(name) != record.files.get(name)
-    ):
+    if wrong := sorted({name for name, _ in found.items() ^ record.files.items()}):
         raise CorruptData(
             f"{where}: {record.path}/{wrong[0]} is not what was committed ({len(wrong)} files differ); {todo}"
         )

@@ -1,11 +1,7 @@
-"""Writing one target shard: checked, staged on local disk, measured, moved into place and committed.
-
-Letters as in `layout.py`.
-"""
+"""Writing one target shard: checked, staged on local disk, measured, moved into place and committed."""
 
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +15,8 @@ from storage.codecs.map_entries import code_dtype
 from storage.codecs.windows import EncodedWindows
 from storage.errors import CorruptData, disk_errors_named
 from storage.stores import Store
-from storage.targets.commits import SHARDS, CommitRecord, SkippedSample, measure_files, publish
+from storage.stores.base import measure_files
+from storage.targets.commits import SHARDS, CommitRecord, SkippedSample, publish
 from storage.targets.layout import write_group
 from storage.targets.manifest import Manifest
 from storage.targets.sample_targets import SampleTargets
@@ -64,7 +61,7 @@ def write_shard(
         }
         arrays = {**_sample_arrays(manifest, samples), **_map_arrays(manifest, maps)}
         attributes = {"shard": index, "sample_shard": sample_shard_name, **counts}
-        with disk_errors_named(Path(staged)):
+        with disk_errors_named(staged):
             write_group(staged, arrays, {"compodistill": attributes})
             files = measure_files(staged)
         _check_whole(files, arrays)
@@ -80,14 +77,14 @@ def write_shard(
             skipped=tuple(skipped),
             manifest=manifest.digest,
         )
-        return publish(store, Path(staged), record)
+        return publish(store, staged, record)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def _check_whole(files: Mapping[str, object], arrays: Mapping[str, _Array]) -> None:
     """Somebody may have removed files of the staging folder while it was written."""
-    with_data = {path.split("/")[0] for path in files if "/c/" in path}
+    with_data = {path.partition("/c/")[0] for path in files}
     lost = [
         name for name, a in arrays.items() if f"{name}/zarr.json" not in files or (a.size and name not in with_data)
     ]
@@ -116,28 +113,27 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
 def _map_arrays(manifest: Manifest, maps: Sequence[EncodedMaps]) -> dict[str, _Array]:
     fingerprint = manifest.fingerprint
     num_layers, num_windows = len(fingerprint.layers), len(fingerprint.windows)
-    num_pairs = num_entries(num_layers, causal=True)
-    codes = [entry.codes_LC for entry in maps]
     windows = [_windows(row, entry) for row, entry in enumerate(maps)]
-    tail_blocks = [each.tail_blocks_LY for each in windows]
-    flips = [each.flips_G for each in windows]
+
+    def beside(parts: list[Tensor], num_rows: int, dtype: torch.dtype) -> _Array:
+        return _joined(parts, (num_rows, 0), dtype, dim=1)
 
     def columns(parts: list[Tensor], num_rows: int) -> _Array:
-        return _joined([part[:, None] for part in parts], (num_rows, 0), torch.float32, dim=1)
+        return beside([part[:, None] for part in parts], num_rows, torch.float32)
 
     return {
         "map_num_tokens": np.array([entry.num_tokens for entry in maps], dtype=np.int32),
         "map_caps": columns([entry.caps_L for entry in maps], num_layers),
         "map_means": columns([each.means_L for each in windows], num_layers),
-        "map_covariances": columns([each.covariances_P for each in windows], num_pairs),
-        "map_codes": _joined(codes, (num_layers, 0), code_dtype(fingerprint.map_codec), dim=1),
-        "map_code_offsets": _offsets([code.shape[1] for code in codes]),
-        "map_corners": _joined(tail_blocks, (num_layers, 0), torch.float16, dim=1),
-        "map_corner_offsets": _offsets([block.shape[1] for block in tail_blocks]),
+        "map_covariances": columns([each.covariances_P for each in windows], num_entries(num_layers, causal=True)),
+        "map_codes": beside([entry.codes_LC for entry in maps], num_layers, code_dtype(fingerprint.map_codec)),
+        "map_code_offsets": _offsets([entry.codes_LC.shape[1] for entry in maps]),
+        "map_corners": beside([each.tail_blocks_LY for each in windows], num_layers, torch.float16),
+        "map_corner_offsets": _offsets([each.tail_blocks_LY.shape[1] for each in windows]),
         "window_thresholds": columns([each.thresholds_W for each in windows], num_windows),
-        "window_shifts": _joined([each.shifts_WN for each in windows], (num_windows, 0), torch.float16, dim=1),
-        "window_flips": _joined(flips, (0,), torch.uint8),
-        "window_flip_offsets": _offsets([len(each) for each in flips]),
+        "window_shifts": beside([each.shifts_WN for each in windows], num_windows, torch.float16),
+        "window_flips": _joined([each.flips_G for each in windows], (0,), torch.uint8),
+        "window_flip_offsets": _offsets([len(each.flips_G) for each in windows]),
     }
 
 
@@ -161,10 +157,7 @@ def _joined(parts: list[Tensor], empty: tuple[int, ...], dtype: torch.dtype, dim
 
 
 def _check_samples(
-    manifest: Manifest,
-    samples: Sequence[SampleTargets],
-    maps: Sequence[EncodedMaps],
-    skipped: Sequence[SkippedSample],
+    manifest: Manifest, samples: Sequence[SampleTargets], maps: Sequence[EncodedMaps], skipped: Sequence[SkippedSample]
 ) -> None:
     keys = [sample.key for sample in samples] + [sample.key for sample in skipped]
     if len(set(keys)) < len(keys):
@@ -172,8 +165,9 @@ def _check_samples(
     used = {sample.map_row for sample in samples} - {None}
     if used != set(range(len(maps))):
         raise ValueError(f"samples use map rows {sorted(map(str, used))[:5]}..., expected each of {len(maps)} maps")
+    codec = manifest.fingerprint.logit_codec
     for sample in samples:
-        mask, codec = sample.answer_mask, manifest.fingerprint.logit_codec
+        mask = sample.answer_mask
         if mask.shape != sample.token_ids.shape or mask.ndim != 1:
             raise ValueError(f"sample {sample.key}: mask {tuple(mask.shape)}, ids {tuple(sample.token_ids.shape)}")
         found, expected = tuple(sample.logits_RQ.shape), (int(mask.sum()), codec.row_bytes)
@@ -186,27 +180,22 @@ def _check_samples(
 
 
 def _check_map(manifest: Manifest, row: int, entry: EncodedMaps) -> None:
-    fingerprint = manifest.fingerprint
-    codec = fingerprint.map_codec
-    num_layers, num_windows = len(fingerprint.layers), len(fingerprint.windows)
-    windows = _windows(row, entry)
-    expected = (
-        (num_layers, codec.num_codes(entry.num_tokens)),
-        (num_layers,),
-        (num_windows,),
-        (num_windows, entry.num_tokens),
-        (num_layers,),
-        (num_entries(num_layers, causal=True),),
-        (num_layers, num_entries(codec.tail_block_size(entry.num_tokens), codec.causal)),
-    )
-    of_layers = (windows.means_L, windows.covariances_P, windows.tail_blocks_LY)
-    parts = (entry.codes_LC, entry.caps_L, windows.thresholds_W, windows.shifts_WN, *of_layers)
-    found = tuple(tuple(part.shape) for part in parts)
-    if found != expected or entry.num_tokens < 1:
-        raise ValueError(
-            f"map {row} of {entry.num_tokens} tokens has codes, caps, thresholds, shifts, means, covariances, "
-            f"tail_blocks of {found}, expected {expected}"
-        )
-    if not all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point()):
+    fingerprint, windows, num_tokens = manifest.fingerprint, _windows(row, entry), entry.num_tokens
+    codec, num_layers, num_windows = fingerprint.map_codec, len(fingerprint.layers), len(fingerprint.windows)
+    tail_block = num_entries(codec.tail_block_size(num_tokens), codec.causal)
+    expected = {
+        "codes": (entry.codes_LC, (num_layers, codec.num_codes(num_tokens))),
+        "caps": (entry.caps_L, (num_layers,)),
+        "thresholds": (windows.thresholds_W, (num_windows,)),
+        "shifts": (windows.shifts_WN, (num_windows, num_tokens)),
+        "means": (windows.means_L, (num_layers,)),
+        "covariances": (windows.covariances_P, (num_entries(num_layers, causal=True),)),
+        "tail_blocks": (windows.tail_blocks_LY, (num_layers, tail_block)),
+    }
+    for name, (part, shape) in expected.items():
+        if part.shape != shape or num_tokens < 1:
+            found = tuple(part.shape)
+            raise ValueError(f"map {row} of {num_tokens} tokens has {name} of {found}, expected {shape}")
+    if not all(bool(torch.isfinite(part).all()) for part, _ in expected.values() if part.is_floating_point()):
         raise ValueError(f"map {row} holds NaN or infinite values")
     MapCodec.of_layers(codec, fingerprint.layers, fingerprint.windows).decode_flips(entry)

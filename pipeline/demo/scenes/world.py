@@ -3,7 +3,6 @@
 Everything else in this example (drawing, captions, questions, labels) is a function of `Scenes`.
 Letters in shapes: B scenes, K = 3 object slots; positions end in (x, y), in pixels, y grows downwards.
 """
-# shape letters
 
 from __future__ import annotations
 
@@ -83,12 +82,8 @@ NOUNS: dict[Variant, tuple[str, ...]] = {"shapes": SHAPES, "digits": DIGITS}
 @lru_cache(maxsize=1)
 def digit_drawings() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Scikit-learn's 1,797 handwritten digits: `[1797, 8, 8]` ink in 0..1, and their classes."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "the digits variant draws scikit-learn's handwritten digits: pip install 'compodistill[examples]'"
-        ) from error
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     return bunch.images / 16.0, bunch.target.astype(np.int64)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from stages.checkpoints.processors import load_processor
 from stages.checkpoints.resolve import load_config, refuse_code
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
-from stages.families import FAMILIES, family_of, llava
+from stages.families import FAMILIES, LLAVA, family_of
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
 from stages.images import decode_image
@@ -51,7 +51,7 @@ class SampleReader:
     processor: ProcessorMixin
     image_token_id: int
     vocab_size: int
-    family: Family = llava.FAMILY
+    family: Family = LLAVA
     stored_image_id: int | None = None
     own_vision: bool = False
     max_length: int | None = None

@@ -19,8 +19,9 @@ from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.samples.sample_set import SampleSet
 from storage.samples.table import table_to_bytes
 from storage.stores import open_store
+from storage.stores.base import measure_files
 from storage.streaming.stream import StreamConfig
-from storage.targets.commits import CommitRecord, measure_files
+from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS, ArraySpec
 from storage.targets.shard import TargetShard
 from storage.targets.store import TargetStore

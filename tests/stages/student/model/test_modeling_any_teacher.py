@@ -177,6 +177,7 @@ def test_a_family_that_can_have_no_student_is_refused_with_the_reason(
         make_student(extract(model_type), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stage_trains_on_tiles_and_generates(extract: Extract, tmp_path: Path) -> None:
     extracted = extract("llava_onevision")
     _, decoder = make_student(extracted, tmp_path)
