@@ -21,6 +21,9 @@ PURE_MODULES = [
     "stages.student.training.objective",
     "stages.student.model.modeling_any_teacher",
     "stages.student.model.modeling_compodistill",
+    # Measured on bare GPU machines.
+    "benchmarks.capture",
+    "benchmarks.training_step",
 ] + [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in python_files(ROOT, "storage/codecs")
@@ -149,7 +152,7 @@ def test_asking_for_remote_code_by_a_setting_is_not_reported(tmp_path: Path) -> 
     assert unsafe_calls(tmp_path, "stages") == []
 
 
-def test_capture_codecs_losses_and_the_student_model_import_without_ray_zarr_and_webdataset() -> None:
+def test_capture_codecs_losses_the_student_model_and_their_benchmarks_import_without_ray_zarr_and_webdataset() -> None:
     blocked = "import sys\nfor name in ('ray', 'zarr', 'webdataset'): sys.modules[name] = None\n"
     done = run_python(blocked + "\n".join(f"import {module}" for module in PURE_MODULES))
     assert done.returncode == 0, done.stderr

@@ -44,10 +44,9 @@ def connect(address: str | None) -> Iterator[Cluster]:
     """
     started = not ray.is_initialized()
     if started:
-        where: dict[str, Any] = {"address": "local", "include_dashboard": False}
         if address is not None:
             _check_reachable(address)
-            where = {"address": address}
+        where = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
         try:
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -97,10 +96,9 @@ def run_tasks(
     on_result: Callable[[int, Any], None],
     on_workers: Callable[[list[Worker]], None] = lambda _: None,
 ) -> Outcome:
-    """Runs every task on some worker, a failed one again, until it is done or out of attempts.
+    """Runs every task on some worker until it is done or out of attempts; `task_queue` says what a failure costs.
 
     Workers follow the cluster: nodes that join get theirs, those of lost nodes are replaced where there is room.
-    What a failure costs a task is said in `task_queue`.
 
     Args:
         make_worker: called once in each actor; what it returns does the work. A `UserError` from it ends the run,
@@ -123,8 +121,8 @@ def run_tasks(
                 pool.finish(call)
             if (now := time.monotonic()) > polled + POLL_S:
                 polled = now
+                # What a lost report said comes again with the task's result.
                 with contextlib.suppress(RayError):
-                    # What a lost report said comes again with the task's result.
                     pool.progress(executor.reports())
                 on_workers(pool.workers)
         on_workers(pool.workers)
@@ -176,15 +174,12 @@ class _RayExecutor:
     def num_slots(self) -> int:
         if self._limits.num_workers:
             return self._limits.num_workers
-        resources = ray.cluster_resources()
-        if self._limits.gpus_per_worker:
-            return int(resources.get("GPU", 0) / self._limits.gpus_per_worker)
-        return int(resources.get("CPU", 0))
+        kind, each = ("GPU", self._limits.gpus_per_worker) if self._limits.gpus_per_worker else ("CPU", 1)
+        return int(ray.cluster_resources().get(kind, 0) / each)
 
     def reports(self) -> list[tuple[int, int]]:
         """What attempts reported since the last call: number of the attempt, units of work."""
-        reports: list[tuple[int, int]] = ray.get(self._mailbox.take.remote())
-        return reports
+        return list(ray.get(self._mailbox.take.remote()))
 
     def close(self) -> None:
         """Ends the mailbox."""
@@ -195,17 +190,17 @@ def _finished(calls: list[Any]) -> list[Any]:
     """Calls that are finished, after waiting a moment for the first one."""
     if not calls:
         time.sleep(POLL_S)
-        return []
-    done, _ = ray.wait(calls, timeout=POLL_S)
-    if done:
-        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-    return list(done)
+    elif ray.wait(calls, timeout=POLL_S)[0]:
+        return list(ray.wait(calls, num_returns=len(calls), timeout=0)[0])
+    return []
 
 
 def new_mailbox() -> Any:
-    """Makes the actor through which processes and driver talk."""
-    # Without a slot of its own: on a cluster whose every core holds a worker it would wait for ever. On the head node:
-    # that one is not lost while the cluster lives.
+    """Makes the actor through which processes and driver talk.
+
+    It has no slot of its own: on a cluster whose every core holds a worker it would wait for ever. It is on the head
+    node, which is not lost while the cluster lives.
+    """
     return ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(Mailbox).remote()
 
 
@@ -213,8 +208,7 @@ class _Actor:
     """Holds one worker for its lifetime, so that what it loaded is loaded once."""
 
     def __init__(self, make_worker: Callable[[], Work], mailbox: Any) -> None:
-        self._make_worker = make_worker
-        self._mailbox = mailbox
+        self._make_worker, self._mailbox = make_worker, mailbox
 
     def start(self) -> tuple[str, int]:
         """Makes the worker; says on which machine and in which process."""
@@ -224,36 +218,30 @@ class _Actor:
 
     def run(self, task: int, attempt: int, crashes: tuple[int, ...] | None) -> tuple[Any, int, dict[str, float]]:
         """Gives the result, the units of work it was, and what the worker's time went into."""
-        report = _Report(attempt, self._mailbox)
+        report = _Report(attempt, crashes or (), self._mailbox)
         run_isolated = getattr(self._work, "run_isolated", None)
         if crashes is None or run_isolated is None:
             result = self._work(task, report)
         else:
-            result = run_isolated(task, report, _MailboxMarker(crashes, attempt, self._mailbox))
-        timings: dict[str, float] = getattr(self._work, "timings", dict)()
-        return result, report.total, timings
+            result = run_isolated(task, report, report)
+        return result, report.total, getattr(self._work, "timings", dict)()
 
 
-class _MailboxMarker:
-    """A `ProgressMarker` that keeps positions in the mailbox: on the head node, whatever becomes of this one."""
+class _Report:
+    """Adds up what one attempt reports, and sends it now and then.
 
-    def __init__(self, crashes: tuple[int, ...], attempt: int, mailbox: Any) -> None:
-        self.crashes = crashes
-        self._attempt, self._mailbox = attempt, mailbox
+    Also its `ProgressMarker`: positions are kept in the mailbox, on the head node, whatever becomes of this one.
+    """
+
+    def __init__(self, attempt: int, crashes: tuple[int, ...], mailbox: Any) -> None:
+        self._attempt, self.crashes, self._mailbox = attempt, crashes, mailbox
+        self._lock = threading.Lock()
+        self.total = self._sent = 0
+        self._sent_at = 0.0
 
     def mark(self, position: int) -> None:
         # Waits for the answer: the process may die at the next instruction.
         ray.get(self._mailbox.mark.remote(self._attempt, position))
-
-
-class _Report:
-    """Adds up what one attempt reports, and sends it now and then."""
-
-    def __init__(self, attempt: int, mailbox: Any) -> None:
-        self._attempt, self._mailbox = attempt, mailbox
-        self._lock = threading.Lock()
-        self.total = self._sent = 0
-        self._sent_at = 0.0
 
     def __call__(self, amount: int) -> None:
         with self._lock:
@@ -278,5 +266,4 @@ def _origin(error: RayTaskError) -> tuple[str, str]:
 
 
 def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

@@ -61,15 +61,13 @@ def run_group(
     # Beside this thread: in the main one it would take Ctrl-C for itself, and end without a checkpoint.
     with ThreadPoolExecutor(1) as beside:
         fitting = beside.submit(trainer.fit)
-        asked = False
-        while not fitting.done():
-            wait([fitting], POLL_S)
+        asked = ended = False
+        while not ended:
+            ended = bool(wait([fitting], POLL_S).done)
             for message in ray.get(mailbox.take.remote()):
                 on_message(*message)
-            if not asked and (asked := should_stop()):
+            if not asked and not ended and (asked := should_stop()):
                 ray.get(mailbox.ask_to_stop.remote())
-    for message in ray.get(mailbox.take.remote()):
-        on_message(*message)
     error = ray.get(mailbox.error.remote())
     ray.kill(mailbox)
     if error is not None:
@@ -79,8 +77,8 @@ def run_group(
     fitting.result()
 
 
-def _in_each_process(work: Work, mailbox: Any) -> Callable[[dict[str, Any]], None]:
-    def run(_: dict[str, Any]) -> None:
+def _in_each_process(work: Work, mailbox: Any) -> Callable[[Any], None]:
+    def run(_: Any) -> None:
         if ray.get(mailbox.error.remote()) is not None:
             # The group was started again, but the error would be the same.
             return

@@ -77,13 +77,10 @@ class TaskQueue:
                 heaped on one.
         """
         holds = list(in_flight)
-        if not holds:
-            queue = self._waiting or self._waiting_suspects
-        elif len(holds) >= self.tasks_per_worker or not self._suspects.isdisjoint(holds):
+        if len(holds) >= self.tasks_per_worker or not self._suspects.isdisjoint(holds):
             return None
-        else:
-            queue = self._waiting if len(self._waiting) > num_others_free else deque()
-        if not queue:
+        queue = self._waiting if holds else self._waiting or self._waiting_suspects
+        if len(queue) <= (num_others_free if holds else 0):
             return None
         self._num_in_flight += 1
         return queue.popleft()
@@ -138,7 +135,6 @@ class TaskQueue:
 
     def give_up_waiting(self, why: str) -> None:
         """Gives up all tasks that still wait."""
-        for task in [*self._waiting, *self._waiting_suspects]:
-            self.given_up[task] = why
+        self.given_up |= dict.fromkeys([*self._waiting, *self._waiting_suspects], why)
         self._waiting.clear()
         self._waiting_suspects.clear()

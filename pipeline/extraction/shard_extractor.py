@@ -91,8 +91,7 @@ class ShardExtractor:
         self, shard: int, progress: Callable[[int], None], observe: "Callable[[SampleShard], ShardObservations]"
     ) -> CommitRecord | None:
         if shard == TEACHER_ONLY:
-            with self._saving_vision:
-                self.save_teacher_vision()
+            self.save_teacher_vision()
             return None
         entry = self.samples.index.shards[shard]
         with contextlib.suppress(FileNotFoundError):
@@ -101,8 +100,7 @@ class ShardExtractor:
             return committed
         with self.samples.shard(shard) as samples:
             seen = observe(samples)
-        with self._saving_vision:
-            self.save_teacher_vision()
+        self.save_teacher_vision()
         with self.observer.timings.measured("writing"):
             return write_shard(self.targets, shard, self.manifest, entry.name, seen.samples, seen.maps, seen.skipped)
 
@@ -123,8 +121,8 @@ class ShardExtractor:
 
     def save_teacher_vision(self) -> None:
         """Writes `teacher/` before the first commit: a store with shards must be complete for students."""
-        if self.targets.exists(TEACHER_RECORD):
-            return
-        staging = self.targets.staging("teacher")
-        self.teacher.save_vision(staging)
-        save_teacher(self.targets, self.manifest, staging)
+        with self._saving_vision:
+            if not self.targets.exists(TEACHER_RECORD):
+                staging = self.targets.staging("teacher")
+                self.teacher.save_vision(staging)
+                save_teacher(self.targets, self.manifest, staging)

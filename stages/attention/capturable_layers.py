@@ -8,6 +8,9 @@ from transformers import AutoModel, PreTrainedConfig
 from stages.attention.capture import CAPTURING_SDPA, AttentionCapture, register_capture
 from storage.errors import UserError
 
+_FOUND: dict[str, frozenset[int] | None] = {}
+"""By config: a run asks for each of its stages, a sweep for each of its students."""
+
 
 def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
     """The layers, counted from 0, whose attention `AttentionCapture` sees: one forward pass without numbers.
@@ -18,6 +21,13 @@ def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
     Raises:
         UserError: If it cannot run with sdpa, beside which maps are captured.
     """
+    key = decoder.to_json_string()
+    if key not in _FOUND:
+        _FOUND[key] = _look(decoder)
+    return _FOUND[key]
+
+
+def _look(decoder: PreTrainedConfig) -> frozenset[int] | None:
     register_capture()
     capture = AttentionCapture(frozenset(range(decoder.num_hidden_layers)), [torch.arange(2)])
     try:

@@ -246,13 +246,12 @@ def _differentiable_maps(
 
 def _score_bias(attention_mask: Tensor | None, positions_BN: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
     """`[B, N, k]` to add to the scores: 0 where a query may attend, the lowest float where not."""
-    lowest = torch.finfo(dtype).min
     if attention_mask is None:
-        keys_k = torch.arange(num_keys, device=positions_BN.device)
-        allowed_BNk = keys_k <= positions_BN[:, :, None]
-        return torch.zeros(allowed_BNk.shape, dtype=dtype, device=positions_BN.device).masked_fill(~allowed_BNk, lowest)
-    mask_BTk = attention_mask[:, 0, :, :num_keys].expand(positions_BN.shape[0], -1, -1)
-    mask_BNk = mask_BTk.gather(1, positions_BN[:, :, None].expand(-1, -1, num_keys))
-    if mask_BNk.dtype == torch.bool:
-        return torch.zeros(mask_BNk.shape, dtype=dtype, device=mask_BNk.device).masked_fill(~mask_BNk, lowest)
-    return mask_BNk.to(dtype)
+        allowed_BNk = torch.arange(num_keys, device=positions_BN.device) <= positions_BN[:, :, None]
+    else:
+        mask_BTk = attention_mask[:, 0, :, :num_keys].expand(positions_BN.shape[0], -1, -1)
+        allowed_BNk = mask_BTk.gather(1, positions_BN[:, :, None].expand(-1, -1, num_keys))
+        if allowed_BNk.dtype != torch.bool:
+            return allowed_BNk.to(dtype)
+    zeros_BNk = torch.zeros(allowed_BNk.shape, dtype=dtype, device=allowed_BNk.device)
+    return zeros_BNk.masked_fill(~allowed_BNk, torch.finfo(dtype).min)

@@ -7,10 +7,8 @@ import torch
 from stages.conversations.encoder import ConversationEncoder
 from stages.unusable_sample import UnusableSample
 
-_TWO_ANSWERS = [
-    {"from": role, "value": value}
-    for role, value in (("human", "What?"), ("gpt", "This."), ("human", "Where?"), ("gpt", "There."))
-]
+_TURNS = (("human", "What?"), ("gpt", "This."), ("human", "Where?"), ("gpt", "There."))
+_TWO_ANSWERS = [{"from": role, "value": value} for role, value in _TURNS]
 _NO_LIMIT = 2**31
 
 
@@ -27,13 +25,9 @@ def notes_of_ends(processor: Any, image_token_id: int, whose: str, way_out: str)
     mask_T = encoded.answer_mask
     is_last_T = mask_T & ~torch.cat([mask_T[1:], mask_T.new_zeros(1)])
     last_ids = encoded.token_ids[is_last_T].tolist()
-    tokenizer = processor.tokenizer
-    ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+    ends = {*processor.tokenizer.added_tokens_decoder, processor.tokenizer.eos_token_id}
     num_ended = sum(token in ends for token in last_ids)
     if num_ended == len(last_ids):
         return ()
-    note = (
-        f"{whose} ends {num_ended} of {len(last_ids)} answers of a conversation with an end token, so a student does "
-        f"not learn to end an answer: it writes on until it is cut. {way_out}"
-    )
-    return (note,)
+    found = f"{whose} ends {num_ended} of {len(last_ids)} answers of a conversation with an end token"
+    return (f"{found}, so a student does not learn to end an answer: it writes on until it is cut. {way_out}",)

@@ -58,9 +58,7 @@ class ConversationEncoder:
                 f"{type(processor.tokenizer).__name__} is a slow tokenizer, which cannot tell the "
                 "characters of a token; convert it to a fast one (tokenizer.json) first"
             )
-        self.processor = processor
-        self.image_token_id = image_token_id
-        self.max_length = max_length
+        self.processor, self.image_token_id, self.max_length = processor, image_token_id, max_length
         self._image_token: str = processor.tokenizer.convert_ids_to_tokens(image_token_id)
         self._template = ChatTemplate(processor)
         # Undoes truncation and padding saved in tokenizer.json: a change of them while threads encode raises.
@@ -84,11 +82,8 @@ class ConversationEncoder:
 
     def encode_pair(self, question: str, answer: str, images: Sequence[Image.Image]) -> EncodedConversation:
         """One question and its answer; images without a placeholder come before it."""
-        turns = [
-            {"from": "human", "value": with_placeholders(question, len(images))},
-            {"from": "gpt", "value": answer},
-        ]
-        return self.encode(turns, images)
+        asked = {"from": "human", "value": with_placeholders(question, len(images))}
+        return self.encode([asked, {"from": "gpt", "value": answer}], images)
 
     def encode_prompt(
         self, question: str, images: Sequence[Image.Image], earlier: Sequence[Mapping[str, str]] = ()
@@ -104,10 +99,8 @@ class ConversationEncoder:
         messages = to_messages(parse_turns([*earlier, last]), len(images))
         encoded = self._tokenize(self._template.render(messages, add_generation_prompt=True), [], images)
         if len(encoded.token_ids) > self.max_length:
-            raise UnusableSample(
-                "prompt_beyond_max_length",
-                f"{len(encoded.token_ids)} tokens, at most {self.max_length} fit; raise max_length",
-            )
+            found = f"{len(encoded.token_ids)} tokens, at most {self.max_length} fit; raise max_length"
+            raise UnusableSample("prompt_beyond_max_length", found)
         return encoded
 
     def _tokenize(self, text: str, spans: list[Span], images: Sequence[Image.Image]) -> EncodedConversation:
@@ -127,21 +120,14 @@ class ConversationEncoder:
         token_ids = outputs["input_ids"][0]
         replacements = self._replacements(outputs) if images else []
         image_positions = (token_ids == self.image_token_id).nonzero()[:, 0]
+        num_found, num_images = len(image_positions), len(images)
         num_expected = sum(replacement["replacement"].count(self._image_token) for replacement in replacements)
-        if len(image_positions) != num_expected or len(replacements) != len(images):
-            raise UnusableSample(
-                "image_count_mismatch",
-                f"{len(image_positions)} image tokens where the processor expands {len(images)} images "
-                f"to {num_expected}",
-            )
-        return EncodedConversation(
-            token_ids=token_ids,
-            answer_mask=mask_of_spans(spans, replacements, outputs["offset_mapping"][0]),
-            pixel_inputs={
-                key: value for key, value in outputs.items() if key not in _TEXT_KEYS and isinstance(value, Tensor)
-            },
-            image_positions=image_positions,
-        )
+        if num_found != num_expected or len(replacements) != num_images:
+            found = f"{num_found} image tokens where the processor expands {num_images} images to {num_expected}"
+            raise UnusableSample("image_count_mismatch", found)
+        answer_mask = mask_of_spans(spans, replacements, outputs["offset_mapping"][0])
+        pixels = {key: value for key, value in outputs.items() if key not in _TEXT_KEYS and isinstance(value, Tensor)}
+        return EncodedConversation(token_ids, answer_mask, pixels, image_positions)
 
     def _replacements(self, outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         try:
@@ -163,19 +149,15 @@ class ConversationEncoder:
             )
 
     def _truncate(self, encoded: EncodedConversation) -> EncodedConversation:
-        num_tokens = len(encoded.token_ids)
-        if len(encoded.image_positions) and int(encoded.image_positions[-1]) >= self.max_length:
-            raise UnusableSample(
-                "image_beyond_max_length",
-                f"the last image token is number {int(encoded.image_positions[-1])} from 0, "
-                f"max_length is {self.max_length}",
-            )
-        answer_mask = encoded.answer_mask[: self.max_length]
+        num_tokens, limit = len(encoded.token_ids), self.max_length
+        last_image = int(encoded.image_positions[-1]) if len(encoded.image_positions) else -1
+        if last_image >= limit:
+            found = f"the last image token is number {last_image} from 0, max_length is {limit}"
+            raise UnusableSample("image_beyond_max_length", found)
+        answer_mask = encoded.answer_mask[:limit]
         if not bool(answer_mask.any()):
-            raise UnusableSample(
-                "no_answer_within_max_length",
-                f"no answer token among the first {self.max_length} of {num_tokens} tokens",
-            )
-        if num_tokens <= self.max_length:
+            found = f"no answer token among the first {limit} of {num_tokens} tokens"
+            raise UnusableSample("no_answer_within_max_length", found)
+        if num_tokens <= limit:
             return encoded
-        return replace(encoded, token_ids=encoded.token_ids[: self.max_length].clone(), answer_mask=answer_mask.clone())
+        return replace(encoded, token_ids=encoded.token_ids[:limit].clone(), answer_mask=answer_mask.clone())

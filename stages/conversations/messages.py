@@ -41,16 +41,8 @@ def _parts(text: str, num_images: int) -> list[dict[str, str]]:
 
     So all conversations about one image share the tokens before it, and with them its attention maps.
     """
-    pieces = re.split(f"{PLACEHOLDER}\n?", text)
-    if len(pieces) == 1:
-        return [text_part(text)]
-    if num_images == 1 and len(pieces) == 2:
-        rest = text.replace(PLACEHOLDER, "").strip()
-        return [{"type": "image"}, text_part(rest)] if rest else [{"type": "image"}]
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
-        if number:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append(text_part(piece))
-    return parts
+    pieces = re.split(f"({PLACEHOLDER})\n?", text)
+    if num_images == pieces.count(PLACEHOLDER) == 1:
+        pieces = [PLACEHOLDER, text.replace(PLACEHOLDER, "").strip()]
+    parts = [{"type": "image"} if piece == PLACEHOLDER else text_part(piece) for piece in pieces if piece]
+    return parts or [text_part(text)]

@@ -43,9 +43,8 @@ class ConversionReport(StrictModel):
     model_type: str
     """Model type of the converted checkpoint: llava, or this project's own for a student with a post-connector."""
     tensors: int
-    """Tensors written."""
     bytes: int
-    """Bytes of all weights."""
+    """Of all weights."""
     dtype: str
     """Of the decoder's weights; every tensor keeps its own."""
     image_token_id: int
@@ -59,7 +58,6 @@ class ConversionReport(StrictModel):
     image_processor_from: str
     """Where the image processor was read, or that it was made of the vision tower's config."""
     seconds: float
-    """Time taken."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +181,8 @@ def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrained
             f"{folder} does not hold the model that its config describes: missing {some(missing)}, "
             f"unexpected {some(unexpected)}"
         )
-    grown = {EMBEDDING, HEAD}
     for name, source in tensors.items():
-        found = (source.shape[0] + added_rows, *source.shape[1:]) if name in grown else source.shape
+        found = (source.shape[0] + added_rows, *source.shape[1:]) if name in (EMBEDDING, HEAD) else source.shape
         if found != expected[name]:
             raise UserError(
                 f"tensor {source.name!r} of {source.file.name} has shape {list(source.shape)}, the config asks for "

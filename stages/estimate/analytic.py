@@ -10,9 +10,9 @@ from transformers import AutoModelForImageTextToText
 from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.extrapolate import CodecCost, extrapolate
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
-from stages.estimate.sampling import Counts, SetCounts, sample_set
+from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
-from storage.codecs.config import MapCodecName, num_entries
+from storage.codecs.config import MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
@@ -47,16 +47,21 @@ def estimate_from_configs(
     """
     identity = identify_teacher(settings, on_gpu=True, with_weights=False)
     encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, settings.max_length)
+    causal = identity.codec.causal
     assumed = []
     if samples is not None:
-        held = sample_set(samples, encoder, config, causal=identity.codec.causal, progress=progress)
+        planned = plan_blocks(samples.index.num_samples, config)
+        held = count_blocks(samples, encoder, planned, causal=causal, progress=progress)
     elif config.samples is not None:
         image = Image.new("RGB", PHOTOGRAPH, "gray")
-        num_image_tokens = len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions)
-        held = _assumed(config, config.samples, num_image_tokens, causal=identity.codec.causal)
+        size = len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions)
+        maps = [(1 / config.samples_per_map, size)]
+        per_sample = count_units([config.text_tokens + size], [config.answer_rows], maps, causal=causal)
+        full, rest = divmod(config.samples, config.samples_per_shard)
+        held = SetCounts([config.samples_per_shard] * full + [rest] * (rest > 0), per_sample)
         assumed.append(
             f"assumed: {config.text_tokens:g} text tokens, {config.answer_rows:g} answer rows, "
-            f"{config.samples_per_map:g} samples a map; {num_image_tokens} image tokens are the processor's for an "
+            f"{config.samples_per_map:g} samples a map; {size} image tokens are the processor's for an "
             f"image of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
         )
     else:
@@ -75,15 +80,16 @@ def estimate_from_configs(
         )
         for name, entry_bytes in BYTES_PER_ENTRY.items()
     }
+    speed = f"{config.gpu_tflops:g} TFLOP/s at"
     teacher = TeacherCost(
-        device=f"GPU of {config.gpu_tflops:g} TFLOP/s at {config.efficiency:.0%}",
+        device=f"GPU of {speed} {config.efficiency:.0%}",
         teacher_seconds_per_sample=operations / (config.gpu_tflops * 1e12 * config.efficiency),
     )
     shares = ", ".join(f"{name} {part / operations:.1%}" for name, part in work.items())
     notes = (
         "computed from configs alone, so only roughly; `cdp estimate` with the weights measures instead",
         f"{operations / 1e12:.3g} TFLOP a sample: {shares}",
-        f"{config.gpu_tflops:g} TFLOP/s at an efficiency of {config.efficiency:.0%} are assumed, not measured",
+        f"{speed} an efficiency of {config.efficiency:.0%} are assumed, not measured",
         "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
         "bytes of answer rows and tokens are those before zstd",
         *assumed,
@@ -103,14 +109,10 @@ def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, flo
             identity.config, trust_remote_code=identity.settings.trust_remote_code
         )
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    vision = decoder = 0
-    for name, weight in model.named_parameters():
-        if name.startswith(identity.family.vision_prefixes):
-            vision += weight.numel()
-        elif id(weight) not in embeddings:
-            decoder += weight.numel()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width = text.num_attention_heads * head_dim
+    sizes = {name: weight.numel() for name, weight in model.named_parameters() if id(weight) not in embeddings}
+    vision = sum(size for name, size in sizes.items() if name.startswith(identity.family.vision_prefixes))
+    decoder = sum(sizes.values()) - vision
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     tokens, maps = per_sample["tokens"], per_sample["maps"]
     # The vision tower may have more positions than tokens leave it; its config says so in some families.
     vision_config = getattr(identity.config, "vision_config", None)
@@ -123,17 +125,3 @@ def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, flo
         "answers": 2.0 * text.vocab_size * text.hidden_size * per_sample["answer_rows"],
         "maps": 2.0 * len(identity.layers) * width * per_sample["map_entries"],
     }
-
-
-def _assumed(config: EstimateConfig, num_samples: int, num_image_tokens: int, *, causal: bool) -> SetCounts:
-    full, rest = divmod(num_samples, config.samples_per_shard)
-    maps = 1 / config.samples_per_map
-    per_sample = {
-        "samples": 1.0,
-        "tokens": config.text_tokens + num_image_tokens,
-        "answer_rows": config.answer_rows,
-        "maps": maps,
-        "image_tokens": maps * num_image_tokens,
-        "map_entries": maps * num_entries(num_image_tokens, causal),
-    }
-    return SetCounts([config.samples_per_shard] * full + ([rest] if rest else []), per_sample)

@@ -14,7 +14,6 @@ from storage.codecs.config import LogitCodecConfig, MapCodecName
 from storage.targets.commits import SkippedSample
 from storage.targets.layout import ARRAYS
 
-METADATA = "(metadata)"
 TOP_KS = (16, 32, 48, 64, 128, 256)
 
 UNIT_OF_ARRAY = {
@@ -50,12 +49,13 @@ def extrapolate(
     costs: Mapping[MapCodecName, CodecCost],
     teacher: TeacherCost,
     *,
-    skipped: Sequence[SkippedSample] = (),
     workers: int,
     notes: Sequence[str],
+    skipped: Sequence[SkippedSample] = (),
 ) -> Estimate:
     """The whole extraction with each map codec, by `workers` teachers side by side; `skipped` are the teacher's."""
     chosen, logit_codec = costs[settings.map_codec], identity.logit_codec
+    num_rows = held.per_sample["answer_rows"] * held.num_samples
     unusable = [*held.skipped, *skipped]
     measured = costs if teacher.num_measured else {}
     return Estimate(
@@ -75,9 +75,7 @@ def extrapolate(
         chosen=settings.map_codec,
         settings={name: _setting(held, teacher, cost, costs["float16"], workers) for name, cost in costs.items()},
         answer_bytes_by_top_k=_answer_bytes(
-            logit_codec,
-            held.per_sample["answer_rows"] * held.num_samples,
-            chosen.rates["logit_records"] / logit_codec.row_bytes,
+            logit_codec, num_rows * chosen.rates["logit_records"] / logit_codec.row_bytes
         ),
         files_per_shard=chosen.num_files + 1,
         notes=(*notes, *identity.notes),
@@ -87,6 +85,11 @@ def extrapolate(
 def predicted(rates: Mapping[str, float], units: Counts) -> float:
     """Bytes of so many units."""
     return sum(rate * units[UNIT_OF_ARRAY[array]] for array, rate in rates.items())
+
+
+def relative_error(values: Sequence[float], mean: float) -> float:
+    """Standard error of the mean of some values, as a share of it; 0 for a single value."""
+    return statistics.stdev(values) / mean / math.sqrt(len(values)) if len(values) > 1 and mean else 0.0
 
 
 def _writing_seconds(held: SetCounts, cost: CodecCost) -> float:
@@ -102,10 +105,7 @@ def _setting(
     by_array = {array: rate * held.per_sample[UNIT_OF_ARRAY[array]] * num_samples for array, rate in cost.rates.items()}
     data, metadata = sum(by_array.values()), cost.metadata_bytes * num_shards
     shard_bytes = data + metadata
-    interval = None
-    if cost.spread is not None:
-        half = data * _relative_error(held, cost.rates, cost.spread)
-        interval = round(max(shard_bytes - half, 0)), round(shard_bytes + half)
+    half = None if cost.spread is None else data * _half_interval(held, cost.rates, cost.spread)
     seconds = teacher.teacher_seconds_per_sample * num_samples
     num_maps = held.per_sample["maps"] * num_samples
     writing = _writing_seconds(held, cost) * num_shards
@@ -116,31 +116,28 @@ def _setting(
         seconds += (cost.coding_seconds - float16.coding_seconds) * num_maps + writing
     return SettingEstimate(
         shard_bytes=round(shard_bytes),
-        shard_bytes_95=interval,
-        bytes_by_array={METADATA: metadata} | {array: round(size) for array, size in by_array.items()},
+        shard_bytes_95=None if half is None else (round(max(shard_bytes - half, 0)), round(shard_bytes + half)),
+        bytes_by_array={"(metadata)": metadata} | {array: round(size) for array, size in by_array.items()},
         store_bytes=round(shard_bytes + cost.commit_bytes * num_shards + teacher.vision_bytes),
         worker_seconds=seconds,
         wall_seconds=teacher.load_seconds + seconds * longest_share(held.shard_sizes, workers),
     )
 
 
-def _relative_error(held: SetCounts, rates: Mapping[str, float], spread: float) -> float:
+def _half_interval(held: SetCounts, rates: Mapping[str, float], spread: float) -> float:
     """Half the 95 % interval of the data's bytes, as a share of them."""
-    each = [predicted(rates, block.counts) / block.num_read for block in held.blocks]
-    mean = predicted(rates, held.per_sample)
-    if len(each) < 2 or not mean:
+    if len(held.blocks) < 2:
         return 0.0
-    counts = statistics.stdev(each) / mean / math.sqrt(len(each))
+    each = [predicted(rates, block.counts) / block.num_read for block in held.blocks]
     # Where the whole set was read, the counts are exact.
-    counts *= math.sqrt(1 - held.num_read / held.num_samples)
+    counts = relative_error(each, predicted(rates, held.per_sample)) * math.sqrt(1 - held.num_read / held.num_samples)
     return student_t(len(each) - 1) * math.hypot(counts, spread)
 
 
-def _answer_bytes(codec: LogitCodecConfig, num_rows: float, share_left: float) -> dict[int, int]:
-    """Kept tokens -> bytes of all answer rows, where zstd leaves `share_left` of a record."""
+def _answer_bytes(codec: LogitCodecConfig, rows_left: float) -> dict[int, int]:
+    """Kept tokens -> bytes of all answer rows, of which zstd leaves as many bytes as `rows_left` rows have."""
     top_ks = sorted({min(top_k, codec.vocab_size) for top_k in (*TOP_KS, codec.top_k)})
-    row_bytes = {top_k: codec.model_copy(update={"top_k": top_k}).row_bytes for top_k in top_ks}
-    return {top_k: round(num_rows * share_left * size) for top_k, size in row_bytes.items()}
+    return {top_k: round(rows_left * codec.model_copy(update={"top_k": top_k}).row_bytes) for top_k in top_ks}
 
 
 def longest_share(shard_sizes: Sequence[int], workers: int) -> float:
@@ -158,10 +155,7 @@ def student_t(freedom: int) -> float:
     """
     if freedom == 1:
         return 12.706
-    z = 1.959963984540054
-    terms: tuple[float, ...] = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, 1))
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3

@@ -3,7 +3,6 @@
 The teacher sees them once; its maps, taken in 16 bits, are then coded and written with every codec.
 """
 
-import math
 import statistics
 import tempfile
 import time
@@ -15,14 +14,14 @@ from typing import get_args
 
 import torch
 
-from stages.estimate.extrapolate import UNIT_OF_ARRAY, CodecCost, extrapolate, predicted
+from stages.estimate.extrapolate import UNIT_OF_ARRAY, CodecCost, extrapolate, predicted, relative_error
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
-from stages.estimate.sampling import Counts, SampledBlock, SetCounts, sample_set
+from stages.estimate.sampling import Counts, SampledBlock, count_blocks, count_units, plan_blocks
 from stages.teacher.batching import BatchSize
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.codecs.config import MapCodecName, num_entries
+from storage.codecs.config import MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
@@ -64,15 +63,28 @@ def estimate_by_measurement(
     teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}))
     load_seconds = time.perf_counter() - started
     loading.advance()
-    held = _sample(teacher, samples, config, progress)
+    on_gpu = teacher.model.device.type == "cuda"
+    held = count_blocks(
+        samples,
+        teacher.encoder,
+        plan_blocks(samples.index.num_samples, config),
+        causal=teacher.identity.codec.causal,
+        num_kept=max(config.num_measured, 2 * BatchSize(settings.batch_size, on_gpu=on_gpu).value),
+        progress=progress,
+    )
     kept = [sample for block in held.blocks for sample in block.kept]
+    if not kept:
+        reasons = Counter(skipped.reason for skipped in held.skipped).most_common()
+        raise UserError(
+            f"none of {held.num_read} samples drawn from {samples.store.url} can be used "
+            f"({', '.join(f'{reason}: {count}' for reason, count in reasons)})"
+        )
     with tempfile.TemporaryDirectory(prefix="cdp-estimate-") as name:
         folder = Path(name)
         seen, seconds, batch_size = _run_teacher(teacher, kept, folder / "samples", progress)
         costs = _measure_codecs(teacher, seen, held.blocks, samples.index, settings.map_codec, folder, progress)
         teacher.save_vision(folder / "teacher")
         vision_bytes = sum(file.stat().st_size for file in (folder / "teacher").rglob("*") if file.is_file())
-    on_gpu = teacher.model.device.type == "cuda"
     cost = TeacherCost(
         device=torch.cuda.get_device_name() if on_gpu else "CPU",
         teacher_seconds_per_sample=seconds / len(kept),
@@ -92,27 +104,6 @@ def estimate_by_measurement(
     return extrapolate(
         settings, teacher.identity, held, costs, cost, skipped=seen.skipped, workers=workers, notes=notes
     )
-
-
-def _sample(teacher: Teacher, samples: SampleSet, config: EstimateConfig, progress: Progress) -> SetCounts:
-    """Counts of the sample set, with enough usable samples for two batches of the teacher."""
-    identity = teacher.identity
-    batch_size = BatchSize(identity.settings.batch_size, on_gpu=teacher.model.device.type == "cuda").value
-    held = sample_set(
-        samples,
-        teacher.encoder,
-        config,
-        causal=identity.codec.causal,
-        num_kept=max(config.num_measured, 2 * batch_size),
-        progress=progress,
-    )
-    if not held.per_sample["samples"]:
-        reasons = Counter(skipped.reason for skipped in held.skipped)
-        raise UserError(
-            f"none of {held.num_read} samples drawn from {samples.store.url} can be used "
-            f"({', '.join(f'{reason}: {count}' for reason, count in reasons.most_common())})"
-        )
-    return held
 
 
 def _run_teacher(
@@ -147,58 +138,44 @@ def _measure_codecs(
 ) -> dict[MapCodecName, CodecCost]:
     """Codes the 16-bit maps that the teacher saw with every codec, and writes them as shards below `folder`."""
     task = progress.task("code and write", len(CODECS), unit="codecs")
-    causal = teacher.identity.codec.causal
+    device, cpu, causal = teacher.model.device, torch.device("cpu"), teacher.identity.codec.causal
     costs: dict[MapCodecName, CodecCost] = {}
     for name in (chosen, *(name for name in CODECS if name != chosen)):
         identity = replace(teacher.identity, codec=teacher.identity.codec.model_copy(update={"name": name}))
         manifest = identity.manifest(index.digest, len(index.shards))
+        stored, other = teacher.identity.map_codec, identity.map_codec
         started = time.perf_counter()
-        recoded = _recoded(teacher, seen, manifest)
-        coding_seconds = (time.perf_counter() - started) / max(len(recoded.maps), 1)
+        maps = [other.encode(stored.decode(entry.to(device))).to(cpu) for entry in seen.maps]
+        coding_seconds = (time.perf_counter() - started) / max(len(maps), 1)
+        recoded = ShardObservations(seen.samples, maps)
         if name == chosen:
             # How blocks differ, and what a shard costs to write, is measured with this codec alone.
             parts = [_part(recoded, {sample.key for sample in block.kept}) for block in blocks]
             parts = [part for part in parts if part.samples]
             written = [_write(folder / name / str(number), manifest, part) for number, part in enumerate(parts)]
         record, seconds = _write(folder / name / "whole", manifest, recoded)
-        data, metadata_bytes = _bytes_by_array(record)
-        units = _units(recoded, causal=causal)
+        data, units = _data_bytes(record), _units(recoded, causal=causal)
         rates = {array: size / max(units[UNIT_OF_ARRAY[array]], 1) for array, size in data.items()}
         if name == chosen:
-            part_bytes = [_bytes_by_array(part_record)[0].total() for part_record, _ in written]
+            part_bytes = [_data_bytes(part_record).total() for part_record, _ in written]
             # A block is little more than what every shard costs, whatever is in it.
             fixed_seconds = statistics.median(part_seconds for _, part_seconds in written)
             more_bytes = data.total() - statistics.median(part_bytes)
             per_byte = max(0.0, (seconds - fixed_seconds) / more_bytes) if more_bytes > 0 else 0.0
             expected = [predicted(rates, _units(part, causal=causal)) for part in parts]
-            spread = _standard_error([size / each for size, each in zip(part_bytes, expected, strict=True)])
+            ratios = [size / each for size, each in zip(part_bytes, expected, strict=True)]
         costs[name] = CodecCost(
             rates=rates,
-            metadata_bytes=metadata_bytes,
+            metadata_bytes=sum(info.bytes for info in record.files.values()) - data.total(),
             num_files=len(record.files),
             commit_bytes=len(record.to_bytes()),
             coding_seconds=coding_seconds,
-            spread=spread,
+            spread=relative_error(ratios, statistics.mean(ratios)),
             fixed_seconds=fixed_seconds,
             seconds_per_byte=per_byte,
         )
         task.advance()
     return {name: costs[name] for name in CODECS}
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean, as a share of it; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    return statistics.stdev(values) / statistics.mean(values) / math.sqrt(len(values))
-
-
-def _recoded(teacher: Teacher, seen: ShardObservations, manifest: Manifest) -> ShardObservations:
-    """The 16-bit maps in another code, made on the teacher's device."""
-    stored, device = teacher.identity.map_codec, teacher.model.device
-    other = replace(stored, config=manifest.fingerprint.map_codec)
-    maps = [other.encode(stored.decode(entry.to(device))).to(torch.device("cpu")) for entry in seen.maps]
-    return ShardObservations(seen.samples, maps)
 
 
 def _part(whole: ShardObservations, keys: Collection[str]) -> ShardObservations:
@@ -218,24 +195,20 @@ def _write(folder: Path, manifest: Manifest, seen: ShardObservations) -> tuple[C
     return record, time.perf_counter() - started
 
 
-def _bytes_by_array(record: CommitRecord) -> tuple[Counter[str], int]:
-    """Bytes of data by array, and bytes of all metadata."""
-    data, metadata = Counter({spec.name: 0 for spec in ARRAYS}), 0
-    for path, (size, _) in record.files.items():
+def _data_bytes(record: CommitRecord) -> Counter[str]:
+    """Bytes of data by array; all others are metadata."""
+    data = Counter({spec.name: 0 for spec in ARRAYS})
+    for path, info in record.files.items():
         name, _, below = path.partition("/")
-        if below.startswith("c/") or below == "c":
-            data[name] += size
-        else:
-            metadata += size
-    return data, metadata
+        if below == "c" or below.startswith("c/"):
+            data[name] += info.bytes
+    return data
 
 
 def _units(seen: ShardObservations, *, causal: bool) -> Counts:
-    return {
-        "samples": len(seen.samples),
-        "tokens": sum(len(sample.token_ids) for sample in seen.samples),
-        "answer_rows": sum(len(sample.logits_RQ) for sample in seen.samples),
-        "maps": len(seen.maps),
-        "image_tokens": sum(entry.num_tokens for entry in seen.maps),
-        "map_entries": sum(num_entries(entry.num_tokens, causal) for entry in seen.maps),
-    }
+    return count_units(
+        [len(sample.token_ids) for sample in seen.samples],
+        [len(sample.logits_RQ) for sample in seen.samples],
+        [(1, entry.num_tokens) for entry in seen.maps],
+        causal=causal,
+    )

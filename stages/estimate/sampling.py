@@ -26,14 +26,28 @@ Counts = Mapping[str, float]
 """Amount of each of `UNITS`."""
 
 
+def count_units(
+    tokens: Sequence[float], answer_rows: Sequence[float], maps: Sequence[tuple[float, int]], *, causal: bool
+) -> Counts:
+    """Counts of samples by the tokens and the answer rows of each; a map is how much of it counts and its N."""
+    return {
+        "samples": len(tokens),
+        "tokens": sum(tokens),
+        "answer_rows": sum(answer_rows),
+        "maps": sum(share for share, _ in maps),
+        "image_tokens": sum(share * num_tokens for share, num_tokens in maps),
+        "map_entries": sum(share * num_entries(num_tokens, causal) for share, num_tokens in maps),
+    }
+
+
 @dataclass(frozen=True)
 class SampledBlock:
     """A block of consecutive samples, read and tokenised."""
 
     num_read: int
     counts: Counts
-    skipped: tuple[SkippedSample, ...]
-    kept: tuple[StoredSample, ...]
+    skipped: Sequence[SkippedSample]
+    kept: Sequence[StoredSample]
     """The first usable samples, as many as were asked for."""
 
 
@@ -64,45 +78,21 @@ class SetCounts:
         return [skipped for block in self.blocks for skipped in block.skipped]
 
 
-def sample_set(
-    samples: SampleSet,
-    encoder: ConversationEncoder,
-    config: EstimateConfig,
-    *,
-    causal: bool,
-    num_kept: int = 0,
-    progress: Progress = SILENT,
-) -> SetCounts:
-    """Reads and tokenises a random sample of a sample set; see `plan_blocks` and `count_blocks`.
+def plan_blocks(num_samples: int, config: EstimateConfig) -> list[range]:
+    """Blocks of consecutive sample numbers, one with a random start from each of some equal parts of the set.
 
-    Raises:
-        UserError: If the set is empty.
-    """
-    index = samples.index
-    planned = plan_blocks(index.num_samples, config.num_blocks, config.num_sampled, config.seed)
-    kept_per_block = -(-num_kept // len(planned))
-    blocks = count_blocks(samples, encoder, planned, causal=causal, num_kept=kept_per_block, progress=progress)
-    num_read = sum(block.num_read for block in blocks)
-    per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
-    return SetCounts([entry.num_samples for entry in index.shards], per_sample, blocks, samples.store.url)
-
-
-def plan_blocks(num_samples: int, num_blocks: int, num_sampled: int, seed: int) -> list[range]:
-    """Blocks of consecutive sample numbers, one with a random start from each of `num_blocks` equal parts of the set.
-
-    With `num_sampled` of at least `num_samples` they are the whole set.
+    If as many samples are asked for as there are, the blocks are the whole set.
 
     Raises:
         UserError: If the set is empty.
     """
     if not num_samples:
         raise UserError("the sample set is empty, so there is nothing to estimate; pack samples first")
-    rng = random.Random(seed)  # noqa: S311
-    num_blocks = min(num_blocks, num_samples)
-    bounds = [num_samples * part // num_blocks for part in range(num_blocks + 1)]
+    rng = random.Random(config.seed)  # noqa: S311
+    num_blocks = min(config.num_blocks, num_samples)
     blocks = []
-    for first, end in itertools.pairwise(bounds):
-        length = min(-(-num_sampled // num_blocks), end - first)
+    for first, end in itertools.pairwise(num_samples * part // num_blocks for part in range(num_blocks + 1)):
+        length = min(-(-config.num_sampled // num_blocks), end - first)
         start = rng.randint(first, end - length)
         blocks.append(range(start, start + length))
     return blocks
@@ -116,8 +106,8 @@ def count_blocks(
     causal: bool,
     num_kept: int = 0,
     progress: Progress = SILENT,
-) -> list[SampledBlock]:
-    """Reads and tokenises the samples of each block.
+) -> SetCounts:
+    """Reads and tokenises the samples of each block; the blocks keep `num_kept` of them, if so many are usable.
 
     Where g samples of a shard share a map, each counts 1/g of it. The samples beside the block's ends are read for
     this, so that a block that begins among conversations about one image does not count a map too many.
@@ -125,34 +115,37 @@ def count_blocks(
     task = progress.task("count", sum(map(len, planned)))
     blocks = []
     for numbers in planned:
-        counts = dict.fromkeys(UNITS, 0.0)
+        usable: list[PreparedSample] = []
+        shares: list[float] = []
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
         for shard_number, rows in _by_shard(samples.index, numbers):
             with samples.shard(shard_number) as shard:
                 prepare = SamplePreparer(encoder, shard, Timings())
-                usable = []
+                num_before = len(usable)
                 for row in rows:
-                    found = prepare(row)
+                    task.advance()
+                    stored = shard.read(row)
+                    found = prepare.make(row, stored)
                     if isinstance(found, SkippedSample):
                         skipped.append(found)
-                    else:
-                        found.encoded.pixel_inputs.clear()
-                        usable.append(found)
-                        if len(kept) < num_kept:
-                            kept.append(shard.read(row))
-                    task.advance()
-                shares = _shares(prepare, len(shard), usable)
-            for sample, share in zip(usable, shares, strict=True):
-                num_tokens = len(sample.encoded.image_positions)
-                counts["samples"] += 1
-                counts["tokens"] += len(sample.encoded.token_ids)
-                counts["answer_rows"] += int(sample.encoded.answer_mask.sum())
-                counts["maps"] += share
-                counts["image_tokens"] += share * num_tokens
-                counts["map_entries"] += share * num_entries(num_tokens, causal)
-        blocks.append(SampledBlock(len(numbers), counts, tuple(skipped), tuple(kept)))
-    return blocks
+                        continue
+                    found.encoded.pixel_inputs.clear()
+                    usable.append(found)
+                    if len(kept) < -(-num_kept // len(planned)):
+                        kept.append(stored)
+                shares += _shares(prepare, len(shard), usable[num_before:])
+        each = [sample.encoded for sample in usable]
+        counts = count_units(
+            [len(one.token_ids) for one in each],
+            [int(one.answer_mask.sum()) for one in each],
+            [(share, len(one.image_positions)) for share, one in zip(shares, each, strict=True)],
+            causal=causal,
+        )
+        blocks.append(SampledBlock(len(numbers), counts, skipped, kept))
+    num_read = sum(map(len, planned))
+    per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
+    return SetCounts([entry.num_samples for entry in samples.index.shards], per_sample, blocks, samples.store.url)
 
 
 def _shares(prepare: SamplePreparer, num_rows: int, samples: Sequence[PreparedSample]) -> list[float]:

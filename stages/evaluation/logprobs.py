@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.conversations.encoder import EncodedConversation
-from stages.families import llava
+from stages.families import LLAVA
 from stages.student.model.inputs import family_of_model, model_inputs
 from storage.errors import UserError
 
@@ -76,7 +76,7 @@ class RowReader:
     def _inputs(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """What both the model and its base model take; embeddings where the sequences of a group share an image."""
         items = [item for group in groups for item in group]
-        if family_of_model(self.model) is not llava.FAMILY:
+        if family_of_model(self.model) is not LLAVA:
             return model_inputs(self.model, items)
         inputs = model_inputs(self.model, [replace(item, pixel_inputs={}) for item in items])
         is_image_BT = inputs["input_ids"] == self.model.config.image_token_id

@@ -83,7 +83,7 @@ def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) ->
     if unknown:
         raise UserError(
             f"the image processor gives {sorted(unknown)}, the family of {'/'.join(family.model_types)} takes "
-            f"{sorted(family.pixel_inputs)}; name the input in the family's file in stages/families/"
+            f"{sorted(family.pixel_inputs)}; name the input in the family's entry in stages/families"
         )
     joined = {}
     for name, joining in family.pixel_inputs.items():

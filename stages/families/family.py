@@ -1,7 +1,7 @@
 """What the project must know of a model family."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Joining = Literal["cat", "pad"]
@@ -32,8 +32,8 @@ class Family:
     model_types: tuple[str, ...]
     vision_prefixes: tuple[str, ...]
     projector_prefixes: tuple[str, ...]
-    causal_image_tokens: bool
-    pixel_inputs: Mapping[str, Joining]
+    causal_image_tokens: bool = True
+    pixel_inputs: Mapping[str, Joining] = field(default_factory=lambda: {"pixel_values": "cat"})
     modality_input: str | None = None
     features_enter_once: bool = True
     pixels_without_text: bool = True
@@ -50,6 +50,5 @@ class Family:
 
     def why_not_with_own_vision(self) -> str | None:
         """Why it can neither be a student with its own vision tower and projector nor teach one; None if it can."""
-        if not self.causal_image_tokens:
-            return "its image tokens attend in both directions, and only causal maps are matched"
-        return None
+        both_ways = "its image tokens attend in both directions, and only causal maps are matched"
+        return None if self.causal_image_tokens else both_ways

@@ -14,9 +14,7 @@ class ImageFolder:
         """`max_pixels` bounds width times height, `max_bytes` the file; larger ones are unusable."""
         if not root.is_dir():
             raise UserError(f"no image folder at {root}; give the folder that image paths are relative to")
-        self._root = root.resolve()
-        self._max_pixels = max_pixels
-        self._max_bytes = max_bytes
+        self._root, self._max_pixels, self._max_bytes = root.resolve(), max_pixels, max_bytes
         self._verdicts: dict[str, UnusableSample | None] = {}
 
     def read(self, relative: str) -> bytes:
@@ -26,8 +24,7 @@ class ImageFolder:
             UnusableSample: If the file is missing, outside the folder, too large, or not an image.
             UserError: If the file exists and cannot be read.
         """
-        verdict = self._verdicts.get(relative)
-        if verdict is not None:
+        if (verdict := self._verdicts.get(relative)) is not None:
             raise verdict
         try:
             data = self._read_bytes(relative)
@@ -55,8 +52,7 @@ class ImageFolder:
                 above = Path(relative).parts[:1] == (self._root.name,) and (self._root.parent / relative).is_file()
                 hint = "; it is one of the folder above, so give that" if above else ""
                 raise UnusableSample("missing_image", f"{relative} is not a file of the image folder{hint}")
-            num_bytes = path.stat().st_size
-            if num_bytes > self._max_bytes:
+            if (num_bytes := path.stat().st_size) > self._max_bytes:
                 raise UnusableSample("image_too_large", f"{relative} has {num_bytes:,} bytes")
             return path.read_bytes()
         except RuntimeError as error:  # a loop of symbolic links

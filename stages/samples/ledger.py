@@ -22,7 +22,6 @@ class SkippedRecord(StrictModel):
     reason: str
     """A word of `stages.unusable_sample.Reason`."""
     detail: str
-    """What was found."""
 
 
 class Ledger:

@@ -22,8 +22,7 @@ class JsonList:
     """One JSON list, held in memory; positions are indices."""
 
     def __init__(self, source: Path) -> None:
-        num_bytes = source.stat().st_size
-        if num_bytes > MAX_JSON_BYTES:
+        if (num_bytes := source.stat().st_size) > MAX_JSON_BYTES:
             raise UserError(
                 f"{source} has {num_bytes:,} bytes; a JSON list is read whole and may have "
                 f"{MAX_JSON_BYTES:,}; write one record a line and name the file .jsonl: those are streamed"
@@ -92,8 +91,9 @@ class JsonLines:
             line = lines.readline(MAX_LINE_BYTES + 1)
         if len(line) > MAX_LINE_BYTES:
             raise UnusableSample("line_too_long", f"over {MAX_LINE_BYTES:,} bytes at byte {position}")
+        value: object
         try:
-            value: object = json.loads(line.decode("utf-8"))
+            value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UnusableSample("not_utf8", f"at byte {position + error.start}") from error
         except json.JSONDecodeError as error:

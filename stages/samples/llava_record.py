@@ -22,13 +22,9 @@ class LlavaRecord:
 
     def as_json(self) -> dict[str, object]:
         """The stored form: LLaVA's own, without keys that LLaVA does not define."""
-        record: dict[str, object] = {"id": self.id}
-        if len(self.images) == 1:
-            record["image"] = self.images[0]
-        elif self.images:
-            record["image"] = list(self.images)
-        record["conversations"] = [{"from": role, "value": text} for role, text in self.turns]
-        return record
+        images = {"image": self.images[0] if len(self.images) == 1 else list(self.images)} if self.images else {}
+        turns = [{"from": role, "value": text} for role, text in self.turns]
+        return {"id": self.id, **images, "conversations": turns}
 
 
 def record_id(value: object, ordinal: int) -> str | None:

@@ -41,19 +41,16 @@ class PackReport(StrictModel):
     """What packing did; `pack-report.json` beside the shards."""
 
     num_samples: int
-    """Samples in the shards."""
     num_images: int
-    """Distinct image files among them."""
+    """Distinct image files of these samples."""
     num_text_only: int
     """Samples without an image."""
     num_skipped: dict[str, int]
     """Samples left out, by reason."""
     num_shards: int
-    """Tar files."""
     num_bytes: int
-    """Bytes of all tar files."""
+    """Of all tar files."""
     seconds: float
-    """Wall-clock time."""
 
 
 @dataclass(slots=True)
@@ -65,11 +62,7 @@ class _Group:
 
 
 def pack_samples(
-    source: Path,
-    images: Path,
-    out: Path,
-    config: PackConfig | None = None,
-    progress: Progress = SILENT,
+    source: Path, images: Path, out: Path, config: PackConfig | None = None, progress: Progress = SILENT
 ) -> PackReport:
     """Pack the LLaVA data file `source`, whose image paths are relative to `images`, into shards in `out`.
 
@@ -157,13 +150,9 @@ class _Packer:
     """The second pass: reads each group's images and records and hands them to the shard writer."""
 
     def __init__(self, records: LlavaRecords, folder: ImageFolder, ledger: Ledger, config: PackConfig) -> None:
-        self._records = records
-        self._folder = folder
-        self._ledger = ledger
-        self._config = config
+        self._records, self._folder, self._ledger, self._config = records, folder, ledger, config
         self.images: set[str] = set()
-        self.num_samples = 0
-        self.num_text_only = 0
+        self.num_samples = self.num_text_only = 0
 
     def pack(self, groups: Sequence[_Group], staged: StagedFolder, progress: Progress) -> None:
         """Write the shards of `groups` into the staging folder, or raise TooManySkipped."""

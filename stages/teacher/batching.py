@@ -61,11 +61,6 @@ class PreparedSample:
         """T of its batch."""
         return -(-len(self.encoded.token_ids) // LENGTH_STEP) * LENGTH_STEP
 
-    @property
-    def pixel_bytes(self) -> int:
-        """Memory of its pixels."""
-        return sum(pixels.nbytes for pixels in self.encoded.pixel_inputs.values())
-
 
 class SamplePreparer:
     """Reads, decodes and tokenizes one row of a shard; for several threads at once."""
@@ -92,12 +87,10 @@ class SamplePreparer:
 def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
     if not len(encoded.image_positions):
         return None
-    digest = hashlib.sha256()
-    for data in sample.images:
-        digest.update(hashlib.sha256(data).digest())
     last = int(encoded.image_positions[-1])
-    digest.update(encoded.token_ids[: last + 1].to(torch.int64).numpy().tobytes())
-    return digest.hexdigest()
+    tokens = encoded.token_ids[: last + 1].to(torch.int64).numpy().tobytes()
+    images = b"".join(hashlib.sha256(data).digest() for data in sample.images)
+    return hashlib.sha256(images + tokens).hexdigest()
 
 
 class BatchSize:
@@ -167,7 +160,7 @@ class LengthBatcher:
             return self._held.pop(sample.padded_length)
         held = [one for group in self._held.values() for one in group]
         too_many = len(held) >= max(HELD_BATCHES * self._size.value, LEAST_HELD)
-        if too_many or sum(one.pixel_bytes for one in held) >= HELD_BYTES:
+        if too_many or sum(pixels.nbytes for one in held for pixels in one.encoded.pixel_inputs.values()) >= HELD_BYTES:
             return self._held.pop(max(self._held, key=lambda length: (len(self._held[length]), length)))
         return None
 

@@ -41,8 +41,7 @@ def run_teacher(
     Raises:
         torch.OutOfMemoryError: If the batch does not fit; nothing of it is kept then.
     """
-    device = teacher.model.device
-    layers = teacher.identity.layers
+    device, layers = teacher.model.device, teacher.identity.layers
     no_positions = torch.zeros(0, dtype=torch.long)
     capture = AttentionCapture(
         layers=frozenset(layers),
@@ -77,8 +76,7 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
         The records on the CPU, and `[R]` bool: whether all logits of the row were finite (the record of a row that
         is not means nothing).
     """
-    head = teacher.model.get_output_embeddings()
-    codec = teacher.identity.logit_codec
+    head, codec = teacher.model.get_output_embeddings(), AnswerLogitsCodec(teacher.identity.logit_codec)
     num_rows = len(hidden_Rd)
     hidden_Rd = pad(hidden_Rd, (0, 0, 0, -num_rows % ROW_STEP))
     addresses_R = pad(addresses_R, (0, -num_rows % ROW_STEP))
@@ -87,7 +85,7 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
         logits_RV = head(rows_Rd).float()
         finite_R = torch.isfinite(logits_RV).all(-1)
         logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
-        records.append(AnswerLogitsCodec(codec).encode(logits_RV, seeds_R).cpu())
+        records.append(codec.encode(logits_RV, seeds_R).cpu())
         finite.append(finite_R.cpu())
     return torch.cat(records)[:num_rows], torch.cat(finite)[:num_rows]
 

@@ -84,17 +84,16 @@ def run_isolated(
 
 def _fault(work: ShardWork, prepare: SamplePreparer, row: int, stored: StoredSample) -> str | None:
     """What one sample raises; None when the teacher took it, or it is known to be unusable."""
-    admitted = None
+    sample: PreparedSample | SkippedSample | None = None
     try:
         sample = prepare.make(row, stored)
         if work.admit(sample):
-            admitted = sample
             work.run([sample])
     except _NOT_A_SAMPLES_FAULT:
         raise
     except Exception as error:
-        if admitted is not None:
-            work.forget(admitted)
+        if isinstance(sample, PreparedSample):
+            work.forget(sample)
         return _text(error)
     return None
 

@@ -57,13 +57,9 @@ class MapCoder:
         with torch.inference_mode(), stream, self._timings.measured("coding"):
             if not all(bool(torch.isfinite(map_NN).all()) for map_NN in maps):
                 return None
+            codec, cpu = self._teacher.identity.map_codec, torch.device("cpu")
             try:
-                return self._encode(torch.stack(maps))
+                return codec.encode(torch.stack(maps)).to(cpu)
             except torch.OutOfMemoryError:
                 # The next batch has the GPU's memory; the CPU is slower, and nobody waits.
-                return self._encode(torch.stack([map_NN.cpu() for map_NN in maps]))
-
-    def _encode(self, maps_LNN: Tensor) -> EncodedMaps:
-        """Codes of each layer, and what makes the windows exact, computed where the maps are."""
-        identity, cpu = self._teacher.identity, torch.device("cpu")
-        return identity.map_codec.encode(maps_LNN).to(cpu)
+                return codec.encode(torch.stack([map_NN.cpu() for map_NN in maps]))

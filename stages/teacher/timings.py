@@ -50,6 +50,5 @@ class Timings:
 
 def waited_share(seconds: dict[str, float]) -> float | None:
     """Part of a teacher's time in which it stood idle though there was work; None before its first forward pass."""
-    busy = seconds.get("forward", 0.0)
-    waited = seconds.get("waited", 0.0)
+    busy, waited = seconds.get("forward", 0.0), seconds.get("waited", 0.0)
     return waited / (busy + waited) if busy else None

@@ -12,6 +12,7 @@ from stages.samples.pack import pack_samples
 NEARNESS = 0.15
 
 
+@pytest.mark.slow
 def test_estimate_and_extraction_are_compared_in_bytes_and_by_both_clocks(tmp_path: Path) -> None:
     write_dataset(tmp_path / "scenes", 8, 0, "shapes", 1)
     pack_samples(tmp_path / "scenes/train.json", tmp_path / "scenes", tmp_path / "samples")

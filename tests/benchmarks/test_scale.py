@@ -30,6 +30,7 @@ def test_objects_and_bytes_of_a_commit_record_are_those_of_a_store(tmp_path: Pat
     assert len(record.to_bytes()) == pytest.approx(Assumed().commit_bytes, rel=0.15)
 
 
+@pytest.mark.slow
 def test_index_and_packing_are_measured_in_processes_of_their_own(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(scale, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["scale.py", "--measure", "--shards", "2000", "--samples", "300"])

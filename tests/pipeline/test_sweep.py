@@ -82,6 +82,7 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     assert SweepReport.model_validate_json((output / "sweep.json").read_text()) == report
 
 
+@pytest.mark.slow
 def test_figures_of_a_student_are_measured_again_once_it_or_what_it_is_compared_on_is_another(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,7 +115,10 @@ def stop_at(stage: StageName, step: int) -> AtEachStep:
     return AtEachStep(stop)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("dpt", 1), ("dpt", 3), ("dft", 1), ("dft", 4)])
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [("dpt", 3), ("dft", 4), *(pytest.param(stage, 1, marks=pytest.mark.slow) for stage in ("dpt", "dft"))],
+)
 def test_a_stopped_stage_goes_on_to_the_same_weights(
     stage: StageName, step: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -153,7 +156,9 @@ def test_a_stage_does_not_go_on_from_another_start(tiny: TinyWorld, targets: Pat
     assert tree(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("finished", [False, True], ids=["half-finished", "finished"])
+@pytest.mark.parametrize(
+    "finished", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["half-finished", "finished"]
+)
 def test_a_stage_does_not_go_on_from_a_stage_before_it_that_was_trained_anew(
     finished: bool, tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:

@@ -39,7 +39,7 @@ def same(left: Path, right: Path, stage: str = "dpt") -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("damaged", ["tar", "shard"])
+@pytest.mark.parametrize("damaged", ["tar", pytest.param("shard", marks=pytest.mark.slow)])
 def test_damaged_data_ends_the_command_with_the_shard_and_the_command_to_use(
     damaged: str, tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +112,7 @@ def test_a_subset_and_a_budget_are_what_is_trained_on(tiny: TinyWorld, targets: 
         train(run_file(tiny, targets, tmp_path / "both", *settings, f"train.data.sources={source}"), ["dpt"])
 
 
+@pytest.mark.slow
 def test_the_cut_into_microbatches_and_bucketing_change_the_weights_by_rounding_only(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def assert_same_students(found: Path, expected: Path) -> None:
         assert weights(found, stage) == weights(expected, stage), stage
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("step", [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_goes_on_to_the_same_weights(
     step: int, tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.conversations.encoder import EncodedConversation
-from stages.families import FAMILIES, family_of, llava
+from stages.families import FAMILIES, LLAVA, family_of
 from stages.families.batch import batch_inputs, move_inputs
 from stages.families.family import Family
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
@@ -36,7 +36,7 @@ def family_of_model(model: PreTrainedModel, conversations: Sequence[EncodedConve
         # The student's decoder is not told where images are.
         return replace(family_of(model.config.teacher_config.model_type), modality_input=None)
     if isinstance(model, OWN_CLASSES):
-        return llava.FAMILY
+        return LLAVA
     if model.config.model_type in FAMILIES:
         return FAMILIES[model.config.model_type]
     accepted = inspect.signature(model.base_model.forward).parameters

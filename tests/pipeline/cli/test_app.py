@@ -140,6 +140,7 @@ def test_the_whole_pipeline_runs_by_commands_and_trains_without_the_teacher(
     assert all(-1 <= value <= 1 for value in found["similarity"])
 
 
+@pytest.mark.slow
 def test_a_saved_student_loads_in_a_fresh_process_with_the_same_logits(undisturbed: Path, tmp_path: Path) -> None:
     folder = undisturbed / "sft" / "student"
     command = [sys.executable, "-c", LOGITS, folder, tmp_path / "fresh"]

@@ -29,6 +29,7 @@ from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
+from tests.pipeline.in_process import without_ray
 from tests.pipeline.processes import start_cdp, tree
 from tests.processes import descendants, kill_when, runs_until, wait_until_dead
 from tests.recorded_progress import RecordedProgress
@@ -103,6 +104,7 @@ def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets
     assert same_targets(store, targets)
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_sample(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
@@ -113,7 +115,7 @@ def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_s
     shutil.rmtree(next((store / "shards").glob("000004-*")))
     (store / "shards/000002.zarr.left.partial").mkdir()
     progress = RecordedProgress()
-    report = run(tiny, store, progress=progress, workers=2)
+    report = run(tiny, store, progress=progress)
     assert report.shards_made_now == 2
     whole = progress.named("extract")
     assert whole.total == whole.done == NUM_SAMPLES
@@ -121,6 +123,7 @@ def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_s
     assert same_targets(store, targets)
 
 
+@pytest.mark.slow
 def test_a_driver_killed_in_the_middle_leaves_nothing_that_a_rerun_does_not_mend(
     tiny: TinyWorld, targets: Path, ray_address: str, tmp_path: Path
 ) -> None:
@@ -128,8 +131,8 @@ def test_a_driver_killed_in_the_middle_leaves_nothing_that_a_rerun_does_not_mend
     _kill_a_driver(tiny, store, "--ray-address", ray_address)
     committed = len(list((store / "commits").glob("0*.json")))
     assert committed > 0
-    report = run(tiny, store)
-    assert report.samples == NUM_SAMPLES
+    with without_ray():
+        assert run(tiny, store).samples == NUM_SAMPLES
     assert same_targets(store, targets)
 
 
@@ -139,10 +142,12 @@ def test_a_driver_killed_together_with_its_own_local_cluster_can_be_run_again(
 ) -> None:
     store = tmp_path / "store"
     _kill_a_driver(tiny, store)
-    assert run(tiny, store).samples == NUM_SAMPLES
+    with without_ray():
+        assert run(tiny, store).samples == NUM_SAMPLES
     assert same_targets(store, targets)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_workers_on_a_cluster_and_says_what_is_stored(
     tiny: TinyWorld, ray_address: str, tmp_path: Path
 ) -> None:
@@ -159,7 +164,8 @@ def test_a_driver_asked_to_stop_ends_with_its_own_cluster_and_can_be_run_again(
     store, err = tmp_path / "store", tmp_path / "err.txt"
     driver = _start_a_driver(tiny, store, err=err)
     _stop_in_the_middle(driver, number, store, err, driver.pid)
-    assert run(tiny, store).samples == NUM_SAMPLES
+    with without_ray():
+        assert run(tiny, store).samples == NUM_SAMPLES
     assert same_targets(store, targets)
 
 
@@ -275,6 +281,7 @@ def test_a_shard_that_always_fails_is_reported_after_its_attempts_and_the_others
     assert worker.samples == report.samples
 
 
+@pytest.mark.usefixtures("shards_made_here")
 def test_a_worker_that_sees_another_teacher_than_the_driver_ends_the_run(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def extract_with(tiny: TinyWorld, out: Path, batch_sizes: list[int | None], seed
     return tree(out)
 
 
+@pytest.mark.slow
 def test_workers_order_and_batch_size_change_no_byte(tiny: TinyWorld, tmp_path: Path) -> None:
     expected = extract_with(tiny, tmp_path / "one", [4], seed=None)
     assert sum(name.startswith("commits/") for name in expected) >= NUM_SAMPLES / SAMPLES_PER_SHARD

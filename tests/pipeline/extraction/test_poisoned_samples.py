@@ -24,6 +24,7 @@ from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
 from storage.targets.store import TargetStore
 from tests.conftest import NUM_SAMPLES, TinyWorld
+from tests.pipeline.in_process import without_ray
 from tests.pipeline.processes import tree
 
 pytestmark = pytest.mark.usefixtures("ray_address")
@@ -96,7 +97,7 @@ def run(tiny: TinyWorld, store: Path, **settings: Any) -> ExtractionReport:
     [
         pytest.param(meet_nan, "not_finite"),
         pytest.param(meet_little_memory, "out_of_memory", marks=pytest.mark.slow),
-        pytest.param(meet_an_error, "teacher_error"),
+        pytest.param(meet_an_error, "teacher_error", marks=pytest.mark.slow),
         pytest.param(meet_the_memory_killer, "kills_worker", marks=pytest.mark.slow),
         pytest.param(meet_a_device_assert, "kills_worker", marks=pytest.mark.slow),
     ],
@@ -152,12 +153,10 @@ def test_which_sample_is_at_fault_is_in_the_ledger_and_how_it_was_found_in_the_r
     assert sum(one.counts for one in tries) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("meet", "why"),
-    [
-        pytest.param(meet_an_error, "index 7 is out of bounds"),
-        pytest.param(meet_the_memory_killer, "its worker process died", marks=pytest.mark.slow),
-    ],
+    [(meet_an_error, "index 7 is out of bounds"), (meet_the_memory_killer, "its worker process died")],
 )
 def test_with_one_attempt_a_shard_is_given_up_unsearched_and_a_rerun_without_the_fault_gives_the_same_bytes(
     meet: Callable[[Any], None],
@@ -173,7 +172,8 @@ def test_with_one_attempt_a_shard_is_given_up_unsearched_and_a_rerun_without_the
         with pytest.raises(UserError, match=rf"1 of \d+ shards could not be made(.|\n)*shard \d+: .*{why}"):
             run(tiny, store, max_attempts=1)
     _only_the_poisoned_shard_is_missing(store)
-    assert run(tiny, store).shards_made_now == 1
+    with without_ray():
+        assert run(tiny, store).shards_made_now == 1
     assert tree(store, *LASTING) == tree(targets, *LASTING)
 
 
@@ -204,6 +204,7 @@ class BrokenEnvironment(ShardExtractor):
         stages.teacher.observe.run_teacher = run_teacher
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_disk_puts_no_sample_into_the_ledger_and_a_rerun_gives_the_same_bytes(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +214,8 @@ def test_a_fault_of_the_disk_puts_no_sample_into_the_ledger_and_a_rerun_gives_th
         with pytest.raises(UserError, match=r"1 of \d+ shards could not be made(.|\n)*No space left on device"):
             run(tiny, store)
     _only_the_poisoned_shard_is_missing(store)
-    run(tiny, store)
+    with without_ray():
+        run(tiny, store)
     assert tree(store, *LASTING) == tree(targets, *LASTING)
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.estimate.report import EstimateConfig
 from stages.estimate.sampling import UNITS, count_blocks, plan_blocks
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
@@ -20,7 +21,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     ("num_samples", "num_blocks", "num_sampled"), [(1000, 8, 64), (100, 8, 1000), (3, 8, 64), (50, 7, 49)]
 )
 def test_blocks_are_disjoint_and_lie_within_the_set(num_samples: int, num_blocks: int, num_sampled: int) -> None:
-    blocks = plan_blocks(num_samples, num_blocks, num_sampled, seed=1)
+    blocks = _planned(num_samples, num_blocks, num_sampled, seed=1)
     drawn = [number for block in blocks for number in block]
     assert drawn == sorted(set(drawn))
     assert drawn[0] >= 0
@@ -29,19 +30,19 @@ def test_blocks_are_disjoint_and_lie_within_the_set(num_samples: int, num_blocks
 
 
 def test_enough_samples_are_the_whole_set_and_the_seed_moves_the_blocks() -> None:
-    assert [number for block in plan_blocks(101, 8, 200, seed=0) for number in block] == list(range(101))
-    assert plan_blocks(1000, 8, 64, seed=0) == plan_blocks(1000, 8, 64, seed=0)
-    assert plan_blocks(1000, 8, 64, seed=0) != plan_blocks(1000, 8, 64, seed=1)
+    assert [number for block in _planned(101, 8, 200, seed=0) for number in block] == list(range(101))
+    assert _planned(1000, 8, 64, seed=0) == _planned(1000, 8, 64, seed=0)
+    assert _planned(1000, 8, 64, seed=0) != _planned(1000, 8, 64, seed=1)
 
 
 def test_an_empty_set_is_refused() -> None:
     with pytest.raises(UserError, match="empty"):
-        plan_blocks(0, 8, 64, seed=0)
+        _planned(0, 8, 64, seed=0)
 
 
 def test_counts_of_the_whole_set_are_those_that_extraction_commits(tiny_data: TinyData, tmp_path: Path) -> None:
     teacher = load_teacher(TeacherConfig(checkpoint=str(tiny_data.teacher)))
-    found = _counted(teacher, tiny_data, plan_blocks(20, 5, 20, seed=0))
+    found = _counted(teacher, tiny_data, _planned(20, 5, 20, seed=0))
     records = extract_here(tiny_data, tmp_path / "targets").commits.values()
     assert found["samples"] == sum(record.num_samples for record in records)
     assert found["tokens"] == sum(record.num_tokens for record in records)
@@ -57,6 +58,10 @@ def test_blocks_of_one_sample_find_as_many_maps_as_one_block_of_all(tiny_data: T
     assert alone == pytest.approx(together)
 
 
+def _planned(num_samples: int, num_blocks: int, num_sampled: int, seed: int) -> list[range]:
+    return plan_blocks(num_samples, EstimateConfig(num_blocks=num_blocks, num_sampled=num_sampled, seed=seed))
+
+
 def _counted(teacher: Teacher, data: TinyData, blocks: list[range]) -> dict[str, float]:
-    counted = count_blocks(SampleSet.open(data.samples), teacher.encoder, blocks, causal=True)
+    counted = count_blocks(SampleSet.open(data.samples), teacher.encoder, blocks, causal=True).blocks
     return {unit: sum(block.counts[unit] for block in counted) for unit in UNITS}

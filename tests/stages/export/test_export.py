@@ -357,6 +357,7 @@ ROUNDED: dict[str, tuple[Dtype, bool, str]] = {
 """Precision, whether folded, class."""
 
 
+@pytest.mark.slow
 def test_an_export_of_another_precision_loads_in_it_where_only_transformers_is_and_says_what_rounding_changed(
     teacher: Path, extract: Callable[[str], Extracted], tmp_path: Path
 ) -> None:

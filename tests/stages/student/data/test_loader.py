@@ -152,6 +152,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_loader_processes_end_with_a_training_process_that_is_killed(data):
     command = [sys.executable, "-c", TRAINER, str(data)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:

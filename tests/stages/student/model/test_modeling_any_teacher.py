@@ -22,7 +22,7 @@ from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import MatchingConfig, match_layers
-from stages.student.losses import attention_alignment_loss
+from stages.student.losses.attention import attention_alignment_loss
 from stages.student.model.build import build_student
 from stages.student.model.loading import load_student
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
@@ -177,6 +177,7 @@ def test_a_family_that_can_have_no_student_is_refused_with_the_reason(
         make_student(extract(model_type), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stage_trains_on_tiles_and_generates(extract: Extract, tmp_path: Path) -> None:
     extracted = extract("llava_onevision")
     _, decoder = make_student(extracted, tmp_path)
