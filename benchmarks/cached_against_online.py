@@ -30,7 +30,8 @@ from pipeline.training import train
 from stages.samples.pack import PackConfig, pack_samples
 from stages.student.config import StageName
 from stages.student.data.batch import Batch
-from stages.student.losses import attention_alignment_loss, logit_distillation_loss
+from stages.student.losses.attention import attention_alignment_loss
+from stages.student.losses.logits import logit_distillation_loss
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from storage.codecs.windows import window_means, window_rows

@@ -40,7 +40,8 @@ from stages.conversations.answer_rows import AnswerRows
 from stages.student.config import DistilledFinetuning, LoraSettings
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
-from stages.student.losses import attention_alignment_loss, logit_distillation_loss
+from stages.student.losses.attention import attention_alignment_loss
+from stages.student.losses.logits import logit_distillation_loss
 from stages.student.model.build import student_config
 from stages.student.model.modeling_compodistill import CompoDistillStudentForConditionalGeneration
 from stages.student.model.trainable import keep_frozen_in, prepare_for_stage

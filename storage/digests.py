@@ -53,7 +53,7 @@ def parse_record(data: bytes, where: str, format_version: int, *, canonical: boo
         todo = "upgrade compodistill" if found > format_version else "make it again with this version"
         raise UserError(f"{where} has format version {found}, this version reads {format_version}; {todo}")
     if canonical:
-        check_canonical(fields, data, where)
+        _check_canonical(fields, data, where)
     return fields
 
 
@@ -64,12 +64,8 @@ def _digest_without(fields: dict[str, Any], *names: str) -> str:
         return ""
 
 
-def check_canonical(value: Any, data: bytes, where: str) -> None:
-    """Make sure that `data` is byte for byte what `canonical_json` makes of `value`, which was parsed from it.
-
-    Raises:
-        CorruptData: If it is not, or is nested deeper than `MAX_DEPTH`.
-    """
+def _check_canonical(value: Any, data: bytes, where: str) -> None:
+    """Make sure that `data` is what `canonical_json` makes of `value`, which was parsed from it, and not too deep."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [inner for item in level for inner in _inside(item)]

@@ -1,7 +1,4 @@
-"""Pictures of a model's visual attention: pooled maps laid over the image.
-
-Shape letters: B samples, N image tokens.
-"""
+"""Pictures of a model's visual attention: pooled maps laid over the image."""
 
 import math
 from dataclasses import dataclass
@@ -23,12 +20,7 @@ _WARM = (255, 90, 0)
 
 @dataclass(frozen=True)
 class PooledAttention:
-    """Attention that each image token receives, without sinks, mean over the matched pairs.
-
-    Attributes:
-        student_BN, teacher_BN: `[B, N]`, zero beyond a sample's own tokens.
-        num_tokens_B: Image tokens of each sample.
-    """
+    """Attention that each image token receives, without sinks, mean over the matched pairs; zero in the padding."""
 
     student_BN: Tensor
     teacher_BN: Tensor

@@ -3,7 +3,6 @@
 The similarity of two maps is the cosine over their causal entries below the sink threshold of either side. Any two
 models have similar pooled vectors, which the loss compares; raw maps separate models better.
 
-Shape letters: B samples, N image tokens, W windows, one for each matched student layer.
 """
 
 from collections.abc import Iterable

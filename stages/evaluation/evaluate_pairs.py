@@ -10,17 +10,10 @@ from torch import Tensor
 
 from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.encoder import ConversationEncoder
+from stages.evaluation import scoring
 from stages.evaluation.logprobs import RowReader
 from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport, KindResult
-from stages.evaluation.scoring import (
-    NO_LIMIT,
-    EvaluationConfig,
-    count_pairs,
-    letter_scores,
-    likelihood_scores,
-    share_of_first_letter,
-)
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 
@@ -31,7 +24,7 @@ def evaluate_pairs(
     model: Any,
     processor: Any,
     pairs: Mapping[str, Sequence[CaptionPair]],
-    config: EvaluationConfig,
+    config: scoring.EvaluationConfig,
     progress: Progress = SILENT,
     title: str = "evaluate",
 ) -> EvaluationReport:
@@ -47,8 +40,8 @@ def evaluate_pairs(
         raise UserError(f"no pairs of kind {', '.join(empty)}")
     if not pairs:
         raise UserError("no pairs to evaluate")
-    encoder = ConversationEncoder(processor, model.config.image_token_id, NO_LIMIT)
-    score = likelihood_scores if config.scoring == "likelihood" else letter_scores
+    encoder = ConversationEncoder(processor, model.config.image_token_id, scoring.NO_LIMIT)
+    score = scoring.likelihood_scores if config.scoring == "likelihood" else scoring.letter_scores
     task = progress.task(title, sum(map(len, pairs.values())), unit="pairs")
     was_training = model.training
     model.eval()
@@ -93,10 +86,10 @@ def wilson_interval(successes: float, num_trials: int) -> tuple[float, float]:
 
 def _sum_up(scores: Tensor) -> KindResult:
     """The result on one kind from its scores."""
-    counted = count_pairs(scores)
+    counted = scoring.count_pairs(scores)
     return KindResult(
         num_pairs=len(counted),
         accuracy=float(counted.mean()),
         interval_95=wilson_interval(float(counted.sum()), len(counted)),
-        first_letter_share=share_of_first_letter(scores) if scores.ndim == 3 else None,
+        first_letter_share=scoring.share_of_first_letter(scores) if scores.ndim == 3 else None,
     )

@@ -28,10 +28,7 @@ class CaptionPair:
 
 
 def load_pairs(
-    folder: Path,
-    images: Path | None = None,
-    kinds: Sequence[str] | None = None,
-    limit: int | None = None,
+    folder: Path, images: Path | None = None, kinds: Sequence[str] | None = None, limit: int | None = None
 ) -> dict[str, list[CaptionPair]]:
     """The first `limit` pairs of each kind: kinds in the order asked for, or by name, pairs in the order of their file.
 

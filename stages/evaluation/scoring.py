@@ -10,7 +10,6 @@ letter scores higher, 1/2 for equal scores, else 0. A model that always answers 
 
 Scores are `[pairs, 2]`, for letters `[pairs, 2, 2]`; the last axis is (fitting caption, negative caption).
 
-Shape letters: R rows, d hidden size.
 """
 
 import dataclasses

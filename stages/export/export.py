@@ -1,8 +1,8 @@
 """Exports a student to a Hugging Face folder that needs nothing of this project, and checks it against the student."""
 
-import inspect
 import shutil
 import time
+from inspect import getfile
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +63,7 @@ def export_student(
         dtype: What the weights are rounded to, after folding; None keeps the checkpoint's, float32 of a run.
         names: Of the models that it was made from, for the card.
         evaluation: For the card.
-        progress: Where the steps are counted.
+        progress: Counts three steps.
 
     Raises:
         UserError: If `output` holds something, `source` is no multimodal model, has no chat template or asks to run
@@ -100,7 +100,7 @@ def export_student(
             # The whole path is private.
             source="/".join(source.absolute().parts[-3:]),
             model_class=type(exported).__name__,
-            custom_code=_code_of(type(exported)).name if isinstance(exported, OWN_CLASSES) else None,
+            custom_code=Path(getfile(type(exported))).name if isinstance(exported, OWN_CLASSES) else None,
             post_connector=post_connector,
             dtype=str(stored).removeprefix("torch."),
             trained_dtype=str(trained).removeprefix("torch."),
@@ -140,9 +140,7 @@ def _save_rounded(
 ) -> tuple[int, Tensor, Tensor | None]:
     """Saves the model with its weights in `dtype`.
 
-    Returns:
-        Its number of parameters, the student's logits, and the model's logits before it was rounded; None where it was
-        not.
+    Returns its number of parameters, the student's logits, and the model's before it was rounded; None if it was not.
     """
     if dtype == student.dtype:
         num_parameters = _save(model, generation, folder)
@@ -157,7 +155,7 @@ def _save(model: PreTrainedModel, generation: GenerationConfig, folder: Path) ->
     """Writes weights, configs and, for a student of this project, its modelling file; returns how many parameters."""
     model.generation_config = generation
     if isinstance(model, OWN_CLASSES):
-        code = _code_of(type(model))
+        code = Path(getfile(type(model)))
         shutil.copyfile(code, folder / code.name)
         names = {"AutoConfig": type(model.config).__name__, "AutoModelForImageTextToText": type(model).__name__}
         model.config.auto_map = {auto: f"{code.stem}.{name}" for auto, name in names.items()}
@@ -179,10 +177,6 @@ def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
     note(model.config)
     return model.to(dtype)
-
-
-def _code_of(model_class: type) -> Path:
-    return Path(inspect.getfile(model_class))
 
 
 def _picture() -> Image.Image:

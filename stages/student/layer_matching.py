@@ -74,17 +74,11 @@ class LayerMatching:
 def match_layers(
     student_depth: int, manifest: Manifest, config: MatchingConfig, *, sink_mask: bool = True
 ) -> tuple[LayerMatching, list[str]]:
-    """Matching of a student with a store's captured layers.
+    """Matching of a student of that many decoder layers with a store's captured layers, and notes for the user.
 
-    Args:
-        student_depth: decoder layers of the student.
-        manifest: of the target store.
-        config: what is asked for. Without a number, it is the store's where that holds just the span, else what
-            `default_num_matched` says; for the span `all` it is the number of layers of the shallower model.
-        sink_mask: whether attention sinks are left out; only the notes depend on it.
-
-    Returns:
-        The matching, and notes for the user.
+    Where `config` has no number of layers, it is the store's where that holds just the span, else what
+    `default_num_matched` says; for the span `all` it is the number of layers of the shallower model. Only the notes
+    depend on `sink_mask`: whether attention sinks are left out.
 
     Raises:
         UserError: If layers are asked for that the student lacks, or that were not captured.
@@ -93,7 +87,12 @@ def match_layers(
     captured = fingerprint.layers
     if span is not None:
         captured = tuple(span_layers(manifest.num_layers, span))
-        _check_captured(captured, fingerprint.layers, span)
+        if not set(captured) <= set(fingerprint.layers):
+            raise UserError(
+                f"the {span} layers of the teacher are {captured[0]} to {captured[-1]}, but the targets hold layers "
+                f"{fingerprint.layers[0]} to {fingerprint.layers[-1]}; choose another train.matching.span, or extract "
+                f"with teacher.layers=[{', '.join(map(str, captured))}]"
+            )
     if layers is None:
         num_matched = config.num_matched or _default_num_matched(student_depth, fingerprint, captured, span)
         layers = student_layers(student_depth, num_matched, span or "middle")
@@ -127,15 +126,6 @@ def _default_num_matched(
     return min(shallower, most)
 
 
-def _check_captured(wanted: tuple[int, ...], captured: tuple[int, ...], span: LayerSpan) -> None:
-    if not set(wanted) <= set(captured):
-        raise UserError(
-            f"the {span} layers of the teacher are {wanted[0]} to {wanted[-1]}, but the targets hold layers "
-            f"{captured[0]} to {captured[-1]}; choose another train.matching.span, or extract with "
-            f"teacher.layers=[{', '.join(map(str, wanted))}]"
-        )
-
-
 def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -> str:
     """What masks of windows that are not stored are made of, and which extraction would store them."""
     count, name = len(found.windows), found.codec.name
@@ -150,7 +140,6 @@ def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -
     return (
         f"{count} layers are matched{how}{part} but the targets hold exact sink masks for {len(found.stored_windows)} "
         f"windows of {len(found.stored_windows[0])}: masks are made from decoded maps; the cosine between the "
-        "attention "
-        f"gradient and the exact one, measured on large maps, with {name} codes was at least {cosine} (docs/method.md; "
-        f"less with small maps); for exact ones extract with {remedy}"
+        f"attention gradient and the exact one, measured on large maps, with {name} codes was at least {cosine} "
+        f"(docs/method.md; less with small maps); for exact ones extract with {remedy}"
     )

@@ -51,11 +51,7 @@ class StageDescription:
 
 @dataclass(frozen=True)
 class StageFolder:
-    """The folder of one stage.
-
-    Attributes:
-        path: where it is, or will be.
-    """
+    """The folder of one stage, which may not exist yet."""
 
     path: Path
 
@@ -106,10 +102,9 @@ class StageFolder:
         """Which layers the stage matches; None for a stage that was not begun."""
         if (begun := self.begun_with()) is None:
             return None
-        prefix = "matching."
-        return MatchingConfig.model_validate(
-            {name.removeprefix(prefix): begun.settings[name] for name in begun.settings if name.startswith(prefix)}
-        )
+        prefix, settings = "matching.", begun.settings
+        own = {name.removeprefix(prefix): settings[name] for name in settings if name.startswith(prefix)}
+        return MatchingConfig.model_validate(own)
 
     def finish(self, report: StageReport) -> None:
         """Writes the report; after the student, since a stage with a report is finished."""
@@ -134,11 +129,7 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a training run.
-
-    Attributes:
-        path: where it is, or will be.
-    """
+    """The folder of a training run, which may not exist yet."""
 
     path: Path
 

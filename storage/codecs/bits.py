@@ -29,21 +29,12 @@ def unpack_narrow(packed: Tensor, count: int, width: int) -> Tensor:
     return torch.stack(positions, -1).flatten(-2)[..., :count]
 
 
-def pack_bits(bits_RJ: Tensor) -> Tensor:
-    """`[R, ceil(J / 8)]` uint8 of `[R, J]` bool, on the same device."""
-    return pack_narrow(bits_RJ.to(torch.uint8), 1)
-
-
-def unpack_bits(packed_RQ: Tensor, count: int) -> Tensor:
-    """`[R, count]` bool: the inverse of `pack_bits`."""
-    return unpack_narrow(packed_RQ, count, 1).bool()
-
-
 def pack_integers(values_RI: Tensor, width: int) -> Tensor:
     """`[R, ceil(I * width / 8)]` uint8: integer k is bits `[k * width, (k + 1) * width)`, its lowest bit first."""
     assert 1 <= width <= MAX_WIDTH
     shifts = torch.arange(width, dtype=torch.int32, device=values_RI.device)
-    return pack_bits(((values_RI.int()[..., None] >> shifts) & 1).flatten(1))
+    bits_RJ = ((values_RI.int()[..., None] >> shifts) & 1).flatten(1)
+    return pack_narrow(bits_RJ.to(torch.uint8), 1)
 
 
 def unpack_integers(packed_RQ: Tensor, count: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from storage.codecs.bits import pack_bits, unpack_bits
+from storage.codecs.bits import pack_narrow, unpack_narrow
 from storage.codecs.config import LogitCodecConfig
 
 LOWEST_LOGPROB = -50.0
@@ -25,8 +25,8 @@ def encode_kept(config: LogitCodecConfig, kept_RK: Tensor) -> list[Tensor]:
     depth_RI = ((top_R1 - kept_RK[:, config.num_values - 1 : -1]) / range_R1).clamp(0, 1)
     levels_RI = (depth_RI.sqrt() * (config.num_levels - 1)).round().long()
     positions_RI = levels_RI + torch.arange(config.num_coded, device=kept_RK.device)
-    bits_RJ = torch.zeros((len(kept_RK), config.num_level_bits), dtype=torch.bool, device=kept_RK.device)
-    return [values_RF.view(torch.uint8), pack_bits(bits_RJ.scatter_(1, positions_RI, True))]
+    bits_RJ = torch.zeros((len(kept_RK), config.num_level_bits), dtype=torch.uint8, device=kept_RK.device)
+    return [values_RF.view(torch.uint8), pack_narrow(bits_RJ.scatter_(1, positions_RI, 1), 1)]
 
 
 def decode_kept(config: LogitCodecConfig, values_RQ: Tensor, levels_RQ: Tensor) -> Tensor:
@@ -35,9 +35,9 @@ def decode_kept(config: LogitCodecConfig, values_RQ: Tensor, levels_RQ: Tensor) 
     if not config.num_coded:
         return values_RF
     top_R, lowest_R = values_RF[:, -2], values_RF[:, -1]
-    bits_RJ = unpack_bits(levels_RQ, config.num_level_bits)
+    bits_RJ = unpack_narrow(levels_RQ, config.num_level_bits, 1)
     # Positions of the ones: a stable sort puts them first, in order, and needs no copy to the host.
-    positions_RI = bits_RJ.byte().sort(dim=1, descending=True, stable=True).indices[:, : config.num_coded]
+    positions_RI = bits_RJ.sort(dim=1, descending=True, stable=True).indices[:, : config.num_coded]
     levels_RI = positions_RI - torch.arange(config.num_coded, device=levels_RQ.device)
     coded_RI = top_R[:, None] - (top_R - lowest_R)[:, None] * (levels_RI.float() / (config.num_levels - 1)).square()
     return torch.cat([values_RF[:, :-1], coded_RI, values_RF[:, -1:]], dim=1)

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import TypeVar
+from functools import cached_property, partial
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -11,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
 from storage.integrity.checks import Checks
-from storage.integrity.findings import Part
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store
 from storage.streaming.join import joined_rows
@@ -23,7 +21,6 @@ from storage.targets.teacher_assets import TEACHER, TEACHER_RECORD, TeacherRecor
 ROWS_AT_ONCE = 4096
 """Answer rows that are decoded together: some 10 MB."""
 
-_Record = TypeVar("_Record", bound=Committed)
 _SHARD_FOLDER = re.compile(rf"({SHARDS}/([0-9]{{6,}})-[0-9a-f]{{16}}\.zarr)/")
 _REPORT = "reports/extraction.json"
 
@@ -48,16 +45,14 @@ class TargetChecks(Checks):
     def load_shards(self) -> list[CommitRecord]:
         """The sound records of shards, in order."""
         paths = self.committed.items()
-        return [record for number, path in paths if (record := self._load(CommitRecord, number, path))]
+        found = [self.guarded(n, path, partial(CommitRecord.load, self.store, path)) for n, path in paths]
+        return [record for record in found if record]
 
     def load_teacher(self) -> TeacherRecord | None:
         """The record of `teacher/`, which an extraction writes before the first shard."""
         if any(path in (_REPORT, TEACHER_RECORD) or path.startswith(f"{TEACHER}/") for path in self.stored):
-            return self._load(TeacherRecord, TEACHER, TEACHER_RECORD)
+            return self.guarded(TEACHER, TEACHER_RECORD, lambda: TeacherRecord.load(self.store, TEACHER_RECORD))
         return None
-
-    def _load(self, kind: type[_Record], label: Part, path: str) -> _Record | None:
-        return self.guarded(label, path, lambda: kind.load(self.store, path))
 
     def check_manifest(self, manifest: Manifest | None, records: Sequence[Committed]) -> Manifest | None:
         """The manifest if it is the one of the records; if they agree on another one, it is it that was changed."""

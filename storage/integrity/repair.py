@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from storage.digests import canonical_json
 from storage.integrity.findings import Finding, VerifyReport
@@ -31,7 +30,7 @@ def repair(report: VerifyReport) -> RepairReport:
 
     No extraction may be running on the store: it could be about to commit a folder that is moved.
     """
-    store = open_store(Path(report.targets_url) if "://" not in report.targets_url else report.targets_url)
+    store = open_store(report.targets_url)
     paths = store.list()
     parts = {finding: _parts(finding, paths) for finding in report.findings}
     moved = tuple(dict.fromkeys(part for found in parts.values() for part in found))
@@ -63,8 +62,7 @@ def _parts(finding: Finding, paths: list[str]) -> list[str]:
 
 def _new_folder(store: Store, paths: list[str], reasons: bytes) -> str:
     """The first free number, taken by creating its list of reasons."""
-    taken = [int(match[1]) for match in map(_QUARANTINE_NUMBER.fullmatch, paths) if match]
-    number = max(taken, default=-1) + 1
+    number = max((int(match[1]) for match in map(_QUARANTINE_NUMBER.fullmatch, paths) if match), default=-1) + 1
     while True:
         folder = f"{QUARANTINE}/{number:04d}"
         if not store.exists(f"{folder}/findings.json") and store.create(f"{folder}/findings.json", reasons):

@@ -79,9 +79,7 @@ class SampleIndex:
         try:
             data = store.read(INDEX_PATH, MAX_INDEX_BYTES)
         except FileNotFoundError:
-            raise UserError(
-                f"{where} does not exist: {store.url} holds no finished sample set; run `cdp pack-samples`"
-            ) from None
+            raise UserError(f"{where} is absent: this is no finished sample set; run `cdp pack-samples`") from None
         stored = parse_record(data, where, SAMPLES_VERSION, canonical=False)
         del stored["format_version"]
         try:

@@ -61,9 +61,7 @@ def members_of(sample: StoredSample) -> list[Member]:
         ValueError: For a key that cannot be a member's name, and for images that are not JPEG, PNG or WebP.
     """
     if not is_key(sample.key):
-        raise ValueError(
-            f"sample key {sample.key!r} is no safe member name; use 1 to {MAX_KEY_CHARS} of A-Z a-z 0-9 _ -"
-        )
+        raise ValueError(f"key {sample.key!r} is no safe member name; use 1 to {MAX_KEY_CHARS} of A-Z a-z 0-9 _ -")
     record = json.dumps(sample.record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     members = [Member(f"{sample.key}.json", record.encode())]
     if largest := [len(data) for data in (members[0].data, *sample.images) if len(data) > MAX_MEMBER_BYTES]:

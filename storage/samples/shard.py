@@ -26,11 +26,6 @@ class SampleShard:
         self._path, self._entry, self._members, self._holder = path, entry, members, holder
         self._file = path.open("rb")
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The samples' keys in tar order."""
-        return tuple(members.key for members in self._members)
-
     def __len__(self) -> int:
         return self._entry.num_samples
 

@@ -35,9 +35,11 @@ class Store(Protocol):
     A store can be pickled and opened in another process: it holds its address, not a connection.
     """
 
-    @property
-    def url(self) -> str:
-        """What `open_store` takes to open the same store again."""
+    url: str
+    """What `open_store` takes to open the same store again."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """All bytes of a file; FileNotFoundError when it is absent, CorruptData when it has more than `max_bytes`."""

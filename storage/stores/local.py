@@ -19,14 +19,7 @@ class LocalStore(Store):
     def __init__(self, root: Path) -> None:
         # Absolute, so that a worker with another working folder opens the same store.
         self.root = Path(root).expanduser().absolute()
-
-    def __repr__(self) -> str:
-        return f"LocalStore({self.url!r})"
-
-    @property
-    def url(self) -> str:
-        """The folder's absolute path."""
-        return str(self.root)
+        self.url = str(self.root)
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """All bytes of a file, once its size is known to be allowed."""

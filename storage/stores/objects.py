@@ -42,19 +42,11 @@ class ObjectStore(Store):
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/") if not url.endswith("://") else url
-        scheme, _, rest = self._url.partition("://")
+        self.url = url.rstrip("/") if not url.endswith("://") else url
+        scheme, _, rest = self.url.partition("://")
         bucket, _, prefix = rest.partition("/")
         self._bucket = f"{scheme}://{bucket}"
         self._prefix = f"{relative_path(prefix)}/" if prefix else ""
-
-    def __repr__(self) -> str:
-        return f"ObjectStore({self.url!r})"
-
-    @property
-    def url(self) -> str:
-        """The address this store was opened with."""
-        return self._url
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """All bytes of an object, once its size is known to be allowed."""
@@ -237,9 +229,8 @@ class ObjectStore(Store):
                 change = "removed" if isinstance(error, FileNotFoundError) else "replaced"
                 raise CorruptData(f"{self.url}/{name} was {change} while it was read; run the command again") from None
         if len(data) != end - start:
-            raise StoreUnavailable(
-                f"{self.url}/{name}: asked for {end - start} bytes, the store sent {len(data)}; run the command again"
-            )
+            sizes = f"asked for {end - start} bytes, the store sent {len(data)}"
+            raise StoreUnavailable(f"{self.url}/{name}: {sizes}; run the command again")
         return data
 
     def _staging_dir(self) -> Path:

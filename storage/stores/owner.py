@@ -47,7 +47,8 @@ def remove_if_abandoned(path: Path) -> bool:
         if owned and owned["machine"] == _machine():
             in_work = _runs(int(owned["pid"]), int(owned["start"]))
         else:
-            in_work = time.time() - _newest(path) <= STALE_S
+            newest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+            in_work = time.time() - newest <= STALE_S
         if in_work:
             return False
         # Renamed first: of two cleaners one succeeds, and what is left of a killed one has a known owner again.
@@ -90,8 +91,3 @@ def _start_of(pid: int) -> int | None:
     except OSError:
         return None
     return 0 if fields[0] in "ZX" else int(fields[19])
-
-
-def _newest(path: Path) -> float:
-    """When it, or anything in it, was last changed."""
-    return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))

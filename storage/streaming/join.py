@@ -29,11 +29,9 @@ class StreamedSample:
     key: str
     """Equal in tar and targets."""
     record: dict[str, Any]
-    """The LLaVA conversation."""
     images: tuple[bytes, ...]
-    """Encoded images."""
+    """The LLaVA conversation, and its images as in `StoredSample`."""
     targets: SampleTargets
-    """Tokens, answer mask and answer logits."""
     maps: EncodedMaps | None
     """Attention maps of the asked layers; None without an image, or when no maps are wanted."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from storage.digests import digest_of
 from storage.errors import FingerprintMismatch, UserError
 from storage.samples.sample_set import SampleSet
-from storage.streaming.order import Ints, StreamConfig, epoch_order, num_steps, permutation, raw_bits, shard_rows
+from storage.streaming.order import Ints, StreamConfig, epoch_order, permutation, raw_bits, shard_rows
 from storage.targets.store import TargetStore
 
 MAY_DIFFER = frozenset({"samples", "max_length", "dtype"})
@@ -34,15 +34,14 @@ class Source:
 
     def description(self) -> dict[str, Any]:
         """What decides which targets a student sees: content, not places."""
-        keys = None if self.subset is None else digest_of(sorted(read_keys(self.subset)))
-        committed = sorted(self.targets.commits)
+        manifest, commits = self.targets.manifest, self.targets.commits
         # Of an incomplete store: the same number of samples may be others another time.
-        shards = {} if len(committed) == self.targets.manifest.num_shards else {"shards": digest_of(committed)}
+        shards = {} if len(commits) == manifest.num_shards else {"shards": digest_of(sorted(commits))}
         return {
-            "targets": self.targets.manifest.fingerprint.digest,
-            "num_samples": sum(record.num_samples for record in self.targets.commits.values()),
+            "targets": manifest.fingerprint.digest,
+            "num_samples": sum(record.num_samples for record in commits.values()),
             "weight": self.weight,
-            "subset": keys,
+            "subset": None if self.subset is None else digest_of(sorted(read_keys(self.subset))),
             **shards,
         }
 
@@ -75,8 +74,8 @@ class Mixture:
 
     @property
     def num_steps(self) -> int:
-        """Steps of each epoch."""
-        return num_steps(self.num_samples, self.config.batch_size)
+        """Steps of each epoch; the last one may have fewer samples."""
+        return -(-self.num_samples // self.config.batch_size)
 
     @property
     def group_rows(self) -> int:
@@ -212,7 +211,6 @@ def _turn(size: int, count: int, epoch: int, bits: np.random.PCG64) -> Ints:
             fresh = permutation(bits, size)
             again = np.isin(fresh, taken)
             # What this epoch has already comes last in the new pass.
-            fresh = np.concatenate([fresh[~again], fresh[again]])
-            more = count - len(taken)
-            taken, left = np.concatenate([taken, fresh[:more]]), fresh[more:]
+            fresh = np.concatenate([taken, fresh[~again], fresh[again]])
+            taken, left = fresh[:count], fresh[count:]
     return taken

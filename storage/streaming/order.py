@@ -50,11 +50,6 @@ def epoch_order(parts: Sequence[Ints], seed: int, epoch: int, shuffle_shards: in
     return np.concatenate(groups)
 
 
-def num_steps(num_samples: int, batch_size: int) -> int:
-    """Steps of an epoch; the last one may have fewer samples."""
-    return -(-num_samples // batch_size)
-
-
 def num_microbatches(num_samples: int, microbatch_size: int | None, world_size: int) -> int:
     """Microbatches in which each rank gets its part of a step of so many samples; at least 1."""
     return 1 if microbatch_size is None else max(1, -(-num_samples // (microbatch_size * world_size)))

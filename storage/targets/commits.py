@@ -180,8 +180,8 @@ def read_store(store: Store) -> tuple[Manifest, dict[int, CommitRecord]]:
         commits[record.shard] = record
         if record.manifest != manifest.digest:
             raise FingerprintMismatch(
-                f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, the store's "
-                f"is {manifest.digest[:12]}; restore it, or run `cdp verify --repair` and extract the shard again"
+                f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, not the "
+                f"store's {manifest.digest[:12]}; restore the manifest, or `cdp verify --repair` and extract it again"
             )
         if record.shard >= manifest.num_shards:
             found = f"{store.url} has a record of shard {record.shard}"

@@ -1,8 +1,8 @@
 """The arrays of one shard: names, types, chunks and codecs. FORMAT.md says the same in words.
 
-Letters: S samples, U bytes of their keys, T tokens of all samples, R answer rows of all samples, Q bytes of a row's
-record, M maps, W windows, L captured layers, P pairs of them, C stored codes of one layer of all maps, N image tokens
-of all maps, Y entries of the tail blocks of one layer of all maps, G bytes of flips of all maps.
+Letters: S samples, U bytes of their keys, T tokens, R answer rows, Q bytes of a row's record, M maps, W windows, L
+captured layers, P pairs of them; of all maps together N image tokens, C codes and Y tail block entries of one layer, G
+bytes of flips.
 """
 
 from collections.abc import Mapping
@@ -66,21 +66,20 @@ ARRAYS = (
 
 
 def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
-    """Write a group of all arrays to an empty folder, each in one call.
-
-    A sharded array written row by row is rewritten each time.
-    """
+    """Write a group of all arrays to an empty folder, each in one call: row by row a sharded one is rewritten."""
     assert set(arrays) == {spec.name for spec in ARRAYS}
     group = zarr.create_group(ZarrFolder(folder), attributes=attributes)
     for spec in ARRAYS:
         data = arrays[spec.name]
         chunks = _inner_chunks(spec, arrays)
+        # The smallest multiple of the inner chunk that holds the array: one file.
+        whole = tuple(max(1, -(-size // chunk)) * chunk for size, chunk in zip(data.shape, chunks, strict=True))
         array = group.create_array(
             spec.name,
             shape=data.shape,
             dtype=data.dtype,
             chunks=chunks,
-            shards=_whole_array(data.shape, chunks) if spec.sharded else None,
+            shards=whole if spec.sharded else None,
             compressors=(ZstdCodec(level=1), Crc32cCodec()),
             filters=None,
             fill_value=0,
@@ -110,8 +109,3 @@ def _inner_chunks(spec: ArraySpec, arrays: dict[str, np.ndarray[Any, Any]]) -> t
 def _largest_step(offsets: np.ndarray[Any, Any]) -> int:
     """Maps of a shard mostly have one size; of several the largest: a map spans two chunks at most."""
     return max(1, int(np.diff(offsets).max(initial=0)))
-
-
-def _whole_array(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
-    """The smallest multiple of the inner chunk that holds the array: one file."""
-    return tuple(max(1, -(-size // chunk)) * chunk for size, chunk in zip(shape, chunks, strict=True))

@@ -25,11 +25,9 @@ class Fingerprint(StrictModel):
     teacher_weights: str
     """Digest of the teacher's weights."""
     teacher_config: dict[str, Any]
-    """The teacher's model config."""
     processor: dict[str, Any]
     """The image processor's and processor's settings."""
     chat_template: str
-    """The template's text."""
     tokenizer: str
     """Digest of the tokenizer's files."""
     layers: tuple[int, ...]
@@ -37,9 +35,7 @@ class Fingerprint(StrictModel):
     windows: tuple[tuple[int, ...], ...]
     """Teacher layers of each standard window, in stored order."""
     map_codec: MapCodecConfig
-    """How attention maps are coded."""
     logit_codec: LogitCodecConfig
-    """How answer rows are coded."""
     dtype: str
     """The teacher's compute type, such as `bfloat16`."""
     max_length: int = Field(ge=1)
@@ -101,8 +97,7 @@ class Manifest(StrictModel):
         try:
             data = store.read(MANIFEST_PATH, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
-            found = f"{where} does not exist: {store.url} is no target store"
-            raise UserError(f"{found}; run `cdp extract-teacher`") from None
+            raise UserError(f"{where} is absent: this is no target store; run `cdp extract-teacher`") from None
         fields = parse_record(data, where, FORMAT_VERSION)
         digest = fields.pop("digest", None)
         try:
@@ -124,8 +119,6 @@ def create_or_check(store: Store, manifest: Manifest) -> None:
     if store.create(MANIFEST_PATH, manifest.to_bytes()):
         return
     stored = Manifest.load(store)
-    if stored == manifest:
-        return
     differing = _differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json"))
     lines = [
         f"  {name.removeprefix('fingerprint.')}: stored {_shown(theirs)}, this run {_shown(ours)}"

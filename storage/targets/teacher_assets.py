@@ -26,11 +26,7 @@ class TeacherRecord(Committed):
 
 
 def save_teacher(store: Store, manifest: Manifest, staged: Path) -> TeacherRecord:
-    """Commit a folder from `store.staging` with the teacher's files, unless another extractor did so first.
-
-    Returns:
-        The record that counts; the staged folder is gone.
-    """
+    """Commit a folder of the teacher's files from `store.staging`, as `publish`; the staged folder is gone then."""
     return publish(store, staged, TeacherRecord.build(files=measure_files(staged), manifest=manifest.digest))
 
 
@@ -58,7 +54,5 @@ def teacher_folder(store: Store, manifest: Manifest) -> Path:
     except FileNotFoundError as error:
         raise CorruptData(f"{where}: {record.path} is missing; {todo}") from error
     if wrong := sorted({name for name, _ in found.items() ^ record.files.items()}):
-        raise CorruptData(
-            f"{where}: {record.path}/{wrong[0]} is not what was committed ({len(wrong)} files differ); {todo}"
-        )
+        raise CorruptData(f"{where}: {record.path}/{wrong[0]} is not as committed ({len(wrong)} files differ); {todo}")
     return folder

@@ -17,7 +17,8 @@ from tests.checkpoints import make_llava_data
 from tests.conftest import TinyWorld
 from tests.pipeline.cluster.ray_kills import RayCampaign
 
-pytestmark = pytest.mark.slow
+PATIENCE_S = 580
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(PATIENCE_S + 20)]
 
 CAMPAIGN = """
 import json, sys
@@ -41,7 +42,7 @@ def outcome(code: str, *arguments: object, cache: Path) -> dict[str, Any]:
     """What the code prints, run in a process that forks without anything that does not bear it."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "CDP_CACHE_DIR": str(cache)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.partition("outcome:")[2])
     assert isinstance(found, dict)

@@ -1,7 +1,4 @@
-"""A microbatch: tokens, pixels and stored targets.
-
-Shape letters: B samples, T tokens, R answer rows of the batch.
-"""
+"""A microbatch: tokens, pixels and stored targets."""
 
 from dataclasses import dataclass, replace
 

@@ -14,11 +14,7 @@ from storage.streaming.stream import StreamedSample
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a `Batch` of streamed samples.
-
-    Attributes:
-        reader: How the student reads a sample.
-    """
+    """Makes a `Batch` of streamed samples."""
 
     reader: SampleReader
 

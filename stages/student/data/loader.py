@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterator
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -49,17 +50,10 @@ class LoaderDied(PassingFailure):
 
 
 class StepLoader:
-    """This rank's part of every optimizer step.
+    """This rank's part of every optimizer step, in pinned memory if the device is a GPU.
 
     Make it early: the server that loader processes are copied from starts at once, and imports for seconds meanwhile.
-
-    Args:
-        mixture: The samples, their order and the sizes of steps and microbatches.
-        collator: Makes a batch of a microbatch's samples.
-        rank, world_size: This process among those that train together.
-        device: Where batches go; pinned memory for a GPU.
-        config: Number of loader processes, and what they make ahead.
-        with_maps: Whether attention maps are read.
+    The mixture has the sizes of steps and microbatches. Attention maps are read only `with_maps`.
     """
 
     def __init__(
@@ -73,8 +67,8 @@ class StepLoader:
         config: LoaderConfig,
         with_maps: bool,
     ) -> None:
-        self.mixture, self.collator, self.device = mixture, collator, device
-        self.rank, self.world_size, self.with_maps = rank, world_size, with_maps
+        self.mixture, self.collator, self.device, self.world_size = mixture, collator, device, world_size
+        self._stream = partial(mixture_stream, mixture, rank=rank, world_size=world_size, with_maps=with_maps)
         self.num_workers = spare_workers(device) if config.num_workers is None else config.num_workers
         self.prefetch = config.prefetch
         self._context = _context(remote=mixture.is_remote) if self.num_workers else None
@@ -102,35 +96,23 @@ class StepLoader:
             if self.num_workers:
                 batches._shutdown_workers()
 
-    def _num_ahead(self) -> int:
-        """Microbatches for each loader process: together a whole step, or the training process waits for the rest."""
-        if self.prefetch is not None:
-            return self.prefetch
-        config = self.mixture.config
-        count = num_microbatches(config.batch_size, config.microbatch_size, self.world_size)
-        return max(LEAST_AHEAD, math.ceil(count / self.num_workers))
-
     def _loader(self, epochs: range, start_step: int) -> "DataLoader[Any]":
-        stream = mixture_stream(
-            self.mixture,
-            rank=self.rank,
-            world_size=self.world_size,
-            epochs=epochs,
-            start_step=start_step,
-            with_maps=self.with_maps,
-        )
-        workers = self.num_workers
+        config, ahead = self.mixture.config, self.prefetch
+        if self.num_workers and ahead is None:
+            # Together a whole step, or the training process waits for the rest.
+            count = num_microbatches(config.batch_size, config.microbatch_size, self.world_size)
+            ahead = max(LEAST_AHEAD, math.ceil(count / self.num_workers))
         # Not prepared by accelerate, which would split the stream over the ranks a second time.
         return DataLoader(
-            _FlatBatches(stream, self.collator),
+            _FlatBatches(self._stream(epochs=epochs, start_step=start_step), self.collator),
             batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self._num_ahead() if workers else None,
+            num_workers=self.num_workers,
+            prefetch_factor=ahead if self.num_workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_begin_worker,
             multiprocessing_context=self._context,
             # Otherwise the loader draws from the generator of dropout, once more after each resume.
-            generator=torch.Generator().manual_seed(self.mixture.config.seed),
+            generator=torch.Generator().manual_seed(config.seed),
         )
 
 

@@ -4,7 +4,6 @@ A student reads the stored token ids where they mean the same to it as to the te
 reads the stored conversation with its own one. It then learns from the answers and the attention maps, not from the
 teacher's logits, and only the number of image tokens must be the stored one.
 
-Shape letters: T tokens.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.checkpoints.processors import load_processor
@@ -84,51 +82,42 @@ class SampleReader:
         images = [decode_image(data) for data in sample.images]
         stored_T = sample.targets.token_ids.long()
         is_image_T = stored_T == self.stored_id
+        num_found = num_stored = int(is_image_T.sum())
         if self.encoder is not None:
             read = _encoded(self.encoder, sample, images)
             num_found = len(read.image_positions)
         else:
             # Before the image token gets the student's id, so that no word becomes an image token.
-            self._check_no_image(sample.key, stored_T[~is_image_T])
-            pixels, num_found = self._pixels(images, num_stored=int(is_image_T.sum()))
+            if bool((stored_T[~is_image_T] == self.image_token_id).any()):
+                raise UserError(
+                    f"sample {sample.key} holds the student's image token {self.image_token_id} in its text; take a "
+                    "student with another image token, or samples without that word"
+                )
+            if self.own_vision:
+                pixels, num_found = pixels_and_count(self.family, self.processor, images)
+            else:
+                # The teacher's processor makes the stored number of image tokens.
+                pixels = pixels_of(self.family, self.processor, images)
             read = EncodedConversation(
                 token_ids=stored_T.masked_fill(is_image_T, self.image_token_id),
                 answer_mask=sample.targets.answer_mask,
                 pixel_inputs=pixels,
                 image_positions=is_image_T.nonzero()[:, 0],
             )
-        self._check_count(sample.key, len(images), num_found, int(is_image_T.sum()))
-        self._check_ids(sample.key, read.token_ids[read.token_ids != self.image_token_id])
+        if num_found != num_stored:
+            raise UserError(
+                f"sample {sample.key}: the student makes {num_found} image tokens of its {len(images)} images, the "
+                f"teacher's targets hold {num_stored}. The maps of both must be over the same image tokens: choose a "
+                "student that reads images as the teacher does (its image processor's size and patches), or give it "
+                "the teacher's vision tower (--vision teacher)"
+            )
+        words_T = read.token_ids[read.token_ids != self.image_token_id]
+        if len(words_T) and int(words_T.max()) >= self.vocab_size:
+            raise UserError(
+                f"sample {sample.key} holds token {int(words_T.max())}, past the student's vocabulary of "
+                f"{self.vocab_size}; choose a student whose vocabulary holds every token of the data"
+            )
         return read
-
-    def _pixels(self, images: Sequence[Image.Image], num_stored: int) -> tuple[dict[str, Tensor], int]:
-        """Pixels and number of image tokens; with the teacher's processor this number is the stored one."""
-        if not self.own_vision:
-            return pixels_of(self.family, self.processor, images), num_stored
-        return pixels_and_count(self.family, self.processor, images)
-
-    def _check_count(self, key: str, num_images: int, found: int, stored: int) -> None:
-        if found != stored:
-            raise UserError(
-                f"sample {key}: the student makes {found} image tokens of its {num_images} images, the teacher's "
-                f"targets hold {stored}. The maps of both must be over the same image tokens: choose a student that "
-                "reads images as the teacher does (its image processor's size and patches), or give it the teacher's "
-                "vision tower (--vision teacher)"
-            )
-
-    def _check_no_image(self, key: str, text_ids: Tensor) -> None:
-        if bool((text_ids == self.image_token_id).any()):
-            raise UserError(
-                f"sample {key} holds the student's image token {self.image_token_id} in its text; take a student with "
-                "another image token, or samples without that word"
-            )
-
-    def _check_ids(self, key: str, ids: Tensor) -> None:
-        if len(ids) and int(ids.max()) >= self.vocab_size:
-            raise UserError(
-                f"sample {key} holds token {int(ids.max())}, past the student's vocabulary of {self.vocab_size}; "
-                "choose a student whose vocabulary holds every token of the data"
-            )
 
 
 def _encoded(
@@ -166,12 +155,8 @@ class ReaderSpec:
 def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool, kd_weight: float) -> ReaderSpec:
     """Finds out how the student in `folder` reads a store's samples.
 
-    Args:
-        targets: The store.
-        folder: Checkpoint of a bare decoder, of a student that an earlier stage saved, or with `own_vision` of a
-            multimodal model.
-        own_vision: Whether the student keeps its own vision tower and projector.
-        kd_weight: The largest weight of the logit loss among the stages that train it.
+    The folder is the checkpoint of a bare decoder, of a student that an earlier stage saved, or with `own_vision` of a
+    multimodal model, which keeps its vision tower and projector. `kd_weight` is the largest of the stages to train.
 
     Raises:
         UserError: If the folder is no such checkpoint, its family cannot be matched with the teacher's maps, or its
@@ -194,7 +179,6 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
     else:
         processor = load_processor(folder) if own_vision or differences else teacher
         image_token_id = config.image_token_id
-    note = f"{folder} has another tokenizer than the teacher, so it reads with its own and does not learn from logits: "
     reader = SampleReader(
         processor,
         image_token_id,
@@ -204,7 +188,8 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
         own_vision=own_vision,
         max_length=targets.manifest.fingerprint.max_length if differences else None,
     )
-    notes = (note + differences[0],) if differences else ()
+    note = f"{folder} has another tokenizer than the teacher, so it reads with its own and does not learn from logits: "
+    notes = tuple(note + difference for difference in differences[:1])
     return ReaderSpec(reader, config.get_text_config(), teacher_folder, teacher, notes)
 
 
@@ -228,9 +213,8 @@ def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vi
         )
     for role, name in (("student", model_type), ("teacher", teacher_type)):
         if (reason := family_of(name).why_not_with_own_vision()) is not None:
-            raise UserError(
-                f"a student with its own vision tower cannot be trained with a {role} of type {name}: {reason}"
-            )
+            wrong = f"a student with its own vision tower cannot be trained with a {role} of type {name}"
+            raise UserError(f"{wrong}: {reason}")
     return FAMILIES[model_type]
 
 

@@ -32,15 +32,11 @@ _FLATTEN = """\
 
 
 def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> list[str]:
-    """Compares what token ids mean to the teacher and to a student.
+    """Compares what token ids mean to the teacher with that processor, and to a student or its decoder.
 
     Ids that only one side has are no difference. The data's ids are checked against the student's vocabulary when they
     are used, and the logit loss leaves out those that it lacks. The two may split texts differently, because no text is
     split again.
-
-    Args:
-        processor: The teacher's, from the target store.
-        student_folder: Checkpoint of the student or of its decoder, with `tokenizer.json`.
 
     Returns:
         One line for vocabulary entries and one for added tokens, each with an example; empty if all ids agree.
@@ -54,43 +50,18 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
             f"{student_folder} has no tokenizer.json, so nothing says whether its token ids are the teacher's; "
             "save the fast tokenizer of that model into it"
         )
-    teacher = processor.tokenizer
-    # Features replace the image token and padding is masked: no student reads these ids.
-    unread = {getattr(processor, "image_token_id", None), teacher.pad_token_id} - {teacher.eos_token_id}
-    return token_differences(teacher.backend_tokenizer, _read(file), unread)
-
-
-def _read(file: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(file))
+        student = Tokenizer.from_file(str(file))
     # The library raises a bare Exception for a file that it cannot read.
     except Exception as error:
         raise UserError(f"{file} cannot be read as a fast tokenizer ({error}); fetch or save it again") from error
-
-
-def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:
-    """The refusal of a student with these differences that is to learn the teacher's answer distributions."""
-    return UserError(
-        f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
-        + "\n".join(f"  {line}" for line in differences)
-        + "\nThe teacher's answer distributions are over its own tokens: choose a student of the teacher's family, "
-        "extract with a teacher of the student's, or set kd_weight to 0 in every stage that is trained "
-        "(--set train.dpt.kd_weight=0 and so on): the student then reads its own tokens, and learns from the answers "
-        "and the teacher's attention"
-    )
-
-
-def token_differences(teacher: Tokenizer, student: Tokenizer, unread: "set[int | None]") -> list[str]:
-    """One line for vocabulary entries and one for added tokens whose ids differ.
-
-    Args:
-        teacher: With its added tokens.
-        student: With its added tokens.
-        unread: Ids of the teacher that need not agree.
-    """
-    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    teacher = processor.tokenizer
+    # Features replace the image token and padding is masked: no student reads these ids.
+    unread = {getattr(processor, "image_token_id", None), teacher.pad_token_id} - {teacher.eos_token_id}
+    teacher_ids, student_ids = teacher.backend_tokenizer.get_vocab(), student.get_vocab()
     student_tokens = {number: token for token, number in student_ids.items()}
-    added = {str(token.content) for t in (teacher, student) for token in t.get_added_tokens_decoder().values()}
+    tokenizers = (teacher.backend_tokenizer, student)
+    added = {str(token.content) for one in tokenizers for token in one.get_added_tokens_decoder().values()}
     found: dict[str, list[str]] = {"vocabulary entries": [], "added tokens": []}
     for token, number in sorted(teacher_ids.items(), key=lambda item: item[1]):
         there = student_tokens.get(number)
@@ -104,6 +75,18 @@ def token_differences(teacher: Tokenizer, student: Tokenizer, unread: "set[int |
         for kind, lines in found.items()
         if lines
     ]
+
+
+def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:
+    """The refusal of a student with these differences that is to learn the teacher's answer distributions."""
+    return UserError(
+        f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
+        + "\n".join(f"  {line}" for line in differences)
+        + "\nThe teacher's answer distributions are over its own tokens: choose a student of the teacher's family, "
+        "extract with a teacher of the student's, or set kd_weight to 0 in every stage that is trained "
+        "(--set train.dpt.kd_weight=0 and so on): the student then reads its own tokens, and learns from the answers "
+        "and the teacher's attention"
+    )
 
 
 def student_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin:

@@ -19,13 +19,8 @@ LEAST_SHARE = 1e-12
 def attention_alignment_loss(student_LBNN: Tensor, teacher_LBNN: Tensor, kind: AttentionLoss = "cosine") -> Tensor:
     """L_attn: the loss of pooled maps, summed over layers, mean over the batch.
 
-    Args:
-        student_LBNN: Student maps, floating point, zero above the diagonal.
-        teacher_LBNN: The matched teacher maps, with windows averaged.
-        kind: See `matched_loss`.
-
-    Returns:
-        Scalar. The gradient flows to `student_LBNN` only through the pooled values, not through the masks.
+    Maps are zero above the diagonal; the teacher's are the matched windows, averaged. The gradient flows to
+    `student_LBNN` only through the pooled values, not through the masks. For `kind` see `matched_loss`.
 
     Source: docs/method.md#attention-loss
     """

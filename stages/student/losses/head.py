@@ -15,9 +15,12 @@ from stages.student.losses.vocabulary import sparse_cross_entropy
 LOGITS_AT_ONCE = 2**26
 """Vocabulary logits that exist at a time: 441 rows of a vocabulary of 152,000, 134 MB in bfloat16."""
 
+Head = Callable[[Tensor], Tensor]
+"""Hidden states `[r, d]` to logits `[r, V]`, row by row."""
+
 
 def answer_losses(
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     hidden_Rd: Tensor,
     answer_R: Tensor,
     teacher: TeacherRows | None,
@@ -36,40 +39,29 @@ def answer_losses(
     it is called. A head that is gathered by itself is gathered once for each part; ranks must then have equally many
     parts.
 
-    Args:
-        head: Hidden states `[r, d]` to logits `[r, V]`, row by row.
-        hidden_Rd: The last hidden states at the answer rows.
-        answer_R: The answer tokens.
-        teacher: The teacher's distributions at these rows; None without distillation.
-        divergence: See `TeacherRows.loss`.
-        vocab_size: V.
-        logits_at_once: Logits that exist at a time, but at least one row of them.
+    The last hidden states, answer tokens and the teacher's distributions are those of the answer rows; without
+    distillation there is no teacher. At least one row of logits exists at a time. Divergences: `TeacherRows.loss`.
 
     Returns:
         `[R]` LM loss, `[R]` distillation loss or None.
     """
-
-    def part(part_rd: Tensor, answer_r: Tensor, teacher_r: TeacherRows | None) -> tuple[Tensor, Tensor | None]:
-        return _row_losses(head(part_rd), answer_r, teacher_r, divergence)
-
     size = max(1, logits_at_once // vocab_size)
-    lm: list[Tensor] = []
-    kd: list[Tensor | None] = []
+    parts = []
     for start in range(0, max(len(hidden_Rd), 1), size):
         rows = slice(start, start + size)
-        arguments = hidden_Rd[rows], answer_R[rows], None if teacher is None else teacher[rows]
+        arguments = head, hidden_Rd[rows], answer_R[rows], None if teacher is None else teacher[rows], divergence
         if start + size >= len(hidden_Rd):
-            losses = part(*arguments)
+            parts.append(_row_losses(*arguments))
         else:
-            losses = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
-        lm.append(losses[0])
-        kd.append(losses[1])
-    return torch.cat(lm), None if teacher is None else torch.cat([loss for loss in kd if loss is not None])
+            parts.append(checkpoint(_row_losses, *arguments, use_reentrant=False, preserve_rng_state=False))
+    lm, kd = zip(*parts, strict=True)
+    return torch.cat(lm), None if teacher is None else torch.cat(kd)
 
 
 def _row_losses(
-    logits_RV: Tensor, answer_R: Tensor, teacher: TeacherRows | None, divergence: Divergence
+    head: Head, hidden_Rd: Tensor, answer_R: Tensor, teacher: TeacherRows | None, divergence: Divergence
 ) -> tuple[Tensor, Tensor | None]:
+    logits_RV = head(hidden_Rd)
     if teacher is None:
         return next_token_loss(logits_RV, answer_R), None
     if divergence != "forward" or teacher.temperature != 1:

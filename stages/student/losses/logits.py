@@ -105,14 +105,10 @@ def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> T
     stored ids past its end are left out and the rest is renormalised. Tail samples past its end are left out too, but
     the tail's mass stays whole, because its share s past the end is not known. The expected forward gradient then has
     the dense gradient's direction and (1 - s) of its length; s is nearly zero for ids that only pad the vocabulary.
-
-    Args:
-        stored: Decoded logits of some answer rows.
-        vocab_size: The student's.
-        temperature: 1 or one of the stored ones; divides the logits of both.
+    The temperature divides the logits of both.
 
     Raises:
-        ValueError: If the temperature was not stored.
+        ValueError: If the temperature is neither 1 nor a stored one.
     """
     kept_RK, tail_R, draws_RD = stored.probabilities(temperature)
     kept_RK = kept_RK * (stored.ids_RK < vocab_size)

@@ -32,13 +32,9 @@ def sparse_cross_entropy(student_RV: Tensor, ids_RA: Tensor, weights_RA: Tensor,
 def support_probabilities(student_RV: Tensor, ids_RA: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`[R, A]` probabilities of the named ids, and `[R]` of all others together (0 where there is no other).
 
-    Args:
-        student_RV: Logits, any floating type; the only argument with a gradient.
-        ids_RA: int64, distinct in a row; an id of V or more has probability 0.
-        temperature: Divides the logits.
-
-    Returns:
-        float32 (float64 for such logits). The rest is a sum of its parts, so a small one has its full precision.
+    Only the logits, of any floating type and divided by the temperature, have a gradient. The int64 ids are distinct in
+    a row; one of V or more has probability 0. Both are float32 (float64 for such logits). The rest is a sum of its
+    parts, so a small one has its full precision.
     """
     probs_RA, rest_R = _SupportProbabilities.apply(student_RV, ids_RA, temperature)  # type: ignore[no-untyped-call]
     return probs_RA, rest_R

@@ -23,21 +23,14 @@ from stages.student.model.student import VISION_PREFIXES, Student
 from storage.errors import FingerprintMismatch, UserError
 
 
-def build_student(
-    teacher_folder: Path,
-    decoder: str | Path,
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-    image_token_id: int | None = None,
-) -> Student:
-    """A new student with the teacher's vision tower and projector on a pretrained decoder.
+def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_token_id: int | None = None) -> Student:
+    """A new student in float32 with the teacher's vision tower and projector on a pretrained decoder.
 
     Args:
         teacher_folder: `teacher/` of a target store: vision tower, projector, configs, processor.
         decoder: Folder or hub id of a causal language model.
         seed: Decides the post-connector's initial weights.
-        dtype: Of the parameters.
-        image_token_id: The image token's id; None takes the teacher's.
+        image_token_id: None takes the teacher's.
 
     Raises:
         UserError: If no student can have such a teacher, or weights are missing in its folder or in the decoder's.
@@ -47,19 +40,17 @@ def build_student(
         refuse_code(folder)
     teacher_config = load_config(teacher_folder)
     family = teacher_family(teacher_config.model_type)
-    language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=dtype, trust_remote_code=False)
+    language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=torch.float32, trust_remote_code=False)
     _check_head(decoder_folder, language_model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = _untrained(teacher_config, language_model.config, family, image_token_id).to(dtype)
+        student = _untrained(teacher_config, language_model.config, family, image_token_id).to(torch.float32)
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
     prefix = VISION_PREFIXES[student.config.model_type]
-    taken = {
-        name.replace("model.", prefix, 1): tensor
-        for name, tensor in load_file(teacher_folder / "model.safetensors").items()
-    }
+    tensors = load_file(teacher_folder / "model.safetensors")
+    taken = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
     _, unexpected = student.load_state_dict(taken, strict=False)
     vision = tuple(name.replace("model.", prefix, 1) for name in family.vision_prefixes)
     missing = [name for name in student.state_dict() if name.startswith(vision) and name not in taken]
@@ -125,7 +116,7 @@ def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
 
 
 def _untrained(
-    teacher: PreTrainedConfig, decoder: PreTrainedConfig, family: Family, image_token_id: int | None = None
+    teacher: PreTrainedConfig, decoder: PreTrainedConfig, family: Family, image_token_id: int | None
 ) -> CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration:
     """The student's model class for this teacher, with random weights."""
     image_id = teacher.image_token_id if image_token_id is None else image_token_id
@@ -166,11 +157,7 @@ def student_config(teacher: dict[str, object], text: dict[str, object]) -> Compo
 
 
 def check_vision_tower(student: Path, teacher: Path) -> None:
-    """Compares vision tower and projector of a saved student with the teacher's, in the student's precision.
-
-    Args:
-        student: Checkpoint of a student with a teacher's vision tower.
-        teacher: `teacher/` of a target store.
+    """Compares a saved student's vision tower and projector with `teacher/` of a target store, in its own precision.
 
     Raises:
         FingerprintMismatch: If they differ; names a tensor.

@@ -19,13 +19,7 @@ Write = Callable[[str], None]
 
 
 class Chat:
-    """A conversation about an image.
-
-    Args:
-        model: A student, or a model of transformers.
-        processor: With a chat template.
-        image: What the conversation is about.
-        max_new_tokens: Tokens after which an answer is cut.
+    """A conversation about an image, with answers of at most `max_new_tokens`.
 
     Raises:
         UserError: If the processor has no chat template or a slow tokenizer, or image and answer do not fit into the

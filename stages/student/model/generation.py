@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedModel
 
 from stages.conversations.encoder import EncodedConversation
@@ -42,7 +41,7 @@ def grow_vocabulary(parts: ModelParts, tables: Sequence[str], tokenizer: Any) ->
         return parts, []
     tensors, config = dict(parts.tensors), copy.deepcopy(parts.config)
     for name in tables:
-        tensors[name] = _with_zero_rows(tensors[name], len(added_ids))
+        tensors[name] = pad(tensors[name], (0, 0, 0, len(added_ids)))
     config.get_text_config().vocab_size = rows + len(added_ids)
     return replace(parts, config=config, tensors=tensors), added_ids
 
@@ -52,11 +51,7 @@ def generation_settings(
 ) -> GenerationConfig:
     """The student's settings with the tokens that end an answer; image tokens and `added_ids` are never generated.
 
-    Args:
-        student: As it was trained.
-        tokenizer: With the padding token of batches.
-        answered: A conversation whose `answer_mask` includes the token that ends the answer, if there is one.
-        added_ids: From `grow_vocabulary`.
+    The `answer_mask` of `answered` includes the token that ends the answer, if there is one.
     """
     settings = copy.deepcopy(student.generation_config)
     # Otherwise loading would make them from the model's config again.
@@ -84,13 +79,8 @@ def pad_on_the_left(tokenizer: Any) -> None:
 def name_video_half(model_type: str, folder: Path) -> None:
     """Writes which class reads videos, for families whose processors have such a half.
 
-    This project leaves that half out. transformers insists on it when it loads such a processor, and needs torchvision
-    for it.
+    This project leaves it out: it needs torchvision. transformers insists on it when it loads such a processor.
     """
-    if (name := _VIDEO_HALVES.get(model_type)) is not None:
+    if name := _VIDEO_HALVES.get(model_type):
         settings = {"video_processor_type": name}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(settings, indent=1))
-
-
-def _with_zero_rows(table: Tensor, count: int) -> Tensor:
-    return torch.cat([table, table.new_zeros(count, *table.shape[1:])])

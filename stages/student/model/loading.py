@@ -38,11 +38,7 @@ def load_multimodal(folder: Path, dtype: "torch.dtype | str" = "auto") -> PreTra
 
 
 def check_weights(folder: Path, *, bare: bool) -> None:
-    """Reads the headers of a checkpoint's files to see whether it can be loaded.
-
-    Args:
-        folder: The checkpoint.
-        bare: Whether it is a decoder alone, rather than a student or a multimodal model.
+    """Reads the headers of a checkpoint's files to see whether it can be loaded; a `bare` one is a decoder alone.
 
     Raises:
         UserError: As `load_weights`.

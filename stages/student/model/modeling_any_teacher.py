@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
@@ -70,11 +70,10 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
         # Vision tower and projector; the name stands in saved checkpoints, so that it stays.
         self.eyes = vision_part(config.teacher_config)
         width = config.text_config.hidden_size
-        self.post_connector: nn.Module
+        self.post_connector: nn.Module = nn.Identity()
         if config.folded_linear is None:
             self.post_connector = nn.Linear(config.teacher_config.get_text_config().hidden_size, width)
         else:
-            self.post_connector = nn.Identity()
             last = self.eyes.get_submodule(config.folded_linear)
             self.eyes.set_submodule(config.folded_linear, nn.Linear(last.in_features, width))
             for name in config.folded_vectors or ():
@@ -91,8 +90,8 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """As the decoder, with the inputs of the vision part too."""
-        pixels = {name: kwargs.pop(name) for name in self.config.pixel_inputs if name in kwargs}
-        pixels = {name: value for name, value in pixels.items() if value is not None}
+        given = {name: kwargs.pop(name, None) for name in self.config.pixel_inputs}
+        pixels = {name: value for name, value in given.items() if value is not None}
         if inputs_embeds is None:
             assert input_ids is not None, "give input_ids or inputs_embeds"
             is_image = input_ids == self.config.image_token_id
@@ -168,19 +167,3 @@ def vision_part(teacher_config: PreTrainedConfig) -> PreTrainedModel:
     (name,) = (name for name, child in model.named_children() if child is decoder)
     setattr(model, name, None)
     return model
-
-
-def register() -> None:
-    """Makes the Auto classes of transformers know this student; safe to call again."""
-    AutoConfig.register(AnyTeacherStudentConfig.model_type, AnyTeacherStudentConfig, exist_ok=True)
-    AutoModelForImageTextToText.register(
-        AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration, exist_ok=True
-    )
-
-
-__all__ = [
-    "AnyTeacherStudentConfig",
-    "AnyTeacherStudentForConditionalGeneration",
-    "AnyTeacherStudentModel",
-    "register",
-]

@@ -7,14 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-)
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.activations import ACT2FN
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
@@ -65,11 +58,9 @@ class CompoDistillStudentModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = TeacherProjector(config)
-        self.post_connector = (
-            nn.Linear(config.adapter_hidden_size, config.text_config.hidden_size)
-            if config.has_post_connector
-            else nn.Identity()
-        )
+        self.post_connector: nn.Module = nn.Identity()
+        if config.has_post_connector:
+            self.post_connector = nn.Linear(config.adapter_hidden_size, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -109,19 +100,3 @@ class CompoDistillStudentForConditionalGeneration(LlavaForConditionalGeneration)
         self.model = CompoDistillStudentModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-
-def register() -> None:
-    """Makes the Auto classes of transformers know the student; safe to call again."""
-    AutoConfig.register(CompoDistillStudentConfig.model_type, CompoDistillStudentConfig, exist_ok=True)
-    AutoModelForImageTextToText.register(
-        CompoDistillStudentConfig, CompoDistillStudentForConditionalGeneration, exist_ok=True
-    )
-
-
-__all__ = [
-    "CompoDistillStudentConfig",
-    "CompoDistillStudentForConditionalGeneration",
-    "CompoDistillStudentModel",
-    "register",
-]

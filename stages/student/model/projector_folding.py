@@ -7,8 +7,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
 from stages.families import family_of
@@ -47,22 +47,15 @@ def has_post_connector(parts: ModelParts) -> bool:
 
 
 def fold_post_connector(parts: ModelParts) -> ModelParts:
-    """The same function with the post-connector folded into the projector's last linear layer, where that is exact.
+    """New parts of the same function, the post-connector folded into the projector's last layer, where that is exact.
 
     Llava's own projector has the decoder's width throughout. The student of a LLaVA 1.5 teacher that is at most as wide
     as the decoder becomes a stock Llava: units whose output is zero fill the projector up. Under a wider teacher, the
     usual case, the student keeps its class. So does the student of another family's teacher; it also keeps its
     post-connector if the family does not name the layer that ends the projector.
-
-    Args:
-        parts: Of a student with a post-connector.
-
-    Returns:
-        New parts; those given are unchanged.
     """
-    if parts.model_class is AnyTeacherStudentForConditionalGeneration:
-        return _fold_any_teacher(parts)
-    return _fold_llava(parts)
+    fold = _fold_any_teacher if parts.model_class is AnyTeacherStudentForConditionalGeneration else _fold_llava
+    return fold(parts)
 
 
 def folded_linear(weight: Tensor, bias: Tensor | None, post: Tensor, post_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,15 +83,12 @@ def _fold_llava(parts: ModelParts) -> ModelParts:
     spare = post.shape[0] - post.shape[1]
     model_class: Any = parts.model_class
     if spare >= 0:
-        weight_1, bias_1, weight_2 = _grown(weight_1, 0, spare), _grown(bias_1, 0, spare), _grown(weight_2, 1, spare)
-        model_class, config = LlavaForConditionalGeneration, _stock_config(config)
+        weight_1, bias_1, weight_2 = pad(weight_1, (0, 0, 0, spare)), pad(bias_1, (0, spare)), pad(weight_2, (0, spare))
+        own = ("model_type", "architectures", "adapter_hidden_size", "has_post_connector")
+        stock = {name: value for name, value in config.to_dict().items() if name not in own}
+        model_class, config = LlavaForConditionalGeneration, LlavaConfig.from_dict(stock)
     tensors |= dict(zip(names, (weight_1, bias_1, weight_2, bias_2), strict=True))
     return ModelParts(model_class, config, tensors)
-
-
-def _stock_config(config: PreTrainedConfig) -> LlavaConfig:
-    own = ("model_type", "architectures", "adapter_hidden_size", "has_post_connector")
-    return LlavaConfig.from_dict({name: value for name, value in config.to_dict().items() if name not in own})
 
 
 def _fold_any_teacher(parts: ModelParts) -> ModelParts:
@@ -113,9 +103,3 @@ def _fold_any_teacher(parts: ModelParts) -> ModelParts:
         tensors[f"model.eyes.{name}"] = carried_vector(tensors[f"model.eyes.{name}"], post, post_bias)
     config.folded_linear, config.folded_vectors = family.last_linear, list(family.added_vectors)
     return ModelParts(parts.model_class, config, tensors)
-
-
-def _grown(tensor: Tensor, axis: int, count: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[axis] = count
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)

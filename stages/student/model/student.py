@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from stages.families import FAMILIES
-from stages.student.model import modeling_any_teacher, modeling_compodistill
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
@@ -29,8 +28,10 @@ VISION_PREFIXES = {CompoDistillStudentConfig.model_type: "model.", AnyTeacherStu
 
 def register_students() -> None:
     """Makes the Auto classes of transformers know students; safe to call again."""
-    modeling_compodistill.register()
-    modeling_any_teacher.register()
+    for model_class in OWN_CLASSES:
+        config_class = model_class.config_class
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
 
 
 def is_student(folder: Path) -> bool:
@@ -38,16 +39,8 @@ def is_student(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text()).get("model_type") in VISION_PREFIXES
 
 
-def has_own_vision(student: Student) -> bool:
-    """Whether it is a model of transformers with its own vision tower and projector."""
-    return student.config.model_type in FAMILIES
-
-
 def projector_parameters(student: Student) -> list[nn.Parameter]:
-    """What carries image features to the decoder and may learn in every stage.
-
-    This is the post-connector of a student with the teacher's vision tower, and the projector of one with its own.
-    """
+    """What carries image features to the decoder: the post-connector, or a student's own projector."""
     family = FAMILIES.get(student.config.model_type)
     prefixes = ("model.post_connector.",) if family is None else family.projector_prefixes
     return [parameter for name, parameter in student.named_parameters() if name.startswith(prefixes)]

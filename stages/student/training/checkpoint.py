@@ -52,10 +52,9 @@ class Position:
         epoch: the epoch of the next step, counted from 0.
         epoch_step: finished steps of that epoch; a step is the same slice of the global order for any number of
             ranks and any microbatch size.
-        samples: samples used, over all ranks and epochs.
-        seconds: training time so far.
-        loss_sums: each loss term summed over the steps that the stage's report is about: the last ones.
-        num_summed: how many of these are finished.
+        samples, seconds: samples used, over all ranks and epochs, and training time so far.
+        loss_sums, num_summed: each loss term summed over the finished ones of the last steps, which the stage's report
+            is about, and how many these are.
     """
 
     step: int = 0
@@ -77,13 +76,7 @@ class TrainerState:
 
 
 class Checkpoints:
-    """The checkpoints of one stage.
-
-    Args:
-        folder: where they lie.
-        keep: how many of the newest whole ones stay; at least 1.
-        write: False in all processes but one.
-    """
+    """The checkpoints of one stage: the newest `keep` whole ones stay, at least 1; one process alone has `write`."""
 
     def __init__(self, folder: Path, keep: int, *, write: bool = True) -> None:
         self._folder, self._keep, self._write = folder, keep, write
@@ -92,26 +85,29 @@ class Checkpoints:
     def save(self, position: Position, state: TrainerState) -> None:
         """Writes `step-N`, then removes older ones, and the damaged ones that `restore` met.
 
-        Args:
-            position: how far the stage is.
-            state: of this process. All processes must call this: parts of a tensor are gathered from all.
+        All processes must call this: parts of a tensor are gathered from all.
 
         Raises:
             StoreUnavailable: If the disk is full or cannot be written; earlier checkpoints stay as they are.
         """
-        trained = trained_tensors(state.model, wanted=self._write)
-        moments = gathered(_optimizer_tensors(state), wanted=self._write)
+        parameters = trained_parameters(state.model)
+        moments = {
+            f"{name}.{key}": torch.as_tensor(value)
+            for name, parameter in parameters.items()
+            for key, value in state.optimizer.state.get(parameter, {}).items()
+        }
+        contents = {TRAINED: gathered(parameters, wanted=self._write), OPTIMIZER: gathered(moments, wanted=self._write)}
         if not self._write:
             return
         store, name = open_store(self._folder), f"step-{position.step:08d}"
         try:
             with disk_errors(self._folder / name), store.new_tree(name) as folder:
-                save_file(trained, folder / TRAINED)
-                save_file(moments, folder / OPTIMIZER)
+                for file, tensors in contents.items():
+                    save_file(tensors, folder / file)
                 written = {
                     "position": asdict(position),
                     "scheduler": state.scheduler.state_dict(),
-                    "sha256": {file: file_sha256(folder / file) for file in (TRAINED, OPTIMIZER)},
+                    "sha256": {file: file_sha256(folder / file) for file in contents},
                 }
                 (folder / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1))
         except StoreUnavailable as error:
@@ -139,9 +135,8 @@ class Checkpoints:
                 continue
             return _restore(path, state)
         if found:
-            raise UserError(
-                f"all {len(found)} checkpoints in {self._folder} are damaged; remove it to train from the start"
-            )
+            wrong = f"all {len(found)} checkpoints in {self._folder} are damaged"
+            raise UserError(f"{wrong}; remove it to train from the start")
         return Position()
 
 
@@ -150,18 +145,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if not path.name.endswith(".partial"))
 
 
-def trained_tensors(model: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
-    """The parameters that learn, by name, whole and on the CPU, tied ones once; as `gathered`, where it is wanted."""
-    return gathered(_trained(model), wanted=wanted)
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name, tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Puts what `trained_tensors` gave into the parameters that learn.
+    """Puts whole tensors, as `gathered` gives them, into the parameters that learn.
 
     Raises:
         FingerprintMismatch: If other parameters were trained then.
     """
-    wanted = _trained(model)
+    wanted = trained_parameters(model)
     if differing := sorted(tensors.keys() ^ wanted.keys()):
         raise FingerprintMismatch(
             f"{len(tensors)} parameters were trained so far, {len(wanted)} are to be trained now; {len(differing)} "
@@ -185,10 +180,6 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def _damaged_file(path: Path) -> str | None:
     try:
         state = json.loads((path / STATE).read_text())
@@ -204,7 +195,7 @@ def _damaged_file(path: Path) -> str | None:
 
 def _restore(path: Path, state: TrainerState) -> Position:
     load_trained(state.model, load_file(path / TRAINED))
-    parameters = _trained(state.model)
+    parameters = trained_parameters(state.model)
     for name, value in load_file(path / OPTIMIZER).items():
         parameter_name, key = name.rsplit(".", 1)
         parameter = parameters[parameter_name]
@@ -216,11 +207,3 @@ def _restore(path: Path, state: TrainerState) -> Position:
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     return Position(**written["position"])
-
-
-def _optimizer_tensors(state: TrainerState) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": torch.as_tensor(value)
-        for name, parameter in _trained(state.model).items()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-    }

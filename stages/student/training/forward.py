@@ -1,8 +1,4 @@
-"""One batch through the student: its hidden states, its attention maps, and the teacher's windows beside them.
-
-Shape letters: B samples, T tokens, d hidden size, N image tokens of the sample with the most, W windows, one for each
-matched student layer.
-"""
+"""One batch through the student: its hidden states, its attention maps, and the teacher's windows beside them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ from storage.codecs.windows import window_rows
 
 @dataclass(frozen=True)
 class WindowTargets:
-    """The teacher's side of the attention loss for a batch, zero and False in the padding."""
+    """The teacher's side of the attention loss for a batch, zero and False in the padding; N of the largest image."""
 
     maps_WBNN: Tensor
     keep_WBNN: Tensor
@@ -33,11 +29,7 @@ def run_student(
 ) -> tuple[Tensor, list[Tensor], WindowTargets | None]:
     """Runs the decoder on a batch, and captures its maps where the batch has images and layers are matched.
 
-    Args:
-        student: With capture enabled, if layers are matched.
-        batch: On the student's device.
-        matching: Which layers are compared; None takes no maps.
-        sink_mask: See `decode_windows`.
+    The batch is on the student's device; capture is enabled if layers are matched. `sink_mask`: see `decode_windows`.
 
     Returns:
         `[B, T, d]` hidden states, the `[B, N, N]` maps of each matched layer, and the teacher's windows. Without maps
@@ -62,12 +54,9 @@ def decode_windows(
 ) -> WindowTargets:
     """Decodes stored maps on `device` and averages them into windows.
 
-    Args:
-        maps: Stored maps of each sample; None gives zeros.
-        matching: Windows and codec. Sink masks of windows that are not stored are made from the decoded maps and the
-            exact thresholds.
-        device: Where to decode; `Batch.to` has moved a batch's maps there, so that nothing waits for a copy.
-        sink_mask: False keeps sinks too: every key that a query may attend to.
+    Sink masks of windows that are not stored are made from the decoded maps and the exact thresholds. Without
+    `sink_mask` sinks are kept too: every key that a query may attend to. A sample without maps gives zeros. `Batch.to`
+    has moved a batch's maps to the device, so that nothing waits for a copy.
 
     Raises:
         ValueError: If only some layers were read.

@@ -1,10 +1,11 @@
 """Metrics of a training stage: one JSON object a line, TensorBoard, and Weights & Biases where that is asked for."""
 
-import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from uuid import uuid4
 
 from pydantic import Field
@@ -26,103 +27,80 @@ class LoggingConfig(StrictModel):
     """Where else metrics go: tensorboard (if installed), wandb (extra `wandb`)."""
 
 
-class _Curves(Protocol):
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+Write = Callable[[int, Mapping[str, float]], None]
+"""Adds the values of a step."""
 
 
-class MetricsLog:
-    """Appends to `metrics.jsonl` of a stage's folder, and to the curves of each tracker.
+@contextmanager
+def metrics_log(
+    folder: Path, trackers: tuple[Tracker, ...], step: int, settings: Mapping[str, Any], *, enabled: bool
+) -> Iterator[Write]:
+    """Opens `metrics.jsonl` of a stage's folder and the curves of each tracker; gives what writes to all of them.
 
-    Args:
-        folder: the stage's folder.
-        trackers: TensorBoard writes to `tensorboard/`, and is left out where it is not installed; Weights & Biases
-            takes project, account and mode from its own environment variables and writes to `wandb/`.
-        step: finished steps; what an interrupted run wrote of later ones is taken away, as they are done again.
-        settings: what Weights & Biases shows as the run's config.
-        enabled: False on all ranks but the first.
+    TensorBoard writes to `tensorboard/`, and is left out where it is not installed. Weights & Biases takes project,
+    account and mode from its own environment variables, shows `settings` as the run's config, and writes to `wandb/`.
+    What an interrupted run wrote of steps after `step` is taken away, as they are done again. One rank is `enabled`.
 
     Raises:
         UserError: If wandb was asked for and is not installed.
     """
-
-    def __init__(
-        self, folder: Path, trackers: tuple[Tracker, ...], step: int, settings: Mapping[str, Any], *, enabled: bool
-    ) -> None:
-        self._curves: list[_Curves] = []
-        if not enabled:
-            return
-        self._curves.append(_JsonLines(folder / "metrics.jsonl", step))
-        if "tensorboard" in trackers and importlib.util.find_spec("tensorboard") is not None:
-            self._curves.append(_TensorBoard(folder / "tensorboard", step))
+    logs = []
+    if enabled:
+        logs.append(_json_lines(folder / "metrics.jsonl", step))
+        if "tensorboard" in trackers and find_spec("tensorboard") is not None:
+            logs.append(_tensorboard(folder / "tensorboard", step))
         if "wandb" in trackers:
-            if importlib.util.find_spec("wandb") is None:
+            if find_spec("wandb") is None:
                 raise UserError(
                     "train.logging.trackers names wandb, which is not installed; pip install 'compodistill[wandb]'"
                 )
-            self._curves.append(_WeightsAndBiases(folder, settings))
+            logs.append(_weights_and_biases(folder, settings))
+    with ExitStack() as opened:
+        writers = [opened.enter_context(log) for log in logs]
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, one point of each curve."""
-        for curves in self._curves:
-            curves.write(step, values)
+        def write(step: int, values: Mapping[str, float]) -> None:
+            for one in writers:
+                one(step, values)
 
-    def close(self) -> None:
-        """Flushes all."""
-        for curves in self._curves:
-            curves.close()
+        yield write
 
 
-class _JsonLines:
-    def __init__(self, path: Path, step: int) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        # The last line may have been cut by a kill.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        open_store(path.parent).write(path.name, "".join(f"{line}\n" for line in kept).encode())
-        self._file = path.open("a")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+@contextmanager
+def _json_lines(path: Path, step: int) -> Iterator[Write]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    # The last line may have been cut by a kill.
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    open_store(path.parent).write(path.name, "".join(f"{line}\n" for line in kept).encode())
+    # A line is written as soon as it is whole.
+    with path.open("a", buffering=1) as file:
+        yield lambda step, values: print(json.dumps({"step": step, **values}), file=file)
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+@contextmanager
+def _tensorboard(folder: Path, step: int) -> Iterator[Write]:
+    from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            curves.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    with SummaryWriter(str(folder), purge_step=step + 1) as curves:
+        yield write
 
 
-class _WeightsAndBiases:
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        import wandb
+@contextmanager
+def _weights_and_biases(folder: Path, settings: Mapping[str, Any]) -> Iterator[Write]:
+    import wandb
 
-        # The id is the folder's, so that a resumed stage goes on in the same run of the tracker.
-        store = open_store(folder)
-        known = store.read(_WANDB_ID).decode().strip() if store.exists(_WANDB_ID) else ""
-        if not known:
-            known = uuid4().hex[:8]
-            store.write(_WANDB_ID, known.encode())
-        self._run = wandb.init(
-            id=known,
-            resume="allow",
-            dir=str(folder),
-            name=f"{folder.parent.name}/{folder.name}",
-            config=dict(settings),
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    # The id is the folder's, so that a resumed stage goes on in the same run of the tracker.
+    store = open_store(folder)
+    known = store.read(_WANDB_ID).decode().strip() if store.exists(_WANDB_ID) else ""
+    if not known:
+        known = uuid4().hex[:8]
+        store.write(_WANDB_ID, known.encode())
+    name = f"{folder.parent.name}/{folder.name}"
+    run = wandb.init(id=known, resume="allow", dir=str(folder), name=name, config=dict(settings))
+    try:
+        yield lambda step, values: run.log(dict(values), step=step)
+    finally:
+        run.finish()

@@ -1,7 +1,4 @@
-"""The training objective of a batch: LM + logit distillation + attention alignment, from stored targets.
-
-Shape letters: B samples, T tokens, R answer rows, d hidden size, W windows, N image tokens.
-"""
+"""The training objective of a batch: LM + logit distillation + attention alignment, from stored targets."""
 
 from dataclasses import dataclass
 
@@ -11,11 +8,11 @@ from torch import Tensor, nn
 from stages.student.config import StageConfig
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
-from stages.student.losses.attention import AttentionLoss, matched_loss
+from stages.student.losses.attention import matched_loss
 from stages.student.losses.head import answer_losses
 from stages.student.losses.logits import teacher_rows
 from stages.student.model.student import Student, projector_parameters
-from stages.student.training.forward import WindowTargets, run_student
+from stages.student.training.forward import run_student
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 
@@ -52,8 +49,11 @@ class DistillationObjective(nn.Module):
         hidden_BTd, student_maps, windows = run_student(self.student, batch, self.matching, sink_mask=sink_mask)
         terms = self._answer_terms(batch, hidden_BTd, max(totals.answer_rows, 1))
         if windows is not None:
-            loss_B = alignment_loss_B(student_maps, windows, self.stage.attention_loss, sink_mask=sink_mask)
-            terms["attention"] = loss_B.sum() / max(totals.samples_with_image, 1)
+            losses_WB = [
+                matched_loss(*maps, windows.num_tokens_B, kind=self.stage.attention_loss, sink_mask=sink_mask)
+                for maps in zip(student_maps, windows.maps_WBNN, windows.keep_WBNN, strict=True)
+            ]
+            terms["attention"] = torch.stack(losses_WB).sum(0).sum() / max(totals.samples_with_image, 1)
         elif self.matching is not None:
             # Also for a batch of text alone, because all ranks sum up the same terms.
             terms["attention"] = torch.zeros((), device=hidden_BTd.device)
@@ -96,26 +96,5 @@ class DistillationObjective(nn.Module):
         """Zero, with a zero gradient for the projector. Text alone does not go through it, but it may be all that
         learns, and DDP waits for its gradient.
         """
-        zero = torch.zeros((), device=self.student.device)
-        for parameter in projector_parameters(self.student):
-            if parameter.requires_grad:
-                zero = zero + parameter.sum() * 0
-        return zero
-
-
-def alignment_loss_B(
-    student_maps: list[Tensor], targets: WindowTargets, kind: AttentionLoss = "cosine", *, sink_mask: bool = True
-) -> Tensor:
-    """`[B]` attention loss of each sample, summed over matched layers; 0 for a sample without an image."""
-    losses = [
-        matched_loss(
-            student_BNN,
-            targets.maps_WBNN[w],
-            targets.keep_WBNN[w],
-            targets.num_tokens_B,
-            kind=kind,
-            sink_mask=sink_mask,
-        )
-        for w, student_BNN in enumerate(student_maps)
-    ]
-    return torch.stack(losses).sum(0)
+        learning = [parameter for parameter in projector_parameters(self.student) if parameter.requires_grad]
+        return sum((parameter.sum() * 0 for parameter in learning), torch.zeros((), device=self.student.device))

@@ -3,7 +3,7 @@
 FSDP2 is torch's own `fully_shard`, not Accelerate's wrapping of it, which does not run on CPUs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
@@ -39,11 +39,7 @@ def spread(objective: nn.Module, decoder: PreTrainedModel, accelerator: Accelera
     With "fsdp" the parameters of `objective` become DTensors in place; make the optimizer afterwards. Its forward pass
     then gathers each decoder layer's parameters when they are needed, so every process must run every layer.
 
-    Args:
-        objective: what one forward pass computes the loss with.
-        decoder: the part of it whose layers are sharded one by one; all else is one group.
-        accelerator: of this process.
-        strategy: nothing is wrapped when there is one process.
+    The layers of `decoder`, a part of it, are sharded one by one; all else is one group. One process wraps nothing.
     """
     if strategy == "ddp" or accelerator.num_processes == 1:
         prepared: nn.Module = accelerator.prepare(objective)
@@ -71,19 +67,17 @@ def gradients_stay(objective: nn.Module, accelerator: Accelerator) -> Iterator[N
         yield
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales the gradients of all processes down to that norm together; the norm before, the same in each."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gathered(tensors: Mapping[str, Tensor], *, wanted: bool) -> dict[str, Tensor]:
-    """Parameters, or what is kept of them, each in one piece on the CPU; all processes must call this.
+    """Parameters, or what is kept of them, each in one piece on the CPU.
 
-    Args:
-        tensors: with the same names, in the same order, in all processes.
-        wanted: False gives nothing and copies nothing to the CPU; of what is spread, each is dropped as soon as the
-            others have this process's part.
+    All processes must call this, with the same names in the same order. Where it is not `wanted`, nothing is copied to
+    the CPU or returned, and each tensor is dropped as soon as the others have this process's part.
     """
     found = {}
     for name, tensor in tensors.items():

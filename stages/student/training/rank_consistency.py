@@ -35,7 +35,7 @@ def check_same_folder(accelerator: Accelerator, run: StageRun) -> None:
 
 
 def check_same_position(accelerator: Accelerator, run: StageRun, position: Position) -> None:
-    """Compares the step that the processes go on from; arguments and errors as of `check_same_folder`."""
+    """Compares the step that the processes go on from; as `check_same_folder`."""
     _compare(accelerator, run, lambda: {"whole checkpoint": f"of step {position.step}"}, looks=1)
 
 

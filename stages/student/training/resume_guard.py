@@ -50,10 +50,9 @@ def record_stage(run: StageRun) -> None:
 
 
 def _check_decoder(run: StageRun) -> None:
-    if run.initial is None:
+    if run.initial is None or not run.initial.is_dir():
         return
-    begun = StageFolder.of_student(run.initial).begun_with() if run.initial.is_dir() else None
-    if begun is None:
+    if (begun := StageFolder.of_student(run.initial).begun_with()) is None:
         return
     found, wanted = begun.data["decoder"], decoder_digest(run.decoder)
     if found != wanted:

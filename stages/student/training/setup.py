@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from peft import PeftModel
-from transformers import ProcessorMixin
 
 from stages.attention.capturable_layers import check_maps
 from stages.checkpoints.resolve import resolve_checkpoint
@@ -23,12 +22,10 @@ from storage.streaming.stream import Mixture
 class StageSetup:
     """A stage's student and what it trains on, known before any weights are loaded and anything is written.
 
-    Args:
-        run: the stage.
-
     Attributes:
         mixture: the stage's samples.
         collator: reads them as this student does.
+        processor: what is saved with the student.
         matching: layers that learn from the teacher's maps; None without the attention loss.
         notes: for the user.
 
@@ -43,28 +40,32 @@ class StageSetup:
         self._run = run
         self._own_vision = run.config.vision == "own"
         self._folder = resolve_checkpoint(run.initial or run.decoder)
-        spec = resolve_reader_spec(
-            run.targets, self._folder, own_vision=self._own_vision, kd_weight=run.stage.kd_weight
-        )
+        kd_weight = run.stage.kd_weight
+        spec = resolve_reader_spec(run.targets, self._folder, own_vision=self._own_vision, kd_weight=kd_weight)
         if spec.reader.max_length is not None:
             # Stores of one mixture may differ in it; each of their samples fits into the longest.
             lengths = [source.targets.manifest.fingerprint.max_length for source in run.sources]
             spec = replace(spec, reader=replace(spec.reader, max_length=max(lengths)))
         self._spec = spec
-        reader = spec.reader
+        reader, self.processor = spec.reader, spec.reader.processor
         self._saved = run.initial is not None or is_student(self._folder)
         if self._saved and not self._own_vision:
             check_vision_tower(self._folder, spec.teacher_folder)
         check_weights(self._folder, bare=not (self._saved or self._own_vision))
-        _check_temperature(run)
+        codec, wanted = run.targets.manifest.fingerprint.logit_codec, run.stage.kd_temperature
+        if kd_weight > 0 and not codec.serves(wanted):
+            raise UserError(
+                f"kd_temperature of {run.name} is {wanted}, but {run.targets.store.url} holds what a student needs at "
+                f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in "
+                "teacher.temperatures"
+            )
         self.notes = [*spec.notes, *_notes_of_ends(run, spec)]
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:
-            depth = spec.decoder.num_hidden_layers
-            self.matching, notes = match_layers(
-                depth, run.targets.manifest, run.config.matching, sink_mask=run.stage.attention_sink_mask
-            )
-            check_maps(str(self._folder), spec.decoder, self.matching.student_layers, WITHOUT_MAPS)
+            depth, sink_mask = spec.decoder.num_hidden_layers, run.stage.attention_sink_mask
+            found, notes = match_layers(depth, run.targets.manifest, run.config.matching, sink_mask=sink_mask)
+            self.matching = found
+            check_maps(str(self._folder), spec.decoder, found.student_layers, WITHOUT_MAPS)
             self.notes += notes
         self.mixture = Mixture(run.sources, run.stream)
         if reader.own_vision or reader.max_length is not None:
@@ -72,50 +73,24 @@ class StageSetup:
                 check_first_samples(source, reader)
         self.collator = Collator(reader)
 
-    @property
-    def processor(self) -> ProcessorMixin:
-        """What is saved with the student."""
-        return self._spec.reader.processor
-
     def load(self) -> tuple[Student, PeftModel | None]:
         """The student with what the stage trains of it, and the wrapper of its LoRA updates if it has any."""
         run = self._run
         if self._saved or self._own_vision:
             student = load_student(self._folder)
         else:
-            student = build_student(
-                run.targets.teacher_folder(),
-                self._folder,
-                run.config.seed,
-                image_token_id=self._spec.reader.image_token_id,
-            )
-        own_projector = run.config.projector == "trained"
-        return student, prepare_for_stage(
-            student, run.stage, run.config.lora, run.config.seed, own_projector=own_projector
-        )
+            image_id, teacher = self._spec.reader.image_token_id, run.targets.teacher_folder()
+            student = build_student(teacher, self._folder, run.config.seed, image_token_id=image_id)
+        own = run.config.projector == "trained"
+        return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_projector=own)
 
 
 def _notes_of_ends(run: StageRun, spec: ReaderSpec) -> tuple[str, ...]:
     """Whether the answers that the student reads have an end it can learn, whoever's tokens they are."""
     if spec.reader.max_length is not None:
-        return notes_of_ends(
-            spec.reader.processor,
-            spec.reader.image_token_id,
-            f"the chat template that {run.decoder} reads with",
-            "Put one that writes a token after each answer into its folder (chat_template.jinja)",
-        )
-    return notes_of_ends(
-        spec.teacher_processor,
-        spec.reader.stored_id,
-        f"the chat template that {run.targets.store.url} was made with",
-        "Extract again with teacher.chat_template set to one that does",
-    )
-
-
-def _check_temperature(run: StageRun) -> None:
-    codec, wanted = run.targets.manifest.fingerprint.logit_codec, run.stage.kd_temperature
-    if run.stage.kd_weight > 0 and not codec.serves(wanted):
-        raise UserError(
-            f"kd_temperature of {run.name} is {wanted}, but {run.targets.store.url} holds what a student needs at "
-            f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in teacher.temperatures"
-        )
+        template = f"the chat template that {run.decoder} reads with"
+        remedy = "Put one that writes a token after each answer into its folder (chat_template.jinja)"
+        return notes_of_ends(spec.reader.processor, spec.reader.image_token_id, template, remedy)
+    template = f"the chat template that {run.targets.store.url} was made with"
+    remedy = "Extract again with teacher.chat_template set to one that does"
+    return notes_of_ends(spec.teacher_processor, spec.reader.stored_id, template, remedy)

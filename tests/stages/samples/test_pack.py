@@ -15,8 +15,8 @@ from stages.samples.pack import PackConfig, PackReport, pack_samples
 from storage.errors import TooManySkipped, UserError
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
+from tests.recorded_progress import RecordedProgress
 from tests.stages.samples.llava_data import LlavaFolder, bomb_png, image_bytes, record, turns
-from tests.stages.samples.watched_progress import WatchedProgress
 
 LENIENT = PackConfig(max_skipped_fraction=1.0)
 
@@ -349,7 +349,7 @@ def test_a_run_stopped_at_any_group_leaves_nothing_and_the_next_one_is_whole(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1), WatchedProgress(stop))
+        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1), RecordedProgress(stop))
     assert list(out.iterdir()) == []
     assert pack_samples(source, llava.images, out).num_samples == 3
 
@@ -371,7 +371,7 @@ KILLED_WHEN = {
 def stop(name, done):
     if name == "pack" and done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-pack_samples(source, images, out, config, WatchedProgress(stop))
+pack_samples(source, images, out, config, RecordedProgress(stop))
 """,
     "two files are published": """
 published = []
@@ -398,7 +398,7 @@ def test_after_a_kill_the_same_command_gives_the_bytes_of_an_undisturbed_run(
 import os, signal
 from pathlib import Path
 from stages.samples.pack import PackConfig, pack_samples
-from tests.stages.samples.watched_progress import WatchedProgress
+from tests.recorded_progress import RecordedProgress
 source, images, out = map(Path, {[str(source), str(llava.images), str(out)]!r})
 config = PackConfig(max_samples_per_shard=1)
 """
@@ -415,7 +415,7 @@ def test_progress_ends_with_every_sample_and_its_image_bytes(
     llava: LlavaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pack, "_RECORDS_BETWEEN_REPORTS", 1)
-    progress = WatchedProgress()
+    progress = RecordedProgress()
     source = llava.write_json([record("x", "a.jpg"), record("t"), record("y", "a.jpg")])
     pack_samples(source, llava.images, tmp_path / "out", progress=progress)
     num_bytes = (llava.images / "a.jpg").stat().st_size
@@ -431,7 +431,7 @@ def test_a_data_file_that_changes_between_the_passes_is_noticed(llava: LlavaFold
         source.write_bytes(b"{" * source.stat().st_size)
 
     with pytest.raises(UserError, match="changed while it was packed"):
-        pack_samples(source, llava.images, tmp_path / "out", progress=WatchedProgress(spoil))
+        pack_samples(source, llava.images, tmp_path / "out", progress=RecordedProgress(spoil))
 
 
 def test_paths_that_start_at_the_folder_above_say_so(llava: LlavaFolder, tmp_path: Path) -> None:

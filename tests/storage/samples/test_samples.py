@@ -32,9 +32,9 @@ def test_samples_round_trip_in_any_order(tmp_path):
     for number in range(len(index.shards)):
         with packed.shard(number) as shard:
             shard.verify()
-            assert len(shard) == len(shard.keys)
+            assert len(shard) == len(packed.members(number))
             for row in reversed(range(len(shard))):
-                found[shard.keys[row]] = shard.read(row)
+                found[packed.members(number)[row].key] = shard.read(row)
     assert [found[sample.key] for sample in samples] == samples
 
 

@@ -19,7 +19,7 @@ from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
-from stages.student.losses import attention_alignment_loss
+from stages.student.losses.attention import attention_alignment_loss
 from stages.student.model.build import build_student
 from stages.student.model.loading import load_student
 from stages.student.training.config import TrainConfig

@@ -23,7 +23,8 @@ from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
-from stages.student.losses import attention_alignment_loss, logit_distillation_loss
+from stages.student.losses.attention import attention_alignment_loss
+from stages.student.losses.logits import logit_distillation_loss
 from stages.student.model.loading import load_student
 from stages.student.model.student import projector_parameters
 from stages.student.training.config import TrainConfig

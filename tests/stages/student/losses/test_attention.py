@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.student.losses import attention_alignment_loss
-from stages.student.losses.attention import AttentionLoss, below_sink_threshold, matched_loss
+from stages.student.losses.attention import AttentionLoss, attention_alignment_loss, below_sink_threshold, matched_loss
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 KINDS: tuple[AttentionLoss, ...] = ("cosine", "kl", "mse")

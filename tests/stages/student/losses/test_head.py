@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.student.losses import logit_distillation_loss
 from stages.student.losses.head import answer_losses
-from stages.student.losses.logits import Divergence, teacher_rows
+from stages.student.losses.logits import Divergence, logit_distillation_loss, teacher_rows
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses

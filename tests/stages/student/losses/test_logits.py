@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.student.losses import logit_distillation_loss
-from stages.student.losses.logits import Divergence, next_token_loss, teacher_rows
+from stages.student.losses.logits import Divergence, logit_distillation_loss, next_token_loss, teacher_rows
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.config import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses

@@ -21,7 +21,8 @@ from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
-from stages.student.losses import attention_alignment_loss, logit_distillation_loss
+from stages.student.losses.attention import attention_alignment_loss
+from stages.student.losses.logits import logit_distillation_loss
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.training.objective import BatchTotals, DistillationObjective

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from stages.student.training.checkpoint import TRAINED, Checkpoints, Position, TrainerState, trained_tensors
+from stages.student.training.checkpoint import TRAINED, Checkpoints, Position, TrainerState, trained_parameters
 from stages.student.training.parallel import gathered
 from storage.errors import FingerprintMismatch, StoreUnavailable
 
@@ -97,7 +97,7 @@ def test_a_process_that_does_not_write_copies_no_tensor_to_the_cpu(tmp_path: Pat
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         Checkpoints(tmp_path, keep=1).save(Position(1), state)
     Checkpoints(tmp_path, keep=1, write=False).save(Position(1), state)
-    assert trained_tensors(state.model, wanted=False) == {}
+    assert gathered(trained_parameters(state.model), wanted=False) == {}
     assert names(tmp_path) == []
 
 

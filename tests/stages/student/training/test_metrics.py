@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.student.training.metrics import MetricsLog
+from stages.student.training.metrics import metrics_log
 
 FAKE = """
 ids = []
@@ -24,16 +24,14 @@ def init(**settings):
 
 
 def test_the_losses_so_far_are_replaced_in_one_step_when_a_stage_goes_on(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, (), 0, {}, enabled=True)
-    for step in (1, 2, 3):
-        log.write(step, {"loss": 1.0 / step})
-    log.close()
+    with metrics_log(tmp_path, (), 0, {}, enabled=True) as write:
+        for step in (1, 2, 3):
+            write(step, {"loss": 1.0 / step})
     # The file as whoever opened it has it: not cut while the new one is written.
     os.link(tmp_path / "metrics.jsonl", tmp_path / "before")
     before = (tmp_path / "before").read_bytes()
-    log = MetricsLog(tmp_path, (), 2, {}, enabled=True)
-    log.write(3, {"loss": 0.5})
-    log.close()
+    with metrics_log(tmp_path, (), 2, {}, enabled=True) as write:
+        write(3, {"loss": 0.5})
     assert (tmp_path / "before").read_bytes() == before
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == [1.0, 0.5, 0.5]
@@ -52,7 +50,8 @@ def test_a_run_of_weights_and_biases_goes_on_under_its_id_and_never_under_an_emp
     folder.mkdir()
     (folder / "wandb-id.txt").write_text(left)
     for _ in range(2):
-        MetricsLog(folder, ("wandb",), 0, {}, enabled=True).close()
+        with metrics_log(folder, ("wandb",), 0, {}, enabled=True):
+            pass
     first, second = sys.modules["wandb"].ids
     assert first == second == (folder / "wandb-id.txt").read_text()
     assert len(first) == 8
