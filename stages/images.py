@@ -31,13 +31,14 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise UnusableSample(
-                    "image_too_large",
-                    f"{image.width}x{image.height} pixels, at most {max_pixels} are decoded; "
-                    "shrink the image or raise the limit",
-                )
+                found = f"{image.width}x{image.height} pixels, at most {max_pixels} are decoded"
+                raise UnusableSample("image_too_large", f"{found}; shrink the image or raise the limit")
             image.load()
-            return _to_plain_rgb(image)
+            # From a palette with transparency over RGBA: the same colours, without Pillow's warning.
+            has_transparency = image.mode == "P" and "transparency" in image.info
+            rgb = (image.convert("RGBA") if has_transparency else image).convert("RGB")
+            rgb.info = {}
+            return rgb
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # The warning arrives as an exception where warnings are errors.
         raise UnusableSample("image_too_large", str(error)) from error
@@ -46,14 +47,6 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             detail = f"a file that begins with {data[:8]!r}; expected JPEG, PNG or WebP"
             raise UnusableSample("unsupported_image", detail) from error
         raise UnusableSample("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
-
-
-def _to_plain_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours, without Pillow's warning on palettes with transparency
-    rgb = image.convert("RGB")
-    rgb.info = {}
-    return rgb
 
 
 def _has_known_signature(data: bytes) -> bool:

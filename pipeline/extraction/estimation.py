@@ -24,13 +24,8 @@ def make_estimate(
 ) -> "Estimate":
     """Estimates bytes and hours of extracting these samples; does not touch the target store.
 
-    Args:
-        teacher: As for extraction.
-        samples_url: None only with `config_only`.
-        extract: Its number of workers counts; None is as many as this machine has GPUs, or cores.
-        config: How many samples are looked at, and what is assumed.
-        config_only: Neither loads nor looks for the teacher's weights.
-        progress: Shows the samples.
+    Of `extract` the number of workers counts; None is as many as this machine has GPUs, or cores. With `config_only`
+    the teacher's weights are neither loaded nor looked for, and `samples_url` may be None.
 
     Raises:
         UserError: As `estimate_by_measurement` and `estimate_from_configs`.

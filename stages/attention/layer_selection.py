@@ -52,7 +52,7 @@ def default_num_matched(num_layers: int) -> int:
 def student_layers(num_layers: int, num_matched: int, span: LayerSpan = "middle") -> tuple[int, ...]:
     """The student's S layers: from the first layer of the span on, moved down if they would not fit."""
     if num_matched > num_layers:
-        raise UserError(f"the student has {num_layers} layers, of which {num_matched} cannot be matched; set fewer")
+        raise UserError(f"the student has {num_layers} layers but {num_matched} are to be matched; set fewer")
     first = min(span_layers(num_layers, span).start, num_layers - num_matched)
     return tuple(range(first, first + num_matched))
 

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from storage.errors import UserError, first_line
 
 _VIDEO = "video_processor"
+_CONFIGS = "processor_config.json or preprocessor_config.json"
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
@@ -35,14 +36,11 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
     except Exception as error:
         raise UserError(
             f"{folder} has no processor that can be read ({type(error).__name__}: {first_line(error)}); expected "
-            "processor_config.json or preprocessor_config.json, tokenizer_config.json and tokenizer.json in it, whole: "
-            "fetch or save them again"
+            f"{_CONFIGS}, tokenizer_config.json and tokenizer.json in it, whole: fetch or save them again"
         ) from error
     if not isinstance(processor, ProcessorMixin):
-        raise UserError(
-            f"{folder} has a {type(processor).__name__} and no processor for images and text; expected "
-            "processor_config.json or preprocessor_config.json beside the tokenizer: fetch or save them again"
-        )
+        found = f"{folder} has a {type(processor).__name__} and no processor for images and text"
+        raise UserError(f"{found}; expected {_CONFIGS} beside the tokenizer: fetch or save them again")
     return processor
 
 
@@ -75,17 +73,14 @@ def images_only(cls: Any) -> Any:
         # One of these classes takes the video half as an argument without a default; it is the last in all of them.
         return [*cls._get_arguments_from_pretrained.__func__(without, *args, **kwargs), None]
 
+    methods = {
+        "get_attributes": classmethod(lambda _: attributes),
+        "_get_arguments_from_pretrained": staticmethod(arguments),
+        # Loading workers may be started afresh and get it by pickle, which knows no class made here.
+        "__reduce__": lambda self: (_remade, (cls, self.__dict__)),
+    }
     # The class keeps its name, which is what is saved and what finds it again.
-    without = type(
-        cls.__name__,
-        (cls,),
-        {
-            "get_attributes": classmethod(lambda _: attributes),
-            "_get_arguments_from_pretrained": staticmethod(arguments),
-            # Loading workers may be started afresh and get it by pickle, which knows no class made here.
-            "__reduce__": lambda self: (_remade, (cls, self.__dict__)),
-        },
-    )
+    without = type(cls.__name__, (cls,), methods)
     return without
 
 
@@ -119,9 +114,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to tokenizer.json first")
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    saved = json.loads(tokenizer.backend_tokenizer.to_str())
     # Truncation and padding are call-time settings that happen to be saved in the same place.
-    rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    rules = {key: value for key, value in saved.items() if key not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 

@@ -65,8 +65,7 @@ def refuse_code(folder: Path) -> None:
         fields = parse_json(file.read_bytes(), str(file))
         if not isinstance(fields, dict):
             raise UserError(f"{file} holds no JSON object; expected a Hugging Face config")
-        known = name != "config.json" or fields.get("model_type") in CONFIG_MAPPING
-        if "auto_map" in fields and not known:
+        if "auto_map" in fields and name == "config.json" and fields.get("model_type") not in CONFIG_MAPPING:
             raise UserError(
                 f"{file} asks to run code of its own (auto_map {fields['auto_map']}), which is refused: give a "
                 "checkpoint of a family that transformers has; for a teacher whose code you have read there is --set "
@@ -83,9 +82,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise UserError(
-            f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}: "
-            f"{first_line(error)}; expected "
-            "the config of a model that this version knows"
-        ) from error
+        found = f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}"
+        raise UserError(f"{found}: {first_line(error)}; expected a model's config that this version knows") from error
     return config

@@ -1,7 +1,4 @@
-"""The answer rows of a batch: the positions that predict an answer token, and these tokens.
-
-Shape letters: R answer rows of the batch.
-"""
+"""The answer rows of a batch: the positions that predict an answer token, and these tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +26,7 @@ class AnswerRows:
 
     def to(self, device: torch.device) -> "AnswerRows":
         """The same on a device."""
-        rows = (self.sequence_R, self.position_R, self.token_R)
-        return AnswerRows(*(tensor.to(device, non_blocking=True) for tensor in rows))
+        return AnswerRows(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 def answer_rows(token_ids: Sequence[Tensor], answer_masks: Sequence[Tensor]) -> AnswerRows:

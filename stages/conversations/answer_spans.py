@@ -61,10 +61,8 @@ def _by_prefixes(template: ChatTemplate, messages: list[Message]) -> tuple[str, 
         before = template.render(messages[:index], add_generation_prompt=True)
         until = template.render(messages[: index + 1])
         if not (text.startswith(until) and until.startswith(before)):
-            raise UnusableSample(
-                "template_not_prefix_stable",
-                f"the chat template renders the turns up to answer {len(spans)} differently once more "
-                "follow, so the answers cannot be found; use a template with {% generation %} blocks",
-            )
+            found = f"the chat template renders the turns up to answer {len(spans)} differently once more follow"
+            way_out = "so the answers cannot be found; use a template with {% generation %} blocks"
+            raise UnusableSample("template_not_prefix_stable", f"{found}, {way_out}")
         spans.append((len(before), len(until)))
     return text, spans

@@ -33,10 +33,8 @@ def chat_template(processor: Any) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        raise UserError(
-            f"{type(processor).__name__} has no (default) chat template; save one with the checkpoint "
-            "(chat_template.jinja)"
-        )
+        name = type(processor).__name__
+        raise UserError(f"{name} has no (default) chat template; save one with the checkpoint (chat_template.jinja)")
     return str(template)
 
 
@@ -46,16 +44,14 @@ def read_template(name: str) -> str:
     Raises:
         UserError: If neither exists, or the file cannot be read.
     """
-    path = Path(name)
     bundled = {file.stem: file for file in sorted(FOLDER.glob("*.jinja"))}
-    if not path.is_file() and name in bundled:
-        path = bundled[name]
+    path = Path(name) if Path(name).is_file() else bundled.get(name, Path(name))
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        others = f"one of the templates that come with the package: {', '.join(bundled)}"
         raise UserError(
-            f"chat template {name} cannot be read: {error}; give the path of a jinja file, or one of the templates "
-            f"that come with the package: {', '.join(bundled)}"
+            f"chat template {name} cannot be read: {error}; give a jinja file's path, or {others}"
         ) from error
 
 

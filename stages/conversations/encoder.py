@@ -1,7 +1,4 @@
-"""Turns a LLaVA conversation and its images into the tokens a model reads, and marks the answers in them.
-
-Shape letters: T tokens, N image tokens.
-"""
+"""Turns a LLaVA conversation and its images into the tokens a model reads, and marks the answers in them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -141,12 +138,9 @@ class ConversationEncoder:
     def _check_placeholders(self, text: str, num_images: int) -> None:
         """Text of a turn may not smuggle in an image, nor the template leave one out."""
         token = getattr(self.processor, "image_token", None) or self._image_token
-        if text.count(token) != num_images:
-            raise UnusableSample(
-                "image_count_mismatch",
-                f"the rendered conversation holds {token!r} {text.count(token)} times for {num_images} "
-                "images; the text of a turn must not contain it",
-            )
+        if (count := text.count(token)) != num_images:
+            found = f"the rendered conversation holds {token!r} {count} times for {num_images} images"
+            raise UnusableSample("image_count_mismatch", f"{found}; the text of a turn must not contain it")
 
     def _truncate(self, encoded: EncodedConversation) -> EncodedConversation:
         num_tokens, limit = len(encoded.token_ids), self.max_length

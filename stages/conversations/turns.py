@@ -2,7 +2,7 @@
 
 from typing import Final, Literal, NamedTuple
 
-from stages.unusable_sample import UnusableSample
+from stages.unusable_sample import Reason, UnusableSample
 
 PLACEHOLDER: Final = "<image>"
 """Stands for an image in a LLaVA conversation, whatever the processor's own image token is."""
@@ -53,9 +53,8 @@ def check_complete(turns: tuple[Turn, ...]) -> None:
     """
     for index, (role, text) in enumerate(turns):
         if role != "system" and not text.strip():
-            raise UnusableSample(
-                "answer_missing" if role == "gpt" else "question_missing", f"turn {index} ({role}) is empty"
-            )
+            what: Reason = "answer_missing" if role == "gpt" else "question_missing"
+            raise UnusableSample(what, f"turn {index} ({role}) is empty")
     if turns[-1].role != "gpt":
         raise UnusableSample("answer_missing", f"the last of {len(turns)} turns is human, expected an answer")
 

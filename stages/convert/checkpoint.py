@@ -150,13 +150,10 @@ def _named_tensors(folder: Path) -> dict[str, _Source]:
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                new = converted_name(name)
-                if new is None:
+                if (new := converted_name(name)) is None:
                     continue
-                if new in tensors:
-                    raise UserError(
-                        f"{name!r} of {path.name} and {tensors[new].name!r} of {tensors[new].file.name} are both {new}"
-                    )
+                if (other := tensors.get(new)) is not None:
+                    raise UserError(f"{name!r} of {path.name} and {other.name!r} of {other.file.name} are both {new}")
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
                 tensors[new] = _Source(path, name, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
@@ -174,20 +171,16 @@ def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrained
         model = _model_class(config)(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {HEAD} if config.tie_word_embeddings else set()
-    missing = sorted(expected.keys() - tensors.keys() - tied)
-    unexpected = sorted(tensors[name].name for name in tensors.keys() - expected.keys())
+    missing = expected.keys() - tensors.keys() - tied
+    unexpected = [tensors[name].name for name in tensors.keys() - expected.keys()]
     if missing or unexpected:
-        raise UserError(
-            f"{folder} does not hold the model that its config describes: missing {some(missing)}, "
-            f"unexpected {some(unexpected)}"
-        )
+        lacking = f"missing {some(missing)}, unexpected {some(unexpected)}"
+        raise UserError(f"{folder} does not hold the model that its config describes: {lacking}")
     for name, source in tensors.items():
         found = (source.shape[0] + added_rows, *source.shape[1:]) if name in (EMBEDDING, HEAD) else source.shape
         if found != expected[name]:
-            raise UserError(
-                f"tensor {source.name!r} of {source.file.name} has shape {list(source.shape)}, the config asks for "
-                f"{list(expected[name])}"
-            )
+            what = f"tensor {source.name!r} of {source.file.name}"
+            raise UserError(f"{what} has shape {list(source.shape)}, the config asks for {list(expected[name])}")
 
 
 def _write_weights(tensors: dict[str, _Source], folder: Path, added_rows: int, progress: Progress) -> int:

@@ -1,7 +1,4 @@
-"""An extraction's bytes and seconds from configs alone, for a teacher whose weights are not here; much less exact.
-
-Shape letters: T tokens, N image tokens, L captured layers, R answer rows.
-"""
+"""An extraction's bytes and seconds from configs alone, for a teacher whose weights are not here; much less exact."""
 
 import torch
 from PIL import Image

@@ -74,11 +74,9 @@ def estimate_by_measurement(
     )
     kept = [sample for block in held.blocks for sample in block.kept]
     if not kept:
-        reasons = Counter(skipped.reason for skipped in held.skipped).most_common()
-        raise UserError(
-            f"none of {held.num_read} samples drawn from {samples.store.url} can be used "
-            f"({', '.join(f'{reason}: {count}' for reason, count in reasons)})"
-        )
+        counts = Counter(skipped.reason for skipped in held.skipped).most_common()
+        why = ", ".join(f"{reason}: {count}" for reason, count in counts)
+        raise UserError(f"none of {held.num_read} samples drawn from {samples.store.url} can be used ({why})")
     with tempfile.TemporaryDirectory(prefix="cdp-estimate-") as name:
         folder = Path(name)
         seen, seconds, batch_size = _run_teacher(teacher, kept, folder / "samples", progress)

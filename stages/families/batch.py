@@ -1,7 +1,4 @@
-"""What a model of a family is called with for several samples at once.
-
-Shape letters: B samples, T tokens of the longest.
-"""
+"""What a model of a family is called with for several samples at once."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,8 +76,7 @@ def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) ->
     Raises:
         UserError: If an input is one that the family does not name.
     """
-    unknown = {name for pixels in pixel_inputs for name in pixels} - set(family.pixel_inputs)
-    if unknown:
+    if unknown := {name for pixels in pixel_inputs for name in pixels} - set(family.pixel_inputs):
         raise UserError(
             f"the image processor gives {sorted(unknown)}, the family of {'/'.join(family.model_types)} takes "
             f"{sorted(family.pixel_inputs)}; name the input in the family's entry in stages/families"
@@ -96,9 +92,7 @@ def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) ->
 def _padded(parts: Sequence[Tensor]) -> list[Tensor]:
     """Pads all axes but the first to the largest size, with zeros."""
     largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    grown = []
-    for part in parts:
-        whole = part.new_zeros((part.shape[0], *largest))
-        whole[tuple(slice(size) for size in part.shape)] = part
-        grown.append(whole)
+    grown = [part.new_zeros((len(part), *largest)) for part in parts]
+    for whole, part in zip(grown, parts, strict=True):
+        whole[tuple(map(slice, part.shape))] = part
     return grown

@@ -16,6 +16,7 @@ MAX_LINE_BYTES = 16 * 2**20
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 _BOM = b"\xef\xbb\xbf"
+_LINES = "if it holds one record a line, name it .jsonl"
 
 
 class JsonList:
@@ -23,10 +24,8 @@ class JsonList:
 
     def __init__(self, source: Path) -> None:
         if (num_bytes := source.stat().st_size) > MAX_JSON_BYTES:
-            raise UserError(
-                f"{source} has {num_bytes:,} bytes; a JSON list is read whole and may have "
-                f"{MAX_JSON_BYTES:,}; write one record a line and name the file .jsonl: those are streamed"
-            )
+            found = f"{source} has {num_bytes:,} bytes; a JSON list is read whole and may have {MAX_JSON_BYTES:,}"
+            raise UserError(f"{found}; write one record a line and name the file .jsonl: those are streamed")
         try:
             value: object = json.loads(source.read_bytes().removeprefix(_BOM).decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -34,17 +33,13 @@ class JsonList:
                 f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it"
             ) from error
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{source} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-                "if it holds one record a line, name it .jsonl"
-            ) from error
+            found = f"{source} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            raise UserError(f"{found}; {_LINES}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source} is not JSON that can be read: {error}") from error
         if not isinstance(value, list):
-            raise UserError(
-                f"{source} holds one {type(value).__name__}, expected a list of LLaVA records; "
-                "if it holds one record a line, name it .jsonl"
-            )
+            found = f"{source} holds one {type(value).__name__}, expected a list of LLaVA records"
+            raise UserError(f"{found}; {_LINES}")
         self._records: list[object] = value
 
     def positions(self) -> Iterator[int]:

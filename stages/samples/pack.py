@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -53,12 +52,8 @@ class PackReport(StrictModel):
     seconds: float
 
 
-@dataclass(slots=True)
-class _Group:
-    """Records about the same image or images: (ordinal, position in the source) of each."""
-
-    images: tuple[str, ...]
-    rows: list[tuple[int, int]] = field(default_factory=list)
+_Group = tuple[tuple[str, ...], list[tuple[int, int]]]
+"""Images, and the records about them: (ordinal, position in the source) of each."""
 
 
 def pack_samples(
@@ -107,7 +102,7 @@ def _group_records(records: LlavaRecords, ledger: Ledger, progress: Progress) ->
     ids = _Ids()
     task = progress.task("read records", unit="records")
     for ordinal, position in enumerate(records.positions()):
-        value: object = None
+        value = None
         try:
             value = records.load(position)
             record = parse_record(value, ordinal)
@@ -115,8 +110,7 @@ def _group_records(records: LlavaRecords, ledger: Ledger, progress: Progress) ->
         except UnusableSample as why:
             ledger.skip(ordinal, record_id(value, ordinal), why)
         else:
-            group = groups.setdefault(record.images or ordinal, _Group(record.images))
-            group.rows.append((ordinal, position))
+            groups.setdefault(record.images or ordinal, (record.images, []))[1].append((ordinal, position))
         if (ordinal + 1) % _RECORDS_BETWEEN_REPORTS == 0:
             task.update(done=ordinal + 1)
     task.remove()
@@ -156,20 +150,23 @@ class _Packer:
 
     def pack(self, groups: Sequence[_Group], staged: StagedFolder, progress: Progress) -> None:
         """Write the shards of `groups` into the staging folder, or raise TooManySkipped."""
-        total = sum(len(group.rows) for group in groups)
+        total = sum(len(rows) for _, rows in groups)
         num_records = total + len(self._ledger)
         num_bytes = 0
         task = progress.task("pack", total)
         with SampleShardWriter(staged.path, self._config.max_samples_per_shard, self._config.max_shard_bytes) as writer:
-            for group in groups:
-                images = self._read_images(group)
+            for names, rows in groups:
+                images = self._read_images(names, rows)
                 # Past the limit nothing more is written; the rest is still read, for the ledger.
                 if images is not None and not self._over_limit(num_records):
-                    for samples in self._samples(group, images):
+                    self.images.update(names)
+                    self.num_samples += len(rows)
+                    self.num_text_only += 0 if names else len(rows)
+                    for samples in self._samples(rows, images):
                         writer.add_group(samples)
                     num_bytes += sum(map(len, images))
                 task.update(note=f"{num_bytes / 1e6:,.1f} MB")
-                task.advance(len(group.rows))
+                task.advance(len(rows))
             if self._over_limit(num_records) or not self.num_samples:
                 self._ledger.write(staged.ledger_of_refusal)
                 raise self._ledger.refusal(num_records, self._config.max_skipped_fraction, staged.ledger_of_refusal)
@@ -177,24 +174,21 @@ class _Packer:
     def _over_limit(self, num_records: int) -> bool:
         return self._ledger.exceeds(num_records, self._config.max_skipped_fraction)
 
-    def _read_images(self, group: _Group) -> tuple[bytes, ...] | None:
+    def _read_images(self, names: tuple[str, ...], rows: list[tuple[int, int]]) -> tuple[bytes, ...] | None:
         try:
-            return tuple(self._folder.read(image) for image in group.images)
+            return tuple(map(self._folder.read, names))
         except UnusableSample as why:
-            for ordinal, position in group.rows:
+            for ordinal, position in rows:
                 self._ledger.skip(ordinal, self._reload(ordinal, position).id, why)
             return None
 
-    def _samples(self, group: _Group, images: tuple[bytes, ...]) -> Iterator[list[StoredSample]]:
-        """The group's samples, at most as many at a time as fit into one shard."""
-        self.images.update(group.images)
-        self.num_samples += len(group.rows)
-        self.num_text_only += 0 if group.images else len(group.rows)
+    def _samples(self, rows: list[tuple[int, int]], images: tuple[bytes, ...]) -> Iterator[list[StoredSample]]:
+        """A group's samples, at most as many at a time as fit into one shard."""
         step = self._config.max_samples_per_shard
-        for start in range(0, len(group.rows), step):
+        for start in range(0, len(rows), step):
             yield [
                 StoredSample(f"{ordinal:09d}", self._reload(ordinal, position).as_json(), images)
-                for ordinal, position in group.rows[start : start + step]
+                for ordinal, position in rows[start : start + step]
             ]
 
     def _reload(self, ordinal: int, position: int) -> LlavaRecord:

@@ -62,12 +62,9 @@ class StagedFolder:
     def _clear_leftovers(self) -> None:
         leftovers = [*self.out.glob(SHARDS), *self.out.glob(TABLES)] if self.path.exists() else []
         known = {path.name for path in leftovers} | {STAGING, LEDGER, REPORT}
-        foreign = sorted(path.name for path in self.out.iterdir() if path.name not in known)
-        if foreign:
-            raise UserError(
-                f"{self.out} holds files that are not of this data set ({', '.join(foreign[:5])}); "
-                "name a new or empty folder"
-            )
+        if foreign := sorted(path.name for path in self.out.iterdir() if path.name not in known):
+            found = f"{self.out} holds files that are not of this data set ({', '.join(foreign[:5])})"
+            raise UserError(f"{found}; name a new or empty folder")
         for path in leftovers:
             path.unlink()
         if self.path.exists():

@@ -1,8 +1,4 @@
-"""One batch through the teacher.
-
-Shape letters: B samples of a batch (bytes of a record in `logits_RQ`), T tokens, N image tokens, R answer rows,
-V vocabulary.
-"""
+"""One batch through the teacher."""
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple

@@ -1,7 +1,4 @@
-"""Codes attention maps on the teacher's device, beside its next forward pass.
-
-Shape letters: L captured layers, N image tokens.
-"""
+"""Codes attention maps on the teacher's device, beside its next forward pass."""
 
 from collections import deque
 from collections.abc import Collection
