@@ -5,6 +5,7 @@ captured layers, P pairs of them; of all maps together N image tokens, C codes a
 bytes of flips.
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 from zarr.storage import LocalStore as ZarrFolder
 
 ROWS_A_CHUNK = 256
@@ -66,8 +68,22 @@ ARRAYS = (
 
 
 def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
-    """Write a group of all arrays to an empty folder, each in one call: row by row a sharded one is rewritten."""
+    """Write a group of all arrays to an empty folder; when this raises, nothing is being written any more."""
     assert set(arrays) == {spec.name for spec in ARRAYS}
+    try:
+        _write_arrays(folder, arrays, attributes)
+    except OSError:
+        # Where one write fails, Zarr raises while its others go on: they would make a removed folder anew.
+        sync(_others_end())
+        raise
+
+
+async def _others_end() -> None:
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
+
+def _write_arrays(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
+    """Each in one call: row by row a sharded one would be written again and again."""
     group = zarr.create_group(ZarrFolder(folder), attributes=attributes)
     for spec in ARRAYS:
         data = arrays[spec.name]

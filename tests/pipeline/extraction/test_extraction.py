@@ -104,7 +104,6 @@ def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets
     assert same_targets(store, targets)
 
 
-@pytest.mark.usefixtures("shards_made_here")
 def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_sample(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
