@@ -64,21 +64,17 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a section.
-
-    Attributes:
-        name: dotted, from the top of the run file.
-        type: in words, with its bounds.
-        default: as JSON; empty for one that must be given.
-        meaning: the text below its field.
-        at_resume: its own rule, or that of its section; None for one that must stay the same.
-    """
+    """One setting of a section."""
 
     name: str
+    """Dotted, from the top of the run file."""
     type: str
+    """In words, with its bounds."""
     default: str
+    """As JSON; empty for one that must be given."""
     meaning: str
     at_resume: AtResume | None
+    """Its own rule, or that of its section; None for one that must stay the same."""
 
 
 @dataclass(frozen=True)

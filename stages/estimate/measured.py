@@ -21,7 +21,7 @@ from stages.teacher.batching import BatchSize
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.codecs.config import MapCodecName
+from storage.codecs.config import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
@@ -139,7 +139,8 @@ def _measure_codecs(
     device, cpu, causal = teacher.model.device, torch.device("cpu"), teacher.identity.codec.causal
     costs: dict[MapCodecName, CodecCost] = {}
     for name in (chosen, *(name for name in CODECS if name != chosen)):
-        identity = replace(teacher.identity, codec=teacher.identity.codec.model_copy(update={"name": name}))
+        # Made anew, as extraction makes it: the default of `cap_factor` depends on the name.
+        identity = replace(teacher.identity, codec=MapCodecConfig(name=name, causal=causal))
         manifest = identity.manifest(index.digest, len(index.shards))
         stored, other = teacher.identity.map_codec, identity.map_codec
         started = time.perf_counter()

@@ -151,16 +151,13 @@ def count_blocks(
 def _shares(prepare: SamplePreparer, num_rows: int, samples: Sequence[PreparedSample]) -> list[float]:
     """For each sample 1/g, where g samples of its shard share its map; 0 without an image."""
     sizes = Counter(sample.map_key for sample in samples)
-    if samples:
-        sizes[samples[0].map_key] += _neighbours(prepare, range(samples[0].row - 1, -1, -1), samples[0].map_key)
-        sizes[samples[-1].map_key] += _neighbours(prepare, range(samples[-1].row + 1, num_rows), samples[-1].map_key)
+    ends = [(one, range(one.row - 1, -1, -1)) for one in samples[:1]]
+    ends += [(one, range(one.row + 1, num_rows)) for one in samples[-1:]]
+    for sample, outwards in ends:
+        # Samples that share a map lie side by side.
+        same = (getattr(prepare(row), "map_key", None) == sample.map_key for row in outwards if sample.map_key)
+        sizes[sample.map_key] += sum(itertools.takewhile(bool, same))
     return [0.0 if sample.map_key is None else 1 / sizes[sample.map_key] for sample in samples]
-
-
-def _neighbours(prepare: SamplePreparer, rows: range, key: str | None) -> int:
-    """Number of samples with this map from the first row on; such samples lie side by side."""
-    same = (getattr(prepare(row), "map_key", None) == key for row in rows if key is not None)
-    return sum(1 for _ in itertools.takewhile(bool, same))
 
 
 def _by_shard(index: SampleIndex, numbers: range) -> Iterator[tuple[int, range]]:
