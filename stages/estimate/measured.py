@@ -30,7 +30,7 @@ from storage.samples.sample_set import SampleSet
 from storage.samples.shard import SampleShard
 from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
-from storage.targets.commits import CommitRecord
+from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.layout import ARRAYS
 from storage.targets.manifest import Manifest
 from storage.targets.writer import write_shard
@@ -74,12 +74,12 @@ def estimate_by_measurement(
     )
     kept = [sample for block in held.blocks for sample in block.kept]
     if not kept:
-        counts = Counter(skipped.reason for skipped in held.skipped).most_common()
-        why = ", ".join(f"{reason}: {count}" for reason, count in counts)
-        raise UserError(f"none of {held.num_read} samples drawn from {samples.store.url} can be used ({why})")
+        raise _none_usable(samples, held.skipped)
     with tempfile.TemporaryDirectory(prefix="cdp-estimate-") as name:
         folder = Path(name)
         seen, seconds, batch_size = _run_teacher(teacher, kept, folder / "samples", progress)
+        if not seen.samples:
+            raise _none_usable(samples, seen.skipped)
         costs = _measure_codecs(teacher, seen, held.blocks, samples.index, settings.map_codec, folder, progress)
         teacher.save_vision(folder / "teacher")
         vision_bytes = sum(file.stat().st_size for file in (folder / "teacher").rglob("*") if file.is_file())
@@ -102,6 +102,12 @@ def estimate_by_measurement(
     return extrapolate(
         settings, teacher.identity, held, costs, cost, skipped=seen.skipped, workers=workers, notes=notes
     )
+
+
+def _none_usable(samples: SampleSet, skipped: Sequence[SkippedSample]) -> UserError:
+    counts = Counter(one.reason for one in skipped).most_common()
+    why = ", ".join(f"{reason}: {count}" for reason, count in counts)
+    return UserError(f"none of {len(skipped)} samples drawn from {samples.store.url} can be used ({why})")
 
 
 def _run_teacher(

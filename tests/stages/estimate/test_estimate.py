@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.results import RESULTS
 from pipeline.demo.assets import TEACHER
@@ -75,6 +76,20 @@ def test_every_codec_has_bytes_an_interval_and_hours_and_coarser_codes_are_small
     assert estimate.settings["sqrt4"].bytes_by_array["logit_records"] == pytest.approx(
         estimate.answer_bytes_by_top_k[32], rel=1e-3
     )
+
+
+def test_a_teacher_that_gives_no_numbers_for_any_sample_is_refused_with_the_reason(tmp_path: Path) -> None:
+    data = make_tiny_data(tmp_path)
+    weights = load_file(data.teacher / "model.safetensors")
+    save_file(
+        {name: tensor * float("nan") for name, tensor in weights.items()},
+        data.teacher / "model.safetensors",
+        {"format": "pt"},
+    )
+    settings = TeacherConfig(checkpoint=str(data.teacher), batch_size=4)
+    config = EstimateConfig(num_blocks=2, num_sampled=20, num_measured=4)
+    with pytest.raises(UserError, match=r"none of \d+ samples .* can be used \(not_finite: \d+\)"):
+        estimate_by_measurement(settings, SampleSet.open(data.samples), config, workers=1, threads=1)
 
 
 def test_unusable_samples_are_counted_and_shown_with_their_reasons(tmp_path: Path) -> None:
