@@ -1,31 +1,25 @@
 """The run file: every setting of a run in one YAML document, and how flags and `--set` change it."""
 
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from pipeline.extraction.config import ExtractConfig
 from pipeline.recipes import find_config
 from stages.estimate.report import EstimateConfig
 from stages.evaluation.scoring import EvaluationConfig
-from stages.settings import RENAMED, AtResume, meant_by
+from stages.settings import AtResume, validated
 from stages.student.training.config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
 from storage.stores import Store
 from storage.strict_model import StrictModel
 
-_SHORT = reprlib.Repr()
-# A few lines of YAML can stand for a value of any size.
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
-
 _DEEPEST = 8
 """Sections inside one another; settings have three."""
 
-Settings = TypeVar("Settings", bound=BaseModel)
 Setting = TypeVar("Setting")
 
 
@@ -104,32 +98,6 @@ def lay_over(document: dict[str, Any], settings: dict[str, Any], prefix: str = "
             lay_over(document, value, f"{prefix}{name}.")
         else:
             _assign(document, f"{prefix}{name}", value)
-
-
-def validated(model: type[Settings], values: dict[str, Any], origin: str) -> Settings:
-    """The settings in `values`; an error says that they come from `origin`.
-
-    Raises:
-        UserError: If a setting is unknown or out of range; names each, and what an unknown one may stand for.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        lines = []
-        for found in error.errors():
-            name, unknown = ".".join(map(str, found["loc"])), found["type"] == "extra_forbidden"
-            said = "there is no such setting" if unknown else found["msg"]
-            hint = _hint(name, model) if unknown or name in RENAMED else ""
-            lines.append(f"  {name}: {said} (found {_SHORT.repr(found.get('input'))}){hint}")
-        raise UserError(f"{origin}:\n" + "\n".join(lines)) from error
-
-
-def _hint(wrong: str, model: type[BaseModel]) -> str:
-    """What a wrong setting may stand for; empty when nothing is near."""
-    if wrong in RENAMED:
-        return f"; it is called {RENAMED[wrong]} now"
-    meant = meant_by(wrong, model)
-    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def save_run_file(run: RunFile, store: Store, name: str) -> None:

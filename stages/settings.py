@@ -1,17 +1,24 @@
-"""Settings as data: their dotted names, what they mean, former names, and whether they may change at resume."""
+"""Settings as data: dotted names, meanings, former names, checks, and whether they may change at resume."""
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from storage.errors import FingerprintMismatch
+from storage.errors import FingerprintMismatch, UserError
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+_SHORT = reprlib.Repr()
+# A few lines of YAML can stand for a value of any size.
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
 
 class AtResume(StrEnum):
@@ -129,6 +136,32 @@ def meant_by(wrong: str, model: type[BaseModel]) -> list[str]:
     )
     found = next((guess for guess in guesses if guess), [])
     return [name for name in found if name.startswith(f"{section}.")] or found
+
+
+def validated(model: type[Settings], values: dict[str, Any], origin: str) -> Settings:
+    """The settings in `values`; an error says that they come from `origin`.
+
+    Raises:
+        UserError: If a setting is unknown or out of range; names each, and what an unknown one may stand for.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for found in error.errors():
+            name, unknown = ".".join(map(str, found["loc"])), found["type"] == "extra_forbidden"
+            said = "there is no such setting" if unknown else found["msg"]
+            hint = _hint(name, model) if unknown or name in RENAMED else ""
+            lines.append(f"  {name}: {said} (found {_SHORT.repr(found.get('input'))}){hint}")
+        raise UserError(f"{origin}:\n" + "\n".join(lines)) from error
+
+
+def _hint(wrong: str, model: type[BaseModel]) -> str:
+    """What a wrong setting may stand for; empty when nothing is near."""
+    if wrong in RENAMED:
+        return f"; it is called {RENAMED[wrong]} now"
+    meant = meant_by(wrong, model)
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def lasting(config: BaseModel, *, matched: bool = True, prefix: str = "") -> dict[str, Any]:

@@ -18,10 +18,10 @@ def pack_samples(
     max_skipped_fraction: Annotated[float, typer.Option(help="Fraction of samples that may be unusable.")] = 0.0,
 ) -> None:
     """Packs LLaVA JSON and images into shards. Conversations of the same image lie side by side."""
-    from pipeline.run_file import validated
     from pipeline.ui.progress import progress_display
     from stages.samples.pack import PackConfig
     from stages.samples.pack import pack_samples as pack
+    from stages.settings import validated
 
     flags = {
         "max_samples_per_shard": samples_per_shard,

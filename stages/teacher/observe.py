@@ -36,7 +36,7 @@ _FAULTS: dict[Reason, str] = {
 
 @dataclass
 class ShardObservations:
-    """Everything `storage.targets.write_shard` needs of one shard, rows in the order of its tar."""
+    """Everything `storage.targets.writer.write_shard` needs of one shard, rows in the order of its tar."""
 
     samples: list[SampleTargets] = field(default_factory=list)
     maps: list[EncodedMaps] = field(default_factory=list)

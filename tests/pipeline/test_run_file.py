@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run_file import RunFile, load_run_file, save_run_file, validated
+from pipeline.run_file import RunFile, load_run_file, save_run_file
 from stages.samples.pack import PackConfig
-from stages.settings import RENAMED, sections_of
+from stages.settings import RENAMED, sections_of, validated
 from storage.errors import UserError
 from storage.stores import open_store
 

@@ -49,9 +49,9 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
-from stages.student.model.modeling_compodistill import register
+from stages.student.model.student import register_students
 torch.set_num_threads(1)
-register()
+register_students()
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
 image = model.config.image_token_id
 ids = torch.tensor([[5, 6, *[image] * 16, 7, 8, 9]])
@@ -369,6 +369,33 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tmp_path: Path) -> N
     assert ended.out == ""
     assert ended.err.startswith("error: ")
     assert "Traceback" not in ended.err
+
+
+LOADED = """
+import sys
+from pipeline.cli.app import main
+try:
+    main()
+finally:
+    print(sorted({"ray", "torch", "transformers", "zarr"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        ("pack-samples {data} {images} {new}", []),
+        ("inspect {targets}", []),
+        ("verify {targets} --samples {samples}", ["torch", "zarr"]),
+    ],
+)
+def test_a_command_without_a_model_loads_no_library_that_it_does_not_need(
+    command: str, needed: list[str], tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    names = {**vars(tiny), "targets": targets, "new": tmp_path / "new"}
+    words = [word.format(**names) for word in command.split()]
+    done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == str(needed)
 
 
 @pytest.mark.parametrize(("package", "extra"), [("pyarrow", "ray-train"), ("sklearn", "digits")])
