@@ -28,7 +28,7 @@ from benchmarks.results import RESULTS, command_line, interleaved, median_ratio,
 from stages.student.losses.head import answer_losses
 from stages.student.losses.logits import TeacherRows, next_token_loss, teacher_rows
 from storage.codecs.answer_logits import AnswerLogitsCodec
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.student.losses.logits import teacher_rows
 from storage.codecs.answer_logits import AnswerLogitsCodec
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses
 
 KINDS = ("peaked", "medium", "flat", "options", "normal")

@@ -31,7 +31,7 @@ except ImportError as error:
 from benchmarks.attention_maps import MapSet, synthetic_maps
 from benchmarks.results import RESULTS, command_line, median_ratio, save_result
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig
 from storage.codecs.map_entries import code_squares
 from storage.codecs.sinks import map_mean_std, sink_keep_mask
 from storage.codecs.triangle import pack_entries, unpack_entries

@@ -19,7 +19,7 @@ from benchmarks.attention_maps import MapSet, bundled_teacher_maps, synthetic_ma
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.attention.layer_selection import single_layers
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig
 from storage.codecs.sinks import sink_keep_mask
 from storage.codecs.windows import window_means, window_rows
 

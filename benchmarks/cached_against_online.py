@@ -28,10 +28,10 @@ from pipeline.extraction.shard_extractor import ShardExtractor
 from pipeline.run_file import load_run_file
 from pipeline.training import train
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.config import StageName
 from stages.student.data.batch import Batch
 from stages.student.losses.attention import attention_alignment_loss
 from stages.student.losses.logits import logit_distillation_loss
+from stages.student.stage_config import StageName
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.teacher.identity import TeacherConfig, identify_teacher
 from storage.codecs.windows import window_means, window_rows

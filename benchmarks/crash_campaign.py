@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.results import RESULTS, save_result
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.config import STAGES
+from stages.student.stage_config import STAGES
 from tests.checkpoints import make_llava_data, make_tiny_llava
 from tests.pipeline.cluster.ray_kills import RayCampaign
 from tests.pipeline.crash_points import (

@@ -28,7 +28,7 @@ import torch
 from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.cluster.task_queue import TaskQueue
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.samples.index import INDEX_PATH, SampleIndex, SampleShardEntry
 from storage.stores import LocalStore, open_store
 from storage.targets.cleaning import clean_partials

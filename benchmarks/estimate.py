@@ -34,7 +34,7 @@ from stages.estimate.measured import estimate_by_measurement
 from stages.estimate.report import EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig, identify_teacher
-from storage.codecs.config import MapCodecName
+from storage.codecs.codec_settings import MapCodecName
 from storage.samples.index import SampleIndex
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store

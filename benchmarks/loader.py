@@ -37,20 +37,20 @@ from stages.student.data.loader import LoaderConfig, StepLoader
 from stages.student.data.sample_reader import SampleReader
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.codecs.tail_samples import row_addresses
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
-from storage.samples.writer import SampleShardWriter
+from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import open_store
 from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig, deal, epoch_order, shard_rows
 from storage.streaming.stream import mixture_stream
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.targets.sample_targets import SampleTargets
+from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
-from storage.targets.writer import write_shard
 
 VOCABULARY, IMAGE_TOKEN = 151_936, 151_655
 CPU = torch.device("cpu")

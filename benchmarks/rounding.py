@@ -24,7 +24,7 @@ from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps
-from storage.codecs.config import MapCodecName
+from storage.codecs.codec_settings import MapCodecName
 from storage.codecs.map_entries import code_squares
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store

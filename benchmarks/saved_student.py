@@ -22,12 +22,12 @@ from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.demo.assets import STUDENT_LM
 from pipeline.run_file import load_run_file
 from pipeline.training import train
-from stages.student.config import StageName
 from stages.student.data.batch import Batch
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.model.loading import load_student
 from stages.student.model.student import Student
+from stages.student.stage_config import StageName
 from stages.student.training.objective import DistillationObjective
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Mixture, Source, StreamConfig, mixture_stream

@@ -25,7 +25,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.estimate.report import EstimateConfig
 from stages.samples.pack import pack_samples
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 from storage.samples.index import INDEX_PATH, SampleIndex
 from storage.stores import open_store
 from storage.streaming.order import epoch_order, shard_rows

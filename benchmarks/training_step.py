@@ -37,7 +37,6 @@ from benchmarks.results import RESULTS, Spent, command_line, interleaved, median
 from stages.attention.capture import AttentionCapture, enable_capture
 from stages.attention.layer_selection import sliding_windows, student_layers, visual_understanding_layers
 from stages.conversations.answer_rows import AnswerRows
-from stages.student.config import DistilledFinetuning, LoraSettings
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
 from stages.student.losses.attention import attention_alignment_loss
@@ -45,10 +44,11 @@ from stages.student.losses.logits import logit_distillation_loss
 from stages.student.model.build import student_config
 from stages.student.model.modeling_compodistill import CompoDistillStudentForConditionalGeneration
 from stages.student.model.trainable import keep_frozen_in, prepare_for_stage
+from stages.student.stage_config import DistilledFinetuning, LoraSettings
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.codecs.tail_samples import row_addresses
 from storage.codecs.windows import window_means, window_rows
 

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from stages.checkpoints.processors import hide_loading_bars, load_processor
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.student.config import STAGES
 from stages.student.model.loading import load_multimodal
 from stages.student.run_folder import RunFolder, StageFolder
+from stages.student.stage_config import STAGES
 
 
 def find_checkpoint(model: str) -> Path:

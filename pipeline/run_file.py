@@ -11,7 +11,7 @@ from pipeline.recipes import find_config
 from stages.estimate.report import EstimateConfig
 from stages.evaluation.scoring import EvaluationConfig
 from stages.settings import AtResume, validated
-from stages.student.training.config import TrainConfig
+from stages.student.training.train_config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
 from storage.stores import Store

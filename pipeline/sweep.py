@@ -17,11 +17,11 @@ from pipeline.ui.console import is_main_process
 from pipeline.ui.tables import ReportTable
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention_similarity import AttentionSimilarity
-from stages.evaluation.pairs import load_pairs
+from stages.evaluation.caption_pairs import load_pairs
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
-from stages.student.config import StageName
 from stages.student.run_folder import StageReport
+from stages.student.stage_config import StageName
 from storage.digests import digest_of
 from storage.errors import UserError
 from storage.progress import SILENT, Progress

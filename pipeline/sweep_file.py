@@ -19,7 +19,7 @@ from pydantic import Field
 
 from pipeline.recipes import find_config
 from pipeline.run_file import RunFile, lay_over, read_document, resolve
-from stages.evaluation.pairs import load_pairs
+from stages.evaluation.caption_pairs import load_pairs
 from stages.settings import validated
 from storage.errors import UserError
 from storage.stores import PARTIAL

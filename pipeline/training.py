@@ -17,13 +17,13 @@ from pipeline.run_file import RunFile, need, save_run_file
 from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
 from pipeline.runtime.provenance import provenance
 from stages.checkpoints.processors import hide_loading_bars
-from stages.student.config import STAGES, DataSource, StageName
 from stages.student.run_folder import RunFolder, StageFolder, StageReport
-from stages.student.training.config import TrainConfig
+from stages.student.stage_config import STAGES, DataSource, StageName
 from stages.student.training.loop import train_stage
 from stages.student.training.resume_guard import check_resumable, decoder_digest
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageRun, TrainingStopped
+from stages.student.training.stage_run import StageRun, TrainingStopped
+from stages.student.training.train_config import TrainConfig
 from storage.errors import FingerprintMismatch, UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet

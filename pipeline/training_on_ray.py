@@ -15,8 +15,8 @@ from pipeline.cluster import ray_backend, ray_train_group
 from pipeline.run_file import RunFile, need
 from pipeline.runtime.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.training import refuse_existing, train
-from stages.student.config import STAGES, StageName
 from stages.student.run_folder import RunFolder, StageReport
+from stages.student.stage_config import STAGES, StageName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress, ProgressTask
 from storage.stores import open_store

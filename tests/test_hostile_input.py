@@ -16,8 +16,8 @@ from storage.digests import canonical_json
 from storage.errors import CorruptData, UserError
 from storage.samples.members import BLOCK_BYTES
 from storage.samples.sample_set import SampleSet
+from storage.samples.shard_writer import SampleShardWriter
 from storage.samples.table import SampleMembers, table_to_bytes
-from storage.samples.writer import SampleShardWriter
 from storage.stores import open_store
 from storage.targets.manifest import Manifest
 from tests.storage.builders import stored_samples, write_table

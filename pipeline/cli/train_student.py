@@ -40,7 +40,7 @@ def train_student(
     """Trains a student from stored targets. Runs one stage or several in a row, resumes, never loads the teacher."""
     from pipeline.run_file import load_run_file, need
     from pipeline.ui.progress import progress_display
-    from stages.student.config import STAGES
+    from stages.student.stage_config import STAGES
 
     flags = {
         "samples": samples,

@@ -12,12 +12,12 @@ from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic, reproducible_threads
 from storage.errors import FingerprintMismatch
 from storage.samples.sample_set import SampleSet
-from storage.samples.shard import SampleShard
+from storage.samples.shard_reader import SampleShard
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord, commit_path
 from storage.targets.manifest import Manifest
+from storage.targets.shard_writer import write_shard
 from storage.targets.teacher_assets import TEACHER_RECORD, save_teacher
-from storage.targets.writer import write_shard
 
 if TYPE_CHECKING:
     from stages.teacher.identity import TeacherConfig

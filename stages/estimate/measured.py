@@ -21,19 +21,19 @@ from stages.teacher.batching import BatchSize
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
-from storage.codecs.config import MapCodecConfig, MapCodecName
+from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
-from storage.samples.shard import SampleShard
-from storage.samples.writer import SampleShardWriter
+from storage.samples.shard_reader import SampleShard
+from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.layout import ARRAYS
 from storage.targets.manifest import Manifest
-from storage.targets.writer import write_shard
+from storage.targets.shard_writer import write_shard
 
 CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
 

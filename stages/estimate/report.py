@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from storage.codecs.config import MapCodecName
+from storage.codecs.codec_settings import MapCodecName
 from storage.strict_model import StrictModel
 
 SHOWN_UNUSABLE = 5

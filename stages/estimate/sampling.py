@@ -10,7 +10,7 @@ from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.report import EstimateConfig
 from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.timings import Timings
-from storage.codecs.config import num_entries
+from storage.codecs.codec_settings import num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.index import SampleIndex

@@ -11,8 +11,8 @@ from torch import Tensor
 from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation import scoring
+from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.logprobs import RowReader
-from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport, KindResult
 from storage.errors import UserError
 from storage.progress import SILENT, Progress

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.conversations.encoder import EncodedConversation
-from stages.families import LLAVA
+from stages.families.registry import LLAVA
 from stages.student.model.inputs import family_of_model, model_inputs
 from storage.errors import UserError
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from stages.conversations.answer_rows import answer_rows
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.logprobs import RowReader
-from stages.evaluation.pairs import CaptionPair
 from stages.images import MAX_PIXELS, decode_image
 from storage.errors import UserError
 from storage.progress import SILENT, ProgressTask

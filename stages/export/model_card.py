@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.evaluation.report import EvaluationReport
-from stages.student.config import STAGES
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
+from stages.student.stage_config import STAGES
 from storage.strict_model import StrictModel
 
 _USE = """\

@@ -17,7 +17,7 @@ from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.members import StoredSample
-from storage.samples.writer import SampleShardWriter
+from storage.samples.shard_writer import SampleShardWriter
 from storage.strict_model import StrictModel
 
 _RECORDS_BETWEEN_REPORTS = 1000

@@ -13,7 +13,7 @@ from stages.attention.layer_selection import (
     span_layers,
     student_layers,
 )
-from storage.codecs.config import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import Fingerprint, Manifest

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from stages.settings import RENAMED, flattened
-from stages.student.config import STAGES, StageName
 from stages.student.layer_matching import MatchingConfig
+from stages.student.stage_config import STAGES, StageName
 from storage.errors import UserError
 from storage.stores import open_store
 from storage.strict_model import StrictModel

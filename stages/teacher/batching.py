@@ -19,7 +19,7 @@ from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason, UnusableSample
 from storage.errors import UserError
 from storage.samples.members import StoredSample
-from storage.samples.shard import SampleShard
+from storage.samples.shard_reader import SampleShard
 from storage.targets.commits import SkippedSample
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from stages.checkpoints.resolve import load_config, refuse_code, resolve_checkpo
 from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import chat_template, read_template
-from stages.families import family_of
 from stages.families.family import Family
+from stages.families.registry import family_of
 from stages.settings import AtResume
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig, MapCodecName
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest

@@ -22,7 +22,7 @@ from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
 from storage.codecs.attention_maps import EncodedMaps
-from storage.samples.shard import SampleShard
+from storage.samples.shard_reader import SampleShard
 from storage.targets.commits import SkippedSample
 from storage.targets.sample_targets import SampleTargets
 
@@ -36,7 +36,7 @@ _FAULTS: dict[Reason, str] = {
 
 @dataclass
 class ShardObservations:
-    """Everything `storage.targets.writer.write_shard` needs of one shard, rows in the order of its tar."""
+    """Everything `storage.targets.shard_writer.write_shard` needs of one shard, rows in the order of its tar."""
 
     samples: list[SampleTargets] = field(default_factory=list)
     maps: list[EncodedMaps] = field(default_factory=list)

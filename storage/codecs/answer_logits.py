@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from storage.codecs.bits import pack_integers, unpack_integers
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.levels import decode_kept, encode_kept, floats_from_bytes
 from storage.codecs.tail_samples import sample_tail
 

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from storage.codecs.config import MapCodecConfig, num_entries
+from storage.codecs.codec_settings import MapCodecConfig, num_entries
 from storage.codecs.map_entries import checked_entries, code_squares, encode_entries
 from storage.codecs.moments import layer_moments, window_thresholds
 from storage.codecs.sinks import below_threshold, decode_flips, encode_flips, sink_threshold

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from storage.codecs.bits import pack_narrow, unpack_narrow
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 
 LOWEST_LOGPROB = -50.0
 """The `levels` codec stores rarer tokens as this rare: 2e-22 each, 4e-6 at temperature 4."""

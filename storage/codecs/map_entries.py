@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from storage.codecs.bits import pack_narrow, unpack_narrow
-from storage.codecs.config import MapCodecConfig, num_entries
+from storage.codecs.codec_settings import MapCodecConfig, num_entries
 from storage.codecs.sinks import map_mean_std
 from storage.codecs.triangle import pack_entries
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from storage.codecs.config import num_entries
+from storage.codecs.codec_settings import num_entries
 
 
 def pack_entries(maps: Tensor, causal: bool) -> Tensor:

@@ -7,7 +7,7 @@ from storage.errors import CorruptData
 from storage.integrity.checks import Checks, size_of
 from storage.samples.index import INDEX_PATH
 from storage.samples.sample_set import SampleSet
-from storage.samples.shard import SampleShard
+from storage.samples.shard_reader import SampleShard
 from storage.stores import Store
 
 

@@ -15,7 +15,7 @@ from storage.stores import Store
 from storage.streaming.join import joined_rows
 from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed, commit_path, committed_shards
 from storage.targets.manifest import MANIFEST_PATH, Manifest
-from storage.targets.shard import TargetShard
+from storage.targets.shard_reader import TargetShard
 from storage.targets.teacher_assets import TEACHER, TEACHER_RECORD, TeacherRecord
 
 ROWS_AT_ONCE = 4096

@@ -7,7 +7,7 @@ from typing import Self
 
 from storage.errors import CorruptData
 from storage.samples.index import SampleIndex
-from storage.samples.shard import RESTORE, SampleShard
+from storage.samples.shard_reader import RESTORE, SampleShard
 from storage.samples.table import SampleMembers, parse_table
 from storage.stores import FileInfo, Store, open_store
 

@@ -15,7 +15,7 @@ from storage.errors import CorruptData
 from storage.samples.sample_set import SampleSet
 from storage.samples.table import SampleMembers
 from storage.targets.sample_targets import SampleTargets
-from storage.targets.shard import TargetShard
+from storage.targets.shard_reader import TargetShard
 from storage.targets.store import TargetStore
 
 OPENING_THREADS = 4

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of, parse_record
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.stores import Store

@@ -7,7 +7,7 @@ from storage.errors import UserError
 from storage.stores import Store, open_store
 from storage.targets.commits import CommitRecord, read_store
 from storage.targets.manifest import Manifest
-from storage.targets.shard import TargetShard
+from storage.targets.shard_reader import TargetShard
 from storage.targets.teacher_assets import teacher_folder
 
 

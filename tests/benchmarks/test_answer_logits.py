@@ -18,7 +18,7 @@ from benchmarks.answer_logits import (
     measure,
     truncated_gradient,
 )
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 
 FLOAT32 = 1e-5
 """Of the gradients that are averaged."""

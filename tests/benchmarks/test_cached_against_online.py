@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.cached_against_online import LEARNING_RATE, STORES, Bench, Kept, Online
 from benchmarks.results import RESULTS
-from stages.student.config import StageName
+from stages.student.stage_config import StageName
 from storage.samples.index import SampleIndex
 from storage.stores import open_store
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.training import train
-from stages.student.config import STAGES
+from stages.student.stage_config import STAGES
 from tests.conftest import TinyWorld
 from tests.pipeline.in_process import without_ray
 from tests.pipeline.runs import run_file

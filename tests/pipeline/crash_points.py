@@ -83,9 +83,9 @@ class Countdown:
         sys.addaudithook(self._audit)
         fsync = os.fsync
 
-        def counted(descriptor: Any) -> None:
-            self.operation("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
-            fsync(descriptor)
+        def counted(fd: Any) -> None:
+            self.operation("fsync", str(Path(f"/proc/self/fd/{fd}").readlink()))
+            fsync(fd)
 
         os.fsync = counted
         with contextlib.suppress(ImportError):

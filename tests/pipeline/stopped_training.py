@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from pipeline.training import train
-from stages.student.config import StageName
+from stages.student.stage_config import StageName
 from tests.pipeline.runs import run_file
 from tests.pipeline.test_training import Stopped, stop_at
 

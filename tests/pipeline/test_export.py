@@ -16,7 +16,7 @@ from pipeline.chat import open_chat
 from pipeline.checkpoints import load_model
 from pipeline.export import _names_of, export
 from stages.evaluation.report import EvaluationReport, KindResult
-from stages.student.config import STAGES
+from stages.student.stage_config import STAGES
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.conftest import TinyWorld

@@ -24,12 +24,12 @@ from pipeline.recipes import FOLDER, find_config, recipe_names
 from pipeline.run_file import RunFile, load_run_file
 from stages.attention.layer_selection import student_layers, visual_understanding_layers
 from stages.conversations.chat_templates import read_template
-from stages.families import family_of
-from stages.student.config import STAGES
+from stages.families.registry import family_of
 from stages.student.layer_matching import match_layers
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
+from stages.student.stage_config import STAGES
 from stages.teacher.identity import captured_layers
 from storage.errors import UserError
 from tests.storage.builders import manifest

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from pipeline.run_file import load_run_file
 from pipeline.training import train
-from stages.student.config import STAGES, StageName
 from stages.student.data.sample_reader import ReaderSpec, resolve_reader_spec
 from stages.student.model.loading import load_student
 from stages.student.model.projector_folding import fold_post_connector, take_apart
 from stages.student.model.student import Student
 from stages.student.run_folder import RunFolder, StageReport
+from stages.student.stage_config import STAGES, StageName
 from stages.student.training.objective import DistillationObjective
 from stages.student.training.setup import StageSetup
 from storage.errors import FingerprintMismatch, UserError

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.runtime.interruption import SAVED_EXIT_CODE, Interrupted
 from pipeline.training import train
-from stages.student.config import STAGES
+from stages.student.stage_config import STAGES
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import tree

@@ -12,7 +12,7 @@ from pipeline.evaluation import compare_with_targets
 from pipeline.export import export
 from pipeline.run_file import RunFile
 from pipeline.training import train
-from stages.student.config import STAGES
+from stages.student.stage_config import STAGES
 from storage.errors import UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.runs import run_file

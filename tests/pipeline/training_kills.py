@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.training import train
-from stages.student.config import STAGES, StageName
+from stages.student.stage_config import STAGES, StageName
 from tests.pipeline.forks import Forked
 from tests.pipeline.runs import TrainingData, run_file
 from tests.processes import is_alive

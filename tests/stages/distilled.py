@@ -9,12 +9,12 @@ from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.samples.sample_set import SampleSet
-from storage.samples.shard import SampleShard
+from storage.samples.shard_reader import SampleShard
 from storage.stores import open_store
 from storage.targets.manifest import create_or_check
+from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
 from storage.targets.teacher_assets import save_teacher
-from storage.targets.writer import write_shard
 from tests.checkpoints import make_llava_data, make_tiny_llava, make_tiny_lm
 
 

@@ -13,18 +13,18 @@ from webdataset import DataPipeline
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.codecs.tail_samples import row_addresses
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
-from storage.samples.writer import SampleShardWriter
+from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import Store, owner
 from storage.streaming.stream import Mixture, Source, StreamConfig, mixture_stream
 from storage.targets.commits import CommitRecord, SkippedSample
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.targets.sample_targets import SampleTargets
+from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
-from storage.targets.writer import write_shard
 
 VOCAB = 50
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,13 +14,13 @@ import torch
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.codecs.moments import window_thresholds
 from storage.codecs.tail_samples import row_addresses
 from storage.codecs.windows import window_rows
 from storage.stores import open_store
 from storage.targets.manifest import create_or_check
-from storage.targets.writer import write_shard
+from storage.targets.shard_writer import write_shard
 from tests.storage.builders import extract, fingerprint, manifest, pack, shard_content
 
 DOCUMENT = Path(__file__).parents[2] / "storage" / "FORMAT.md"

@@ -13,7 +13,7 @@ import sys
 HEAVY = {"zarr", "webdataset", "ray", "transformers", "obstore", "stages", "pipeline"}
 loaded = lambda: print(sorted(HEAVY & {name.partition(".")[0] for name in sys.modules}))
 import storage.codecs.windows, storage.codecs.answer_logits, storage.targets.sample_targets, storage.targets.manifest
-import storage.samples.shard, storage.samples.writer, storage.stores
+import storage.samples.shard_reader, storage.samples.shard_writer, storage.stores
 loaded()
 import storage.targets.store, storage.integrity.verify, storage.targets.summary
 loaded()

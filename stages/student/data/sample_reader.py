@@ -18,9 +18,9 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from stages.checkpoints.processors import load_processor
 from stages.checkpoints.resolve import load_config, refuse_code
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
-from stages.families import FAMILIES, LLAVA, family_of
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
+from stages.families.registry import FAMILIES, LLAVA, family_of
 from stages.images import decode_image
 from stages.student.data.tokenizer_compatibility import other_tokenizer, student_processor, tokenizer_differences
 from stages.student.model.build import check_decoder, teacher_family

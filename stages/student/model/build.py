@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from stages.attention.capturable_layers import check_sdpa
 from stages.checkpoints.resolve import load_config, refuse_code, resolve_checkpoint
 from stages.checkpoints.weights import load_weights
-from stages.families import FAMILIES, family_of
 from stages.families.family import Family
+from stages.families.registry import FAMILIES, family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.conversations.encoder import EncodedConversation
-from stages.families import FAMILIES, LLAVA, family_of
 from stages.families.batch import batch_inputs, move_inputs
 from stages.families.family import Family
+from stages.families.registry import FAMILIES, LLAVA, family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.student.model.student import OWN_CLASSES
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
-from stages.families import family_of
+from stages.families.registry import family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import CompoDistillStudentForConditionalGeneration
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from stages.families import FAMILIES
+from stages.families.registry import FAMILIES
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,

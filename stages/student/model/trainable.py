@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from stages.student.config import LoraSettings, StageConfig
 from stages.student.model.student import OWN_CLASSES, Student, decoder_of, projector_parameters
+from stages.student.stage_config import LoraSettings, StageConfig
 from storage.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from stages.student.training.parallel import clip_gradients, gathered, gradients
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
 from stages.student.training.resume_guard import check_resumable, record_stage
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageRun, TrainingStopped
+from stages.student.training.stage_run import StageRun, TrainingStopped
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.stores import open_store

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stages.student.config import StageConfig
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
 from stages.student.losses.attention import matched_loss
 from stages.student.losses.head import answer_losses
 from stages.student.losses.logits import teacher_rows
 from stages.student.model.student import Student, projector_parameters
+from stages.student.stage_config import StageConfig
 from stages.student.training.forward import run_student
 from storage.codecs.answer_logits import AnswerLogitsCodec
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from stages.student.run_folder import REPORT_FILE, STAGE_FILE
 from stages.student.training.checkpoint import Position, list_checkpoints
 from stages.student.training.resume_guard import start_weights
-from stages.student.training.stage import StageRun
+from stages.student.training.stage_run import StageRun
 from storage.errors import UserError
 from storage.stores import open_store
 

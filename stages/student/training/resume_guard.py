@@ -8,10 +8,10 @@ from typing import Any
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import weights_digest
 from stages.settings import lasting, refuse_other_settings
-from stages.student.config import STAGES, StageName
 from stages.student.run_folder import StageDescription, StageFolder
-from stages.student.training.config import TrainConfig
-from stages.student.training.stage import StageRun
+from stages.student.stage_config import STAGES, StageName
+from stages.student.training.stage_run import StageRun
+from stages.student.training.train_config import TrainConfig
 from storage.errors import FingerprintMismatch
 
 

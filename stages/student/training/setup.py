@@ -14,7 +14,7 @@ from stages.student.model.build import build_student, check_vision_tower
 from stages.student.model.loading import check_weights, load_student
 from stages.student.model.student import Student, is_student
 from stages.student.model.trainable import prepare_for_stage
-from stages.student.training.stage import StageRun
+from stages.student.training.stage_run import StageRun
 from storage.errors import UserError
 from storage.streaming.stream import Mixture
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.run_file import load_run_file
-from stages.student.config import STAGES
 from stages.student.model.loading import load_student
+from stages.student.stage_config import STAGES
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.processes import cdp, run_here, tree
 

@@ -7,11 +7,11 @@ from stages.checkpoints.processors import load_processor
 from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import FOLDER, read_template
 from stages.conversations.encoder import ConversationEncoder
-from stages.student.config import DistilledFinetuning
 from stages.student.layer_matching import MatchingConfig
-from stages.student.training.config import TrainConfig
+from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageRun
+from stages.student.training.stage_run import StageRun
+from stages.student.training.train_config import TrainConfig
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source

@@ -15,7 +15,7 @@ from stages.estimate.measured import CODECS, estimate_by_measurement
 from stages.estimate.report import Estimate, EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
-from storage.codecs.config import num_entries
+from storage.codecs.codec_settings import num_entries
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.targets.layout import ARRAYS

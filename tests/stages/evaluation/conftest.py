@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stages.conversations.encoder import ConversationEncoder
-from stages.evaluation.pairs import CaptionPair
+from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.scoring import NO_LIMIT
 from tests.checkpoints import draw_random_image, load_tiny_llava, make_tiny_llava
 

@@ -17,7 +17,7 @@ from stages.student.layer_matching import LayerMatching
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
-from storage.codecs.config import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig
 from storage.codecs.sinks import sink_keep_mask
 from storage.streaming.stream import StreamConfig
 from tests.stages.distilled import extract_here, make_tiny_data

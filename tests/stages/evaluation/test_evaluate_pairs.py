@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
+from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.evaluate_pairs import evaluate_pairs
-from stages.evaluation.pairs import CaptionPair
 from stages.evaluation.report import EvaluationReport
 from stages.evaluation.scoring import EvaluationConfig
 from storage.errors import UserError

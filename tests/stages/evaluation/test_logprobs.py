@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen2VLForC
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation import logprobs as rows_module
+from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.logprobs import RowReader
-from stages.evaluation.pairs import CaptionPair
-from stages.families import family_of
+from stages.families.registry import family_of
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,

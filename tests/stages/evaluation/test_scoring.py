@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from stages.conversations.encoder import ConversationEncoder
-from stages.evaluation.pairs import CaptionPair
+from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.scoring import (
     EvaluationConfig,
     count_pairs,

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from stages.export.model_card import ExportReport, ModelNames, StageRecord, model_card
-from stages.student.config import STAGES
 from stages.student.run_folder import StageDescription, StageReport
+from stages.student.stage_config import STAGES
 
 EXPORT = ExportReport(
     source="run/sft/student",

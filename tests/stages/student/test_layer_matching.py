@@ -19,7 +19,7 @@ from stages.student.layer_matching import (
 )
 from stages.student.training.forward import decode_windows
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
-from storage.codecs.config import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig
 from storage.codecs.sinks import sink_keep_mask, sink_threshold
 from storage.codecs.windows import window_means, window_rows
 from storage.errors import UserError

@@ -16,8 +16,8 @@ from transformers import AutoConfig
 from stages.attention.capture import AttentionCapture
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
-from stages.families import FAMILIES, family_of
 from stages.families.batch import batch_inputs, join_pixels, pixels_of
+from stages.families.registry import FAMILIES, family_of
 from stages.images import decode_image
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher

@@ -17,7 +17,7 @@ from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
-from storage.samples.shard import SampleShard
+from storage.samples.shard_reader import SampleShard
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, make_tiny_data, observe_shard
 

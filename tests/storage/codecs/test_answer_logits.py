@@ -11,7 +11,7 @@ from torch import Tensor
 
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.bits import pack_integers, unpack_integers
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.levels import LOWEST_LOGPROB
 from storage.codecs.tail_samples import row_addresses
 

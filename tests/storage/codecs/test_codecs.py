@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import MapCodecConfig, num_entries
+from storage.codecs.codec_settings import MapCodecConfig, num_entries
 from storage.codecs.map_entries import code_dtype
 from storage.codecs.sinks import sink_keep_mask
 from storage.codecs.triangle import pack_entries, unpack_entries

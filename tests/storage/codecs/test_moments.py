@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig
 from storage.codecs.moments import layer_moments, window_thresholds
 from storage.codecs.sinks import sink_keep_mask, sink_threshold
 from storage.codecs.triangle import pack_entries

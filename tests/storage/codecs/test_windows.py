@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.config import MapCodecConfig, num_entries
+from storage.codecs.codec_settings import MapCodecConfig, num_entries
 from storage.codecs.sinks import decode_flips, encode_flips, sink_keep_mask
 from storage.codecs.windows import window_means, window_rows
 from tests.storage.builders import random_maps

@@ -8,8 +8,8 @@ from storage.errors import UserError
 from storage.integrity.verify import verify
 from storage.stores import open_store
 from storage.targets.manifest import Manifest, create_or_check
+from storage.targets.shard_writer import write_shard
 from storage.targets.summary import summarize
-from storage.targets.writer import write_shard
 from tests.storage.builders import VOCAB, extract, manifest, pack, shard_content
 
 

@@ -8,7 +8,7 @@ from storage.errors import CorruptData, UserError
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample, image_suffix
 from storage.samples.sample_set import SampleSet
-from storage.samples.writer import SampleShardWriter
+from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import open_store
 from tests.storage.builders import JPG, PNG, files_of, stored_samples, write_table
 
@@ -204,12 +204,12 @@ def test_a_member_table_that_is_not_the_one_of_the_index_is_refused(tmp_path):
 
 
 def test_packing_refuses_what_no_reader_would_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("storage.samples.writer.MAX_TABLE_BYTES", 100)
+    monkeypatch.setattr("storage.samples.shard_writer.MAX_TABLE_BYTES", 100)
     with pytest.raises(UserError, match="fewer samples into a shard"), SampleShardWriter(tmp_path, 9, 10**6) as writer:
         writer.add_group(group("a", "b"))
     assert files_of(tmp_path) == {}
-    monkeypatch.setattr("storage.samples.writer.MAX_TABLE_BYTES", 10**6)
-    monkeypatch.setattr("storage.samples.writer.MAX_INDEX_BYTES", 1200)
+    monkeypatch.setattr("storage.samples.shard_writer.MAX_TABLE_BYTES", 10**6)
+    monkeypatch.setattr("storage.samples.shard_writer.MAX_INDEX_BYTES", 1200)
     with pytest.raises(UserError, match="more than 2 shards"), SampleShardWriter(tmp_path, 1, 10**6) as writer:
         writer.add_group(group("a", "b", "c"))
     assert "index.json" not in files_of(tmp_path)

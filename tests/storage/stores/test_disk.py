@@ -11,8 +11,8 @@ from storage.errors import StoreUnavailable
 from storage.stores import open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.manifest import create_or_check
+from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
-from storage.targets.writer import write_shard
 from tests.storage.builders import files_of, manifest, shard_content
 
 KEYS = [f"k{number}" for number in range(12)]

@@ -10,8 +10,8 @@ from storage.integrity.verify import verify
 from storage.stores import Store, open_store
 from storage.targets.commits import CommitRecord
 from storage.targets.manifest import create_or_check
+from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
-from storage.targets.writer import write_shard
 from tests.faulty_s3 import Faults
 from tests.storage.builders import extract, files_of, manifest, pack, shard_content
 

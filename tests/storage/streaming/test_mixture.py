@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.codecs.config import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig
 from storage.errors import FingerprintMismatch, UserError
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store

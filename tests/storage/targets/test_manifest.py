@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.stores import open_store

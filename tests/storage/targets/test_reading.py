@@ -23,7 +23,7 @@ from storage.stores.base import measure_files
 from storage.streaming.stream import StreamConfig
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS, ArraySpec
-from storage.targets.shard import TargetShard
+from storage.targets.shard_reader import TargetShard
 from storage.targets.store import TargetStore
 from tests.storage.builders import extract, pack, target_stream, write_table
 
@@ -114,7 +114,7 @@ def test_every_missing_chunk_file_is_an_error_before_and_after_the_shard_is_open
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_at_every_length(root, monkeypatch):
-    monkeypatch.setattr("storage.targets.shard.READ_WHOLE_BYTES", 0)
+    monkeypatch.setattr("storage.targets.shard_reader.READ_WHOLE_BYTES", 0)
     folder = folder_of(root)
     shard = TargetStore.open(root / "targets").shard(0)
     for _, file in sharded_files(folder):
@@ -308,6 +308,6 @@ def test_a_record_of_files_outside_its_folder_is_refused(root):
 
 def test_a_shard_is_still_read_whole_and_by_part(root, monkeypatch):
     whole = [TargetStore.open(root / "targets").shard(0).read(row) for row in range(7)]
-    monkeypatch.setattr("storage.targets.shard.READ_WHOLE_BYTES", 0)
+    monkeypatch.setattr("storage.targets.shard_reader.READ_WHOLE_BYTES", 0)
     shard: TargetShard = TargetStore.open(root / "targets").shard(0)
     assert [shard.read(row)[0].key for row in range(7)] == [sample.key for sample, _ in whole]

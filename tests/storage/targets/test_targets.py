@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from storage.codecs.attention_maps import EncodedMaps
-from storage.codecs.config import LogitCodecConfig, MapCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store
@@ -22,8 +22,8 @@ from storage.targets.commits import SkippedSample
 from storage.targets.layout import ROWS_A_CHUNK
 from storage.targets.manifest import create_or_check
 from storage.targets.sample_targets import SampleTargets
+from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
-from storage.targets.writer import write_shard
 from tests.recorded_progress import RecordedProgress
 from tests.storage.builders import VOCAB, as_a_dead_process, files_of, manifest, sample_targets, shard_content
 
@@ -303,7 +303,7 @@ def test_dying_before_any_fsync_leaves_a_store_that_a_rerun_completes(tmp_path, 
         done[0], last[0] = 0, step
         # A killed process cleans nothing up.
         with monkeypatch.context() as patch:
-            patch.setattr("storage.targets.writer.shutil.rmtree", lambda *_, **__: None)
+            patch.setattr("storage.targets.shard_writer.shutil.rmtree", lambda *_, **__: None)
             with as_a_dead_process(), pytest.raises(Killed):
                 write(open_store(root))
         last[0] = 10**9
@@ -424,7 +424,7 @@ def test_targets_that_contradict_themselves_are_not_written(tmp_path, what, mess
 
 @pytest.mark.parametrize("lost", ["map_codes", "map_codes/c", "zarr.json"])
 def test_a_shard_whose_staging_lost_files_is_not_committed(tmp_path, monkeypatch, lost):
-    from storage.targets import writer
+    from storage.targets import shard_writer as writer
 
     def measure_after_cleaning(folder):
         path = folder / lost

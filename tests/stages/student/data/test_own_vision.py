@@ -19,7 +19,6 @@ from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import load_processor
-from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
@@ -27,11 +26,12 @@ from stages.student.losses.attention import attention_alignment_loss
 from stages.student.losses.logits import logit_distillation_loss
 from stages.student.model.loading import load_student
 from stages.student.model.student import projector_parameters
-from stages.student.training.config import TrainConfig
+from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.setup import StageSetup
-from stages.student.training.stage import StageRun
+from stages.student.training.stage_run import StageRun
+from stages.student.training.train_config import TrainConfig
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source, StreamConfig, StreamedSample

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages.student.losses.head import answer_losses
 from stages.student.losses.logits import Divergence, logit_distillation_loss, teacher_rows
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses
 
 ROWS, WIDTH, VOCAB = 13, 6, 40

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.student.losses.logits import Divergence, logit_distillation_loss, next_token_loss, teacher_rows
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
-from storage.codecs.config import LogitCodecConfig
+from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses
 
 GOLDEN = Path(__file__).parents[3] / "golden"

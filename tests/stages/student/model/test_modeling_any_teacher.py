@@ -17,8 +17,7 @@ from transformers import AutoConfig
 
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import load_processor
-from stages.families import FAMILIES, family_of
-from stages.student.config import DistilledFinetuning
+from stages.families.registry import FAMILIES, family_of
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import MatchingConfig, match_layers
@@ -27,10 +26,11 @@ from stages.student.model.build import build_student
 from stages.student.model.loading import load_student
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.student.model.student import Student, is_student
-from stages.student.training.config import TrainConfig
+from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
-from stages.student.training.stage import StageRun
+from stages.student.training.stage_run import StageRun
+from stages.student.training.train_config import TrainConfig
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source, StreamConfig, StreamedSample

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.checkpoints.processors import load_processor
-from stages.families import FAMILIES
+from stages.families.registry import FAMILIES
 from stages.student.model.build import build_student
 from stages.student.model.projector_folding import (
     carried_vector,

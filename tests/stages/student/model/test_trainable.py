@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from stages.attention.capture import AttentionCapture, enable_capture
-from stages.student.config import DistilledFinetuning, LoraSettings
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
+from stages.student.stage_config import DistilledFinetuning, LoraSettings
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from tests.checkpoints import make_tiny_llava, make_tiny_lm

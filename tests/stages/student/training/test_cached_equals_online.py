@@ -17,7 +17,6 @@ from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.images import decode_image
-from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
@@ -25,6 +24,7 @@ from stages.student.losses.attention import attention_alignment_loss
 from stages.student.losses.logits import logit_distillation_loss
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
+from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.windows import window_means, window_rows

@@ -22,13 +22,13 @@ from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
-from stages.student.config import DistilledFinetuning
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.losses.head import answer_losses
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
+from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.forward import decode_windows
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from stages.settings import AtResume
-from stages.student.config import (
+from stages.student.data.loader import LoaderConfig
+from stages.student.layer_matching import MatchingConfig
+from stages.student.stage_config import (
     STAGES,
     DataSource,
     DistilledFinetuning,
@@ -15,8 +17,6 @@ from stages.student.config import (
     StageName,
     SupervisedFinetuning,
 )
-from stages.student.data.loader import LoaderConfig
-from stages.student.layer_matching import MatchingConfig
 from stages.student.training.checkpoint import CheckpointConfig
 from stages.student.training.metrics import LoggingConfig
 from stages.student.training.parallel import ParallelConfig

@@ -11,12 +11,12 @@ import torch
 import zarr
 
 from storage.codecs.attention_maps import EncodedMaps
-from storage.codecs.config import num_entries
+from storage.codecs.codec_settings import num_entries
 from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError
 from storage.stores import Store
-from storage.targets.chunk_validation import CheckedFolder, declared
+from storage.targets.chunk_bounds import CheckedFolder, declared
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
 from storage.targets.manifest import Manifest

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
-from storage.codecs.config import num_entries
+from storage.codecs.codec_settings import num_entries
 from storage.codecs.map_entries import code_dtype
 from storage.codecs.windows import EncodedWindows
 from storage.errors import CorruptData, disk_errors_named

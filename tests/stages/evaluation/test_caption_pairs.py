@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stages.evaluation.pairs import load_pairs
+from stages.evaluation.caption_pairs import load_pairs
 from storage.errors import UserError
 
 

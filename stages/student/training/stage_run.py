@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.student.config import StageConfig, StageName
 from stages.student.run_folder import StageFolder
-from stages.student.training.config import TrainConfig
+from stages.student.stage_config import StageConfig, StageName
+from stages.student.training.train_config import TrainConfig
 from storage.streaming.stream import Source, StreamConfig
 from storage.targets.store import TargetStore
 
