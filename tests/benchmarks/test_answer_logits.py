@@ -62,6 +62,7 @@ def test_draws_are_unbiased_and_what_stores_none_is_not() -> None:
     assert flat["0 draws, top-k alone"]["bias"] > 0.1
 
 
+@pytest.mark.slow
 def test_what_codes_shift_is_what_is_left_when_nothing_is_drawn_and_more_levels_shift_less() -> None:
     (teacher,) = make_rows("options", 1, 60)
     shifts = {

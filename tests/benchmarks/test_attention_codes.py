@@ -80,6 +80,7 @@ def test_the_saved_results_have_every_coder_that_the_documents_name() -> None:
         assert f"{coders[name]['bytes']:,}" in text, name
 
 
+@pytest.mark.slow
 def test_the_results_file_names_hardware_date_and_command(tmp_path: Path, monkeypatch, capsys) -> None:
     out = tmp_path / "results.json"
     flags = ["--image-tokens", "12", "--samples", "1", "--scenes", "1", "--repeats", "1", "--out", str(out)]

@@ -26,6 +26,7 @@ def test_dealing_by_length_saves_padding() -> None:
         assert 0 < shares["by_length"] < shares["as_they_come"] / 2
 
 
+@pytest.mark.slow
 def test_the_synthetic_store_is_read_and_resumed(tmp_path: Path) -> None:
     make_store(tmp_path, TINY)
     mixture = loader._mixture(tmp_path / "samples", tmp_path / "targets", batch_size=5)

@@ -1,8 +1,11 @@
 from pathlib import Path
 
+import pytest
+
 from benchmarks.rounding import make_samples, measure
 
 
+@pytest.mark.slow
 def test_a_rerun_changes_nothing_and_another_kernel_little(tmp_path: Path) -> None:
     result = measure("bfloat16", make_samples(tmp_path, 3), "sqrt8")
     assert result["maps"] == 3

@@ -16,7 +16,7 @@ from pipeline.training import train
 from storage.errors import FingerprintMismatch, UserError
 from storage.samples.sample_set import SampleSet
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import cdp
+from tests.pipeline.processes import run_here
 from tests.pipeline.runs import SETTINGS, run_file
 
 
@@ -39,9 +39,14 @@ def same(left: Path, right: Path, stage: str = "dpt") -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("damaged", ["tar", pytest.param("shard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damaged", ["tar", "shard"])
 def test_damaged_data_ends_the_command_with_the_shard_and_the_command_to_use(
-    damaged: str, tiny: TinyWorld, targets: Path, tmp_path: Path
+    damaged: str,
+    tiny: TinyWorld,
+    targets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     samples, store = shutil.copytree(tiny.samples, tmp_path / "samples"), shutil.copytree(targets, tmp_path / "targets")
     if damaged == "tar":
@@ -58,7 +63,7 @@ def test_damaged_data_ends_the_command_with_the_shard_and_the_command_to_use(
     places = ("--samples", samples, "--targets", store, "--student", tiny.student_lm, "--output", tmp_path / "run")
     settings = [*SETTINGS, "train.loader.num_workers=1", "train.dpt={batch_size: 24, max_steps: 1}"]
     words = (word for setting in settings for word in ("--set", setting))
-    done = cdp("train-student", "--stage", "dpt", *places, *words)
+    done = run_here("train-student", "--stage", "dpt", *places, *words, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 2
     said = " ".join(done.err.split())
     assert re.search(r"samples-00000\d\.tar" if damaged == "tar" else r"shard \d of .*: logit_records", said)
