@@ -43,6 +43,7 @@ def _parts(text: str, num_images: int) -> list[dict[str, str]]:
     """
     pieces = re.split(f"({PLACEHOLDER})\n?", text)
     if num_images == pieces.count(PLACEHOLDER) == 1:
-        pieces = [PLACEHOLDER, text.replace(PLACEHOLDER, "").strip()]
+        rest = text.replace(PLACEHOLDER, "").strip()
+        return [{"type": "image"}, *([text_part(rest)] if rest else [])]
     parts = [{"type": "image"} if piece == PLACEHOLDER else text_part(piece) for piece in pieces if piece]
     return parts or [text_part(text)]

@@ -74,12 +74,12 @@ def estimate_by_measurement(
     )
     kept = [sample for block in held.blocks for sample in block.kept]
     if not kept:
-        raise _none_usable(samples, held.skipped)
+        raise _none_usable(f"drawn from {samples.store.url}", held.skipped)
     with tempfile.TemporaryDirectory(prefix="cdp-estimate-") as name:
         folder = Path(name)
         seen, seconds, batch_size = _run_teacher(teacher, kept, folder / "samples", progress)
         if not seen.samples:
-            raise _none_usable(samples, seen.skipped)
+            raise _none_usable(f"of {samples.store.url} that the teacher was given", seen.skipped)
         costs = _measure_codecs(teacher, seen, held.blocks, samples.index, settings.map_codec, folder, progress)
         teacher.save_vision(folder / "teacher")
         vision_bytes = sum(file.stat().st_size for file in (folder / "teacher").rglob("*") if file.is_file())
@@ -104,10 +104,10 @@ def estimate_by_measurement(
     )
 
 
-def _none_usable(samples: SampleSet, skipped: Sequence[SkippedSample]) -> UserError:
+def _none_usable(which: str, skipped: Sequence[SkippedSample]) -> UserError:
     counts = Counter(one.reason for one in skipped).most_common()
     why = ", ".join(f"{reason}: {count}" for reason, count in counts)
-    return UserError(f"none of {len(skipped)} samples drawn from {samples.store.url} can be used ({why})")
+    return UserError(f"none of {len(skipped)} samples {which} can be used ({why})")
 
 
 def _run_teacher(

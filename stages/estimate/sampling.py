@@ -115,14 +115,16 @@ def count_blocks(
     task = progress.task("count", sum(map(len, planned)))
     blocks = []
     for numbers in planned:
-        usable: list[PreparedSample] = []
-        shares: list[float] = []
+        # Of each usable sample only these numbers: a whole set may be counted.
+        tokens: list[int] = []
+        answer_rows: list[int] = []
+        maps: list[tuple[float, int]] = []
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
         for shard_number, rows in _by_shard(samples.index, numbers):
             with samples.shard(shard_number) as shard:
                 prepare = SamplePreparer(encoder, shard, Timings())
-                num_before = len(usable)
+                usable: list[PreparedSample] = []
                 for row in rows:
                     task.advance()
                     stored = shard.read(row)
@@ -134,14 +136,12 @@ def count_blocks(
                     usable.append(found)
                     if len(kept) < -(-num_kept // len(planned)):
                         kept.append(stored)
-                shares += _shares(prepare, len(shard), usable[num_before:])
-        each = [sample.encoded for sample in usable]
-        counts = count_units(
-            [len(one.token_ids) for one in each],
-            [int(one.answer_mask.sum()) for one in each],
-            [(share, len(one.image_positions)) for share, one in zip(shares, each, strict=True)],
-            causal=causal,
-        )
+                each = [sample.encoded for sample in usable]
+                tokens += [len(one.token_ids) for one in each]
+                answer_rows += [int(one.answer_mask.sum()) for one in each]
+                shares = _shares(prepare, len(shard), usable)
+                maps += [(share, len(one.image_positions)) for share, one in zip(shares, each, strict=True)]
+        counts = count_units(tokens, answer_rows, maps, causal=causal)
         blocks.append(SampledBlock(len(numbers), counts, skipped, kept))
     num_read = sum(map(len, planned))
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}

@@ -2,7 +2,6 @@
 
 The similarity of two maps is the cosine over their causal entries below the sink threshold of either side. Any two
 models have similar pooled vectors, which the loss compares; raw maps separate models better.
-
 """
 
 from collections.abc import Iterable

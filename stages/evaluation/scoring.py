@@ -9,7 +9,6 @@ the answer's next token. Each pair is asked in both orders and counts the mean o
 letter scores higher, 1/2 for equal scores, else 0. A model that always answers A has accuracy 1/2.
 
 Scores are `[pairs, 2]`, for letters `[pairs, 2, 2]`; the last axis is (fitting caption, negative caption).
-
 """
 
 import dataclasses

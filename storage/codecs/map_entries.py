@@ -32,8 +32,10 @@ def checked_entries(config: MapCodecConfig, maps_LNN: Tensor) -> Tensor:
         raise ValueError(f"maps are {maps_LNN.dtype} {tuple(maps_LNN.shape)}, expected float32 [L, N, N]")
     entries_LE = pack_entries(maps_LNN, config.causal)
     if config.causal and int(maps_LNN.count_nonzero()) != int(entries_LE.count_nonzero()):
-        found = "maps are not zero above the diagonal: image tokens attend in both directions"
-        raise ValueError(f"{found}; set map_codec.causal to false")
+        raise ValueError(
+            "maps are not zero above the diagonal, but the codec is causal: image tokens attend in both directions; "
+            "set map_codec.causal to false"
+        )
     if entries_LE.numel():
         smallest, largest = (float(bound) for bound in entries_LE.aminmax())
         # Either is NaN if any entry is.

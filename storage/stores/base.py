@@ -90,7 +90,7 @@ class Store(Protocol):
 
     @contextmanager
     def new_tree(self, path: str) -> Iterator[Path]:
-        """A new local folder, which becomes the folder `path` when the block ends, and is gone when that raises."""
+        """A new local folder, which becomes the folder `path` when the block ends, whole or not at all."""
         staging = self.staging(path)
         try:
             yield staging

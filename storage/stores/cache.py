@@ -98,10 +98,12 @@ def _pinned(entry: Path, holder: object | None) -> int:
     if holder is not None:
         # A forked child closes its own copy: the lock stays until its parent's is closed too.
         weakref.finalize(holder, os.close, descriptor)
-    elif (kept := _kept.setdefault(entry, descriptor)) != descriptor:
+    elif entry in _kept and os.path.samestat(os.fstat(_kept[entry]), os.fstat(descriptor)):
         os.close(descriptor)
-        return kept
-    return descriptor
+    else:
+        # The first pin, or the cache folder was emptied since: the lock that counts is that of the new file.
+        _kept[entry] = descriptor
+    return _kept[entry] if holder is None else descriptor
 
 
 def _make_room(folder: Path) -> None:

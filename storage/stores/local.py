@@ -140,12 +140,15 @@ class LocalStore(Store):
                 else:
                     _fsync(target.parent)
                     return
-                # Another writer of this content, that lost its race, may remove it: the name is free in a moment.
-                with suppress(FileNotFoundError):
-                    if measure_files(local_dir) == measure_files(target):
-                        shutil.rmtree(local_dir)
-                        return
-                    self.remove_tree(path)
+                try:
+                    equal = measure_files(local_dir) == measure_files(target)
+                except FileNotFoundError:
+                    # Another writer of this content lost its race and is removing it: the name is free in a moment.
+                    continue
+                if equal:
+                    shutil.rmtree(local_dir)
+                    return
+                self.remove_tree(path)
 
     def remove_tree(self, path: str) -> None:
         """Rename the folder away first, so that no half of it is ever seen under its name."""

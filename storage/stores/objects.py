@@ -23,7 +23,8 @@ TIMEOUT_S = 120.0
 """Of one request, from its start to its last byte."""
 MAX_RETRIES = 6
 RETRY_TIMEOUT_S = 180.0
-"""Server errors, time-outs and dropped connections are tried again so often, within so long, with growing pauses."""
+"""Server errors, time-outs and dropped connections are tried again so often, within so long, with growing pauses; then
+the command ends with an error."""
 
 _Object = tuple[str, int, str | None]
 """Path below the prefix, bytes, entity tag."""

@@ -163,7 +163,7 @@ def read_keys(path: Path) -> frozenset[str]:
         # With the byte-order mark that some editors write, which would become a part of the first key.
         keys = frozenset(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"subset {path} cannot be read: {error}; give a text file of sample keys") from error
+        raise UserError(f"subset {path} cannot be read: {error}; expected a text file of keys, one a line") from error
     if not keys:
         raise UserError(f"subset {path} names no sample; give a text file of sample keys, one a line")
     return keys

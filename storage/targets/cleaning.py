@@ -1,6 +1,7 @@
 """Removing what dead extractors left in a target store, while others may be at work in it."""
 
 import re
+from contextlib import suppress
 
 from storage.stores import Store
 from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed
@@ -26,8 +27,10 @@ def clean_partials(store: Store) -> int:
             record = f"{COMMITS}/{match['shard']}.json" if match["shard"] else TEACHER_RECORD
             folders.setdefault(record, []).append(path)
     for record_path, found in folders.items():
-        if len(found) > 1 and store.exists(record_path):
-            kind: type[Committed] = TeacherRecord if record_path == TEACHER_RECORD else CommitRecord
+        if len(found) == 1:
+            continue
+        kind: type[Committed] = TeacherRecord if record_path == TEACHER_RECORD else CommitRecord
+        with suppress(FileNotFoundError):
             lost = set(found) - {kind.load(store, record_path).path}
             for path in lost:
                 store.remove_tree(path)

@@ -6,6 +6,7 @@ bytes of flips.
 """
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +68,19 @@ ARRAYS = (
 )
 
 
+_ENDING = threading.Lock()
+
+
 def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
-    """Write a group of all arrays to an empty folder; when this raises, nothing is being written any more."""
+    """Write a group of all arrays to an empty folder; after an OSError nothing is being written any more."""
     assert set(arrays) == {spec.name for spec in ARRAYS}
     try:
         _write_arrays(folder, arrays, attributes)
     except OSError:
         # Where one write fails, Zarr raises while its others go on: they would make a removed folder anew.
-        sync(_others_end())
+        # One thread at a time: two that waited for each other's writes would wait for ever.
+        with _ENDING:
+            sync(_others_end())
         raise
 
 

@@ -182,6 +182,8 @@ def _check_samples(
 def _check_map(manifest: Manifest, row: int, entry: EncodedMaps) -> None:
     fingerprint, windows, num_tokens = manifest.fingerprint, _windows(row, entry), entry.num_tokens
     codec, num_layers, num_windows = fingerprint.map_codec, len(fingerprint.layers), len(fingerprint.windows)
+    if num_tokens < 1:
+        raise ValueError(f"map {row} has {num_tokens} tokens, expected at least 1")
     tail_block = num_entries(codec.tail_block_size(num_tokens), codec.causal)
     expected = {
         "codes": (entry.codes_LC, (num_layers, codec.num_codes(num_tokens))),
@@ -193,7 +195,7 @@ def _check_map(manifest: Manifest, row: int, entry: EncodedMaps) -> None:
         "tail_blocks": (windows.tail_blocks_LY, (num_layers, tail_block)),
     }
     for name, (part, shape) in expected.items():
-        if part.shape != shape or num_tokens < 1:
+        if part.shape != shape:
             found = tuple(part.shape)
             raise ValueError(f"map {row} of {num_tokens} tokens has {name} of {found}, expected {shape}")
     if not all(bool(torch.isfinite(part).all()) for part, _ in expected.values() if part.is_floating_point()):

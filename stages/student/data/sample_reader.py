@@ -3,7 +3,6 @@
 A student reads the stored token ids where they mean the same to it as to the teacher. A student with another tokenizer
 reads the stored conversation with its own one. It then learns from the answers and the attention maps, not from the
 teacher's logits, and only the number of image tokens must be the stored one.
-
 """
 
 from collections.abc import Sequence

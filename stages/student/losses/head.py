@@ -40,7 +40,8 @@ def answer_losses(
     parts.
 
     The last hidden states, answer tokens and the teacher's distributions are those of the answer rows; without
-    distillation there is no teacher. At least one row of logits exists at a time. Divergences: `TeacherRows.loss`.
+    distillation there is no teacher. `logits_at_once` counts logits
+    (rows times `vocab_size`); a part has at least one row. Divergences: `TeacherRows.loss`.
 
     Returns:
         `[R]` LM loss, `[R]` distillation loss or None.

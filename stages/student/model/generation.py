@@ -51,7 +51,8 @@ def generation_settings(
 ) -> GenerationConfig:
     """The student's settings with the tokens that end an answer; image tokens and `added_ids` are never generated.
 
-    The `answer_mask` of `answered` includes the token that ends the answer, if there is one.
+    `student` is as it was trained, not the grown one; `tokenizer` has the padding token of batches, see
+    `pad_on_the_left`. The `answer_mask` of `answered` includes the token that ends the answer, if there is one.
     """
     settings = copy.deepcopy(student.generation_config)
     # Otherwise loading would make them from the model's config again.

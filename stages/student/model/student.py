@@ -40,7 +40,7 @@ def is_student(folder: Path) -> bool:
 
 
 def projector_parameters(student: Student) -> list[nn.Parameter]:
-    """What carries image features to the decoder: the post-connector, or a student's own projector."""
+    """What carries image features to the decoder, and may learn in every stage: post-connector or own projector."""
     family = FAMILIES.get(student.config.model_type)
     prefixes = ("model.post_connector.",) if family is None else family.projector_prefixes
     return [parameter for name, parameter in student.named_parameters() if name.startswith(prefixes)]

@@ -1,6 +1,7 @@
 """The cache of object stores stays within its bound, and never takes what is in use."""
 
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_what_this_process_holds_stays_even_above_the_bound_and_goes_when_it_is_
     del reader
     entry(9, Reader())
     assert kept(cache) == {3, 9}
+
+
+def test_what_is_held_to_the_end_of_the_process_stays_also_after_the_cache_was_emptied(cache):
+    entry(1, None)
+    shutil.rmtree(cache)
+    entry(1, None)
+    for number in (2, 3, 4):
+        entry(number, Reader())
+    assert kept(cache) == {1, 4}
 
 
 def _hold(ready: "multiprocessing.synchronize.Event", done: "multiprocessing.synchronize.Event") -> None:

@@ -78,6 +78,28 @@ def test_putting_a_tree_twice_leaves_the_last_content(store):
     assert store.list() == ["shards/x/file"]
 
 
+def test_a_folder_in_place_stays_whole_when_its_equal_cannot_be_removed(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    names = ("a", "b", "c")
+
+    def staged():
+        folder = store.staging("shards/x")
+        for name in names:
+            (folder / name).write_bytes(name.encode())
+        return folder
+
+    def half_removed(folder):
+        (folder / "a").unlink()
+        raise FileNotFoundError(folder / "b")
+
+    store.put_tree(staged(), "shards/x")
+    with monkeypatch.context() as patched:
+        patched.setattr("storage.stores.local.shutil.rmtree", half_removed)
+        with pytest.raises(FileNotFoundError):
+            store.put_tree(staged(), "shards/x")
+    assert {name: store.read(f"shards/x/{name}") for name in names} == {name: name.encode() for name in names}
+
+
 @pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
 def test_who_may_look_into_a_folder_may_read_weights_in_it(folder: int, file: int, tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")

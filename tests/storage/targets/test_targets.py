@@ -1,6 +1,7 @@
 """Target shards: round trip, commit protocol, and no damage that is read in silence."""
 
 import dataclasses
+import errno
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store
+from storage.targets import layout
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import SkippedSample
 from storage.targets.layout import ROWS_A_CHUNK
@@ -311,6 +313,29 @@ def test_dying_before_any_fsync_leaves_a_store_that_a_rerun_completes(tmp_path, 
         clean_partials(open_store(root))
         write(open_store(root))
         assert files_of(root) == whole
+
+
+def test_two_shards_that_fail_at_the_same_moment_both_end(tmp_path, monkeypatch):
+    together = threading.Barrier(2)
+
+    def fail(*_):
+        together.wait(10)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(layout, "_write_arrays", fail)
+    arrays = {spec.name: None for spec in layout.ARRAYS}
+
+    def write_and_fail():
+        for _ in range(20):
+            with pytest.raises(OSError, match="No space"):
+                layout.write_group(tmp_path, arrays, {})
+
+    threads = [threading.Thread(target=write_and_fail, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_folders_of_lost_races_are_cleaned(tmp_path):
