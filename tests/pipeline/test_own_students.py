@@ -52,6 +52,7 @@ def test_a_whole_model_is_trained_by_command_and_its_attention_compared(
     assert itself.mean > 0.99
 
 
+@pytest.mark.slow
 def test_a_student_with_another_tokenizer_goes_through_all_stages_and_is_evaluated(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:

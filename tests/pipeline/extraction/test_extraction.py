@@ -230,7 +230,8 @@ class KilledBeforeCommitting(KilledOnce):
             self.targets.create = create  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("worker", [pytest.param(KilledBeforeWriting, marks=pytest.mark.slow), KilledBeforeCommitting])
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", [KilledBeforeWriting, KilledBeforeCommitting])
 def test_a_worker_killed_in_the_middle_of_a_shard_is_replaced_and_the_bytes_are_the_same(
     worker: type[KilledOnce], tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
