@@ -133,7 +133,7 @@ class TargetChecks(Checks):
         shard, fingerprint = targets.record.shard, manifest.fingerprint
         decoder = MapCodec.of_layers(fingerprint.map_codec, fingerprint.layers, fingerprint.windows)
         logits = AnswerLogitsCodec(fingerprint.logit_codec)
-        references, records = 0, []
+        references, num_held, records = 0, 0, []
         for row in range(len(targets)):
             sample, _ = targets.read(row, with_maps=False)
             num_answers = int(sample.answer_mask.sum())
@@ -141,10 +141,11 @@ class TargetChecks(Checks):
             self.compare(shard, "logit_offsets", found, expected)
             records.append(sample.logits_RQ)
             # Of many samples at once: decoding a few rows takes as long as decoding thousands.
-            if sum(map(len, records)) >= ROWS_AT_ONCE or row == len(targets) - 1:
+            num_held += len(sample.logits_RQ)
+            if num_held >= ROWS_AT_ONCE or row == len(targets) - 1:
                 faults = logits.decode(torch.cat(records)).fault()
                 self.compare(shard, "logit_records", faults or "sound records", "sound records")
-                records.clear()
+                num_held, records = 0, []
             references += sample.map_row is not None
         self.compare(shard, "map_rows", references, targets.record.num_map_references)
         for map_row, num_tokens in enumerate(targets.map_num_tokens):
