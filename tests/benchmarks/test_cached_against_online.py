@@ -44,13 +44,15 @@ def test_training_from_16_bit_targets_follows_training_with_the_teacher_in_the_l
     # Roundings of float32, but of the maps those of 16 bits.
     for name in cached.terms:
         assert found["terms"][name]["largest"] < (1e-4 if name == "attention" else 1e-5), name
-    # AdamW divides a gradient by its own size: the first step of a weight whose first gradient lies below the roundings
-    # (4e-9, give or take 2e-9, where the median is 4e-5) is a share of the learning rate that only rounding decides.
+    if "attention" not in cached.terms:
+        assert found["weights_apart_of_way_moved"] < 2e-4
+    # Maps of 16 bits round more, and AdamW divides a gradient by its own size: the first step of a weight whose first
+    # gradient lies below the roundings (4e-9, give or take 2e-9, where the median is 4e-5) is left to rounding.
     apart = torch.cat([(cached.end[name] - online.end[name]).flatten() for name in online.end]).abs()
     moved = torch.cat([(online.end[name] - online.start[name]).flatten() for name in online.end])
     others, few = apart.sort().values.split([len(apart) - 10, 10])
     assert float(others.norm() / moved.norm()) < 2e-4
-    assert float(few.max()) < LEARNING_RATE, "less than one step"
+    assert float(few.max()) < LEARNING_RATE / 5, "a small part of one step"
 
 
 def test_the_saved_result_holds_what_the_documents_claim() -> None:
