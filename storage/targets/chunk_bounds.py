@@ -1,19 +1,15 @@
-"""The files of a shard as Zarr may see them: none missing, none that decodes to more than its record allows.
+"""What the metadata of an array and the head of a zstd frame say of decoded sizes, before anything is decoded.
 
-Zarr itself reads a missing chunk as the fill value, and believes what a compressed chunk says of its size.
+Decoders believe both, so that a few forged bytes could ask for any memory.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore as ZarrFolder
-from zarr.storage import WrapperStore
 
 from storage.digests import parse_json
 
@@ -27,56 +23,79 @@ _PLAIN, _COMPRESSED = ["bytes", "crc32c"], ["bytes", "zstd", "crc32c"]
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-@dataclass(frozen=True)
-class Declared:
-    """What the metadata of one array says, once it was found to be allowed."""
-
-    frame_bytes: int
-    """Decoded bytes of a chunk; of an inner one, if the file is a shard of chunks."""
-    compressed: bool
-    num_inner: int | None
-    """Inner chunks of the array's one file; None if the file is one chunk."""
-
-
 class UnsoundChunk(ValueError):
     """Metadata or a chunk that this format does not have, or that is not whole."""
 
 
-def declared(
-    metadata: bytes, where: str, shape: tuple[int | None, ...], dtypes: Sequence[str], num_bytes: int
-) -> Declared:
-    """What a `zarr.json` declares, before anything is decoded by it.
+@dataclass(frozen=True)
+class ArrayMetadata:
+    """A `zarr.json` that this format allows: one file, which is one chunk or, sharded, a grid of inner chunks."""
 
-    `shape` follows from the commit record, with None where that does not say; `num_bytes` are those of the array's
-    chunk files.
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_shape: tuple[int, ...]
+    """Of an inner chunk."""
+    grid: tuple[int, ...]
+    """Number of inner chunks in each dimension."""
+    sharded: bool
+    compressed: bool
+    file_bytes: int
 
-    Raises:
-        UnsoundChunk: If it is no array of this shape, in one file, with our codecs, or if it would be too large.
-        CorruptData: If it is not JSON.
-    """
-    try:
-        layout = _layout_of(parse_json(metadata, where))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UnsoundChunk(f"{where} is no metadata of an array ({error!r})") from error
-    if layout is None:
-        raise UnsoundChunk(f"{where} describes an array with other chunks or codecs than this format has")
-    found, dtype, outer, inner, sharded, compressed = layout
-    fits = len(found) == len(shape) and all(a in (None, b) for a, b in zip(shape, found, strict=True))
-    if dtype not in dtypes or not fits:
-        raise UnsoundChunk(f"{where}: found {dtype} of shape {found}, expected {dtypes[0]} of shape {shape}")
-    # One file holds all; a shard of chunks is padded by less than one more inner chunk in each dimension.
-    for size, whole, part in zip(found, outer, inner, strict=True):
-        if size > whole or whole % part or (part != whole and whole >= max(size, 1) + part):
-            raise UnsoundChunk(f"{where}: chunks of {outer} and {inner} are not those of one file of shape {found}")
-    num_values = math.prod(outer)
-    wanted, num_inner = num_values * np.dtype(dtype).itemsize, num_values // math.prod(inner)
-    allowed = max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * num_bytes)
-    if wanted > allowed or (0 not in found and num_inner > max(1, num_bytes // _INDEX_ENTRY_BYTES)):
-        raise UnsoundChunk(
-            f"{where} declares {wanted} bytes in {num_inner} chunks, {num_bytes} are stored; at most {allowed} are "
-            "decoded, and each chunk has an entry in the index"
-        )
-    return Declared(wanted // num_inner, compressed, num_inner if sharded else None)
+    @classmethod
+    def parse(
+        cls, data: bytes, where: str, shape: tuple[int | None, ...], dtypes: Sequence[str], file_bytes: int
+    ) -> "ArrayMetadata":
+        """What a `zarr.json` declares.
+
+        Args:
+            data: Its bytes.
+            where: Its name, for errors.
+            shape: Follows from the commit record, with None where that does not say.
+            dtypes: Those that the array may have.
+            file_bytes: Bytes of the array's file.
+
+        Raises:
+            UnsoundChunk: If it is no array of this shape, in one file, with our codecs, or if it would be too large.
+            CorruptData: If it is not JSON.
+        """
+        try:
+            layout = _layout_of(parse_json(data, where))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UnsoundChunk(f"{where} is no metadata of an array ({error!r})") from error
+        if layout is None:
+            raise UnsoundChunk(f"{where} describes an array with other chunks or codecs than this format has")
+        found, dtype, outer, inner, sharded, compressed = layout
+        fits = len(found) == len(shape) and all(a in (None, b) for a, b in zip(shape, found, strict=True))
+        if dtype not in dtypes or not fits:
+            raise UnsoundChunk(f"{where}: found {dtype} of shape {found}, expected {dtypes[0]} of shape {shape}")
+        # One file holds all; a shard of chunks is padded by less than one more inner chunk in each dimension.
+        for size, whole, part in zip(found, outer, inner, strict=True):
+            if size > whole or whole % part or (part != whole and whole >= max(size, 1) + part):
+                raise UnsoundChunk(f"{where}: chunks of {outer} and {inner} are not those of one file of shape {found}")
+        grid = tuple(whole // part for whole, part in zip(outer, inner, strict=True))
+        metadata = cls(found, np.dtype(dtype).newbyteorder("<"), inner, grid, sharded, compressed, file_bytes)
+        wanted, allowed = metadata.num_chunks * metadata.chunk_bytes, max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * file_bytes)
+        if wanted > allowed or (0 not in found and metadata.num_chunks > max(1, file_bytes // _INDEX_ENTRY_BYTES)):
+            raise UnsoundChunk(
+                f"{where} declares {wanted} bytes in {metadata.num_chunks} chunks, {file_bytes} are stored; at most "
+                f"{allowed} are decoded, and each chunk has an entry in the index"
+            )
+        return metadata
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Bytes of an inner chunk, decoded."""
+        return math.prod(self.chunk_shape) * self.dtype.itemsize
+
+    @property
+    def num_chunks(self) -> int:
+        """Inner chunks."""
+        return math.prod(self.grid)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index of inner chunks, its checksum included."""
+        return self.num_chunks * _INDEX_ENTRY_BYTES + _CRC_BYTES
 
 
 _Sizes = tuple[int, ...]
@@ -99,6 +118,7 @@ def _layout_of(fields: Any) -> tuple[_Sizes, str, _Sizes, _Sizes, bool, bool] | 
         and fields["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
         and not fields.get("storage_transformers")
         and _names(codecs) in (_PLAIN, _COMPRESSED)
+        and codecs[0].get("configuration", {}).get("endian", "little") == "little"
         and len(shape) == len(outer) == len(inner)
         and all(type(size) is int and size >= 0 for size in shape)
         and all(type(size) is int and size >= 1 for size in (*outer, *inner))
@@ -110,57 +130,12 @@ def _names(codecs: list[dict[str, Any]]) -> list[str]:
     return [str(codec["name"]) for codec in codecs]
 
 
-class CheckedFolder(WrapperStore[ZarrFolder]):
-    """A shard's folder in which a missing, shortened or oversized chunk is an error."""
+def zstd_frame_bytes(data: np.ndarray[Any, Any], key: str) -> int:
+    """Decoded bytes of the one zstd frame in `data`; see RFC 8878, 3.1.1.
 
-    def __init__(self, folder: Path, arrays: Mapping[str, Declared]) -> None:
-        super().__init__(ZarrFolder(folder, read_only=True))
-        self._declared = arrays
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """What is stored under `key`, once it is known to be whole."""
-        found = await super().get(key, prototype, byte_range)
-        name, _, chunk = key.partition("/")
-        if not chunk.startswith("c/"):
-            return found
-        if found is None:
-            raise FileNotFoundError(f"chunk {key} is missing")
-        _check(found.as_numpy_array().view(np.uint8), self._declared[name], byte_range, key)
-        return found
-
-
-def _check(data: np.ndarray[Any, Any], array: Declared, asked: ByteRequest | None, key: str) -> None:
-    """What was read of a chunk file: an inner chunk, the index of them, or all of it."""
-    if isinstance(asked, RangeByteRequest):
-        if len(data) != (expected := asked.end - asked.start):
-            raise UnsoundChunk(f"{key} has {len(data)} bytes at {asked.start}, its index says {expected}")
-        _check_frame(data, array, key)
-    elif array.num_inner is None:
-        _check_frame(data, array, key)
-    else:
-        index_bytes = array.num_inner * _INDEX_ENTRY_BYTES + _CRC_BYTES
-        if len(data) < index_bytes:
-            raise UnsoundChunk(f"{key} has {len(data)} bytes, the index of its chunks alone {index_bytes}")
-        spans = np.frombuffer(data[-index_bytes:-_CRC_BYTES].tobytes(), dtype="<u8").reshape(-1, 2)
-        if bool((spans == np.iinfo(np.uint64).max).any()):
-            raise UnsoundChunk(f"{key} leaves out one of its {array.num_inner} chunks")
-        if isinstance(asked, SuffixByteRequest):
-            return
-        for start, num_bytes in spans.tolist():
-            if start + num_bytes > len(data) - index_bytes:
-                raise UnsoundChunk(f"{key} has {len(data)} bytes, a chunk of its index ends at {start + num_bytes}")
-            _check_frame(data[start : start + num_bytes], array, key)
-
-
-def _check_frame(data: np.ndarray[Any, Any], array: Declared, key: str) -> None:
-    stored = len(data) - _CRC_BYTES
-    found = _zstd_frame(data[:stored], key) if array.compressed else stored
-    if found != array.frame_bytes:
-        raise UnsoundChunk(f"{key} has a chunk that decodes to {found} bytes, expected {array.frame_bytes}")
-
-
-def _zstd_frame(data: np.ndarray[Any, Any], key: str) -> int:
-    """Decoded bytes of the one zstd frame in `data`; see RFC 8878, 3.1.1."""
+    Raises:
+        UnsoundChunk: If it is no single frame that says its size; `key` names it.
+    """
     head = data[:18].tobytes()
     if head[:4] != _ZSTD_MAGIC or len(head) < 6:
         raise UnsoundChunk(f"{key} holds no zstd frame")

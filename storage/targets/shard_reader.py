@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import zarr
 
 from storage.codecs.attention_maps import EncodedMaps
 from storage.codecs.codec_settings import num_entries
@@ -16,7 +15,8 @@ from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError
 from storage.stores import Store
-from storage.targets.chunk_bounds import CheckedFolder, declared
+from storage.targets.array_reader import ArrayReader
+from storage.targets.chunk_bounds import ArrayMetadata
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
 from storage.targets.manifest import Manifest
@@ -24,8 +24,6 @@ from storage.targets.sample_targets import SampleTargets
 
 _Array = np.ndarray[Any, Any]
 _Result = TypeVar("_Result")
-READ_WHOLE_BYTES = 8 * 2**20
-"""A read costs about a millisecond before the first byte; for arrays this small that is more than all their bytes."""
 
 
 class TargetShard:
@@ -40,10 +38,9 @@ class TargetShard:
             raise self._corrupt("its folder", "nothing", "a committed shard") from error
         self._check_files()
         self._arrays = self._guarded("zarr.json", self._open_arrays)
-        self._small = {spec.name: self._read(spec.name, ...) for spec in ARRAYS if not spec.sharded}
+        self._small = {spec.name: self._read(spec.name) for spec in ARRAYS if not spec.sharded}
         self._check_lengths()
         self._guarded("sample_keys", self._check_order)
-        self._whole: dict[str, _Array] = {}
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -100,7 +97,7 @@ class TargetShard:
         rows = self._layer_rows(layers)
         return EncodedMaps(
             num_tokens=self.map_num_tokens[map_row],
-            codes_LC=self._large("map_codes", (rows, self._span("map_code_offsets", map_row))),
+            codes_LC=self._large("map_codes", rows, self._span("map_code_offsets", map_row)),
             caps_L=torch.from_numpy(self._small["map_caps"][rows, map_row].copy()),
             windows=self._read_windows(map_row) if layers is None else None,
         )
@@ -113,11 +110,11 @@ class TargetShard:
         )
         return EncodedWindows(
             thresholds_W=thresholds_W,
-            shifts_WN=self._large("window_shifts", (slice(None), tokens)),
-            flips_G=self._large("window_flips", (self._span("window_flip_offsets", map_row),)),
+            shifts_WN=self._large("window_shifts", slice(None), tokens),
+            flips_G=self._large("window_flips", self._span("window_flip_offsets", map_row)),
             means_L=means_L,
             covariances_P=covariances_P,
-            tail_blocks_LY=self._large("map_corners", (slice(None), self._span("map_corner_offsets", map_row))),
+            tail_blocks_LY=self._large("map_corners", slice(None), self._span("map_corner_offsets", map_row)),
         )
 
     @cached_property
@@ -138,40 +135,35 @@ class TargetShard:
     def _span(self, offsets: str, row: int) -> slice:
         return slice(*self._small[offsets][row : row + 2].tolist())
 
-    def _large(self, name: str, selection: Any) -> torch.Tensor:
-        """Rows of a large array; one that is small in this shard is read whole the first time it is needed."""
-        if name not in self._whole and self._arrays[name].nbytes <= READ_WHOLE_BYTES:
-            self._whole[name] = self._read(name, ...)
-        if name in self._whole:
-            return torch.from_numpy(np.array(self._whole[name][selection], order="C"))
-        return torch.from_numpy(self._read(name, selection))
+    def _large(self, name: str, *selection: slice | list[int]) -> torch.Tensor:
+        return torch.from_numpy(self._read(name, *selection))
 
-    def _read(self, name: str, selection: Any) -> _Array:
-        array = self._arrays[name]
-        source = array.oindex if isinstance(selection, tuple) else array
-        return self._guarded(name, lambda: np.ascontiguousarray(source[selection]))
+    def _read(self, name: str, *selection: slice | list[int]) -> _Array:
+        return self._guarded(name, partial(self._arrays[name].read, *selection))
 
-    def _open_arrays(self) -> dict[str, zarr.Array[Any]]:
-        """All arrays, of which nothing is decoded before their metadata is known to agree with the record."""
+    def _open_arrays(self) -> dict[str, ArrayReader]:
+        """All arrays, whose metadata agrees with the record."""
         known = self._committed_sizes
-        chunk_bytes: Counter[str] = Counter()
+        file_bytes: Counter[str] = Counter()
         for path, (size, _) in self.record.files.items():
-            chunk_bytes[path.partition("/c/")[0]] += size
-        arrays = {
-            spec.name: declared(
-                (self._folder / spec.name / "zarr.json").read_bytes(),
-                f"{spec.name}/zarr.json",
-                spec.shape(known),
-                spec.dtype.split("|"),
-                chunk_bytes[spec.name],
+            file_bytes[path.partition("/c/")[0]] += size
+        return {
+            spec.name: ArrayReader(
+                self._folder,
+                spec.name,
+                ArrayMetadata.parse(
+                    (self._folder / spec.name / "zarr.json").read_bytes(),
+                    f"{spec.name}/zarr.json",
+                    spec.shape(known),
+                    spec.dtype.split("|"),
+                    file_bytes[spec.name],
+                ),
             )
             for spec in ARRAYS
         }
-        folder = CheckedFolder(self._folder, arrays)
-        return {spec.name: zarr.open_array(folder, path=spec.name, mode="r") for spec in ARRAYS}
 
     def _guarded(self, name: str, action: Callable[[], _Result]) -> _Result:
-        """Run a read; whatever zarr and its codecs raise means that bytes are not what was committed."""
+        """Run a read; whatever the decoders raise means that bytes are not what was committed."""
         try:
             return action()
         except (CorruptData, MemoryError):
@@ -209,7 +201,7 @@ class TargetShard:
             "G": int(small["window_flip_offsets"][-1]),
         }
         for spec in ARRAYS:
-            found, expected = self._arrays[spec.name].shape, spec.shape(sizes)
+            found, expected = self._arrays[spec.name].metadata.shape, spec.shape(sizes)
             if found != expected:
                 raise self._corrupt(spec.name, f"shape {found}", f"shape {expected}")
         for name, end in (("token_offsets", "T"), ("logit_offsets", "R")):

@@ -16,8 +16,8 @@ from storage.codecs.windows import EncodedWindows
 from storage.errors import CorruptData, disk_errors_named
 from storage.stores import Store
 from storage.stores.base import measure_files
+from storage.targets.array_writer import write_group
 from storage.targets.commits import SHARDS, CommitRecord, SkippedSample, publish
-from storage.targets.layout import write_group
 from storage.targets.manifest import Manifest
 from storage.targets.sample_targets import SampleTargets
 

@@ -386,7 +386,7 @@ finally:
     [
         ("pack-samples {data} {images} {new}", []),
         ("inspect {targets}", []),
-        ("verify {targets} --samples {samples}", ["torch", "zarr"]),
+        ("verify {targets} --samples {samples}", ["torch"]),
     ],
 )
 def test_a_command_without_a_model_loads_no_library_that_it_does_not_need(

@@ -23,7 +23,6 @@ from storage.stores.base import measure_files
 from storage.streaming.stream import StreamConfig
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS, ArraySpec
-from storage.targets.shard_reader import TargetShard
 from storage.targets.store import TargetStore
 from tests.storage.builders import extract, pack, target_stream, write_table
 
@@ -106,15 +105,14 @@ def test_every_missing_chunk_file_is_an_error_before_and_after_the_shard_is_open
             read_all(root)
         name = chunk.relative_to(folder).parts[0]
         with pytest.raises(CorruptData, match="is missing"):
-            opened._read(name, ...)
+            opened._read(name)
         chunk.write_bytes(data[:-1])
         with pytest.raises(CorruptData, match=f"{len(data) - 1} bytes"):
             read_all(root)
         chunk.write_bytes(data)
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_an_error_at_every_length(root, monkeypatch):
-    monkeypatch.setattr("storage.targets.shard_reader.READ_WHOLE_BYTES", 0)
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_at_every_length(root):
     folder = folder_of(root)
     shard = TargetStore.open(root / "targets").shard(0)
     for _, file in sharded_files(folder):
@@ -306,8 +304,39 @@ def test_a_record_of_files_outside_its_folder_is_refused(root):
             TargetStore.open(root / "targets")
 
 
-def test_a_shard_is_still_read_whole_and_by_part(root, monkeypatch):
-    whole = [TargetStore.open(root / "targets").shard(0).read(row) for row in range(7)]
-    monkeypatch.setattr("storage.targets.shard_reader.READ_WHOLE_BYTES", 0)
-    shard: TargetShard = TargetStore.open(root / "targets").shard(0)
-    assert [shard.read(row)[0].key for row in range(7)] == [sample.key for sample, _ in whole]
+@pytest.mark.parametrize("spec", ARRAYS, ids=lambda spec: spec.name)
+def test_every_part_of_an_array_is_what_zarr_reads(root, spec):
+    array = zarr.open_array(folder_of(root) / spec.name, mode="r")
+    reader = TargetStore.open(root / "targets").shard(0)._arrays[spec.name]
+    assert_equal(reader.read(), array[...])
+    draws = np.random.default_rng(0)
+    for _ in range(30):
+        parts: list[slice | list[int]] = []
+        for size in array.shape:
+            start, stop = sorted(draws.integers(0, size + 1, 2).tolist())
+            some = draws.integers(0, max(size, 1), 3).tolist()
+            parts.append(some if size and draws.random() < 0.3 else slice(start, stop))
+        assert_equal(reader.read(*parts), array.oindex[tuple(parts)])
+
+
+def assert_equal(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_a_chunk_whose_index_points_outside_its_file_is_an_error_without_the_memory_it_asks_for(root):
+    folder = folder_of(root)
+    for _, file in sharded_files(folder):
+        clean = file.read_bytes()
+        for lie in ((0, 2**63), (2**63, 100), (2**64 - 2, 2**64 - 2), (len(clean) - 4, 8)):
+            file.write_bytes(clean)
+            num_inner = next(
+                a for a in range(1, len(clean)) if with_crc(clean[-4 - 16 * a : -4]) == clean[-4 - 16 * a :]
+            )
+            start = len(clean) - 4 - 16 * num_inner
+            file.write_bytes(clean[:start] + with_crc(struct.pack("<QQ", *lie) + clean[start + 16 : -4]))
+            with pytest.raises(CorruptData, match="ends beyond"):
+                read_all(root)
+        file.write_bytes(clean)
+    assert read_all(root) == 7

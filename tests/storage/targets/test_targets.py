@@ -18,10 +18,11 @@ from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
 from storage.stores import LocalStore, local, open_store
-from storage.targets import layout
+from storage.targets import array_writer
+from storage.targets.array_writer import ROWS_A_CHUNK
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import SkippedSample
-from storage.targets.layout import ROWS_A_CHUNK
+from storage.targets.layout import ARRAYS
 from storage.targets.manifest import create_or_check
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard_writer import write_shard
@@ -322,13 +323,13 @@ def test_two_shards_that_fail_at_the_same_moment_both_end(tmp_path, monkeypatch)
         together.wait(10)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(layout, "_write_arrays", fail)
-    arrays = {spec.name: None for spec in layout.ARRAYS}
+    monkeypatch.setattr(array_writer, "_write_arrays", fail)
+    arrays = {spec.name: None for spec in ARRAYS}
 
     def write_and_fail():
         for _ in range(20):
             with pytest.raises(OSError, match="No space"):
-                layout.write_group(tmp_path, arrays, {})
+                array_writer.write_group(tmp_path, arrays, {})
 
     threads = [threading.Thread(target=write_and_fail, daemon=True) for _ in range(2)]
     for thread in threads:
