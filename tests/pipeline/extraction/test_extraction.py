@@ -261,6 +261,7 @@ class FailsOnShardTwo(ShardExtractor):
         return self(shard, progress)
 
 
+@pytest.mark.slow
 def test_a_shard_that_always_fails_is_reported_after_its_attempts_and_the_others_are_stored(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,14 +92,15 @@ def run(tiny: TinyWorld, store: Path, **settings: Any) -> ExtractionReport:
     return extract(teacher, str(tiny.samples), str(store), ExtractConfig(workers=1, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("meet", "reason"),
     [
-        pytest.param(meet_nan, "not_finite"),
-        pytest.param(meet_little_memory, "out_of_memory", marks=pytest.mark.slow),
-        pytest.param(meet_an_error, "teacher_error", marks=pytest.mark.slow),
-        pytest.param(meet_the_memory_killer, "kills_worker", marks=pytest.mark.slow),
-        pytest.param(meet_a_device_assert, "kills_worker", marks=pytest.mark.slow),
+        (meet_nan, "not_finite"),
+        (meet_little_memory, "out_of_memory"),
+        (meet_an_error, "teacher_error"),
+        (meet_the_memory_killer, "kills_worker"),
+        (meet_a_device_assert, "kills_worker"),
     ],
 )
 def test_a_sample_the_teacher_cannot_take_is_in_the_ledger_and_every_other_has_its_bytes(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,10 +16,15 @@ from stages.estimate.measured import CODECS, estimate_by_measurement
 from stages.estimate.report import Estimate, EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
+from stages.teacher.teacher import load_teacher
 from storage.codecs.codec_settings import num_entries
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
+from storage.stores import Store
+from storage.targets.commits import CommitRecord
 from storage.targets.layout import ARRAYS
+from storage.targets.manifest import Manifest
+from storage.targets.shard_writer import write_shard
 from storage.targets.summary import summarize
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 
@@ -56,6 +62,27 @@ def test_estimated_bytes_are_near_those_that_extraction_writes(
     assert expected.bytes_by_array[maps] == pytest.approx(found.array_bytes[maps], rel=NEARNESS)
     written = sum(file.stat().st_size for file in (tmp_path / codec).rglob("*") if file.is_file())
     assert expected.store_bytes == pytest.approx(written, rel=NEARNESS)
+
+
+def test_each_codec_is_measured_with_the_settings_that_extraction_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_tiny_data(tmp_path, num_samples=8)
+    settings, samples = TeacherConfig(checkpoint=str(data.teacher), batch_size=4), SampleSet.open(data.samples)
+    written: dict[str, set[str]] = {}
+
+    def recorded(store: Store, shard: int, manifest: Manifest, *seen: Any) -> CommitRecord:
+        written.setdefault(manifest.fingerprint.map_codec.name, set()).add(manifest.digest)
+        return write_shard(store, shard, manifest, *seen)
+
+    monkeypatch.setattr("stages.estimate.measured.write_shard", recorded)
+    config = EstimateConfig(num_blocks=2, num_sampled=8, num_measured=8)
+    estimate_by_measurement(settings, samples, config, workers=1, threads=1)
+    for codec in CODECS:
+        teacher = load_teacher(settings.model_copy(update={"map_codec": codec}))
+        manifest = teacher.identity.manifest(samples.index.digest, len(samples.index.shards))
+        assert written.pop(codec) == {manifest.digest}, codec
+    assert not written
 
 
 def test_every_codec_has_bytes_an_interval_and_hours_and_coarser_codes_are_smaller(estimate: Estimate) -> None:
