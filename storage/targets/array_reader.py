@@ -43,7 +43,8 @@ class ArrayReader:
         if result.size:
             try:
                 with self._path.open("rb") as file:
-                    self._check_size(file.fileno())
+                    if (found := os.fstat(file.fileno()).st_size) != self.metadata.file_bytes:
+                        raise UnsoundChunk(f"{self._key} has {found} bytes, expected {self.metadata.file_bytes}")
                     for parts in product(*pieces):
                         numbers, to, source = zip(*parts, strict=True)
                         result[to] = self._chunk(file.fileno(), numbers)[source]
@@ -58,8 +59,7 @@ class ArrayReader:
         payload = _CRC32C.decode(os.pread(file, num_bytes, start))
         found = zstd_frame_bytes(payload, self._key) if metadata.compressed else len(payload)
         if found != metadata.chunk_bytes:
-            expected = f"expected {metadata.chunk_bytes}"
-            raise UnsoundChunk(f"{self._key} has a chunk that decodes to {found} bytes, {expected}")
+            raise UnsoundChunk(f"{self._key}: a chunk decodes to {found} bytes, expected {metadata.chunk_bytes}")
         data = _ZSTD.decode(payload) if metadata.compressed else payload
         return np.frombuffer(data, metadata.dtype).reshape(metadata.chunk_shape)
 
@@ -71,8 +71,7 @@ class ArrayReader:
             return np.array([0, metadata.file_bytes], np.uint64).reshape(*metadata.grid, 2)
         end = metadata.file_bytes - metadata.index_bytes
         if end < 0:
-            found = f"{metadata.file_bytes} bytes, the index of its chunks alone {metadata.index_bytes}"
-            raise UnsoundChunk(f"{self._key} has {found}")
+            raise UnsoundChunk(f"{self._key} has {metadata.file_bytes} bytes, fewer than the index of its chunks")
         with self._path.open("rb") as file:
             index = _CRC32C.decode(os.pread(file.fileno(), metadata.index_bytes, end))
         spans = np.frombuffer(index, "<u8").reshape(*metadata.grid, 2)
@@ -81,10 +80,6 @@ class ArrayReader:
         if bool((spans > end).any() or (spans.sum(axis=-1) > end).any()):
             raise UnsoundChunk(f"{self._key} has chunks in its first {end} bytes, one of its index ends beyond")
         return spans
-
-    def _check_size(self, file: int) -> None:
-        if (found := os.fstat(file).st_size) != self.metadata.file_bytes:
-            raise UnsoundChunk(f"{self._key} has {found} bytes, expected {self.metadata.file_bytes}")
 
 
 def _pieces(selected: slice | list[int], size: int, step: int) -> list[tuple[int, slice, slice]]:

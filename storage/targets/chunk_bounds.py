@@ -45,14 +45,7 @@ class ArrayMetadata:
     def parse(
         cls, data: bytes, where: str, shape: tuple[int | None, ...], dtypes: Sequence[str], file_bytes: int
     ) -> "ArrayMetadata":
-        """What a `zarr.json` declares.
-
-        Args:
-            data: Its bytes.
-            where: Its name, for errors.
-            shape: Follows from the commit record, with None where that does not say.
-            dtypes: Those that the array may have.
-            file_bytes: Bytes of the array's file.
+        """What a `zarr.json` declares; `shape` follows from the commit record, with None where that does not say.
 
         Raises:
             UnsoundChunk: If it is no array of this shape, in one file, with our codecs, or if it would be too large.
@@ -60,8 +53,8 @@ class ArrayMetadata:
         """
         try:
             layout = _layout_of(parse_json(data, where))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UnsoundChunk(f"{where} is no metadata of an array ({error!r})") from error
+        except (KeyError, TypeError, IndexError, AttributeError):
+            layout = None
         if layout is None:
             raise UnsoundChunk(f"{where} describes an array with other chunks or codecs than this format has")
         found, dtype, outer, inner, sharded, compressed = layout
@@ -98,10 +91,7 @@ class ArrayMetadata:
         return self.num_chunks * _INDEX_ENTRY_BYTES + _CRC_BYTES
 
 
-_Sizes = tuple[int, ...]
-
-
-def _layout_of(fields: Any) -> tuple[_Sizes, str, _Sizes, _Sizes, bool, bool] | None:
+def _layout_of(fields: Any) -> tuple[tuple[int, ...], str, tuple[int, ...], tuple[int, ...], bool, bool] | None:
     """Shape, type, outer and inner chunk, sharded, compressed; None for what Zarr has and this format does not."""
     grid, codecs = fields["chunk_grid"], fields["codecs"]
     shape, outer = tuple(fields["shape"]), tuple(grid["configuration"]["chunk_shape"])
