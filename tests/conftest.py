@@ -74,6 +74,14 @@ def pytest_collection_finish() -> None:
             getattr(library, name).__repr__ = object.__repr__
 
 
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first Accelerator for all later ones, of other tests too."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state()
+
+
 @dataclass(frozen=True)
 class TinyWorld:
     """Folders of one small data set and the models for it."""
