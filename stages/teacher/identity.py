@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import CAPTURE_VERSION
 from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
+from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
-from stages.checkpoints.resolve import load_config, refuse_code, resolve_checkpoint
+from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import chat_template, read_template
@@ -142,8 +143,6 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
         UserError: If checkpoint or chat template cannot be read, or its family or layers cannot be used.
     """
     folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
-    if not settings.trust_remote_code:
-        refuse_code(folder)
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
