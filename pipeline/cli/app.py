@@ -28,6 +28,7 @@ from pipeline.cli.train_student import train_student
 from pipeline.cli.verify import verify
 from pipeline.runtime.interruption import Interrupted, raised_on
 from storage.errors import UserError, disk_errors_named
+from storage.safe_path import keep_children_safe
 
 COMMANDS = (
     demo,
@@ -89,6 +90,7 @@ def cdp(
 
 def main() -> None:
     """Runs `cdp`: a user's mistake is one message and exit code 2, an interruption says how to go on."""
+    keep_children_safe()
     try:
         with disk_errors_named(Path.cwd()):
             app()

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from stages.student.data.batch import Batch
 from stages.student.data.batch_transport import FlatBatch, flatten
 from stages.student.data.collator import Collator
 from storage.errors import PassingFailure, UserError
+from storage.safe_path import check_safe_path, keep_children_safe
 from storage.streaming.order import num_microbatches
 from storage.streaming.stream import Mixture, mixture_stream
 from storage.strict_model import StrictModel
@@ -133,6 +134,7 @@ def _context(*, remote: bool) -> BaseContext:
     They are copies of a server that has only imported this module; it starts here. For object stores each is a new
     process, because the server keeps the environment of its first use, and credentials may be newer.
     """
+    keep_children_safe()
     if remote:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -152,6 +154,8 @@ class _FlatBatches(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[FlatBatch | UserError]:
         try:
+            if get_worker_info() is not None:
+                check_safe_path()
             for samples in self._stream:
                 yield flatten(self._collator(samples))
         except UserError as error:
