@@ -16,7 +16,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention.capture import enable_capture
 from stages.student.data.batch import Batch
-from stages.student.data.loader import LoaderDied, StepLoader
+from stages.student.data.loader import LoaderDied, StepLoader, StoppedWaiting
 from stages.student.model.student import decoder_of
 from stages.student.model.trainable import keep_frozen_in
 from stages.student.run_folder import STUDENT, StageReport
@@ -128,7 +128,8 @@ class _StageLoop:
         began_stage = begun - self.position.seconds
         task = progress.task(run.name, self.num_steps, unit="steps")
         task.update(done=self.position.step)
-        groups = self.loader.steps(range(self.position.epoch, run.stage.epochs), self.position.epoch_step)
+        epochs = range(self.position.epoch, run.stage.epochs)
+        groups = self.loader.steps(epochs, self.position.epoch_step, self.should_stop)
         settings = config.model_dump(mode="json") | {"stage": run.name, "decoder": run.decoder}
         trackers, main = config.logging.trackers, self.accelerator.is_main_process
         with metrics_log(run.output, trackers, self.position.step, settings, enabled=main) as write, closing(groups):
@@ -157,6 +158,8 @@ class _StageLoop:
         """The microbatches of one optimizer step; fewer at an epoch's end."""
         try:
             return next(groups)
+        except StoppedWaiting:
+            return []
         except LoaderDied:
             if not self.should_stop():
                 raise
