@@ -21,6 +21,7 @@ from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Work, Worker
+from pipeline.ui.streams import guard_streams
 from storage.errors import UserError
 
 POLL_S = 0.2
@@ -212,6 +213,7 @@ class _Actor:
 
     def start(self) -> tuple[str, int]:
         """Makes the worker; says on which machine and in which process."""
+        guard_streams()
         # Not in the constructor: of an exception there ray keeps the text only.
         self._work = self._make_worker()
         return socket.gethostname(), os.getpid()
