@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 from pipeline.checkpoints import load_model
+from pipeline.ui.streams import say
 from stages.images import decode_image
 from stages.student.model.chat import Chat
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.printable import printable
 
 
 def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
@@ -29,7 +31,7 @@ def answer(chat: Chat, question: str) -> None:
     text = chat.ask(question, _write)
     _write("\n")
     if not text:
-        sys.stderr.write("(an empty answer: the model ended it at once)\n")
+        say("(an empty answer: the model ended it at once)")
 
 
 def talk(chat: Chat) -> None:
@@ -49,5 +51,5 @@ def _next_question() -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text, keep="\n\t"))
     sys.stdout.flush()

@@ -115,7 +115,7 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
             failures[name] = f"{type(error).__name__}: {error}"
         report = SweepReport(students=students, failures=failures)
         if is_main_process:
-            open_store(sweep.output).write(SWEEP_REPORT, report.model_dump_json(indent=1).encode())
+            open_store(sweep.output).write(SWEEP_REPORT, report.to_json().encode())
     return report
 
 
@@ -144,7 +144,7 @@ def _compared(
         similarity = compare_with_targets(model, *compared_data(run), compare.similarity_samples, progress)
     made = _Compared(measured=measured, evaluation=evaluation, similarity=similarity)
     if is_main_process:
-        store.write(_COMPARED, made.model_dump_json(indent=1).encode())
+        store.write(_COMPARED, made.to_json().encode())
     return SweptStudent(stages=stages, evaluation=evaluation, similarity=similarity)
 
 

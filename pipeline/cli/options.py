@@ -35,7 +35,7 @@ def save(path: Path | None, text: str) -> None:
 def say_which_student(model: str) -> None:
     """Says which of a training run's students a command uses."""
     from pipeline.checkpoints import which_student
-    from pipeline.ui.console import say
+    from pipeline.ui.streams import say
 
     for note in which_student(model):
         say(note)

@@ -22,6 +22,7 @@ from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Work, Worker
+from pipeline.ui.streams import guard_streams
 from storage.errors import UserError
 from storage.safe_path import check_code, code_digest, keep_children_safe
 
@@ -231,6 +232,7 @@ class _Actor:
 
     def start(self) -> tuple[str, int]:
         """Makes the worker; says on which machine and in which process."""
+        guard_streams()
         # Not in the constructor: of an exception there ray keeps the text only.
         keep_children_safe()
         check_code(self._code)

@@ -48,7 +48,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     _check_settings(folder, config)
     with progress_display() as progress:
         report = _measure(folder, config, progress)
-    open_store(folder).write("report.json", report.model_dump_json(indent=1).encode())
+    open_store(folder).write("report.json", report.to_json().encode())
     models = {name: str(folder / "students" / name) for name in config.students}
     pictures = attention_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
     table = accuracy_table(report)

@@ -131,7 +131,7 @@ def convert_checkpoint(
             image_processor_from=images_from,
             seconds=round(time.perf_counter() - started, 3),
         )
-        (staging / REPORT).write_text(report.model_dump_json(indent=1))
+        (staging / REPORT).write_text(report.to_json())
     return report
 
 

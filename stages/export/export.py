@@ -115,7 +115,7 @@ def export_student(
             logit_scale=float(expected_TV.abs().max()),
             seconds=round(time.perf_counter() - started, 3),
         )
-        (staging / REPORT).write_text(report.model_dump_json(indent=1))
+        (staging / REPORT).write_text(report.to_json())
         card = model_card(output.name, report, read_history(source), names, evaluation)
         (staging / CARD).write_text(card, encoding="utf-8")
     task.update(done=3, note="")

@@ -108,7 +108,7 @@ class StageFolder:
 
     def finish(self, report: StageReport) -> None:
         """Writes the report; after the student, since a stage with a report is finished."""
-        open_store(self.path).write(REPORT_FILE, report.model_dump_json(indent=1).encode())
+        open_store(self.path).write(REPORT_FILE, report.to_json().encode())
 
     def report(self) -> StageReport:
         """The report of a finished stage.

@@ -111,12 +111,17 @@ class Store(Protocol):
         """
 
 
+def is_inside(path: str) -> bool:
+    """Whether `path` names something inside a store, on every system."""
+    return {"", ".", ".."}.isdisjoint(path.split("/")) and "\\" not in path and all(ord(char) >= 32 for char in path)
+
+
 def relative_path(path: str) -> str:
     """`path` itself, when it names something inside a store.
 
     Raises:
         ValueError: For absolute paths, `..`, `.`, empty parts, backslashes and control characters.
     """
-    if not {"", ".", ".."}.isdisjoint(path.split("/")) or "\\" in path or any(ord(char) < 32 for char in path):
+    if not is_inside(path):
         raise ValueError(f"path {path!r} does not stay inside its store: give a relative one without '..'")
     return path

@@ -123,7 +123,7 @@ def test_more_answer_rows_than_a_chunk_round_trip(tmp_path):
     store = open_store(tmp_path)
     made_for = manifest()
     create_or_check(store, made_for)
-    samples = [sample_targets(made_for, f"k{n}", 130, 120, None, seed=n) for n in range(5)]
+    samples = [sample_targets(made_for, f"k{n}", 128, 120, None, seed=n) for n in range(5)]
     assert sum(len(sample.logits_RQ) for sample in samples) > 2 * ROWS_A_CHUNK
     write_shard(store, 0, made_for, "samples-000000.tar", samples, [], [])
     shard = TargetStore.open(tmp_path).shard(0)
