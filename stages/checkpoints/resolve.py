@@ -10,9 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from stages.checkpoints.weights import WEIGHTS, check_files
 from storage.digests import parse_json
 from storage.errors import UserError, first_line
-
-MAX_CONFIG_BYTES = 64 * 2**20
-"""Largest config that is read; real ones have kilobytes."""
+from storage.regular_files import read_regular, refuse_special_files
 
 _NEEDED_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -33,6 +31,8 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
                 f"no checkpoint at {name}: it is neither a folder here nor a model id that the hub gave "
                 f"({type(error).__name__}); check the path"
             ) from error
+    # The library would wait for ever for a FIFO among them.
+    refuse_special_files(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
     if with_weights:
@@ -58,11 +58,10 @@ def refuse_code(folder: Path) -> None:
     """
     for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         file = folder / name
-        if not file.is_file():
+        try:
+            fields = parse_json(read_regular(file), str(file))
+        except FileNotFoundError:
             continue
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read of a config")
-        fields = parse_json(file.read_bytes(), str(file))
         if not isinstance(fields, dict):
             raise UserError(f"{file} holds no JSON object; expected a Hugging Face config")
         if "auto_map" in fields and name == "config.json" and fields.get("model_type") not in CONFIG_MAPPING:
