@@ -10,6 +10,8 @@ from stages.student.model.chat import Chat
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.printable import printable
+from storage.regular_files import read_regular
+from storage.samples.members import MAX_MEMBER_BYTES
 
 
 def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
@@ -20,7 +22,7 @@ def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
             template.
     """
     try:
-        picture = decode_image(image.read_bytes())
+        picture = decode_image(read_regular(image, MAX_MEMBER_BYTES))
     except OSError as error:
         raise UserError(f"no image at {image}: {error.strerror}; give a JPEG, PNG or WebP file") from error
     return Chat(*load_model(model), picture, max_new_tokens)

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
+from storage.stores.folder_owner import owned
 from storage.streaming.stream import Source
 from storage.strict_model import StrictModel
 from storage.targets.store import TargetStore
@@ -97,7 +99,16 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
 
     Finished students are not trained again, an interrupted one goes on. Leaves each in `OUTPUT/NAME` and all results in
     `OUTPUT/sweep.json`, which is written after each student.
+
+    Raises:
+        FolderInUse: If another command works in the sweep's folder.
     """
+    # One process owns it for all that train together; each student's folder has its own owner.
+    with owned(sweep.output) if is_main_process else nullcontext():
+        return _run_all(sweep, train, progress)
+
+
+def _run_all(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
     students: dict[str, SweptStudent] = {}
     failures: dict[str, str] = {}
     report = SweepReport(students=students, failures=failures)

@@ -10,9 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from storage.digests import parse_json
 from storage.errors import CorruptData, UserError, first_line
-
-MAX_CONFIG_BYTES = 64 * 2**20
-"""Largest config that is read; real ones have kilobytes."""
+from storage.regular_files import read_regular
 
 _CONFIGS = (
     "config.json",
@@ -43,7 +41,7 @@ def check_configs(folder: Path, *, with_model: bool = True) -> None:
     Without the model, config.json and generation_config.json are not read.
 
     Raises:
-        UserError: If one does, is no JSON object, or is larger than `MAX_CONFIG_BYTES`; names file and key.
+        UserError: If one does, is no JSON object, or is larger than `read_regular` allows; names file and key.
     """
     if (folder / _AUDIO_TOKENIZER).exists():
         raise UserError(f"{folder / _AUDIO_TOKENIZER} names {_OTHER_MODEL}, which is refused; remove the file")
@@ -80,10 +78,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
-        raise UserError(f"{file} has {size} bytes, at most {MAX_CONFIG_BYTES} are read of a config")
     try:
-        fields = parse_json(file.read_bytes(), str(file))
+        fields = parse_json(read_regular(file), str(file))
     except CorruptData as error:
         raise CorruptData(f"{first_line(error).partition(';')[0]}; fetch or save them again") from error
     if not isinstance(fields, dict):

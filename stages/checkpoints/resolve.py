@@ -7,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from stages.checkpoints.weights import check_files
 from storage.errors import UserError
+from storage.regular_files import refuse_special_files
 
 _WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
 _NEEDED_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -30,19 +31,21 @@ def local_folder(name: str | Path, *, with_weights: bool = False) -> Path:
     """A folder as it is, else that of a model id of the hub, downloaded once.
 
     Raises:
-        UserError: If it is neither.
+        UserError: If it is neither, or holds something that is no regular file.
     """
     folder = Path(name)
-    if folder.is_dir():
-        return folder
-    patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"no checkpoint at {name}: it is neither a folder here nor a model id that the hub gave "
-            f"({type(error).__name__}); check the path"
-        ) from error
+    if not folder.is_dir():
+        patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=patterns))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(
+                f"no checkpoint at {name}: it is neither a folder here nor a model id that the hub gave "
+                f"({type(error).__name__}); check the path"
+            ) from error
+    # The library would wait for ever for a FIFO among them.
+    refuse_special_files(folder)
+    return folder
 
 
 def in_hub_cache(name: str) -> bool:

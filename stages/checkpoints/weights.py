@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from stages.checkpoints.configs import check_configs
 from storage.digests import parse_json
 from storage.errors import UserError
+from storage.regular_files import read_regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
@@ -56,7 +57,7 @@ def check_files(folder: Path) -> None:
 
 def _indexed_names(folder: Path) -> set[str]:
     index = folder / INDEX
-    fields = parse_json(index.read_bytes(), str(index))
+    fields = parse_json(read_regular(index), str(index))
     named = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(named, dict):
         raise UserError(f"{index} has no weight_map; expected the index of a checkpoint in several files")

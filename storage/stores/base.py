@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from storage.digests import file_sha256
+from storage.regular_files import MAX_BYTES
 
 PARTIAL = ".partial"
 """Suffix of what is still being written; readers never see such a file, `clean_partials` removes abandoned ones."""
@@ -41,7 +42,7 @@ class Store(Protocol):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+    def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
         """All bytes of a file; FileNotFoundError when it is absent, CorruptData when it has more than `max_bytes`."""
 
     def exists(self, path: str) -> bool:

@@ -23,8 +23,6 @@ COMMITS = "commits"
 SHARDS = "shards"
 _COMMIT_NAME = re.compile(rf"{COMMITS}/([0-9]{{6,}})\.json")
 
-MAX_RECORD_BYTES = 64 * 2**20
-"""Largest record that is read; one of a hundred thousand skipped samples is smaller."""
 _REMEDY = "the record is damaged; run `cdp verify --repair` on the store, then extract again"
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -79,7 +77,7 @@ class Committed(BaseModel):
             UserError: For another format version.
         """
         where = f"{store.url}/{path}"
-        data = store.read(path, MAX_RECORD_BYTES)
+        data = store.read(path)
         try:
             record = cls.model_validate(parse_record(data, where, FORMAT_VERSION))
         except ValidationError as error:

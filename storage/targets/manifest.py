@@ -14,8 +14,6 @@ from storage.strict_model import StrictModel
 MANIFEST_PATH = "manifest.json"
 FORMAT_VERSION = 2
 """Version of the target store's layout; `FORMAT.md` has a paragraph for each."""
-MAX_MANIFEST_BYTES = 64 * 2**20
-"""Largest manifest that is read; a model's config and a chat template have kilobytes."""
 MAX_LAYERS = 2**12
 MAX_SHARDS = 2**22
 """No teacher has so many layers, and no index of samples lists more shards; memory goes by both."""
@@ -122,7 +120,7 @@ class Manifest(StrictModel):
         """
         where = f"{store.url}/{MANIFEST_PATH}"
         try:
-            data = store.read(MANIFEST_PATH, MAX_MANIFEST_BYTES)
+            data = store.read(MANIFEST_PATH)
         except FileNotFoundError:
             raise UserError(f"{where} is absent: this is no target store; run `cdp extract-teacher`") from None
         fields = parse_record(data, where, FORMAT_VERSION)

@@ -14,6 +14,7 @@ from storage.codecs.codec_settings import num_entries
 from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError
+from storage.regular_files import read_regular
 from storage.stores import Store
 from storage.targets.array_reader import ArrayReader
 from storage.targets.chunk_bounds import ArrayMetadata
@@ -153,7 +154,7 @@ class TargetShard:
                 self._folder,
                 spec.name,
                 ArrayMetadata.parse(
-                    (self._folder / spec.name / "zarr.json").read_bytes(),
+                    read_regular(self._folder / spec.name / "zarr.json"),
                     f"{spec.name}/zarr.json",
                     spec.shape(known),
                     spec.dtype.split("|"),

@@ -59,7 +59,8 @@ def train_stage(
         record_stage(run)
     accelerator.wait_for_everyone()
     check_same_folder(accelerator, run)
-    # Again, with what was written: an incomplete store may have grown in between.
+    # Again, with what was written: an incomplete store may have grown in between, and where a file system has no locks
+    # another run may have begun the stage.
     check_resumable(run)
     if accelerator.is_main_process:
         # A killed process may have left gigabytes half-written.

@@ -17,6 +17,7 @@ from storage.codecs.attention_maps import EncodedMaps
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
+from storage.regular_files import MAX_BYTES
 from storage.stores import LocalStore, local, open_store
 from storage.targets import array_writer
 from storage.targets.array_writer import ROWS_A_CHUNK
@@ -356,7 +357,7 @@ class Counting(LocalStore):
         super().__init__(root)
         self.asked = []
 
-    def read(self, path, max_bytes=None):
+    def read(self, path, max_bytes=MAX_BYTES):
         self.asked.append(f"read {path}")
         return super().read(path, max_bytes)
 
