@@ -24,7 +24,8 @@ from pipeline import export
 from pipeline.chat import open_chat
 from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
-from stages.checkpoints.resolve import refuse_code, resolve_checkpoint
+from stages.checkpoints.configs import check_configs
+from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.chat_templates import read_template
 from stages.convert.layout import read_released_config
 from stages.evaluation.caption_pairs import CaptionPair, load_pairs
@@ -159,7 +160,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "evaluation": ("report.json", export._read_evaluation),
     "stage report": ("report.json", lambda file: StageFolder(file.parent).report()),
     "metrics": ("metrics.jsonl", read_metrics),
-    "config": ("config.json", lambda file: refuse_code(file.parent)),
+    "config": ("config.json", lambda file: check_configs(file.parent)),
     "released config": ("config.json", lambda file: read_released_config(file.parent)),
     "config of a student": ("config.json", lambda file: is_student(file.parent)),
 }

@@ -47,9 +47,10 @@ def check_configs(folder: Path, *, with_model: bool = True) -> None:
         raise UserError(f"{folder / _AUDIO_TOKENIZER} names {_OTHER_MODEL}, which is refused; remove the file")
     for name in _CONFIGS if with_model else _CONFIGS[2:]:
         file = folder / name
-        if not file.exists():
+        try:
+            fields = _read(file)
+        except FileNotFoundError:
             continue
-        fields = _read(file)
         known = name == "config.json" and fields.get("model_type") in CONFIG_MAPPING
         for key, value in _named(fields | {"auto_map": None} if known else fields):
             what = _REFUSED.get(key, "code of another repository")
