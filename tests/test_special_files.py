@@ -279,6 +279,7 @@ OTHER_READERS = {
     "pipeline/ui/html_report.py": "the package's own",
     "stages/checkpoints/processors.py": "of a checkpoint without special files",
     "stages/checkpoints/weights.py": "of a checkpoint without special files",
+    "storage/safe_path.py": "the project's own",
     "storage/stores/cache.py": "of this user's cache",
     "storage/stores/owner.py": "the kernel's",
 }
