@@ -10,7 +10,7 @@ from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
-from storage.errors import CorruptData, disk_errors_named
+from storage.errors import CorruptData, UserError, disk_errors_named
 
 MAX_BYTES = 64 * 2**20
 """Most bytes of a file that is read whole, unless its reader says otherwise. Records and reports have kilobytes; one of
@@ -108,3 +108,16 @@ def _check_regular(path: Path, found: os.stat_result) -> None:
 
 def _not_regular(path: Path, found: str) -> CorruptData:
     return CorruptData(f"{path} is {found}, expected a regular file; put the file itself there, or name another")
+
+
+def home_expanded(path: str | Path) -> Path:
+    """The path with the home folder of `~` or `~user` in it.
+
+    Raises:
+        UserError: If there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        found = f"{path} begins with the home folder of an unknown user"
+        raise UserError(f"{found}; write ./{path} if it is a name here") from error

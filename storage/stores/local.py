@@ -9,7 +9,7 @@ from pathlib import Path
 from stat import S_IMODE
 
 from storage.errors import NoHardLinks, UserError, disk_errors_named
-from storage.regular_files import MAX_BYTES, read_regular
+from storage.regular_files import MAX_BYTES, home_expanded, read_regular
 from storage.stores.base import PARTIAL, ExpectedFiles, Store, measure_files, relative_path
 from storage.stores.owner import partial_path, remove_if_abandoned
 
@@ -19,7 +19,7 @@ class LocalStore(Store):
 
     def __init__(self, root: Path) -> None:
         # Absolute, so that a worker with another working folder opens the same store.
-        self.root = Path(root).expanduser().absolute()
+        self.root = home_expanded(root).absolute()
         self.url = str(self.root)
 
     def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
