@@ -29,6 +29,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.cluster.task_queue import TaskQueue
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
+from storage.regular_files import MAX_BYTES
 from storage.samples.index import INDEX_PATH, SampleIndex, SampleShardEntry
 from storage.stores import LocalStore, open_store
 from storage.targets.cleaning import clean_partials
@@ -246,7 +247,7 @@ def write_store(folder: Path, num_shards: int, num_done: int, num_files: int) ->
 class Delayed(LocalStore):
     """Each file takes as long to come as from an object store."""
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+    def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
         """All bytes of a file, after a while."""
         time.sleep(REQUEST_S)
         return super().read(path, max_bytes)

@@ -142,7 +142,7 @@ class Bench:
 
 def make_teacher(size: Size, folder: Path) -> None:
     """The scenes' teacher, untrained, with a larger decoder and a larger image."""
-    config = AutoConfig.from_pretrained(TEACHER)
+    config = AutoConfig.from_pretrained(TEACHER, trust_remote_code=False)
     text = config.text_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = size.hidden, 3 * size.hidden, size.layers
     text.num_attention_heads = text.num_key_value_heads = size.heads
@@ -153,7 +153,7 @@ def make_teacher(size: Size, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(TEACHER)
+    processor = AutoProcessor.from_pretrained(TEACHER, trust_remote_code=False)
     side = config.vision_config.image_size
     processor.image_processor.size = {"height": side, "width": side}
     processor.save_pretrained(folder)

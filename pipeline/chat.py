@@ -4,10 +4,14 @@ import sys
 from pathlib import Path
 
 from pipeline.checkpoints import load_model
+from pipeline.ui.streams import say
 from stages.images import decode_image
 from stages.student.model.chat import Chat
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.printable import printable
+from storage.regular_files import read_regular
+from storage.samples.members import MAX_MEMBER_BYTES
 
 
 def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
@@ -18,7 +22,7 @@ def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
             template.
     """
     try:
-        picture = decode_image(image.read_bytes())
+        picture = decode_image(read_regular(image, MAX_MEMBER_BYTES))
     except OSError as error:
         raise UserError(f"no image at {image}: {error.strerror}; give a JPEG, PNG or WebP file") from error
     return Chat(*load_model(model), picture, max_new_tokens)
@@ -29,7 +33,7 @@ def answer(chat: Chat, question: str) -> None:
     text = chat.ask(question, _write)
     _write("\n")
     if not text:
-        sys.stderr.write("(an empty answer: the model ended it at once)\n")
+        say("(an empty answer: the model ended it at once)")
 
 
 def talk(chat: Chat) -> None:
@@ -49,5 +53,5 @@ def _next_question() -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text, keep="\n\t"))
     sys.stdout.flush()

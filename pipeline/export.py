@@ -15,6 +15,7 @@ from stages.export.model_card import ExportReport, ModelNames
 from stages.student.run_folder import RunFolder, StageFolder
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
+from storage.regular_files import read_regular
 
 
 def export(
@@ -73,6 +74,6 @@ def _name(value: Any) -> str | None:
 
 def _read_evaluation(path: Path) -> EvaluationReport:
     try:
-        return EvaluationReport.model_validate_json(path.read_bytes())
+        return EvaluationReport.model_validate_json(read_regular(path))
     except (OSError, ValidationError) as error:
         raise UserError(f"{path} is no report of `cdp evaluate --report`: {error}") from error

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from storage.errors import UserError
+from storage.regular_files import is_regular, open_regular
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -16,14 +17,16 @@ def find_config(config: Path) -> Path:
     """The file itself, or the recipe of that name.
 
     Raises:
-        UserError: If neither is there; names the recipes.
+        UserError: If neither is there, naming the recipes, or the file is no regular one.
     """
-    if config.is_file():
-        return config
     name = str(config).removesuffix(".yaml")
-    if name in recipe_names():
+    if name in recipe_names() and not is_regular(config):
         return FOLDER / f"{name}.yaml"
-    raise UserError(
-        f"run file {config} cannot be read: there is no such file, nor a recipe of that name; "
-        f"recipes are {', '.join(recipe_names())}"
-    )
+    try:
+        open_regular(config).close()
+    except FileNotFoundError:
+        raise UserError(
+            f"run file {config} cannot be read: there is no such file, nor a recipe of that name; "
+            f"recipes are {', '.join(recipe_names())}"
+        ) from None
+    return config

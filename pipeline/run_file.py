@@ -14,11 +14,14 @@ from stages.settings import AtResume, validated
 from stages.student.training.train_config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
+from storage.regular_files import read_regular
 from storage.stores import Store
 from storage.strict_model import StrictModel
 
 _DEEPEST = 8
 """Sections inside one another; settings have three."""
+_MAX_BYTES = 2**20
+"""Largest run file; real ones have kilobytes, and YAML takes a second for each 200."""
 
 Setting = TypeVar("Setting")
 
@@ -112,7 +115,7 @@ def read_document(path: Path) -> dict[str, Any]:
         UserError: If it cannot be read, is not YAML, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"run file {path} cannot be read: {error}") from error
     document = _parse(text, str(path)) or {}

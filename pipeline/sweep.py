@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
+from storage.stores.folder_owner import owned
 from storage.streaming.stream import Source
 from storage.strict_model import StrictModel
 from storage.targets.store import TargetStore
@@ -97,7 +99,16 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
 
     Finished students are not trained again, an interrupted one goes on. Leaves each in `OUTPUT/NAME` and all results in
     `OUTPUT/sweep.json`, which is written after each student.
+
+    Raises:
+        FolderInUse: If another command works in the sweep's folder.
     """
+    # One process owns it for all that train together; each student's folder has its own owner.
+    with owned(sweep.output) if is_main_process else nullcontext():
+        return _run_all(sweep, train, progress)
+
+
+def _run_all(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
     students: dict[str, SweptStudent] = {}
     failures: dict[str, str] = {}
     report = SweepReport(students=students, failures=failures)
@@ -115,7 +126,7 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
             failures[name] = f"{type(error).__name__}: {error}"
         report = SweepReport(students=students, failures=failures)
         if is_main_process:
-            open_store(sweep.output).write(SWEEP_REPORT, report.model_dump_json(indent=1).encode())
+            open_store(sweep.output).write(SWEEP_REPORT, report.to_json().encode())
     return report
 
 
@@ -144,7 +155,7 @@ def _compared(
         similarity = compare_with_targets(model, *compared_data(run), compare.similarity_samples, progress)
     made = _Compared(measured=measured, evaluation=evaluation, similarity=similarity)
     if is_main_process:
-        store.write(_COMPARED, made.model_dump_json(indent=1).encode())
+        store.write(_COMPARED, made.to_json().encode())
     return SweptStudent(stages=stages, evaluation=evaluation, similarity=similarity)
 
 

@@ -23,6 +23,7 @@ from stages.evaluation.caption_pairs import load_pairs
 from stages.settings import validated
 from storage.errors import UserError
 from storage.stores import PARTIAL
+from storage.stores.folder_owner import LOCK_FILE
 from storage.strict_model import StrictModel
 
 SWEEP_REPORT = "sweep.json"
@@ -82,7 +83,7 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
     for name, own in students.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(f"{path}: student {name!r} cannot name a folder; take letters, digits, '-', '_' and '.'")
-        if name.lower() == SWEEP_REPORT or name.lower().endswith(PARTIAL):
+        if name.lower() in (SWEEP_REPORT, LOCK_FILE) or name.lower().endswith(PARTIAL):
             raise UserError(f"{path}: student {name}: the sweep's folder has files of such names; take another")
         if not isinstance(own or {}, dict):
             raise UserError(f"{path}: student {name} is {own!r:.100}, expected settings such as train.seed: 1")

@@ -3,7 +3,8 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from pipeline.run_file import RunFile, need, save_run_file
 from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
@@ -28,6 +29,7 @@ from storage.errors import FingerprintMismatch, UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
+from storage.stores.folder_owner import owned
 from storage.streaming.stream import Source
 from storage.targets.store import TargetStore
 
@@ -63,6 +65,7 @@ def train(
 
     Raises:
         Interrupted: If a process was asked to stop; a checkpoint was saved.
+        FolderInUse: If another command works in the run folder.
         UserError: If a path is missing, or as `train_stage`.
     """
     hide_loading_bars()
@@ -71,6 +74,36 @@ def train(
     # What is saved is what was done, also where the stages were named beside the settings.
     run = run.model_copy(update={"train": run.train.model_copy(update={"stages": tuple(stages)})})
     run, accelerator = _with_launcher_settings(run)
+    with _owned_by_all(folder, accelerator):
+        return _train(run, decoder, accelerator, progress, should_stop, resume=resume)
+
+
+@contextmanager
+def _owned_by_all(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
+    """The main process owns the run folder for all of them; if it cannot, all say so."""
+    with ExitStack() as held:
+        refusals: list[UserError] = []
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(owned(folder.path))
+            except UserError as error:
+                refusals.append(error)
+        if refusals := gather_object(refusals):
+            raise refusals[0]
+        yield
+
+
+def _train(
+    run: RunFile,
+    decoder: str,
+    accelerator: Accelerator,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    *,
+    resume: bool,
+) -> list[StageReport]:
+    """As `train`, in a run folder that belongs to these processes."""
+    folder, stages = RunFolder(Path(need(run.output, "--output"))), run.train.stages
     if not resume:
         refuse_existing(folder, stages)
         # No process may begin a stage while another still looks.
@@ -156,8 +189,9 @@ def _note_start(
             for name, stage in stage_runs.items()
         },
     }
-    with (folder.path / "provenance.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    store, name = open_store(folder.path), "provenance.jsonl"
+    before = store.read(name) if store.exists(name) else b""
+    store.write(name, before + json.dumps(line).encode() + b"\n")
 
 
 def _checked(stage: StageRun) -> StageSetup | None:

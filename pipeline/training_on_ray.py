@@ -20,6 +20,7 @@ from stages.student.stage_config import STAGES, StageName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress, ProgressTask
 from storage.stores import open_store
+from storage.stores.folder_owner import owned
 
 LOCATIONS = ("samples", "targets", "student", "output", "subset")
 """Settings, of the run or of its parts, that may name a folder or file."""
@@ -41,6 +42,20 @@ def train_on_ray(
         UserError: If a process does not see this one's run folder, or as `train`.
     """
     output = Path(need(run.output, "--output")).absolute()
+    # The run folder itself belongs to the first process of the group.
+    with owned(output / ray_train_group.RUN_NAME):
+        return _train(run, output, stages, progress, should_stop, resume=resume)
+
+
+def _train(
+    run: RunFile,
+    output: Path,
+    stages: Sequence[StageName],
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    *,
+    resume: bool,
+) -> list[StageReport]:
     if not resume:
         refuse_existing(RunFolder(output), stages)
     stopped: list[str] = []

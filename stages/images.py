@@ -11,6 +11,10 @@ from stages.unusable_sample import UnusableSample
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS: Final = 50_000_000
+MAX_SIDE: Final = 2**16
+"""A row costs Pillow more than its pixels do: 50 million rows of one pixel take a gigabyte."""
+MAX_SCANS: Final = 500
+"""Scans of a progressive JPEG; each goes over the whole image, and encoders write about ten."""
 
 _DECODER_ERRORS: Final = (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, struct.error, zlib.error)
 
@@ -22,8 +26,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     the stored pixels. Because the metadata is dropped, no later library call can apply it either.
     Transparency is dropped, not blended; of an animation the first frame is taken.
 
-    An image of more than `max_pixels` is refused by its header, before any pixel is decoded. Pillow's own limit
-    (`Image.MAX_IMAGE_PIXELS`) holds as well.
+    An image of more than `max_pixels`, `MAX_SIDE` or `MAX_SCANS` is refused before any pixel is decoded. Pillow's own
+    limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
 
     Raises:
         UnusableSample: If the file has another format, is too large, empty, truncated or damaged.
@@ -33,6 +37,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if image.width * image.height > max_pixels:
                 found = f"{image.width}x{image.height} pixels, at most {max_pixels} are decoded"
                 raise UnusableSample("image_too_large", f"{found}; shrink the image or raise the limit")
+            if max(image.size) > MAX_SIDE:
+                found = f"{image.width}x{image.height} pixels, at most {MAX_SIDE} are decoded on a side"
+                raise UnusableSample("image_too_large", f"{found}; cut the image")
+            if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+                found = f"a JPEG of {scans} scans, at most {MAX_SCANS} are decoded"
+                raise UnusableSample("image_too_large", f"{found}; save the image again")
             image.load()
             # From a palette with transparency over RGBA: the same colours, without Pillow's warning.
             has_transparency = image.mode == "P" and "transparency" in image.info

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import CorruptData, UserError
+from storage.regular_files import open_regular
 
 MAX_DEPTH = 64
 """Nesting of lists and objects in a stored record."""
@@ -100,6 +101,6 @@ def digest_of(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Sha256 (64 hex digits) of a file, which is not read at once."""
-    with path.open("rb") as file:
+    """Sha256 (64 hex digits) of a file, which is not read at once; raises as `open_regular`."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ class FingerprintMismatch(UserError):
 
 
 class CorruptData(UserError):
-    """Stored bytes are missing or differ from what was committed."""
+    """Stored bytes are missing, differ from what was committed, or are no file that this project would write."""
 
 
 class PassingFailure(UserError):
@@ -24,6 +24,10 @@ class PassingFailure(UserError):
 
 class StoreUnavailable(PassingFailure):
     """A disk or an object store refused or did not answer: nothing is known of the bytes it holds."""
+
+
+class NoHardLinks(UserError):
+    """A file system has no step that creates a file whole, and only if there is none."""
 
 
 class TooManySkipped(UserError):

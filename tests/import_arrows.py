@@ -22,6 +22,7 @@ ONE_PLACE = {"ray": "pipeline/cluster/", "typer": "pipeline/cli/", "yaml": "pipe
 ONLY_STORAGE = ("zarr", "webdataset")
 
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib")
+_LOADERS = ("from_pretrained", "from_config")
 
 
 def arrow_violations(root: Path) -> list[str]:
@@ -66,7 +67,10 @@ def _dotted(path: Path, root: Path) -> str:
 
 
 def unsafe_calls(root: Path, *folders: str) -> list[str]:
-    """One line for each use of pickle, torch.load, allow_pickle=True or trust_remote_code=True."""
+    """One line for each use of pickle, torch.load, allow_pickle=True or trust_remote_code=True.
+
+    Also for each `from_pretrained` or `from_config` that does not say `trust_remote_code`: the library would ask.
+    """
     found = []
     for path in python_files(root, *folders):
         place = path.relative_to(root).as_posix()
@@ -78,6 +82,9 @@ def unsafe_calls(root: Path, *folders: str) -> list[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and _dotted_name(node) == "torch.load":
                 found.append(f"{place}:{node.lineno}: torch.load")
+            loader = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+            if loader in _LOADERS and "trust_remote_code" not in {keyword.arg for keyword in node.keywords}:
+                found.append(f"{place}:{node.lineno}: {loader} without trust_remote_code")
             found += [f"{place}:{line}: {name}=True" for line, name in _true_settings(node)]
     return sorted(set(found))
 

@@ -137,6 +137,8 @@ UNSAFE = {
     "torch.load as a value": "import torch\nread = torch.load",
     "allow_pickle": "import numpy as np\nnp.load('x', allow_pickle=True)",
     "trust_remote_code": "AutoModel.from_pretrained('x', trust_remote_code=True)",
+    "from_pretrained that may ask": "AutoModel.from_pretrained('x', dtype='auto')",
+    "from_config that may ask": "AutoModel.from_config(config)",
     "trust_remote_code in a dict": "options = {'trust_remote_code': True}",
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.run_file import load_run_file
-from stages.checkpoints.resolve import refuse_code
+from stages.checkpoints.configs import check_configs
 from storage.digests import canonical_json
 from storage.errors import CorruptData, UserError
 from storage.samples.members import BLOCK_BYTES
@@ -220,10 +220,10 @@ def test_a_checkpoint_that_brings_code_is_refused_and_the_code_does_not_run(tmp_
     (tmp_path / "harm.py").write_text("raise SystemExit('it ran')")
     config = {"model_type": "harm", "auto_map": {"AutoConfig": "harm.Harm"}}
     (tmp_path / name).write_text(json.dumps(config))
-    with pytest.raises(UserError, match="asks to run code of its own"):
-        refuse_code(tmp_path)
+    with pytest.raises(UserError, match="asks for code of its own"):
+        check_configs(tmp_path)
     (tmp_path / name).write_text(json.dumps(config | {"model_type": "llava"}))
-    refuse_code(tmp_path)
+    check_configs(tmp_path)
     (tmp_path / name).write_bytes(b"[" * 10**6)
     with pytest.raises(CorruptData):
-        refuse_code(tmp_path)
+        check_configs(tmp_path)

@@ -349,7 +349,7 @@ def main() -> None:
     train_language(model, config, log, Scorer(model, args.score_every, 50, args.keep))
     seconds = time.monotonic() - started
     save_teacher(model, args.out)
-    model = LlavaForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
+    model = LlavaForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32, trust_remote_code=False)
     accuracy = {
         variant: pair_accuracy(model, build_processor(), sample_pairs(args.num_pairs, EVALUATION_SEED, variant))
         for variant in ("shapes", "digits")

@@ -27,7 +27,9 @@ from pipeline.cli.pack_samples import pack_samples
 from pipeline.cli.train_student import train_student
 from pipeline.cli.verify import verify
 from pipeline.runtime.interruption import Interrupted, raised_on
+from pipeline.ui.streams import guard_streams, say
 from storage.errors import UserError, disk_errors_named
+from storage.safe_path import keep_children_safe
 
 COMMANDS = (
     demo,
@@ -89,6 +91,8 @@ def cdp(
 
 def main() -> None:
     """Runs `cdp`: a user's mistake is one message and exit code 2, an interruption says how to go on."""
+    keep_children_safe()
+    guard_streams()
     try:
         with disk_errors_named(Path.cwd()):
             app()
@@ -104,5 +108,5 @@ def main() -> None:
 
 
 def _end(message: str, exit_code: int) -> None:
-    print(message, file=sys.stderr)
+    say(message)
     sys.exit(exit_code)

@@ -34,7 +34,7 @@ def compare_attention(
     with progress_display() as progress:
         result = compare_with_targets(model, samples, targets, limit, progress)
     table = similarity_table(result)
-    save(report, result.model_dump_json(indent=1))
+    save(report, result.to_json())
     if html is not None:
         pictures = attention_pictures({Path(model).name: model}, samples, targets, NUM_PICTURES)
         save(html, render_report(f"Attention of {model}", [table], pictures))

@@ -62,16 +62,16 @@ def _cells(setting: "Setting") -> list[str]:
 
 
 def _print_sections(sections: "Sequence[Section]") -> None:
-    from rich.markup import escape
     from rich.padding import Padding
+    from rich.text import Text
 
     from pipeline.ui.console import results
 
     for section in sections:
-        results.print(f"[bold]{section.name or 'top level'}[/bold]  {escape(section.meaning)}")
+        results.print(Text.assemble((section.name or "top level", "bold"), f"  {section.meaning}"))
         for setting in section.settings:
             facts = [setting.type, f"default {setting.default}" if setting.default else "required"]
             facts += [f"resume: {setting.at_resume}"] * (setting.at_resume is not None)
-            results.print(f"  [cyan]{setting.name}[/cyan]  {escape('; '.join(facts))}")
-            results.print(Padding(escape(setting.meaning), (0, 0, 0, 4)), style="dim")
+            results.print(Text.assemble("  ", (setting.name, "cyan"), f"  {'; '.join(facts)}"))
+            results.print(Padding(setting.meaning, (0, 0, 0, 4)), style="dim")
         results.print()

@@ -29,7 +29,8 @@ def convert_checkpoint(
 def _print_report(report: "ConversionReport", folder: Path) -> None:
     from pipeline.ui.tables import print_facts, size_text
 
-    missing = "none found, so no processor was written; convert again into a new folder with --tokenizer"
+    named = report.tokenizer_named or "FOLDER_OR_HUB_ID"
+    missing = f"none found, so no processor was written; convert again into a new folder with --tokenizer {named}"
     facts = [
         ("type", f"{report.layout} -> {report.model_type}, {report.dtype}"),
         ("weights", f"{report.tensors:,} tensors, {size_text(report.bytes)}"),

@@ -44,7 +44,7 @@ def estimate(
             config_only=config_only,
             progress=progress,
         )
-    save(report, result.model_dump_json(indent=1))
+    save(report, result.to_json())
     _print_facts(result)
     _print_settings(result)
 

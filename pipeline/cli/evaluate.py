@@ -32,7 +32,7 @@ def evaluate(
     say_which_student(model)
     with progress_display() as progress:
         result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress)
-    save(report, result.model_dump_json(indent=1))
+    save(report, result.to_json())
     _print_report(Path(model).name, result)
 
 

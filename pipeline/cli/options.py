@@ -26,16 +26,25 @@ RENAMED = {"--adapter": "--vision", "--json": "--report", "--page": "--html"}
 
 
 def save(path: Path | None, text: str) -> None:
-    """Writes a report into a folder that need not exist, if a file for it was named."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a report into a folder that need not exist, if a file for it was named: whole, or not at all.
+
+    A device or FIFO that was named is written to, not replaced.
+    """
+    from storage.stores import open_store
+
+    if path is None:
+        return
+    path = path.resolve()
+    if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
+    else:
+        open_store(path.parent).write(path.name, text.encode())
 
 
 def say_which_student(model: str) -> None:
     """Says which of a training run's students a command uses."""
     from pipeline.checkpoints import which_student
-    from pipeline.ui.console import say
+    from pipeline.ui.streams import say
 
     for note in which_student(model):
         say(note)

@@ -88,8 +88,8 @@ def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: di
     """Trains all students of a sweep file and prints one table; exit code 1 if one failed."""
     from pipeline.sweep import run_sweep, sweep_table
     from pipeline.sweep_file import load_sweep
-    from pipeline.ui.console import say
     from pipeline.ui.progress import NamedProgress, progress_display
+    from pipeline.ui.streams import say
     from pipeline.ui.tables import print_table
 
     sweep = load_sweep(path, config, settings, flags)

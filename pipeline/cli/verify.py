@@ -62,11 +62,12 @@ def _check(targets: str, samples: str | None, percent: float, seed: int) -> "Ver
 
 def _print_report(report: "VerifyReport") -> None:
     """Prints every finding, or that there is none; which shards were not read, and which are not there yet."""
-    from rich.markup import escape
     from rich.table import Column, Table
+    from rich.text import Text
 
     from pipeline.ui.console import results
     from pipeline.ui.tables import size_text
+    from storage.printable import printable
 
     amount = f"{report.num_files:,} files, {size_text(report.num_bytes)}, {report.num_samples:,} samples"
     if report.num_read < report.num_committed:
@@ -78,32 +79,32 @@ def _print_report(report: "VerifyReport") -> None:
             "run `cdp extract-teacher`"
         )
     if report.ok:
-        results.print(f"[green]whole[/]: {report.num_committed} of {report.num_planned} shards, {amount} checked")
+        counts = f": {report.num_committed} of {report.num_planned} shards, {amount} checked"
+        results.print(Text.assemble(("whole", "green"), counts))
         results.print("not checked: reports/ and quarantine/, which are no part of the data and have no digests")
         return
     columns = [Column(name, overflow="fold") for name in ("shard", "file", "found", "expected")]
     table = Table(*columns, title=f"{len(report.findings)} findings in {amount}")
     for finding in report.findings:
-        table.add_row(*map(escape, (str(finding.part), finding.file, finding.found, finding.expected)))
+        table.add_row(printable(str(finding.part)), printable(finding.file), finding.found, finding.expected)
     results.print(table)
 
 
 def _print_repair(repaired: "RepairReport", report: "VerifyReport") -> None:
     """Prints what was moved to quarantine and what remains to be done."""
-    from rich.markup import escape
-
     from pipeline.ui.console import results
     from pipeline.ui.tables import print_facts
+    from storage.printable import printable
 
     if repaired.folder:
         where = f"quarantine: {report.targets_url}/{repaired.folder}"
         print_facts(where, [("moved", path) for path in repaired.moved])
         results.print("To extract what is missing, with the settings of the first time, run", soft_wrap=True)
         where = f"--samples {report.samples_url or 'SAMPLES'} --targets {report.targets_url}"
-        results.print(f"  cdp extract-teacher --teacher TEACHER {escape(where)}", soft_wrap=True)
+        results.print(f"  cdp extract-teacher --teacher TEACHER {where}", soft_wrap=True)
     for finding in repaired.left:
         results.print(
-            f"not moved: {escape(str(finding.part))} {escape(finding.file)}; samples are restored or packed again, "
-            "a shard without a record is made by the next extraction",
+            f"not moved: {printable(str(finding.part))} {printable(finding.file)}; samples are restored or packed "
+            "again, a shard without a record is made by the next extraction, a strange file is removed by hand",
             soft_wrap=True,
         )

@@ -10,18 +10,21 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.job_config import JobConfig
 
 from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Work, Worker
+from pipeline.ui.streams import guard_streams
 from storage.errors import UserError
+from storage.safe_path import check_code, code_digest, keep_children_safe
 
 POLL_S = 0.2
 REPORT_S = 0.5
@@ -44,9 +47,14 @@ def connect(address: str | None) -> Iterator[Cluster]:
     """
     started = not ray.is_initialized()
     if started:
+        keep_children_safe()
         if address is not None:
             _check_reachable(address)
-        where = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
+        where: dict[str, Any] = {"address": address}
+        if address is None:
+            where = {"address": "local", "include_dashboard": False}
+        if address is None or not address.startswith("ray://"):
+            where["job_config"] = _own_path_only()
         try:
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -57,6 +65,18 @@ def connect(address: str | None) -> Iterator[Cluster]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _own_path_only() -> JobConfig:
+    """A job whose workers do not import from the folders of the driver: Ray would put its current one first."""
+
+    class NoPaths(list[str]):
+        def extend(self, _: Iterable[str]) -> None:
+            pass
+
+    config = JobConfig()
+    config._py_driver_sys_path = NoPaths()
+    return config
 
 
 def _check_reachable(address: str) -> None:
@@ -143,7 +163,7 @@ class _RayExecutor:
         )(_Actor)
 
     def new_actor(self) -> Any:
-        return self._actor_class.remote(self._make_worker, self._mailbox)
+        return self._actor_class.remote(self._make_worker, self._mailbox, code_digest())
 
     def start(self, actor: Any) -> Any:
         return actor.start.remote()
@@ -207,12 +227,15 @@ def new_mailbox() -> Any:
 class _Actor:
     """Holds one worker for its lifetime, so that what it loaded is loaded once."""
 
-    def __init__(self, make_worker: Callable[[], Work], mailbox: Any) -> None:
-        self._make_worker, self._mailbox = make_worker, mailbox
+    def __init__(self, make_worker: Callable[[], Work], mailbox: Any, code: str) -> None:
+        self._make_worker, self._mailbox, self._code = make_worker, mailbox, code
 
     def start(self) -> tuple[str, int]:
         """Makes the worker; says on which machine and in which process."""
+        guard_streams()
         # Not in the constructor: of an exception there ray keeps the text only.
+        keep_children_safe()
+        check_code(self._code)
         self._work = self._make_worker()
         return socket.gethostname(), os.getpid()
 

@@ -8,6 +8,7 @@ import ray
 
 from pipeline.cluster.mailbox import Throttled
 from pipeline.cluster.ray_backend import POLL_S, new_mailbox
+from pipeline.ui.streams import guard_streams
 from storage.errors import PassingFailure, UserError
 
 RUN_NAME = "ray-train"
@@ -79,6 +80,7 @@ def run_group(
 
 def _in_each_process(work: Work, mailbox: Any) -> Callable[[Any], None]:
     def run(_: Any) -> None:
+        guard_streams()
         if ray.get(mailbox.error.remote()) is not None:
             # The group was started again, but the error would be the same.
             return

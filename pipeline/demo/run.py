@@ -30,6 +30,7 @@ from stages.settings import refuse_other_settings
 from storage.errors import UserError
 from storage.progress import Progress
 from storage.stores import open_store
+from storage.stores.folder_owner import owned
 from storage.targets.summary import summarize
 
 RECIPE = Path("demo")
@@ -43,12 +44,17 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     A finished or interrupted demo in `folder` goes on from there.
 
     Raises:
-        UserError: If `folder` holds a demo with other settings, or a student failed.
+        UserError: If `folder` holds a demo with other settings or another one runs there, or a student failed.
     """
-    _check_settings(folder, config)
+    with owned(folder):
+        _check_settings(folder, config)
+        return _run(folder, config)
+
+
+def _run(folder: Path, config: DemoConfig) -> DemoReport:
     with progress_display() as progress:
         report = _measure(folder, config, progress)
-    open_store(folder).write("report.json", report.model_dump_json(indent=1).encode())
+    open_store(folder).write("report.json", report.to_json().encode())
     models = {name: str(folder / "students" / name) for name in config.students}
     pictures = attention_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
     table = accuracy_table(report)

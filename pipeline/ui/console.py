@@ -1,20 +1,45 @@
 """Where commands write: results to standard output, all else to standard error; one process of a group writes."""
 
 import os
-import sys
+from collections.abc import Iterable
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from storage.printable import printable
 
 is_main_process = os.environ.get("RANK", "0") == "0"
 """False in all but one of the processes that torchrun or accelerate starts: those stay silent."""
 
-results = Console(quiet=not is_main_process)
+
+class PlainConsole(Console):
+    """Shows text as it is, brackets and colons too, with escapes for what is not printable or not in the encoding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As of Rich. Escapes stand here before widths are computed from the text."""
+        shown = printable(text, keep="\n").encode(self.encoding, "backslashreplace").decode(self.encoding)
+        return super().render_str(shown, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As of Rich. Also texts that were not strings, such as what libraries print beside a bar, come by here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text, keep="\n"), segment.style)
+
+    @property  # type: ignore[misc]
+    def file(self) -> IO[str]:
+        """The stream behind the guard of `pipeline.ui.streams`, which would take Rich's colours for a stranger's."""
+        file = super().file
+        unguarded: IO[str] = getattr(file, "unguarded", file)
+        return unguarded
+
+
+results = PlainConsole(quiet=not is_main_process)
 """What a command was run for, on standard output."""
 
-messages = Console(stderr=True, quiet=not is_main_process)
+messages = PlainConsole(stderr=True, quiet=not is_main_process)
 """Progress and notes, on standard error."""
-
-
-def say(text: str) -> None:
-    """Writes one message to standard error, from any process."""
-    print(text, file=sys.stderr)

@@ -3,12 +3,14 @@
 import base64
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment
 from PIL import Image
 
 from pipeline.ui.tables import ReportTable
+from storage.printable import printable
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -22,12 +24,14 @@ class ReportSample:
 
 
 def render_report(title: str, tables: list[ReportTable], samples: list[ReportSample]) -> str:
-    """Renders the report as HTML, pictures embedded; all text is escaped."""
+    """Renders the report as HTML, pictures embedded; all text is escaped, and printable."""
     encoded = [
         {"text": sample.text, "pictures": [(name, _png(picture)) for name, picture in sample.pictures]}
         for sample in samples
     ]
-    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text("utf-8"))
+    template = Environment(autoescape=True, finalize=partial(printable, keep="\n")).from_string(
+        _TEMPLATE.read_text("utf-8")
+    )
     return template.render(title=title, tables=tables, samples=encoded)
 
 

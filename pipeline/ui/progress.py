@@ -15,6 +15,7 @@ from rich.text import Text
 
 from pipeline.ui.console import is_main_process, messages
 from storage.errors import UserError
+from storage.printable import printable
 from storage.progress import SILENT, Progress, ProgressTask
 
 DETAIL_BARS = 12
@@ -88,6 +89,7 @@ class _Bars(rich_progress.Progress):
     def task(
         self, name: str, total: float | None = None, unit: str = "samples", *, detail: bool = False
     ) -> ProgressTask:
+        name = printable(name)
         bar = self.add_task(f"  {name}" if detail else name, total=total, unit=unit, note="", hidden="", rate=0.0)
         if detail:
             self._details.append(bar)
@@ -240,7 +242,7 @@ def _clock(seconds: float) -> str:
 
 
 def _print_line(text: str) -> None:
-    messages.print(text, soft_wrap=True, highlight=False, markup=False)
+    messages.print(printable(text), soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.ui.console import results
+from storage.printable import printable
 
 
 @dataclass(frozen=True)
@@ -22,26 +22,26 @@ class ReportTable:
 
 def print_table(content: ReportTable) -> None:
     """Prints the table; numbers stand at the right."""
-    table = Table(title=escape(content.title))
+    table = Table(title=printable(content.title))
     for number, name in enumerate(content.header):
-        table.add_column(escape(name), justify="right" if number else "left", no_wrap=not number)
+        table.add_column(printable(name), justify="right" if number else "left", no_wrap=not number)
     for row in content.rows:
-        table.add_row(*map(escape, row), style="bold" if row[0] == content.emphasized else None)
+        table.add_row(*map(printable, row), style="bold" if row[0] == content.emphasized else None)
     results.print(table)
 
 
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     """Prints a table of what is told, and its value."""
-    table = Table("", "", title=escape(title), show_header=False)
+    table = Table("", "", title=printable(title), show_header=False)
     for name, value in facts:
-        table.add_row(name, escape(value))
+        table.add_row(printable(name), printable(value))
     results.print(table)
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Prints a line for each note."""
     for note in notes:
-        results.print(f"note: {escape(note)}")
+        results.print(f"note: {printable(note)}")
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

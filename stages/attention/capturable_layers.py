@@ -32,7 +32,7 @@ def _look(decoder: PreTrainedConfig) -> frozenset[int] | None:
     capture = AttentionCapture(frozenset(range(decoder.num_hidden_layers)), [torch.arange(2)])
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(decoder)
+            model = AutoModel.from_config(decoder, trust_remote_code=False)
             embeddings = torch.zeros(1, 4, decoder.hidden_size, dtype=model.dtype)
     except (ValueError, RuntimeError):
         return None

@@ -1,12 +1,13 @@
 """A new folder that appears complete or not at all, for commands that write a whole checkpoint."""
 
 import glob
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import UserError
-from storage.stores import PARTIAL, open_store
+from storage.stores import PARTIAL, LocalStore
 from storage.stores.owner import names_owner, remove_if_abandoned
 
 
@@ -34,6 +35,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     for left in folder.parent.glob(f"{glob.escape(folder.name)}.*{PARTIAL}"):
         if names_owner(left):
             remove_if_abandoned(left)
-    with open_store(folder.parent).new_tree(folder.name) as staging:
+    store = LocalStore(folder.parent)
+    staging = store.staging(folder.name)
+    try:
         yield staging
         check_new(folder)
+        # Another process may have been quicker since.
+        store.put_tree(staging, folder.name, replace=False)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

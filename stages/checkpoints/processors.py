@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
+from stages.checkpoints.configs import check_configs
 from storage.errors import UserError, first_line
 
 _VIDEO = "video_processor"
@@ -19,14 +20,16 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
     """A checkpoint's processor; see `images_only` for those that also read videos.
 
     Raises:
-        UserError: If the library lacks a package for it, or its files are missing or damaged.
+        UserError: As `check_configs`; if the library lacks a package for it, or its files are missing or damaged.
     """
+    if not trust_remote_code:
+        check_configs(folder)
     try:
         cls = None if trust_remote_code else _processor_class(folder)
         processor: ProcessorMixin = (
             AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
             if cls is None or _VIDEO not in cls.get_attributes()
-            else images_only(cls).from_pretrained(folder)
+            else images_only(cls).from_pretrained(folder, trust_remote_code=False)
         )
     except ImportError as error:
         raise UserError(
@@ -48,8 +51,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.
 
     Raises:
-        UserError: If its files are missing or damaged.
+        UserError: As `check_configs`; if its files are missing or damaged.
     """
+    check_configs(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # As in `load_processor`.

@@ -8,26 +8,43 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from stages.checkpoints.configs import check_configs
 from storage.digests import parse_json
 from storage.errors import UserError
+from storage.regular_files import read_regular
 
-WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that are loaded, and no other: `SINGLE`, otherwise those that `INDEX` names.
+
+    Raises:
+        UserError: If there is neither, or a file that the index names is missing, or an adapter lies beside them.
+    """
+    if (folder / _ADAPTER).exists():
+        raise UserError(
+            f"{folder / _ADAPTER} asks for a PEFT adapter on top of the weights, which is refused; merge it into the "
+            "model (merge_and_unload) and save that, or remove the file"
+        )
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return sorted(folder / name for name in _indexed_names(folder))
+    raise UserError(
+        f"{folder} has neither {SINGLE} nor {INDEX}. Pickled weights (*.bin, *.pth) are never loaded, as that can run "
+        "code: where you trust them, load the model and call save_pretrained(..., safe_serialization=True)"
+    )
 
 
 def check_files(folder: Path) -> None:
-    """Reads the header of each weight file, which says how long it is, and looks for all that an index names.
+    """Reads the header of each weight file, which says how long it is.
 
     Raises:
-        UserError: If there is none, one is cut short or no safetensors file, or one that the index names is missing.
+        UserError: As `weight_files`; if one is cut short or no safetensors file.
     """
-    files = sorted(folder.glob(WEIGHTS))
-    if not files:
-        raise UserError(
-            f"{folder} holds no *.safetensors weights. Pickled ones (*.bin, *.pth) are never loaded, as that can run "
-            "code: where you trust them, load the model and call save_pretrained(..., safe_serialization=True)"
-        )
-    for path in files:
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -36,30 +53,25 @@ def check_files(folder: Path) -> None:
                 f"{path} ({path.stat().st_size} bytes) is not whole, or no safetensors file ({error}); a download or "
                 "copy that broke off leaves such a file: fetch it again"
             ) from error
-    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        indexed_files(folder)
 
 
-def indexed_files(folder: Path) -> set[str]:
-    """The files that a checkpoint's index names, all of which are in its folder.
-
-    Raises:
-        UserError: If one is missing, or it is no such index.
-    """
+def _indexed_names(folder: Path) -> set[str]:
     index = folder / INDEX
-    fields = parse_json(index.read_bytes(), str(index))
+    fields = parse_json(read_regular(index), str(index))
     named = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(named, dict):
         raise UserError(f"{index} has no weight_map; expected the index of a checkpoint in several files")
     names = {str(name) for name in named.values()}
     # Only names of its own files: others would leave it.
-    if lost := names - {path.name for path in folder.glob(WEIGHTS)}:
+    if lost := names - {path.name for path in folder.glob("*.safetensors")}:
         raise UserError(f"{index} names {some(lost)}, which the folder does not hold; fetch the checkpoint again")
     return names
 
 
-def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, **settings: Any) -> PreTrainedModel:
-    """A model all of whose weights are in the checkpoint's files.
+def load_weights(
+    auto_class: Any, folder: Path, *, nothing_else: bool = False, trust_remote_code: bool = False, **settings: Any
+) -> PreTrainedModel:
+    """A model all of whose weights are in `weight_files`.
 
     The library gives those that are not there random values and only logs it: each load would be another model.
 
@@ -68,15 +80,24 @@ def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, *
         folder: the checkpoint.
         nothing_else: whether the files may hold no other tensors either, as in checkpoints made here. Published ones
             hold some that no class reads.
+        trust_remote_code: whether its configs may name code, which is run.
         settings: for `from_pretrained`; `device_map="meta"` reads headers only.
 
     Raises:
-        UserError: If a file is not whole, or a tensor is missing or has another shape than the config asks for.
+        UserError: As `check_configs` and `check_files`; if a tensor is missing or has another shape than the config
+            asks for.
     """
+    if not trust_remote_code:
+        check_configs(folder)
     check_files(folder)
     loaded: PreTrainedModel
     loaded, found = auto_class.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        folder,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        **settings,
     )
     other_shapes = [f"{name} {list(held)} for {list(asked)}" for name, held, asked in found["mismatched_keys"]]
     # Tied weights, which are stored once, are not among the missing ones.
@@ -95,9 +116,9 @@ def load_weights(auto_class: Any, folder: Path, *, nothing_else: bool = False, *
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 over the names and contents of all weight files."""
+    """sha256 over the names and contents of `weight_files`."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(WEIGHTS)):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -10,11 +10,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from stages.conversations.messages import Message, text_part
 from stages.unusable_sample import UnusableSample
-from storage.errors import UserError
+from storage.errors import CorruptData, UserError
+from storage.regular_files import is_regular, read_regular
 
 FOLDER = Path(__file__).parent / "templates"
 """`llava-1.5.jinja` is the format LLaVA-1.5 was trained on (conversation `vicuna_v1` of its code), with the end token
 after each answer that the published checkpoint's own template leaves out."""
+
+_MAX_BYTES = 2**20
+"""Largest template; real ones have kilobytes."""
 
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -45,10 +49,10 @@ def read_template(name: str) -> str:
         UserError: If neither exists, or the file cannot be read.
     """
     bundled = {file.stem: file for file in sorted(FOLDER.glob("*.jinja"))}
-    path = Path(name) if Path(name).is_file() else bundled.get(name, Path(name))
+    path = Path(name) if is_regular(Path(name)) else bundled.get(name, Path(name))
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, _MAX_BYTES).decode()
+    except (CorruptData, OSError, UnicodeDecodeError) as error:
         others = f"one of the templates that come with the package: {', '.join(bundled)}"
         raise UserError(
             f"chat template {name} cannot be read: {error}; give a jinja file's path, or {others}"

@@ -17,9 +17,9 @@ from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.checkpoints.weights import INDEX, SINGLE, indexed_files, some
+from stages.checkpoints.weights import INDEX, SINGLE, some, weight_files
 from stages.convert.layout import converted_config, converted_name, read_released_config
-from stages.convert.processor import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_processor
+from stages.convert.processor import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_processor, named_tokenizer
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
@@ -53,8 +53,10 @@ class ConversionReport(StrictModel):
     """Rows of zeros put to the vocabulary because it had no id left for the image token; 0 for most models. The logit
     of such a row is always 0."""
     tokenizer_from: str | None
-    """Where the tokenizer was read. None: neither the checkpoint nor what its config names had one, and no
-    processor was written; such a folder is a model, but not yet a teacher."""
+    """Where the tokenizer was read. None: the checkpoint has none and none was given, so no processor was written;
+    such a folder is a model, but not yet a teacher."""
+    tokenizer_named: str | None
+    """What the checkpoint's config names as its tokenizer; nothing is fetched because a file names it."""
     image_processor_from: str
     """Where the image processor was read, or that it was made of the vision tower's config."""
     seconds: float
@@ -83,7 +85,7 @@ def convert_checkpoint(
     A teacher, and a student trained without a post-connector, become a stock Llava. A student with a post-connector
     becomes this project's student model, since Llava's projector has the decoder's width.
 
-    Tokenizer and image processor are those of the source or named by its config, unless given as folder or hub id.
+    Tokenizer and image processor are those of the source, unless given as folder or hub id.
 
     Raises:
         UserError: If the layout is unknown, weights are pickled, tensors or shapes are missing or unexpected, or
@@ -95,7 +97,7 @@ def convert_checkpoint(
     folder = resolve_checkpoint(source)
     released = read_released_config(folder)
     tensors = _named_tensors(folder)
-    words, tokenizer_from = load_tokenizer(folder, released, tokenizer)
+    words, tokenizer_from = load_tokenizer(folder, tokenizer)
     if EMBEDDING not in tensors:
         raise UserError(f"{folder} has no tensor that would become {EMBEDDING}; its decoder is missing")
     num_rows = tensors[EMBEDDING].shape[0]
@@ -125,29 +127,18 @@ def convert_checkpoint(
             image_token_id=image_token_id,
             added_rows=added_rows,
             tokenizer_from=tokenizer_from,
+            tokenizer_named=named_tokenizer(released),
             image_processor_from=images_from,
             seconds=round(time.perf_counter() - started, 3),
         )
-        (staging / REPORT).write_text(report.model_dump_json(indent=1))
+        (staging / REPORT).write_text(report.to_json())
     return report
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that Hugging Face would read."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        raise UserError(
-            f"{folder} has neither {SINGLE} nor {INDEX}; a training folder must first be merged and saved whole by the "
-            "released code"
-        )
-    return sorted(folder / name for name in indexed_files(folder))
 
 
 def _named_tensors(folder: Path) -> dict[str, _Source]:
     """Where each tensor of the converted checkpoint is; only headers are read."""
     tensors: dict[str, _Source] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if (new := converted_name(name)) is None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
 from stages.student.model.modeling_compodistill import CompoDistillStudentConfig
 from storage.errors import UserError
+from storage.regular_files import read_regular
 
 MODEL_TYPES: Final = ("compodistill", "tinyllava")
 PLACEHOLDER_ID: Final = -200  # never in an embedding: the released code cuts the token ids apart there
@@ -37,7 +38,7 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If it has another layout, or a part that a Hugging Face Llava cannot express.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(read_regular(folder / "config.json"))
     found = config.get("model_type")
     if found not in MODEL_TYPES:
         raise UserError(

@@ -8,39 +8,38 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, PreT
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from stages.checkpoints.configs import check_configs
+from stages.checkpoints.resolve import local_folder
 from stages.conversations.chat_templates import read_template
 from stages.convert.layout import class_tokens
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 
 IMAGE_TOKEN: Final = "<image>"  # noqa: S105
 END_TOKEN: Final = "<|endoftext|>"  # noqa: S105
 _TEMPLATE: Final = "llava-1.5"
 """The released models were trained on LLaVA-1.5's format, where an answer ends with `END_TOKEN` if there is one."""
 
-_UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError)
-"""What the library raises for a folder or id that holds nothing of use, or cannot be reached."""
+_UNREADABLE: Final = (UserError, OSError, ValueError, TypeError, KeyError)
+"""What is raised for a folder or id that holds nothing of use, or cannot be reached."""
 
 
-def load_tokenizer(
-    source: Path, config: Mapping[str, Any], chosen: str | None
-) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+def load_tokenizer(source: Path, chosen: str | None) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer with `IMAGE_TOKEN` in it, and where it is from; None if nobody chose one and none was found.
 
-    It is the `chosen` one, else that of the released folder `source`, else the one that its config names.
+    It is the `chosen` one, a folder or hub id, else that of the released folder `source`.
 
     Raises:
         UserError: If the chosen one, or that of `source`, cannot be read.
     """
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    named = _named(config, "tokenizer_name_or_path", "llm_model_name_or_path")
-    tokenizer, origin = _load(AutoTokenizer, "tokenizer", source, files, named, chosen)
+    tokenizer, origin = _load(AutoTokenizer, "tokenizer", source, files, chosen)
     if tokenizer is not None:
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     return tokenizer, origin
 
 
 def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | None) -> tuple[Any, str]:
-    """The image processor, and where it is from; the arguments are those of `load_tokenizer`.
+    """The image processor, and where it is from: the `chosen` one, else that of the released folder `source`.
 
     Where there is none, it is made from the vision tower's config: SigLIP and CLIP each have one way of preparing
     images.
@@ -50,8 +49,8 @@ def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | 
             the tower takes.
     """
     wanted = config["vision_config"]["image_size"]
-    files, named = ("preprocessor_config.json", "processor_config.json"), _named(config, "vision_model_name_or_path")
-    images, origin = _load(AutoImageProcessor, "image processor", source, files, named, chosen)
+    files = ("preprocessor_config.json", "processor_config.json")
+    images, origin = _load(AutoImageProcessor, "image processor", source, files, chosen)
     if images is None:
         square, origin = {"height": wanted, "width": wanted}, "the vision tower's config"
         if config["vision_config"]["model_type"] == "siglip_vision_model":
@@ -84,25 +83,25 @@ def make_processor(
 
 
 def _load(
-    auto_class: Any, what: str, source: Path, files: Collection[str], named: str | None, chosen: str | None
+    auto_class: Any, what: str, source: Path, files: Collection[str], chosen: str | None
 ) -> tuple[Any, str | None]:
-    """What the library reads from `chosen`, else from `source`, else from what its config names, and from where."""
-    own = any((source / name).is_file() for name in files)
-    origin = chosen or (str(source) if own else named)
-    if origin is None:
+    """What the library reads from `chosen`, else from `source`, and from where."""
+    if chosen is None and not any((source / name).is_file() for name in files):
         return None, None
+    origin = chosen or str(source)
     try:
-        return auto_class.from_pretrained(origin), origin
+        folder = local_folder(origin)
+        check_configs(folder, with_model=False)
+        return auto_class.from_pretrained(folder, trust_remote_code=False), origin
     except _UNREADABLE as error:
-        if not (chosen or own):
-            return None, None
         flag = f"--{what.replace(' ', '-')}"
-        raise UserError(
-            f"no {what} at {origin} ({type(error).__name__}); name a folder or hub id with {flag}"
-        ) from error
+        found = f"no {what} at {origin} ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{found}; name a folder or hub id with {flag}") from error
 
 
-def _named(config: Mapping[str, Any], *keys: str) -> str | None:
+def named_tokenizer(config: Mapping[str, Any]) -> str | None:
+    """What a released config says its tokenizer is."""
+    keys = ("tokenizer_name_or_path", "llm_model_name_or_path")
     return next((str(config[key]) for key in keys if config.get(key)), None)
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Final
 
 from storage.errors import UserError
+from storage.regular_files import is_regular, read_regular
 
+MAX_SUITE_BYTES: Final = 256 * 2**20
+"""Largest file of pairs, which is read whole: about a million of them."""
 _FIELDS: Final = ("filename", "caption", "negative_caption")
 
 
@@ -53,7 +56,7 @@ def load_pairs(
 
 def _read_kind(kind: str, path: Path, images: Path) -> Iterator[CaptionPair]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(read_regular(path, MAX_SUITE_BYTES).decode())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno} column {error.colno}: {error.msg}; not JSON") from error
     except UnicodeDecodeError as error:
@@ -65,9 +68,13 @@ def _read_kind(kind: str, path: Path, images: Path) -> Iterator[CaptionPair]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in _FIELDS):
             raise UserError(f"{path}, pair {key!r}: {entry!r:.200}; expected strings {', '.join(_FIELDS)}")
         image = root / entry["filename"]
-        if not image.resolve().is_relative_to(root):
+        try:
+            inside = image.resolve().is_relative_to(root)
+        except (RuntimeError, OSError, ValueError):  # a loop of links, or what cannot be a path
+            inside = True
+        if not inside:
             raise UserError(f"{path}, pair {key!r}: file name {entry['filename']!r} leaves the folder {images}")
-        if not image.is_file():
+        if not is_regular(image):
             raise UserError(
                 f"{path}, pair {key!r}: no image {entry['filename']!r} in {images}; name the folder of images"
             )

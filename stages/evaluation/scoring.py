@@ -32,6 +32,8 @@ from stages.evaluation.logprobs import RowReader
 from stages.images import MAX_PIXELS, decode_image
 from storage.errors import UserError
 from storage.progress import SILENT, ProgressTask
+from storage.regular_files import read_regular
+from storage.samples.members import MAX_MEMBER_BYTES
 from storage.strict_model import StrictModel
 
 _NOT_SHOWN = SILENT.task("score")
@@ -191,7 +193,7 @@ def _encoded_batches(
     def encode_or_name(pair: CaptionPair) -> list[EncodedConversation]:
         where = f"pair {pair.key!r} of {pair.kind}, image {pair.image}"
         try:
-            encoded = encode(pair, decode_image(pair.image.read_bytes(), config.max_pixels))
+            encoded = encode(pair, decode_image(read_regular(pair.image, MAX_MEMBER_BYTES), config.max_pixels))
         except (UserError, OSError) as error:
             raise UserError(f"{where}: {error}") from error
         if (longest := max(len(item.token_ids) for item in encoded)) > config.max_length:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
+from stages.checkpoints.weights import weight_files
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
 from stages.export.model_card import ExportReport, ModelNames, PostConnector, model_card, read_history
@@ -105,7 +106,7 @@ def export_student(
             dtype=str(stored).removeprefix("torch."),
             trained_dtype=str(trained).removeprefix("torch."),
             parameters=num_parameters,
-            bytes=sum(path.stat().st_size for path in staging.glob("*.safetensors")),
+            bytes=sum(path.stat().st_size for path in weight_files(staging)),
             image_token_id=exported.config.image_token_id,
             added_rows=len(added_ids),
             end_token_ids=generation.eos_token_id,
@@ -114,7 +115,7 @@ def export_student(
             logit_scale=float(expected_TV.abs().max()),
             seconds=round(time.perf_counter() - started, 3),
         )
-        (staging / REPORT).write_text(report.model_dump_json(indent=1))
+        (staging / REPORT).write_text(report.to_json())
         card = model_card(output.name, report, read_history(source), names, evaluation)
         (staging / CARD).write_text(card, encoding="utf-8")
     task.update(done=3, note="")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from stages.student.stage_config import STAGES
+from storage.printable import printable
 from storage.strict_model import StrictModel
 
 _USE = """\
@@ -114,7 +115,7 @@ def model_card(
         parts += ["## Training", _losses(history), _digests(history), "### Settings", *_settings(history)]
     if evaluation is not None:
         parts += ["## Evaluation", _evaluation(evaluation)]
-    return "\n\n".join([*parts, "## Export", _export(export)]) + "\n"
+    return printable("\n\n".join([*parts, "## Export", _export(export)]) + "\n", keep="\n")
 
 
 def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
@@ -222,4 +223,6 @@ def _value(value: Any) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 from stages.images import decode_image
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.regular_files import read_regular
 
 
 class ImageFolder:
@@ -54,7 +55,7 @@ class ImageFolder:
                 raise UnusableSample("missing_image", f"{relative} is not a file of the image folder{hint}")
             if (num_bytes := path.stat().st_size) > self._max_bytes:
                 raise UnusableSample("image_too_large", f"{relative} has {num_bytes:,} bytes")
-            return path.read_bytes()
+            return read_regular(path, self._max_bytes)
         except RuntimeError as error:  # a loop of symbolic links
             raise UnusableSample("missing_image", f"{relative} is a link to itself") from error
         except OSError as error:

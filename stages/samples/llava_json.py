@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.regular_files import open_regular, read_regular
 
 MAX_JSON_BYTES = 4 * 2**30
 """A JSON list is held in memory while it is packed; LLaVA-665k is 1 GB. Larger files come as JSON lines."""
@@ -27,7 +28,7 @@ class JsonList:
             found = f"{source} has {num_bytes:,} bytes; a JSON list is read whole and may have {MAX_JSON_BYTES:,}"
             raise UserError(f"{found}; write one record a line and name the file .jsonl: those are streamed")
         try:
-            value: object = json.loads(source.read_bytes().removeprefix(_BOM).decode("utf-8"))
+            value: object = json.loads(read_regular(source, MAX_JSON_BYTES).removeprefix(_BOM).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it"
@@ -62,7 +63,7 @@ class JsonLines:
 
     def positions(self) -> Iterator[int]:
         """The byte offset of each line that is not blank."""
-        with self._source.open("rb") as lines:
+        with open_regular(self._source) as lines:
             offset = len(_BOM) if lines.read(len(_BOM)) == _BOM else 0
             lines.seek(offset)
             while piece := lines.readline(MAX_LINE_BYTES):
@@ -81,7 +82,7 @@ class JsonLines:
         Raises:
             UnusableSample: If the line is too long, or not JSON in UTF-8.
         """
-        with self._source.open("rb") as lines:
+        with open_regular(self._source) as lines:
             lines.seek(position)
             line = lines.readline(MAX_LINE_BYTES + 1)
         if len(line) > MAX_LINE_BYTES:
@@ -106,8 +107,10 @@ def open_llava_records(source: Path) -> LlavaRecords:
     """The records of `source`: JSON lines when its name ends in .jsonl or .ndjson, one JSON list otherwise.
 
     Raises:
-        UserError: If there is no such file, or the JSON list is too large or not one in UTF-8.
+        UserError: If there is no such file, it is no regular one, or the JSON list is too large or not one in UTF-8.
     """
-    if not source.is_file():
-        raise UserError(f"no data file at {source}; expected a LLaVA .json list or .jsonl file")
+    try:
+        open_regular(source).close()
+    except FileNotFoundError:
+        raise UserError(f"no data file at {source}; expected a LLaVA .json list or .jsonl file") from None
     return JsonLines(source) if source.suffix.lower() in JSONL_SUFFIXES else JsonList(source)

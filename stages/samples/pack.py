@@ -91,7 +91,7 @@ def pack_samples(
             num_bytes=sum(shard.stat().st_size for shard in shards),
             seconds=round(time.monotonic() - started, 3),
         )
-        (staged.path / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (staged.path / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
         staged.publish()
     return report
 

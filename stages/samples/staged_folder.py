@@ -1,10 +1,14 @@
 """An output folder that appears complete or not at all, and is never mixed from two data sets."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from storage.errors import UserError
+from storage.regular_files import read_regular
+from storage.samples.index import MAX_INDEX_BYTES
+from storage.stores.folder_owner import LOCK_FILE, owned
 
 INDEX = "index.json"
 SHARDS = "samples-*.tar"
@@ -17,6 +21,8 @@ REPORT = "pack-report.json"
 class StagedFolder:
     """Files are written into `path`, a folder inside `out`, and `publish` moves them to `out`, the index last.
 
+    One process at a time packs into `out`.
+
     While `path` exists the packing has not ended; shards beside it without an index are left by a killed process.
     """
 
@@ -27,13 +33,18 @@ class StagedFolder:
     def __enter__(self) -> Self:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out} is a file; name a folder to write sample shards to")
-        if self.out.is_dir() and not self.holds_index:
-            self._clear_leftovers()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            held.enter_context(owned(self.out))
+            if not self.holds_index:
+                self._clear_leftovers()
+            self.path.mkdir(exist_ok=True)
+            held.callback(shutil.rmtree, self.path)
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path)
+        self._held.close()
 
     @property
     def holds_index(self) -> bool:
@@ -52,7 +63,7 @@ class StagedFolder:
             UserError: If `out` holds another data set; nothing is changed.
         """
         # The index has every shard's sha256: equal indices, equal data. Moving then also mends lost shards.
-        if self.holds_index and (self.out / INDEX).read_bytes() != (self.path / INDEX).read_bytes():
+        if self.holds_index and _index_of(self.out) != _index_of(self.path):
             raise UserError(
                 f"{self.out} already holds another data set ({INDEX} differs); pack into a new folder, or remove it"
             )
@@ -61,7 +72,7 @@ class StagedFolder:
 
     def _clear_leftovers(self) -> None:
         leftovers = [*self.out.glob(SHARDS), *self.out.glob(TABLES)] if self.path.exists() else []
-        known = {path.name for path in leftovers} | {STAGING, LEDGER, REPORT}
+        known = {path.name for path in leftovers} | {STAGING, LEDGER, REPORT, LOCK_FILE}
         if foreign := sorted(path.name for path in self.out.iterdir() if path.name not in known):
             found = f"{self.out} holds files that are not of this data set ({', '.join(foreign[:5])})"
             raise UserError(f"{found}; name a new or empty folder")
@@ -69,3 +80,7 @@ class StagedFolder:
             path.unlink()
         if self.path.exists():
             shutil.rmtree(self.path)
+
+
+def _index_of(folder: Path) -> bytes:
+    return read_regular(folder / INDEX, MAX_INDEX_BYTES)

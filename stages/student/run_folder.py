@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from stages.settings import RENAMED, flattened
 from stages.student.layer_matching import MatchingConfig
 from stages.student.stage_config import STAGES, StageName
-from storage.errors import UserError
+from storage.errors import NoHardLinks, UserError
+from storage.regular_files import read_regular
 from storage.stores import open_store
 from storage.strict_model import StrictModel
 
@@ -81,9 +82,13 @@ class StageFolder:
         return (self.path / REPORT_FILE).is_file()
 
     def begin(self, stage: StageDescription) -> None:
-        """Writes down what the stage is."""
+        """Writes down what the stage is, unless another run did so first; what that wrote is left as it is."""
         content = {**stage.data, "settings": stage.settings}
-        open_store(self.path).write(STAGE_FILE, json.dumps(content, indent=1).encode())
+        store, data = open_store(self.path), json.dumps(content, indent=1).encode()
+        try:
+            store.create(STAGE_FILE, data)
+        except NoHardLinks:
+            store.write(STAGE_FILE, data)
 
     def begun_with(self) -> StageDescription | None:
         """What `begin` wrote, also in another version of the project; None for a stage that was not begun."""
@@ -108,7 +113,7 @@ class StageFolder:
 
     def finish(self, report: StageReport) -> None:
         """Writes the report; after the student, since a stage with a report is finished."""
-        open_store(self.path).write(REPORT_FILE, report.model_dump_json(indent=1).encode())
+        open_store(self.path).write(REPORT_FILE, report.to_json().encode())
 
     def report(self) -> StageReport:
         """The report of a finished stage.
@@ -118,7 +123,7 @@ class StageFolder:
         """
         path = self.path / REPORT_FILE
         try:
-            return StageReport.model_validate_json(path.read_bytes())
+            return StageReport.model_validate_json(read_regular(path))
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
             raise UserError(
@@ -163,5 +168,5 @@ class RunFolder:
 
     def write_summary(self) -> None:
         """Writes `summary.json`: the reports of all finished stages, also of earlier commands."""
-        reports = {name: json.loads((self.stage(name).path / REPORT_FILE).read_text()) for name in self.finished()}
+        reports = {name: json.loads(read_regular(self.stage(name).path / REPORT_FILE)) for name in self.finished()}
         open_store(self.path).write("summary.json", json.dumps(reports, indent=1).encode())

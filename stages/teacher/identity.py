@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import CAPTURE_VERSION
 from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
+from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
-from stages.checkpoints.resolve import load_config, refuse_code, resolve_checkpoint
+from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import chat_template, read_template
@@ -21,7 +22,14 @@ from stages.families.family import Family
 from stages.families.registry import family_of
 from stages.settings import AtResume
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig, MapCodecName
+from storage.codecs.codec_settings import (
+    LogitCodecConfig,
+    MapCodecConfig,
+    MapCodecName,
+    NumTailSamples,
+    Temperatures,
+    TopK,
+)
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
@@ -39,7 +47,7 @@ class TeacherConfig(StrictModel):
     own. It is stored with the targets, and students are saved with it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
-    max_length: int = Field(default=1536, ge=8)
+    max_length: int = Field(default=1536, ge=8, le=1_000_000)
     """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
     batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
     """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
@@ -53,11 +61,11 @@ class TeacherConfig(StrictModel):
     entry. Sink masks and the mean of each key are exact in all of them."""
     logit_codec: Literal["float16", "levels"] = "levels"
     """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
-    top_k: int = Field(default=48, ge=1)
+    top_k: TopK = 48
     """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each."""
-    tail_samples: int = Field(default=30, ge=1)
+    tail_samples: NumTailSamples = 30
     """Tokens sampled from the others, so that the logit loss is right in expectation; more make it less noisy."""
-    temperatures: tuple[float, ...] = ()
+    temperatures: Temperatures = ()
     """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is sampled."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
@@ -142,8 +150,6 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
         UserError: If checkpoint or chat template cannot be read, or its family or layers cannot be used.
     """
     folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
-    if not settings.trust_remote_code:
-        refuse_code(folder)
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
@@ -174,7 +180,7 @@ def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int
         UserError: If the layers are not consecutive ones of the decoder.
     """
     layers = settings.layers or tuple(visual_understanding_layers(num_layers))
-    if layers != tuple(range(layers[0], layers[-1] + 1)) or not 0 <= layers[0] <= layers[-1] < num_layers:
+    if not 0 <= layers[0] <= layers[-1] < num_layers or layers != tuple(range(layers[0], layers[-1] + 1)):
         raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
     num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
     return layers, sliding_windows(layers, num_matched)

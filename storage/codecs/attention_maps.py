@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from storage.codecs.codec_settings import MapCodecConfig, num_entries
-from storage.codecs.map_entries import checked_entries, code_squares, encode_entries
+from storage.codecs.map_entries import checked_entries, code_dtype, code_squares, encode_entries
 from storage.codecs.moments import layer_moments, window_thresholds
 from storage.codecs.sinks import below_threshold, decode_flips, encode_flips, sink_threshold
 from storage.codecs.triangle import pack_entries, unpack_entries
 from storage.codecs.windows import EncodedWindows, WindowRows, window_means, window_members, window_rows
+
+MAX_THRESHOLD_ERROR = 2.0**-12
+"""Between a stored threshold and that of the moments: far above rounding, far below what windows differ by."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,39 @@ class MapCodec:
         """
         count = len(self.stored_windows) * num_entries(encoded.num_tokens, self.config.causal)
         return decode_flips(_windows_of(encoded).flips_G, count)
+
+    def check(self, encoded: EncodedMaps) -> None:
+        """Makes sure that the parts belong to each other, to the codec and to the stored windows.
+
+        Raises:
+            ValueError: If type or size of a part are others, a value is not finite, a threshold is not that of the
+                moments, or a flip lies past the masks.
+        """
+        windows, num_tokens, num_layers = _windows_of(encoded), encoded.num_tokens, len(encoded.caps_L)
+        if num_tokens < 1:
+            raise ValueError(f"{num_tokens} tokens, expected at least 1")
+        tail_block = num_entries(self.config.tail_block_size(num_tokens), self.config.causal)
+        num_windows = len(self.stored_windows)
+        expected = {
+            "codes": (encoded.codes_LC, (num_layers, self.config.num_codes(num_tokens))),
+            "thresholds": (windows.thresholds_W, (num_windows,)),
+            "shifts": (windows.shifts_WN, (num_windows, num_tokens)),
+            "means": (windows.means_L, (num_layers,)),
+            "covariances": (windows.covariances_P, (num_entries(num_layers, causal=True),)),
+            "tail_blocks": (windows.tail_blocks_LY, (num_layers, tail_block)),
+        }
+        for name, (part, shape) in expected.items():
+            if part.shape != shape:
+                raise ValueError(f"{name} of {tuple(part.shape)}, expected {shape}")
+        if encoded.codes_LC.dtype != code_dtype(self.config):
+            raise ValueError(f"codes of {encoded.codes_LC.dtype}, expected {code_dtype(self.config)}")
+        parts = [encoded.caps_L, *(part for part, _ in expected.values())]
+        if not all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point()):
+            raise ValueError("NaN or infinite values")
+        thresholds_W = window_thresholds(self.stored_windows, windows.means_L, windows.covariances_P)
+        if bool(((thresholds_W - windows.thresholds_W).abs() > MAX_THRESHOLD_ERROR).any()):
+            raise ValueError(f"thresholds {windows.thresholds_W.tolist()}, moments give {thresholds_W.tolist()}")
+        self.decode_flips(encoded)
 
     def estimate_windows(self, encoded: EncodedMaps, rows: WindowRows) -> tuple[Tensor, Tensor]:
         """As `decode_windows`, of windows that are not stored: decoded maps, compared with the exact threshold.

@@ -1,8 +1,8 @@
 """The settings of the codecs, which the manifest keeps; reading them needs no torch."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field
 
 from storage.strict_model import StrictModel
 
@@ -31,7 +31,7 @@ class MapCodecConfig(StrictModel):
     """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry."""
     causal: bool = True
     """Store the lower triangle only; False for models whose image tokens attend in both directions."""
-    cap_factor: float = Field(default_factory=lambda fields: _CAP_FACTORS[fields["name"]], gt=0, allow_inf_nan=False)
+    cap_factor: float = Field(default_factory=lambda fields: _CAP_FACTORS[fields["name"]], gt=0, le=1000)
     """sqrt codes only: values are cut at this many times the sink threshold (mean + std) of their map. The default is
     3, but 2 for `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a
     window averages several layers, and one of them may lie above its threshold where the mean does not."""
@@ -56,6 +56,18 @@ class MapCodecConfig(StrictModel):
         return -(-num_tokens // TAIL_BLOCK_SHARE) if self.causal else 0
 
 
+def _check_temperatures(given: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(given)) < len(given) or any(not 0.01 <= t <= 100 or t == 1 for t in given):
+        raise ValueError(f"temperatures {given} are not distinct, from 0.01 to 100 and other than 1")
+    return given
+
+
+TopK = Annotated[int, Field(ge=1, le=10_000_000)]
+NumTailSamples = Annotated[int, Field(ge=1, le=1_000_000)]
+Temperatures = Annotated[tuple[float, ...], AfterValidator(_check_temperatures)]
+"""Of settings too, so that a value that cannot be stored is refused where it is given."""
+
+
 class LogitCodecConfig(StrictModel):
     """How an answer row is coded; its dict stands in the manifest and is all a reader needs to decode."""
 
@@ -65,23 +77,16 @@ class LogitCodecConfig(StrictModel):
     """`float16` keeps every log-probability in 2 bytes; `levels` 9 of them, and about 4 bits of each other."""
     vocab_size: int = Field(ge=1, le=2**24)
     """V: width of the teacher's logits."""
-    top_k: int = Field(default=48, ge=1)
+    top_k: TopK = 48
     """Tokens kept of each row; more than V means all."""
-    num_tail_samples: int = Field(default=30, ge=1, alias="num_draws")
+    num_tail_samples: NumTailSamples = Field(default=30, alias="num_draws")
     """Tokens sampled from the others; the variance of the loss's gradient falls as one over this."""
-    temperatures: tuple[float, ...] = ()
+    temperatures: Temperatures = ()
     """Temperatures besides 1 at which a student may be distilled; 4 bytes of a record each, and 2 of each sample."""
-    num_exact: int = Field(default=8, ge=1)
+    num_exact: int = Field(default=8, ge=1, le=10_000_000)
     """levels only: log-probabilities in float16 before the coded ones."""
     num_levels: int = Field(default=128, ge=64, le=4096)
     """levels only: steps between the last exact log-probability and the lowest kept one."""
-
-    @model_validator(mode="after")
-    def _check_temperatures(self) -> Self:
-        given = self.temperatures
-        if len(set(given)) < len(given) or any(not 0 < t < float("inf") or t == 1 for t in given):
-            raise ValueError(f"temperatures {given} are not positive, distinct and other than 1")
-        return self
 
     @property
     def num_kept(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Container
 
 from storage.errors import CorruptData
 from storage.integrity.checks import Checks, size_of
-from storage.samples.index import INDEX_PATH
+from storage.samples.index import INDEX_PATH, MAX_INDEX_BYTES
 from storage.samples.sample_set import SampleSet
 from storage.samples.shard_reader import SampleShard
 from storage.stores import Store
@@ -53,6 +53,6 @@ def _check_tar(checks: Checks, samples: SampleSet, number: int) -> None:
 def written_samples(store: Store) -> SampleSet:
     """The sample set, whose index must be as it was written: its digest leaves out sizes and member tables."""
     samples = SampleSet.open(store)
-    if samples.index.to_bytes() != store.read(INDEX_PATH):
+    if samples.index.to_bytes() != store.read(INDEX_PATH, MAX_INDEX_BYTES):
         raise CorruptData(f"{store.url}/{INDEX_PATH} is not as it was written; restore it or pack the samples again")
     return samples

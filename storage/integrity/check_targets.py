@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
+from storage.digests import parse_json
 from storage.integrity.checks import Checks
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store
@@ -67,6 +68,13 @@ class TargetChecks(Checks):
             self.compare(label, record.record_path, record.manifest, manifest.digest)
         return manifest
 
+    def check_settings(self, manifest: Manifest) -> None:
+        """Sizes of the teacher that its config, which the fingerprint holds, has as well."""
+        config = manifest.fingerprint.teacher_config
+        text_config = config.get("text_config", config)
+        for name, size in manifest.sizes.items() if isinstance(text_config, dict) else ():
+            self.compare("-", MANIFEST_PATH, f"{name} {size}", f"{name} {text_config.get(name, size)}")
+
     def check_places(self, num_planned: int) -> None:
         """Records that are missing though their shard was made, and files where only ours may be."""
         shards = self.committed
@@ -109,6 +117,7 @@ class TargetChecks(Checks):
                 targets = TargetShard(here, manifest, record)
                 if samples:
                     self._check_keys(samples, targets)
+                self._check_group(here, record)
                 self._decode(manifest, targets)
 
         self.guarded_read(self.store, label, record.path, check)
@@ -128,12 +137,20 @@ class TargetChecks(Checks):
                 return
         joined_rows(samples, targets)
 
+    def _check_group(self, here: Store, record: CommitRecord) -> None:
+        """The group of a shard, which repeats counts for people."""
+        found = parse_json(here.read(f"{record.path}/zarr.json", record.files["zarr.json"].bytes), "zarr.json")
+        attributes = {"compodistill": record.repeated_counts}
+        self.compare(
+            record.shard, "zarr.json", found, {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+        )
+
     def _decode(self, manifest: Manifest, targets: TargetShard) -> None:
         """Every row and every map, one at a time."""
         shard, fingerprint = targets.record.shard, manifest.fingerprint
         decoder = MapCodec.of_layers(fingerprint.map_codec, fingerprint.layers, fingerprint.windows)
         logits = AnswerLogitsCodec(fingerprint.logit_codec)
-        references, num_held, records = 0, 0, []
+        num_held, records = 0, []
         for row in range(len(targets)):
             sample, _ = targets.read(row, with_maps=False)
             num_answers = int(sample.answer_mask.sum())
@@ -146,14 +163,9 @@ class TargetChecks(Checks):
                 faults = logits.decode(torch.cat(records)).fault()
                 self.compare(shard, "logit_records", faults or "sound records", "sound records")
                 num_held, records = 0, []
-            references += sample.map_row is not None
-        self.compare(shard, "map_rows", references, targets.record.num_map_references)
         for map_row, num_tokens in enumerate(targets.map_num_tokens):
-            entry = targets.read_map(map_row)
-            self.compare(shard, "map_code_offsets", entry.codes_LC.shape[1], decoder.config.num_codes(num_tokens))
-            if entry.windows is not None:
-                try:
-                    decoder.decode_flips(entry)
-                except ValueError as error:
-                    self.fault(shard, "window_flips", str(error), "positions inside the masks")
+            try:
+                decoder.check(targets.read_map(map_row))
+            except ValueError as error:
+                self.fault(shard, "map_codes", f"map {map_row} of {num_tokens} tokens: {error}", "as the manifest says")
         self.num_samples += len(targets)

@@ -69,8 +69,11 @@ class Checks:
         found = measure_files(here.local(record.path))
         self.num_files += len(found)
         self.num_bytes += sum(info.bytes for info in found.values())
-        for name in sorted(found.keys() & record.files.keys()):
-            if found[name].bytes == record.files[name].bytes:
+        for name in sorted(record.files):
+            if name not in found:
+                # Sizes are those of links and special files, too.
+                self.compare(label, name, size_of({}, name), f"{record.files[name].bytes} bytes")
+            elif found[name].bytes == record.files[name].bytes:
                 self.compare(label, name, f"sha256 {found[name].sha256}", f"sha256 {record.files[name].sha256}")
 
 

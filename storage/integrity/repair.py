@@ -1,11 +1,12 @@
 """Moving broken parts to quarantine, so that the next extraction makes just them again; nothing is deleted."""
 
+import json
 import re
 from dataclasses import asdict, dataclass
 
-from storage.digests import canonical_json
 from storage.integrity.findings import Finding, VerifyReport
 from storage.stores import Store, open_store
+from storage.stores.base import is_inside
 from storage.targets.commits import SHARDS, commit_path
 from storage.targets.teacher_assets import TEACHER, TEACHER_RECORD
 
@@ -38,7 +39,7 @@ def repair(report: VerifyReport) -> RepairReport:
     if not moved:
         return RepairReport(None, (), left)
     reasons = {"findings": [asdict(finding) for finding in report.findings], "moved": moved}
-    folder = _new_folder(store, paths, canonical_json(reasons))
+    folder = _new_folder(store, paths, json.dumps(reasons, sort_keys=True).encode())
     for part in moved:
         store.move(part, f"{folder}/{part}")
     return RepairReport(folder, moved, left)
@@ -52,7 +53,8 @@ def _parts(finding: Finding, paths: list[str]) -> list[str]:
     elif finding.part == TEACHER:
         record, folder = TEACHER_RECORD, re.compile(rf"{TEACHER}(?=/)")
     else:
-        return [finding.file] if finding.part == "-" and finding.file in paths else []
+        # A store moves nothing by a name that is no path inside it, such as one with control characters.
+        return [finding.file] if finding.part == "-" and finding.file in paths and is_inside(finding.file) else []
     if record not in paths:
         # Without a record nobody reads the folder, and whoever writes it may be about to commit it.
         return []

@@ -49,6 +49,8 @@ def verify(
     shards = run.load_shards()
     teacher = run.load_teacher()
     manifest = run.check_manifest(manifest, [*shards, *([teacher] if teacher else [])])
+    if manifest:
+        run.check_settings(manifest)
     num_tars = len(samples.index.shards) if samples else 0
     if manifest and samples:
         run.compare("samples", INDEX_PATH, samples.index.digest, manifest.fingerprint.samples)
@@ -73,7 +75,7 @@ def verify(
         num_files=run.num_files,
         num_bytes=run.num_bytes,
         num_samples=run.num_samples,
-        missing=tuple(sorted(set(range(num_planned)) - set(run.committed))),
+        missing=tuple(number for number in range(num_planned) if number not in run.committed),
         findings=tuple(dict.fromkeys(run.findings)),
     )
 

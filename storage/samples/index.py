@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from storage.digests import digest_of, parse_record
 from storage.errors import CorruptData, UserError
-from storage.samples.table import MAX_TABLE_BYTES, SAMPLES_VERSION
+from storage.samples.table import MAX_TABLE_BYTES, MIN_ENTRY_BYTES, SAMPLES_VERSION
 from storage.stores import Store
 
 INDEX_PATH = "index.json"
@@ -26,8 +26,8 @@ class SampleShardEntry:
 
     name: Annotated[str, Field(pattern=r"^samples-[0-9]{6,}\.tar$")]
     """File name beside the index."""
-    num_samples: Annotated[int, Field(ge=0)]
-    bytes: Annotated[int, Field(ge=0)]
+    num_samples: Annotated[int, Field(ge=0, le=MAX_TABLE_BYTES // MIN_ENTRY_BYTES)]
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: Digest
     table_bytes: Annotated[int, Field(ge=0, le=MAX_TABLE_BYTES)]
     table_sha256: Digest

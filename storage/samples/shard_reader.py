@@ -8,6 +8,7 @@ from typing import Self
 
 from storage.digests import file_sha256, parse_json
 from storage.errors import CorruptData
+from storage.regular_files import open_regular
 from storage.samples.index import SampleShardEntry
 from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
 from storage.samples.table import SampleMembers
@@ -24,7 +25,7 @@ class SampleShard:
     ) -> None:
         """Opens the tar at `path`; a downloaded one is not evicted as long as `holder` lives."""
         self._path, self._entry, self._members, self._holder = path, entry, members, holder
-        self._file = path.open("rb")
+        self._file = open_regular(path)
 
     def __len__(self) -> int:
         return self._entry.num_samples

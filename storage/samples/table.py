@@ -14,6 +14,8 @@ SAMPLES_VERSION = 2
 """Version of the sample set's layout, in the index and in every table; `FORMAT.md` has a paragraph for each."""
 MAX_TABLE_BYTES = 256 * 2**20
 """Largest table that is read or written: that of a shard of about four million samples."""
+MIN_ENTRY_BYTES = 16
+"""No sample takes less of a table, so a table of that size bounds the samples of a tar."""
 
 
 class SampleMembers(NamedTuple):

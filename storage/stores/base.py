@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from storage.digests import file_sha256
+from storage.regular_files import MAX_BYTES
 
 PARTIAL = ".partial"
 """Suffix of what is still being written; readers never see such a file, `clean_partials` removes abandoned ones."""
@@ -41,7 +42,7 @@ class Store(Protocol):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+    def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
         """All bytes of a file; FileNotFoundError when it is absent, CorruptData when it has more than `max_bytes`."""
 
     def exists(self, path: str) -> bool:
@@ -111,12 +112,17 @@ class Store(Protocol):
         """
 
 
+def is_inside(path: str) -> bool:
+    """Whether `path` names something inside a store, on every system."""
+    return {"", ".", ".."}.isdisjoint(path.split("/")) and "\\" not in path and all(ord(char) >= 32 for char in path)
+
+
 def relative_path(path: str) -> str:
     """`path` itself, when it names something inside a store.
 
     Raises:
         ValueError: For absolute paths, `..`, `.`, empty parts, backslashes and control characters.
     """
-    if not {"", ".", ".."}.isdisjoint(path.split("/")) or "\\" in path or any(ord(char) < 32 for char in path):
+    if not is_inside(path):
         raise ValueError(f"path {path!r} does not stay inside its store: give a relative one without '..'")
     return path

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import UserError, disk_errors_named
+from storage.regular_files import home_expanded
 from storage.stores.base import PARTIAL
 from storage.stores.owner import partial_path, remove_if_abandoned
 
@@ -21,7 +22,7 @@ _LOCK_NAME = re.compile(r"[0-9a-f]{32}\.lock")
 
 def cache_dir() -> Path:
     """`CDP_CACHE_DIR`, by default `~/.cache/compodistill`."""
-    return Path(os.environ.get("CDP_CACHE_DIR", "~/.cache/compodistill")).expanduser()
+    return home_expanded(os.environ.get("CDP_CACHE_DIR", "~/.cache/compodistill"))
 
 
 def cache_limit_bytes() -> int:

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
 
-from storage.errors import CorruptData, UserError, disk_errors_named
+from storage.errors import NoHardLinks, UserError, disk_errors_named
+from storage.regular_files import MAX_BYTES, home_expanded, read_regular
 from storage.stores.base import PARTIAL, ExpectedFiles, Store, measure_files, relative_path
 from storage.stores.owner import partial_path, remove_if_abandoned
 
@@ -18,16 +19,12 @@ class LocalStore(Store):
 
     def __init__(self, root: Path) -> None:
         # Absolute, so that a worker with another working folder opens the same store.
-        self.root = Path(root).expanduser().absolute()
+        self.root = home_expanded(root).absolute()
         self.url = str(self.root)
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        """All bytes of a file, once its size is known to be allowed."""
-        file = self._at(path)
-        with disk_errors_named(file):
-            if max_bytes is not None and (found := file.stat().st_size) > max_bytes:
-                raise CorruptData(f"{file} has {found} bytes, at most {max_bytes} are read; it is no file of ours")
-            return file.read_bytes()
+    def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
+        """All bytes of a file, as `read_regular`."""
+        return read_regular(self._at(path), max_bytes)
 
     def exists(self, path: str) -> bool:
         """Whether a file of this name exists."""
@@ -44,7 +41,7 @@ class LocalStore(Store):
         """Write beside the target, fsync, then hard-link it into place, which fails when the name is taken.
 
         Raises:
-            UserError: On a file system without hard links, where no other step is both atomic and exclusive.
+            NoHardLinks: On a file system without hard links, where no other step is both atomic and exclusive.
         """
         target = self._at(path)
 
@@ -54,7 +51,7 @@ class LocalStore(Store):
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                     raise
-                raise UserError(
+                raise NoHardLinks(
                     f"the file system of {self.root} refused a hard link ({error}), which commits need; "
                     "use a folder on another file system, or an object store"
                 ) from error
@@ -120,8 +117,12 @@ class LocalStore(Store):
             folder.mkdir(parents=True)
         return folder
 
-    def put_tree(self, local_dir: Path, path: str) -> None:
-        """Fsync every file, then rename the folder into place; who may look into it may read its files."""
+    def put_tree(self, local_dir: Path, path: str, *, replace: bool = True) -> None:
+        """Fsync every file, then rename the folder into place; who may look into it may read its files.
+
+        Raises:
+            UserError: Without `replace`, if another folder is there that is not empty; it is left alone.
+        """
         target = self._at(path)
         with disk_errors_named(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +149,8 @@ class LocalStore(Store):
                 if equal:
                     shutil.rmtree(local_dir)
                     return
+                if not replace:
+                    raise UserError(f"{target} holds something already; name a new folder")
                 self.remove_tree(path)
 
     def remove_tree(self, path: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from storage.digests import digest_of, file_sha256
 from storage.errors import CorruptData, StoreUnavailable, UserError, disk_errors_named
+from storage.regular_files import MAX_BYTES
 from storage.stores.base import PARTIAL, ExpectedFiles, Store, relative_path
 from storage.stores.cache import cache_dir, cached
 from storage.stores.local import LocalStore
@@ -49,13 +50,13 @@ class ObjectStore(Store):
         self._bucket = f"{scheme}://{bucket}"
         self._prefix = f"{relative_path(prefix)}/" if prefix else ""
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+    def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
         """All bytes of an object, once its size is known to be allowed."""
         with self._reaching("read", path) as (obstore, client):
             answer = obstore.get(client, self._key(path))
-            if max_bytes is not None and (found := answer.meta["size"]) > max_bytes:
+            if (found := answer.meta["size"]) > max_bytes:
                 where = f"{self.url}/{path}"
-                raise CorruptData(f"{where} has {found} bytes, at most {max_bytes} are read; it is no file of ours")
+                raise CorruptData(f"{where} has {found} bytes, at most {max_bytes} are read of such a file")
             return bytes(answer.bytes())
 
     def exists(self, path: str) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from storage.digests import digest_of
 from storage.errors import FingerprintMismatch, UserError
+from storage.regular_files import read_regular
 from storage.samples.sample_set import SampleSet
 from storage.streaming.order import Ints, StreamConfig, epoch_order, permutation, raw_bits, shard_rows
 from storage.targets.store import TargetStore
@@ -19,6 +20,8 @@ MAY_DIFFER = frozenset({"samples", "max_length", "dtype"})
 _FOR_PASSES, _FOR_BUDGET = 1, 2
 """Last numbers of the addresses of random bits; those of an epoch's order end with the epoch."""
 _NAMED = 5
+MAX_SUBSET_BYTES = 256 * 2**20
+"""Largest list of keys: some ten million of them."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def read_keys(path: Path) -> frozenset[str]:
     """
     try:
         # With the byte-order mark that some editors write, which would become a part of the first key.
-        keys = frozenset(path.read_text(encoding="utf-8-sig").split())
+        keys = frozenset(read_regular(path, MAX_SUBSET_BYTES).decode("utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"subset {path} cannot be read: {error}; expected a text file of keys, one a line") from error
     if not keys:

@@ -13,6 +13,7 @@ import numpy as np
 from numcodecs.checksum32 import CRC32C
 from numcodecs.zstd import Zstd
 
+from storage.regular_files import open_regular
 from storage.targets.chunk_bounds import ArrayMetadata, UnsoundChunk, zstd_frame_bytes
 
 _Array = np.ndarray[Any, Any]
@@ -41,7 +42,7 @@ class ArrayReader:
         result = np.empty([part[-1][1].stop if part else 0 for part in pieces], self.metadata.dtype.newbyteorder("="))
         if result.size:
             try:
-                with self._path.open("rb") as file:
+                with open_regular(self._path) as file:
                     if (found := os.fstat(file.fileno()).st_size) != self.metadata.file_bytes:
                         raise UnsoundChunk(f"{self._key} has {found} bytes, expected {self.metadata.file_bytes}")
                     for parts in product(*pieces):
@@ -71,7 +72,7 @@ class ArrayReader:
         end = metadata.file_bytes - metadata.index_bytes
         if end < 0:
             raise UnsoundChunk(f"{self._key} has {metadata.file_bytes} bytes, fewer than the index of its chunks")
-        with self._path.open("rb") as file:
+        with open_regular(self._path) as file:
             index = _CRC32C.decode(os.pread(file.fileno(), metadata.index_bytes, end))
         spans = np.frombuffer(index, "<u8").reshape(*metadata.grid, 2)
         if bool((spans == _LEFT_OUT).any()):

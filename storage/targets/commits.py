@@ -15,7 +15,7 @@ from storage.digests import canonical_json, digest_of, parse_record
 from storage.errors import CorruptData, FingerprintMismatch
 from storage.stores import Store
 from storage.targets.file_table import StoredFiles
-from storage.targets.manifest import FORMAT_VERSION, Manifest
+from storage.targets.manifest import FORMAT_VERSION, MAX_SHARDS, Manifest
 
 READS_AT_ONCE = 32
 READ_BATCH = 1024
@@ -23,10 +23,8 @@ COMMITS = "commits"
 SHARDS = "shards"
 _COMMIT_NAME = re.compile(rf"{COMMITS}/([0-9]{{6,}})\.json")
 
-MAX_RECORD_BYTES = 64 * 2**20
-"""Largest record that is read; one of a hundred thousand skipped samples is smaller."""
 _REMEDY = "the record is damaged; run `cdp verify --repair` on the store, then extract again"
-_Count = Annotated[int, Field(ge=0)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Committed(BaseModel):
@@ -79,7 +77,7 @@ class Committed(BaseModel):
             UserError: For another format version.
         """
         where = f"{store.url}/{path}"
-        data = store.read(path, MAX_RECORD_BYTES)
+        data = store.read(path)
         try:
             record = cls.model_validate(parse_record(data, where, FORMAT_VERSION))
         except ValidationError as error:
@@ -110,7 +108,7 @@ class SkippedSample:
 class CommitRecord(Committed):
     """What a shard consists of; a shard without this file does not exist."""
 
-    shard: _Count
+    shard: int = Field(ge=0, lt=MAX_SHARDS)
     """The shard's number."""
     sample_shard: str
     """The tar these are the targets of."""
@@ -136,6 +134,12 @@ class CommitRecord(Committed):
     def record_path(self) -> str:
         """`commits/000000.json`."""
         return commit_path(self.shard)
+
+    @property
+    def repeated_counts(self) -> dict[str, int | str]:
+        """What the attributes of the shard's group repeat."""
+        names = ("shard", "sample_shard", "num_samples", "num_tokens", "num_answer_rows", "num_maps")
+        return {name: getattr(self, name) for name in (*names, "num_map_references")}
 
     def folder_for(self, digest: str) -> str:
         """`shards/000000-0123456789abcdef.zarr`."""

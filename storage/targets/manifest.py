@@ -1,8 +1,9 @@
 """What a target store was made from, and the refusal to mix it with anything else."""
 
-from typing import Any, Self
+from itertools import pairwise
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of, parse_record
@@ -13,10 +14,14 @@ from storage.strict_model import StrictModel
 MANIFEST_PATH = "manifest.json"
 FORMAT_VERSION = 2
 """Version of the target store's layout; `FORMAT.md` has a paragraph for each."""
-MAX_MANIFEST_BYTES = 64 * 2**20
-"""Largest manifest that is read; a model's config and a chat template have kilobytes."""
+MAX_LAYERS = 2**12
+MAX_SHARDS = 2**22
+"""No teacher has so many layers, and no index of samples lists more shards; memory goes by both."""
 _SHOWN_CHARS = 60
 _ABSENT = "(absent)"
+
+
+_Layers = tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...]
 
 
 class Fingerprint(StrictModel):
@@ -30,22 +35,31 @@ class Fingerprint(StrictModel):
     chat_template: str
     tokenizer: str
     """Digest of the tokenizer's files."""
-    layers: tuple[int, ...]
+    layers: _Layers
     """Captured teacher layers, counted from 0, in stored order."""
-    windows: tuple[tuple[int, ...], ...]
+    windows: tuple[_Layers, ...]
     """Teacher layers of each standard window, in stored order."""
     map_codec: MapCodecConfig
     logit_codec: LogitCodecConfig
     dtype: str
     """The teacher's compute type, such as `bfloat16`."""
-    max_length: int = Field(ge=1)
+    max_length: int = Field(ge=1, le=1_000_000)
     """Tokens after which a sample is cut."""
     image_backend: str
     """What made the pixels: PIL and torchvision differ, and the processor's settings do not say which ran."""
     samples: str
     """Digest of the sample index."""
-    capture_version: int
+    capture_version: int = Field(ge=1, lt=2**31)
     """Raised when the capture code changes what it computes."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if any(low >= high for low, high in pairwise(self.layers)):
+            raise ValueError(f"layers {self.layers} do not rise")
+        for window in self.windows:
+            if not window or any(low + 1 != high for low, high in pairwise(window)) or not {*window} <= {*self.layers}:
+                raise ValueError(f"window {window} is not of neighbours among the captured layers {self.layers}")
+        return self
 
     @property
     def digest(self) -> str:
@@ -64,12 +78,23 @@ class Manifest(StrictModel):
     """Layout of the store, see FORMAT.md."""
     fingerprint: Fingerprint
     """What the targets were made from."""
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
     """Decoder layers of the teacher, captured or not."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=2**24)
     """Width of the teacher's decoder. Nothing reads it; without it this would be another format."""
-    num_shards: int = Field(ge=0)
+    num_shards: int = Field(ge=0, le=MAX_SHARDS)
     """Sample shards, and so target shards when extraction is complete."""
+
+    @model_validator(mode="after")
+    def _check_num_layers(self) -> Self:
+        if any(layer >= self.num_layers for layer in self.fingerprint.layers):
+            raise ValueError(f"layers {self.fingerprint.layers} are not those of {self.num_layers}")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that the teacher's config has as well, by their names there."""
+        return {"num_hidden_layers": self.num_layers, "hidden_size": self.hidden_size, "vocab_size": self.vocab_size}
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +120,7 @@ class Manifest(StrictModel):
         """
         where = f"{store.url}/{MANIFEST_PATH}"
         try:
-            data = store.read(MANIFEST_PATH, MAX_MANIFEST_BYTES)
+            data = store.read(MANIFEST_PATH)
         except FileNotFoundError:
             raise UserError(f"{where} is absent: this is no target store; run `cdp extract-teacher`") from None
         fields = parse_record(data, where, FORMAT_VERSION)

@@ -14,6 +14,7 @@ from storage.codecs.codec_settings import num_entries
 from storage.codecs.windows import EncodedWindows
 from storage.digests import file_sha256
 from storage.errors import CorruptData, UserError
+from storage.regular_files import read_regular
 from storage.stores import Store
 from storage.targets.array_reader import ArrayReader
 from storage.targets.chunk_bounds import ArrayMetadata
@@ -41,6 +42,7 @@ class TargetShard:
         self._small = {spec.name: self._read(spec.name) for spec in ARRAYS if not spec.sharded}
         self._check_lengths()
         self._guarded("sample_keys", self._check_order)
+        self._guarded("map_num_tokens", self._check_counts)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -152,7 +154,7 @@ class TargetShard:
                 self._folder,
                 spec.name,
                 ArrayMetadata.parse(
-                    (self._folder / spec.name / "zarr.json").read_bytes(),
+                    read_regular(self._folder / spec.name / "zarr.json"),
                     f"{spec.name}/zarr.json",
                     spec.shape(known),
                     spec.dtype.split("|"),
@@ -219,11 +221,32 @@ class TargetShard:
         if bool(((rows < -1) | (rows >= record.num_maps)).any()) or with_map != record.num_map_references:
             expected = f"{record.num_map_references} samples with one of {record.num_maps} maps"
             raise self._corrupt("map_rows", f"{with_map} samples with maps up to {rows.max(initial=-1)}", expected)
-        if (num_keys := len(set(self.keys))) != len(self):
-            raise self._corrupt("sample_keys", f"{num_keys} different keys", f"{len(self)}")
+        keys = {*self.keys, *(sample.key for sample in record.skipped)}
+        if len(keys) != (wanted := len(self) + len(record.skipped)):
+            raise self._corrupt(
+                "sample_keys", f"{len(keys)} different keys, with those of skipped samples", f"{wanted}"
+            )
+
+    def _check_counts(self) -> None:
+        """What the record sums up over maps is so, each map is some sample's, and no sample is longer than they may."""
+        record, sizes = self.record, self.map_num_tokens
+        used = [row for row in self._small["map_rows"].tolist() if row >= 0]
+        found = {"num_maps": len(set(used)), **_sums("map", sizes), **_sums("referenced", [sizes[row] for row in used])}
+        for name, count in found.items():
+            if count != getattr(record, name):
+                raise self._corrupt("map_num_tokens", f"{name} {count}", f"{getattr(record, name)}, as the record says")
+        if min(sizes, default=1) < 1:
+            raise self._corrupt("map_num_tokens", f"a map of {min(sizes)} tokens", "at least 1")
+        if (longest := self.num_tokens.max(initial=0)) > (limit := self._manifest.fingerprint.max_length):
+            raise self._corrupt("token_offsets", f"a sample of {longest} tokens", f"at most max_length, {limit}")
 
     def _corrupt(self, name: str, found: str, expected: str) -> CorruptData:
         return CorruptData(
             f"{self._where}: {name}: found {found}, expected {expected}; run `cdp verify` on the store, "
             "restore the file or extract this shard again"
         )
+
+
+def _sums(of: str, sizes: Sequence[int]) -> dict[str, int]:
+    """The record's two sums over maps of so many tokens."""
+    return {f"num_{of}_tokens": sum(sizes), f"num_{of}_squares": sum(size * size for size in sizes)}

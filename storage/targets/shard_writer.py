@@ -170,6 +170,8 @@ def _check_samples(
         mask = sample.answer_mask
         if mask.shape != sample.token_ids.shape or mask.ndim != 1:
             raise ValueError(f"sample {sample.key}: mask {tuple(mask.shape)}, ids {tuple(sample.token_ids.shape)}")
+        if len(mask) > manifest.fingerprint.max_length:
+            raise ValueError(f"sample {sample.key}: {len(mask)} tokens, max_length {manifest.fingerprint.max_length}")
         found, expected = tuple(sample.logits_RQ.shape), (int(mask.sum()), codec.row_bytes)
         if found != expected:
             raise ValueError(f"sample {sample.key}: logit records {found}, expected {expected} by mask and codec")
@@ -180,24 +182,11 @@ def _check_samples(
 
 
 def _check_map(manifest: Manifest, row: int, entry: EncodedMaps) -> None:
-    fingerprint, windows, num_tokens = manifest.fingerprint, _windows(row, entry), entry.num_tokens
-    codec, num_layers, num_windows = fingerprint.map_codec, len(fingerprint.layers), len(fingerprint.windows)
-    if num_tokens < 1:
-        raise ValueError(f"map {row} has {num_tokens} tokens, expected at least 1")
-    tail_block = num_entries(codec.tail_block_size(num_tokens), codec.causal)
-    expected = {
-        "codes": (entry.codes_LC, (num_layers, codec.num_codes(num_tokens))),
-        "caps": (entry.caps_L, (num_layers,)),
-        "thresholds": (windows.thresholds_W, (num_windows,)),
-        "shifts": (windows.shifts_WN, (num_windows, num_tokens)),
-        "means": (windows.means_L, (num_layers,)),
-        "covariances": (windows.covariances_P, (num_entries(num_layers, causal=True),)),
-        "tail_blocks": (windows.tail_blocks_LY, (num_layers, tail_block)),
-    }
-    for name, (part, shape) in expected.items():
-        if part.shape != shape:
-            found = tuple(part.shape)
-            raise ValueError(f"map {row} of {num_tokens} tokens has {name} of {found}, expected {shape}")
-    if not all(bool(torch.isfinite(part).all()) for part, _ in expected.values() if part.is_floating_point()):
-        raise ValueError(f"map {row} holds NaN or infinite values")
-    MapCodec.of_layers(codec, fingerprint.layers, fingerprint.windows).decode_flips(entry)
+    fingerprint = manifest.fingerprint
+    _windows(row, entry)
+    if len(entry.caps_L) != len(fingerprint.layers):
+        raise ValueError(f"map {row} is of {len(entry.caps_L)} layers, expected {len(fingerprint.layers)}")
+    try:
+        MapCodec.of_layers(fingerprint.map_codec, fingerprint.layers, fingerprint.windows).check(entry)
+    except ValueError as error:
+        raise ValueError(f"map {row} of {entry.num_tokens} tokens: {error}") from error

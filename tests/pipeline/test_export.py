@@ -233,7 +233,7 @@ def test_mistakes_are_messages(
     (tmp_path / "wrong.json").write_text("{}")
     cases = {
         ("chat", undisturbed, tmp_path / "none.png", "What?"): "no image at .*none.png: No such file",
-        ("chat", undisturbed, tmp_path, "What?"): "no image at .*: Is a directory",
+        ("chat", undisturbed, tmp_path, "What?"): "is a folder, expected a regular file",
         ("chat", undisturbed, tmp_path / "text.png", "What?"): "unsupported_image",
         ("chat", tmp_path / "nothing", picture, "What?"): "no checkpoint at .*nothing",
         ("chat", tiny.student_lm, picture, "What?"): "is of type qwen2, which takes no images",

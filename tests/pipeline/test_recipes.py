@@ -224,7 +224,7 @@ def test_captured_layers_windows_and_matched_layers_are_the_published_ones(name:
     if name != "demo":
         assert expected.captured == visual_understanding_layers(teacher)
         assert tuple(expected.matched) == student_layers(depth, 7)
-    made = manifest(layers=layers, windows=windows).model_copy(update={"num_layers": teacher})
+    made = manifest(num_layers=teacher, layers=layers, windows=windows)
     matching, notes = match_layers(depth, made, run.train.matching)
     assert notes == []
     assert matching.stored_masks

@@ -103,6 +103,24 @@ def test_a_bomb_is_refused_where_warnings_are_not_errors() -> None:
     assert caught.value.reason == "image_too_large"
 
 
+@pytest.mark.parametrize("size", [(1, 49_000_000), (49_000_000, 1), (2**16 + 1, 2)])
+def test_an_image_of_millions_of_rows_is_refused_from_its_header(size: tuple[int, int]) -> None:
+    with pytest.raises(UnusableSample, match="at most 65536 are decoded on a side") as caught:
+        decode_image(png_header(*size))
+    assert caught.value.reason == "image_too_large"
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded() -> None:
+    data = encoded(gradient(), "JPEG", progressive=True)
+    start = data.index(b"\xff\xda")
+    scan = data[start : data.index(b"\xff", start + 2 + data[start + 3])]
+    assert 2 <= data.count(b"\xff\xda") < 20
+    assert decode_image(data).size == (40, 30)
+    with pytest.raises(UnusableSample, match=r"a JPEG of 3[0-9]{3} scans, at most 500 are decoded") as caught:
+        decode_image(data[:-2] + 3000 * scan + data[-2:])
+    assert caught.value.reason == "image_too_large"
+
+
 def test_the_limit_is_inclusive_and_names_the_size() -> None:
     data = encoded(gradient(), "PNG")
     assert decode_image(data, max_pixels=1200).size == (40, 30)

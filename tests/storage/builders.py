@@ -51,11 +51,11 @@ def fingerprint(**changes: Any) -> Fingerprint:
     return Fingerprint(**{**fields, **changes})
 
 
-def manifest(num_shards: int = 1, **changes: Any) -> Manifest:
+def manifest(num_shards: int = 1, num_layers: int = 6, **changes: Any) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint(**changes),
-        num_layers=6,
+        num_layers=num_layers,
         hidden_size=16,
         num_shards=num_shards,
     )

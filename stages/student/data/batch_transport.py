@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from stages.student.data.batch import Batch
+from stages.student.data.shared_memory import TO_DO, shared_memory
+from storage.errors import UserError, first_line
 
 ALIGNMENT = 64
 """Bytes; every tensor starts at a multiple, as torch's own allocations do."""
@@ -39,6 +41,23 @@ class FlatBatch:
     """uint8 `[bytes]`."""
     layout: Any
     """The batch with a byte range instead of each tensor."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return self.block.numel()
+
+    def share(self) -> None:
+        """Moves it to shared memory.
+
+        Raises:
+            UserError: If there is not enough of it, or it cannot be written.
+        """
+        try:
+            self.block.share_memory_()  # type: ignore[no-untyped-call]
+        except (RuntimeError, OSError) as error:
+            found = f"a batch of {self.num_bytes / 2**20:,.1f} MiB cannot be put into shared memory"
+            raise UserError(f"{found} ({first_line(error)}); {shared_memory()}; {TO_DO}") from error
 
     def pin_memory(self) -> "FlatBatch":
         """The same in page-locked memory, from which a GPU copies while it computes; the DataLoader calls this."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import load_processor
-from stages.checkpoints.resolve import load_config, refuse_code
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
@@ -162,7 +162,6 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
             token ids mean something else while a logit loss is asked for.
     """
     register_students()
-    refuse_code(folder)
     teacher_folder = targets.teacher_folder()
     teacher = load_processor(teacher_folder)
     teacher_config, config = load_config(teacher_folder), load_config(folder)

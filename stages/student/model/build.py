@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from stages.attention.capturable_layers import check_sdpa
-from stages.checkpoints.resolve import load_config, refuse_code, resolve_checkpoint
-from stages.checkpoints.weights import load_weights
+from stages.checkpoints.configs import load_config
+from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.weights import load_weights, weight_files
 from stages.families.family import Family
 from stages.families.registry import FAMILIES, family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
@@ -36,11 +37,9 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
         UserError: If no student can have such a teacher, or weights are missing in its folder or in the decoder's.
     """
     decoder_folder = resolve_checkpoint(decoder)
-    for folder in (teacher_folder, decoder_folder):
-        refuse_code(folder)
     teacher_config = load_config(teacher_folder)
     family = teacher_family(teacher_config.model_type)
-    language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=torch.float32, trust_remote_code=False)
+    language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=torch.float32)
     _check_head(decoder_folder, language_model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -91,7 +90,7 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
             "Llama as the student's decoder"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = getattr(model, "lm_head", None)
     if not isinstance(head, nn.Linear) or head.bias is not None or not hasattr(getattr(model, "model", None), "layers"):
         raise UserError(
@@ -164,7 +163,7 @@ def check_vision_tower(student: Path, teacher: Path) -> None:
     """
     prefix = VISION_PREFIXES[load_config(student).model_type]
     with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(path, "pt")) for path in sorted(student.glob("*.safetensors"))]
+        files = [opened.enter_context(safe_open(path, "pt")) for path in weight_files(student)]
         file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118, it is no dict
         wanted = opened.enter_context(safe_open(teacher / "model.safetensors", "pt"))
         for name in wanted.keys():  # noqa: SIM118

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from stages.checkpoints.resolve import load_config, refuse_code
+from stages.checkpoints.configs import load_config
 from stages.checkpoints.weights import load_weights
 from stages.student.model.student import Student, is_student, register_students
 from storage.errors import UserError
@@ -18,9 +18,7 @@ def load_student(folder: Path, dtype: "torch.dtype | str" = torch.float32) -> St
         UserError: As `load_weights`.
     """
     register_students()
-    return load_weights(
-        AutoModelForImageTextToText, folder, nothing_else=is_student(folder), dtype=dtype, trust_remote_code=False
-    )
+    return load_weights(AutoModelForImageTextToText, folder, nothing_else=is_student(folder), dtype=dtype)
 
 
 def load_multimodal(folder: Path, dtype: "torch.dtype | str" = "auto") -> PreTrainedModel:
@@ -30,7 +28,6 @@ def load_multimodal(folder: Path, dtype: "torch.dtype | str" = "auto") -> PreTra
         UserError: If it takes no images, needs code of its own, or lacks weights.
     """
     register_students()
-    refuse_code(folder)
     config = load_config(folder)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{folder} is of type {config.model_type}, which takes no images; give a multimodal model")

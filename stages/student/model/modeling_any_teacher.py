@@ -78,7 +78,7 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
             self.eyes.set_submodule(config.folded_linear, nn.Linear(last.in_features, width))
             for name in config.folded_vectors or ():
                 setattr(self.eyes, name, nn.Parameter(torch.empty(width)))
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_image_features(self, **pixels: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def vision_part(teacher_config: PreTrainedConfig) -> PreTrainedModel:
         if getattr(text, name, None) is not None:
             setattr(text, name, value)
     # In the student's precision, not in the one that the teacher's config names.
-    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.get_default_dtype())
+    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
     decoder = model.get_decoder()
     (name,) = (name for name, child in model.named_children() if child is decoder)
     setattr(model, name, None)

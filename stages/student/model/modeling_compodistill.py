@@ -56,12 +56,12 @@ class CompoDistillStudentModel(LlavaModel):
     def __init__(self, config: CompoDistillStudentConfig) -> None:
         # Not LlavaModel's own constructor: it would build a projector of the decoder's width.
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = TeacherProjector(config)
         self.post_connector: nn.Module = nn.Identity()
         if config.has_post_connector:
             self.post_connector = nn.Linear(config.adapter_hidden_size, config.text_config.hidden_size)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ class ModelParts:
         """The model, with the tensors in their dtype."""
         dtype = next(iter(self.tensors.values())).dtype
         model: PreTrainedModel = self.model_class.from_pretrained(
-            None, config=self.config, state_dict=dict(self.tensors), dtype=dtype
+            None, config=self.config, state_dict=dict(self.tensors), dtype=dtype, trust_remote_code=False
         )
         return model
 

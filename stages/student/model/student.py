@@ -13,6 +13,7 @@ from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
+from storage.regular_files import read_regular
 
 OWN_CLASSES = (CompoDistillStudentForConditionalGeneration, AnyTeacherStudentForConditionalGeneration)
 """Students with the teacher's vision tower; transformers has no class for them."""
@@ -36,7 +37,7 @@ def register_students() -> None:
 
 def is_student(folder: Path) -> bool:
     """Whether a checkpoint is a student with a teacher's vision tower, not a bare decoder or another model."""
-    return json.loads((folder / "config.json").read_text()).get("model_type") in VISION_PREFIXES
+    return json.loads(read_regular(folder / "config.json")).get("model_type") in VISION_PREFIXES
 
 
 def projector_parameters(student: Student) -> list[nn.Parameter]:

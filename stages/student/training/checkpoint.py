@@ -25,7 +25,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stages.student.training.parallel import gathered, part_like
 from storage.digests import digest_of, file_sha256
-from storage.errors import FingerprintMismatch, StoreUnavailable, UserError, disk_errors_named
+from storage.errors import CorruptData, FingerprintMismatch, StoreUnavailable, UserError, disk_errors_named
+from storage.regular_files import read_regular
 from storage.stores import open_store
 from storage.strict_model import StrictModel
 
@@ -182,13 +183,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _damaged_file(path: Path) -> str | None:
     try:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads(read_regular(path / STATE))
         if state.pop("digest") != digest_of(state):
             return f"{STATE} has another digest than it says"
         for name, digest in state["sha256"].items():
             if file_sha256(path / name) != digest:
                 return f"{name} has another sha256 than {STATE} says"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CorruptData, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -201,7 +202,7 @@ def _restore(path: Path, state: TrainerState) -> Position:
         parameter = parameters[parameter_name]
         # The count of steps is a number; all else has the parameter's shape and is spread as it is.
         state.optimizer.state[parameter][key] = part_like(value, parameter) if value.dim() else value
-    written = json.loads((path / STATE).read_text())
+    written = json.loads(read_regular(path / STATE))
     state.scheduler.load_state_dict(written["scheduler"])
     # The schedule only sets the rate at its next step; until then the optimizer would use that of step 0.
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):

@@ -16,7 +16,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention.capture import enable_capture
 from stages.student.data.batch import Batch
-from stages.student.data.loader import LoaderDied, StepLoader
+from stages.student.data.loader import LoaderDied, StepLoader, StoppedWaiting
 from stages.student.model.student import decoder_of
 from stages.student.model.trainable import keep_frozen_in
 from stages.student.run_folder import STUDENT, StageReport
@@ -59,7 +59,8 @@ def train_stage(
         record_stage(run)
     accelerator.wait_for_everyone()
     check_same_folder(accelerator, run)
-    # Again, with what was written: an incomplete store may have grown in between.
+    # Again, with what was written: an incomplete store may have grown in between, and where a file system has no locks
+    # another run may have begun the stage.
     check_resumable(run)
     if accelerator.is_main_process:
         # A killed process may have left gigabytes half-written.
@@ -128,7 +129,8 @@ class _StageLoop:
         began_stage = begun - self.position.seconds
         task = progress.task(run.name, self.num_steps, unit="steps")
         task.update(done=self.position.step)
-        groups = self.loader.steps(range(self.position.epoch, run.stage.epochs), self.position.epoch_step)
+        epochs = range(self.position.epoch, run.stage.epochs)
+        groups = self.loader.steps(epochs, self.position.epoch_step, self.should_stop)
         settings = config.model_dump(mode="json") | {"stage": run.name, "decoder": run.decoder}
         trackers, main = config.logging.trackers, self.accelerator.is_main_process
         with metrics_log(run.output, trackers, self.position.step, settings, enabled=main) as write, closing(groups):
@@ -157,6 +159,8 @@ class _StageLoop:
         """The microbatches of one optimizer step; fewer at an epoch's end."""
         try:
             return next(groups)
+        except StoppedWaiting:
+            return []
         except LoaderDied:
             if not self.should_stop():
                 raise

@@ -11,11 +11,14 @@ from uuid import uuid4
 from pydantic import Field
 
 from storage.errors import UserError
+from storage.regular_files import read_regular
 from storage.stores import open_store
 from storage.strict_model import StrictModel
 
 Tracker = Literal["tensorboard", "wandb"]
 _WANDB_ID = "wandb-id.txt"
+_MAX_BYTES = 2**30
+"""Largest `metrics.jsonl` that is gone on with: that of about four million lines."""
 
 
 class LoggingConfig(StrictModel):
@@ -67,7 +70,7 @@ def metrics_log(
 
 @contextmanager
 def _json_lines(path: Path, step: int) -> Iterator[Write]:
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_regular(path, _MAX_BYTES).decode().splitlines() if path.exists() else []
     # The last line may have been cut by a kill.
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     open_store(path.parent).write(path.name, "".join(f"{line}\n" for line in kept).encode())

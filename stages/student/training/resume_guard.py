@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.checkpoints.weights import weights_digest
+from stages.checkpoints.weights import weight_files, weights_digest
 from stages.settings import lasting, refuse_other_settings
 from stages.student.run_folder import StageDescription, StageFolder
 from stages.student.stage_config import STAGES, StageName
@@ -117,7 +117,7 @@ _local_folder = lru_cache(resolve_checkpoint)
 
 def _weights(folder: Path) -> str:
     """Digest of a folder's weights; gigabytes are read again only if a file has changed."""
-    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    files = [(file.name, file.stat()) for file in weight_files(folder)]
     return _digest_of(folder, tuple((name, seen.st_size, seen.st_mtime_ns, seen.st_ino) for name, seen in files))
 
 

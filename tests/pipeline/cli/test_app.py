@@ -241,6 +241,14 @@ MISTAKES = {
         "extract-teacher --teacher {teacher} --samples {samples} --targets {new} --set teacher.layers=[7,8]",
         "layers [7, 8]",
     ),
+    "extract: layers without end": (
+        "extract-teacher --teacher {teacher} --samples {samples} --targets {new} --set teacher.layers=[0,10000000000]",
+        "layers [0, 10000000000]",
+    ),
+    "extract: a temperature that cannot be stored": (
+        "extract-teacher --teacher {teacher} --samples {samples} --targets {new} --set teacher.temperatures=[-1]",
+        "teacher.temperatures",
+    ),
     "extract: too many matched layers": (
         "extract-teacher --teacher {teacher} --samples {samples} --targets {new} --set teacher.num_matched=9",
         "9 matched layers need at least as many captured teacher layers",

@@ -100,7 +100,7 @@ ALL_LAYERS = tuple(range(12))
 
 def deep(windows: tuple[tuple[int, ...], ...] = sliding_windows(ALL_LAYERS, 4)) -> Manifest:
     """Of a teacher of 12 layers, all captured: 0 to 3 are early, 4 to 7 middle, 8 to 11 late."""
-    return manifest(layers=ALL_LAYERS, windows=windows).model_copy(update={"num_layers": 12})
+    return manifest(num_layers=12, layers=ALL_LAYERS, windows=windows)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_span_matches_the_same_part_of_both_decoders(
 
 def test_a_span_whose_windows_are_stored_uses_the_stored_masks() -> None:
     windows = (4, 5, 6), (5, 6, 7)
-    found = manifest(layers=(4, 5, 6, 7), windows=windows).model_copy(update={"num_layers": 12})
+    found = manifest(num_layers=12, layers=(4, 5, 6, 7), windows=windows)
     matching, notes = match_layers(6, found, MatchingConfig(span="middle"))
     assert matching.windows == windows
     assert notes == []

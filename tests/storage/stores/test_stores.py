@@ -212,3 +212,8 @@ def test_an_object_store_used_before_a_fork_is_an_error_and_not_a_hang():
     assert "spawn" in answers.get(timeout=20)
     child.join(20)
     assert child.exitcode == 0
+
+
+def test_the_home_folder_of_nobody_is_refused_by_its_name():
+    with pytest.raises(UserError, match=r"~nobody_here/x begins with the home folder of an unknown user"):
+        open_store("~nobody_here/x")

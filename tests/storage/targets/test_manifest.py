@@ -30,7 +30,7 @@ OTHER_DEPTH = {"model_type": "llava", "text_config": {"num_hidden_layers": 7}}
         ({"teacher_config": OTHER_DEPTH}, "teacher_config.text_config.num_hidden_layers: stored 6, this run 7"),
         ({"processor": {}}, "processor.size: stored"),
         ({"map_codec": MapCodecConfig(name="float16")}, 'map_codec.name: stored "sqrt4", this run "float16"'),
-        ({"layers": (2, 3)}, r"layers: stored \[2,3,4\], this run \[2,3\]"),
+        ({"layers": (2, 3), "windows": ((2, 3),)}, r"layers: stored \[2,3,4\], this run \[2,3\]"),
         (
             {"tokenizer": "x", "logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=9)},
             r"logit_codec.top_k: stored 12, this run 9\n.*tokenizer: ",

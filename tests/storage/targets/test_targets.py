@@ -17,6 +17,7 @@ from storage.codecs.attention_maps import EncodedMaps
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.integrity.verify import verify
+from storage.regular_files import MAX_BYTES
 from storage.stores import LocalStore, local, open_store
 from storage.targets import array_writer
 from storage.targets.array_writer import ROWS_A_CHUNK
@@ -123,7 +124,7 @@ def test_more_answer_rows_than_a_chunk_round_trip(tmp_path):
     store = open_store(tmp_path)
     made_for = manifest()
     create_or_check(store, made_for)
-    samples = [sample_targets(made_for, f"k{n}", 130, 120, None, seed=n) for n in range(5)]
+    samples = [sample_targets(made_for, f"k{n}", 128, 120, None, seed=n) for n in range(5)]
     assert sum(len(sample.logits_RQ) for sample in samples) > 2 * ROWS_A_CHUNK
     write_shard(store, 0, made_for, "samples-000000.tar", samples, [], [])
     shard = TargetStore.open(tmp_path).shard(0)
@@ -356,7 +357,7 @@ class Counting(LocalStore):
         super().__init__(root)
         self.asked = []
 
-    def read(self, path, max_bytes=None):
+    def read(self, path, max_bytes=MAX_BYTES):
         self.asked.append(f"read {path}")
         return super().read(path, max_bytes)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ import torch
 
 from stages.conversations.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
-from stages.student.data.loader import MOST_WORKERS, LoaderConfig, LoaderDied, StepLoader, spare_workers
+from stages.student.data.loader import (
+    MOST_WORKERS,
+    LoaderConfig,
+    LoaderDied,
+    StepLoader,
+    StoppedWaiting,
+    spare_workers,
+)
 from storage.errors import CorruptData, UserError
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
@@ -53,6 +61,16 @@ def kill_me(samples: Sequence[StreamedSample]) -> Batch:
     return batch_of(samples)
 
 
+def sleep_long(samples: Sequence[StreamedSample]) -> Batch:
+    time.sleep(1000)
+    return batch_of(samples)
+
+
+def make_large(samples: Sequence[StreamedSample]) -> Batch:
+    """4 MiB each."""
+    return replace(batch_of(samples), logits_RQ=torch.zeros(2**22, 1, dtype=torch.uint8))
+
+
 def terminate_all(samples: Sequence[StreamedSample]) -> Batch:
     """As a machine that is taken away does with all processes of a job."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,7 +85,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def loader(root: Path, num_workers: int, collator=batch_of, rank: int = 0, world_size: int = 1) -> StepLoader:
+def loader(
+    root: Path, num_workers: int, collator=batch_of, rank: int = 0, world_size: int = 1, stall_s: float = 100.0
+) -> StepLoader:
     config = StreamConfig(seed=1, batch_size=4, microbatch_size=1, bucket_by_length=True)
     return StepLoader(
         Mixture([Source(SampleSet.open(root / "samples"), TargetStore.open(root / "targets"))], config),
@@ -75,7 +95,7 @@ def loader(root: Path, num_workers: int, collator=batch_of, rank: int = 0, world
         rank=rank,
         world_size=world_size,
         device=CPU,
-        config=LoaderConfig(num_workers=num_workers, prefetch=2),
+        config=LoaderConfig(num_workers=num_workers, prefetch=2, stall_s=stall_s),
         with_maps=True,
     )
 
@@ -128,6 +148,54 @@ def test_what_a_collator_refuses_is_the_error_of_the_training_process(workers, d
 def test_a_loader_process_that_is_killed_ends_the_run_with_what_to_do(data):
     with pytest.raises(LoaderDied, match=r"a loader process died .*train\.loader\.num_workers"):
         list(loader(data, 1, kill_me).steps(range(1), 0))
+
+
+def test_a_loader_process_that_makes_no_batch_ends_the_run_after_the_time_it_was_given(data):
+    with pytest.raises(LoaderDied, match=r"no batch came from the loader processes for 1\.5 s; /dev/shm.* free"):
+        list(loader(data, 1, sleep_long, stall_s=1.5).steps(range(1), 0))
+
+
+def test_a_run_that_is_asked_to_stop_while_it_waits_for_a_batch_stops(data):
+    asked = iter([False, False, True])
+    with pytest.raises(StoppedWaiting):
+        list(loader(data, 1, sleep_long).steps(range(1), 0, lambda: next(asked)))
+
+
+SMALL_MEMORY = """
+import sys
+from pathlib import Path
+from storage.errors import UserError
+from tests.stages.student.data.test_loader import loader, make_large
+steps = loader(Path(sys.argv[1]), int(sys.argv[2]), make_large).steps(range(1), 0)
+try:
+    print(len(list(steps)), "steps")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mounted", "workers", "expected"),
+    [
+        ("size=1m", 1, "a batch of 4.0 MiB cannot be put into shared memory"),
+        ("size=10m", 1, "3 batches of 4 MiB that are ready at one time need 12 MiB"),
+        ("size=64m,ro", 1, "loader processes cannot be started: "),
+        ("size=64m", 1, "3 steps"),
+        ("size=1m", 0, "3 steps"),
+    ],
+)
+def test_shared_memory_that_is_too_small_or_read_only_is_named_and_nothing_waits(mounted, workers, expected, data):
+    mount = f"mount -t tmpfs -o {mounted} tmpfs /dev/shm"
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    words = [sys.executable, "-c", SMALL_MEMORY, str(data), str(workers)]
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.startswith(expected), done.stderr
+    if "steps" not in expected:
+        assert "/dev/shm, the shared memory, has" in done.stdout
+        assert ("mounted read-only" in done.stdout) == ("ro" in mounted)
 
 
 def test_loader_processes_outlive_signals_to_the_whole_group_and_end_with_their_steps(data):
