@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.conversations.chat_templates import ChatTemplate, Span
+from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import Message
+from stages.conversations.template_process import Span
 from stages.unusable_sample import UnusableSample
 
 

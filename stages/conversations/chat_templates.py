@@ -1,14 +1,12 @@
 """Chat templates: where a processor's is found, those that come with the package, and how one renders messages."""
 
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
-
+from stages.conversations import template_process
 from stages.conversations.messages import Message, text_part
+from stages.conversations.template_process import RefusedByTemplate, Span
 from stages.unusable_sample import UnusableSample
 from storage.errors import CorruptData, UserError
 from storage.regular_files import is_regular, read_regular
@@ -19,12 +17,6 @@ after each answer that the published checkpoint's own template leaves out."""
 
 _MAX_BYTES = 2**20
 """Largest template; real ones have kilobytes."""
-
-Span = tuple[int, int]
-"""First character and the one after the last."""
-
-# The library collects the spans of generation blocks in the compiled template, which all threads share.
-_RENDERING = threading.Lock()
 
 
 def chat_template(processor: Any) -> str:
@@ -78,7 +70,7 @@ class ChatTemplate:
         Raises:
             UnusableSample: If the template raises.
         """
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0][0]
+        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
 
     def render_marked(self, messages: list[Message]) -> tuple[str, list[Span]]:
         """The text, and the spans of the template's `{% generation %}` blocks.
@@ -86,23 +78,21 @@ class ChatTemplate:
         Raises:
             UnusableSample: If the template raises.
         """
-        texts, spans = self._render(messages, return_assistant_tokens_mask=True)
-        return texts[0], spans[0]
+        return self._render(messages, return_assistant_tokens_mask=True)
 
-    def _render(self, messages: list[Message], **settings: bool) -> tuple[list[str], list[list[Span]]]:
+    def _render(self, messages: list[Message], **settings: bool) -> tuple[str, list[Span]]:
         try:
-            with _RENDERING:
-                rendered: tuple[list[str], list[list[Span]]] = render_jinja_template(
-                    conversations=[messages], chat_template=self._text, **settings, **self._special_tokens
-                )
-        except (jinja2.TemplateError, TypeError) as error:
+            return template_process.render(self._text, messages, self._special_tokens, **settings)
+        except RefusedByTemplate as error:
             raise UnusableSample("refused_by_template", str(error)) from error
-        return rendered
 
     def _check_parts(self) -> None:
         """A template for plain strings would print the parts of a turn as Python lists, without an error."""
         trial = {role: f"trial of {role}" for role in ("user", "assistant")}
-        text = self.render([{"role": role, "content": [text_part(words)]} for role, words in trial.items()])
+        try:
+            text = self.render([{"role": role, "content": [text_part(words)]} for role, words in trial.items()])
+        except UnusableSample as error:
+            raise UserError(f"the chat template cannot render a question and its answer: {error.detail}") from error
         if not all(words in text for words in trial.values()) or "'text'" in text:
             raise UserError(
                 f"the chat template renders a turn made of parts as {text!r:.200}; it must go through "

@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from stages.conversations.answer_spans import mask_of_spans, render_with_answers
-from stages.conversations.chat_templates import ChatTemplate, Span
+from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import to_messages, with_placeholders
+from stages.conversations.template_process import Span
 from stages.conversations.turns import parse_turns
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError

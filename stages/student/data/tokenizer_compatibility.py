@@ -4,13 +4,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from stages.checkpoints.processors import load_processor, load_tokenizer
 from stages.conversations.chat_templates import chat_template
+from stages.conversations.template_process import RefusedByTemplate, render
 from storage.errors import UserError
 
 _FLATTEN = """\
@@ -144,8 +143,8 @@ def writes_images(template: str, image_token: str, special_tokens: dict[str, str
         {"role": "assistant", "content": [{"type": "text", "text": "an answer"}]},
     ]
     try:
-        (text,), _ = render_jinja_template(conversations=[turns], chat_template=template, **special_tokens)
-    except (jinja2.TemplateError, TypeError):
+        text, _ = render(template, turns, special_tokens)
+    except RefusedByTemplate:
         return False
     written = all(words in text for words in ("a question", "an answer")) and "'text'" not in text
     return written and text.count(image_token) == 1
