@@ -94,6 +94,8 @@ def main() -> None:
     keep_children_safe()
     guard_streams()
     try:
+        if sys.flags.optimize > 1:
+            raise UserError("transformers reads docstrings, which python -OO removes; set PYTHONOPTIMIZE to 1 or 0")
         with disk_errors_named(Path.cwd()):
             app()
     except UserError as error:

@@ -60,7 +60,8 @@ class JoinedShard:
         with self._damage_named():
             stored = self._tar.read(self._tar_rows[row])
             targets, maps = self._targets.read(row, with_maps, layers)
-        assert stored.key == targets.key
+            if stored.key != targets.key:
+                raise CorruptData(f"sample {row} of a shard is {targets.key} to its targets, {stored.key} to its tar")
         return StreamedSample(stored.key, stored.record, stored.images, targets, maps)
 
     def close(self) -> None:

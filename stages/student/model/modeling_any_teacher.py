@@ -93,7 +93,8 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
         given = {name: kwargs.pop(name, None) for name in self.config.pixel_inputs}
         pixels = {name: value for name, value in given.items() if value is not None}
         if inputs_embeds is None:
-            assert input_ids is not None, "give input_ids or inputs_embeds"
+            if input_ids is None:
+                raise ValueError("neither input_ids nor inputs_embeds is given; give one of them")
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
             if pixels:

@@ -18,11 +18,12 @@ from pipeline.demo.assets import TEACHER
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.estimation import make_estimate
 from pipeline.run_file import load_run_file
-from pipeline.ui import progress
+from pipeline.ui import console, progress
 from pipeline.ui.console import PlainConsole
 from pipeline.ui.html_report import ReportSample, render_report
 from pipeline.ui.streams import GuardedStream, guard_streams, say
 from pipeline.ui.tables import ReportTable, print_facts, print_notes, print_table
+from storage.safe_path import code_digest
 from storage.stores import open_store
 from storage.targets.commits import SkippedSample
 from storage.targets.manifest import create_or_check
@@ -46,6 +47,8 @@ def _streams_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
+    for made_before in (console.results, console.messages):
+        monkeypatch.setattr(made_before, "_width", 400)
 
 
 def assert_harmless(text: str) -> None:
@@ -221,7 +224,7 @@ def test_a_librarys_bar_may_go_back_to_the_start_of_its_line(monkeypatch: pytest
 def test_a_worker_of_a_cluster_writes_its_log_like_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.StringIO())
-    _Actor(lambda: None, None).start()
+    _Actor(lambda: None, None, code_digest()).start()
     assert isinstance(sys.stderr, GuardedStream)
 
 
