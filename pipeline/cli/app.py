@@ -94,8 +94,7 @@ def main() -> None:
     keep_children_safe()
     guard_streams()
     try:
-        if sys.flags.optimize > 1:
-            raise UserError("transformers reads docstrings, which python -OO removes; set PYTHONOPTIMIZE to 1 or 0")
+        _check_docstrings()
         with disk_errors_named(Path.cwd()):
             app()
     except UserError as error:
@@ -107,6 +106,11 @@ def main() -> None:
         _end(f"error: this needs {error.name}, which is not installed; pip install 'compodistill[{extra}]'", 2)
     except Interrupted as stop:
         _end(str(stop), stop.exit_code)
+
+
+def _check_docstrings() -> None:
+    if sys.flags.optimize > 1:
+        raise UserError("transformers reads docstrings, which python -OO removes; set PYTHONOPTIMIZE to 1 or 0")
 
 
 def _end(message: str, exit_code: int) -> None:

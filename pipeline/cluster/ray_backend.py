@@ -19,6 +19,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.job_config import JobConfig
 
 from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
+from pipeline.cluster.liveness import ClusterWatch, lost
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Work, Worker
@@ -133,10 +134,12 @@ def run_tasks(
     executor = _RayExecutor(make_worker, limits)
     queue = TaskQueue(tasks, limits.max_attempts, limits.tasks_per_worker)
     pool = ActorPool(queue, executor, on_progress, on_result)
+    watch = ClusterWatch()
     polled = 0.0
     try:
         while queue.num_unfinished:
-            pool.scale()
+            if watch.just_answered():
+                pool.scale()
             for call in _finished(pool.calls):
                 pool.finish(call)
             if (now := time.monotonic()) > polled + POLL_S:
@@ -146,6 +149,8 @@ def run_tasks(
                     pool.progress(executor.reports())
                 on_workers(pool.workers)
         on_workers(pool.workers)
+    except ConnectionError as error:  # of a client
+        raise lost(str(error)) from error
     finally:
         pool.close()
         executor.close()

@@ -1,15 +1,18 @@
 """Runs one function in the processes of a torch process group, with Ray Train."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from threading import Thread
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
+from pipeline.cluster.liveness import ClusterWatch, lost
 from pipeline.cluster.mailbox import Throttled
 from pipeline.cluster.ray_backend import POLL_S, new_mailbox
 from pipeline.ui.streams import guard_streams
-from storage.errors import PassingFailure, UserError
+from storage.errors import PassingFailure, UserError, first_line
 
 RUN_NAME = "ray-train"
 """Folder of Ray Train's own state, inside the one it is given."""
@@ -41,6 +44,7 @@ def run_group(
         should_stop: asked a few times a second, as long as it says no.
 
     Raises:
+        ClusterLost: If the cluster is gone.
         UserError: If `work` raised it (only a `PassingFailure` is tried again), or the group failed too often.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -59,16 +63,18 @@ def run_group(
             name=RUN_NAME, storage_path=storage, failure_config=FailureConfig(max_failures=max_attempts - 1)
         ),
     )
-    # Beside this thread: in the main one it would take Ctrl-C for itself, and end without a checkpoint.
-    with ThreadPoolExecutor(1) as beside:
-        fitting = beside.submit(trainer.fit)
-        asked = ended = False
+    fitting, watch = _fitting(trainer), ClusterWatch()
+    asked = ended = False
+    try:
         while not ended:
+            watch.just_answered()
             ended = bool(wait([fitting], POLL_S).done)
             for message in ray.get(mailbox.take.remote()):
                 on_message(*message)
             if not asked and not ended and (asked := should_stop()):
                 ray.get(mailbox.ask_to_stop.remote())
+    except RayError as silence:  # the mailbox is on the head node
+        raise lost(first_line(silence)) from silence
     error = ray.get(mailbox.error.remote())
     ray.kill(mailbox)
     if error is not None:
@@ -76,6 +82,23 @@ def run_group(
     if isinstance(failure := fitting.exception(), ray.train.TrainingFailedError):
         raise UserError(f"the processes of the group failed {max_attempts} times, at last with: {failure}") from failure
     fitting.result()
+
+
+def _fitting(trainer: Any) -> Future[Any]:
+    """`fit` in a thread: in the main one it would take Ctrl-C for itself, and end without a checkpoint.
+
+    The end of the process does not wait for it, as it waits without an end for a cluster that is lost.
+    """
+    fitting: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            fitting.set_result(trainer.fit())
+        except BaseException as error:
+            fitting.set_exception(error)
+
+    Thread(target=fit, daemon=True).start()
+    return fitting
 
 
 def _in_each_process(work: Work, mailbox: Any) -> Callable[[Any], None]:
