@@ -4,6 +4,7 @@ Each command has a file with its flags, its call and its table. Heavy libraries 
 that `cdp --help` answers at once.
 """
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipeline.cli.train_student import train_student
 from pipeline.cli.verify import verify
 from pipeline.runtime.interruption import Interrupted, raised_on
 from pipeline.ui.streams import guard_streams, say
-from storage.errors import UserError, disk_errors_named
+from storage.errors import UserError, disk_errors_named, first_line
 from storage.safe_path import keep_children_safe
 
 COMMANDS = (
@@ -50,6 +51,9 @@ COMMANDS = (
 
 _EXTRA_OF = {"pandas": "ray-train", "pyarrow": "ray-train", "obstore": "s3", "sklearn": "digits"}
 """Optional packages and the extra of the project that installs them."""
+
+# Of torch on the CPU, of torch on a GPU, and of Python.
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|can't start new thread")
 
 
 class _Commands(TyperGroup):
@@ -104,6 +108,14 @@ def main() -> None:
         if extra is None:
             raise
         _end(f"error: this needs {error.name}, which is not installed; pip install 'compodistill[{extra}]'", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+            raise
+        _end(
+            f"error: no memory is left on this machine or its GPU ({first_line(error)}); free some, or lower "
+            "train.loader.microbatch_size (training), teacher.batch_size (extraction) or the numbers of processes",
+            2,
+        )
     except Interrupted as stop:
         _end(str(stop), stop.exit_code)
 

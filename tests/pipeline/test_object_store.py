@@ -26,6 +26,8 @@ def test_targets_on_s3_have_the_bytes_and_give_the_student_of_a_local_store(
     tiny: TinyWorld, targets: Path, undisturbed: Path, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CDP_CACHE_DIR", str(tmp_path / "cache"))
+    # Less than any file: what no process holds is evicted at once, by each of them.
+    monkeypatch.setenv("CDP_CACHE_GB", "1e-6")
     samples_url, targets_url = f"{s3_bucket}/{tmp_path.name}/samples", f"{s3_bucket}/{tmp_path.name}/targets"
     samples = open_store(samples_url)
     for file in sorted(tiny.samples.iterdir()):
@@ -41,7 +43,7 @@ def test_targets_on_s3_have_the_bytes_and_give_the_student_of_a_local_store(
     assert all(here.read(path) == there.read(path) for path in stored)
     assert verify(targets_url, samples_url).ok
 
-    settings = [part for setting in (*SETTINGS, "train.loader.num_workers=1") for part in ("--set", setting)]
+    settings = [part for setting in (*SETTINGS, "train.loader.num_workers=2") for part in ("--set", setting)]
     output = tmp_path / "run"
     train = ("train-student", *places, "--student", str(tiny.student_lm), "--output", str(output), *settings)
     cdp(*train, environment=environment)

@@ -50,6 +50,20 @@ def test_a_run_that_is_asked_to_stop_saves_where_it_is_and_goes_on_to_the_same_w
     assert_same_students(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
+def test_a_clock_that_goes_backwards_changes_nothing(
+    tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    run = run_file(tiny, targets, tmp_path / "run")
+    done: list[int] = []
+    with pytest.raises(Interrupted):
+        train(run, STAGES, AtEachStep(lambda _, step: done.append(step)), lambda: len(done) == 4)
+    train(run, STAGES)
+    assert_same_students(tmp_path / "run", undisturbed)
+
+
 def test_metrics_and_starts_of_a_resumed_run_are_told_once_each(
     tiny: TinyWorld, targets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -418,3 +419,26 @@ def test_a_missing_optional_package_is_named_with_its_extra(
         app.main()
     assert exit_code.value.code == 2
     assert f"compodistill[{extra}]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "take_all",
+    [
+        lambda: bytearray(2**62),
+        lambda: torch.empty(2**60),
+        lambda: _raise(torch.OutOfMemoryError("CUDA out of memory")),
+    ],
+)
+def test_the_end_of_memory_is_one_message(
+    take_all: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(app, "app", take_all)
+    ended = run_here(monkeypatch=monkeypatch, capsys=capsys)
+    assert ended.code == 2
+    assert re.fullmatch(
+        r"error: no memory is left on this machine or its GPU \(.+\); free some, or lower .*\n", ended.err
+    )
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -11,7 +11,7 @@ from storage.integrity.verify import verify
 from tests.conftest import TinyWorld
 from tests.pipeline.cluster.ray_nodes import nodes
 from tests.pipeline.processes import start_cdp, tree
-from tests.processes import PATIENCE_S, runs_until
+from tests.processes import PATIENCE_S, kill, runs_until
 
 
 @pytest.mark.slow
@@ -68,3 +68,19 @@ def test_a_node_that_dies_in_the_middle_of_shards_while_another_has_joined_and_w
     assert "its worker process died" in lost.ended
     assert report.failed_tries
     assert lost.shards + sum(other.shards for other in others) == report.shards_made_now == report.shards
+
+
+@pytest.mark.slow
+def test_an_extraction_without_an_address_uses_none_of_another_cluster_on_the_machine(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with nodes("one") as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", tmp_path / "store")
+        process = start_cdp("extract-teacher", *places)
+        try:
+            assert runs_until(process, lambda: any((tmp_path / "store").glob("teacher*")))
+            assert cluster.workers() == []
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            kill(process)

@@ -1,6 +1,7 @@
 """The cache of object stores stays within its bound, and never takes what is in use."""
 
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -132,4 +133,12 @@ def test_reading_through_a_store_keeps_the_bound(cache):
     for number in range(6):
         store.write(f"file{number}", bytes([number]) * ENTRY_BYTES)
         assert store.local(f"file{number}", holder=Reader()).read_bytes() == bytes([number]) * ENTRY_BYTES
+    assert len(kept(cache)) == 2
+
+
+def test_a_clock_that_went_backwards_evicts_in_another_order_and_keeps_the_bound(cache: Path) -> None:
+    for number in (1, 2, 3, 4):
+        entry(number, Reader())
+        for lock in cache.glob("*.lock"):
+            os.utime(lock, (4e9 - number, 4e9 - number))
     assert len(kept(cache)) == 2
