@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline.cluster import ray_backend, ray_train_group
+from pipeline.cluster import connection, ray_train_group
 from pipeline.run_file import RunFile, need
 from pipeline.runtime.interruption import SAVED_EXIT_CODE, Interrupted, remembered
 from pipeline.training import refuse_existing, train
@@ -72,7 +72,7 @@ def _train(
 
     # Connecting takes the signals for Ray, so that they are remembered anew after it.
     signals = remembered(signal.SIGTERM, signal.SIGINT)
-    connected = ray_backend.connect(run.train.cluster.ray_address)
+    connected = connection.connect(run.train.cluster.ray_address)
     with connected as cluster, signals as asked_to_stop, _marker_file(output) as marker:
         ray_train_group.run_group(
             partial(_train_in_group, _with_absolute_paths(run), tuple(stages), marker),

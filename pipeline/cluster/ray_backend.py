@@ -4,22 +4,20 @@ It knows nothing of what a task is.
 """
 
 import contextlib
-import logging
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
-from ray.job_config import JobConfig
 
 from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
-from pipeline.cluster.liveness import ClusterWatch, lost
+from pipeline.cluster.connection import ClusterWatch, lost
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Work, Worker
@@ -29,66 +27,6 @@ from storage.safe_path import check_code, code_digest, keep_children_safe
 
 POLL_S = 0.2
 REPORT_S = 0.5
-CONNECT_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a connected cluster has."""
-
-    cpus: int
-    gpus: int
-
-
-@contextlib.contextmanager
-def connect(address: str | None) -> Iterator[Cluster]:
-    """Connects to a cluster, or starts one on this machine for the time of the block.
-
-    The address is that of a running cluster ("auto", "host:6379", "ray://host:10001"); None starts a local one.
-    """
-    started = not ray.is_initialized()
-    if started:
-        keep_children_safe()
-        if address is not None:
-            _check_reachable(address)
-        where: dict[str, Any] = {"address": address}
-        if address is None:
-            where = {"address": "local", "include_dashboard": False}
-        if address is None or not address.startswith("ray://"):
-            where["job_config"] = _own_path_only()
-        try:
-            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
-    try:
-        resources = ray.cluster_resources()
-        yield Cluster(cpus=int(resources.get("CPU", 1)), gpus=int(resources.get("GPU", 0)))
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _own_path_only() -> JobConfig:
-    """A job whose workers do not import from the folders of the driver: Ray would put its current one first."""
-
-    class NoPaths(list[str]):
-        def extend(self, _: Iterable[str]) -> None:
-            pass
-
-    config = JobConfig()
-    config._py_driver_sys_path = NoPaths()
-    return config
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes where nothing listens."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
 
 
 @dataclass(frozen=True)

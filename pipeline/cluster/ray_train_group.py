@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from pipeline.cluster.liveness import ClusterWatch, lost
+from pipeline.cluster.connection import ClusterWatch, lost
 from pipeline.cluster.mailbox import Throttled
 from pipeline.cluster.ray_backend import POLL_S, new_mailbox
 from pipeline.ui.streams import guard_streams

@@ -44,13 +44,13 @@ def extract(
         UserError: If a shard failed on every attempt; the others are stored.
         Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
-    from pipeline.cluster import ray_backend
+    from pipeline.cluster import connection, ray_backend
     from stages.teacher.identity import identify_teacher
 
     started = time.perf_counter()
     samples, targets = open_store(samples_url), open_store(targets_url)
     index = SampleIndex.load(samples)
-    with ray_backend.connect(config.ray_address) as cluster:
+    with connection.connect(config.ray_address) as cluster:
         identity = identify_teacher(teacher, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from stages.checkpoints.weights import check_files
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.regular_files import refuse_special_files
 
 _WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
@@ -38,10 +38,10 @@ def local_folder(name: str | Path, *, with_weights: bool = False) -> Path:
         patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=patterns))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except Exception as error:  # of the hub, the disk, or whatever library speaks HTTP beneath
             raise UserError(
                 f"no checkpoint at {name}: it is neither a folder here nor a model id that the hub gave "
-                f"({type(error).__name__}); check the path"
+                f"({type(error).__name__}: {first_line(error)}); check the path"
             ) from error
     # The library would wait for ever for a FIFO among them.
     refuse_special_files(folder)

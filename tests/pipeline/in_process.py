@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
 
-from pipeline.cluster import ray_backend
+from pipeline.cluster import connection, ray_backend
 from pipeline.cluster.worker import Outcome
 
 
@@ -15,8 +15,8 @@ def without_ray(threads: int = 1) -> Iterator[None]:
     """Inside the block `extract` makes its shards here, `threads` of them at a time."""
 
     @contextlib.contextmanager
-    def connect(_: str | None) -> Iterator[ray_backend.Cluster]:
-        yield ray_backend.Cluster(cpus=1, gpus=0)
+    def connect(_: str | None) -> Iterator[connection.Cluster]:
+        yield connection.Cluster(cpus=1, gpus=0)
 
     def run_tasks(make_worker: Any, tasks: list[int], _: ray_backend.TaskLimits, **calls: Any) -> Outcome:
         work = make_worker()
@@ -28,5 +28,5 @@ def without_ray(threads: int = 1) -> Iterator[None]:
             list(pool.map(run, tasks))
         return Outcome()
 
-    with patch.object(ray_backend, "connect", connect), patch.object(ray_backend, "run_tasks", run_tasks):
+    with patch.object(connection, "connect", connect), patch.object(ray_backend, "run_tasks", run_tasks):
         yield

@@ -14,7 +14,8 @@ from ray.exceptions import OutOfMemoryError, RayTaskError
 
 from pipeline.cluster import ray_backend
 from pipeline.cluster.actor_pool import ActorPool
-from pipeline.cluster.ray_backend import TaskLimits, connect, run_tasks
+from pipeline.cluster.connection import connect
+from pipeline.cluster.ray_backend import TaskLimits, run_tasks
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.worker import Outcome, Worker
 from storage.errors import FingerprintMismatch, UserError
