@@ -66,3 +66,31 @@ def disk_errors_named(path: Path) -> Iterator[None]:
             f"{error.filename or path}: {error.strerror}; {hint}, then run the same command again "
             "(nothing half-written counts)"
         ) from error
+
+
+_NO_PATH = {
+    errno.ENAMETOOLONG: "is longer than a name or path may be; choose a shorter one",
+    errno.ENOTDIR: "leads through a file; name a folder",
+    errno.EISDIR: "is a folder, expected a file; name a file",
+    errno.EEXIST: "exists and is no folder; name a folder",
+    errno.ELOOP: "is a loop of links; name a file or folder",
+}
+_SHOWN_CHARS = 200
+
+
+@contextmanager
+def path_errors_named() -> Iterator[None]:
+    """What cannot be a path, for whatever a command wanted with it, becomes a named error.
+
+    Raises:
+        UserError: Instead of an OSError about the path itself; any other is left as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = _NO_PATH.get(error.errno or 0)
+        if why is None or error.filename is None:
+            raise
+        name = str(error.filename)
+        shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}... ({len(name)} characters)"
+        raise UserError(f"{shown} {why}") from error

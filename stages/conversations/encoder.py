@@ -7,6 +7,7 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
+from stages.checkpoints.processor_sizes import check_picture
 from stages.conversations.answer_spans import mask_of_spans, render_with_answers
 from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import to_messages, with_placeholders
@@ -103,6 +104,8 @@ class ConversationEncoder:
 
     def _tokenize(self, text: str, spans: list[Span], images: Sequence[Image.Image]) -> EncodedConversation:
         self._check_placeholders(text, len(images))
+        for image in images:
+            check_picture(self.processor, image)
         bos = self.processor.tokenizer.bos_token
         try:
             outputs = self.processor(
