@@ -1,6 +1,8 @@
 """The errors a user can cause or meet; the command line prints them without a traceback."""
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,18 +56,29 @@ def disk_errors_named(path: Path) -> Iterator[None]:
     """A full disk, a lost permission or a read-only mount inside the block becomes an error that names the file.
 
     Raises:
-        StoreUnavailable: Instead of these; any other OSError is left as it is.
+        StoreUnavailable: Instead of these; any other error is left as it is.
     """
     try:
         yield
-    except OSError as error:
-        if (hint := _TO_DO.get(error.errno or 0)) is None:
+    except UserError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if (hint := _TO_DO.get(number)) is None:
             raise
         # A failing write names no file itself.
+        name = getattr(error, "filename", None) or path
         raise StoreUnavailable(
-            f"{error.filename or path}: {error.strerror}; {hint}, then run the same command again "
-            "(nothing half-written counts)"
+            f"{name}: {os.strerror(number)}; {hint}, then run the same command again (nothing half-written counts)"
         ) from error
+
+
+def _errno(error: Exception) -> int:
+    """Of an OSError, or as libraries in Rust, which write weights and tokenizers, end their text with it; else 0."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 _NO_PATH = {

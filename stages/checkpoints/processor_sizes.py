@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
+from stages.checkpoints.tokenizer_rules import panics_raised
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError, first_line
 
@@ -126,7 +127,8 @@ def _tried(processor: Any) -> str | None:
     placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     text = {"text": [placeholder]} if placeholder else {}
     try:
-        made = processor(images=[[Image.new("RGB", _TRIED, "grey")]], return_tensors="pt", **text)
+        with panics_raised():
+            made = processor(images=[[Image.new("RGB", _TRIED, "grey")]], return_tensors="pt", **text)
         pixels = made["pixel_values"]
     # Settings of wrong types raise whatever the library's arithmetic does.
     except Exception as error:
