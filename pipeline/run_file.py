@@ -22,6 +22,8 @@ _DEEPEST = 8
 """Sections inside one another; settings have three."""
 _MAX_BYTES = 2**20
 """Largest run file; real ones have kilobytes, and YAML takes a second for each 200."""
+_MOST_VALUES = 10_000
+"""Values that a run file may stand for; real ones have hundreds. A few aliases of aliases stand for any number."""
 
 Setting = TypeVar("Setting")
 
@@ -126,21 +128,58 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 it is a SafeLoader
-    except _RepeatedKey as error:
+        value = yaml.load(text, _Loader)  # noqa: S506 it is a SafeLoader
+        _num_values(value, {})
+    except _RefusedYaml as error:
         raise UserError(f"{origin}: {error}") from None
     except RecursionError:
         raise UserError(f"{origin} nests too deep for a run file") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin} is not YAML: {error}") from error
+    return value
 
 
-class _RepeatedKey(Exception):
-    """Two values for one key, of which YAML would keep the last."""
+def _num_values(value: Any, counted: dict[int, int]) -> int:
+    """How many values it stands for, what an alias repeats counted each time.
+
+    Args:
+        value: of a document.
+        counted: lists and mappings by their id; 0 for those that hold this one.
+    """
+    if isinstance(value, str | bytes) and ("\0" in str(value) or not _is_encodable(str(value))):
+        raise _RefusedYaml(f"{value!r:.100} holds a character that neither text nor a path can have; remove it")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise _RefusedYaml("it holds a number of more than 64 bits; no setting has one")
+    if not isinstance(value, dict | list | set):
+        return 1
+    if id(value) not in counted:
+        counted[id(value)] = 0
+        parts = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        counted[id(value)] = 1 + sum(_num_values(part, counted) for part in parts)
+    if counted[id(value)] > _MOST_VALUES:
+        raise _too_many()
+    return counted[id(value)]
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether it can be a path; bytes that are no UTF-8 stand in those as single surrogates."""
+    try:
+        text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _RefusedYaml(Exception):
+    """YAML that is well-formed and no run file."""
+
+
+def _too_many() -> _RefusedYaml:
+    return _RefusedYaml(f"it stands for more than {_MOST_VALUES:,} values; no run file has as many: write out fewer")
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader that refuses repeated keys; as they are written, before `<<` brings in others."""
+    """The safe loader that refuses repeated keys as they are written, and too many that `<<` brings in."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -148,11 +187,16 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
                 here, there = (one.start_mark.line + 1 for one in (key, first[key.tag, key.value]))
-                raise _RepeatedKey(
+                raise _RefusedYaml(
                     f"line {here} has {key.value} again, after line {there}; only one of them would count: rename or "
                     "remove one"
                 )
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_VALUES:
+            raise _too_many()
 
 
 def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:

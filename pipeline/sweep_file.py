@@ -28,7 +28,7 @@ from storage.strict_model import StrictModel
 
 SWEEP_REPORT = "sweep.json"
 """File of all results in a sweep's folder."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class CompareConfig(StrictModel):
@@ -79,12 +79,9 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
     shared = read_document(find_config(base_path)) if base_path is not None else {}
     lay_over(shared, document)
     output = Path(_output(resolve(copy.deepcopy(shared), settings, flags, str(path))))
+    _check_names(students, path)
     runs = {}
     for name, own in students.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(f"{path}: student {name!r} cannot name a folder; take letters, digits, '-', '_' and '.'")
-        if name.lower() in (SWEEP_REPORT, LOCK_FILE) or name.lower().endswith(PARTIAL):
-            raise UserError(f"{path}: student {name}: the sweep's folder has files of such names; take another")
         if not isinstance(own or {}, dict):
             raise UserError(f"{path}: student {name} is {own!r:.100}, expected settings such as train.seed: 1")
         run = copy.deepcopy(shared)
@@ -98,6 +95,19 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
     if compare.pairs is not None:
         load_pairs(compare.pairs, compare.images, limit=compare.pairs_limit)
     return Sweep(output, runs, compare)
+
+
+def _check_names(students: dict[Any, Any], path: Path) -> None:
+    taken: dict[str, str] = {}
+    for name in students:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            found = f"{path}: student {name!r:.100} cannot name a folder"
+            raise UserError(f"{found}; take up to 100 letters, digits, '-', '_' and '.'")
+        if name.lower() in (SWEEP_REPORT, LOCK_FILE) or name.lower().endswith(PARTIAL):
+            raise UserError(f"{path}: student {name}: the sweep's folder has files of such names; take another")
+        if (twin := taken.setdefault(name.lower(), name)) != name:
+            found = f"{path}: students {twin} and {name} differ in case alone"
+            raise UserError(f"{found}, and on some file systems would share a folder; rename one")
 
 
 def compared_data(run: RunFile) -> tuple[str, str]:

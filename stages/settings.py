@@ -19,6 +19,8 @@ Settings = TypeVar("Settings", bound=BaseModel)
 _SHORT = reprlib.Repr()
 # A few lines of YAML can stand for a value of any size.
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
+_SHOWN_ERRORS = 20
+"""Problems of one run file that are listed."""
 
 
 class AtResume(StrEnum):
@@ -148,11 +150,13 @@ def validated(model: type[Settings], values: dict[str, Any], origin: str) -> Set
         return model.model_validate(values)
     except ValidationError as error:
         lines = []
-        for found in error.errors():
+        for found in error.errors()[:_SHOWN_ERRORS]:
             name, unknown = ".".join(map(str, found["loc"])), found["type"] == "extra_forbidden"
             said = "there is no such setting" if unknown else found["msg"]
             hint = _hint(name, model) if unknown or name in RENAMED else ""
             lines.append(f"  {name}: {said} (found {_SHORT.repr(found.get('input'))}){hint}")
+        if (num_more := error.error_count() - len(lines)) > 0:
+            lines.append(f"  and {num_more} more")
         raise UserError(f"{origin}:\n" + "\n".join(lines)) from error
 
 

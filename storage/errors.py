@@ -1,6 +1,8 @@
 """The errors a user can cause or meet; the command line prints them without a traceback."""
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,15 +56,54 @@ def disk_errors_named(path: Path) -> Iterator[None]:
     """A full disk, a lost permission or a read-only mount inside the block becomes an error that names the file.
 
     Raises:
-        StoreUnavailable: Instead of these; any other OSError is left as it is.
+        StoreUnavailable: Instead of these; any other error is left as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if (hint := _TO_DO.get(number)) is None:
+            raise
+        # A failing write names no file itself.
+        name = getattr(error, "filename", None) or path
+        raise StoreUnavailable(
+            f"{name}: {os.strerror(number)}; {hint}, then run the same command again (nothing half-written counts)"
+        ) from error
+
+
+def _errno(error: Exception) -> int:
+    """Of an OSError, or as libraries in Rust, which write weights and tokenizers, end their text with it; else 0."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
+_NO_PATH = {
+    errno.ENAMETOOLONG: "is longer than a name or path may be; choose a shorter one",
+    errno.ENOTDIR: "leads through a file; name a folder",
+    errno.EISDIR: "is a folder, expected a file; name a file",
+    errno.EEXIST: "exists and is no folder; name a folder",
+    errno.ELOOP: "is a loop of links; name a file or folder",
+}
+_SHOWN_CHARS = 200
+
+
+@contextmanager
+def path_errors_named() -> Iterator[None]:
+    """What cannot be a path, for whatever a command wanted with it, becomes a named error.
+
+    Raises:
+        UserError: Instead of an OSError about the path itself; any other is left as it is.
     """
     try:
         yield
     except OSError as error:
-        if (hint := _TO_DO.get(error.errno or 0)) is None:
+        why = _NO_PATH.get(error.errno or 0)
+        if why is None or error.filename is None:
             raise
-        # A failing write names no file itself.
-        raise StoreUnavailable(
-            f"{error.filename or path}: {error.strerror}; {hint}, then run the same command again "
-            "(nothing half-written counts)"
-        ) from error
+        name = str(error.filename)
+        shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}... ({len(name)} characters)"
+        raise UserError(f"{shown} {why}") from error

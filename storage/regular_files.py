@@ -121,3 +121,17 @@ def home_expanded(path: str | Path) -> Path:
     except RuntimeError as error:
         found = f"{path} begins with the home folder of an unknown user"
         raise UserError(f"{found}; write ./{path} if it is a name here") from error
+
+
+def refuse_other_than_utf8(path: Path) -> None:
+    """Refuses a path that some of the libraries that write stores and checkpoints, which take UTF-8, cannot open.
+
+    Raises:
+        UserError: If it is one.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8, which the libraries that read and write here need; give it another name"
+        ) from error

@@ -29,7 +29,7 @@ from pipeline.cli.train_student import train_student
 from pipeline.cli.verify import verify
 from pipeline.runtime.interruption import Interrupted, raised_on
 from pipeline.ui.streams import guard_streams, say
-from storage.errors import UserError, disk_errors_named, first_line
+from storage.errors import UserError, disk_errors_named, first_line, path_errors_named
 from storage.safe_path import keep_children_safe
 
 COMMANDS = (
@@ -99,7 +99,7 @@ def main() -> None:
     guard_streams()
     try:
         _check_docstrings()
-        with disk_errors_named(Path.cwd()):
+        with path_errors_named(), disk_errors_named(Path.cwd()):
             app()
     except UserError as error:
         _end(f"error: {error}", 2)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ReportOption, SamplesOption, TargetsOption, save, say_which_student
+from pipeline.cli.options import ReportOption, SamplesOption, TargetsOption, can_be_saved, save, say_which_student
 
 if TYPE_CHECKING:
     from pipeline.ui.tables import ReportTable
@@ -20,7 +20,9 @@ def compare_attention(
     targets: TargetsOption = None,
     limit: Annotated[int, typer.Option(help="Samples to compare on.", min=1)] = 64,
     report: ReportOption = None,
-    html: Annotated[Path | None, typer.Option(help="File to save an HTML report with pictures in.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(callback=can_be_saved, help="File to save an HTML report with pictures in.")
+    ] = None,
 ) -> None:
     """Compares a student's attention with the teacher's. Gives numbers and pictures, from the stored maps."""
     from pipeline.evaluation import attention_pictures, compare_with_targets

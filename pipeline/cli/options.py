@@ -1,11 +1,14 @@
 """Options that several commands take, and what they do."""
 
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Annotated
 
 import typer
 
 from pipeline.recipes import recipe_names
+from storage.errors import UserError
 
 ConfigOption = Annotated[
     Path | None,
@@ -19,7 +22,25 @@ TargetsArgument = Annotated[str, typer.Argument(help="Target store: folder or ob
 TeachersOption = Annotated[
     int | None, typer.Option("--workers", help="Teachers that run side by side; default: one a GPU, or one a core.")
 ]
-ReportOption = Annotated[Path | None, typer.Option("--report", help="File to save the report in, as JSON.")]
+
+
+def can_be_saved(path: Path | None) -> Path | None:
+    """A file to save a report in, as the command line has it; refused before the work is done that it reports.
+
+    Raises:
+        UserError: If it is a folder.
+        OSError: If it cannot be a path.
+    """
+    if path is not None:
+        with suppress(FileNotFoundError):
+            if S_ISDIR(path.stat().st_mode):
+                raise UserError(f"{path} is a folder, expected a file to save a report in; name a file")
+    return path
+
+
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", callback=can_be_saved, help="File to save the report in, as JSON.")
+]
 
 RENAMED = {"--adapter": "--vision", "--json": "--report", "--page": "--html"}
 """Options of earlier versions -> what they are called now."""

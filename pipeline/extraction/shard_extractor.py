@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.cluster.task_queue import CRASHES_AT_A_POSITION
 from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic, reproducible_threads
-from storage.errors import FingerprintMismatch
+from storage.errors import FingerprintMismatch, disk_errors_named
 from storage.samples.sample_set import SampleSet
 from storage.samples.shard_reader import SampleShard
 from storage.stores import open_store
@@ -124,5 +124,6 @@ class ShardExtractor:
         with self._saving_vision:
             if not self.targets.exists(TEACHER_RECORD):
                 staging = self.targets.staging("teacher")
-                self.teacher.save_vision(staging)
+                with disk_errors_named(staging):
+                    self.teacher.save_vision(staging)
                 save_teacher(self.targets, self.manifest, staging)

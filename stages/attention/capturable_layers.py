@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig
 
 from stages.attention.capture import CAPTURING_SDPA, AttentionCapture, register_capture
+from stages.checkpoints.configs import model_built_from
 from storage.errors import UserError
 
 _FOUND: dict[str, frozenset[int] | None] = {}
@@ -19,11 +20,12 @@ def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
     family whose forward pass depends on numbers, or that the library does not know.
 
     Raises:
-        UserError: If it cannot run with sdpa, beside which maps are captured.
+        UserError: If it cannot run with sdpa, beside which maps are captured, or no model can be built from its config.
     """
     key = decoder.to_json_string()
     if key not in _FOUND:
-        _FOUND[key] = _look(decoder)
+        with model_built_from(f"a {decoder.model_type} decoder"):
+            _FOUND[key] = _look(decoder)
     return _FOUND[key]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage.errors import UserError
+from storage.errors import UserError, disk_errors_named
+from storage.regular_files import refuse_other_than_utf8
 from storage.stores import PARTIAL, LocalStore
 from storage.stores.owner import names_owner, remove_if_abandoned
 
@@ -15,8 +16,12 @@ def check_new(folder: Path) -> None:
     """Refuses a folder that holds something.
 
     Raises:
-        UserError: If it does, or is a file.
+        UserError: If it does, is a file, or is not UTF-8.
     """
+    refuse_other_than_utf8(folder)
+    # `exists` says no for what lies below a file.
+    if any(above.is_file() for above in folder.absolute().parents):
+        raise UserError(f"{folder} leads through a file; name a new folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; name a new folder")
 
@@ -28,7 +33,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     What a killed run left of it is removed first; what another process is writing is left alone.
 
     Raises:
-        UserError: If `folder` holds something.
+        UserError: If `folder` holds something, or the disk is full.
     """
     folder = folder.absolute()
     check_new(folder)
@@ -38,7 +43,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     store = LocalStore(folder.parent)
     staging = store.staging(folder.name)
     try:
-        yield staging
+        with disk_errors_named(folder):
+            yield staging
         check_new(folder)
         # Another process may have been quicker since.
         store.put_tree(staging, folder.name, replace=False)

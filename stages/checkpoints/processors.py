@@ -10,6 +10,8 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 from transformers.utils import logging as transformers_logging
 
 from stages.checkpoints.configs import check_configs
+from stages.checkpoints.processor_sizes import check_processor
+from stages.checkpoints.tokenizer_rules import check_tokenizer
 from storage.errors import UserError, first_line
 
 _VIDEO = "video_processor"
@@ -20,10 +22,12 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
     """A checkpoint's processor; see `images_only` for those that also read videos.
 
     Raises:
-        UserError: As `check_configs`; if the library lacks a package for it, or its files are missing or damaged.
+        UserError: As `check_configs`, `check_tokenizer` and `check_processor`; if the library lacks a package for it,
+            or its files are missing or damaged.
     """
     if not trust_remote_code:
         check_configs(folder)
+        check_tokenizer(folder)
     try:
         cls = None if trust_remote_code else _processor_class(folder)
         processor: ProcessorMixin = (
@@ -44,6 +48,8 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
     if not isinstance(processor, ProcessorMixin):
         found = f"{folder} has a {type(processor).__name__} and no processor for images and text"
         raise UserError(f"{found}; expected {_CONFIGS} beside the tokenizer: fetch or save them again")
+    if not trust_remote_code:
+        check_processor(processor, folder)
     return processor
 
 
@@ -51,9 +57,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A checkpoint's tokenizer.
 
     Raises:
-        UserError: As `check_configs`; if its files are missing or damaged.
+        UserError: As `check_configs` and `check_tokenizer`; if its files are missing or damaged.
     """
     check_configs(folder)
+    check_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # As in `load_processor`.

@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError
 
 from stages.checkpoints.weights import check_files
 from storage.errors import UserError, first_line
-from storage.regular_files import refuse_special_files
+from storage.regular_files import refuse_other_than_utf8, refuse_special_files
 
 _WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
 _NEEDED_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -31,9 +31,10 @@ def local_folder(name: str | Path, *, with_weights: bool = False) -> Path:
     """A folder as it is, else that of a model id of the hub, downloaded once.
 
     Raises:
-        UserError: If it is neither, or holds something that is no regular file.
+        UserError: If it is neither, is not UTF-8, or holds something that is no regular file.
     """
     folder = Path(name)
+    refuse_other_than_utf8(folder)
     if not folder.is_dir():
         patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
         try:

@@ -1,14 +1,16 @@
 """A checkpoint's weights: loaded whole from its files or refused, and their digest."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from stages.checkpoints.configs import check_configs
+from stages.checkpoints.configs import load_config, model_built_from
 from storage.digests import parse_json
 from storage.errors import UserError
 from storage.regular_files import read_regular
@@ -84,12 +86,34 @@ def load_weights(
         settings: for `from_pretrained`; `device_map="meta"` reads headers only.
 
     Raises:
-        UserError: As `check_configs` and `check_files`; if a tensor is missing or has another shape than the config
-            asks for.
+        UserError: As `load_config` and `check_files`; if no model can be built from the config, or a tensor is missing
+            or has another shape than the config asks for.
     """
-    if not trust_remote_code:
-        check_configs(folder)
+    load_config(folder, trust_remote_code=trust_remote_code)
     check_files(folder)
+    if not trust_remote_code:
+        # Headers first: what a config asks for beside what the files hold may have any size.
+        with model_built_from(str(folder)), _without_its_report():
+            checked = _load(auto_class, folder, nothing_else, False, settings | {"device_map": "meta"})
+        if settings.get("device_map") == "meta":
+            return checked
+    return _load(auto_class, folder, nothing_else, trust_remote_code, settings)
+
+
+@contextmanager
+def _without_its_report() -> Iterator[None]:
+    """Keeps the library from logging each tensor that it did not expect, which it logs again when it loads them."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _load(
+    auto_class: Any, folder: Path, nothing_else: bool, trust_remote_code: bool, settings: dict[str, Any]
+) -> PreTrainedModel:
     loaded: PreTrainedModel
     loaded, found = auto_class.from_pretrained(
         folder,

@@ -7,6 +7,8 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
+from stages.checkpoints.processor_sizes import check_picture
+from stages.checkpoints.tokenizer_rules import panics_raised
 from stages.conversations.answer_spans import mask_of_spans, render_with_answers
 from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import to_messages, with_placeholders
@@ -103,16 +105,19 @@ class ConversationEncoder:
 
     def _tokenize(self, text: str, spans: list[Span], images: Sequence[Image.Image]) -> EncodedConversation:
         self._check_placeholders(text, len(images))
+        for image in images:
+            check_picture(self.processor, image)
         bos = self.processor.tokenizer.bos_token
         try:
-            outputs = self.processor(
-                text=[text],
-                images=[list(images)] if images else None,
-                add_special_tokens=not (bos and text.startswith(bos)),
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-                return_tensors="pt",
-            )
+            with panics_raised():
+                outputs = self.processor(
+                    text=[text],
+                    images=[list(images)] if images else None,
+                    add_special_tokens=not (bos and text.startswith(bos)),
+                    return_offsets_mapping=True,
+                    return_text_replacement_offsets=True,
+                    return_tensors="pt",
+                )
         except ValueError as error:
             raise UnusableSample("refused_by_processor", str(error)) from error
         token_ids = outputs["input_ids"][0]

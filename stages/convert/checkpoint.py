@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
+from stages.checkpoints.configs import model_built_from
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import INDEX, SINGLE, some, weight_files
@@ -107,16 +108,19 @@ def convert_checkpoint(
     dtype = tensors[EMBEDDING].dtype
     if dtype not in _DTYPES.values():
         raise UserError(f"the decoder's weights are {dtype}, expected {', '.join(_DTYPES.values())}")
-    config = converted_config(released, image_token_id, num_rows + added_rows, dtype)
-    _check_tensors(folder, tensors, config, added_rows)
-    images, images_from = load_image_processor(folder, released, image_processor)
+    with model_built_from(str(folder)):
+        config = converted_config(released, image_token_id, num_rows + added_rows, dtype)
+        _check_tensors(folder, tensors, config, added_rows)
+        images, images_from = load_image_processor(folder, released, image_processor)
+        strategy = config.vision_feature_select_strategy
+        processor = None if words is None else make_processor(released, words, images, strategy)
 
     with new_folder(output) as staging:
         num_bytes = _write_weights(tensors, staging, added_rows, progress)
         config.architectures = [_model_class(config).__name__]
         config.save_pretrained(staging)
-        if words is not None:
-            make_processor(released, words, images, config.vision_feature_select_strategy).save_pretrained(staging)
+        if processor is not None:
+            processor.save_pretrained(staging)
         report = ConversionReport(
             source=str(source),
             layout=released["model_type"],

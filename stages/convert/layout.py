@@ -1,6 +1,5 @@
 """The released layout: its config, its tensor names, and what both are called in a Hugging Face folder."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any, Final
 
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
+from stages.checkpoints.configs import read_config
 from stages.student.model.modeling_compodistill import CompoDistillStudentConfig
 from storage.errors import UserError
-from storage.regular_files import read_regular
 
 MODEL_TYPES: Final = ("compodistill", "tinyllava")
 PLACEHOLDER_ID: Final = -200  # never in an embedding: the released code cuts the token ids apart there
@@ -38,7 +37,7 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If it has another layout, or a part that a Hugging Face Llava cannot express.
     """
-    config: dict[str, Any] = json.loads(read_regular(folder / "config.json"))
+    config = read_config(folder)
     found = config.get("model_type")
     if found not in MODEL_TYPES:
         raise UserError(

@@ -10,6 +10,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from stages.checkpoints.configs import check_configs
 from stages.checkpoints.resolve import local_folder
+from stages.checkpoints.tokenizer_rules import check_tokenizer
 from stages.conversations.chat_templates import read_template
 from stages.convert.layout import class_tokens
 from storage.errors import UserError, first_line
@@ -92,6 +93,7 @@ def _load(
     try:
         folder = local_folder(origin)
         check_configs(folder, with_model=False)
+        check_tokenizer(folder)
         return auto_class.from_pretrained(folder, trust_remote_code=False), origin
     except _UNREADABLE as error:
         flag = f"--{what.replace(' ', '-')}"

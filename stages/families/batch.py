@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stages.checkpoints.processor_sizes import check_picture
 from stages.families.family import Family
 from storage.errors import UserError
 
@@ -53,18 +54,30 @@ def move_inputs(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch
 
 
 def pixels_of(family: Family, processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """The pixel inputs of one sample, as its encoded conversation has them; empty without images."""
+    """The pixel inputs of one sample, as its encoded conversation has them; empty without images.
+
+    Raises:
+        UnusableSample: As `check_picture`.
+    """
     if not images:
         return {}
+    for image in images:
+        check_picture(processor, image)
     text = {} if family.pixels_without_text else {"text": [processor.image_token * len(images)]}
     outputs = processor(images=[list(images)], return_tensors="pt", **text)
     return {name: outputs[name] for name in family.pixel_inputs if name in outputs}
 
 
 def pixels_and_count(family: Family, processor: Any, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], int]:
-    """The pixel inputs of one sample, and how many image tokens the processor makes of its images."""
+    """The pixel inputs of one sample, and how many image tokens the processor makes of its images.
+
+    Raises:
+        UnusableSample: As `check_picture`.
+    """
     if not images:
         return {}, 0
+    for image in images:
+        check_picture(processor, image)
     outputs = processor(text=[processor.image_token * len(images)], images=[list(images)], return_tensors="pt")
     pixels = {name: outputs[name] for name in family.pixel_inputs if name in outputs}
     return pixels, int((outputs["input_ids"] == processor.image_token_id).sum())

@@ -1,7 +1,9 @@
 """Reads image files of one folder: never outside it, never too large, each distinct one decoded once."""
 
+import errno
 from pathlib import Path
 
+from stages.conversations.turns import shorten
 from stages.images import decode_image
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
@@ -59,6 +61,9 @@ class ImageFolder:
         except RuntimeError as error:  # a loop of symbolic links
             raise UnusableSample("missing_image", f"{relative} is a link to itself") from error
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                found = f"{shorten(relative)} is longer than the name of a file may be"
+                raise UnusableSample("missing_image", found) from error
             raise UserError(
                 f"image {relative} in {self._root} cannot be read: {error.strerror}; mend that and run again"
             ) from error

@@ -14,7 +14,7 @@ from stages.samples.llava_json import LlavaRecords, open_llava_records
 from stages.samples.llava_record import LlavaRecord, parse_record, record_id
 from stages.samples.staged_folder import LEDGER, REPORT, SHARDS, StagedFolder
 from stages.unusable_sample import UnusableSample
-from storage.errors import UserError
+from storage.errors import UserError, disk_errors_named
 from storage.progress import SILENT, Progress
 from storage.samples.members import StoredSample
 from storage.samples.shard_writer import SampleShardWriter
@@ -73,7 +73,7 @@ def pack_samples(
     config = config or PackConfig()
     records = open_llava_records(source)
     folder = ImageFolder(images, config.max_image_pixels, config.max_shard_bytes)
-    with StagedFolder(out) as staged:
+    with disk_errors_named(out), StagedFolder(out) as staged:
         ledger = Ledger()
         groups = list(_group_records(records, ledger, progress))
         if not groups and not len(ledger):

@@ -9,17 +9,22 @@ from pathlib import Path
 from stat import S_IMODE
 
 from storage.errors import NoHardLinks, UserError, disk_errors_named
-from storage.regular_files import MAX_BYTES, home_expanded, read_regular
+from storage.regular_files import MAX_BYTES, home_expanded, read_regular, refuse_other_than_utf8
 from storage.stores.base import PARTIAL, ExpectedFiles, Store, measure_files, relative_path
 from storage.stores.owner import partial_path, remove_if_abandoned
 
 
 class LocalStore(Store):
-    """Files below one folder, each replaced or created in one atomic step after an fsync."""
+    """Files below one folder, each replaced or created in one atomic step after an fsync.
+
+    Raises:
+        UserError: If its path is not UTF-8.
+    """
 
     def __init__(self, root: Path) -> None:
         # Absolute, so that a worker with another working folder opens the same store.
         self.root = home_expanded(root).absolute()
+        refuse_other_than_utf8(self.root)
         self.url = str(self.root)
 
     def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from stages.attention.capturable_layers import check_sdpa
-from stages.checkpoints.configs import load_config
+from stages.checkpoints.configs import load_config, model_built_from
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.checkpoints.weights import load_weights, weight_files
+from stages.checkpoints.weights import load_weights, some, weight_files
 from stages.families.family import Family
 from stages.families.registry import FAMILIES, family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
@@ -41,23 +41,28 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
     family = teacher_family(teacher_config.model_type)
     language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=torch.float32)
     _check_head(decoder_folder, language_model)
+    tensors = load_file(teacher_folder / "model.safetensors")
+    # Without numbers first: what the teacher's config asks for may have any size.
+    with torch.device("meta"), model_built_from(str(teacher_folder)):
+        planned = _untrained(teacher_config, language_model.config, family, image_token_id)
+    prefix = VISION_PREFIXES[planned.config.model_type]
+    taken = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in planned.state_dict().items()}
+    vision = tuple(name.replace("model.", prefix, 1) for name in family.vision_prefixes)
+    missing = [name for name in shapes if name.startswith(vision) and name not in taken]
+    unexpected = [name for name, tensor in taken.items() if shapes.get(name) != tensor.shape]
+    if unexpected or missing:
+        raise UserError(
+            f"{teacher_folder} does not fit this student: unexpected or of another shape {some(unexpected)}, missing "
+            f"{some(missing)}; the target store's teacher/ folder is incomplete or of another version"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = _untrained(teacher_config, language_model.config, family, image_token_id).to(torch.float32)
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
-    prefix = VISION_PREFIXES[student.config.model_type]
-    tensors = load_file(teacher_folder / "model.safetensors")
-    taken = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
-    _, unexpected = student.load_state_dict(taken, strict=False)
-    vision = tuple(name.replace("model.", prefix, 1) for name in family.vision_prefixes)
-    missing = [name for name in student.state_dict() if name.startswith(vision) and name not in taken]
-    if unexpected or missing:
-        raise UserError(
-            f"{teacher_folder} does not fit this student: unexpected {unexpected[:3]}, missing {missing[:3]}; "
-            "the target store's teacher/ folder is incomplete or of another version"
-        )
+    student.load_state_dict(taken, strict=False)
     return student
 
 
@@ -81,15 +86,15 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
     """Refuses a model that cannot be a student's decoder, before any weights are loaded.
 
     Raises:
-        UserError: If it is no causal language model, its parts are not where Llama has them, or it has no sdpa
-            attention.
+        UserError: If it is no causal language model, none can be built from its config, its parts are not where Llama
+            has them, or it has no sdpa attention.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
             f"{folder} is of type {config.model_type}, which is no causal language model; name one such as Qwen or "
             "Llama as the student's decoder"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), model_built_from(str(folder)):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = getattr(model, "lm_head", None)
     if not isinstance(head, nn.Linear) or head.bias is not None or not hasattr(getattr(model, "model", None), "layers"):

@@ -159,6 +159,7 @@ def vision_part(teacher_config: PreTrainedConfig) -> PreTrainedModel:
     # The decoder is built with the model and dropped at once: as small as possible.
     layer_types = (getattr(text, "layer_types", None) or [None])[:1]
     small = {"num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8, "layer_types": layer_types}
+    small |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
     for name, value in {**small, "pad_token_id": None}.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, value)

@@ -8,16 +8,11 @@ state: what a step draws follows from its number.
 
 import json
 import logging
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -102,7 +97,7 @@ class Checkpoints:
             return
         store, name = open_store(self._folder), f"step-{position.step:08d}"
         try:
-            with disk_errors(self._folder / name), store.new_tree(name) as folder:
+            with disk_errors_named(self._folder / name), store.new_tree(name) as folder:
                 for file, tensors in contents.items():
                     save_file(tensors, folder / file)
                 written = {
@@ -166,19 +161,6 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(part_like(tensors[name], parameter))
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """As `disk_errors_named`, also for safetensors, which raises an exception of its own."""
-    with disk_errors_named(path):
-        try:
-            yield
-        except SafetensorError as error:
-            if (found := re.search(r"os error (\d+)", str(error))) is None:
-                raise
-            number = int(found[1])
-            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _damaged_file(path: Path) -> str | None:

@@ -20,7 +20,7 @@ from stages.student.data.loader import LoaderDied, StepLoader, StoppedWaiting
 from stages.student.model.student import decoder_of
 from stages.student.model.trainable import keep_frozen_in
 from stages.student.run_folder import STUDENT, StageReport
-from stages.student.training.checkpoint import Checkpoints, TrainerState, disk_errors, load_trained, trained_parameters
+from stages.student.training.checkpoint import Checkpoints, TrainerState, load_trained, trained_parameters
 from stages.student.training.metrics import metrics_log
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.parallel import clip_gradients, gathered, gradients_stay, spread
@@ -28,7 +28,7 @@ from stages.student.training.rank_consistency import check_same_folder, check_sa
 from stages.student.training.resume_guard import check_resumable, record_stage
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun, TrainingStopped
-from storage.errors import UserError
+from storage.errors import UserError, disk_errors_named
 from storage.progress import SILENT, Progress
 from storage.stores import open_store
 
@@ -247,7 +247,7 @@ class _StageLoop:
             student, peft = self.setup.load()
             load_trained(student, trained)
             student = student if peft is None else peft.merge_and_unload()
-            with disk_errors(run.folder.student), open_store(run.output).new_tree(STUDENT) as folder:
+            with disk_errors_named(run.folder.student), open_store(run.output).new_tree(STUDENT) as folder:
                 student.save_pretrained(folder)
                 self.setup.processor.save_pretrained(folder)
             run.folder.finish(report)

@@ -32,7 +32,7 @@ from stages.student.model.loading import load_multimodal
 from stages.student.model.projector_folding import ModelParts, fold_post_connector
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.teacher import load_teacher
-from storage.errors import UserError
+from storage.errors import StoreUnavailable, UserError
 from tests.checkpoints import draw_random_image, make_tiny_llava, make_tiny_lm
 from tests.stages.extracted_families import Extracted
 from tests.tiny_families import RECIPES, make_tiny_family
@@ -476,7 +476,7 @@ def test_an_export_that_fails_half_way_leaves_nothing_and_the_next_one_is_whole(
 
     with monkeypatch.context() as patched:
         patched.setattr(export_module, "_difference", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StoreUnavailable, match="out: No space left"):
             export_student(student, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
     export_student(student, tmp_path / "out")

@@ -214,6 +214,21 @@ def test_an_image_file_larger_than_a_shard_is_too_large(llava: LlavaFolder, tmp_
     assert report.num_skipped == {"image_too_large": 1}
 
 
+def test_an_id_of_any_length_is_kept_and_a_name_that_no_file_can_have_is_a_missing_image(
+    llava: LlavaFolder, tmp_path: Path
+) -> None:
+    names = ["x" * 300 + ".png", "x/" * 3000 + "a.png"]
+    unusable = [record(f"{number}" + "z" * 10_000, name) for number, name in enumerate(names)]
+    source = llava.write_json([record("y" * 10_000, "a.jpg"), *unusable])
+    report = pack_samples(source, llava.images, tmp_path / "out", LENIENT)
+    assert report.num_skipped == {"missing_image": 2}
+    ((sample,),) = read_shards(tmp_path / "out")
+    assert (sample.key, sample.record["id"]) == ("000000000", "y" * 10_000)
+    ledger = read_ledger(tmp_path / "out/skipped.jsonl")
+    assert [line["id"] for line in ledger] == [each["id"] for each in unusable]
+    assert all("is longer than the name of a file may be" in line["detail"] for line in ledger)
+
+
 def test_an_image_is_decoded_once_however_many_samples_share_it(
     llava: LlavaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
