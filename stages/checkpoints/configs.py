@@ -1,14 +1,16 @@
 """Reads a checkpoint's config, and refuses files that name code, pickles, paths or other repositories."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from storage.digests import parse_json
+from storage.digests import parse_object
 from storage.errors import CorruptData, UserError, first_line
 from storage.regular_files import read_regular
 
@@ -32,6 +34,21 @@ _REFUSED = {
     "init_inputs": _OTHER_FILES,
 }
 """Keys by which the library would load more than the folder's usual files -> what they name."""
+_MOST = {"layers": 2**12, "layer": 2**12, "depth": 2**12, "experts": 2**12, "labels": 2**17}
+"""Ends of keys that count what a model is made of -> the largest number that is believed."""
+_UNFIT = (
+    StrictDataclassError,
+    SafetensorError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    OSError,
+)
+"""What the library raises for files that hold something else than it expects."""
 
 
 def check_configs(folder: Path, *, with_model: bool = True) -> None:
@@ -41,16 +58,18 @@ def check_configs(folder: Path, *, with_model: bool = True) -> None:
     Without the model, config.json and generation_config.json are not read.
 
     Raises:
-        UserError: If one does, is no JSON object, or is larger than `read_regular` allows; names file and key.
+        UserError: If one does, is no JSON object, or is larger than `read_regular` allows, or asks for more layers
+            than any model has; names file and key.
     """
     if (folder / _AUDIO_TOKENIZER).exists():
         raise UserError(f"{folder / _AUDIO_TOKENIZER} names {_OTHER_MODEL}, which is refused; remove the file")
     for name in _CONFIGS if with_model else _CONFIGS[2:]:
         file = folder / name
         try:
-            fields = _read(file)
+            fields = read_config(file)
         except FileNotFoundError:
             continue
+        _refuse_counts(fields, file)
         known = name == "config.json" and fields.get("model_type") in CONFIG_MAPPING
         for key, value in _named(fields | {"auto_map": None} if known else fields):
             what = _REFUSED.get(key, "code of another repository")
@@ -70,22 +89,55 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """
     if not trust_remote_code:
         check_configs(folder)
-    try:
+    with unfit_named(folder / "config.json"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        found = f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}"
-        raise UserError(f"{found}: {first_line(error)}; expected a model's config that this version knows") from error
-    return config
+        return config
 
 
-def _read(file: Path) -> dict[str, Any]:
+@contextmanager
+def unfit_named(what: Path) -> Iterator[None]:
+    """What the library raises in the block for files that hold what it does not expect says `what` it was reading.
+
+    Not for what takes memory on a device: the lack of it would be one of these.
+
+    Raises:
+        UserError: Instead of these.
+    """
     try:
-        fields = parse_json(read_regular(file), str(file))
-    except CorruptData as error:
-        raise CorruptData(f"{first_line(error).partition(';')[0]}; fetch or save them again") from error
-    if not isinstance(fields, dict):
-        raise CorruptData(f"{file} holds no JSON object; expected a Hugging Face config: fetch or save them again")
+        yield
+    except _UNFIT as error:
+        found = f"{what} cannot be read by transformers {transformers.__version__}"
+        raise UserError(
+            f"{found}: {type(error).__name__}: {first_line(error)}; expected a model's config that this version knows, "
+            "and the files that belong to it"
+        ) from error
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The fields of a Hugging Face config.
+
+    Raises:
+        CorruptData: If it is no JSON object, too large or too deep, or its `model_type` is no text.
+        FileNotFoundError: If there is none.
+    """
+    todo = "expected a Hugging Face config: fetch or save them again"
+    fields = parse_object(read_regular(file), str(file), todo)
+    if not isinstance(fields.get("model_type", ""), str):
+        raise CorruptData(f"{file} has model_type {fields['model_type']!r:.100}, which is no text; {todo}")
     return fields
+
+
+def _refuse_counts(value: Any, file: Path) -> None:
+    """The library makes a list, a table or modules of so many, before weights are compared with them."""
+    if isinstance(value, list):
+        for part in value:
+            _refuse_counts(part, file)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            most = next((most for end, most in _MOST.items() if key.endswith(end)), None)
+            if most is not None and isinstance(part, int | float) and abs(part) > most:
+                raise UserError(f"{file} has {key} {part:.0f}, at most {most:,} are made; fetch or save it again")
+            _refuse_counts(part, file)
 
 
 def _named(value: Any) -> Iterator[tuple[str, Any]]:

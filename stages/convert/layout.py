@@ -1,6 +1,5 @@
 """The released layout: its config, its tensor names, and what both are called in a Hugging Face folder."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any, Final
 
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
 
+from stages.checkpoints.configs import read_config
 from stages.student.model.modeling_compodistill import CompoDistillStudentConfig
 from storage.errors import UserError
-from storage.regular_files import read_regular
 
 MODEL_TYPES: Final = ("compodistill", "tinyllava")
 PLACEHOLDER_ID: Final = -200  # never in an embedding: the released code cuts the token ids apart there
@@ -38,7 +37,7 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If it has another layout, or a part that a Hugging Face Llava cannot express.
     """
-    config: dict[str, Any] = json.loads(read_regular(folder / "config.json"))
+    config = read_config(folder / "config.json")
     found = config.get("model_type")
     if found not in MODEL_TYPES:
         raise UserError(
@@ -64,7 +63,9 @@ def read_released_config(folder: Path) -> dict[str, Any]:
         if not isinstance(part, dict) or "model_type" not in part:
             raise UserError(f"{folder / 'config.json'} has no {name} with a model_type")
         if models is not None and part["model_type"] not in models:
-            raise UserError(f"{name} is of type {part['model_type']!r}, expected {' or '.join(models)}")
+            raise UserError(
+                f"{folder / 'config.json'}: {name} is of type {part['model_type']!r}, expected {' or '.join(models)}"
+            )
     if config.get("post_connector_use") and not config.get("connector_hidden_size"):
         raise UserError(f"{folder / 'config.json'} uses a post-connector but has no connector_hidden_size")
     return config

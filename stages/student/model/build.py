@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from stages.attention.capturable_layers import check_sdpa
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.checkpoints.weights import load_weights, weight_files
+from stages.checkpoints.weights import check_files, load_weights, weight_files
 from stages.families.family import Family
 from stages.families.registry import FAMILIES, family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
@@ -48,8 +48,13 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
     prefix = VISION_PREFIXES[student.config.model_type]
-    tensors = load_file(teacher_folder / "model.safetensors")
-    taken = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    check_files(teacher_folder)
+    tensors = [item for path in weight_files(teacher_folder) for item in load_file(path).items()]
+    taken = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors}
+    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    if other := [name for name, tensor in taken.items() if tensor.shape != shapes.get(name, tensor.shape)]:
+        found = f"{other[0]} of shape {list(taken[other[0]].shape)}, its config asks for {list(shapes[other[0]])}"
+        raise UserError(f"{teacher_folder} does not fit this student: {found}; extract the targets again")
     _, unexpected = student.load_state_dict(taken, strict=False)
     vision = tuple(name.replace("model.", prefix, 1) for name in family.vision_prefixes)
     missing = [name for name in student.state_dict() if name.startswith(vision) and name not in taken]
@@ -163,10 +168,12 @@ def check_vision_tower(student: Path, teacher: Path) -> None:
     """
     prefix = VISION_PREFIXES[load_config(student).model_type]
     with ExitStack() as opened:
+        check_files(student)
+        check_files(teacher)
         files = [opened.enter_context(safe_open(path, "pt")) for path in weight_files(student)]
         file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118, it is no dict
-        wanted = opened.enter_context(safe_open(teacher / "model.safetensors", "pt"))
-        for name in wanted.keys():  # noqa: SIM118
+        wanted_files = [opened.enter_context(safe_open(path, "pt")) for path in weight_files(teacher)]
+        for wanted, name in [(file, name) for file in wanted_files for name in file.keys()]:  # noqa: SIM118
             own = name.replace("model.", prefix, 1)
             found = file_of[own].get_tensor(own) if own in file_of else None
             if found is None or not torch.equal(found, wanted.get_tensor(name).to(found.dtype)):
