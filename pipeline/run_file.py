@@ -83,26 +83,28 @@ def resolve(document: dict[str, Any], settings: list[str], flags: dict[str, Any]
         name, separator, text = setting.partition("=")
         if not separator:
             raise UserError(f"--set {setting}: expected section.field=value")
-        _assign(document, name.strip(), _parse(text, f"--set {setting}"))
+        _assign(document, name.strip(), _parse(text, f"--set {setting}"), f"--set {setting}")
     for name, value in flags.items():
         if value is not None:
-            _assign(document, name, value)
+            _assign(document, name, value, origin)
     return validated(RunFile, document, origin)
 
 
-def lay_over(document: dict[str, Any], settings: dict[str, Any], prefix: str = "") -> None:
+def lay_over(document: dict[str, Any], settings: dict[str, Any], origin: str, prefix: str = "") -> None:
     """Puts settings into a document, section by section; names may be dotted, sections nested.
+
+    `origin` says in an error where they are from.
 
     Raises:
         UserError: If the document has a value where a section is given, or sections are too deep.
     """
     if prefix.count(".") > _DEEPEST:
-        raise UserError(f"{prefix[:80]}... nests too deep for settings; does a YAML anchor hold itself?")
+        raise UserError(f"{origin}: {prefix[:80]}... nests too deep for settings; does a YAML anchor hold itself?")
     for name, value in settings.items():
         if isinstance(value, dict):
-            lay_over(document, value, f"{prefix}{name}.")
+            lay_over(document, value, origin, f"{prefix}{name}.")
         else:
-            _assign(document, f"{prefix}{name}", value)
+            _assign(document, f"{prefix}{name}", value, origin)
 
 
 def save_run_file(run: RunFile, store: Store, name: str) -> None:
@@ -134,7 +136,8 @@ def _parse(text: str, origin: str) -> Any:
         raise UserError(f"{origin}: {error}") from None
     except RecursionError:
         raise UserError(f"{origin} nests too deep for a run file") from None
-    except (yaml.YAMLError, ValueError) as error:
+    # The others are what the library raises for tags without a value that fits.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{origin} is not YAML: {error}") from error
     return value
 
@@ -199,13 +202,13 @@ class _Loader(yaml.SafeLoader):
             raise _too_many()
 
 
-def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
+def _assign(document: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
     *sections, field = dotted.split(".")
     for section in sections:
         inner = document.get(section)
         if inner is None:
             inner = document[section] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"{dotted}: {section} is a value, not a section")
+            raise UserError(f"{origin}: {dotted}: {section} is a value, not a section")
         document = inner
     document[field] = value

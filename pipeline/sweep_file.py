@@ -77,7 +77,7 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
         raise UserError(f"{path}: config is {base!r:.100}, expected the path of a run file or the name of a recipe")
     base_path = config or (Path(base) if base is not None else None)
     shared = read_document(find_config(base_path)) if base_path is not None else {}
-    lay_over(shared, document)
+    lay_over(shared, document, str(path))
     output = Path(_output(resolve(copy.deepcopy(shared), settings, flags, str(path))))
     _check_names(students, path)
     runs = {}
@@ -85,7 +85,7 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
         if not isinstance(own or {}, dict):
             raise UserError(f"{path}: student {name} is {own!r:.100}, expected settings such as train.seed: 1")
         run = copy.deepcopy(shared)
-        lay_over(run, own or {})
+        lay_over(run, own or {}, f"{path}: student {name}")
         runs[name] = resolve(run, settings, {**flags, "output": str(output / name)}, f"{path}: student {name}")
         if compare.similarity_samples is not None:
             try:

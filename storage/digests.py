@@ -22,18 +22,35 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str, todo: str = "restore it or run `cdp verify`") -> Any:
     """The value in `data`, which nothing makes huge: numbers are finite and short, nesting has a limit.
 
     Raises:
-        CorruptData: If it is not JSON, or not such JSON; `where` says in the message what it is.
+        CorruptData: If it is not JSON, or not such JSON; says where, and what is to do.
     """
     try:
         return json.loads(data, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
-        raise CorruptData(f"{where} nests lists and objects too deep to be a record; restore it") from None
+        raise CorruptData(f"{where} nests lists and objects too deep to be read; {todo}") from None
     except ValueError as error:
-        raise CorruptData(f"{where} is not JSON ({error}); restore it or run `cdp verify`") from error
+        raise CorruptData(f"{where} is not JSON ({error}); {todo}") from error
+
+
+def parse_object(data: bytes, where: str, todo: str) -> dict[str, Any]:
+    """The fields of a JSON object that can be written again, of at most `MAX_DEPTH` levels.
+
+    Raises:
+        CorruptData: If it is none; says where, and what is to do.
+    """
+    fields = parse_json(data, where, todo)
+    if not isinstance(fields, dict):
+        raise CorruptData(f"{where} holds no JSON object; {todo}")
+    _check_depth(fields, where, todo)
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise CorruptData(f"{where} holds text that is no Unicode (half a surrogate pair); {todo}") from error
+    return fields
 
 
 def parse_record(data: bytes, where: str, format_version: int, *, canonical: bool = True) -> dict[str, Any]:
@@ -67,19 +84,22 @@ def _digest_without(fields: dict[str, Any], *names: str) -> str:
 
 def _check_canonical(value: Any, data: bytes, where: str) -> None:
     """Make sure that `data` is what `canonical_json` makes of `value`, which was parsed from it, and not too deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [inner for item in level for inner in _inside(item)]
-        if not level:
-            break
-    else:
-        raise CorruptData(f"{where} nests more than {MAX_DEPTH} levels deep, which no record does; restore it")
+    _check_depth(value, where, "restore it")
     try:
         same = canonical_json(value) == data
     except ValueError:  # half a surrogate pair
         same = False
     if not same:
         raise CorruptData(f"{where} is not as it was written (canonical JSON); restore it or run `cdp verify`")
+
+
+def _check_depth(value: Any, where: str, todo: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for item in level for inner in _inside(item)]
+        if not level:
+            return
+    raise CorruptData(f"{where} nests more than {MAX_DEPTH} levels deep, which no file of ours does; {todo}")
 
 
 def _inside(value: Any) -> Any:

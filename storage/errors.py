@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MAX_MESSAGE_CHARS = 5000
+"""A stranger's file may hold names of a megabyte, or a hundred thousand faults."""
+
 
 class UserError(Exception):
     """Something the user can mend: the message says what was found, what was expected and what to do."""
+
+    def __str__(self) -> str:
+        """The message, without its middle if it is too long to be read."""
+        text, half = super().__str__(), MAX_MESSAGE_CHARS // 2
+        return text if len(text) <= 2 * half else f"{text[:half]} [{len(text) - 2 * half:,} characters] {text[-half:]}"
 
 
 class FingerprintMismatch(UserError):

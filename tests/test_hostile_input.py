@@ -1,5 +1,6 @@
 """Files made to harm are refused, without running what they hold and without the memory they ask for."""
 
+import gzip
 import io
 import json
 import pickle
@@ -14,7 +15,7 @@ from pipeline.run_file import load_run_file
 from stages.checkpoints.configs import check_configs
 from storage.digests import canonical_json
 from storage.errors import CorruptData, UserError
-from storage.samples.members import BLOCK_BYTES
+from storage.samples.members import BLOCK_BYTES, StoredSample, header, padding
 from storage.samples.sample_set import SampleSet
 from storage.samples.shard_writer import SampleShardWriter
 from storage.samples.table import SampleMembers, table_to_bytes
@@ -51,6 +52,27 @@ def member(name: str, data: bytes = b"{}", kind: bytes = tarfile.REGTYPE, link: 
     return out.getvalue()
 
 
+def pax(name: str, kind: bytes = tarfile.XHDTYPE, **records: str) -> bytes:
+    """A pax header with these records, then a plain member."""
+    return member("pax", b"".join(map(_pax_record, records, records.values())), kind)[: -2 * BLOCK_BYTES] + member(name)
+
+
+def _pax_record(key: str, value: str) -> bytes:
+    rest = f" {key}={value}\n".encode()
+    size = len(rest) + len(str(len(rest) + 3))
+    return str(size).encode() + rest
+
+
+def sparse(name: str, size: int) -> bytes:
+    """A GNU sparse member whose map says that its two bytes are the end of a file of that size."""
+    head = bytearray(member(name, kind=tarfile.GNUTYPE_SPARSE))
+    head[386:410] = b"%011o\0%011o\0" % (size % 8**11, 2)
+    head[483:495] = b"%011o\0" % (size % 8**11)
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head[:BLOCK_BYTES])
+    return bytes(head)
+
+
 TARS = {
     "a path above the folder": member("../../a.json"),
     "an absolute path": member("/etc/a.json"),
@@ -64,6 +86,19 @@ TARS = {
     "a pickle": member("a.pkl", pickle.dumps({"id": "a"})),
     "another sample's name": member("b.json"),
     "a header without a name": member(""),
+    "a name of other bytes behind a key": member("a.json")[:6] + b"\xff" * 94 + member("a.json")[100:],
+    "a sparse member": member("a.json", kind=tarfile.GNUTYPE_SPARSE),
+    "a sparse map of a terabyte": sparse("a.json", 2**40),
+    "a hard link to itself": member("a.json", b"", tarfile.LNKTYPE, "a.json"),
+    "a long GNU link": member("a.json", b"", tarfile.SYMTYPE, "b" * 50_000),
+    "pax: another size": pax("a.json", size="9" * 30),
+    "pax: another path": pax("a.json", path="../../etc/passwd"),
+    "pax: another link": pax("a.json", linkpath="/etc/passwd"),
+    "pax: sparse": pax("a.json", **{"GNU.sparse.major": "1", "GNU.sparse.realsize": str(2**62)}),
+    "pax: for all members": pax("a.json", kind=tarfile.XGLTYPE, path="b.json", size="0"),
+    "a gzipped tar inside": member("a.json", gzip.compress(member("a.json"))),
+    "a gzipped tar": gzip.compress(member("a.json")) + bytes(2 * BLOCK_BYTES),
+    "a size in base 256": member("a.json")[:124] + b"\x80" + b"\xff" * 11 + member("a.json")[136:],
 }
 
 
@@ -78,6 +113,16 @@ def test_members_other_than_the_writers_are_refused_wherever_the_index_points(tm
                 store_index(tmp_path, (SampleMembers("a", ((offset, num_bytes),), zlib.crc32(data)),), tar)
                 with pytest.raises(CorruptData):
                     read_first(tmp_path)
+
+
+def test_a_million_pax_records_before_a_member_change_nothing_of_it(tmp_path):
+    one_sample(tmp_path)
+    records = b"".join(_pax_record(key, value) for key, value in (("path", "b.json"), ("size", "0"))) * 500_000
+    before = header("pax", len(records)) + records + bytes(padding(len(records)))
+    tar = before + header("a.json", 2) + b"{}" + bytes(3 * BLOCK_BYTES - 2)
+    store_index(tmp_path, (SampleMembers("a", ((len(before) + BLOCK_BYTES, 2),), zlib.crc32(b"{}")),), tar)
+    with SampleSet.open(tmp_path).shard(0) as shard:
+        assert shard.read(0) == StoredSample("a", {}, ())
 
 
 @pytest.mark.parametrize(

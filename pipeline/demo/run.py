@@ -27,6 +27,7 @@ from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.tables import print_table
 from stages.samples.pack import PackConfig, pack_samples
 from stages.settings import refuse_other_settings
+from storage.digests import parse_object
 from storage.errors import UserError
 from storage.progress import Progress
 from storage.stores import open_store
@@ -118,7 +119,8 @@ def _check_settings(folder: Path, config: DemoConfig) -> None:
     wanted = json.loads(config.model_dump_json())
     if not store.exists("demo.json"):
         store.write("demo.json", json.dumps(wanted, indent=1).encode())
-    found, instead = json.loads(store.read("demo.json")), "remove the folder or name another with --output"
+    instead = "remove the folder or name another with --output"
+    found = parse_object(store.read("demo.json"), f"{store.url}/demo.json", instead)
     refuse_other_settings(str(folder), found, wanted, "with other settings", instead)
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig
 
 from stages.attention.capture import CAPTURING_SDPA, AttentionCapture, register_capture
-from stages.checkpoints.configs import model_built_from
+from stages.checkpoints.configs import unfit_named
 from storage.errors import UserError
 
 _FOUND: dict[str, frozenset[int] | None] = {}
@@ -24,7 +24,7 @@ def layers_with_maps(decoder: PreTrainedConfig) -> frozenset[int] | None:
     """
     key = decoder.to_json_string()
     if key not in _FOUND:
-        with model_built_from(f"a {decoder.model_type} decoder"):
+        with unfit_named(f"a {decoder.model_type} decoder"):
             _FOUND[key] = _look(decoder)
     return _FOUND[key]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from stages.checkpoints.processor_sizes import check_settings
-from storage.digests import parse_json
+from storage.digests import parse_object
 from storage.errors import CorruptData, UserError, first_line
 from storage.regular_files import read_regular
 
@@ -46,8 +47,21 @@ _REFUSED = {
     "init_inputs": _OTHER_FILES,
 }
 """Keys by which the library would load more than the folder's usual files -> what they name."""
-_MAX_LAYERS = 4096
-"""Layers, or experts of one, that a config may ask for: the library makes lists and modules of as many."""
+_MOST = {"layer": 2**12, "depth": 2**12, "experts": 2**12, "labels": 2**17}
+"""Part of a key that counts what a model is made of -> the largest number that is believed."""
+_UNFIT = (
+    StrictDataclassError,
+    SafetensorError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    OSError,
+)
+"""What the library raises for files that hold something else than it expects."""
 
 
 def check_configs(folder: Path, *, with_model: bool = True) -> None:
@@ -57,16 +71,14 @@ def check_configs(folder: Path, *, with_model: bool = True) -> None:
     Without the model, config.json and generation_config.json are not read.
 
     Raises:
-        UserError: If one does, is no JSON object, is larger than `read_regular` allows, or as `read_config` and
-            `check_settings`; names file
-            and key.
+        UserError: If one does, or as `read_config` and `check_settings`; names file and key.
     """
     if (folder / _AUDIO_TOKENIZER).exists():
         raise UserError(f"{folder / _AUDIO_TOKENIZER} names {_OTHER_MODEL}, which is refused; remove the file")
     for name in _CONFIGS if with_model else _CONFIGS[2:]:
         file = folder / name
         try:
-            fields = read_config(folder) if name == "config.json" else _read(file)
+            fields = read_config(file)
         except FileNotFoundError:
             continue
         if name in _OF_PROCESSORS:
@@ -90,53 +102,58 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """
     if not trust_remote_code:
         check_configs(folder)
-    try:
+    with unfit_named(folder / "config.json"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (*_NO_MODEL, OSError) as error:
-        found = f"{folder / 'config.json'} cannot be read by transformers {transformers.__version__}"
-        raise UserError(f"{found}: {first_line(error)}; expected a model's config that this version knows") from error
-    return config
+        return config
 
 
 @contextmanager
-def model_built_from(what: str) -> Iterator[None]:
-    """Names the config, that of `what`, for which the library cannot build a model inside the block.
+def unfit_named(what: Path | str) -> Iterator[None]:
+    """What the library raises in the block for files that hold what it does not expect says `what` it was reading.
 
-    The library checks few numbers. Under `torch.device("meta")` a model of any size is built without memory.
+    The library checks few numbers; under `torch.device("meta")` it builds a model of any size without memory. Not for
+    what takes memory on a device: the lack of it would be one of these.
 
     Raises:
-        UserError: Instead of what the library raises.
+        UserError: Instead of these.
     """
     try:
         yield
-    except _NO_MODEL as error:
-        found = f"the config of {what} describes no model that can be built ({type(error).__name__}"
-        raise UserError(f"{found}: {first_line(error)}); fetch the checkpoint again, or use another") from error
+    except _UNFIT as error:
+        found = f"{what} cannot be read by transformers {transformers.__version__}"
+        raise UserError(
+            f"{found}: {type(error).__name__}: {first_line(error)}; expected a model's config that this version knows, "
+            "and the files that belong to it"
+        ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of config.json.
+def read_config(file: Path) -> dict[str, Any]:
+    """The fields of a Hugging Face config.
 
     Raises:
-        UserError: If it is no JSON object, or asks for more layers or experts than are built.
+        CorruptData: If it is no JSON object, too large or too deep, or its `model_type` is no text.
+        UserError: If it asks for more layers, experts or labels than any model has.
         FileNotFoundError: If there is none.
     """
-    file = folder / "config.json"
-    fields = _read(file)
-    for key, count in _too_many(fields):
-        found = f"{file} asks for {key} {count}, at most {_MAX_LAYERS} are built"
-        raise UserError(f"{found}; fetch the checkpoint again, or use another")
+    todo = "expected a Hugging Face config: fetch or save them again"
+    fields = parse_object(read_regular(file), str(file), todo)
+    if not isinstance(fields.get("model_type", ""), str):
+        raise CorruptData(f"{file} has model_type {fields['model_type']!r:.100}, which is no text; {todo}")
+    _refuse_counts(fields, file)
     return fields
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        fields = parse_json(read_regular(file), str(file))
-    except CorruptData as error:
-        raise CorruptData(f"{first_line(error).partition(';')[0]}; fetch or save them again") from error
-    if not isinstance(fields, dict):
-        raise CorruptData(f"{file} holds no JSON object; expected a Hugging Face config: fetch or save them again")
-    return fields
+def _refuse_counts(value: Any, file: Path) -> None:
+    """The library makes a list, a table or modules of so many, before weights are compared with them."""
+    if isinstance(value, list):
+        for part in value:
+            _refuse_counts(part, file)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            most = next((most for word, most in _MOST.items() if word in key), None)
+            if most is not None and isinstance(part, int | float) and abs(part) > most:
+                raise UserError(f"{file} has {key} {part:.0f}, at most {most:,} are made; fetch or save it again")
+            _refuse_counts(part, file)
 
 
 def _named(value: Any) -> Iterator[tuple[str, Any]]:
@@ -151,16 +168,3 @@ def _named(value: Any) -> Iterator[tuple[str, Any]]:
             if part and (key in _REFUSED or kernel):
                 yield key, part
             yield from _named(part)
-
-
-def _too_many(value: Any) -> Iterator[tuple[str, int]]:
-    """(key, count) at any depth of more layers or experts than are built."""
-    if isinstance(value, list):
-        for part in value:
-            yield from _too_many(part)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            counts = "layer" in key or key == "depth" or ("num" in key and "experts" in key)
-            if counts and isinstance(part, int) and part > _MAX_LAYERS:
-                yield key, part
-            yield from _too_many(part)

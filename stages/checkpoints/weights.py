@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from stages.checkpoints.configs import load_config, model_built_from
+from stages.checkpoints.configs import load_config, unfit_named
 from storage.digests import parse_json
 from storage.errors import UserError
-from storage.regular_files import read_regular
+from storage.regular_files import open_regular, read_regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+MAX_HEADER_BYTES = 2**24
+"""That of a hundred thousand tensors in one file; each costs the library memory and time before it is looked at."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -44,9 +47,16 @@ def check_files(folder: Path) -> None:
     """Reads the header of each weight file, which says how long it is.
 
     Raises:
-        UserError: As `weight_files`; if one is cut short or no safetensors file.
+        UserError: As `weight_files`; if one is cut short or no safetensors file, or its header is too large.
     """
     for path in weight_files(folder):
+        with open_regular(path) as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise UserError(
+                f"{path} says that its header has {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read; fetch it "
+                "again"
+            )
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -91,13 +101,13 @@ def load_weights(
     """
     load_config(folder, trust_remote_code=trust_remote_code)
     check_files(folder)
-    if not trust_remote_code:
-        # Headers first: what a config asks for beside what the files hold may have any size.
-        with model_built_from(str(folder)), _without_its_report():
-            checked = _load(auto_class, folder, nothing_else, False, settings | {"device_map": "meta"})
-        if settings.get("device_map") == "meta":
-            return checked
-    return _load(auto_class, folder, nothing_else, trust_remote_code, settings)
+    load = partial(_loaded, auto_class, folder, nothing_else, trust_remote_code)
+    if trust_remote_code:
+        return load(settings)
+    # What the files lack, the library makes in the size that the config says: any size, so without memory first.
+    with unfit_named(folder), _without_its_report():
+        checked = load({**settings, "device_map": "meta"})
+    return checked if settings.get("device_map") == "meta" else load(settings)
 
 
 @contextmanager
@@ -111,7 +121,7 @@ def _without_its_report() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def _load(
+def _loaded(
     auto_class: Any, folder: Path, nothing_else: bool, trust_remote_code: bool, settings: dict[str, Any]
 ) -> PreTrainedModel:
     loaded: PreTrainedModel

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
-from stages.checkpoints.configs import model_built_from
+from stages.checkpoints.configs import unfit_named
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import INDEX, SINGLE, some, weight_files
@@ -96,19 +96,19 @@ def convert_checkpoint(
     output = Path(output)
     check_new(output)
     folder = resolve_checkpoint(source)
-    released = read_released_config(folder)
-    tensors = _named_tensors(folder)
-    words, tokenizer_from = load_tokenizer(folder, tokenizer)
-    if EMBEDDING not in tensors:
-        raise UserError(f"{folder} has no tensor that would become {EMBEDDING}; its decoder is missing")
-    num_rows = tensors[EMBEDDING].shape[0]
-    # Without a tokenizer nobody knows which ids are free.
-    image_token_id = num_rows if words is None else int(words.convert_tokens_to_ids(IMAGE_TOKEN))
-    added_rows = max(0, image_token_id + 1 - num_rows)
-    dtype = tensors[EMBEDDING].dtype
-    if dtype not in _DTYPES.values():
-        raise UserError(f"the decoder's weights are {dtype}, expected {', '.join(_DTYPES.values())}")
-    with model_built_from(str(folder)):
+    with unfit_named(folder):
+        released = read_released_config(folder)
+        tensors = _named_tensors(folder)
+        words, tokenizer_from = load_tokenizer(folder, tokenizer)
+        if EMBEDDING not in tensors:
+            raise UserError(f"{folder} has no tensor that would become {EMBEDDING}; its decoder is missing")
+        num_rows = tensors[EMBEDDING].shape[0]
+        # Without a tokenizer nobody knows which ids are free.
+        image_token_id = num_rows if words is None else int(words.convert_tokens_to_ids(IMAGE_TOKEN))
+        added_rows = max(0, image_token_id + 1 - num_rows)
+        dtype = tensors[EMBEDDING].dtype
+        if dtype not in _DTYPES.values():
+            raise UserError(f"the decoder's weights in {folder} are {dtype}, expected {', '.join(_DTYPES.values())}")
         config = converted_config(released, image_token_id, num_rows + added_rows, dtype)
         _check_tensors(folder, tensors, config, added_rows)
         images, images_from = load_image_processor(folder, released, image_processor)
@@ -145,10 +145,14 @@ def _named_tensors(folder: Path) -> dict[str, _Source]:
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if (new := converted_name(name)) is None:
+                try:
+                    new = converted_name(name)
+                except UserError as error:
+                    raise UserError(f"{path}: {error}") from error
+                if new is None:
                     continue
                 if (other := tensors.get(new)) is not None:
-                    raise UserError(f"{name!r} of {path.name} and {other.name!r} of {other.file.name} are both {new}")
+                    raise UserError(f"{name!r} of {path} and {other.name!r} of {other.file.name} are both {new}")
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
                 tensors[new] = _Source(path, name, tuple(part.get_shape()), _DTYPES.get(dtype, dtype))
@@ -174,7 +178,7 @@ def _check_tensors(folder: Path, tensors: dict[str, _Source], config: PreTrained
     for name, source in tensors.items():
         found = (source.shape[0] + added_rows, *source.shape[1:]) if name in (EMBEDDING, HEAD) else source.shape
         if found != expected[name]:
-            what = f"tensor {source.name!r} of {source.file.name}"
+            what = f"{folder}: tensor {source.name!r} of {source.file.name}"
             raise UserError(f"{what} has shape {list(source.shape)}, the config asks for {list(expected[name])}")
 
 

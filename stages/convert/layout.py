@@ -37,7 +37,7 @@ def read_released_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If it has another layout, or a part that a Hugging Face Llava cannot express.
     """
-    config = read_config(folder)
+    config = read_config(folder / "config.json")
     found = config.get("model_type")
     if found not in MODEL_TYPES:
         raise UserError(
@@ -63,7 +63,9 @@ def read_released_config(folder: Path) -> dict[str, Any]:
         if not isinstance(part, dict) or "model_type" not in part:
             raise UserError(f"{folder / 'config.json'} has no {name} with a model_type")
         if models is not None and part["model_type"] not in models:
-            raise UserError(f"{name} is of type {part['model_type']!r}, expected {' or '.join(models)}")
+            raise UserError(
+                f"{folder / 'config.json'}: {name} is of type {part['model_type']!r}, expected {' or '.join(models)}"
+            )
     if config.get("post_connector_use") and not config.get("connector_hidden_size"):
         raise UserError(f"{folder / 'config.json'} uses a post-connector but has no connector_hidden_size")
     return config

@@ -20,9 +20,6 @@ END_TOKEN: Final = "<|endoftext|>"  # noqa: S105
 _TEMPLATE: Final = "llava-1.5"
 """The released models were trained on LLaVA-1.5's format, where an answer ends with `END_TOKEN` if there is one."""
 
-_UNREADABLE: Final = (UserError, OSError, ValueError, TypeError, KeyError)
-"""What is raised for a folder or id that holds nothing of use, or cannot be reached."""
-
 
 def load_tokenizer(source: Path, chosen: str | None) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer with `IMAGE_TOKEN` in it, and where it is from; None if nobody chose one and none was found.
@@ -46,7 +43,7 @@ def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | 
     images.
 
     Raises:
-        UserError: If the chosen one, or that of `source`, cannot be read, or it makes images of another size than
+        UserError: If the chosen one, or that of `source`, cannot be read, or makes images of another size than
             the tower takes.
     """
     wanted = config["vision_config"]["image_size"]
@@ -60,7 +57,9 @@ def load_image_processor(source: Path, config: Mapping[str, Any], chosen: str | 
             images = CLIPImageProcessorPil(size={"shortest_edge": wanted}, crop_size=square)
     made = _side(images)
     if made != wanted:
-        raise UserError(f"the image processor of {origin} makes images of {made} pixels, the tower takes {wanted}")
+        raise UserError(
+            f"{source}: the image processor of {origin} makes images of {made} pixels, the tower takes {wanted}"
+        )
     return images, str(origin)
 
 
@@ -95,7 +94,8 @@ def _load(
         check_configs(folder, with_model=False)
         check_tokenizer(folder)
         return auto_class.from_pretrained(folder, trust_remote_code=False), origin
-    except _UNREADABLE as error:
+    # For a damaged tokenizer.json the library raises a bare Exception.
+    except Exception as error:
         flag = f"--{what.replace(' ', '-')}"
         found = f"no {what} at {origin} ({type(error).__name__}: {first_line(error)})"
         raise UserError(f"{found}; name a folder or hub id with {flag}") from error

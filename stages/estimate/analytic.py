@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from stages.checkpoints.configs import model_built_from
+from stages.checkpoints.configs import unfit_named
 from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.extrapolate import CodecCost, extrapolate
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
@@ -102,7 +102,7 @@ def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, flo
     if every expert worked.
     """
     text = identity.config.get_text_config()
-    with torch.device("meta"), model_built_from(str(identity.folder)):
+    with torch.device("meta"), unfit_named(identity.folder):
         model = AutoModelForImageTextToText.from_config(
             identity.config, trust_remote_code=identity.settings.trust_remote_code
         )

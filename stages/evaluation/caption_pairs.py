@@ -4,13 +4,13 @@ A file maps keys to `{"filename": ..., "caption": ..., "negative_caption": ...}`
 was made, such as `swap_obj`.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from storage.digests import parse_json
 from storage.errors import UserError
 from storage.regular_files import is_regular, read_regular
 
@@ -55,12 +55,7 @@ def load_pairs(
 
 
 def _read_kind(kind: str, path: Path, images: Path) -> Iterator[CaptionPair]:
-    try:
-        entries = json.loads(read_regular(path, MAX_SUITE_BYTES).decode())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno} column {error.colno}: {error.msg}; not JSON") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, byte {error.start}: {error.reason}; expected UTF-8") from error
+    entries = parse_json(read_regular(path, MAX_SUITE_BYTES), str(path), "fetch the suite again")
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: expected an object of pairs, key to pair, with at least one")
     root = images.resolve()

@@ -93,7 +93,7 @@ def read_history(student: Path) -> list[StageRecord]:
     folder = StageFolder.of_student(student)
     while folder.is_finished and (begun := folder.begun_with()) is not None:
         history.insert(0, StageRecord(folder.report(), begun))
-        if len(history) > 3 or begun.data.get("starts_from") in (None, "decoder"):
+        if len(history) > 3 or begun.data["starts_from"] == "decoder":
             break
         folder = StageFolder(folder.path.with_name(begun.data["starts_from"]))
     return history
@@ -169,7 +169,7 @@ def _digests(history: Sequence[StageRecord]) -> str:
     lines = []
     for key, what in (("targets", "fingerprint of the target store"), ("decoder", "weights that training began from")):
         values = [stage.begun.data.get(key) or [] for stage in history]
-        digests = dict.fromkeys(one for value in values for one in (value if isinstance(value, list) else [value]))
+        digests = dict.fromkeys(str(one) for value in values for one in (value if isinstance(value, list) else [value]))
         lines += [f"- {what}: {', '.join(f'`{digest}`' for digest in digests)}"] * bool(digests)
     return "\n".join(lines)
 

@@ -7,15 +7,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stages.settings import RENAMED, flattened
+from stages.settings import RENAMED, flattened, validated
 from stages.student.layer_matching import MatchingConfig
 from stages.student.stage_config import STAGES, StageName
-from storage.errors import NoHardLinks, UserError
+from storage.digests import parse_object
+from storage.errors import CorruptData, NoHardLinks, UserError
 from storage.regular_files import read_regular
 from storage.stores import open_store
 from storage.strict_model import StrictModel
 
 STAGE_FILE, REPORT_FILE, STUDENT = "stage.json", "report.json", "student"
+_RESTORE = "restore it, or train into a new folder"
 
 
 class StageReport(StrictModel):
@@ -91,12 +93,22 @@ class StageFolder:
             store.write(STAGE_FILE, data)
 
     def begun_with(self) -> StageDescription | None:
-        """What `begin` wrote, also in another version of the project; None for a stage that was not begun."""
+        """What `begin` wrote, also in another version of the project; None for a stage that was not begun.
+
+        Raises:
+            CorruptData: If it is something else.
+        """
         store = open_store(self.path)
         if not store.exists(STAGE_FILE):
             return None
-        data: dict[str, Any] = json.loads(store.read(STAGE_FILE))
-        settings = flattened(data.pop("settings", {}), "train.")
+        where = f"{store.url}/{STAGE_FILE}"
+        data = parse_object(store.read(STAGE_FILE), where, _RESTORE)
+        said = data.pop("settings", {})
+        decoder, start = data.get("decoder"), data.get("starts_from")
+        is_name = isinstance(start, str) and start == Path(start).name and start not in ("", "..")
+        if not (isinstance(said, dict) and isinstance(decoder, str) and is_name):
+            raise CorruptData(f"{where} does not say settings, decoder and former stage of a stage; {_RESTORE}")
+        settings = flattened(said, "train.")
         # Earlier versions wrote the stage's own settings beside the others.
         settings |= {f"train.{name}": data.pop(name) for name in list(data) if "." in name}
         return StageDescription(
@@ -104,12 +116,16 @@ class StageFolder:
         )
 
     def matching(self) -> MatchingConfig | None:
-        """Which layers the stage matches; None for a stage that was not begun."""
+        """Which layers the stage matches; None for a stage that was not begun.
+
+        Raises:
+            UserError: As `begun_with`; if it names other layers than can be.
+        """
         if (begun := self.begun_with()) is None:
             return None
         prefix, settings = "matching.", begun.settings
         own = {name.removeprefix(prefix): settings[name] for name in settings if name.startswith(prefix)}
-        return MatchingConfig.model_validate(own)
+        return validated(MatchingConfig, own, f"{self.path / STAGE_FILE}: {prefix[:-1]}")
 
     def finish(self, report: StageReport) -> None:
         """Writes the report; after the student, since a stage with a report is finished."""
@@ -167,6 +183,11 @@ class RunFolder:
         return self.stage(finished[-1]).student
 
     def write_summary(self) -> None:
-        """Writes `summary.json`: the reports of all finished stages, also of earlier commands."""
-        reports = {name: json.loads(read_regular(self.stage(name).path / REPORT_FILE)) for name in self.finished()}
+        """Writes `summary.json`: the reports of all finished stages, also of earlier commands.
+
+        Raises:
+            CorruptData: If one is no JSON object.
+        """
+        paths = {name: self.stage(name).path / REPORT_FILE for name in self.finished()}
+        reports = {name: parse_object(read_regular(path), str(path), _RESTORE) for name, path in paths.items()}
         open_store(self.path).write("summary.json", json.dumps(reports, indent=1).encode())

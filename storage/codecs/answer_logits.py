@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from storage.codecs.bits import pack_integers, unpack_integers
+from storage.codecs.bits import pack_integers, unpack_integers, unpack_narrow
 from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.levels import decode_kept, encode_kept, floats_from_bytes
 from storage.codecs.tail_samples import sample_tail
@@ -152,6 +152,27 @@ class AnswerLogitsCodec:
             tail_ids_RD=unpack_integers(parts["tail_sample_ids"], config.num_sampled, config.id_bits),
             tail_logprobs_RD=floats_from_bytes(parts["tail_sample_values"], torch.float16),
         )
+
+    def fault(self, records_RQ: Tensor) -> str | None:
+        """What no teacher says, as of `AnswerLogits.fault`, or bits that a record of this codec has not.
+
+        A codec of one id more or less may have records of the same size.
+        """
+        if (wrong := self.decode(records_RQ).fault()) is not None:
+            return wrong
+        config, sizes = self.config, self.config.sections
+        parts = dict(zip(sizes, torch.split(records_RQ, list(sizes.values()), dim=1), strict=True))
+        used = {
+            "ids": config.num_kept * config.id_bits,
+            "levels": config.num_level_bits,
+            "tail_sample_ids": config.num_sampled * config.id_bits,
+        }
+        for name, num_bits in used.items():
+            if num_bits % 8 and bool((parts[name][:, -1] >> num_bits % 8).any()):
+                return f"{name} of more than {num_bits} bits"
+        if bool((unpack_narrow(parts["levels"], config.num_level_bits, 1).sum(dim=1) != config.num_coded).any()):
+            return f"levels of another number of values than {config.num_coded}"
+        return None
 
     def _encode_block(self, logits_RV: Tensor, addresses_R: Tensor) -> Tensor:
         config, exact_RV = self.config, logits_RV.double()

@@ -160,7 +160,7 @@ class TargetChecks(Checks):
             # Of many samples at once: decoding a few rows takes as long as decoding thousands.
             num_held += len(sample.logits_RQ)
             if num_held >= ROWS_AT_ONCE or row == len(targets) - 1:
-                faults = logits.decode(torch.cat(records)).fault()
+                faults = logits.fault(torch.cat(records))
                 self.compare(shard, "logit_records", faults or "sound records", "sound records")
                 num_held, records = 0, []
         for map_row, num_tokens in enumerate(targets.map_num_tokens):

@@ -11,7 +11,7 @@ from typing import Any
 from storage.digests import digest_of, file_sha256
 from storage.errors import CorruptData, StoreUnavailable, UserError, disk_errors_named
 from storage.regular_files import MAX_BYTES
-from storage.stores.base import PARTIAL, ExpectedFiles, Store, relative_path
+from storage.stores.base import PARTIAL, ExpectedFiles, Store, is_inside, relative_path
 from storage.stores.cache import cache_dir, cached
 from storage.stores.local import LocalStore
 from storage.stores.owner import partial_path, remove_if_abandoned
@@ -48,7 +48,9 @@ class ObjectStore(Store):
         scheme, _, rest = self.url.partition("://")
         bucket, _, prefix = rest.partition("/")
         self._bucket = f"{scheme}://{bucket}"
-        self._prefix = f"{relative_path(prefix)}/" if prefix else ""
+        if prefix and not is_inside(prefix):
+            raise UserError(f"{url!r} is no address: its parts may not be empty, '.' or '..'; name the folder itself")
+        self._prefix = f"{prefix}/" if prefix else ""
 
     def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
         """All bytes of an object, once its size is known to be allowed."""
@@ -213,8 +215,10 @@ class ObjectStore(Store):
     def _download(self, path: str, objects: Sequence[_Object], folder: Path) -> None:
         """Write the objects of `path` below `folder`, in parts."""
         for name, size, tag in objects:
-            below = name.removeprefix(path).lstrip("/")
-            target = folder / Path(path).name / (relative_path(below) if below else "")
+            # An object store takes any name, a folder does not.
+            if not is_inside(name):
+                raise CorruptData(f"{self.url} holds {name!r}, which cannot be a file's path; remove that object")
+            target = folder / Path(path).name / name.removeprefix(path).lstrip("/")
             with disk_errors_named(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("wb") as file:

@@ -177,7 +177,7 @@ def _check_samples(
             raise ValueError(f"sample {sample.key}: logit records {found}, expected {expected} by mask and codec")
         if len(mask) and bool(mask[0]):
             raise ValueError(f"sample {sample.key}: its first token is an answer token, which nothing predicts")
-        if bad := AnswerLogitsCodec(codec).decode(sample.logits_RQ).fault():
+        if bad := AnswerLogitsCodec(codec).fault(sample.logits_RQ):
             raise ValueError(f"sample {sample.key}: logit records hold {bad}")
 
 

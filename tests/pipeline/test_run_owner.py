@@ -54,8 +54,9 @@ def test_of_two_runs_that_begin_one_stage_the_first_is_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = StageFolder(tmp_path / "dpt")
-    folder.begin(StageDescription({"stage": "dpt"}, {"seed": 1}))
-    folder.begin(StageDescription({"stage": "dpt"}, {"seed": 2}))
+    data = {"stage": "dpt", "decoder": "d" * 64, "starts_from": "decoder"}
+    folder.begin(StageDescription(data, {"seed": 1}))
+    folder.begin(StageDescription(data, {"seed": 2}))
     begun = folder.begun_with()
     assert begun is not None
     assert begun.settings == {"seed": 1}

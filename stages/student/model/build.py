@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from stages.attention.capturable_layers import check_sdpa
-from stages.checkpoints.configs import load_config, model_built_from
+from stages.checkpoints.configs import load_config, unfit_named
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.checkpoints.weights import load_weights, some, weight_files
+from stages.checkpoints.weights import check_files, load_weights, some, weight_files
 from stages.families.family import Family
 from stages.families.registry import FAMILIES, family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
@@ -41,9 +41,10 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
     family = teacher_family(teacher_config.model_type)
     language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=torch.float32)
     _check_head(decoder_folder, language_model)
-    tensors = load_file(teacher_folder / "model.safetensors")
+    check_files(teacher_folder)
+    tensors = dict(item for path in weight_files(teacher_folder) for item in load_file(path).items())
     # Without numbers first: what the teacher's config asks for may have any size.
-    with torch.device("meta"), model_built_from(str(teacher_folder)):
+    with torch.device("meta"), unfit_named(teacher_folder):
         planned = _untrained(teacher_config, language_model.config, family, image_token_id)
     prefix = VISION_PREFIXES[planned.config.model_type]
     taken = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
@@ -94,7 +95,7 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
             f"{folder} is of type {config.model_type}, which is no causal language model; name one such as Qwen or "
             "Llama as the student's decoder"
         )
-    with torch.device("meta"), model_built_from(str(folder)):
+    with torch.device("meta"), unfit_named(folder):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = getattr(model, "lm_head", None)
     if not isinstance(head, nn.Linear) or head.bias is not None or not hasattr(getattr(model, "model", None), "layers"):
@@ -168,10 +169,12 @@ def check_vision_tower(student: Path, teacher: Path) -> None:
     """
     prefix = VISION_PREFIXES[load_config(student).model_type]
     with ExitStack() as opened:
+        check_files(student)
+        check_files(teacher)
         files = [opened.enter_context(safe_open(path, "pt")) for path in weight_files(student)]
         file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118, it is no dict
-        wanted = opened.enter_context(safe_open(teacher / "model.safetensors", "pt"))
-        for name in wanted.keys():  # noqa: SIM118
+        wanted_files = [opened.enter_context(safe_open(path, "pt")) for path in weight_files(teacher)]
+        for wanted, name in [(file, name) for file in wanted_files for name in file.keys()]:  # noqa: SIM118
             own = name.replace("model.", prefix, 1)
             found = file_of[own].get_tensor(own) if own in file_of else None
             if found is None or not torch.equal(found, wanted.get_tensor(name).to(found.dtype)):

@@ -1,19 +1,18 @@
 """What a student is: its classes, and where its parts are."""
 
-import json
 from pathlib import Path
 from typing import TypeAlias
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from stages.checkpoints.configs import read_config
 from stages.families.registry import FAMILIES
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
-from storage.regular_files import read_regular
 
 OWN_CLASSES = (CompoDistillStudentForConditionalGeneration, AnyTeacherStudentForConditionalGeneration)
 """Students with the teacher's vision tower; transformers has no class for them."""
@@ -37,7 +36,7 @@ def register_students() -> None:
 
 def is_student(folder: Path) -> bool:
     """Whether a checkpoint is a student with a teacher's vision tower, not a bare decoder or another model."""
-    return json.loads(read_regular(folder / "config.json")).get("model_type") in VISION_PREFIXES
+    return read_config(folder / "config.json").get("model_type") in VISION_PREFIXES
 
 
 def projector_parameters(student: Student) -> list[nn.Parameter]:

@@ -10,16 +10,18 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stages.student.training.parallel import gathered, part_like
-from storage.digests import digest_of, file_sha256
+from storage.digests import digest_of, file_sha256, parse_object
 from storage.errors import CorruptData, FingerprintMismatch, StoreUnavailable, UserError, disk_errors_named
 from storage.regular_files import read_regular
 from storage.stores import open_store
@@ -28,6 +30,9 @@ from storage.strict_model import StrictModel
 logger = logging.getLogger(__name__)
 
 TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter."""
+_REMOVE = "remove it to go on from the one before"
 
 
 class CheckpointConfig(StrictModel):
@@ -37,6 +42,9 @@ class CheckpointConfig(StrictModel):
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,18 @@ class Position:
             is about, and how many these are.
     """
 
-    step: int = 0
-    epoch: int = 0
-    epoch_step: int = 0
-    samples: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    step: _Count = 0
+    epoch: _Count = 0
+    epoch_step: _Count = 0
+    samples: _Count = 0
     seconds: float = 0.0
     loss_sums: dict[str, float] = field(default_factory=dict)
-    num_summed: int = 0
+    num_summed: _Count = 0
+
+
+_POSITION = TypeAdapter(Position)
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Puts whole tensors, as `gathered` gives them, into the parameters that learn.
 
     Raises:
-        FingerprintMismatch: If other parameters were trained then.
+        FingerprintMismatch: If other parameters were trained then, or of other shapes.
     """
     wanted = trained_parameters(model)
     if differing := sorted(tensors.keys() ^ wanted.keys()):
@@ -158,6 +171,9 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"{len(tensors)} parameters were trained so far, {len(wanted)} are to be trained now; {len(differing)} "
             f"differ, such as {differing[0]}. A version that chose others began this stage: train it in a new folder"
         )
+    if shapes := [name for name, parameter in wanted.items() if tensors[name].shape != parameter.shape]:
+        found, expected = list(tensors[shapes[0]].shape), list(wanted[shapes[0]].shape)
+        raise FingerprintMismatch(f"{shapes[0]} had shape {found} so far, now it has {expected}: train in a new folder")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(part_like(tensors[name], parameter))
@@ -165,28 +181,71 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _damaged_file(path: Path) -> str | None:
     try:
-        state = json.loads(read_regular(path / STATE))
-        if state.pop("digest") != digest_of(state):
+        state = _read_state(path)
+        if state.pop("digest", None) != digest_of(state):
             return f"{STATE} has another digest than it says"
-        for name, digest in state["sha256"].items():
-            if file_sha256(path / name) != digest:
+        said = state.get("sha256")
+        for name in (TRAINED, OPTIMIZER):
+            if not isinstance(said, dict) or file_sha256(path / name) != said.get(name):
                 return f"{name} has another sha256 than {STATE} says"
-    except (CorruptData, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CorruptData, OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    return parse_object(read_regular(path / STATE), str(path / STATE), _REMOVE)
+
+
 def _restore(path: Path, state: TrainerState) -> Position:
-    load_trained(state.model, load_file(path / TRAINED))
+    """Everything of a checkpoint whose digests are right; who made them may have written anything.
+
+    Raises:
+        FingerprintMismatch: If other parameters were trained then.
+        CorruptData: If it is not the state of this trainer.
+    """
+    try:
+        load_trained(state.model, load_file(path / TRAINED))
+        _load_moments(load_file(path / OPTIMIZER), state)
+        written = _read_state(path)
+        _load_schedule(written["scheduler"], state)
+        return _POSITION.validate_python(written["position"])
+    except FingerprintMismatch as error:
+        raise FingerprintMismatch(f"{path}: {error}") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        found = f"{path} is not the state of this stage ({type(error).__name__}: {error})"
+        raise CorruptData(f"{found}; {_REMOVE}") from error
+
+
+def _load_moments(tensors: dict[str, Tensor], state: TrainerState) -> None:
     parameters = trained_parameters(state.model)
-    for name, value in load_file(path / OPTIMIZER).items():
-        parameter_name, key = name.rsplit(".", 1)
+    # One that never had a gradient has none.
+    of_parameters = {name.rpartition(".")[0] for name in tensors}
+    if wrong := tensors.keys() ^ {f"{name}.{key}" for name in of_parameters for key in _MOMENTS}:
+        raise ValueError(f"{OPTIMIZER} holds, or lacks, {min(wrong)}")
+    for name, value in tensors.items():
+        parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]
         # The count of steps is a number; all else has the parameter's shape and is spread as it is.
+        if value.shape != (() if key == "step" else parameter.shape):
+            raise ValueError(f"{name} has shape {list(value.shape)}")
         state.optimizer.state[parameter][key] = part_like(value, parameter) if value.dim() else value
-    written = json.loads(read_regular(path / STATE))
-    state.scheduler.load_state_dict(written["scheduler"])
+
+
+def _load_schedule(found: Any, state: TrainerState) -> None:
+    own = state.scheduler.state_dict()
+    # Of those of another version of torch, only what this one knows.
+    known = {name: found[name] for name in own if name in found}
+    if wrong := [name for name, value in known.items() if not _is_like(value, own[name])]:
+        raise ValueError(f"scheduler.{wrong[0]} is {known[wrong[0]]!r:.100}")
+    state.scheduler.load_state_dict(known)
     # The schedule only sets the rate at its next step; until then the optimizer would use that of step 0.
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    return Position(**written["position"])
+
+
+def _is_like(found: Any, own: Any) -> bool:
+    """Whether a value of JSON has the type of one of ours, in lists too."""
+    if isinstance(own, list):
+        return isinstance(found, list) and len(found) == len(own) and all(map(_is_like, found, own))
+    return type(found) in ((int, float) if isinstance(own, float) else (type(own),))

@@ -10,7 +10,8 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from storage.errors import UserError
+from storage.digests import parse_object
+from storage.errors import CorruptData, UserError
 from storage.regular_files import read_regular
 from storage.stores import open_store
 from storage.strict_model import StrictModel
@@ -46,6 +47,7 @@ def metrics_log(
 
     Raises:
         UserError: If wandb was asked for and is not installed.
+        CorruptData: If `metrics.jsonl` holds other lines.
     """
     logs = []
     if enabled:
@@ -70,13 +72,22 @@ def metrics_log(
 
 @contextmanager
 def _json_lines(path: Path, step: int) -> Iterator[Write]:
-    lines = read_regular(path, _MAX_BYTES).decode().splitlines() if path.exists() else []
+    lines = read_regular(path, _MAX_BYTES).splitlines() if path.exists() else []
     # The last line may have been cut by a kill.
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    open_store(path.parent).write(path.name, "".join(f"{line}\n" for line in kept).encode())
+    whole = [(number, line) for number, line in enumerate(lines, 1) if line.endswith(b"}")]
+    kept = [line for number, line in whole if _step_of(line, f"{path}, line {number}") <= step]
+    open_store(path.parent).write(path.name, b"".join(line + b"\n" for line in kept))
     # A line is written as soon as it is whole.
     with path.open("a", buffering=1) as file:
         yield lambda step, values: print(json.dumps({"step": step, **values}), file=file)
+
+
+def _step_of(line: bytes, where: str) -> int:
+    todo = "remove the line, or move the file away"
+    found = parse_object(line, where, todo).get("step")
+    if not isinstance(found, int):
+        raise CorruptData(f"{where} has step {found!r:.50}, expected a whole number; {todo}")
+    return found
 
 
 @contextmanager

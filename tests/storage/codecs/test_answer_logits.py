@@ -221,3 +221,17 @@ def test_what_no_teacher_says_is_found():
     found = dataclasses.replace(found, tail_logprobs_RD=torch.zeros_like(found.tail_logprobs_RD))
     for field, (value, message) in cases.items():
         assert message in str(dataclasses.replace(found, **{field: value}).fault())
+
+
+def test_records_of_a_codec_of_another_size_are_found_though_they_have_as_many_bytes():
+    """11 ids of 6 bits take as many bytes as 12, and so do the levels of 2 or 3 values."""
+    logits_RV = normal_logits(40, 50, 1.0)
+    made = LogitCodecConfig(vocab_size=50, top_k=12, num_tail_samples=4)
+    records_RQ = AnswerLogitsCodec(made).encode(logits_RV, row_addresses("a", 40))
+    assert AnswerLogitsCodec(made).fault(records_RQ) is None
+    other = made.model_copy(update={"top_k": 11})
+    assert other.row_bytes == made.row_bytes
+    assert AnswerLogitsCodec(other).fault(records_RQ) == "ids of more than 66 bits"
+    levels = slice(made.sections["ids"] + made.sections["values"], made.sections["ids"] + made.sections["values"] + 1)
+    records_RQ[:, levels] ^= 1
+    assert AnswerLogitsCodec(made).fault(records_RQ) == "levels of another number of values than 3"

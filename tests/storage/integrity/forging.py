@@ -12,13 +12,19 @@ Leaf = tuple[str | int, ...]
 """The way to a value through objects and lists."""
 
 
-def number_leaves(value: Any, way: Leaf = ()) -> Iterator[Leaf]:
+def number_leaves(value: Any) -> Iterator[Leaf]:
     """The ways to all numbers in a JSON value, truth values left out."""
+    for leaf in ways(value):
+        if isinstance(number := value_at(value, leaf), int | float) and not isinstance(number, bool):
+            yield leaf
+
+
+def ways(value: Any, way: Leaf = ()) -> Iterator[Leaf]:
+    """The ways to all values inside a JSON value."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from number_leaves(inner, (*way, key))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield way
+            yield (*way, key)
+            yield from ways(inner, (*way, key))
 
 
 def value_at(document: Any, leaf: Leaf) -> Any:
@@ -42,10 +48,16 @@ def documents(root: Path) -> dict[str, Path]:
 
 
 def forge(root: Path, name: str, leaf: Leaf, value: object) -> None:
-    """Changes one number, then every digest, size and name that follows from the document."""
+    """Changes one value, then every digest, size and name that follows from the document."""
+    document = json.loads(documents(root)[name].read_bytes())
+    value_at(document, leaf[:-1])[leaf[-1]] = value
+    forge_document(root, name, document)
+
+
+def forge_document(root: Path, name: str, document: Any) -> None:
+    """Puts another document in place of one, then makes right every digest, size and name that follows from it."""
     paths = documents(root)
-    fields = {document: json.loads(path.read_bytes()) for document, path in paths.items()}
-    value_at(fields[name], leaf[:-1])[leaf[-1]] = value
+    fields = {other: json.loads(path.read_bytes()) for other, path in paths.items()} | {name: document}
     table = json.dumps(fields["table"], separators=(",", ":")).encode()
     entry = fields["index"]["shards"][0]
     if name == "table":

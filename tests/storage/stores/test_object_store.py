@@ -2,17 +2,20 @@
 
 import os
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 from torch.utils.data import DataLoader
 
-from storage.errors import CorruptData
+from storage.errors import CorruptData, UserError
 from storage.integrity.verify import verify
 from storage.stores import open_store
 from storage.streaming.stream import StreamConfig
 from storage.targets.cleaning import clean_partials
 from storage.targets.store import TargetStore
 from storage.targets.summary import summarize
+from tests.s3_server import BUCKET
 from tests.storage.builders import extract, files_of, pack, target_stream
 
 
@@ -76,6 +79,38 @@ def test_an_object_that_arrives_damaged_is_refused(remote, tmp_path):
     store.remove_tree(record.path)
     with pytest.raises(CorruptData, match="its folder"):
         TargetStore.open(store).shard(0)
+
+
+def put_object(key: str) -> None:
+    """As another client does, to which any text is a name."""
+    url = f"{os.environ['AWS_ENDPOINT_URL']}/{BUCKET}/{quote(key, safe='')}"
+    with build_opener(ProxyHandler({})).open(Request(url, b"harm", method="PUT")):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name", ["../harm", "a/../../harm", "/etc/harm", "a//harm", "a\tharm", "\x1b[31m", "a\\harm", "."]
+)
+def test_an_object_whose_name_is_no_path_is_an_error_that_names_it(remote, tmp_path, name):
+    index = pack(tmp_path / "samples", (3,))
+    store = open_store(f"{remote}/targets")
+    (record,) = extract(index, store)
+    assert verify(f"{remote}/targets").ok
+    put_object(f"{store.url.removeprefix(f's3://{BUCKET}/')}/{record.path}/{name}")
+    try:
+        found = [finding.found for finding in verify(f"{remote}/targets").findings]
+    except UserError as error:
+        found = [str(error)]
+    assert any(store.url in text for text in found)
+    with pytest.raises(UserError, match=store.url):
+        TargetStore.open(store).shard(0)
+    assert not list(tmp_path.parent.rglob("*harm*"))
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a/../b", "s3://bucket/a//b", "gs://bucket/./a", "s3://bucket/a\nb"])
+def test_an_address_that_is_no_path_is_a_users_error(url):
+    with pytest.raises(UserError, match="is no address"):
+        open_store(url)
 
 
 def test_the_credentials_of_these_tests_open_nothing_else(remote):

@@ -1,20 +1,32 @@
 """Checkpoints of a stage: which stay, and what processes that write none take part in."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from weakref import ref
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from stages.student.training.checkpoint import TRAINED, Checkpoints, Position, TrainerState, trained_parameters
+from stages.student.training.checkpoint import (
+    OPTIMIZER,
+    STATE,
+    TRAINED,
+    Checkpoints,
+    Position,
+    TrainerState,
+    trained_parameters,
+)
 from stages.student.training.parallel import gathered
-from storage.errors import FingerprintMismatch, StoreUnavailable
+from storage.digests import digest_of, file_sha256
+from storage.errors import FingerprintMismatch, StoreUnavailable, UserError
 
 
 def trainer(device: str = "cpu") -> TrainerState:
@@ -129,3 +141,60 @@ def test_a_process_that_does_not_write_takes_part_in_each_gather_and_holds_one_w
     for tensor in gathered(parts, wanted=True).values():
         assert not isinstance(tensor, DTensor)
         assert torch.equal(tensor, torch.arange(8.0))
+
+
+def forge(folder: Path, *, state: dict[str, Any] | None = None, **files: bytes | dict[str, Tensor]) -> None:
+    """Puts other values into a checkpoint and makes its digests right."""
+    for name, content in files.items():
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(content if isinstance(content, bytes) else save(content))
+    written = json.loads((folder / STATE).read_text()) | (state or {})
+    written["sha256"] = {name: file_sha256(folder / name) for name in (TRAINED, OPTIMIZER)}
+    del written["digest"]
+    (folder / STATE).write_text(json.dumps({**written, "digest": digest_of(written)}))
+
+
+MOMENT = "weight.exp_avg"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+FORGED: dict[str, tuple[dict[str, Any], str]] = {
+    "no safetensors file": ({"trained": b"x"}, "SafetensorError"),
+    "a parameter of another shape": ({"trained": {"weight": torch.ones(1), "bias": torch.ones(64)}}, "had shape"),
+    "no moments of a step": ({"optimizer": {MOMENT: torch.ones(64, 64)}}, "holds, or lacks, weight.exp_avg_sq"),
+    "moments of no parameter": ({"optimizer": {f"other.{k}": torch.ones(()) for k in MOMENTS}}, "KeyError: 'other'"),
+    "a name without a dot": ({"optimizer": {"step": torch.ones(())}}, "holds, or lacks"),
+    "moments of another shape": ({"optimizer": {f"bias.{k}": torch.ones(()) for k in MOMENTS}}, r"shape \[\]"),
+    "no position": ({"state": {"position": None}}, "validation error"),
+    "a position before the start": ({"state": {"position": {"step": -1}}}, "greater than or equal to 0"),
+    "a position of a later version": ({"state": {"position": {"step": 1, "more": 1}}}, "more"),
+    "a schedule of another kind": ({"state": {"scheduler": {"last_epoch": "1"}}}, "scheduler.last_epoch is '1'"),
+    "no rates": ({"state": {"scheduler": {"_last_lr": []}}}, r"scheduler._last_lr is \[\]"),
+    "rates that are none": ({"state": {"scheduler": {"_last_lr": ["a"]}}}, "scheduler._last_lr is"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_checkpoint_with_right_digests_that_is_not_the_state_of_the_stage_is_refused(
+    case: str, tmp_path: Path
+) -> None:
+    Checkpoints(tmp_path, keep=1).save(Position(500), trainer())
+    forged, expected = FORGED[case]
+    forge(tmp_path / "step-00000500", **forged)
+    with pytest.raises(UserError, match=f"(?s)step-00000500.*{expected}"):
+        Checkpoints(tmp_path, keep=1).restore(trainer())
+
+
+def test_a_schedule_sets_only_what_this_version_of_the_library_has(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, keep=1).save(Position(500), trainer())
+    state = json.loads((tmp_path / "step-00000500" / STATE).read_text())["scheduler"]
+    forge(tmp_path / "step-00000500", state={"scheduler": {**state, "optimizer": 1, "step": 2, "_of_later": 3}})
+    restored = trainer()
+    assert Checkpoints(tmp_path, keep=1).restore(restored) == Position(500)
+    assert restored.scheduler.optimizer is restored.optimizer
+
+
+@pytest.mark.parametrize("state", [b"[" * 10**5, b"[]", b"{}", b'{"digest": 1}', b'{"sha256": {"/etc/passwd": ""}}'])
+def test_a_checkpoint_with_a_state_that_is_none_counts_as_damaged(state: bytes, tmp_path: Path) -> None:
+    Checkpoints(tmp_path, keep=1).save(Position(500), trainer())
+    (tmp_path / "step-00000500" / STATE).write_bytes(state)
+    with pytest.raises(UserError, match="all 1 checkpoints"):
+        Checkpoints(tmp_path, keep=1).restore(trainer())
