@@ -20,6 +20,7 @@ from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
 from pipeline.cluster.connection import ClusterWatch, lost
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.task_queue import TaskQueue
+from pipeline.cluster.watchdog import end_when_stuck
 from pipeline.cluster.worker import Outcome, Work, Worker
 from pipeline.ui.streams import guard_streams
 from storage.errors import UserError
@@ -178,6 +179,7 @@ class _Actor:
         guard_streams()
         # Not in the constructor: of an exception there ray keeps the text only.
         keep_children_safe()
+        end_when_stuck()
         check_code(self._code)
         self._work = self._make_worker()
         return socket.gethostname(), os.getpid()

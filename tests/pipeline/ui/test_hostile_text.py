@@ -224,6 +224,7 @@ def test_a_librarys_bar_may_go_back_to_the_start_of_its_line(monkeypatch: pytest
 def test_a_worker_of_a_cluster_writes_its_log_like_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.StringIO())
+    monkeypatch.setattr("pipeline.cluster.ray_backend.end_when_stuck", lambda: None)
     _Actor(lambda: None, None, code_digest()).start()
     assert isinstance(sys.stderr, GuardedStream)
 
