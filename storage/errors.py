@@ -94,6 +94,7 @@ _NO_PATH = {
     errno.ENOTDIR: "leads through a file; name a folder",
     errno.EISDIR: "is a folder, expected a file; name a file",
     errno.EEXIST: "exists and is no folder; name a folder",
+    errno.ENOENT: "is not there, and cannot be made there; check the path",
     errno.ELOOP: "is a loop of links; name a file or folder",
 }
 _SHOWN_CHARS = 200

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from storage.errors import CorruptData, UserError, disk_errors_named
 
+MAX_PARTS = 255
+"""Folders that a path may lead through: they are made one inside the other."""
 MAX_BYTES = 64 * 2**20
 """Most bytes of a file that is read whole, unless its reader says otherwise. Records and reports have kilobytes; one of
 a hundred thousand skipped samples is smaller."""
@@ -123,15 +125,18 @@ def home_expanded(path: str | Path) -> Path:
         raise UserError(f"{found}; write ./{path} if it is a name here") from error
 
 
-def refuse_other_than_utf8(path: Path) -> None:
-    """Refuses a path that some of the libraries that write stores and checkpoints, which take UTF-8, cannot open.
+def refuse_unusable(path: Path) -> None:
+    """Refuses a path that some of the libraries that write stores and checkpoints cannot open or make.
 
     Raises:
         UserError: If it is one.
     """
+    whole = path.absolute()
     try:
-        str(path.absolute()).encode()
+        str(whole).encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{path} is not UTF-8, which the libraries that read and write here need; give it another name"
         ) from error
+    if len(whole.parts) > MAX_PARTS:
+        raise UserError(f"{str(path)[:200]}... has {len(whole.parts)} parts, at most {MAX_PARTS} are taken")

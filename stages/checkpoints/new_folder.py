@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import UserError, disk_errors_named
-from storage.regular_files import refuse_other_than_utf8
+from storage.regular_files import refuse_unusable
 from storage.stores import PARTIAL, LocalStore
 from storage.stores.owner import names_owner, remove_if_abandoned
 
@@ -18,7 +18,7 @@ def check_new(folder: Path) -> None:
     Raises:
         UserError: If it does, is a file, or is not UTF-8.
     """
-    refuse_other_than_utf8(folder)
+    refuse_unusable(folder)
     # `exists` says no for what lies below a file.
     if any(above.is_file() for above in folder.absolute().parents):
         raise UserError(f"{folder} leads through a file; name a new folder")

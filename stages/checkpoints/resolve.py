@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError
 
 from stages.checkpoints.weights import check_files
 from storage.errors import UserError, first_line
-from storage.regular_files import refuse_other_than_utf8, refuse_special_files
+from storage.regular_files import refuse_special_files, refuse_unusable
 
 _WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
 _NEEDED_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -34,7 +34,7 @@ def local_folder(name: str | Path, *, with_weights: bool = False) -> Path:
         UserError: If it is neither, is not UTF-8, or holds something that is no regular file.
     """
     folder = Path(name)
-    refuse_other_than_utf8(folder)
+    refuse_unusable(folder)
     if not folder.is_dir():
         patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from storage.errors import UserError
-from storage.regular_files import read_regular, refuse_other_than_utf8
+from storage.regular_files import read_regular, refuse_unusable
 from storage.samples.index import MAX_INDEX_BYTES
 from storage.stores.folder_owner import LOCK_FILE, owned
 
@@ -33,7 +33,7 @@ class StagedFolder:
     def __enter__(self) -> Self:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out} is a file; name a folder to write sample shards to")
-        refuse_other_than_utf8(self.out)
+        refuse_unusable(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             held.enter_context(owned(self.out))

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from storage.errors import PassingFailure, UserError, disk_errors_named
-from storage.regular_files import refuse_other_than_utf8
+from storage.regular_files import refuse_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def owned(folder: Path) -> Iterator[None]:
         FolderInUse: If another process has it; says which, where and since when.
         UserError: If it cannot be a folder, its path is not UTF-8, or something else has the name of the lock's file.
     """
-    refuse_other_than_utf8(folder)
+    refuse_unusable(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     lock = folder / LOCK_FILE
     with disk_errors_named(lock):

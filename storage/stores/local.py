@@ -9,7 +9,7 @@ from pathlib import Path
 from stat import S_IMODE
 
 from storage.errors import NoHardLinks, UserError, disk_errors_named
-from storage.regular_files import MAX_BYTES, home_expanded, read_regular, refuse_other_than_utf8
+from storage.regular_files import MAX_BYTES, home_expanded, read_regular, refuse_unusable
 from storage.stores.base import PARTIAL, ExpectedFiles, Store, measure_files, relative_path
 from storage.stores.owner import partial_path, remove_if_abandoned
 
@@ -24,7 +24,7 @@ class LocalStore(Store):
     def __init__(self, root: Path) -> None:
         # Absolute, so that a worker with another working folder opens the same store.
         self.root = home_expanded(root).absolute()
-        refuse_other_than_utf8(self.root)
+        refuse_unusable(self.root)
         self.url = str(self.root)
 
     def read(self, path: str, max_bytes: int = MAX_BYTES) -> bytes:
