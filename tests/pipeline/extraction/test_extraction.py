@@ -69,7 +69,8 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
     assert (report.samples, report.skipped, report.failures) == (NUM_SAMPLES, {}, {})
     assert report.failed_starts == {}
     assert report.shards == report.shards_made_now == len(TargetStore.open(store).commits)
-    for worker in report.per_worker:
+    # The other made all, if this one was ready last.
+    for worker in (each for each in report.per_worker if each.shards):
         assert {"forward", "coding", "preparing", "writing"} <= worker.timings.keys()
         assert worker.waited_share is not None
         assert 0 <= worker.waited_share < 1
