@@ -15,7 +15,7 @@ from typing import Any
 
 from stages.conversations.render_templates import MAX_SECONDS
 
-_SCRIPT = Path(__file__).with_name("render_templates.py")
+_SCRIPT = Path(__file__).absolute().with_name("render_templates.py")
 
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -89,6 +89,7 @@ def _start() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="ascii",
+        cwd=_SCRIPT.anchor,  # our own may be gone: Ray removes those of jobs
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # each thread reserves memory
         start_new_session=True,  # an interrupt at the terminal is not for it: it ends when its input does
     )

@@ -1,5 +1,6 @@
 """Chat templates are programs of strangers: none may end, stop or fill the process that uses it."""
 
+import os
 import re
 import signal
 import subprocess
@@ -80,6 +81,17 @@ def test_threads_and_forks_get_their_own_answers() -> None:
     assert process is not None
     assert Forked(lambda _: rendered(7)).end().result == "7"
     assert process.poll() is None
+
+
+def test_a_process_whose_current_folder_was_removed_renders(tmp_path: Path) -> None:
+    def rendered() -> str:
+        folder = tmp_path / "removed"
+        folder.mkdir()
+        os.chdir(folder)
+        folder.rmdir()
+        return render(PLAIN, MESSAGES, {})[0]
+
+    assert Forked(lambda _: rendered()).end().result == "é\ud800"
 
 
 def test_special_tokens_do_not_take_the_place_of_arguments() -> None:
