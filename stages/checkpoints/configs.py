@@ -15,17 +15,6 @@ from storage.digests import parse_object
 from storage.errors import CorruptData, UserError, first_line
 from storage.regular_files import read_regular
 
-_NO_MODEL = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What the library raises for numbers and types in a config that no model has."""
 _CONFIGS = (
     "config.json",
     "generation_config.json",
@@ -47,8 +36,8 @@ _REFUSED = {
     "init_inputs": _OTHER_FILES,
 }
 """Keys by which the library would load more than the folder's usual files -> what they name."""
-_MOST = {"layer": 2**12, "depth": 2**12, "experts": 2**12, "labels": 2**17}
-"""Part of a key that counts what a model is made of -> the largest number that is believed."""
+_MOST = {"layers": 2**12, "layer": 2**12, "depth": 2**12, "experts": 2**12, "labels": 2**17}
+"""Ends of keys that count what a model is made of -> the largest number that is believed."""
 _UNFIT = (
     StrictDataclassError,
     SafetensorError,
@@ -150,7 +139,7 @@ def _refuse_counts(value: Any, file: Path) -> None:
             _refuse_counts(part, file)
     elif isinstance(value, dict):
         for key, part in value.items():
-            most = next((most for word, most in _MOST.items() if word in key), None)
+            most = next((most for word, most in _MOST.items() if key.endswith(word)), None)
             if most is not None and isinstance(part, int | float) and abs(part) > most:
                 raise UserError(f"{file} has {key} {part:.0f}, at most {most:,} are made; fetch or save it again")
             _refuse_counts(part, file)

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from stages.checkpoints.configs import read_config
 from stages.checkpoints.processor_sizes import check_picture
 from stages.checkpoints.processors import load_processor
 from stages.convert.checkpoint import convert_checkpoint
@@ -187,3 +188,9 @@ def test_the_teacher_folder_of_a_store_is_refused_likewise(
         return
     with pytest.raises(UserError, match=r"does not fit this student|cannot be read by transformers"):
         build_student(folder, str(made("lm")), 0)
+
+
+def test_sizes_of_one_layer_are_no_numbers_of_layers(tmp_path: Path) -> None:
+    fields = {"text_config": {"vocab_size_per_layer_input": 262144, "num_hidden_layers": 30}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_config(tmp_path / "config.json") == fields
