@@ -84,11 +84,12 @@ def _own_path_only() -> JobConfig:
 
 def _check_reachable(address: str) -> None:
     """Ray itself tries for minutes where nothing listens."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
     if not (host and port.isdigit()):
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        _knock(place)
     except (OSError, OverflowError) as error:
         raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
 
@@ -145,9 +146,13 @@ def lost(found: str) -> ClusterLost:
 
 
 def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE_S / 3).close()
+        _knock(address)
     except OSError:
         return False
     return True
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
