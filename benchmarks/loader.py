@@ -325,10 +325,10 @@ class _Processor:
     image_token = "<image>"
 
     def __init__(self) -> None:
-        self.images = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+        self.image_processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
 
     def __call__(self, images: Sequence[Any], return_tensors: str, **_: Any) -> Any:
-        return self.images(images[0], return_tensors=return_tensors)
+        return self.image_processor(images[0], return_tensors=return_tensors)
 
 
 def _targets(
