@@ -142,6 +142,9 @@ class StepLoader:
             generator=torch.Generator().manual_seed(self.mixture.config.seed),
         )
         try:
+            # The first that shared memory must give. An iterator that fails over it prints a traceback when it is deleted.
+            if self._context is not None:
+                self._context.Lock()
             return iter(loader)
         except OSError as error:
             raise UserError(f"loader processes cannot be started: {error}; {shared_memory()}; {TO_DO}") from error

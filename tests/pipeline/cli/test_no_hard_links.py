@@ -49,6 +49,18 @@ def test_commands_that_write_a_whole_folder_need_no_hard_links(command: str, tin
     assert list((tmp_path / "out").iterdir())
 
 
+def test_a_student_is_trained_and_trained_on_without_hard_links(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    places = ("--samples", tiny.samples, "--targets", targets, "--student", tiny.student_lm, "--output", output)
+    stages = ("train.dpt={batch_size: 8, epochs: 1}", "train.sft={batch_size: 8, epochs: 1}")
+    # Without loader processes: the filter also refuses the link by which the C library makes a semaphore.
+    settings = [word for each in (*stages, "train.loader.num_workers=0") for word in ("--set", each)]
+    for stage in ("dpt", "sft"):
+        done = cdp("train-student", *places, *settings, "--stage", stage)
+        assert done.returncode == 0, done.stderr
+        assert (output / stage / "student" / "model.safetensors").is_file()
+
+
 def test_an_extraction_is_refused_before_its_workers_start(tiny: TinyWorld, tmp_path: Path) -> None:
     done = cdp(
         "extract-teacher", "--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", tmp_path / "targets"

@@ -196,6 +196,7 @@ def test_shared_memory_that_is_too_small_or_read_only_is_named_and_nothing_waits
     if "steps" not in expected:
         assert "/dev/shm, the shared memory, has" in done.stdout
         assert ("mounted read-only" in done.stdout) == ("ro" in mounted)
+        assert "Traceback" not in done.stderr
 
 
 def test_loader_processes_outlive_signals_to_the_whole_group_and_end_with_their_steps(data):
