@@ -142,7 +142,7 @@ class StepLoader:
             generator=torch.Generator().manual_seed(self.mixture.config.seed),
         )
         try:
-            # The first that shared memory must give. An iterator that fails over it prints a traceback when it is deleted.
+            # Needs shared memory too; a half-made iterator would print a traceback when it is deleted.
             if self._context is not None:
                 self._context.Lock()
             return iter(loader)

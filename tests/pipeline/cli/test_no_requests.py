@@ -15,6 +15,11 @@ from tests.pipeline.runs import SETTINGS
 pytestmark = pytest.mark.slow
 OF_A_PROXY = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 OF_A_SERVICE = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT", "AWS_METADATA_ENDPOINT")
+TAKEN_AWAY = (
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "RAY_USAGE_STATS_ENABLED"),
+    *("AWS_EC2_METADATA_DISABLED", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ALLOW_HTTP"),
+)
+"""What an environment may hold that keeps a command from asking."""
 
 
 @contextmanager
@@ -39,7 +44,7 @@ def recorder() -> Iterator[tuple[str, list[bytes]]]:
 def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """All requests of the commands that a test runs, to whatever address, as they go through a proxy."""
     with recorder() as (address, heard):
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "RAY_USAGE_STATS_ENABLED"):
+        for name in TAKEN_AWAY:
             monkeypatch.delenv(name, raising=False)
         for name in ("NO_PROXY", "no_proxy"):  # processes of Ray speak to each other
             monkeypatch.setenv(name, "127.0.0.1,localhost")
