@@ -1,6 +1,7 @@
 """Every layout of docs/data.md becomes the same LLaVA record; the rest is refused with the key in the way."""
 
 import base64
+import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from stages.samples.llava_record import LlavaRecord, parse_record
 from stages.unusable_sample import UnusableSample
+from tests.docs.markdown import PAGES
 from tests.stages.samples.llava_data import image_bytes, turns
 
 PNG = image_bytes()
@@ -64,6 +66,15 @@ def stored(value: dict[str, Any]) -> dict[str, object]:
 def test_every_layout_becomes_the_same_record(layout: str) -> None:
     wanted = {"id": "0", "image": "a.png", "conversations": turns("<image>\nWhat?", "red")}
     assert stored(OF_ONE_IMAGE[layout]) == wanted
+
+
+@pytest.mark.parametrize("example", PAGES["docs/data.md"].blocks("json"))
+def test_every_example_of_the_documentation_is_read_whole(example: str) -> None:
+    value = json.loads(example)
+    found = parse_record(value, 0)
+    assert not found.unread
+    assert len(found.images) == sum(text.count("<image>") for _, text in found.turns)
+    assert bool(found.images) == ("system" not in value)
 
 
 @pytest.mark.parametrize(
