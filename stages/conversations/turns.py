@@ -129,7 +129,10 @@ def is_unicode(text: str) -> bool:
 
 def shorten(found: object) -> str:
     """What was found, for a message: ASCII, at most 80 characters."""
-    text = ascii(found)
+    try:
+        text = ascii(found)
+    except RecursionError:
+        text = f"a {type(found).__name__} that is nested too deep"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -16,7 +16,8 @@ _INPUT_KEYS = """
     image images system conversations messages texts
     audio audios audio_path audio_paths audio_url input_audio sound speech
     video videos video_path video_paths video_url video_urls frames
-    image_file image_files image_path image_paths image_url image_urls img imgs picture pictures pixel_values
+    image_base64 image_bytes image_data image_file image_files image_path image_paths image_url image_urls
+img imgs jpeg jpg png webp picture pictures pixel_values
     point_cloud point_clouds depth depths
     tools tool_calls tool_call_id functions function_call documents
     system_prompt system_message history prefix suffix objects
@@ -58,8 +59,15 @@ class UnreadKeys:
                 continue
             name = str(key).lower()
             shown = shorten(key)[1:-1]
-            if name in INPUT_KEYS or name in read or (name in LOSS_KEYS and value != int(learned)):
+            of_loss = name in LOSS_KEYS and value != int(learned)
+            if name in INPUT_KEYS or name in read or of_loss or _holds_bytes(value):
                 inside = f" of {where}" if where else ""
                 raise UnusableSample("unread_field", f"{shown}{inside} is not read, and changes what is learned")
             if name not in LOSS_KEYS:
                 self.names.add(f"{where.split(' ')[0]}.{shown}" if where else shown)
+
+
+def _holds_bytes(value: object) -> bool:
+    """Whether a value of a table holds a picture or a sound: nothing else is bytes there."""
+    each = value if isinstance(value, list) else [value]
+    return any(isinstance(one.get("bytes") if isinstance(one, Mapping) else one, bytes) for one in each)

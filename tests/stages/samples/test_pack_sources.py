@@ -36,6 +36,11 @@ def test_repeated_records_and_ids_are_packed_and_counted_with_and_without_ids(
         assert [sample.record["id"] for sample in samples] == ["x"] * 4 if sample_id else ["0", "1", "2", "3"]
 
 
+def test_a_number_that_stands_for_an_id_does_not_repeat_one(llava: LlavaFolder, tmp_path: Path) -> None:
+    records = [record("1"), record(None, question="And this?")]
+    assert pack_samples(llava.write_json(records), llava.images, tmp_path / "out").records == RecordCounts()
+
+
 def test_what_is_left_unread_dropped_or_read_as_text_is_counted(llava: LlavaFolder, tmp_path: Path) -> None:
     records = [
         {**record("x", "a.jpg"), "width": 8, "source": "s"},

@@ -132,6 +132,8 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "tools": (messages("q", tools="[{}]"), "tools"),
     "preferences": (messages("q", chosen="a", rejected="b"), "chosen"),
     "an image of another name": (messages("q", image_path="a.png"), "image_path"),
+    "bytes of another name": (messages("q", thumbnail=PNG), "thumbnail"),
+    "images of another name": (messages("q", pages=[{"bytes": PNG, "path": None}]), "pages"),
     "another case": (messages("q", Images=["a.png"]), "Images"),
     "a weight of the record": (messages("q", weight=0.5), "weight"),
     "a weight of an answer": ({"conversations": [LEARNED[0], {**LEARNED[1], "weight": 0}]}, "weight of turn 1"),
@@ -173,6 +175,13 @@ def test_other_keys_are_collected() -> None:
     assert unread(messages([part("text", text="q", cache=1)])) == {"part.cache"}
 
 
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "more placeholders than images": (messages("<image><image>", images=["a.png"]), "placeholder_without_image"),
     "more images than placeholders": (messages("<image>", images=["a.png", "b.png"]), "image_without_placeholder"),
@@ -195,6 +204,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "columns of other lengths": ({"texts": {"user": ["q", "q"], "assistant": ["a"]}}, "bad_turn"),
     "half a surrogate pair in a part": (messages([part("text", text="\ud800")]), "not_utf8"),
     "half a surrogate pair in the system text": (messages("q", system="\ud800"), "bad_turn"),
+    "turns nested too deep": ({"conversations": nested(100_000)}, "bad_turn"),
     "a tool's turn": ({"messages": [{"role": "tool", "content": "a"}]}, "unknown_role"),
 }
 

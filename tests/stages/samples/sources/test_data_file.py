@@ -110,6 +110,11 @@ def test_the_rows_of_one_split_are_one_data_set_and_others_are_refused_by_name(t
     parquet.write_table(TABLE, tmp_path / "data/test-00000-of-00001.parquet")
     with pytest.raises(UserError, match="several splits: test, train;"):
         records_of(tmp_path / "data")
+    for part in (parts[0], parts[2]):
+        part.unlink()
+    parquet.write_table(TABLE, tmp_path / "data/more.parquet")
+    with pytest.raises(UserError, match="several splits: test and others"):
+        records_of(tmp_path / "data")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(UserError, match=r"several splits: \['train', 'test'\]"):
         records_of(tmp_path)
