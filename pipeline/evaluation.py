@@ -154,5 +154,6 @@ def _distinct_images(streamed: list[StreamedSample], count: int) -> list[Streame
 
 
 def _first_turns(sample: StreamedSample) -> str:
-    question, answer = (turn["value"] for turn in sample.record["conversations"][:2])
+    turns = [turn["value"] for turn in sample.record["conversations"] if turn["from"] != "system"]
+    question, answer = turns[:2]
     return f"{question.replace('<image>', '').strip()} {answer}"

@@ -5,7 +5,14 @@ from typing import Literal
 from storage.errors import UserError
 
 _OfRecord = Literal[
-    "bad_id", "bad_image_field", "bad_json_line", "duplicate_id", "line_too_long", "not_an_object", "not_utf8"
+    "bad_id",
+    "bad_image_field",
+    "bad_json_line",
+    "line_too_long",
+    "not_an_object",
+    "not_utf8",
+    "unknown_layout",
+    "unread_field",
 ]
 _OfTurns = Literal[
     "answer_missing", "bad_turn", "empty_conversation", "question_missing", "unknown_role", "wrong_turn_order"

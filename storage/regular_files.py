@@ -86,6 +86,14 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, or a link to one; False for what cannot be a path."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def refuse_special_files(folder: Path) -> None:
     """Refuses a folder that a library is to read if it holds anything but folders and regular files.
 

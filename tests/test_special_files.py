@@ -30,8 +30,8 @@ from stages.conversations.chat_templates import read_template
 from stages.convert.layout import read_released_config
 from stages.evaluation.caption_pairs import CaptionPair, load_pairs
 from stages.evaluation.scoring import EvaluationConfig, _encoded_batches
+from stages.samples.first_look import check_layout
 from stages.samples.image_files import ImageFolder
-from stages.samples.llava_json import open_llava_records
 from stages.samples.staged_folder import StagedFolder
 from stages.student.model.student import is_student
 from stages.student.run_folder import StageFolder
@@ -146,8 +146,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "tar": ("samples-000000.tar", read_tar),
     "chunk": ("a/c/0", read_chunk),
     "digest": ("a", file_sha256),
-    "LLaVA list": ("a.json", open_llava_records),
-    "LLaVA lines": ("a.jsonl", lambda file: list(open_llava_records(file).positions())),
+    "samples": ("a.json", check_layout),
     "image": ("a.png", lambda file: ImageFolder(file.parent, 10**6, 10**6).read("a.png")),
     "packed before": ("index.json", publish_again),
     "run file": ("run.yaml", lambda file: load_run_file(file, [], {})),
@@ -164,7 +163,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "released config": ("config.json", lambda file: read_released_config(file.parent)),
     "config of a student": ("config.json", lambda file: is_student(file.parent)),
 }
-STREAMED = ("tar", "chunk", "digest", "LLaVA lines", "metrics")
+STREAMED = ("tar", "chunk", "digest", "samples", "metrics")
 """May be as large as they are."""
 REPLACED = ("metrics", "packed before")
 """Written anew over a loop of links, like over nothing."""

@@ -7,17 +7,22 @@ import typer
 
 if TYPE_CHECKING:
     from stages.samples.pack import PackReport
+    from stages.samples.record_counts import RecordCounts
 
 
 def pack_samples(
-    source: Annotated[Path, typer.Argument(help="LLaVA JSON or JSONL.", metavar="JSON")],
-    images: Annotated[Path, typer.Argument(help="Folder that the records' image paths start from.")],
+    source: Annotated[
+        Path, typer.Argument(help="JSON, JSON lines, .gz of these, Parquet, or a saved data set.", metavar="DATA")
+    ],
+    images: Annotated[
+        Path, typer.Argument(help="Folder that the records' image paths start from; - if they hold their images.")
+    ],
     output: Annotated[Path, typer.Argument(help="New folder of sample shards.", metavar="OUT")],
     samples_per_shard: Annotated[int, typer.Option(help="Most samples of a shard.")] = 512,
     shard_bytes: Annotated[int, typer.Option(help="Most bytes of a shard.")] = 256 * 2**20,
     max_skipped_fraction: Annotated[float, typer.Option(help="Fraction of samples that may be unusable.")] = 0.0,
 ) -> None:
-    """Packs LLaVA JSON and images into shards. Conversations of the same image lie side by side."""
+    """Packs conversations and images into shards. Conversations of the same image lie side by side."""
     from pipeline.ui.progress import progress_display
     from stages.samples.pack import PackConfig
     from stages.samples.pack import pack_samples as pack
@@ -30,7 +35,7 @@ def pack_samples(
     }
     config = validated(PackConfig, flags, "the flags of pack-samples")
     with progress_display() as progress:
-        report = pack(source, images, output, config, progress)
+        report = pack(source, None if str(images) == "-" else images, output, config, progress)
     _print_report(report, output)
 
 
@@ -42,6 +47,20 @@ def _print_report(report: "PackReport", folder: Path) -> None:
         ("distinct images", f"{report.num_images:,}"),
         ("shards", f"{report.num_shards:,}, {size_text(report.num_bytes)}"),
         ("skipped", counts_text(report.num_skipped)),
+        *_record_facts(report.records),
         ("time", f"{report.seconds:.1f} s"),
     ]
     print_facts(f"samples: {folder}", facts)
+
+
+def _record_facts(records: "RecordCounts") -> list[tuple[str, str]]:
+    """What is only said where there is something to say."""
+    unread = ", ".join(f"{key}: {count:,}" for key, count in records.num_unread.items())
+    counts = {
+        "repeated records": records.num_repeated_records,
+        "repeated ids": records.num_repeated_ids,
+        "first answers left out": records.num_answers_dropped,
+        "<image> read as text": records.num_placeholders_as_text,
+    }
+    facts = [(name, f"{count:,}") for name, count in counts.items() if count]
+    return [("keys not read", unread), *facts] if unread else facts

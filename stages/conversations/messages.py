@@ -12,13 +12,16 @@ _ROLES: Final[dict[Role, str]] = {"human": "user", "gpt": "assistant", "system":
 
 
 def to_messages(turns: Sequence[Turn], num_images: int) -> list[Message]:
-    """One message a turn; placeholders in human turns become image parts.
+    """One message a turn; placeholders in human turns become image parts, unless there are no images at all.
 
     Raises:
         UnusableSample: If the human turns have another number of placeholders than images.
     """
     messages: list[Message] = [
-        {"role": _ROLES[role], "content": _parts(text, num_images) if role == "human" else [text_part(text)]}
+        {
+            "role": _ROLES[role],
+            "content": _parts(text, num_images) if role == "human" and num_images else [text_part(text)],
+        }
         for role, text in turns
     ]
     num_placed = sum(part["type"] == "image" for message in messages for part in message["content"])

@@ -1,5 +1,6 @@
 """The rules of a LLaVA conversation, for packing and for encoding alike."""
 
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 from stages.unusable_sample import Reason, UnusableSample
@@ -14,9 +15,13 @@ ROLES: Final[dict[str, Role]] = {
     "user": "human",
     "gpt": "gpt",
     "assistant": "gpt",
+    "bard": "gpt",
+    "bing": "gpt",
+    "chatgpt": "gpt",
+    "model": "gpt",
     "system": "system",
 }
-"""LLaVA writes human and gpt. Data made from chat formats often has user and assistant, which mean the same."""
+"""LLaVA writes human and gpt, chat formats user and assistant, ShareGPT some model's name, in any case."""
 
 
 class Turn(NamedTuple):
@@ -35,14 +40,36 @@ def parse_turns(found: object) -> tuple[Turn, ...]:
     if not isinstance(found, list | tuple) or not found:
         raise UnusableSample("empty_conversation", f"conversations is {shorten(found)}, expected turns")
     turns = tuple(_parse_turn(index, turn) for index, turn in enumerate(found))
+    check_order(turns)
+    return turns
+
+
+def role_of(found: object, index: int) -> Role:
+    """The role of turn `index`.
+
+    Raises:
+        UnusableSample: If there is no such role.
+    """
+    role = ROLES.get(found.lower()) if isinstance(found, str) else None
+    if role is None:
+        raise UnusableSample("unknown_role", f"turn {index} is from {shorten(found)}, expected human or gpt")
+    return role
+
+
+def check_order(turns: tuple[Turn, ...]) -> None:
+    """Refuses turns but an optional system turn, then human and gpt in alternation.
+
+    Raises:
+        UnusableSample: If they are others.
+    """
     first = first_question(turns)
     for index, turn in enumerate(turns[first:], first):
         wanted = ("human", "gpt")[(index - first) % 2]
         if turn.role != wanted:
             raise UnusableSample("wrong_turn_order", f"turn {index} is {turn.role}, expected {wanted}")
     if len(turns) == first:
-        raise UnusableSample("empty_conversation", "there is a system turn and nothing after it")
-    return turns
+        what = "a system turn" if first else "an answer"
+        raise UnusableSample("empty_conversation", f"there is {what} and nothing after it")
 
 
 def check_complete(turns: tuple[Turn, ...]) -> None:
@@ -72,22 +99,23 @@ def check_placeholders(num_placeholders: int, num_images: int, where: str) -> No
         )
 
 
-def check_only_first_question(turns: tuple[Turn, ...], num_images: int) -> None:
-    """Refuses a conversation that names its images anywhere but in the first question, as packed samples do.
+def check_images_asked_about(turns: tuple[Turn, ...], num_images: int) -> None:
+    """Refuses a conversation whose questions do not name each of its images once; without images, text is text.
 
     Raises:
-        UnusableSample: If it does so, or has another number of placeholders than images.
+        UnusableSample: If it does not, or if an answer or the system turn names one.
     """
-    in_question = turns[first_question(turns)].text.count(PLACEHOLDER)
-    elsewhere = sum(text.count(PLACEHOLDER) for _, text in turns) - in_question
-    if elsewhere and num_images and in_question <= num_images:
-        raise UnusableSample("placeholder_misplaced", f"{elsewhere} {PLACEHOLDER} outside the first human turn")
-    check_placeholders(in_question + elsewhere, num_images, "the conversation")
+    asked = sum(text.count(PLACEHOLDER) for role, text in turns if role == "human")
+    elsewhere = sum(text.count(PLACEHOLDER) for role, text in turns if role != "human")
+    if num_images and elsewhere:
+        raise UnusableSample("placeholder_misplaced", f"{elsewhere} {PLACEHOLDER} outside the human turns")
+    if num_images:
+        check_placeholders(asked, num_images, "the human turns")
 
 
-def first_question(turns: tuple[Turn, ...]) -> int:
+def first_question(turns: Sequence[Turn]) -> int:
     """Index of the first turn that is not the system's."""
-    return int(turns[0].role == "system")
+    return int(bool(turns) and turns[0].role == "system")
 
 
 def is_unicode(text: str) -> bool:
@@ -101,18 +129,19 @@ def is_unicode(text: str) -> bool:
 
 def shorten(found: object) -> str:
     """What was found, for a message: ASCII, at most 80 characters."""
-    text = ascii(found)
+    try:
+        text = ascii(found)
+    except RecursionError:
+        text = f"a {type(found).__name__} that is nested too deep"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parse_turn(index: int, found: object) -> Turn:
     if not isinstance(found, dict):
         raise UnusableSample("bad_turn", f"turn {index} is {shorten(found)}, expected an object")
-    role, text = found.get("from"), found.get("value")
-    if not isinstance(role, str) or role not in ROLES:
-        raise UnusableSample("unknown_role", f"turn {index} is from {shorten(role)}, expected human or gpt")
+    role, text = role_of(found.get("from"), index), found.get("value")
     if not isinstance(text, str):
         raise UnusableSample("bad_turn", f"turn {index} has value {shorten(text)}, expected a string")
     if not is_unicode(text):
         raise UnusableSample("not_utf8", f"turn {index} holds half of a surrogate pair")
-    return Turn(ROLES[role], text)
+    return Turn(role, text)

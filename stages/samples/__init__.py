@@ -1,1 +1,1 @@
-"""LLaVA data to sample shards: read, validate, group by image, pack."""
+"""Conversations and images to sample shards: read, validate, group by image, pack."""

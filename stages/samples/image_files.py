@@ -11,17 +11,17 @@ from storage.regular_files import read_regular
 
 
 class ImageFolder:
-    """The images a data file names, by path relative to `root`."""
+    """The images a data file names, by path relative to `root`, or holds itself."""
 
-    def __init__(self, root: Path, max_pixels: int, max_bytes: int) -> None:
-        """`max_pixels` bounds width times height, `max_bytes` the file; larger ones are unusable."""
-        if not root.is_dir():
+    def __init__(self, root: Path | None, max_pixels: int, max_bytes: int) -> None:
+        """`max_pixels` bounds width times height, `max_bytes` the file; without a `root` there are no files."""
+        if root is not None and not root.is_dir():
             raise UserError(f"no image folder at {root}; give the folder that image paths are relative to")
-        self._root, self._max_pixels, self._max_bytes = root.resolve(), max_pixels, max_bytes
+        self._root, self._max_pixels, self._max_bytes = root and root.resolve(), max_pixels, max_bytes
         self._verdicts: dict[str, UnusableSample | None] = {}
 
-    def read(self, relative: str) -> bytes:
-        """The file's bytes as they are, after it has been decoded once in full.
+    def read(self, relative: str, held: bytes | None = None) -> bytes:
+        """The file's bytes as they are, or those that the data file `held`, after they were decoded once in full.
 
         Raises:
             UnusableSample: If the file is missing, outside the folder, too large, or not an image.
@@ -30,7 +30,7 @@ class ImageFolder:
         if (verdict := self._verdicts.get(relative)) is not None:
             raise verdict
         try:
-            data = self._read_bytes(relative)
+            data = self._read_bytes(relative) if held is None else self._bounded(relative, held)
             if relative not in self._verdicts:
                 self._check(relative, data)
         except UnusableSample as why:
@@ -45,7 +45,14 @@ class ImageFolder:
         except UnusableSample as why:
             raise UnusableSample(why.reason, f"{relative}: {why.detail}") from why
 
+    def _bounded(self, name: str, data: bytes) -> bytes:
+        if len(data) > self._max_bytes:
+            raise UnusableSample("image_too_large", f"{name} has {len(data):,} bytes")
+        return data
+
     def _read_bytes(self, relative: str) -> bytes:
+        if self._root is None:
+            raise UnusableSample("missing_image", f"{relative} is a path, and no image folder was given")
         try:
             path = (self._root / relative).resolve()
             if not path.is_relative_to(self._root):

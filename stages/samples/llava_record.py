@@ -1,9 +1,18 @@
-"""What a LLaVA record must look like to become a sample, and the one form it is stored in."""
+"""What a record must look like to become a sample, and the one form it is stored in."""
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path
 
-from stages.conversations.turns import Turn, check_complete, check_only_first_question, is_unicode, parse_turns, shorten
+from stages.conversations.turns import (
+    PLACEHOLDER,
+    Turn,
+    check_complete,
+    check_images_asked_about,
+    is_unicode,
+    shorten,
+)
+from stages.samples.layouts.conversation import RecordReader
+from stages.samples.layouts.images import ImageRef
 from stages.unusable_sample import UnusableSample
 
 
@@ -15,14 +24,29 @@ class LlavaRecord:
     """The record's own id, or its ordinal when it has none."""
     has_own_id: bool
     """Whether the file gave the id."""
-    images: tuple[str, ...]
-    """Paths relative to the image folder, in the order of the placeholders; empty for text only."""
+    images: tuple[ImageRef, ...]
+    """In the order of the placeholders; empty for text only."""
     turns: tuple[Turn, ...]
     """At most one system turn, then human and gpt in alternation, ending with gpt."""
+    unread: frozenset[str] = frozenset()
+    """Keys that nothing reads and that change nothing of what is learned."""
+    dropped_answer: bool = False
+    """Whether an answer before the first question was left out."""
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """What tells the images apart: records with equal names are about the same images."""
+        return tuple(image.name for image in self.images)
+
+    @property
+    def has_placeholder_as_text(self) -> bool:
+        """Whether it has no images and yet the word that stands for one."""
+        return not self.images and any(PLACEHOLDER in text for _, text in self.turns)
 
     def as_json(self) -> dict[str, object]:
         """The stored form: LLaVA's own, without keys that LLaVA does not define."""
-        images = {"image": self.images[0] if len(self.images) == 1 else list(self.images)} if self.images else {}
+        names = self.image_names
+        images = {"image": names[0] if len(names) == 1 else list(names)} if names else {}
         turns = [{"from": role, "value": text} for role, text in self.turns]
         return {"id": self.id, **images, "conversations": turns}
 
@@ -32,45 +56,40 @@ def record_id(value: object, ordinal: int) -> str | None:
     if not isinstance(value, dict):
         return None
     found = value.get("id")
-    if found is None:
+    if found is None or found == "":
         return str(ordinal)
     if isinstance(found, bool) or not isinstance(found, str | int) or not is_unicode(str(found)):
         return None
     return str(found)
 
 
-def parse_record(value: object, ordinal: int) -> LlavaRecord:
-    """Validate one record.
+def parse_record(value: object, ordinal: int, root: Path | None = None) -> LlavaRecord:
+    """Validate one record of any layout that is read.
+
+    Args:
+        value: The record as its file has it.
+        ordinal: Its number in the file, from 0.
+        root: The image folder; absolute paths of images may lie in it.
 
     Raises:
         UnusableSample: If `value` breaks a rule; with the first.
     """
+    if isinstance(value, UnusableSample):
+        raise value
     if not isinstance(value, dict):
         raise UnusableSample("not_an_object", f"found a {type(value).__name__}, expected an object")
     found_id = record_id(value, ordinal)
     if found_id is None:
         raise UnusableSample("bad_id", f"id is {shorten(value['id'])}, expected a string or an integer")
-    turns = parse_turns(value.get("conversations"))
+    reader = RecordReader(value, root)
+    turns = reader.turns()
     check_complete(turns)
-    images = _parse_images(value.get("image"))
-    check_only_first_question(turns, len(images))
-    return LlavaRecord(id=found_id, has_own_id=value.get("id") is not None, images=images, turns=turns)
-
-
-def _parse_images(found: object) -> tuple[str, ...]:
-    # Exporters write null, "" or [] for a sample without an image.
-    if found is None or found in ("", []):
-        return ()
-    paths = found if isinstance(found, list) else [found]
-    return tuple(_parse_path(path) for path in paths)
-
-
-def _parse_path(found: object) -> str:
-    if not isinstance(found, str) or not found.strip():
-        raise UnusableSample("bad_image_field", f"image is {shorten(found)}, expected a path or a list of paths")
-    if not is_unicode(found) or "\0" in found:
-        raise UnusableSample("bad_image_field", f"image is {shorten(found)}, which no file can be named")
-    path = PurePosixPath(found)
-    if path.is_absolute() or ".." in path.parts:
-        raise UnusableSample("path_leaves_folder", f"{shorten(found)} is absolute or has '..'")
-    return str(path)
+    check_images_asked_about(turns, len(reader.images))
+    return LlavaRecord(
+        id=found_id,
+        has_own_id=value.get("id") not in (None, ""),
+        images=tuple(reader.images),
+        turns=turns,
+        unread=reader.unread,
+        dropped_answer=reader.dropped_answer,
+    )

@@ -1,17 +1,17 @@
-"""Packs LLaVA data into sample shards; conversations about one image lie side by side."""
+"""Packs records and their images into sample shards; conversations about one image lie side by side."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
 from pathlib import Path
 
 from pydantic import Field
 
+from stages.samples.first_look import check_layout
 from stages.samples.image_files import ImageFolder
 from stages.samples.ledger import Ledger
-from stages.samples.llava_json import LlavaRecords, open_llava_records
 from stages.samples.llava_record import LlavaRecord, parse_record, record_id
+from stages.samples.record_counts import RecordCounter, RecordCounts
+from stages.samples.sources.data_file import Source, open_source
 from stages.samples.staged_folder import LEDGER, REPORT, SHARDS, StagedFolder
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError, disk_errors_named
@@ -46,24 +46,25 @@ class PackReport(StrictModel):
     """Samples without an image."""
     num_skipped: dict[str, int]
     """Samples left out, by reason."""
+    records: RecordCounts
     num_shards: int
     num_bytes: int
     """Of all tar files."""
     seconds: float
 
 
-_Group = tuple[tuple[str, ...], list[tuple[int, int]]]
-"""Images, and the records about them: (ordinal, position in the source) of each."""
+_Row = tuple[int, tuple[int, ...]]
+"""A record: its ordinal, and its position in the source."""
 
 
 def pack_samples(
-    source: Path, images: Path, out: Path, config: PackConfig | None = None, progress: Progress = SILENT
+    source: Path, images: Path | None, out: Path, config: PackConfig | None = None, progress: Progress = SILENT
 ) -> PackReport:
-    """Pack the LLaVA data file `source`, whose image paths are relative to `images`, into shards in `out`.
+    """Pack the data file or folder `source`, whose image paths are relative to `images`, into shards in `out`.
 
-    Reads `source` twice, once to validate and group and once to pack, and holds one group's images at a
-    time. The same input gives the same shards and index byte for byte; packing again into a finished folder
-    changes nothing.
+    Reads `source` twice, once to validate and group and once to pack. Holds a record, one group's images and a few
+    hundred bytes a record in memory. The same records and images give the same shards and index byte for byte,
+    whatever file they come in; packing again into a finished folder changes nothing.
 
     Raises:
         TooManySkipped: If more samples are unusable than allowed; `out` then holds the ledger and nothing else.
@@ -71,14 +72,12 @@ def pack_samples(
     """
     started = time.monotonic()
     config = config or PackConfig()
-    records = open_llava_records(source)
     folder = ImageFolder(images, config.max_image_pixels, config.max_shard_bytes)
-    with disk_errors_named(out), StagedFolder(out) as staged:
-        ledger = Ledger()
-        groups = list(_group_records(records, ledger, progress))
-        if not groups and not len(ledger):
-            raise UserError(f"{source} holds no records; expected LLaVA records")
-        packed = _Packer(records, folder, ledger, config)
+    check_layout(source)
+    with disk_errors_named(out), StagedFolder(out) as staged, open_source(source, staged.path) as records:
+        ledger, counter = Ledger(), RecordCounter()
+        groups = _group_records(records, images, ledger, counter, progress)
+        packed = _Packer(records, images, folder, ledger, config)
         packed.pack(groups, staged, progress)
         ledger.write(staged.path / LEDGER)
         shards = list(staged.path.glob(SHARDS))
@@ -87,6 +86,7 @@ def pack_samples(
             num_images=len(packed.images),
             num_text_only=packed.num_text_only,
             num_skipped=ledger.num_by_reason(),
+            records=counter.counts(),
             num_shards=len(shards),
             num_bytes=sum(shard.stat().st_size for shard in shards),
             seconds=round(time.monotonic() - started, 3),
@@ -96,67 +96,46 @@ def pack_samples(
     return report
 
 
-def _group_records(records: LlavaRecords, ledger: Ledger, progress: Progress) -> Iterator[_Group]:
-    """Groups in the order their first record appears; a text-only record is a group of its own."""
-    groups: dict[tuple[str, ...] | int, _Group] = {}
-    ids = _Ids()
+def _group_records(
+    records: Source, root: Path | None, ledger: Ledger, counter: RecordCounter, progress: Progress
+) -> list[list[_Row]]:
+    """Records about the same images, in the order their first appears; a text-only record is a group of its own."""
+    groups: dict[tuple[str, ...] | int, list[_Row]] = {}
     task = progress.task("read records", unit="records")
-    for ordinal, position in enumerate(records.positions()):
-        value = None
+    for ordinal, (position, value) in enumerate(records.scan()):
         try:
-            value = records.load(position)
-            record = parse_record(value, ordinal)
-            ids.enter(record, ordinal)
+            record = parse_record(value, ordinal, root)
         except UnusableSample as why:
             ledger.skip(ordinal, record_id(value, ordinal), why)
         else:
-            groups.setdefault(record.images or ordinal, (record.images, []))[1].append((ordinal, position))
+            counter.add(record)
+            groups.setdefault(record.image_names or ordinal, []).append((ordinal, position))
         if (ordinal + 1) % _RECORDS_BETWEEN_REPORTS == 0:
             task.update(done=ordinal + 1)
     task.remove()
-    yield from groups.values()
-
-
-class _Ids:
-    """Ids already taken.
-
-    In LLaVA's own files the id names the image, so it comes again with the same image and another conversation: that
-    is no duplicate. The same id with another image, without one, or with the same conversation is a duplicate.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[str, tuple[int, tuple[str, ...]]] = {}
-        self._records: set[bytes] = set()
-
-    def enter(self, record: LlavaRecord, ordinal: int) -> None:
-        if not record.has_own_id:
-            return
-        first_ordinal, first_images = self._first.setdefault(record.id, (ordinal, record.images))
-        if first_ordinal != ordinal and (record.images != first_images or not record.images):
-            raise UnusableSample("duplicate_id", f"record {first_ordinal} has this id already")
-        digest = sha256(json.dumps(record.as_json()).encode()).digest()
-        if digest in self._records:
-            raise UnusableSample("duplicate_id", f"id, image and conversation are those of record {first_ordinal}")
-        self._records.add(digest)
+    return list(groups.values())
 
 
 class _Packer:
     """The second pass: reads each group's images and records and hands them to the shard writer."""
 
-    def __init__(self, records: LlavaRecords, folder: ImageFolder, ledger: Ledger, config: PackConfig) -> None:
-        self._records, self._folder, self._ledger, self._config = records, folder, ledger, config
+    def __init__(
+        self, records: Source, root: Path | None, folder: ImageFolder, ledger: Ledger, config: PackConfig
+    ) -> None:
+        self._records, self._root, self._folder, self._ledger, self._config = records, root, folder, ledger, config
         self.images: set[str] = set()
         self.num_samples = self.num_text_only = 0
 
-    def pack(self, groups: Sequence[_Group], staged: StagedFolder, progress: Progress) -> None:
+    def pack(self, groups: Sequence[list[_Row]], staged: StagedFolder, progress: Progress) -> None:
         """Write the shards of `groups` into the staging folder, or raise TooManySkipped."""
-        total = sum(len(rows) for _, rows in groups)
+        total = sum(map(len, groups))
         num_records = total + len(self._ledger)
         num_bytes = 0
         task = progress.task("pack", total)
         with SampleShardWriter(staged.path, self._config.max_samples_per_shard, self._config.max_shard_bytes) as writer:
-            for names, rows in groups:
-                images = self._read_images(names, rows)
+            for rows in groups:
+                first = self._reload(*rows[0])
+                names, images = first.image_names, self._read_images(first, rows)
                 # Past the limit nothing more is written; the rest is still read, for the ledger.
                 if images is not None and not self._over_limit(num_records):
                     self.images.update(names)
@@ -174,15 +153,16 @@ class _Packer:
     def _over_limit(self, num_records: int) -> bool:
         return self._ledger.exceeds(num_records, self._config.max_skipped_fraction)
 
-    def _read_images(self, names: tuple[str, ...], rows: list[tuple[int, int]]) -> tuple[bytes, ...] | None:
+    def _read_images(self, first: LlavaRecord, rows: list[_Row]) -> tuple[bytes, ...] | None:
+        """The images of a group, of which `first` is the first record; None if one cannot be used."""
         try:
-            return tuple(map(self._folder.read, names))
+            return tuple(self._folder.read(image.name, image.data) for image in first.images)
         except UnusableSample as why:
             for ordinal, position in rows:
                 self._ledger.skip(ordinal, self._reload(ordinal, position).id, why)
             return None
 
-    def _samples(self, rows: list[tuple[int, int]], images: tuple[bytes, ...]) -> Iterator[list[StoredSample]]:
+    def _samples(self, rows: list[_Row], images: tuple[bytes, ...]) -> Iterator[list[StoredSample]]:
         """A group's samples, at most as many at a time as fit into one shard."""
         step = self._config.max_samples_per_shard
         for start in range(0, len(rows), step):
@@ -191,9 +171,9 @@ class _Packer:
                 for ordinal, position in rows[start : start + step]
             ]
 
-    def _reload(self, ordinal: int, position: int) -> LlavaRecord:
+    def _reload(self, ordinal: int, position: tuple[int, ...]) -> LlavaRecord:
         try:
-            return parse_record(self._records.load(position), ordinal)
+            return parse_record(self._records.load(position), ordinal, self._root)
         except UnusableSample as why:
             raise UserError(
                 f"record {ordinal} was fine when first read and now is not ({why}): "

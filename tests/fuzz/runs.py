@@ -1,11 +1,14 @@
 """Run files, sweeps, and what a training run, a sweep or a demo left in its folder."""
 
+import gzip
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from pipeline import export, sweep
 from pipeline.demo import run as demo
@@ -15,8 +18,8 @@ from pipeline.sweep_file import load_sweep
 from stages.evaluation.caption_pairs import load_pairs
 from stages.evaluation.report import EvaluationReport, KindResult
 from stages.export import model_card
-from stages.samples.llava_json import open_llava_records
 from stages.samples.llava_record import parse_record
+from stages.samples.sources.data_file import open_source
 from stages.settings import lasting
 from stages.student.run_folder import RunFolder, StageDescription, StageReport
 from stages.student.training.checkpoint import OPTIMIZER, STATE, TRAINED, Checkpoints, Position
@@ -30,6 +33,7 @@ from storage.streaming.mixture import read_keys
 from tests.fuzz.attempt import Mutant, Target
 from tests.fuzz.mutants import HOSTILE, spoiled, spoiled_bytes, spoiled_json
 from tests.fuzz.safetensors_files import spoiled_safetensors
+from tests.stages.samples.saved_rows import save_rows
 from tests.stages.student.training.test_checkpoint import trainer
 
 YAML = {
@@ -256,6 +260,10 @@ def make_data(root: Path) -> None:
     (root / "pairs/images").mkdir(parents=True)
     (root / "data.json").write_text(json.dumps([record]))
     (root / "data.jsonl").write_text(json.dumps(record))
+    (root / "data.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
+    table = pyarrow.Table.from_pylist([{**record, "image": {"bytes": b"123", "path": None}}] * 3)
+    parquet.write_table(table, root / "data.parquet", row_group_size=2)
+    save_rows(table, root / "saved")
     pair = {"filename": "a.png", "caption": "a", "negative_caption": "b"}
     (root / "pairs/kind.json").write_text(json.dumps({"0": pair}))
     (root / "pairs/images/a.png").write_bytes(b"")
@@ -266,13 +274,13 @@ def read_data(root: Path) -> None:
     """All of it; a record that cannot be used is named, as packing does."""
     load_pairs(root / "pairs")
     read_keys(root / "keys.txt")
-    for name in ("data.json", "data.jsonl"):
-        records = open_llava_records(root / name)
-        for position in records.positions():
-            try:
-                parse_record(records.load(position), 0)
-            except UnusableSample as error:
-                str(error).encode(errors="surrogatepass")
+    for name in ("data.json", "data.jsonl", "data.jsonl.gz", "data.parquet", "saved"):
+        with open_source(root / name, root) as source:
+            for ordinal, (_, record) in enumerate(source.scan()):
+                try:
+                    parse_record(record, ordinal, root)
+                except UnusableSample as error:
+                    str(error).encode(errors="surrogatepass")
 
 
 TARGETS = [

@@ -41,7 +41,7 @@ class Extracted:
 
 
 def make_samples(folder: Path) -> Path:
-    """Two conversations about one image, images of other shapes, two images in one sample, and text only."""
+    """Two conversations about one image, images of other shapes, images in two turns, and text only."""
     rng = random.Random(0)
     (folder / "images").mkdir()
     for name, size in {"wide": (100, 40), "tall": (30, 90), "square": (64, 64)}.items():
@@ -50,7 +50,7 @@ def make_samples(folder: Path) -> Path:
         (["wide"], ["<image>\nWhat is the color of the square?", "The square is red."]),
         (["wide"], ["<image>\nDescribe the image.", "A blue circle.", "And the triangle?", "Green."]),
         (["tall"], ["<image>\nWhat is left of the circle?", "A green triangle is left of it."]),
-        (["square", "tall"], ["<image>\nIs it red?\n<image>\nAnd this?", "Both are blue."]),
+        (["square", "tall"], ["<image>\nIs it red?", "It is blue.", "<image>\nAnd this?", "Both are blue."]),
         ([], ["What is the color of the sky?", "Blue."]),
     ]
     records = [

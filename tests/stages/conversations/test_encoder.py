@@ -215,7 +215,6 @@ def test_a_cut_may_not_take_image_tokens_or_every_answer_token(
 
 UNUSABLE = {
     "no placeholder": (turns("What?", "Red."), 1, "image_without_placeholder"),
-    "no image": (turns("<image>\nWhat?", "Red."), 0, "placeholder_without_image"),
     "too many placeholders": (turns("<image>\n<image>\nWhat?", "Red."), 1, "placeholder_without_image"),
     "placeholder in an answer": (turns("<image>\nWhat?", "An <image>."), 1, "image_count_mismatch"),
     "placeholder in a text-only answer": (turns("What?", "<image>"), 0, "image_count_mismatch"),

@@ -1,0 +1,73 @@
+"""Which keys of a record are read, which may not be ignored, and which are only counted."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from stages.conversations.turns import shorten
+from stages.unusable_sample import UnusableSample
+
+CONVERSATION_KEYS: Final = ("conversations", "messages", "texts")
+"""Each holds the turns, in a layout of its own."""
+
+READ_KEYS: Final = ("id", "image", "images", "system", *CONVERSATION_KEYS)
+"""Keys of a record that are read."""
+
+_INPUT_KEYS = """
+    image images system conversations messages texts
+    audio audios audio_path audio_paths audio_url input_audio sound speech
+    video videos video_path video_paths video_url video_urls frames
+    image_base64 image_bytes image_data image_file image_files image_path image_paths image_url image_urls
+img imgs jpeg jpg png webp picture pictures pixel_values
+    point_cloud point_clouds depth depths
+    tools tool_calls tool_call_id functions function_call documents
+    system_prompt system_message history prefix suffix objects
+    chat_template chat_template_kwargs enable_thinking reasoning reasoning_content thinking
+    mm_processor_kwargs min_pixels max_pixels resized_height resized_width
+    chosen rejected chosen_response rejected_response completion completions kto_tag
+"""
+INPUT_KEYS: Final = frozenset(_INPUT_KEYS.split())
+"""Keys that change what a model sees or what an answer is, and that nothing here reads, in lower case."""
+
+LOSS_KEYS: Final = frozenset(
+    ["loss", "loss_mask", "loss_scale", "loss_weight", "sample_weight", "train", "train_detail", "weight"]
+)
+"""Keys that say how much is learned of an answer. An answer of weight 1 and a question of weight 0 are what is done."""
+
+MAX_NAMES: Final = 100
+"""Names of unread keys that are counted each by itself: a stranger's file may have a million."""
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing: tables have a column for what only some of their rows have."""
+    return value is None or (isinstance(value, str | list | tuple | dict | bytes) and not value)
+
+
+class UnreadKeys:
+    """Collects the keys of one record that are not read."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def leave(self, fields: Mapping[Any, object], read: Collection[str], where: str = "", *, learned: bool) -> None:
+        """Leaves all keys of `fields` but those that are `read`; `where` names the part of the record.
+
+        Raises:
+            UnusableSample: If a key that is left may not be ignored; names it.
+        """
+        for key, value in fields.items():
+            if key in read or is_empty(value):
+                continue
+            name = str(key).lower()
+            shown = shorten(key)[1:-1]
+            of_loss = name in LOSS_KEYS and value != int(learned)
+            if name in INPUT_KEYS or name in read or of_loss or _holds_bytes(value):
+                inside = f" of {where}" if where else ""
+                raise UnusableSample("unread_field", f"{shown}{inside} is not read, and changes what is learned")
+            if name not in LOSS_KEYS:
+                self.names.add(f"{where.split(' ')[0]}.{shown}" if where else shown)
+
+
+def _holds_bytes(value: object) -> bool:
+    """Whether a value of a table holds a picture or a sound: nothing else is bytes there."""
+    each = value if isinstance(value, list) else [value]
+    return any(isinstance(one.get("bytes") if isinstance(one, Mapping) else one, bytes) for one in each)

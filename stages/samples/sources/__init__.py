@@ -1,0 +1,1 @@
+"""Data files: their records in order, and each of them once more."""

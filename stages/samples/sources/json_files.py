@@ -1,0 +1,179 @@
+"""Records of a file that is one JSON list, or has one JSON record a line; neither is held in memory."""
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from stages.unusable_sample import UnusableSample
+from storage.errors import UserError
+
+MAX_RECORD_BYTES = 16 * 2**20
+"""Bound on one record: a file without line ends must not be read as one line. An image inside it takes its share."""
+
+BOM = b"\xef\xbb\xbf"
+_READ_AT_ONCE = 2**20
+_BLANK = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+
+Span = tuple[int, ...]
+"""First byte and number of bytes of a record in its file."""
+
+
+class _JsonFile:
+    """A file of JSON records from byte `start` on; `name` is for messages."""
+
+    def __init__(self, file: BinaryIO, name: str, start: int = 0) -> None:
+        self._file, self._name, self._start = file, name, start
+
+    def load(self, position: Span) -> object:
+        """The record at `position` once more, not validated.
+
+        Raises:
+            UnusableSample: If it is not JSON in UTF-8.
+        """
+        offset, num_bytes = position
+        return _parsed(os.pread(self._file.fileno(), num_bytes, offset), offset)
+
+
+class JsonLines(_JsonFile):
+    """One JSON record a line. Blank lines are no records."""
+
+    def scan(self) -> Iterator[tuple[Span, object]]:
+        """Each record with its position; in place of one that cannot be read, the UnusableSample that says why."""
+        offset = self._start
+        self._file.seek(offset)
+        while line := self._file.readline(MAX_RECORD_BYTES + 1):
+            start, record, is_blank = offset, line, not line.strip()
+            offset += len(line)
+            while line and not line.endswith(b"\n"):
+                line = self._file.readline(MAX_RECORD_BYTES)
+                offset += len(line)
+                is_blank = is_blank and not line.strip()
+            if not is_blank:
+                yield (start, offset - start), _parsed_or_why(record, start)
+
+
+class JsonList(_JsonFile):
+    """One JSON list of records; as much of it is in memory as its largest record takes."""
+
+    def scan(self) -> Iterator[tuple[Span, object]]:
+        """Each record with its position.
+
+        Raises:
+            UserError: If the file is not one JSON list in UTF-8, at the first place where it is not.
+        """
+        self._file.seek(self._start)
+        text = _Text(self._file, self._start)
+        try:
+            text.take("[")
+            ended = text.next_char() == "]"
+            while not ended:
+                text.next_char()
+                start = text.offset
+                value = text.take_value()
+                yield (start, text.offset - start), value
+                if not (ended := text.next_char() == "]"):
+                    text.take(",")
+            text.take("]")
+            if text.next_char():
+                raise json.JSONDecodeError("Extra data", text.text, text.at)  # noqa: TRY301 named like any other below
+        except UnicodeDecodeError as error:
+            at = self._file.tell() - len(error.object) + error.start
+            found = f"byte 0x{error.object[error.start]:02x} at offset {at}"
+            raise UserError(f"{self._name} is not UTF-8: {found}; convert it") from error
+        except json.JSONDecodeError as error:
+            found = f"{self._name} is not a whole JSON list: {error.msg} at {self._place(text.byte_of(error.pos))}"
+            raise UserError(f"{found}; a file that holds one record a line must not begin with '['") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self._name} is not JSON that can be read: {error}, at byte {text.offset}") from error
+
+    def _place(self, offset: int) -> str:
+        line = column = 1
+        self._file.seek(self._start)
+        left = offset - self._start
+        while left > 0 and (piece := self._file.read(min(left, _READ_AT_ONCE))):
+            left -= len(piece)
+            line += piece.count(b"\n")
+            column = len(piece) - piece.rfind(b"\n") if b"\n" in piece else column + len(piece)
+        return f"line {line}, column {column}"
+
+
+class _Text:
+    """Text of a file, decoded piece by piece; what was taken is forgotten."""
+
+    def __init__(self, file: BinaryIO, offset: int) -> None:
+        self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8")()
+        self.text, self.at, self.offset = "", 0, offset
+        self._ended = False
+
+    def byte_of(self, position: int) -> int:
+        """Where in the file character `position` of `text` is."""
+        return self.offset + len(self.text[self.at : position].encode())
+
+    def next_char(self) -> str:
+        """The next character that is not blank, which is not taken yet; empty at the end."""
+        while True:
+            blank = _BLANK.match(self.text, self.at)
+            self._advance(blank.end() if blank else self.at)
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if self._ended:
+                return ""
+            self._read_more()
+
+    def take(self, wanted: str) -> None:
+        """Takes a character that must be the next."""
+        if self.next_char() != wanted:
+            raise json.JSONDecodeError(f"Expecting {wanted!r}", self.text, self.at)
+        self._advance(self.at + 1)
+
+    def take_value(self) -> object:
+        """Takes the value that begins here."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                # A number may go on in the next piece.
+                if end < len(self.text) or self._ended:
+                    self._advance(end)
+                    return value
+            except json.JSONDecodeError:
+                # It may be whole once more is read.
+                if self._ended:
+                    raise
+            if len(self.text) - self.at > MAX_RECORD_BYTES:
+                raise ValueError(f"a record has more than {MAX_RECORD_BYTES:,} bytes")
+            self._read_more()
+
+    def _advance(self, end: int) -> None:
+        self.offset, self.at = self.byte_of(end), end
+
+    def _read_more(self) -> None:
+        left = self.text[self.at :]
+        # Twice as much each time, as a long record is decoded anew after each.
+        data = self._file.read(max(_READ_AT_ONCE, len(left)))
+        self._ended = not data
+        self.text, self.at = left + self._decoder.decode(data, self._ended), 0
+
+
+def _parsed_or_why(line: bytes, offset: int) -> object:
+    try:
+        return _parsed(line, offset)
+    except UnusableSample as why:
+        return why
+
+
+def _parsed(line: bytes, offset: int) -> object:
+    if len(line) > MAX_RECORD_BYTES:
+        raise UnusableSample("line_too_long", f"over {MAX_RECORD_BYTES:,} bytes at byte {offset}")
+    try:
+        value: object = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UnusableSample("not_utf8", f"at byte {offset + error.start}") from error
+    except json.JSONDecodeError as error:
+        raise UnusableSample("bad_json_line", f"{error.msg} at byte {offset}, column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableSample("bad_json_line", f"{error} at byte {offset}") from error
+    return value
