@@ -27,7 +27,13 @@ from stages.attention.layer_selection import sliding_windows
 from stages.student.losses.attention import AttentionLoss, matched_loss
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
-from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig, MapCodecName, num_entries
+from storage.codecs.codec_settings import (
+    EntryCodecName,
+    LogitCodecConfig,
+    MapCodecConfig,
+    MapCodecName,
+    num_entries,
+)
 from storage.codecs.sinks import sink_keep_mask
 from storage.codecs.windows import window_means, window_rows
 from storage.stores import open_store
@@ -35,7 +41,7 @@ from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, crea
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard_writer import write_shard
 
-CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
+CODECS: tuple[MapCodecName, ...] = get_args(EntryCodecName)
 MAP_ARRAYS = ("map_", "window_")
 """What the names of arrays of maps begin with."""
 

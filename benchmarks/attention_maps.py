@@ -47,11 +47,12 @@ def synthetic_maps(num_tokens: int, num_samples: int) -> MapSet:
     keys get up to +3. Then a causal softmax, averaged over heads.
     """
     layers = tuple(visual_understanding_layers(40))
-    maps = tuple(_synthetic(num_tokens, len(layers), seed) for seed in range(num_samples))
+    maps = tuple(synthetic_layers(num_tokens, len(layers), seed) for seed in range(num_samples))
     return MapSet("synthetic", layers, sliding_windows(layers, default_num_matched(40)), maps)
 
 
-def _synthetic(num_tokens: int, num_layers: int, seed: int) -> Tensor:
+def synthetic_layers(num_tokens: int, num_layers: int, seed: int, scale: float = 2.5) -> Tensor:
+    """`[L, N, N]` float32 maps of one sample; `scale` says how peaked they are."""
     generator = torch.Generator().manual_seed(seed)
     side = math.isqrt(num_tokens) + 1
     # The grid's first cell is left out, as the published vision tower's first token.
@@ -66,7 +67,7 @@ def _synthetic(num_tokens: int, num_layers: int, seed: int) -> Tensor:
         for head in range(HEADS):
             queries = torch.randn(num_tokens, HEAD_SIZE, generator=generator)
             keys = torch.randn(TEXT_KEYS + num_tokens, HEAD_SIZE, generator=generator)
-            scores = 2.5 * queries @ keys.T / math.sqrt(HEAD_SIZE)
+            scores = scale * queries @ keys.T / math.sqrt(HEAD_SIZE)
             if head % 2:
                 reach = 2 + 10 * float(torch.rand(1, generator=generator))
                 scores[:, TEXT_KEYS:] -= distance_NN / (2 * reach**2)

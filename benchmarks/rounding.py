@@ -80,7 +80,7 @@ def _differences(teacher: Teacher, one: ShardObservations, other: ShardObservati
         "largest_relative_map_difference": max(values),
         "answer_rows_with_other_tokens": float((~same_R).float().mean()),
         "largest_logprob_difference": float((first.logprobs_RK[:, 0] - second.logprobs_RK[:, 0]).abs().max()),
-        "draws_that_differ": float((first.tail_ids_RD != second.tail_ids_RD).float().mean()),
+        "draws_that_differ": float((first.tail_ids[0] != second.tail_ids[0]).float().mean()),
     }
 
 

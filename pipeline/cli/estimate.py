@@ -53,7 +53,7 @@ def _print_facts(estimate: "Estimate") -> None:
     from pipeline.ui.tables import counts_text, print_facts, size_text
 
     read = f"{estimate.num_sampled:,} read, {estimate.num_measured:,} through the teacher"
-    mean = estimate.per_sample
+    mean, more = estimate.per_sample, estimate.answer_row_bytes != estimate.answer_row_bytes_at_1
     tokens_per_map = mean["image_tokens"] / mean["maps"] if mean["maps"] else 0
     facts = [
         ("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({read})"),
@@ -68,6 +68,11 @@ def _print_facts(estimate: "Estimate") -> None:
         ),
         ("teacher", f"{1000 * estimate.teacher_seconds_per_sample:,.1f} ms a sample on {estimate.device}"),
         ("objects", f"{estimate.num_shards * estimate.files_per_shard:,}"),
+        (
+            "an answer row",
+            f"{estimate.answer_row_bytes:,} bytes"
+            + (f" ({estimate.answer_row_bytes_at_1:,} without teacher.temperatures)" if more else ""),
+        ),
         (
             "answer rows",
             ", ".join(f"k {k}: {size_text(size)}" for k, size in estimate.answer_bytes_by_top_k.items()),

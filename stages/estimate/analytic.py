@@ -1,5 +1,7 @@
 """An extraction's bytes and seconds from configs alone, for a teacher whose weights are not here; much less exact."""
 
+from typing import get_args
+
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
@@ -10,7 +12,7 @@ from stages.estimate.extrapolate import CodecCost, extrapolate
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
-from storage.codecs.codec_settings import MapCodecName
+from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
@@ -76,7 +78,7 @@ def estimate_from_configs(
             metadata_bytes=len(ARRAYS) * METADATA_BYTES_PER_ARRAY,
             num_files=2 * len(ARRAYS) + 1,
         )
-        for name, entry_bytes in BYTES_PER_ENTRY.items()
+        for name, entry_bytes in bytes_per_entry(held.per_sample).items()
     }
     speed = f"{config.gpu_tflops:g} TFLOP/s at"
     teacher = TeacherCost(
@@ -93,6 +95,12 @@ def estimate_from_configs(
         *assumed,
     )
     return extrapolate(settings, identity, held, costs, teacher, workers=workers, notes=notes)
+
+
+def bytes_per_entry(per_sample: Counts) -> dict[MapCodecName, float]:
+    """As `BYTES_PER_ENTRY`; of `auto` those of a map of average size."""
+    size = round(per_sample["image_tokens"] / per_sample["maps"]) if per_sample["maps"] else 0
+    return {name: BYTES_PER_ENTRY[MapCodecConfig(name=name).of_size(size).name] for name in get_args(MapCodecName)}
 
 
 def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, float]:

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stages.estimate.report import SHOWN_UNUSABLE, Estimate, SettingEstimate, TeacherCost
 from stages.estimate.sampling import UNITS, Counts, SetCounts
@@ -74,6 +74,10 @@ def extrapolate(
         writing_seconds_per_shard={name: _writing_seconds(held, cost) for name, cost in measured.items()},
         chosen=settings.map_codec,
         settings={name: _setting(held, teacher, cost, costs["float16"], workers) for name, cost in costs.items()},
+        answer_row_bytes=logit_codec.row_bytes,
+        answer_row_bytes_at_1=replace(
+            identity, settings=settings.model_copy(update={"temperatures": ()})
+        ).logit_codec.row_bytes,
         answer_bytes_by_top_k=_answer_bytes(
             logit_codec, num_rows * chosen.rates["logit_records"] / logit_codec.row_bytes
         ),

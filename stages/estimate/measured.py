@@ -21,6 +21,7 @@ from stages.teacher.batching import BatchSize
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
+from stages.tempered_noise import noise_notes
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
@@ -95,6 +96,8 @@ def estimate_by_measurement(
         f"the teacher was timed on {len(seen.samples)} samples in batches of at most {batch_size}",
         "the time does not include starting Ray and reading samples over a network",
     ]
+    codec = teacher.identity.logit_codec
+    notes += noise_notes(codec, [sample.logits_RQ for sample in seen.samples], codec.temperatures)
     if on_gpu:
         notes.append("the estimate takes coding and writing to go on beside the teacher")
     if held.num_read == held.num_samples:

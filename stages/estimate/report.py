@@ -99,6 +99,10 @@ class Estimate(TeacherCost):
     chosen: MapCodecName
     """The codec that extraction would use with these settings."""
     settings: dict[MapCodecName, SettingEstimate]
+    answer_row_bytes: int
+    """Of one answer row before compression."""
+    answer_row_bytes_at_1: int
+    """The same without `teacher.temperatures`."""
     answer_bytes_by_top_k: dict[int, int]
     """Kept tokens of an answer row -> bytes of all answer rows."""
     files_per_shard: int

@@ -13,7 +13,7 @@ from stages.attention.layer_selection import (
     span_layers,
     student_layers,
 )
-from storage.codecs.codec_settings import MapCodecConfig
+from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import Fingerprint, Manifest
@@ -23,7 +23,11 @@ UNSTORED_WINDOW_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, 
 ONE_TO_ONE_COSINES = {"float16": 0.9999, "sqrt8": 0.9992, "sqrt4": 0.9985, "sqrt2": 0.9492}
 """The same of one teacher layer for each student layer, in `benchmarks/results/attention_variants.json`."""
 UNMASKED_COSINES = {"sqrt8": 0.9916, "sqrt4": 0.9406, "sqrt2": 0.8926}
-"""The same of stored windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file."""
+"""The same of stored windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file. Of
+`auto` all three are those of its large maps."""
+
+MEASURED_TOKENS = 728
+"""Image tokens of these maps."""
 
 WITHOUT_MAPS = (
     "match others (train.matching.student_layers), choose another decoder, or set attention_weight to 0 in the stages "
@@ -103,7 +107,7 @@ def match_layers(
     windows = (sliding_windows if config.kind == "group" else single_layers)(captured, len(layers))
     found = LayerMatching(layers, fingerprint.layers, windows, fingerprint.windows, fingerprint.map_codec)
     notes = [] if found.stored_masks else [_note(found, config.kind, captured)]
-    name = found.codec.name
+    name = _large_maps_name(found.codec)
     if not sink_mask and name in UNMASKED_COSINES:
         notes.append(
             f"attention sinks take part (attention_sink_mask is off), but {name} codes cut what is far above the sink "
@@ -128,7 +132,7 @@ def _default_num_matched(
 
 def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -> str:
     """What masks of windows that are not stored are made of, and which extraction would store them."""
-    count, name = len(found.windows), found.codec.name
+    count, name = len(found.windows), _large_maps_name(found.codec)
     cosine = (ONE_TO_ONE_COSINES if matching == "one_to_one" else UNSTORED_WINDOW_COSINES)[name]
     how = " with one teacher layer each" if matching == "one_to_one" else ""
     part = "," if captured == found.captured_layers else f", of teacher layers {captured[0]} to {captured[-1]},"
@@ -143,3 +147,8 @@ def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -
         f"attention gradient and the exact one, measured on large maps, with {name} codes was at least {cosine} "
         f"(docs/method.md; less with small maps); for exact ones extract with {remedy}"
     )
+
+
+def _large_maps_name(codec: MapCodecConfig) -> MapCodecName:
+    """The codec of maps as large as those on which cosines were measured."""
+    return codec.of_size(MEASURED_TOKENS).name

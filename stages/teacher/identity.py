@@ -23,12 +23,13 @@ from stages.families.registry import family_of
 from stages.settings import AtResume
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import (
+    MAX_TOP_K,
     LogitCodecConfig,
     MapCodecConfig,
     MapCodecName,
     NumTailSamples,
     Temperatures,
-    TopK,
+    default_top_k,
 )
 from storage.errors import UserError
 from storage.strict_model import StrictModel
@@ -56,17 +57,22 @@ class TeacherConfig(StrictModel):
     """Captured decoder layers, consecutive, counted from 0; None takes the middle third."""
     num_matched: int | None = Field(default=None, ge=1)
     """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
-    map_codec: MapCodecName = "sqrt4"
+    map_codec: MapCodecName = "auto"
     """How attention maps are stored: `float16` is exact to rounding; `sqrt8`, `sqrt4`, `sqrt2` take 8, 4 and 2 bits an
-    entry. Sink masks and the mean of each key are exact in all of them."""
+    entry; `auto` 8 bits for small maps, which need them, and 4 for others (docs/codecs.md#map-codecs). Sink masks and
+    the mean of each key are exact in all of them."""
     logit_codec: Literal["float16", "levels"] = "levels"
     """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
-    top_k: TopK = 48
-    """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each."""
+    top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
+    """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each. None is 48,
+    and 256 if `temperatures` are asked for; for these a vocabulary of at most 1024 is kept whole."""
     tail_samples: NumTailSamples = 30
     """Tokens sampled from the others, so that the logit loss is right in expectation; more make it less noisy."""
     temperatures: Temperatures = ()
-    """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is sampled."""
+    """Temperatures besides 1 that a student may ask for. Records grow several times, and the loss is noisier than at 1,
+    as far more of the mass is sampled; `cdp estimate` says both."""
+    tempered_samples: NumTailSamples = 256
+    """Tokens sampled for each of `temperatures`, in proportion to their probability at it; about 2 bytes each."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
@@ -105,13 +111,14 @@ class TeacherIdentity:
     @property
     def logit_codec(self) -> LogitCodecConfig:
         """How answer rows are coded."""
-        settings = self.settings
+        settings, vocab_size = self.settings, self.config.get_text_config().vocab_size
         return LogitCodecConfig(
             name=settings.logit_codec,
-            vocab_size=self.config.get_text_config().vocab_size,
-            top_k=settings.top_k,
+            vocab_size=vocab_size,
+            top_k=settings.top_k or default_top_k(vocab_size, settings.temperatures),
             num_tail_samples=settings.tail_samples,
             temperatures=settings.temperatures,
+            num_tempered_samples=settings.tempered_samples,
         )
 
     def manifest(self, samples_digest: str, num_shards: int) -> Manifest:

@@ -1,8 +1,8 @@
 """The codec of answer rows: a row's top-k, tail mass and tail samples in a record of about 200 bytes.
 
 A record is what `LogitCodecConfig.sections` lists, one part after another: the K likeliest ids by falling
-probability; their log-probabilities; for each temperature the log of what all other tokens add; the ids and
-log-probabilities of D tokens sampled from these others. FORMAT.md says the same bit by bit.
+probability; their log-probabilities; for each temperature the log of what all other tokens add; for each temperature
+the ids of tokens sampled from these others. FORMAT.md says the same bit by bit.
 """
 
 from dataclasses import dataclass
@@ -34,10 +34,9 @@ class AnswerLogits:
     tails_RX: Tensor
     """float32, log of the sum of exp(l / T) over the tokens that are not kept (-inf without any), at T = 1, where it is
     the log of their probability, and at each of `codec.temperatures`."""
-    tail_ids_RD: Tensor
-    """int64, sampled from the tokens that are not kept, each with probability proportional to exp(l)."""
-    tail_logprobs_RD: Tensor
-    """float32, their l; `[R, 0]` if no temperature besides 1 is stored."""
+    tail_ids: tuple[Tensor, ...]
+    """int64 `[R, D]` each, for T = 1 and each of `codec.temperatures`: sampled from the tokens that are not kept, in
+    proportion to exp(l / T)."""
 
     def __len__(self) -> int:
         return len(self.ids_RK)
@@ -46,18 +45,16 @@ class AnswerLogits:
         """The teacher's distribution at a temperature: exact on the kept ids, in expectation on all others.
 
         Returns:
-            p_T of the kept ids `[R, K]`; the mass of all other tokens `[R]`; weights of the sampled ids `[R, D]`.
-            A token's weights add up to its p_T in expectation: a sample weighs p_T / (D r), where r is the probability
-            it was sampled with. Kept and tail masses sum to 1.
+            p_T of the kept ids `[R, K]`; the mass of all other tokens `[R]`; the sampled ids `[R, D]`. Each sample
+            stands for an equal share of that mass, so a token's shares add up to its p_T in expectation. Kept and tail
+            masses sum to 1.
 
         Raises:
             ValueError: If the temperature was not stored.
         """
         kept_RK = self.logprobs_RK / temperature
-        num_samples = self.tail_ids_RD.shape[1]
-        if not num_samples:
-            nothing_R = kept_RK.new_zeros(len(kept_RK))
-            return kept_RK.softmax(-1), nothing_R, nothing_R[:, None].expand(-1, 0)
+        if not self.codec.num_sampled:
+            return kept_RK.softmax(-1), kept_RK.new_zeros(len(kept_RK)), self.tail_ids[0]
         stored = (1.0, *self.codec.temperatures)
         if temperature not in stored:
             raise ValueError(f"temperature {temperature} was not stored, only {list(stored)}")
@@ -65,19 +62,31 @@ class AnswerLogits:
         # The stored sums normalise: rounded log-probabilities alone would not leave a tail of 1e-6 right.
         log_partition_R = torch.logaddexp(kept_RK.logsumexp(-1), tail_R)
         probs_RK, mass_R = (kept_RK - log_partition_R[:, None]).exp(), (tail_R - log_partition_R).exp()
-        if temperature == 1:
-            return probs_RK, mass_R, (mass_R / num_samples)[:, None].expand(-1, num_samples)
-        # p_T / (D r) with p_T = exp(l / T) / Z and r = exp(l) / tail.
-        log_ratio_RD = self.tails_RX[:, :1] + self.tail_logprobs_RD * (1 / temperature - 1) - log_partition_R[:, None]
-        weights_RD = log_ratio_RD.exp() / num_samples
-        return probs_RK, mass_R, weights_RD.masked_fill((mass_R == 0)[:, None], 0.0)
+        return probs_RK, mass_R, self.tail_ids[stored.index(temperature)]
+
+    def gradient_noise(self, temperature: float = 1.0) -> float:
+        """Noise of the forward loss's gradient with respect to logits over its size, for a student off by 1.
+
+        The student's logits differ from the teacher's by independent errors of a small deviation s: the noise is this
+        number over s times the gradient. Noise is the root of the summed variances at their bound, tail**2 / D a row.
+        The gradient p (e - sum p e) / T, with e = s / T, is that of the kept tokens alone, so the ratio is rather too
+        large. Of rows added up, both grow as the root of their number. 0 where nothing is sampled.
+
+        Raises:
+            ValueError: As `probabilities`.
+        """
+        probs_RK, mass_R, sampled_RD = self.probabilities(temperature)
+        squares_RK = probs_RK.double().square()
+        slope = (squares_RK * (1 - 2 * probs_RK + squares_RK.sum(-1, keepdim=True))).sum()
+        noise = mass_R.double().square().sum() / max(sampled_RD.shape[1], 1)
+        return temperature * float((noise / slope.clamp(min=torch.finfo(slope.dtype).tiny)).sqrt())
 
     def fault(self) -> str | None:
         """What no teacher says: ids past the vocabulary, NaN, or probabilities far from 1 in sum; None if sound."""
-        ids = torch.cat([self.ids_RK, self.tail_ids_RD], dim=1)
+        ids = torch.cat([self.ids_RK, *self.tail_ids], dim=1)
         if bool((ids >= self.codec.vocab_size).any()):
             return f"token id {int(ids.max())}, past the vocabulary of {self.codec.vocab_size}"
-        floats = torch.cat([self.logprobs_RK, self.tails_RX, self.tail_logprobs_RD], dim=1)
+        floats = torch.cat([self.logprobs_RK, self.tails_RX], dim=1)
         if bool(floats.isnan().any()) or bool((floats == torch.inf).any()):
             return "NaN or infinite values"
         total_R = torch.logaddexp(self.logprobs_RK.logsumexp(-1), self.tails_RX[:, 0]).exp()
@@ -97,12 +106,12 @@ class AnswerLogitsCodec:
         """Code answer rows.
 
         *Tail samples* (`sample_tail`). Each token that is not kept is sampled D r(i) times on average, where r(i) is
-        p(i) / tail mass. So the estimate of p that gives each sample the weight tail / D is *unbiased* for every token,
-        and so is the gradient of the cross entropy, q - p, for any student q. Its *variance*, summed over tokens, is
-        (tail / D)**2 * sum f (1 - f) with f the fractional part of D r(i): at most tail**2 / D. Proportional to p is
-        also the best proposal at temperature 1: sum p**2 / r is least there. At other temperatures samples weigh
-        p_T / (D r): unbiased too, but with much more variance above 1, where rare tokens count more than they are
-        sampled (`benchmarks/answer_logits.py`).
+        p(i) / tail mass, at each temperature with that temperature's p, tail and D. So the estimate of p that gives
+        each sample the weight tail / D is *unbiased* for every token, and so is the gradient of the cross entropy,
+        (q - p) / T, for any student q. The *variance* of the estimate, summed over tokens, is (tail / D)**2 * sum f (1
+        - f) with f the fractional part of D r(i): at most tail**2 / D. Proportional to p is also the best proposal: sum
+        p**2 / r is least there. Above temperature 1 the tail is larger and the gradient smaller, so that more samples
+        leave more noise (`AnswerLogits.gradient_noise`, `benchmarks/tempered_logits.py`).
 
         *Error of `levels`.* The first `num_exact` log-probabilities and the lowest are float16 (2**-11 relative). One
         between them, at depth x = (top - l) / (top - lowest), has level round((num_levels - 1) * sqrt(x)): steps are
@@ -144,13 +153,19 @@ class AnswerLogitsCodec:
             raise ValueError(f"records are {found}, expected torch.uint8 [R, {config.row_bytes}]")
         sizes = config.sections
         parts = dict(zip(sizes, torch.split(records_RQ, list(sizes.values()), dim=1), strict=True))
+        num_temperatures = len(config.temperatures)
+        tempered_ids = unpack_integers(
+            parts["tempered_sample_ids"], num_temperatures * config.num_tempered, config.id_bits
+        )
         return AnswerLogits(
             codec=config,
             ids_RK=unpack_integers(parts["ids"], config.num_kept, config.id_bits),
             logprobs_RK=decode_kept(config, parts["values"], parts["levels"]),
             tails_RX=floats_from_bytes(parts["tails"], torch.float32),
-            tail_ids_RD=unpack_integers(parts["tail_sample_ids"], config.num_sampled, config.id_bits),
-            tail_logprobs_RD=floats_from_bytes(parts["tail_sample_values"], torch.float16),
+            tail_ids=(
+                unpack_integers(parts["tail_sample_ids"], config.num_sampled, config.id_bits),
+                *tempered_ids.tensor_split(max(num_temperatures, 1), dim=1)[:num_temperatures],
+            ),
         )
 
     def fault(self, records_RQ: Tensor) -> str | None:
@@ -166,6 +181,7 @@ class AnswerLogitsCodec:
             "ids": config.num_kept * config.id_bits,
             "levels": config.num_level_bits,
             "tail_sample_ids": config.num_sampled * config.id_bits,
+            "tempered_sample_ids": len(config.temperatures) * config.num_tempered * config.id_bits,
         }
         for name, num_bits in used.items():
             if num_bits % 8 and bool((parts[name][:, -1] >> num_bits % 8).any()):
@@ -183,15 +199,19 @@ class AnswerLogitsCodec:
         ids_RK = _top_ids(logits_RV, config.num_kept)
         kept_RK = logprobs_RV.gather(1, ids_RK)
         others_RV = logprobs_RV.scatter_(1, ids_RK, -torch.inf)
-        running_RV = others_RV.exp().cumsum(-1)
-        tail_ids_RD = sample_tail(running_RV, addresses_R, config.num_sampled)
-        sums = [running_RV[:, -1], *((others_RV / t).exp_().sum(-1) for t in config.temperatures)]
+        sums: list[Tensor] = []
+        samples: list[Tensor] = []
+        for temperature in (1.0, *config.temperatures):
+            running_RV = (others_RV / temperature).exp_().cumsum(-1)
+            count = config.num_tempered if samples else config.num_sampled
+            sums.append(running_RV[:, -1])
+            samples.append(sample_tail(running_RV, addresses_R, count))
         parts = [
             pack_integers(ids_RK, config.id_bits),
             *encode_kept(config, kept_RK),
             torch.stack(sums, dim=1).log().float().view(torch.uint8),
-            pack_integers(tail_ids_RD, config.id_bits),
-            others_RV.gather(1, tail_ids_RD[:, : config.num_sampled_values]).half().view(torch.uint8),
+            pack_integers(samples[0], config.id_bits),
+            pack_integers(torch.cat([samples[0][:, :0], *samples[1:]], dim=1), config.id_bits),
         ]
         return torch.cat(parts, dim=1)
 

@@ -3,7 +3,8 @@
 Two errors spoil the gradient of the loss, and little else does: a flipped mask entry in a late, short column, and
 values that err to one side along a column. So each window's mask is computed from the uncoded maps, and the entries
 that the codes get wrong are stored; and each column is shifted to the exact mean of what it keeps. Of windows that are
-not stored, the exact threshold is known at least, and the values of the shortest columns.
+not stored, the exact threshold is known at least. Values of the shortest columns are stored as 16-bit floats: a
+student's mask leaves little to average there.
 """
 
 from collections.abc import Sequence
@@ -73,13 +74,14 @@ class MapCodec:
         thresholds_W = sink_threshold(exact_WE, num_tokens**2)
         keep_WE = below_threshold(exact_WE, thresholds_W)
         coded_WE, guess_WE = self._decode_means(encoded, rows, thresholds_W)
-        lacking_WNN = unpack_entries(exact_WE.sub_(coded_WE).mul_(keep_WE), num_tokens, config.causal)
+        first = num_tokens - config.tail_block_size(num_tokens)
+        tail_blocks_LY = pack_entries(maps_LNN[:, first:, first:], config.causal).half()
+        exact_WNN = unpack_entries(exact_WE, num_tokens, config.causal)
         kept_WNN = unpack_entries(keep_WE, num_tokens, config.causal)
+        lacking_WNN = exact_WNN.sub_(self._with_tail_blocks(coded_WE, tail_blocks_LY, rows, num_tokens)).mul_(kept_WNN)
         shifts_WN = lacking_WNN.sum(-2) / kept_WNN.sum(-2, dtype=torch.int32).clamp(min=1)
         flips_G = encode_flips((guess_WE ^ keep_WE).flatten())
         moments = layer_moments(entries_LE, num_tokens**2)
-        first = num_tokens - config.tail_block_size(num_tokens)
-        tail_blocks_LY = pack_entries(maps_LNN[:, first:, first:], config.causal).half()
         windows = EncodedWindows(thresholds_W, shifts_WN.half(), flips_G, *moments, tail_blocks_LY)
         return EncodedMaps(num_tokens, codes_LC, caps_L, windows)
 
@@ -92,7 +94,8 @@ class MapCodec:
             ValueError: If dtype or sizes do not belong to the codec and N.
         """
         squares_LE = code_squares(self.config, encoded.codes_LC, encoded.num_tokens)
-        values_LE = squares_LE * (encoded.caps_L.float() / self.config.max_code**2)[..., None]
+        max_code = self.config.of_size(encoded.num_tokens).max_code
+        values_LE = squares_LE * (encoded.caps_L.float() / max_code**2)[..., None]
         return unpack_entries(values_LE, encoded.num_tokens, self.config.causal)
 
     def decode_windows(self, encoded: EncodedMaps) -> tuple[Tensor, Tensor]:
@@ -114,7 +117,7 @@ class MapCodec:
         coded_WE, keep_WE = self._decode_means(encoded, rows, windows.thresholds_W)
         flat = keep_WE.view(-1)
         flat[self.decode_flips(encoded)] ^= True
-        maps_WNN = unpack_entries(coded_WE, num_tokens, self.config.causal)
+        maps_WNN = self._with_tail_blocks(coded_WE, windows.tail_blocks_LY, rows, num_tokens)
         keep_WNN = unpack_entries(keep_WE, num_tokens, self.config.causal)
         return maps_WNN.addcmul_(windows.shifts_WN.float()[:, None, :], keep_WNN.float()), keep_WNN
 
@@ -177,13 +180,19 @@ class MapCodec:
         coded_WE, keep_WE = self._decode_means(encoded, rows, thresholds_W)
         if not causal:
             keep_WE &= coded_WE > 0
-        maps_WNN = unpack_entries(coded_WE, num_tokens, causal)
+        maps_WNN = self._with_tail_blocks(coded_WE, windows.tail_blocks_LY, rows, num_tokens)
         keep_WNN = unpack_entries(keep_WE, num_tokens, causal)
-        first = num_tokens - (size := self.config.tail_block_size(num_tokens))
-        tail_WZZ = unpack_entries(window_means(windows.tail_blocks_LY, rows), size, causal)
-        maps_WNN[:, first:, first:] = tail_WZZ
-        keep_WNN[:, first:, first:] = (tail_WZZ <= thresholds_W[:, None, None]).tril()
+        first = num_tokens - self.config.tail_block_size(num_tokens)
+        keep_WNN[:, first:, first:] = (maps_WNN[:, first:, first:] <= thresholds_W[:, None, None]).tril()
         return maps_WNN, keep_WNN
+
+    def _with_tail_blocks(self, coded_WE: Tensor, tail_blocks_LY: Tensor, rows: WindowRows, num_tokens: int) -> Tensor:
+        """`[W, N, N]` means of the codes, with those of the tail blocks in their place."""
+        maps_WNN = unpack_entries(coded_WE, num_tokens, self.config.causal)
+        if size := self.config.tail_block_size(num_tokens):
+            tail_WZZ = unpack_entries(window_means(tail_blocks_LY, rows), size, self.config.causal)
+            maps_WNN[:, -size:, -size:] = tail_WZZ
+        return maps_WNN
 
     def _decode_means(self, encoded: EncodedMaps, rows: WindowRows, thresholds_W: Tensor) -> tuple[Tensor, Tensor]:
         """Window means of the codes, `[W, E]` float32, and which of them are not above the threshold.
@@ -194,7 +203,7 @@ class MapCodec:
         members_WL = window_members(rows, len(encoded.caps_L), encoded.caps_L.device)
         squares_LE = code_squares(self.config, encoded.codes_LC, encoded.num_tokens).double()
         sums_WE = (members_WL * encoded.caps_L.double()) @ squares_LE
-        units_W = members_WL.sum(1) * self.config.max_code**2
+        units_W = members_WL.sum(1) * self.config.of_size(encoded.num_tokens).max_code ** 2
         guess_WE = sums_WE <= (units_W * thresholds_W.double())[:, None]
         return sums_WE.div_(units_W[:, None]).float(), guess_WE
 

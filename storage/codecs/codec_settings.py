@@ -6,10 +6,15 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from storage.strict_model import StrictModel
 
-MapCodecName = Literal["float16", "sqrt8", "sqrt4", "sqrt2"]
+EntryCodecName = Literal["float16", "sqrt8", "sqrt4", "sqrt2"]
+MapCodecName = Literal["auto", EntryCodecName]
 _BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
-_CAP_FACTORS = {"float16": 3.0, "sqrt8": 6.0, "sqrt4": 3.0, "sqrt2": 2.0}
+_CAP_FACTORS = {"auto": 3.0, "float16": 3.0, "sqrt8": 6.0, "sqrt4": 3.0, "sqrt2": 2.0}
 
+SQRT8_BELOW = 400
+"""Image tokens from which 4 bits keep the bounds of `docs/codecs.md`; `auto` takes 8 bits below."""
+
+MAX_CAP_FACTOR = 1000.0
 TAIL_BLOCK_SHARE = 32
 """One of so many keys is in the tail block: a thousandth of the entries."""
 
@@ -28,17 +33,29 @@ class MapCodecConfig(StrictModel):
     """How maps are coded; its dict stands in the manifest and is all a reader needs to decode."""
 
     name: MapCodecName
-    """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry."""
+    """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry. `auto` is `sqrt8` for
+    small maps and `sqrt4` for others."""
     causal: bool = True
     """Store the lower triangle only; False for models whose image tokens attend in both directions."""
-    cap_factor: float = Field(default_factory=lambda fields: _CAP_FACTORS[fields["name"]], gt=0, le=1000)
+    sqrt8_below: int = Field(default=SQRT8_BELOW, ge=0, le=2**24)
+    """auto only: maps of fewer image tokens are small."""
+    cap_factor: float = Field(default_factory=lambda fields: _CAP_FACTORS[fields["name"]], gt=0, le=MAX_CAP_FACTOR)
     """sqrt codes only: values are cut at this many times the sink threshold (mean + std) of their map. The default is
     3, but 2 for `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a
-    window averages several layers, and one of them may lie above its threshold where the mean does not."""
+    window averages several layers, and one of them may lie above its threshold where the mean does not. Of `auto` it is
+    that of large maps; small ones are cut at twice as much."""
+
+    def of_size(self, num_tokens: int) -> "MapCodecConfig":
+        """The codec of a map of so many image tokens: the same one, unless this is `auto`."""
+        if self.name != "auto":
+            return self
+        if num_tokens < self.sqrt8_below:
+            return MapCodecConfig(name="sqrt8", causal=self.causal, cap_factor=min(2 * self.cap_factor, MAX_CAP_FACTOR))
+        return MapCodecConfig(name="sqrt4", causal=self.causal, cap_factor=self.cap_factor)
 
     @property
     def bits(self) -> int:
-        """Bits of one stored entry."""
+        """Bits of one stored entry; of `auto` ask the codec `of_size`, as for `max_code`."""
         return _BITS[self.name]
 
     @property
@@ -48,8 +65,8 @@ class MapCodecConfig(StrictModel):
 
     def num_codes(self, num_tokens: int) -> int:
         """C: stored elements of one layer of one map, of which each byte holds 8 / bits entries."""
-        entries = num_entries(num_tokens, self.causal)
-        return entries if self.bits >= 8 else num_bytes(entries * self.bits)
+        entries, bits = num_entries(num_tokens, self.causal), self.of_size(num_tokens).bits
+        return entries if bits >= 8 else num_bytes(entries * bits)
 
     def tail_block_size(self, num_tokens: int) -> int:
         """Z: how many of a causal map's last keys, which few queries see, are stored as float16 beside their codes."""
@@ -62,7 +79,19 @@ def _check_temperatures(given: tuple[float, ...]) -> tuple[float, ...]:
     return given
 
 
-TopK = Annotated[int, Field(ge=1, le=10_000_000)]
+DEFAULT_TOP_K, TEMPERED_TOP_K, SMALL_VOCABULARY = 48, 256, 1024
+"""Tokens kept of each row where nothing else is asked for: at temperature 1 alone, and at others too; for these a small
+vocabulary is kept whole."""
+MAX_TOP_K = 10_000_000
+
+
+def default_top_k(vocab_size: int, temperatures: tuple[float, ...]) -> int:
+    """Tokens kept of each row for temperature 1 and these."""
+    if not temperatures:
+        return DEFAULT_TOP_K
+    return vocab_size if vocab_size <= SMALL_VOCABULARY else TEMPERED_TOP_K
+
+
 NumTailSamples = Annotated[int, Field(ge=1, le=1_000_000)]
 Temperatures = Annotated[tuple[float, ...], AfterValidator(_check_temperatures)]
 """Of settings too, so that a value that cannot be stored is refused where it is given."""
@@ -77,13 +106,15 @@ class LogitCodecConfig(StrictModel):
     """`float16` keeps every log-probability in 2 bytes; `levels` 9 of them, and about 4 bits of each other."""
     vocab_size: int = Field(ge=1, le=2**24)
     """V: width of the teacher's logits."""
-    top_k: TopK = 48
+    top_k: int = Field(default=DEFAULT_TOP_K, ge=1, le=MAX_TOP_K)
     """Tokens kept of each row; more than V means all."""
     num_tail_samples: NumTailSamples = Field(default=30, alias="num_draws")
     """Tokens sampled from the others; the variance of the loss's gradient falls as one over this."""
     temperatures: Temperatures = ()
-    """Temperatures besides 1 at which a student may be distilled; 4 bytes of a record each, and 2 of each sample."""
-    num_exact: int = Field(default=8, ge=1, le=10_000_000)
+    """Temperatures besides 1 at which a student may be distilled."""
+    num_tempered_samples: NumTailSamples = 256
+    """Tokens sampled for each of `temperatures`, from the others as likely as they are at that temperature."""
+    num_exact: int = Field(default=8, ge=1, le=MAX_TOP_K)
     """levels only: log-probabilities in float16 before the coded ones."""
     num_levels: int = Field(default=128, ge=64, le=4096)
     """levels only: steps between the last exact log-probability and the lowest kept one."""
@@ -99,9 +130,9 @@ class LogitCodecConfig(StrictModel):
         return 0 if self.num_kept == self.vocab_size else self.num_tail_samples
 
     @property
-    def num_sampled_values(self) -> int:
-        """Log-probabilities of tail samples: at temperature 1 all weigh the same, and none is needed."""
-        return self.num_sampled if self.temperatures else 0
+    def num_tempered(self) -> int:
+        """`num_tempered_samples`, or 0 where the whole vocabulary is kept."""
+        return self.num_tempered_samples if self.num_sampled else 0
 
     @property
     def id_bits(self) -> int:
@@ -132,7 +163,7 @@ class LogitCodecConfig(StrictModel):
             "levels": num_bytes(self.num_level_bits),
             "tails": 4 * (1 + len(self.temperatures)),
             "tail_sample_ids": num_bytes(self.num_sampled * self.id_bits),
-            "tail_sample_values": 2 * self.num_sampled_values,
+            "tempered_sample_ids": num_bytes(len(self.temperatures) * self.num_tempered * self.id_bits),
         }
 
     @property

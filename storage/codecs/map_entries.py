@@ -53,6 +53,7 @@ def encode_entries(config: MapCodecConfig, entries_LE: Tensor, num_tokens: int) 
     with r = 0.5 / m, so never more than 0.00393, 0.0678 or 0.3612 caps at 8, 4 or 2 bits.
     The first entry of a byte is in its lowest bits.
     """
+    config = config.of_size(num_tokens)
     if config.name == "float16":
         return entries_LE.half(), torch.ones(len(entries_LE), device=entries_LE.device)
     mean_L, std_L = map_mean_std(entries_LE, num_tokens**2)
@@ -80,5 +81,5 @@ def code_squares(config: MapCodecConfig, codes_LC: Tensor, num_tokens: int) -> T
         )
     if config.name == "float16":
         return codes_LC.float()
-    codes_LE = unpack_narrow(codes_LC, num_entries(num_tokens, config.causal), config.bits)
+    codes_LE = unpack_narrow(codes_LC, num_entries(num_tokens, config.causal), config.of_size(num_tokens).bits)
     return codes_LE.float().square_()

@@ -18,7 +18,7 @@ TERMS: dict[StageName, list[str]] = {
 }
 TARGETS = {
     "16 bits against online": "16 bits, whole vocabulary",
-    "default against online": "default codes",
+    "4 bits against online": "4-bit maps",
     "16 bits in microbatches of 4 against 16": "*roundings alone*",
 }
 """What the file and the document call the same."""
@@ -67,7 +67,7 @@ def test_the_saved_result_holds_what_the_documents_claim() -> None:
             assert list(found[comparison]["terms"]) == terms
             largest = {name: term["largest"] for name, term in found[comparison]["terms"].items()}
             apart = found[comparison]["weights_apart_of_way_moved"]
-            coded = comparison == "default against online" and stage == "dft"
+            coded = comparison == "4 bits against online" and stage == "dft"
             # Float noise; of attention that of 16-bit maps, or of 4-bit ones.
             assert max(largest["lm"], largest.get("kd", 0.0)) < (1e-4 if coded else 5e-6)
             assert max(largest.values()) < (5e-3 if coded else 5e-4)

@@ -277,7 +277,7 @@ def test_published_pairs_have_the_published_settings(name: str) -> None:
     run = load_run_file(Path(name), [], {})
     train, teacher = run.train, run.teacher
     assert teacher is not None
-    assert (teacher.max_length, teacher.map_codec) == (1536, "sqrt4")
+    assert (teacher.max_length, teacher.map_codec) == (1536, "auto")
     assert (train.lora.rank, train.lora.alpha) == (128, 256)
     stages = [train.stage(stage) for stage in STAGES]
     assert [stage.batch_size for stage in stages] == [256, 128, 192]

@@ -41,7 +41,9 @@ def fingerprint(**changes: Any) -> Fingerprint:
         "layers": (2, 3, 4),
         "windows": ((2, 3), (3, 4)),
         "map_codec": MapCodecConfig(name="sqrt4"),
-        "logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=12, num_tail_samples=4, temperatures=(2.0,)),
+        "logit_codec": LogitCodecConfig(
+            vocab_size=VOCAB, top_k=12, num_tail_samples=4, temperatures=(2.0,), num_tempered_samples=6
+        ),
         "dtype": "float32",
         "max_length": 128,
         "image_backend": "pil",

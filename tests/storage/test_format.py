@@ -61,7 +61,7 @@ def decode_record(codec: dict[str, Any], record: bytes) -> dict[str, list[float]
     v = codec["vocab_size"]
     k = min(codec["top_k"], v)
     w = next(w for w in range(1, 99) if 2**w >= v)
-    d = 0 if k == v else codec["num_draws"]
+    d, tempered = (0, 0) if k == v else (codec["num_draws"], codec["num_tempered_samples"])
     h = k if codec["name"] == "float16" else min(k, codec["num_exact"] + 1)
     c = k - h
     temperatures = [1.0, *codec["temperatures"]]
@@ -71,11 +71,11 @@ def decode_record(codec: dict[str, Any], record: bytes) -> dict[str, list[float]
         math.ceil((c + codec["num_levels"] - 1) / 8) if c else 0,
         4 * len(temperatures),
         math.ceil(d * w / 8),
-        2 * d if codec["temperatures"] else 0,
+        math.ceil(len(codec["temperatures"]) * tempered * w / 8),
     ]
     assert sum(sizes) == len(record)
     starts = [sum(sizes[:n]) for n in range(7)]
-    ids, values, levels, tails, draw_ids, draw_values = (record[a:b] for a, b in pairwise(starts))
+    ids, values, levels, tails, draw_ids, tempered_ids = (record[a:b] for a, b in pairwise(starts))
 
     def integers(part: bytes, count: int) -> list[int]:
         return [(int.from_bytes(part, "little") >> (n * w)) % 2**w for n in range(count)]
@@ -91,14 +91,19 @@ def decode_record(codec: dict[str, Any], record: bytes) -> dict[str, list[float]
         "ids_RK": integers(ids, k),
         "logprobs_RK": [*exact[:-1], *coded, exact[-1]],
         "tails_RX": list(struct.unpack(f"<{len(temperatures)}f", tails)),
-        "tail_ids_RD": integers(draw_ids, d),
-        "tail_logprobs_RD": list(struct.unpack(f"<{len(draw_values) // 2}e", draw_values)),
+        "tail_ids": [*integers(draw_ids, d), *integers(tempered_ids, len(codec["temperatures"]) * tempered)],
     }
 
 
 def test_the_documents_example_of_an_answer_row_is_what_is_stored():
     codec = LogitCodecConfig(
-        vocab_size=10, top_k=4, num_exact=1, num_levels=64, num_tail_samples=2, temperatures=(2.0,)
+        vocab_size=10,
+        top_k=4,
+        num_exact=1,
+        num_levels=64,
+        num_tail_samples=2,
+        temperatures=(2.0,),
+        num_tempered_samples=3,
     )
     record = AnswerLogitsCodec(codec).encode(torch.arange(10.0)[None], torch.tensor([0.5]))[0].numpy().tobytes()
     assert f"`{record.hex(' ')}`" in DOCUMENT.read_text()
@@ -108,9 +113,11 @@ def test_the_documents_example_of_an_answer_row_is_what_is_stored():
     assert found["logprobs_RK"] == pytest.approx(logprobs[[9, 8, 7, 6]].tolist(), abs=0.04)  # 3 nats, 64 levels
     tails = [float((logprobs[:6] / t).logsumexp(-1)) for t in (1.0, 2.0)]
     assert found["tails_RX"] == pytest.approx(tails, rel=1e-6)
-    # Running sums of ids 0 to 5 pass a quarter and three quarters of the whole at 4 and 5.
-    running = logprobs[:6].softmax(-1).cumsum(-1)
-    assert found["tail_ids_RD"] == [int((running <= place).sum()) for place in (0.25, 0.75)] == [4, 5]
+    # Running sums of ids 0 to 5 pass a quarter and three quarters of the whole at 4 and 5; at temperature 2 others.
+    for temperature, places, ids in ((1, (0.25, 0.75), slice(0, 2)), (2, (1 / 6, 0.5, 5 / 6), slice(2, 5))):
+        running = (logprobs[:6] / temperature).softmax(-1).cumsum(-1)
+        assert found["tail_ids"][ids] == [int((running <= place).sum()) for place in places]
+    assert found["tail_ids"] == [4, 5, 2, 4, 5]
 
 
 def test_the_address_of_a_row_is_the_documents():
@@ -118,11 +125,11 @@ def test_the_address_of_a_row_is_the_documents():
     assert row_addresses("clé", 4)[2].item() == number * 2.0**-53
 
 
-@pytest.mark.parametrize("codec", ["sqrt4", "sqrt2", "sqrt8", "float16"])
+@pytest.mark.parametrize("codec", ["sqrt4", "sqrt2", "sqrt8", "float16", "auto"])
 def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
     tensorstore = pytest.importorskip("tensorstore")
     logit_codec = fingerprint().logit_codec.model_copy(update={"name": "float16" if codec == "float16" else "levels"})
-    made_for = manifest(map_codec=MapCodecConfig(name=codec), logit_codec=logit_codec)
+    made_for = manifest(map_codec=MapCodecConfig(name=codec, sqrt8_below=20), logit_codec=logit_codec)
     store = open_store(tmp_path)
     create_or_check(store, made_for)
     keys = [f"k{number}" for number in range(7)]
@@ -154,6 +161,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         decoded = AnswerLogitsCodec(made_for.fingerprint.logit_codec).decode(sample.logits_RQ)
         for number, record in enumerate(data["logit_records"][a:b]):
             found = decode_record(head["fingerprint"]["logit_codec"], record.tobytes())
+            assert found.pop("tail_ids") == torch.cat(decoded.tail_ids, dim=1)[number].tolist()
             for name, values in found.items():
                 assert values == pytest.approx(getattr(decoded, name)[number].tolist(), rel=1e-6), name
         m = data["map_rows"][row]
@@ -168,7 +176,10 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
     n, layers, windows = int(data["map_num_tokens"][m]), made_from["layers"], made_from["windows"]
     config = MapCodecConfig.model_validate(made_from["map_codec"])
     num_entries = n * (n + 1) // 2
-    bits, highest = {"sqrt8": (8, 255), "sqrt4": (4, 15), "sqrt2": (2, 3), "float16": (16, 1)}[config.name]
+    name, cap_factor = config.name, config.cap_factor
+    if name == "auto":
+        name, cap_factor = ("sqrt8", 2 * cap_factor) if n < config.sqrt8_below else ("sqrt4", cap_factor)
+    bits, highest = {"sqrt8": (8, 255), "sqrt4": (4, 15), "sqrt2": (2, 3), "float16": (16, 1)}[name]
     first, last = data["map_code_offsets"][m : m + 2]
     assert last - first == math.ceil(num_entries * bits / 8) if bits < 16 else num_entries
 
@@ -192,6 +203,14 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
     coder = MapCodec(config, rows)
     own_maps = coder.decode(entry)
     own_windows, own_masks = coder.decode_windows(entry)
+    size = math.ceil(n / 32)
+    first_corner, last_corner = data["map_corner_offsets"][m : m + 2]
+    assert last_corner - first_corner == size * (size + 1) // 2
+
+    def corner(i: int, j: int) -> list[float]:
+        row, column = i - (n - size), j - (n - size)
+        return list(map(float, data["map_corners"][:, first_corner + row * (row + 1) // 2 + column]))
+
     for i in range(n):
         for j in range(i + 1):
             e = i * (i + 1) // 2 + j
@@ -202,7 +221,8 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
                 keep = total <= units * float(data["window_thresholds"][w, m])
                 keep ^= w * num_entries + e in flipped
                 assert keep == bool(own_masks[w, i, j])
-                value = total / units + (float(data["window_shifts"][w, begin + j]) if keep else 0)
+                mean = total / units if j < n - size else sum(corner(i, j)[layer] for layer in members) / len(members)
+                value = mean + (float(data["window_shifts"][w, begin + j]) if keep else 0)
                 assert value == pytest.approx(float(own_windows[w, i, j]), rel=1e-6, abs=1e-9)
     assert torch.count_nonzero(own_windows.triu(1)) == 0
     # A window that is not stored: all layers.
@@ -214,18 +234,11 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
     threshold = sum(means) / g + math.sqrt(total_covariance) / g
     found = window_thresholds((range(g),), entry.windows.means_L, entry.windows.covariances_P)
     assert found.tolist() == pytest.approx([threshold], rel=1e-6)
-    size = math.ceil(n / 32)
-    first, last = data["map_corner_offsets"][m : m + 2]
-    assert last - first == size * (size + 1) // 2
     other_maps, other_masks = coder.estimate_windows(entry, (range(g),))
     for i in range(n):
         for j in range(i + 1):
-            if i >= n - size <= j:
-                row, column = i - (n - size), j - (n - size)
-                corner = data["map_corners"][:, first + row * (row + 1) // 2 + column]
-                value = sum(map(float, corner)) / g
-            else:
-                value = float(own_maps[:, i, j].double().mean())
+            in_tail = i >= n - size <= j
+            value = sum(corner(i, j)) / g if in_tail else float(own_maps[:, i, j].double().mean())
             assert value == pytest.approx(float(other_maps[0, i, j]), rel=1e-6, abs=1e-9)
             if abs(value - threshold) > 1e-5 * threshold:
                 assert bool(other_masks[0, i, j]) == (value < threshold)
@@ -233,4 +246,4 @@ def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], en
     if bits < 16:
         for layer in range(g):
             of_layer = means[layer] + math.sqrt(covariances[layer * (layer + 3) // 2])
-            assert float(data["map_caps"][layer, m]) <= config.cap_factor * of_layer * (1 + 1e-6) + 2**-24
+            assert float(data["map_caps"][layer, m]) <= cap_factor * of_layer * (1 + 1e-6) + 2**-24

@@ -74,8 +74,9 @@ class TeacherRows:
 
         `forward` is the cross entropy under the teacher's whole distribution: exact for stored ids, by tail samples for
         all others. If the teacher's whole vocabulary is stored, it equals `logit_distillation_loss` row by row, up to
-        the codec's rounding. Otherwise loss and gradient equal it in expectation over the tail samples (`encode_logits`
-        states the variance). The gradient for a student that equals its teacher is zero in expectation, not row by row.
+        the codec's rounding. Otherwise loss and gradient equal it in expectation over the tail samples
+        (`AnswerLogitsCodec.encode` states the variance). The gradient for a student that equals its teacher is zero in
+        expectation, not row by row.
 
         The others compare K + 1 buckets, p of the teacher and q of the student. `reverse` is KL(q || p) = sum q log(q /
         p), `symmetric` the mean of KL(p || q) and KL(q || p), `jensen_shannon` the mean of KL(p || m) and KL(q || m)
@@ -110,18 +111,18 @@ def teacher_rows(stored: AnswerLogits, vocab_size: int, temperature: float) -> T
     Raises:
         ValueError: If the temperature is neither 1 nor a stored one.
     """
-    kept_RK, tail_R, draws_RD = stored.probabilities(temperature)
+    kept_RK, tail_R, sampled_RD = stored.probabilities(temperature)
     kept_RK = kept_RK * (stored.ids_RK < vocab_size)
     # A row without any token of the student's vocabulary gets no loss instead of a division by zero.
     total_R1 = (kept_RK.sum(-1) + tail_R)[:, None].clamp(min=torch.finfo(kept_RK.dtype).tiny)
-    draws_RD = draws_RD * (stored.tail_ids_RD < vocab_size)
+    shares_RD = (tail_R / max(sampled_RD.shape[1], 1))[:, None] * (sampled_RD < vocab_size)
     return TeacherRows(
         temperature=temperature,
         ids_RK=stored.ids_RK,
         probs_RK=kept_RK / total_R1,
         tail_R=tail_R / total_R1[:, 0],
-        ids_RA=torch.cat([stored.ids_RK, stored.tail_ids_RD], dim=1).clamp(max=vocab_size - 1),
-        weights_RA=torch.cat([kept_RK, draws_RD], dim=1) / total_R1,
+        ids_RA=torch.cat([stored.ids_RK, sampled_RD], dim=1).clamp(max=vocab_size - 1),
+        weights_RA=torch.cat([kept_RK, shares_RD], dim=1) / total_R1,
     )
 
 

@@ -8,13 +8,19 @@ from stages.attention.capturable_layers import check_maps
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.answer_ends import notes_of_ends
 from stages.student.data.collator import Collator
-from stages.student.data.sample_reader import ReaderSpec, check_first_samples, resolve_reader_spec
+from stages.student.data.sample_reader import (
+    FIRST_SAMPLES,
+    ReaderSpec,
+    check_first_samples,
+    resolve_reader_spec,
+)
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_layers
 from stages.student.model.build import build_student, check_vision_tower
 from stages.student.model.loading import check_weights, load_student
 from stages.student.model.student import Student, is_student
 from stages.student.model.trainable import prepare_for_stage
 from stages.student.training.stage_run import StageRun
+from stages.tempered_noise import noise_notes
 from storage.errors import UserError
 from storage.streaming.stream import Mixture
 
@@ -59,7 +65,7 @@ class StageSetup:
                 f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in "
                 "teacher.temperatures"
             )
-        self.notes = [*spec.notes, *_notes_of_ends(run, spec)]
+        self.notes = [*spec.notes, *_notes_of_ends(run, spec), *notes_of_noise(run)]
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:
             depth, sink_mask = spec.decoder.num_hidden_layers, run.stage.attention_sink_mask
@@ -94,3 +100,14 @@ def _notes_of_ends(run: StageRun, spec: ReaderSpec) -> tuple[str, ...]:
     template = f"the chat template that {run.targets.store.url} was made with"
     remedy = "Extract again with teacher.chat_template set to one that does"
     return notes_of_ends(spec.teacher_processor, spec.reader.stored_id, template, remedy)
+
+
+def notes_of_noise(run: StageRun) -> tuple[str, ...]:
+    """What tail samples do to the logit loss at the stage's temperature, from the first samples of the targets."""
+    stage, targets = run.stage, run.targets
+    if not stage.kd_weight or stage.kd_temperature == 1 or stage.kd_divergence != "forward" or not targets.commits:
+        return ()
+    shard = targets.shard(min(targets.commits))
+    rows = range(min(len(shard), FIRST_SAMPLES))
+    records = [shard.read(row, with_maps=False)[0].logits_RQ for row in rows]
+    return noise_notes(targets.manifest.fingerprint.logit_codec, records, (stage.kd_temperature,))

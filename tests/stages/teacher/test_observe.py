@@ -226,6 +226,7 @@ def test_the_manifest_names_whatever_changes_the_targets(data: TinyData) -> None
         ({"logit_codec": "float16"}, "logit_codec.name"),
         ({"tail_samples": 7}, "logit_codec.num_draws"),
         ({"temperatures": (2.0,)}, "logit_codec.temperatures"),
+        ({"tempered_samples": 9}, "logit_codec.num_tempered_samples"),
         ({"map_codec": "float16"}, "map_codec.name"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"layers": (1, 2)}, "layers"),

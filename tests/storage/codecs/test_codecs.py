@@ -138,3 +138,21 @@ def test_the_keep_mask_is_the_textbook_one_in_float64(num_tokens):
     assert torch.equal(sink_keep_mask(maps), expected)
     # A map alone and in a batch give the same bits.
     assert torch.equal(sink_keep_mask(maps[2]), sink_keep_mask(maps)[2])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("num_tokens", "name"), [(9, "sqrt8"), (10, "sqrt4")])
+def test_auto_codes_a_small_map_in_8_bits_and_any_other_in_4(num_tokens, name, causal):
+    rows = ((0, 1), (1, 2))
+    auto = MapCodec(MapCodecConfig(name="auto", causal=causal, sqrt8_below=10), rows)
+    alone = MapCodec(MapCodecConfig(name=name, causal=causal), rows)
+    maps = random_maps(3, num_tokens, seed=5, causal=causal)
+    found, expected = auto.encode(maps), alone.encode(maps)
+    auto.check(found)
+    assert torch.equal(found.codes_LC, expected.codes_LC)
+    assert torch.equal(found.caps_L, expected.caps_L)
+    assert torch.equal(auto.decode(found), alone.decode(expected))
+    for ours, theirs in zip(auto.decode_windows(found), alone.decode_windows(expected), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="but codec auto stores"):
+        auto.decode(replace(found, num_tokens=19 - num_tokens))

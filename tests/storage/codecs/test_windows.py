@@ -45,8 +45,11 @@ def test_masks_are_exact_and_each_keys_mean_is_that_of_the_uncoded_window(name, 
     off = ((found.double() - exact.double()) * keep).sum(-2) / count
     bound = torch.clamp(encoded.windows.shifts_WN.double().abs() * 2**-11, min=2**-25) + 1e-7 * exact.amax(-2)
     assert bool((off.abs() <= bound).all())
-    # Outside the masks nothing is moved: those entries are in no mean.
+    # Outside the masks nothing is moved: those entries are in no mean. Those of the tail block are 16-bit floats.
+    first = num_tokens - config.tail_block_size(num_tokens)
+    coded[:, first:, first:] = window_means(maps.half(), ROWS)[:, first:, first:]
     assert torch.allclose(found[~keep], coded[~keep], rtol=1e-6, atol=1e-9)
+    assert torch.allclose(found[:, first:, first:], exact[:, first:, first:], rtol=2**-10, atol=2**-20)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,6 +26,7 @@ UNTOLD: dict[Leaf, str] = {
     ("fingerprint", "capture_version"): "an extraction compares it with its own",
     ("fingerprint", "max_length"): "a longer limit fits shorter samples",
     ("fingerprint", "map_codec", "cap_factor"): "decoding does not use it",
+    ("fingerprint", "map_codec", "sqrt8_below"): "it counts for `auto` alone, and for maps whose size lies between",
     (*SETTINGS, "num_levels"): "a record has room for some levels more",
     (*SETTINGS, "temperatures", 0): "of a tail's sum nothing says at which temperature it was taken",
 }

@@ -62,12 +62,13 @@ def assert_equal(left, right):
         {"map_codec": MapCodecConfig(name="float16")},
         {"map_codec": MapCodecConfig(name="sqrt8")},
         {"map_codec": MapCodecConfig(name="sqrt2")},
+        {"map_codec": MapCodecConfig(name="auto", sqrt8_below=9)},
         {"map_codec": MapCodecConfig(name="sqrt4", causal=False)},
         {"logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=1000)},
         {"logit_codec": LogitCodecConfig(name="float16", vocab_size=VOCAB, top_k=7)},
         {"windows": ()},
     ],
-    ids=["sqrt4", "float16", "sqrt8", "sqrt2", "square", "all-logits", "float16-logits", "no-windows"],
+    ids=["sqrt4", "float16", "sqrt8", "sqrt2", "auto", "square", "all-logits", "float16-logits", "no-windows"],
 )
 @pytest.mark.parametrize("sizes", [(9,), (1, 20, 3)])
 def test_targets_round_trip(tmp_path, changes, sizes):

@@ -100,7 +100,8 @@ def many_draws(scale: float, num_tail_samples: int, temperatures: tuple[float, .
     """What is stored of `random_logits(1, 60, seed=2, scale=scale)` under many independent draws."""
     addresses = torch.rand(NUM_REPEATS, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     teacher = random_logits(1, 60, seed=2, scale=scale).expand(NUM_REPEATS, -1)
-    return store(teacher, addresses, top_k=6, num_tail_samples=num_tail_samples, temperatures=temperatures)
+    number = dict.fromkeys(("num_tail_samples", "num_tempered_samples"), num_tail_samples)
+    return store(teacher, addresses, top_k=6, temperatures=temperatures, **number)
 
 
 def repeated(stored: AnswerLogits, student: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -127,16 +128,17 @@ def test_loss_and_gradient_equal_the_dense_ones_in_expectation_over_the_draws(
     assert_mean_is(grads, expected_grad[0], rounding=5e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("num_tail_samples", [1, 3])
-def test_the_variance_of_the_gradient_is_the_stated_one(num_tail_samples: int) -> None:
+def test_the_variance_of_the_gradient_is_the_stated_one(num_tail_samples: int, temperature: float) -> None:
     teacher, student = random_logits(1, 60, seed=2, scale=1.0), random_logits(1, 60, seed=3)
-    _, grads = repeated(many_draws(1.0, num_tail_samples), student)
-    probs = teacher[0].softmax(-1).sort(descending=True).values
+    _, grads = repeated(many_draws(1.0, num_tail_samples, (2.0,)), student, temperature)
+    probs = (teacher[0] / temperature).softmax(-1).sort(descending=True).values
     tail = probs[6:].sum()
     rest = (num_tail_samples * probs[6:] / tail) % 1
-    expected = (tail / num_tail_samples) ** 2 * (rest * (1 - rest)).sum()
+    expected = (tail / num_tail_samples / temperature) ** 2 * (rest * (1 - rest)).sum()
     assert float(grads.var(0).sum()) == pytest.approx(float(expected), rel=0.02)
-    assert float(expected) <= float(tail**2) / num_tail_samples
+    assert float(expected) <= float(tail**2) / num_tail_samples / temperature**2
 
 
 def test_a_student_that_equals_its_teacher_has_no_gradient_in_expectation() -> None:
