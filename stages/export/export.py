@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
 from stages.checkpoints.weights import weight_files
@@ -94,21 +95,21 @@ def export_student(
         name_video_half(vision_type, staging)
         task.update(done=2, note="comparing")
         exported = load_multimodal(staging)
-        stored = exported.dtype
         found_TV = _logits(exported, probe)
-        rounding_error = _check_logits(found_TV, expected_TV, unrounded_TV, trained, stored)
+        rounding_error = _check_logits(found_TV, expected_TV, unrounded_TV, trained, exported.dtype)
         report = ExportReport(
             # The whole path is private.
             source="/".join(source.absolute().parts[-3:]),
             model_class=type(exported).__name__,
             custom_code=Path(getfile(type(exported))).name if isinstance(exported, OWN_CLASSES) else None,
             post_connector=post_connector,
-            dtype=str(stored).removeprefix("torch."),
+            dtype=str(exported.dtype).removeprefix("torch."),
             trained_dtype=str(trained).removeprefix("torch."),
             parameters=num_parameters,
             bytes=sum(path.stat().st_size for path in weight_files(staging)),
             image_token_id=exported.config.image_token_id,
             added_rows=len(added_ids),
+            images=image_settings(exported.config),
             end_token_ids=generation.eos_token_id,
             logit_error=_difference(found_TV, expected_TV),
             rounding_error=rounding_error,
