@@ -95,15 +95,15 @@ def export_student(
         name_video_half(vision_type, staging)
         task.update(done=2, note="comparing")
         exported = load_multimodal(staging)
+        stored = exported.dtype
         found_TV = _logits(exported, probe)
-        rounding_error = _check_logits(found_TV, expected_TV, unrounded_TV, trained, exported.dtype)
         report = ExportReport(
             # The whole path is private.
             source="/".join(source.absolute().parts[-3:]),
             model_class=type(exported).__name__,
             custom_code=Path(getfile(type(exported))).name if isinstance(exported, OWN_CLASSES) else None,
             post_connector=post_connector,
-            dtype=str(exported.dtype).removeprefix("torch."),
+            dtype=str(stored).removeprefix("torch."),
             trained_dtype=str(trained).removeprefix("torch."),
             parameters=num_parameters,
             bytes=sum(path.stat().st_size for path in weight_files(staging)),
@@ -112,7 +112,7 @@ def export_student(
             images=image_settings(exported.config),
             end_token_ids=generation.eos_token_id,
             logit_error=_difference(found_TV, expected_TV),
-            rounding_error=rounding_error,
+            rounding_error=_check_logits(found_TV, expected_TV, unrounded_TV, trained, stored),
             logit_scale=float(expected_TV.abs().max()),
             seconds=round(time.perf_counter() - started, 3),
         )

@@ -14,6 +14,7 @@ from tests.fuzz.mutants import spoiled_bytes
 
 def make(root: Path) -> None:
     """A small picture in each format, with EXIF data where the format has them; TIFF also compressed and in floats."""
+    root.mkdir()
     picture = Image.merge("RGB", [Image.linear_gradient("L").rotate(turn).resize((24, 18)) for turn in (0, 90, 180)])
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "camera"
