@@ -36,6 +36,7 @@ from storage.codecs.codec_settings import (
 )
 from storage.codecs.sinks import sink_keep_mask
 from storage.codecs.windows import window_means, window_rows
+from storage.samples.image_settings import ImageConfig
 from storage.stores import open_store
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.targets.sample_targets import SampleTargets
@@ -145,7 +146,7 @@ def _stored_bytes(config: MapCodecConfig, data: MapSet, coded: Sequence[EncodedM
         fingerprint=Fingerprint(
             teacher_weights="", teacher_config={}, processor={}, chat_template="", tokenizer="",
             layers=data.layers, windows=data.windows, map_codec=config, logit_codec=logit_codec, dtype="float32",
-            max_length=1, image_backend="pil", samples="", capture_version=1,
+            max_length=1, images=ImageConfig(), image_backend="pil", samples="", capture_version=1,
         ),
         num_layers=max(data.layers) + 1, hidden_size=1, num_shards=1,
     )  # fmt: skip

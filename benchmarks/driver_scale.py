@@ -30,6 +30,7 @@ from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.cluster.task_queue import TaskQueue
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.regular_files import MAX_BYTES
+from storage.samples.image_settings import ImageConfig
 from storage.samples.index import INDEX_PATH, SampleIndex, SampleShardEntry
 from storage.stores import LocalStore, open_store
 from storage.targets.cleaning import clean_partials
@@ -195,6 +196,7 @@ def manifest(num_shards: int) -> Manifest:
         logit_codec=LogitCodecConfig(vocab_size=150_000, top_k=48, num_tail_samples=16, temperatures=(2.0,)),
         dtype="bfloat16",
         max_length=2048,
+        images=ImageConfig(),
         image_backend="pil",
         samples="0" * 64,
         capture_version=1,

@@ -39,6 +39,7 @@ from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.codecs.tail_samples import row_addresses
+from storage.samples.image_settings import ImageConfig
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
@@ -376,6 +377,7 @@ def _manifest(
         logit_codec=logits,
         dtype="float32",
         max_length=1536,
+        images=ImageConfig(),
         image_backend="pil",
         samples=index.digest,
         capture_version=1,

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from pipeline.checkpoints import load_model
 from pipeline.ui.streams import say
-from stages.images import decode_image
+from stages.checkpoints.image_settings import image_settings
+from stages.images import FORMAT_NAMES, decode_image
 from stages.student.model.chat import Chat
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.printable import printable
 from storage.regular_files import read_regular
+from storage.samples.image_settings import DEFAULT_IMAGES
 from storage.samples.members import MAX_MEMBER_BYTES
 
 
@@ -22,10 +24,13 @@ def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
             template.
     """
     try:
-        picture = decode_image(read_regular(image, MAX_MEMBER_BYTES))
+        data = read_regular(image, MAX_MEMBER_BYTES)
     except OSError as error:
-        raise UserError(f"no image at {image}: {error.strerror}; give a JPEG, PNG or WebP file") from error
-    return Chat(*load_model(model), picture, max_new_tokens)
+        raise UserError(f"no image at {image}: {error.strerror}; give a {FORMAT_NAMES} file") from error
+    decode_image(data)  # before a model is loaded
+    loaded, processor = load_model(model)
+    reading = image_settings(loaded.config) or DEFAULT_IMAGES
+    return Chat(loaded, processor, decode_image(data, exif=reading.exif), max_new_tokens)
 
 
 def answer(chat: Chat, question: str) -> None:

@@ -28,6 +28,7 @@ from stages.student.model.loading import load_student
 from stages.student.model.student import Student, is_student
 from stages.student.run_folder import StageFolder
 from storage.progress import SILENT, Progress
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
@@ -44,11 +45,14 @@ def evaluate_checkpoint(
     config: EvaluationConfig,
     limit: int | None,
     progress: Progress = SILENT,
+    reading: ImageConfig = DEFAULT_IMAGES,
 ) -> EvaluationReport:
-    """Scores a checkpoint on a folder of pairs in SugarCrepe's layout."""
+    """Scores a checkpoint on a folder of pairs in SugarCrepe's layout; `reading` is for one that does not say it."""
     suite = load_pairs(pairs, images, limit=limit)
     loaded, processor = load_model(model)
-    return evaluate_pairs(loaded, processor, suite, config, progress, title=f"evaluate {Path(model).name}")
+    return evaluate_pairs(
+        loaded, processor, suite, config, progress, title=f"evaluate {Path(model).name}", images=reading
+    )
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def attention_pictures(models: Mapping[str, str], samples: str, targets: str, co
         shown = _distinct_images([sample for batch in batches for sample in batch], count)
     if not shown:
         return []
-    images = [decode_image(sample.images[0]) for sample in shown]
+    exif = store.manifest.fingerprint.images.exif
+    images = [decode_image(sample.images[0], exif=exif) for sample in shown]
     pictures: list[list[tuple[str, Image.Image | None]]] = [[("image", enlarged(image))] for image in images]
     windows: tuple[tuple[int, ...], ...] | None = None
     for name, model in models.items():

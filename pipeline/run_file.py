@@ -15,6 +15,7 @@ from stages.student.training.train_config import TrainConfig
 from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
 from storage.regular_files import read_regular
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.stores import Store
 from storage.strict_model import StrictModel
 
@@ -52,6 +53,9 @@ class RunFile(StrictModel):
     """Folder of the training run."""
     teacher: TeacherConfig | None = None
     """Which teacher, and what is kept of what it sees."""
+    images: ImageConfig = DEFAULT_IMAGES
+    """How pictures are read and placed, in an extraction. Students follow what their targets were made with, and their
+    checkpoints say it; the section also holds for a checkpoint that is evaluated and does not say it."""
     extract: Annotated[ExtractConfig, AtResume.MAY_CHANGE] = Field(default_factory=ExtractConfig)
     """How extraction runs."""
     estimate: Annotated[EstimateConfig, AtResume.MAY_CHANGE] = Field(default_factory=EstimateConfig)

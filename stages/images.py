@@ -3,28 +3,88 @@
 import io
 import struct
 import zlib
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from stages.unusable_sample import UnusableSample
+from storage.samples.image_settings import ExifTurn
+from storage.samples.members import ImageSuffix, image_suffix
 
-FORMATS: Final = ("JPEG", "PNG", "WEBP")
+FORMATS: Final[dict[ImageSuffix, str]] = {
+    "jpg": "JPEG",
+    "png": "PNG",
+    "webp": "WEBP",
+    "gif": "GIF",
+    "bmp": "BMP",
+    "tif": "TIFF",
+}
+"""Pillow's decoders by the ending that a file's first bytes ask for; the file's own name says nothing."""
+FORMAT_NAMES: Final = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 MAX_PIXELS: Final = 50_000_000
 MAX_SIDE: Final = 2**16
 """A row costs Pillow more than its pixels do: 50 million rows of one pixel take a gigabyte."""
 MAX_SCANS: Final = 500
 """Scans of a progressive JPEG; each goes over the whole image, and encoders write about ten."""
+MAX_TIFF_NUMBERS: Final = 2**18
+"""Numbers of one tag of a TIFF, such as the offsets of its strips: Pillow makes objects of each."""
+MAX_TIFF_TAGS: Final = 2**12
+MAX_LAYERS: Final = 8
+"""Times that the strips of a TIFF cover it: once, or once for each colour."""
 
-_DECODER_ERRORS: Final = (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, struct.error, zlib.error)
+_DECODER_ERRORS: Final = (
+    *(OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error, zlib.error),
+    *(AttributeError, ZeroDivisionError),  # Pillow's reader of TIFF raises these for tags that make no sense
+    UserWarning,  # of damaged metadata, where warnings are errors
+)
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""Tags of a TIFF."""
+_OTHER_FILES: Final = (
+    (b"version https://git-lfs", "a Git LFS pointer in place of the image (fetch the images with `git lfs pull`)"),
+    (b"<!doctype html", "an HTML page, as failed downloads leave it"),
+    (b"<html", "an HTML page, as failed downloads leave it"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML document"),
+    (b"%pdf", "a PDF document"),
+    (b"pk\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip file"),
+)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The RGB image in `data`, its pixels as stored and its metadata dropped.
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image."""
 
-    Orientation in EXIF is not applied: LLaVA's own preprocessing does not, and region annotations refer to
-    the stored pixels. Because the metadata is dropped, no later library call can apply it either.
-    Transparency is dropped, not blended; of an animation the first frame is taken.
+    image: Image.Image
+    """In RGB, without metadata."""
+    is_turned: bool
+    """Whether its EXIF data ask for a turn, applied or not."""
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, exif: ExifTurn = "ignore") -> Image.Image:
+    """The image of `read_picture`."""
+    return read_picture(data, max_pixels, exif).image
+
+
+def read_picture(data: bytes, max_pixels: int = MAX_PIXELS, exif: ExifTurn = "ignore") -> Picture:
+    """The image in `data` as the processors of transformers make RGB of it, its metadata dropped.
+
+    Transparency is composited on white, as in their `convert_to_rgb`. Grey of more than 8 bits, which they clip to
+    white, is scaled instead (`_grey_of_8_bits`). Of an animation or a TIFF of several pages the first is taken.
+
+    Because the metadata is dropped, no later library call can apply EXIF data. A TIFF has its orientation in a tag of
+    its own, which Pillow's decoder always follows.
 
     An image of more than `max_pixels`, `MAX_SIDE` or `MAX_SCANS` is refused before any pixel is decoded. Pillow's own
     limit (`Image.MAX_IMAGE_PIXELS`) holds as well.
@@ -32,36 +92,131 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         UnusableSample: If the file has another format, is too large, empty, truncated or damaged.
     """
+    suffix = _suffix_of(data)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                found = f"{image.width}x{image.height} pixels, at most {max_pixels} are decoded"
-                raise UnusableSample("image_too_large", f"{found}; shrink the image or raise the limit")
-            if max(image.size) > MAX_SIDE:
-                found = f"{image.width}x{image.height} pixels, at most {MAX_SIDE} are decoded on a side"
-                raise UnusableSample("image_too_large", f"{found}; cut the image")
-            if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        if suffix == "tif":
+            _check_tags(data)
+        with Image.open(io.BytesIO(data), formats=(FORMATS[suffix],)) as image:
+            _check_size(image, max_pixels)
+            if suffix == "jpg" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
                 found = f"a JPEG of {scans} scans, at most {MAX_SCANS} are decoded"
                 raise UnusableSample("image_too_large", f"{found}; save the image again")
+            if suffix == "tif":
+                _check_strips(image)
             image.load()
-            # From a palette with transparency over RGBA: the same colours, without Pillow's warning.
-            has_transparency = image.mode == "P" and "transparency" in image.info
-            rgb = (image.convert("RGBA") if has_transparency else image).convert("RGB")
-            rgb.info = {}
-            return rgb
+            turn = None if suffix == "tif" else _TURNS.get(_orientation(image))
+            rgb = _to_rgb(image)
+    except UnidentifiedImageError as error:  # its own text has a memory address
+        found = f"{len(data)} bytes that begin as {FORMATS[suffix]} does; what follows is damaged or not supported"
+        raise UnusableSample("broken_image", found) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # The warning arrives as an exception where warnings are errors.
         raise UnusableSample("image_too_large", str(error)) from error
     except _DECODER_ERRORS as error:
-        if not _has_known_signature(data):
-            detail = f"a file that begins with {data[:8]!r}; expected JPEG, PNG or WebP"
-            raise UnusableSample("unsupported_image", detail) from error
         raise UnusableSample("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
+    if turn is not None and exif == "apply":
+        rgb = rgb.transpose(turn)
+    rgb.info = {}
+    return Picture(rgb, is_turned=turn is not None)
 
 
-def _has_known_signature(data: bytes) -> bool:
-    return (
-        not data
-        or data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
-        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+def _suffix_of(data: bytes) -> ImageSuffix:
+    """What the first bytes say the file is; names what is no image that is read."""
+    if not data:
+        raise UnusableSample("empty_image", "the file is empty; an interrupted download leaves such files")
+    if (suffix := image_suffix(data)) is not None:
+        return suffix
+    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    other = next((name for opening, name in _OTHER_FILES if start.startswith(opening)), None)
+    if data[4:8] == b"ftyp":
+        other = "a HEIC, AVIF or video file"
+    found = other or f"a file that begins with {data[:8]!r}"
+    raise UnusableSample("unsupported_image", f"{found}; expected {FORMAT_NAMES}")
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        found = f"{image.width}x{image.height} pixels, at most {max_pixels} are decoded"
+        raise UnusableSample("image_too_large", f"{found}; shrink the image or raise the limit")
+    if max(image.size) > MAX_SIDE:
+        found = f"{image.width}x{image.height} pixels, at most {MAX_SIDE} are decoded on a side"
+        raise UnusableSample("image_too_large", f"{found}; cut the image")
+
+
+def _check_tags(data: bytes) -> None:
+    """Refuses a TIFF with more tags, or more numbers in one, than an image needs, before Pillow reads them."""
+    order, is_big = ("<" if data[:2] == b"II" else ">"), 43 in data[2:4]
+    (start,) = struct.unpack_from(f"{order}{'Q' if is_big else 'L'}", data, 8 if is_big else 4)
+    head = struct.Struct(f"{order}{'Q' if is_big else 'H'}")
+    entry = struct.Struct(f"{order}HH{'Q8x' if is_big else 'L4x'}")
+    (num_tags,) = head.unpack_from(data, start)
+    if num_tags > MAX_TIFF_TAGS:
+        found = f"a TIFF of {num_tags} tags, at most {MAX_TIFF_TAGS} are read"
+        raise UnusableSample("image_too_large", f"{found}; save the image again")
+    for number in range(num_tags):
+        tag, kind, count = entry.unpack_from(data, start + head.size + number * entry.size)
+        # Of bytes and text no numbers are made.
+        if kind not in (1, 2, 6, 7) and count > MAX_TIFF_NUMBERS:
+            found = f"a TIFF whose tag {tag} has {count} numbers, at most {MAX_TIFF_NUMBERS} are read"
+            raise UnusableSample("image_too_large", f"{found}; save the image again")
+
+
+def _check_strips(image: ImageFile.ImageFile) -> None:
+    """Refuses a TIFF that names the same rows as often as it likes: each time they would be decoded."""
+    covered = sum(
+        (right - left) * (bottom - top)
+        for left, top, right, bottom in (tile.extents or (0, 0, 0, 0) for tile in image.tile)
     )
+    if covered > MAX_LAYERS * image.width * image.height:
+        found = f"a TIFF whose strips have {covered} pixels in all for {image.width}x{image.height} of the image"
+        raise UnusableSample("broken_image", f"{found}; save the image again")
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF or XMP data say of a loaded image; 1 (upright) where they are damaged or say nothing."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DECODER_ERRORS:
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_of_8_bits(image).convert("RGB")
+    if image.mode == "LAB":
+        raise UnusableSample("unsupported_image", "a TIFF of LAB colours; save it in RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # Pillow turns grey with premultiplied alpha into no other colours.
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _grey_of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or of floating point, in 8 bits.
+
+    Of 16 bits (of a TIFF also 12) the highest 8 are kept, as Pillow does with colours of 16 bits: an image that was
+    made from 8 bits comes back, whether it was shifted or multiplied by 257. Numbers of 32 bits have no agreed white.
+    The least of 1, 255 and 65535 that no value exceeds is taken for it; where values are negative or larger, the lowest
+    becomes black and the highest white.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        scale = 256 / 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        grey = image.convert("I").point(lambda value: value * scale)
+    else:
+        if not np.isfinite(np.asarray(image)).all():
+            raise UnusableSample("unsupported_image", "grey in floating point with values that are no finite numbers")
+        extrema: Any = image.getextrema()
+        low, high = extrema
+        white = next((white for white in (1, 255, 65535) if low >= 0 and high <= white), None)
+        low, high = (low, high) if white is None else (0, white)
+        scale = 255 / ((high - low) or 1)
+        grey = image.point(lambda value: value * scale + (0.5 - low * scale))
+    grey = grey.convert("L")
+    if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow follows for up to 8 bits
+        grey = ImageOps.invert(grey)
+    if (hidden := image.info.get("transparency")) is not None:
+        grey.info.pop("transparency", None)
+        grey.paste(255, mask=Image.fromarray(np.asarray(image) == hidden))
+    return grey

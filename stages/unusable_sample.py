@@ -1,5 +1,6 @@
 """Why a sample cannot be used: the list of all reasons, and the exception that carries one of them."""
 
+import re
 from typing import Literal
 
 from storage.errors import UserError
@@ -18,7 +19,9 @@ _OfTurns = Literal[
     "answer_missing", "bad_turn", "empty_conversation", "question_missing", "unknown_role", "wrong_turn_order"
 ]
 _OfPlaceholders = Literal["image_without_placeholder", "placeholder_misplaced", "placeholder_without_image"]
-_OfImage = Literal["broken_image", "image_too_large", "missing_image", "path_leaves_folder", "unsupported_image"]
+_OfImage = Literal[
+    "broken_image", "empty_image", "image_too_large", "missing_image", "path_leaves_folder", "unsupported_image"
+]
 _OfText = Literal["refused_by_processor", "refused_by_template", "template_not_prefix_stable", "image_count_mismatch"]
 _OfLength = Literal["image_beyond_max_length", "no_answer_within_max_length", "prompt_beyond_max_length"]
 _OfTeacher = Literal["kills_worker", "not_finite", "out_of_memory", "teacher_error"]
@@ -31,9 +34,15 @@ class UnusableSample(UserError):
     """A sample that is not used: `reason` is the ledger's word for it, `detail` says what was found."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
+        detail = without_addresses(detail)
         super().__init__(reason, detail)
         self.reason: Reason = reason
         self.detail = detail
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+def without_addresses(text: str) -> str:
+    """A library's message without the memory addresses of its objects: the same fault must give the same ledger."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

@@ -225,13 +225,13 @@ def test_pictures_of_too_many_pixels_need_no_memory(tmp_path):
 @pytest.mark.parametrize(
     "data",
     [
-        b'{"format_version": 2, "x": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b'{"format_version": 3, "x": ' + b"[" * 500 + b"]" * 500 + b"}",
         b"[" * 10**6,
         b'{"format_version": ' + b"9" * 10**6 + b"}",
-        b'{"format_version":2,"x":1e999}',
-        b'{"format_version":2,"x":NaN}',
-        b'{"format_version":2,"x":"\\ud800"}',
-        canonical_json({"format_version": 2, "x": 1}) + b" ",
+        b'{"format_version":3,"x":1e999}',
+        b'{"format_version":3,"x":NaN}',
+        b'{"format_version":3,"x":"\\ud800"}',
+        canonical_json({"format_version": 3, "x": 1}) + b" ",
         b'{"format_version":true}',
     ],
 )

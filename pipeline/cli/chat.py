@@ -10,7 +10,7 @@ from pipeline.cli.options import say_which_student
 
 def chat(
     model: Annotated[str, typer.Argument(help="Export, training run, checkpoint folder or hub id.")],
-    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP file.")],
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG, WebP, GIF, BMP or TIFF file.")],
     question: Annotated[str | None, typer.Argument(help="Default: questions are read until an empty line.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after which an answer is cut.", min=1)] = 256,
 ) -> None:

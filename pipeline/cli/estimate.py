@@ -41,6 +41,7 @@ def estimate(
             run.samples if config_only else need(run.samples, "--samples"),
             run.extract,
             run.estimate,
+            run.images,
             config_only=config_only,
             progress=progress,
         )

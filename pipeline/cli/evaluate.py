@@ -31,7 +31,7 @@ def evaluate(
     run = load_run_file(config, settings or [], {"evaluate.scoring": scoring})
     say_which_student(model)
     with progress_display() as progress:
-        result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress)
+        result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress, run.images)
     save(report, result.to_json())
     _print_report(Path(model).name, result)
 

@@ -45,7 +45,13 @@ def extract_targets(config: Path | None, settings: list[str], flags: dict[str, A
     samples, targets = need(run.samples, "--samples"), need(run.targets, "--targets")
     with progress_display() as progress:
         report = extract(
-            teacher, samples, targets, run.extract, progress, lambda store: save_run_file(run, store, RUN_FILE)
+            teacher,
+            samples,
+            targets,
+            run.extract,
+            progress,
+            lambda store: save_run_file(run, store, RUN_FILE),
+            run.images,
         )
     print_report(report, targets)
 
@@ -58,6 +64,7 @@ def print_report(report: "ExtractionReport", targets: str) -> None:
         ("samples", f"{report.samples:,}"),
         ("skipped", counts_text(report.skipped)),
         ("maps", f"{report.maps:,}"),
+        *[("turned by EXIF data", f"{report.turned:,} samples")] * bool(report.turned),
         ("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)"),
         ("size", f"{size_text(report.bytes)}, {size_text(report.bytes / max(report.samples, 1))} a sample"),
         ("time", f"{report.seconds:.1f} s, {report.samples_per_s:.1f} samples/s, workers: {report.workers}"),

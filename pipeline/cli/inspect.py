@@ -2,7 +2,17 @@
 
 from pipeline.cli.options import TargetsArgument
 
-SHOWN = ["teacher_weights", "tokenizer", "layers", "windows", "map_codec", "logit_codec", "dtype", "max_length"]
+SHOWN = [
+    "teacher_weights",
+    "tokenizer",
+    "layers",
+    "windows",
+    "map_codec",
+    "logit_codec",
+    "dtype",
+    "max_length",
+    "images",
+]
 """Fields of the fingerprint."""
 
 

@@ -44,7 +44,7 @@ def _print_report(report: "PackReport", folder: Path) -> None:
 
     facts = [
         ("samples", f"{report.num_samples:,} ({report.num_text_only:,} without an image)"),
-        ("distinct images", f"{report.num_images:,}"),
+        ("distinct images", f"{report.num_images:,} ({report.num_turned:,} turned by EXIF data)"),
         ("shards", f"{report.num_shards:,}, {size_text(report.num_bytes)}"),
         ("skipped", counts_text(report.num_skipped)),
         *_record_facts(report.records),

@@ -81,7 +81,7 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
     with clock.part("extract teacher"):
         run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})
         assert run.teacher is not None
-        extract(run.teacher, str(samples), str(targets), run.extract, progress)
+        extract(run.teacher, str(samples), str(targets), run.extract, progress, images=run.images)
     with clock.part("evaluate teacher"):
         teacher = evaluate_checkpoint(str(TEACHER), scenes / "pairs", None, run.evaluate, None, progress)
     with clock.part("train and evaluate students"):

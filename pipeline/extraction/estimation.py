@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pipeline.extraction.config import ExtractConfig, threads_per_worker
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic
 from storage.progress import SILENT, Progress
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def make_estimate(
     samples_url: str | None,
     extract: ExtractConfig,
     config: "EstimateConfig",
+    images: ImageConfig = DEFAULT_IMAGES,
     *,
     config_only: bool,
     progress: Progress = SILENT,
@@ -34,7 +36,7 @@ def make_estimate(
     if config_only:
         from stages.estimate.analytic import estimate_from_configs
 
-        return estimate_from_configs(teacher, samples, config, workers=extract.workers or 1, progress=progress)
+        return estimate_from_configs(teacher, samples, config, images, workers=extract.workers or 1, progress=progress)
     make_cpu_deterministic()
     import torch
 
@@ -45,4 +47,6 @@ def make_estimate(
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
     threads = threads_per_worker(cpus, gpus, min(workers, cpus), num_shards)
-    return estimate_by_measurement(teacher, samples, config, workers=workers, threads=threads, progress=progress)
+    return estimate_by_measurement(
+        teacher, samples, config, images, workers=workers, threads=threads, progress=progress
+    )

@@ -12,6 +12,7 @@ from pipeline.extraction.shard_extractor import TEACHER_ONLY, ShardExtractor
 from pipeline.extraction.tally import ExtractionTally
 from pipeline.runtime.interruption import RESUME, Interrupted, raised_on
 from storage.progress import SILENT, Progress
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.index import SampleIndex
 from storage.stores import Store, open_store
 from storage.targets.cleaning import clean_partials
@@ -33,10 +34,12 @@ def extract(
     config: ExtractConfig,
     progress: Progress = SILENT,
     on_begin: Callable[[Store], None] = lambda _: None,
+    images: ImageConfig = DEFAULT_IMAGES,
 ) -> ExtractionReport:
     """Makes every shard that is not committed yet; running it again finishes the rest.
 
-    `on_begin` is called with the target store once it is known to be of this teacher and these samples.
+    `on_begin` is called with the target store once it is known to be of this teacher and these samples. `images` says
+    how the teacher is shown pictures.
 
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
@@ -51,7 +54,7 @@ def extract(
     samples, targets = open_store(samples_url), open_store(targets_url)
     index = SampleIndex.load(samples)
     with connection.connect(config.ray_address) as cluster:
-        identity = identify_teacher(teacher, on_gpu=cluster.gpus > 0)
+        identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
         on_begin(targets)

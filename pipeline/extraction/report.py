@@ -41,6 +41,8 @@ class ExtractionReport(StrictModel):
     samples: int
     skipped: dict[str, int]
     maps: int
+    turned: int
+    """Samples with a picture that EXIF data turn."""
     bytes: int
     seconds: float
     samples_per_s: float
@@ -68,6 +70,7 @@ def make_report(
         samples=tally.samples,
         skipped=dict(tally.skipped),
         maps=tally.maps,
+        turned=tally.turned,
         bytes=tally.bytes,
         seconds=seconds,
         samples_per_s=tally.new_samples / seconds,

@@ -44,7 +44,7 @@ class ShardExtractor:
 
         torch.set_num_threads(threads if torch.cuda.is_available() else reproducible_threads(threads))
         self.samples, self.targets, self.manifest = SampleSet.open(samples), open_store(targets), manifest
-        self.teacher = load_teacher(teacher)
+        self.teacher = load_teacher(teacher, manifest.fingerprint.images)
         # A node may hold another version of the checkpoint under the same path.
         own = self.teacher.identity.manifest(self.samples.index.digest, len(self.samples.index.shards))
         if differing := own.fingerprint.differences(manifest.fingerprint):

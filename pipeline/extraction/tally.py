@@ -21,7 +21,7 @@ class ExtractionTally:
         self.new_shards: set[int] = set()
         """Those that this run made."""
         self.max_workers = 0
-        self.samples = self.new_samples = self.maps = self.bytes = self.new_bytes = 0
+        self.samples = self.new_samples = self.maps = self.turned = self.bytes = self.new_bytes = 0
         self.skipped: Counter[str] = Counter()
         self._task = progress.task("extract", index.num_samples)
         num_missing = sum(index.shards[shard].num_samples for shard in missing)
@@ -44,6 +44,7 @@ class ExtractionTally:
         """Adds a shard of the store, whoever made it."""
         self.samples += record.num_samples
         self.maps += record.num_maps
+        self.turned += record.num_turned
         self.bytes += stored_bytes(record)
         self.skipped.update(sample.reason for sample in record.skipped)
 

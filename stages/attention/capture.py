@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 CAPTURING_SDPA = "cdp_sdpa"
-CAPTURE_VERSION = 2  # part of the fingerprint: raised when the same model would give other maps
+CAPTURE_VERSION = 3  # part of the fingerprint: raised when the same model would give other maps
 
 BLOCK_ROWS = 128  # image queries at a time; later keys than the last of them are left out
 CPU_BLOCK_ENTRIES = 2**18  # scores that exist at a time: 1 MiB stays in a core's cache

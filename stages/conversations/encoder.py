@@ -16,6 +16,7 @@ from stages.conversations.template_process import Span
 from stages.conversations.turns import parse_turns
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 
 _TEXT_KEYS: Final = frozenset(
     {
@@ -47,18 +48,22 @@ class ConversationEncoder:
     """Encodes conversations for one processor; may be used by several threads.
 
     `image_token_id` is that of the model's config; of a conversation `max_length` tokens are kept, images' included.
+    `image_settings` says where the only image of a conversation stands, and for callers how its bytes are decoded.
 
     Raises:
         UserError: If the tokenizer is slow or there is no usable chat template.
     """
 
-    def __init__(self, processor: Any, image_token_id: int, max_length: int) -> None:
+    def __init__(
+        self, processor: Any, image_token_id: int, max_length: int, image_settings: ImageConfig = DEFAULT_IMAGES
+    ) -> None:
         if not processor.tokenizer.is_fast:
             raise UserError(
                 f"{type(processor.tokenizer).__name__} is a slow tokenizer, which cannot tell the "
                 "characters of a token; convert it to a fast one (tokenizer.json) first"
             )
         self.processor, self.image_token_id, self.max_length = processor, image_token_id, max_length
+        self.image_settings = image_settings
         self._image_token: str = processor.tokenizer.convert_ids_to_tokens(image_token_id)
         self._template = ChatTemplate(processor)
         # Undoes truncation and padding saved in tokenizer.json: a change of them while threads encode raises.
@@ -77,7 +82,7 @@ class ConversationEncoder:
         turns = parse_turns(conversations)
         if all(turn.role != "gpt" for turn in turns):
             raise UnusableSample("answer_missing", "no turn is from 'gpt'")
-        text, spans = render_with_answers(self._template, to_messages(turns, len(images)))
+        text, spans = render_with_answers(self._template, to_messages(turns, len(images), self.image_settings.position))
         return self._truncate(self._tokenize(text, spans, images))
 
     def encode_pair(self, question: str, answer: str, images: Sequence[Image.Image]) -> EncodedConversation:
@@ -96,7 +101,7 @@ class ConversationEncoder:
             UnusableSample: If the question cannot be asked, or is longer than `max_length`: a prompt is never cut.
         """
         last = {"from": "human", "value": question if earlier else with_placeholders(question, len(images))}
-        messages = to_messages(parse_turns([*earlier, last]), len(images))
+        messages = to_messages(parse_turns([*earlier, last]), len(images), self.image_settings.position)
         encoded = self._tokenize(self._template.render(messages, add_generation_prompt=True), [], images)
         if len(encoded.token_ids) > self.max_length:
             found = f"{len(encoded.token_ids)} tokens, at most {self.max_length} fit; raise max_length"

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from stages.conversations.turns import PLACEHOLDER, Role, Turn, check_placeholders
+from storage.samples.image_settings import ImagePosition
 
 Message = dict[str, Any]
 
 _ROLES: Final[dict[Role, str]] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def to_messages(turns: Sequence[Turn], num_images: int) -> list[Message]:
+def to_messages(turns: Sequence[Turn], num_images: int, position: ImagePosition = "front") -> list[Message]:
     """One message a turn; placeholders in human turns become image parts, unless there are no images at all.
 
     Raises:
@@ -20,7 +21,7 @@ def to_messages(turns: Sequence[Turn], num_images: int) -> list[Message]:
     messages: list[Message] = [
         {
             "role": _ROLES[role],
-            "content": _parts(text, num_images) if role == "human" and num_images else [text_part(text)],
+            "content": _parts(text, num_images, position) if role == "human" and num_images else [text_part(text)],
         }
         for role, text in turns
     ]
@@ -39,13 +40,13 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _parts(text: str, num_images: int) -> list[dict[str, str]]:
-    """A human turn in parts; the placeholder of a single image moves to the front, as LLaVA itself does.
+def _parts(text: str, num_images: int, position: ImagePosition) -> list[dict[str, str]]:
+    """A human turn in parts; `front` moves the placeholder of a single image there, as LLaVA itself does.
 
     So all conversations about one image share the tokens before it, and with them its attention maps.
     """
     pieces = re.split(f"({PLACEHOLDER})\n?", text)
-    if num_images == pieces.count(PLACEHOLDER) == 1:
+    if position == "front" and num_images == pieces.count(PLACEHOLDER) == 1:
         rest = text.replace(PLACEHOLDER, "").strip()
         return [{"type": "image"}, *([text_part(rest)] if rest else [])]
     parts = [{"type": "image"} if piece == PLACEHOLDER else text_part(piece) for piece in pieces if piece]

@@ -15,6 +15,7 @@ from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_tea
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
 from storage.targets.layout import ARRAYS
 
@@ -34,6 +35,7 @@ def estimate_from_configs(
     settings: TeacherConfig,
     samples: SampleSet | None,
     config: EstimateConfig,
+    images: ImageConfig = DEFAULT_IMAGES,
     *,
     workers: int,
     progress: Progress = SILENT,
@@ -45,8 +47,8 @@ def estimate_from_configs(
     Raises:
         UserError: If neither samples nor their number are given, or extraction would refuse the teacher.
     """
-    identity = identify_teacher(settings, on_gpu=True, with_weights=False)
-    encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, settings.max_length)
+    identity = identify_teacher(settings, images, on_gpu=True, with_weights=False)
+    encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, settings.max_length, images)
     causal = identity.codec.causal
     assumed = []
     if samples is not None:

@@ -25,6 +25,7 @@ from stages.tempered_noise import noise_notes
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.index import SampleIndex
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
@@ -43,6 +44,7 @@ def estimate_by_measurement(
     settings: TeacherConfig,
     samples: SampleSet,
     config: EstimateConfig,
+    images: ImageConfig = DEFAULT_IMAGES,
     *,
     workers: int,
     threads: int,
@@ -61,7 +63,7 @@ def estimate_by_measurement(
     started = time.perf_counter()
     loading = progress.task("load teacher", 1, unit="teachers")
     # In 16 bits, from which all other codes are made: so the teacher has to run only once.
-    teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}))
+    teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}), images)
     load_seconds = time.perf_counter() - started
     loading.advance()
     on_gpu = teacher.model.device.type == "cuda"

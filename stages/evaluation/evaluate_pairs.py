@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation import scoring
@@ -16,6 +17,7 @@ from stages.evaluation.logprobs import RowReader
 from stages.evaluation.report import EvaluationReport, KindResult
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 
 _Z_95: Final = 1.959963984540054
 
@@ -27,10 +29,12 @@ def evaluate_pairs(
     config: scoring.EvaluationConfig,
     progress: Progress = SILENT,
     title: str = "evaluate",
+    images: ImageConfig = DEFAULT_IMAGES,
 ) -> EvaluationReport:
     """Scores all pairs and sums up by kind.
 
-    The model is any of `AutoModelForImageTextToText`, on its device; it is left in the mode it came in.
+    The model is any of `AutoModelForImageTextToText`, on its device; it is left in the mode it came in. Pictures are
+    read as its config says, or as `images` where it says nothing.
 
     Raises:
         UserError: If a kind has no pairs, a pair cannot be encoded, the model cannot be read row by row, or scores are
@@ -40,7 +44,8 @@ def evaluate_pairs(
         raise UserError(f"no pairs of kind {', '.join(empty)}")
     if not pairs:
         raise UserError("no pairs to evaluate")
-    encoder = ConversationEncoder(processor, model.config.image_token_id, scoring.NO_LIMIT)
+    images = image_settings(model.config) or images
+    encoder = ConversationEncoder(processor, model.config.image_token_id, scoring.NO_LIMIT, images)
     score = scoring.likelihood_scores if config.scoring == "likelihood" else scoring.letter_scores
     task = progress.task(title, sum(map(len, pairs.values())), unit="pairs")
     was_training = model.training
@@ -58,6 +63,7 @@ def evaluate_pairs(
         model=model.name_or_path,
         dtype=str(model.dtype).removeprefix("torch."),
         image_backend=image_processor_backend(processor),
+        images=images,
         scoring=config.scoring,
         prompt=config.prompt if config.scoring == "likelihood" else config.letter_prompt,
         kinds=results,

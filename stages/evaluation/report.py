@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.strict_model import StrictModel
 
 
@@ -26,6 +27,8 @@ class EvaluationReport(StrictModel):
     """The weights' dtype, such as `bfloat16`."""
     image_backend: str
     """Class that made the pixels."""
+    images: ImageConfig = DEFAULT_IMAGES
+    """How pictures were read and placed."""
     scoring: Literal["likelihood", "letters"]
     """How captions were compared."""
     prompt: str

@@ -33,6 +33,7 @@ from stages.images import MAX_PIXELS, decode_image
 from storage.errors import UserError
 from storage.progress import SILENT, ProgressTask
 from storage.regular_files import read_regular
+from storage.samples.image_settings import ExifTurn
 from storage.samples.members import MAX_MEMBER_BYTES
 from storage.strict_model import StrictModel
 
@@ -102,7 +103,7 @@ def likelihood_scores(
 
     reader = RowReader(model)
     scores = []
-    for groups in _encoded_batches(pairs, encode, config, task):
+    for groups in _encoded_batches(pairs, encode, config, task, encoder.image_settings.exif):
         items = [item for group in groups for item in group]
         rows = answer_rows([item.token_ids for item in items], [item.answer_mask for item in items])
         counts = [int(item.answer_mask.sum()) for item in items]
@@ -136,7 +137,7 @@ def letter_scores(
 
     reader = RowReader(model)
     scores = []
-    for groups in _encoded_batches(pairs, encode, config, task):
+    for groups in _encoded_batches(pairs, encode, config, task, encoder.image_settings.exif):
         last_rows = [torch.tensor([len(item.token_ids) - 1]) for group in groups for item in group]
         letters_R2 = torch.tensor(tokens.letters).expand(len(last_rows), 2)
         by_letter = reader.log_probs(reader.hidden(groups, last_rows), letters_R2).double().view(-1, 2, 2)
@@ -187,13 +188,15 @@ def _encoded_batches(
     encode: Callable[[CaptionPair, Image.Image], list[EncodedConversation]],
     config: EvaluationConfig,
     task: ProgressTask,
+    exif: ExifTurn,
 ) -> Iterator[list[list[EncodedConversation]]]:
     """Batches of encoded pairs; threads encode one batch ahead."""
 
     def encode_or_name(pair: CaptionPair) -> list[EncodedConversation]:
         where = f"pair {pair.key!r} of {pair.kind}, image {pair.image}"
         try:
-            encoded = encode(pair, decode_image(read_regular(pair.image, MAX_MEMBER_BYTES), config.max_pixels))
+            data = read_regular(pair.image, MAX_MEMBER_BYTES)
+            encoded = encode(pair, decode_image(data, config.max_pixels, exif))
         except (UserError, OSError) as error:
             raise UserError(f"{where}: {error}") from error
         if (longest := max(len(item.token_ids) for item in encoded)) > config.max_length:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
 from stages.checkpoints.weights import weight_files
@@ -96,7 +97,6 @@ def export_student(
         exported = load_multimodal(staging)
         stored = exported.dtype
         found_TV = _logits(exported, probe)
-        rounding_error = _check_logits(found_TV, expected_TV, unrounded_TV, trained, stored)
         report = ExportReport(
             # The whole path is private.
             source="/".join(source.absolute().parts[-3:]),
@@ -109,9 +109,10 @@ def export_student(
             bytes=sum(path.stat().st_size for path in weight_files(staging)),
             image_token_id=exported.config.image_token_id,
             added_rows=len(added_ids),
+            images=image_settings(exported.config),
             end_token_ids=generation.eos_token_id,
             logit_error=_difference(found_TV, expected_TV),
-            rounding_error=rounding_error,
+            rounding_error=_check_logits(found_TV, expected_TV, unrounded_TV, trained, stored),
             logit_scale=float(expected_TV.abs().max()),
             seconds=round(time.perf_counter() - started, 3),
         )

@@ -10,6 +10,7 @@ from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from stages.student.stage_config import STAGES
 from storage.printable import printable
+from storage.samples.image_settings import ImageConfig
 from storage.strict_model import StrictModel
 
 _USE = """\
@@ -55,6 +56,8 @@ class ExportReport(StrictModel):
     """Id of the image token."""
     added_rows: int
     """Rows of zeros added so that the vocabulary holds every id of the tokenizer; they are never generated."""
+    images: ImageConfig | None = None
+    """How pictures were read and placed in training; None where the checkpoint does not say it."""
     end_token_ids: list[int]
     """Tokens that end an answer."""
     logit_error: float
@@ -111,11 +114,26 @@ def model_card(
     if export.custom_code is not None:
         parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")
     parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
+    if export.images is not None:
+        parts.append(_reading(export.images))
     if history:
         parts += ["## Training", _losses(history), _digests(history), "### Settings", *_settings(history)]
     if evaluation is not None:
         parts += ["## Evaluation", _evaluation(evaluation)]
     return printable("\n\n".join([*parts, "## Export", _export(export)]) + "\n", keep="\n")
+
+
+def _reading(images: ImageConfig) -> str:
+    """How to give the model pictures as in its training."""
+    exif = {
+        "ignore": "Pictures were read as they are stored, without the turn that EXIF data may ask for.",
+        "apply": "Pictures were turned as their EXIF data say: give it `PIL.ImageOps.exif_transpose(image)`.",
+    }
+    position = {
+        "front": "A single picture stood before the text of its turn.",
+        "as_written": "A picture stood where the text has it.",
+    }
+    return f"{exif[images.exif]} {position[images.position]} Transparency was composited on white."
 
 
 def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:

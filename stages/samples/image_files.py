@@ -4,7 +4,7 @@ import errno
 from pathlib import Path
 
 from stages.conversations.turns import shorten
-from stages.images import decode_image
+from stages.images import read_picture
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.regular_files import read_regular
@@ -19,6 +19,8 @@ class ImageFolder:
             raise UserError(f"no image folder at {root}; give the folder that image paths are relative to")
         self._root, self._max_pixels, self._max_bytes = root and root.resolve(), max_pixels, max_bytes
         self._verdicts: dict[str, UnusableSample | None] = {}
+        self.turned: set[str] = set()
+        """Those read whose EXIF data ask for a turn."""
 
     def read(self, relative: str, held: bytes | None = None) -> bytes:
         """The file's bytes as they are, or those that the data file `held`, after they were decoded once in full.
@@ -41,7 +43,8 @@ class ImageFolder:
 
     def _check(self, relative: str, data: bytes) -> None:
         try:
-            decode_image(data, self._max_pixels)
+            if read_picture(data, self._max_pixels).is_turned:
+                self.turned.add(relative)
         except UnusableSample as why:
             raise UnusableSample(why.reason, f"{relative}: {why.detail}") from why
 

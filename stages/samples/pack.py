@@ -42,6 +42,8 @@ class PackReport(StrictModel):
     num_samples: int
     num_images: int
     """Distinct image files of these samples."""
+    num_turned: int
+    """Those of them whose EXIF data ask for a turn, which `images.exif` of the extraction decides about."""
     num_text_only: int
     """Samples without an image."""
     num_skipped: dict[str, int]
@@ -84,6 +86,7 @@ def pack_samples(
         report = PackReport(
             num_samples=packed.num_samples,
             num_images=len(packed.images),
+            num_turned=len(packed.images & folder.turned),
             num_text_only=packed.num_text_only,
             num_skipped=ledger.num_by_reason(),
             records=counter.counts(),

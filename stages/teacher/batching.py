@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
-from stages.images import decode_image
+from stages.images import read_picture
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason, UnusableSample
 from storage.errors import UserError
@@ -51,6 +51,8 @@ class PreparedSample:
     """The pixels in it are dropped once the teacher has seen them."""
     map_key: str | None
     """Digest of all that its maps depend on; None without an image."""
+    is_turned: bool = False
+    """Whether EXIF data ask for a turn of one of its pictures."""
     logits_RQ: Tensor | None = None
     """Records of its answer rows, once the teacher has run; None where a row is not finite."""
     fault: Reason | None = None
@@ -77,11 +79,14 @@ class SamplePreparer:
         with self._timings.measured("preparing"):
             name = str(sample.record.get("id", ""))
             try:
-                images = [decode_image(data) for data in sample.images]
+                exif = self._encoder.image_settings.exif
+                pictures = [read_picture(data, exif=exif) for data in sample.images]
+                images = [picture.image for picture in pictures]
                 encoded = self._encoder.encode(sample.record["conversations"], images)
             except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
-            return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded))
+            is_turned = any(picture.is_turned for picture in pictures)
+            return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded), is_turned)
 
 
 def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:

@@ -32,6 +32,7 @@ from storage.codecs.codec_settings import (
     default_top_k,
 )
 from storage.errors import UserError
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.strict_model import StrictModel
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
 
@@ -83,6 +84,7 @@ class TeacherIdentity:
 
     folder: Path
     settings: TeacherConfig
+    images: ImageConfig
     config: PreTrainedConfig
     processor: ProcessorMixin
     family: Family
@@ -138,6 +140,7 @@ class TeacherIdentity:
                 logit_codec=self.logit_codec,
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_length=self.settings.max_length,
+                images=self.images,
                 image_backend=image_processor_backend(self.processor),
                 samples=samples_digest,
                 capture_version=CAPTURE_VERSION,
@@ -148,10 +151,13 @@ class TeacherIdentity:
         )
 
 
-def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: bool = True) -> TeacherIdentity:
+def identify_teacher(
+    settings: TeacherConfig, images: ImageConfig = DEFAULT_IMAGES, *, on_gpu: bool, with_weights: bool = True
+) -> TeacherIdentity:
     """Reads config, processor and chat template and digests the weight files.
 
-    `on_gpu` decides what dtype "auto" means. Without weights, as for an estimate, their digest is empty.
+    `images` says how it is shown pictures, `on_gpu` decides what dtype "auto" means. Without weights, as for an
+    estimate, their digest is empty.
 
     Raises:
         UserError: If checkpoint or chat template cannot be read, or its family or layers cannot be used.
@@ -169,6 +175,7 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
     return TeacherIdentity(
         folder=folder,
         settings=settings,
+        images=images,
         config=config,
         processor=processor,
         family=family,

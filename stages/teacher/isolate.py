@@ -12,7 +12,7 @@ from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.observe import Observer, ShardObservations, ShardWork
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
-from stages.unusable_sample import Reason
+from stages.unusable_sample import Reason, without_addresses
 from storage.errors import UserError
 from storage.samples.members import StoredSample
 from storage.samples.shard_reader import SampleShard
@@ -126,4 +126,4 @@ def _skipped(sample: StoredSample, reason: Reason, detail: str) -> SkippedSample
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:DETAIL_CHARS]
+    return without_addresses(f"{type(error).__name__}: {error}")[:DETAIL_CHARS]

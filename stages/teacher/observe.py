@@ -194,6 +194,7 @@ class ShardWork:
                     answer_mask=sample.encoded.answer_mask,
                     map_row=None if key is None else map_rows[key],
                     logits_RQ=sample.logits_RQ,
+                    is_turned=sample.is_turned,
                 )
             )
         result.skipped.sort(key=lambda skipped: skipped.key)

@@ -11,6 +11,7 @@ from stages.attention.capture import enable_capture
 from stages.checkpoints.weights import load_weights
 from stages.conversations.encoder import ConversationEncoder
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Teacher:
         self.identity.processor.save_pretrained(folder)
 
 
-def load_teacher(settings: TeacherConfig) -> Teacher:
-    """Loads the teacher with its fast attention kernel, on the GPU when there is one.
+def load_teacher(settings: TeacherConfig, images: ImageConfig = DEFAULT_IMAGES) -> Teacher:
+    """Loads the teacher with its fast attention kernel, on the GPU when there is one; `images` as `identify_teacher`.
 
     Raises:
         UserError: If the teacher cannot be used, or its weights are not whole.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    identity = identify_teacher(settings, on_gpu=device == "cuda")
+    identity = identify_teacher(settings, images, on_gpu=device == "cuda")
     model = load_weights(
         AutoModelForImageTextToText,
         identity.folder,
@@ -47,5 +48,5 @@ def load_teacher(settings: TeacherConfig) -> Teacher:
     )
     model.to(device).eval().requires_grad_(False)
     enable_capture(model)
-    encoder = ConversationEncoder(identity.processor, model.config.image_token_id, settings.max_length)
+    encoder = ConversationEncoder(identity.processor, model.config.image_token_id, settings.max_length, images)
     return Teacher(identity, model, encoder)

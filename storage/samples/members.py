@@ -4,12 +4,23 @@ import json
 import re
 import tarfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 BLOCK_BYTES = 512
 MAX_KEY_CHARS = 80
 MAX_MEMBER_BYTES = 256 * 2**20
 """Largest image or conversation: each is in memory whole; an image of the largest allowed number of pixels has less."""
+ImageSuffix = Literal["jpg", "png", "webp", "gif", "bmp", "tif"]
+_OPENINGS: Final[tuple[tuple[bytes, ImageSuffix], ...]] = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+    (b"II+\0", "tif"),  # of more than 4 GiB
+    (b"MM\0+", "tif"),
+)
 _KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_CHARS}}}")
 
 
@@ -38,15 +49,14 @@ class Member:
         return BLOCK_BYTES + len(self.data) + padding(len(self.data))
 
 
-def image_suffix(data: bytes) -> str | None:
-    """`jpg`, `png` or `webp` by the first bytes, None for anything else; nothing is decoded."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
+def image_suffix(data: bytes) -> ImageSuffix | None:
+    """What the first bytes say that the file is, None for anything else; nothing is decoded."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    return None
+    # Two letters alone could begin any text; after them come sizes, and that of the header is below 256.
+    if data[:2] == b"BM" and data[15:18] == bytes(3):
+        return "bmp"
+    return next((suffix for opening, suffix in _OPENINGS if data.startswith(opening)), None)
 
 
 def is_key(text: str) -> bool:
@@ -58,7 +68,7 @@ def members_of(sample: StoredSample) -> list[Member]:
     """`KEY.json`, then `KEY.jpg` for one image or `KEY.0.jpg`, `KEY.1.png`, ... for several.
 
     Raises:
-        ValueError: For a key that cannot be a member's name, and for images that are not JPEG, PNG or WebP.
+        ValueError: For a key that cannot be a member's name, and for images of no format that `image_suffix` knows.
     """
     if not is_key(sample.key):
         raise ValueError(f"key {sample.key!r} is no safe member name; use 1 to {MAX_KEY_CHARS} of A-Z a-z 0-9 _ -")
@@ -69,7 +79,7 @@ def members_of(sample: StoredSample) -> list[Member]:
     for number, image in enumerate(sample.images):
         suffix = image_suffix(image)
         if suffix is None:
-            raise ValueError(f"image {number} of sample {sample.key} starts with {image[:8]!r}: not JPEG, PNG or WebP")
+            raise ValueError(f"image {number} of sample {sample.key} starts with {image[:8]!r}: of no known format")
         middle = f".{number}" if len(sample.images) > 1 else ""
         members.append(Member(f"{sample.key}{middle}.{suffix}", image))
     return members

@@ -4,17 +4,18 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 from storage.digests import file_sha256, parse_json
 from storage.errors import CorruptData
 from storage.regular_files import open_regular
 from storage.samples.index import SampleShardEntry
-from storage.samples.members import BLOCK_BYTES, StoredSample, header, is_key
+from storage.samples.members import BLOCK_BYTES, ImageSuffix, StoredSample, header, is_key
 from storage.samples.table import SampleMembers
 
 RESTORE = "restore it or pack the samples again"
-_IMAGE_NAME = re.compile(r"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.(jpg|png|webp)")
+_SUFFIXES = "|".join(get_args(ImageSuffix))
+_IMAGE_NAME = re.compile(rf"(?P<key>[^.]+)(\.(?P<number>[0-9]+))?\.({_SUFFIXES})")
 
 
 class SampleShard:

@@ -127,6 +127,8 @@ class CommitRecord(Committed):
     num_referenced_tokens: _Count
     num_referenced_squares: _Count
     """Sums of N and of N*N over these references."""
+    num_turned: _Count
+    """Samples with a picture that EXIF data turn; the fingerprint's `images.exif` says whether it was turned."""
     skipped: tuple[SkippedSample, ...]
     """Samples of the tar without targets."""
 

@@ -38,6 +38,7 @@ ARRAYS = (
     ArraySpec("answer_mask", "bool", "T"),
     ArraySpec("token_offsets", "int64", "S+1"),
     ArraySpec("map_rows", "int64", "S"),
+    ArraySpec("sample_turned", "bool", "S"),
     ArraySpec("logit_records", "uint8", "RQ", sharded=True),
     ArraySpec("logit_offsets", "int64", "S+1"),
     ArraySpec("map_num_tokens", "int32", "M"),

@@ -8,11 +8,12 @@ from pydantic import Field, ValidationError, model_validator
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of, parse_record
 from storage.errors import CorruptData, FingerprintMismatch, UserError
+from storage.samples.image_settings import ImageConfig
 from storage.stores import Store
 from storage.strict_model import StrictModel
 
 MANIFEST_PATH = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the target store's layout; `FORMAT.md` has a paragraph for each."""
 MAX_LAYERS = 2**12
 MAX_SHARDS = 2**22
@@ -45,6 +46,8 @@ class Fingerprint(StrictModel):
     """The teacher's compute type, such as `bfloat16`."""
     max_length: int = Field(ge=1, le=1_000_000)
     """Tokens after which a sample is cut."""
+    images: ImageConfig
+    """How pictures are read and placed."""
     image_backend: str
     """What made the pixels: PIL and torchvision differ, and the processor's settings do not say which ran."""
     samples: str

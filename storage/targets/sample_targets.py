@@ -19,3 +19,5 @@ class SampleTargets:
     """Which maps of the shard are this sample's; None without an image."""
     logits_RQ: Tensor
     """uint8, a record for each answer token, in order; see `storage.codecs.answer_logits`."""
+    is_turned: bool = False
+    """Whether EXIF data ask for a turn of one of its pictures."""

@@ -89,6 +89,7 @@ class TargetShard:
             answer_mask=torch.from_numpy(small["answer_mask"][tokens].copy()),
             map_row=map_row if map_row >= 0 else None,
             logits_RQ=self._large("logit_records", rows),
+            is_turned=bool(small["sample_turned"][row]),
         )
         return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
 
@@ -232,6 +233,9 @@ class TargetShard:
         record, sizes = self.record, self.map_num_tokens
         used = [row for row in self._small["map_rows"].tolist() if row >= 0]
         found = {"num_maps": len(set(used)), **_sums("map", sizes), **_sums("referenced", [sizes[row] for row in used])}
+        turned = int(self._small["sample_turned"].sum())
+        if turned != record.num_turned:
+            raise self._corrupt("sample_turned", f"{turned} samples", f"{record.num_turned}, as the record says")
         for name, count in found.items():
             if count != getattr(record, name):
                 raise self._corrupt("map_num_tokens", f"{name} {count}", f"{getattr(record, name)}, as the record says")

@@ -71,6 +71,7 @@ def write_shard(
             **counts,
             num_map_tokens=sum(entry.num_tokens for entry in maps),
             num_map_squares=sum(entry.num_tokens**2 for entry in maps),
+            num_turned=sum(sample.is_turned for sample in samples),
             num_referenced_tokens=sum(sizes),
             num_referenced_squares=sum(size * size for size in sizes),
             files=files,
@@ -105,6 +106,7 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
         "answer_mask": _joined([sample.answer_mask for sample in samples], (0,), torch.bool),
         "token_offsets": _offsets([len(sample.token_ids) for sample in samples]),
         "map_rows": np.array([-1 if sample.map_row is None else sample.map_row for sample in samples], dtype=np.int64),
+        "sample_turned": np.array([sample.is_turned for sample in samples], dtype=np.bool_),
         "logit_records": _joined(records, (0, manifest.fingerprint.logit_codec.row_bytes), torch.uint8),
         "logit_offsets": _offsets([len(rows) for rows in records]),
     }

@@ -61,7 +61,7 @@ class World:
         """The command, its tasks in this process."""
         with (
             without_ray(threads),
-            patch.object(stages.teacher.teacher, "load_teacher", lambda _: self.teacher),
+            patch.object(stages.teacher.teacher, "load_teacher", lambda *_: self.teacher),
         ):
             settings = self.teacher.identity.settings
             run = RunFile(teacher=settings, samples=self.samples, targets=targets)

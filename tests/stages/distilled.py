@@ -8,6 +8,7 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.identity import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
 from storage.samples.shard_reader import SampleShard
 from storage.stores import open_store
@@ -36,9 +37,9 @@ def make_tiny_data(folder: Path, num_samples: int = 20) -> TinyData:
     return TinyData(teacher, student, folder / "samples")
 
 
-def extract_here(data: TinyData, out: Path, **settings: object) -> TargetStore:
+def extract_here(data: TinyData, out: Path, images: ImageConfig = DEFAULT_IMAGES, **settings: object) -> TargetStore:
     """Targets of all shards, made one after another."""
-    teacher = load_teacher(TeacherConfig.model_validate({"checkpoint": str(data.teacher), **settings}))
+    teacher = load_teacher(TeacherConfig.model_validate({"checkpoint": str(data.teacher), **settings}), images)
     samples, targets = SampleSet.open(data.samples), open_store(out)
     index = samples.index
     manifest = teacher.identity.manifest(index.digest, len(index.shards))

@@ -15,6 +15,7 @@ from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.codecs.tail_samples import row_addresses
+from storage.samples.image_settings import ImageConfig
 from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
 from storage.samples.shard_writer import SampleShardWriter
@@ -46,6 +47,7 @@ def fingerprint(**changes: Any) -> Fingerprint:
         ),
         "dtype": "float32",
         "max_length": 128,
+        "images": ImageConfig(),
         "image_backend": "pil",
         "samples": "s" * 64,
         "capture_version": 1,
@@ -89,7 +91,8 @@ def sample_targets(
     logits_RV = torch.randn(num_answers, made_for.vocab_size, generator=generator) * 3
     token_ids = torch.randint(0, made_for.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32)
     records = AnswerLogitsCodec(made_for.fingerprint.logit_codec).encode(logits_RV, row_addresses(key, num_answers))
-    return SampleTargets(key, token_ids, mask, map_row, records)
+    is_turned = map_row is not None and seed % 3 == 1
+    return SampleTargets(key, token_ids, mask, map_row, records, is_turned)
 
 
 def shard_content(

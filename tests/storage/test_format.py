@@ -143,7 +143,15 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         where = {"driver": "file", "path": f"{tmp_path}/{commit['path']}/{name}/"}
         return tensorstore.open({"driver": "zarr3", "kvstore": where}, open=True).result().read().result()
 
-    names = ["sample_keys", "sample_key_offsets", "token_ids", "answer_mask", "token_offsets", "map_rows"]
+    names = [
+        "sample_keys",
+        "sample_key_offsets",
+        "token_ids",
+        "answer_mask",
+        "token_offsets",
+        "map_rows",
+        "sample_turned",
+    ]
     names += ["logit_records", "logit_offsets"]
     names += ["map_num_tokens", "map_caps", "map_means", "map_covariances", "map_codes", "map_code_offsets"]
     names += ["map_corners", "map_corner_offsets"]
@@ -164,6 +172,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
             assert found.pop("tail_ids") == torch.cat(decoded.tail_ids, dim=1)[number].tolist()
             for name, values in found.items():
                 assert values == pytest.approx(getattr(decoded, name)[number].tolist(), rel=1e-6), name
+        assert data["sample_turned"][row] == sample.is_turned
         m = data["map_rows"][row]
         if sample.map_row is None:
             assert m == -1

@@ -26,6 +26,7 @@ from stages.student.model.build import check_decoder, teacher_family
 from stages.student.model.student import is_student, register_students
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
 
@@ -45,6 +46,7 @@ class SampleReader:
         stored_image_id: The image token's id in the store; None where it is the student's.
         own_vision: Whether the student has its own vision tower, so that numbers of image tokens are compared.
         max_length: Tokens of a conversation for a student that reads with its own tokenizer; None reads stored ids.
+        images: How the store's pictures were read and placed.
     """
 
     processor: ProcessorMixin
@@ -54,6 +56,7 @@ class SampleReader:
     stored_image_id: int | None = None
     own_vision: bool = False
     max_length: int | None = None
+    images: ImageConfig = DEFAULT_IMAGES
 
     @property
     def stored_id(self) -> int:
@@ -70,7 +73,7 @@ class SampleReader:
         """Encodes conversations with the student's own tokenizer; None for a student that reads stored ids."""
         if self.max_length is None:
             return None
-        return ConversationEncoder(self.processor, self.image_token_id, self.max_length)
+        return ConversationEncoder(self.processor, self.image_token_id, self.max_length, self.images)
 
     def __call__(self, sample: StreamedSample) -> EncodedConversation:
         """The sample's tokens and pixels.
@@ -78,7 +81,7 @@ class SampleReader:
         Raises:
             UserError: If the student makes another number of image tokens than is stored, or cannot embed a token.
         """
-        images = [decode_image(data) for data in sample.images]
+        images = [decode_image(data, exif=self.images.exif) for data in sample.images]
         stored_T = sample.targets.token_ids.long()
         is_image_T = stored_T == self.stored_id
         num_found = num_stored = int(is_image_T.sum())
@@ -185,6 +188,7 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
         stored_image_id=teacher_config.image_token_id,
         own_vision=own_vision,
         max_length=targets.manifest.fingerprint.max_length if differences else None,
+        images=targets.manifest.fingerprint.images,
     )
     note = f"{folder} has another tokenizer than the teacher, so it reads with its own and does not learn from logits: "
     notes = tuple(note + difference for difference in differences[:1])

@@ -6,11 +6,13 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
+from stages.checkpoints.image_settings import image_settings
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.conversations.turns import PLACEHOLDER
 from stages.student.model.generation import generation_settings
 from stages.student.model.inputs import model_inputs
 from stages.unusable_sample import UnusableSample
+from storage.samples.image_settings import DEFAULT_IMAGES
 
 _NO_LIMIT = 2**31
 
@@ -32,7 +34,8 @@ class Chat:
         self.model, self.processor, self.image = model, processor, image
         self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
         self._max_new_tokens = max_new_tokens
-        self._encoder = ConversationEncoder(processor, model.config.image_token_id, max_length=_NO_LIMIT)
+        reading = image_settings(model.config) or DEFAULT_IMAGES
+        self._encoder = ConversationEncoder(processor, model.config.image_token_id, _NO_LIMIT, reading)
         self._check_room(self._encoder.encode_prompt("?", [image]))
         answered = self._encoder.encode_pair("What is this?", "This.", [image])
         self._settings = generation_settings(model, processor.tokenizer, answered, [])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from peft import PeftModel
 
 from stages.attention.capturable_layers import check_maps
+from stages.checkpoints.image_settings import note_image_settings
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.answer_ends import notes_of_ends
 from stages.student.data.collator import Collator
@@ -87,6 +88,7 @@ class StageSetup:
         else:
             image_id, teacher = self._spec.reader.image_token_id, run.targets.teacher_folder()
             student = build_student(teacher, self._folder, run.config.seed, image_token_id=image_id)
+        note_image_settings(student.config, self._spec.reader.images)
         own = run.config.projector == "trained"
         return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_projector=own)
 

@@ -41,4 +41,7 @@ def test_a_section_that_is_none_is_refused_with_those_there_are(
 ) -> None:
     done = run_here("config", "train.loder", monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 2
-    assert "there is no section train.loder; sections are teacher, extract, estimate, train, train.lora" in done.err
+    assert (
+        "there is no section train.loder; sections are teacher, images, extract, estimate, train, train.lora"
+        in done.err
+    )

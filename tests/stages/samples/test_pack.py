@@ -4,12 +4,15 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from stages.images import Picture, read_picture
 from stages.samples import image_files, pack
 from stages.samples.pack import PackConfig, PackReport, pack_samples
 from storage.errors import TooManySkipped, UserError
@@ -126,8 +129,12 @@ def _bomb(llava: LlavaFolder) -> None:
     llava.add_image("bad.png", bomb_png())
 
 
-def _gif(llava: LlavaFolder) -> None:
-    llava.add_image("bad.png", image_bytes(1, "GIF"))
+def _empty(llava: LlavaFolder) -> None:
+    llava.add_image("bad.png", b"")
+
+
+def _ppm(llava: LlavaFolder) -> None:
+    llava.add_image("bad.png", image_bytes(1, "PPM"))
 
 
 def _text(llava: LlavaFolder) -> None:
@@ -156,7 +163,8 @@ BAD_IMAGES: dict[str, tuple[Callable[[LlavaFolder], None], str]] = {
     "truncated": (_truncated, "broken_image"),
     "with a wrong checksum": (_flipped, "broken_image"),
     "a decompression bomb": (_bomb, "image_too_large"),
-    "a GIF": (_gif, "unsupported_image"),
+    "empty": (_empty, "empty_image"),
+    "of a format that is not read": (_ppm, "unsupported_image"),
     "a web page": (_text, "unsupported_image"),
     "a folder": (_directory, "missing_image"),
     "a pipe": (_pipe, "missing_image"),
@@ -182,9 +190,29 @@ def test_every_conversation_about_a_bad_image_is_in_the_ledger_with_the_reason(
         (2, "id2", reason),
         (3, "id3", reason),
     ]
-    assert all("bad.png" in line["detail"] for line in ledger)
+    assert all("bad.png" in line["detail"] and "0x" not in line["detail"] for line in ledger)
     ((sample,),) = read_shards(tmp_path / "out")
     assert sample.record["id"] == "id1"
+
+
+def test_images_are_known_by_their_content_and_those_with_exif_turns_are_counted(
+    llava: LlavaFolder, tmp_path: Path
+) -> None:
+    for name, kind in (("cover.jpg", "GIF"), ("scan", "TIFF"), ("plot.png", "BMP")):
+        llava.add_image(name, image_bytes(1, kind))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for name in ("unused.jpg", "turned.jpg"):
+        Image.new("RGB", (4, 2)).save(llava.images / name, exif=exif)
+    names = ["cover.jpg", "scan", "plot.png", "turned.jpg", "turned.jpg"]
+    source = llava.write_json([record(f"id{number}", image) for number, image in enumerate(names)])
+    report = pack_samples(source, llava.images, tmp_path / "out")
+    with tarfile.open(tmp_path / "out/samples-000000.tar") as tar:
+        members = [Path(name).suffix for name in tar.getnames() if not name.endswith(".json")]
+    assert members == [".gif", ".tif", ".bmp", ".jpg", ".jpg"]
+    assert (report.num_images, report.num_turned) == (4, 1)
+    (samples,) = read_shards(tmp_path / "out")
+    assert [sample.images[0] for sample in samples] == [(llava.images / name).read_bytes() for name in names]
 
 
 def test_a_link_that_stays_in_the_folder_is_followed(llava: LlavaFolder, tmp_path: Path) -> None:
@@ -225,7 +253,12 @@ def test_an_image_is_decoded_once_however_many_samples_share_it(
     llava: LlavaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[bytes] = []
-    monkeypatch.setattr(image_files, "decode_image", lambda data, max_pixels: decoded.append(data))
+
+    def read(data: bytes, max_pixels: int) -> Picture:
+        decoded.append(data)
+        return read_picture(data, max_pixels)
+
+    monkeypatch.setattr(image_files, "read_picture", read)
     images = ["a.jpg", "b.png", "a.jpg", ["a.jpg", "b.png"]]
     source = llava.write_json([record(f"id{number}", image) for number, image in enumerate(images)])
     pack_samples(source, llava.images, tmp_path / "out")

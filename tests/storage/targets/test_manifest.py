@@ -80,14 +80,15 @@ def test_an_unknown_format_version_says_what_to_do(tmp_path):
             Manifest.load(store)
 
 
-def test_a_store_of_version_1_is_neither_read_nor_extended(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_of_an_earlier_version_is_neither_read_nor_extended(tmp_path, version):
     store = open_store(tmp_path)
-    fields = {**manifest().model_dump(mode="json"), "format_version": 1}
+    fields = {**manifest().model_dump(mode="json"), "format_version": version}
     fields["fingerprint"]["map_codec"]["name"] = "sqrt8"
     store.write("manifest.json", canonical_json({**fields, "digest": digest_of(fields)}))
     before = files_of(tmp_path)
     for action in (lambda: TargetStore.open(tmp_path), lambda: create_or_check(store, manifest())):
-        with pytest.raises(UserError, match="has format version 1, this version reads 2; make it again"):
+        with pytest.raises(UserError, match=f"has format version {version}, this version reads 3; make it again"):
             action()
     assert files_of(tmp_path) == before
 
