@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from stages.checkpoints.configs import read_config
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
+from stages.checkpoints.quantization import refuse_quantized
 from stages.checkpoints.weights import weight_files
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
@@ -74,6 +76,7 @@ def export_student(
     check_new(output)
     task = progress.task(f"export {output.name}", total=3, unit="steps")
     task.update(note="loading")
+    refuse_quantized(read_config(source / "config.json"), source, "an export")
     student, processor = load_multimodal(source), load_processor(source)
     pad_on_the_left(processor.tokenizer)
     vision_type = getattr(student.config, "teacher_config", student.config).model_type
