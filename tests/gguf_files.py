@@ -9,7 +9,15 @@ from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def make_gguf(file: Path, decoder: Path, *, split: str = "gpt-2", misnamed: str = "", **settings: int | str) -> Path:
+def make_gguf(
+    file: Path,
+    decoder: Path,
+    *,
+    split: str = "gpt-2",
+    misnamed: str = "",
+    rotation: torch.Tensor | None = None,
+    **settings: int | str,
+) -> Path:
     """The Qwen2 decoder of a folder as a GGUF file.
 
     Args:
@@ -17,6 +25,7 @@ def make_gguf(file: Path, decoder: Path, *, split: str = "gpt-2", misnamed: str 
         decoder: A folder that `tests.checkpoints.make_tiny_lm` made.
         split: How the file says that its vocabulary splits text.
         misnamed: A tensor that is written by another name than this, which files have for it.
+        rotation: Written as `rope_freqs.weight`: what rotary frequencies are divided by.
         settings: By their keys in the file, with `__` for each dot: numbers and texts that are written besides, or in
             place of those of the decoder.
     """
@@ -51,6 +60,8 @@ def make_gguf(file: Path, decoder: Path, *, split: str = "gpt-2", misnamed: str 
     for name, tensor in model.state_dict().items():
         written = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor("other" if written == misnamed else written, tensor.numpy())
+    if rotation is not None:
+        writer.add_tensor("rope_freqs.weight", rotation.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

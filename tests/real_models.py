@@ -16,8 +16,9 @@ import pytest
 import regex
 from gguf import GGUFReader
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.tokenization_utils_base import generate_merges
 
 WHEELS = Path(sys.prefix) / "wheels"
 NUM_RANKS = 20_000
@@ -61,14 +62,17 @@ def sentencepiece(folder: Path) -> RealTokenizer:
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    file = unpacked("mistral_common", "mistral_common/data/tokenizer.model.v1", folder)
-    file.rename(folder / "tokenizer.model")
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
-    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    settings = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
-    settings.normalizer_spec.add_dummy_prefix = False
-    inner = SentencePieceProcessor(model_proto=settings.SerializeToString())
+    data = unpacked("mistral_common", "mistral_common/data/tokenizer.model.v1", folder).read_bytes()
+    model, proto = SentencePieceProcessor(model_proto=data), ModelProto.FromString(data)
+    proto.normalizer_spec.add_dummy_prefix = False
+    inner = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    # From the bare model, transformers 5.23 orders merges by id, which splits runs of spaces in another way than the
+    # published tokenizer.json, whose merges are in the order of scores.
+    scores = {piece.piece: piece.score for piece in proto.pieces}
+    vocab = {piece: number for number, piece in enumerate(scores)}
+    LlamaTokenizer(
+        vocab=vocab, merges=generate_merges(vocab, scores), pad_token="<unk>", add_bos_token=True
+    ).save_pretrained(folder)
 
     def rule(text: str, first: bool) -> Pieces:
         ids = (model if first else inner).encode(text)

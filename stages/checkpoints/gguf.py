@@ -36,11 +36,12 @@ class GgufHead:
     Attributes:
         fields: Its settings; of lists, the number of entries.
         shapes: Of each tensor, slowest dimension first.
-        num_weights: Elements of all tensors.
+        spans: Where in the file each tensor begins and ends.
     """
 
     fields: Mapping[str, Value]
     shapes: Mapping[str, tuple[int, ...]]
+    spans: Mapping[str, tuple[int, int]]
 
     @property
     def num_weights(self) -> int:
@@ -91,12 +92,25 @@ def read_head(path: Path, blocks: Mapping[int, tuple[int, int]]) -> GgufHead:
         raise reader.unusable(f"an alignment of {alignment!r}")
     start = -(-reader.position // alignment) * alignment
     # Without the sum, a hundred thousand tensors could be the same gigabyte.
-    if max((start + end for _, end in spans), default=0) > size or sum(end - begin for begin, end in spans) > size:
+    placed = {name: (start + begin, start + end) for name, (begin, end) in spans.items()}
+    ends, taken = [end for _, end in placed.values()], sum(end - begin for begin, end in placed.values())
+    if max(taken, *ends, 0) > size:
         raise CorruptData(
             f"{path} has {size} bytes, fewer than its tensors take; a download or copy that broke off leaves such a "
             "file: fetch it again"
         )
-    return GgufHead(fields, shapes)
+    return GgufHead(fields, shapes, placed)
+
+
+def read_floats(path: Path, head: GgufHead, name: str) -> tuple[float, ...]:
+    """The values of a small tensor of 32-bit floats; empty if it is of another kind."""
+    begin, end = head.spans[name]
+    count = math.prod(head.shapes[name])
+    if end - begin != 4 * count or count > _MAX_COUNT:
+        return ()
+    with open_regular(path) as file:
+        file.seek(begin)
+        return struct.unpack(f"<{count}f", file.read(end - begin))
 
 
 class _HeadReader:
@@ -132,10 +146,10 @@ class _HeadReader:
 
     def read_tensors(
         self, blocks: Mapping[int, tuple[int, int]]
-    ) -> tuple[dict[str, tuple[int, ...]], list[tuple[int, int]]]:
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
         """Shapes, and where each tensor begins and ends behind the head."""
         shapes: dict[str, tuple[int, ...]] = {}
-        spans = []
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(self._num_tensors):
             name, num_dimensions = self._text(), int(self._number("I"))
             if name in shapes or num_dimensions > _MAX_DIMENSIONS:
@@ -147,7 +161,7 @@ class _HeadReader:
             elements, block_bytes = blocks[kind]
             if not shape or shape[-1] % elements:
                 raise self.unusable(f"tensor {name} of shape {list(shape)}, which is no whole number of blocks")
-            spans.append((begin, begin + math.prod(shape) // elements * block_bytes))
+            spans[name] = (begin, begin + math.prod(shape) // elements * block_bytes)
         return shapes, spans
 
     def _take(self, num_bytes: int) -> int:

@@ -9,20 +9,35 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stages.checkpoints.configs import unfit_named
-from stages.checkpoints.gguf import GgufHead, read_head
+from stages.checkpoints.gguf import GgufHead, read_floats, read_head
 from stages.checkpoints.tokenizer_rules import panics_raised
 from stages.checkpoints.weights import check_complete
 from storage.digests import digest_of
-from storage.errors import CorruptData, UserError
+from storage.errors import CorruptData, UserError, first_line
 from storage.regular_files import open_regular
 from storage.stores.cache import cached
 
 _CONVERSION = 1
 """Raised when this file makes something else of the same bytes."""
+_ROTATION = "rope_freqs.weight"
+_LLAMA_3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _BYTE_LEVEL = "gpt2"
 _PLAIN = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"}
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
@@ -73,11 +88,6 @@ def _blocks() -> dict[int, tuple[int, int]]:
 
 def _check_kept(file: Path, head: GgufHead) -> None:
     """Refuses what the library would leave out without a word."""
-    if lost := sorted(name for name in head.shapes if name.startswith(("rope_freqs", "rope_factors"))):
-        raise UserError(
-            f"{file} holds {', '.join(lost)}: its rotary frequencies are scaled in a way that transformers does not "
-            "read from GGUF files, so the decoder would be another model; name the checkpoint it was made from"
-        )
     split = head.fields.get("tokenizer.ggml.pre")
     known = _PLAIN | _DIGITS_APART | _WORDS_BEFORE_MERGES | set(GGUF_PRE_TOKENIZER_SPLITS)
     if head.fields.get("tokenizer.ggml.model") == _BYTE_LEVEL and split not in known:
@@ -87,25 +97,52 @@ def _check_kept(file: Path, head: GgufHead) -> None:
         )
 
 
+def _restore_rotation(file: Path, head: GgufHead, config: PreTrainedConfig) -> None:
+    """Puts the scaling of rotary frequencies, which a tensor of the file holds, into the config.
+
+    The library does not read that tensor. That of Llama 3.1 and later follows from one number, its largest value.
+
+    Raises:
+        UserError: If it is of another kind.
+    """
+    scaled = sorted(name for name in head.shapes if name.startswith(("rope_freqs", "rope_factors")))
+    if not scaled:
+        return
+    factors_d = torch.tensor(read_floats(file, head, scaled[0]))
+    plain = dict(getattr(config, "rope_parameters", None) or {})
+    if scaled == [_ROTATION] and len(factors_d) and plain.get("rope_type") == "default":
+        config.rope_parameters = plain | _LLAMA_3 | {"factor": float(factors_d.max())}
+        frequencies_d, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        dims_d = torch.arange(len(frequencies_d)) / len(frequencies_d)
+        unscaled_d = float(plain["rope_theta"]) ** -dims_d
+        if len(factors_d) == len(frequencies_d) and torch.allclose(frequencies_d * factors_d, unscaled_d, rtol=1e-4):
+            return
+    raise UserError(
+        f"{file} holds {', '.join(scaled)}: its rotary frequencies are scaled in a way that is not known here, so the "
+        "decoder would be another model; name the checkpoint it was made from"
+    )
+
+
 def _convert(file: Path, head: GgufHead, folder: Path) -> None:
-    where = {"gguf_file": file.name, "trust_remote_code": False}
     # The library draws a bar of its own.
     with unfit_named(file), panics_raised(), redirect_stderr(io.StringIO()):
-        config = AutoConfig.from_pretrained(file.parent, **where)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise UserError(f"{file} holds a {config.model_type}, which is no causal language model; name another")
+        _restore_rotation(file, head, config)
         with torch.device("meta"):
             expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _check_sizes(file, head, expected)
-        tokenizer = _tokenizer(AutoTokenizer.from_pretrained(file.parent, **where), head)
+        tokenizer = _tokenizer(file, head)
         model, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
+            gguf_file=file.name,
             config=config,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **where,
+            trust_remote_code=False,
         )
     check_complete(found, file)
     for left in ("_model_name_or_path", "quantization_config"):
@@ -125,8 +162,15 @@ def _check_sizes(file: Path, head: GgufHead, expected: Any) -> None:
         )
 
 
-def _tokenizer(loaded: Any, head: GgufHead) -> PreTrainedTokenizerFast:
+def _tokenizer(file: Path, head: GgufHead) -> PreTrainedTokenizerFast:
     """The file's tokenizer, splitting as the file says, without what the library notes of the loading."""
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    # For merges that are no tokens the library raises a bare Exception.
+    except Exception as error:
+        raise CorruptData(
+            f"{file} has no tokenizer that can be read ({type(error).__name__}: {first_line(error)}); fetch it again"
+        ) from error
     backend, split = loaded.backend_tokenizer, head.fields.get("tokenizer.ggml.pre")
     if head.fields.get("tokenizer.ggml.model") == _BYTE_LEVEL:
         if split in _DIGITS_APART:

@@ -1,6 +1,5 @@
 """Quantized checkpoints: what their config says of it, who may load them, and how they are loaded."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from stages.checkpoints.configs import unfit_named
+from storage.digests import parse_object
 from storage.errors import UserError, first_line
 
 _KEY = "quantization_config"
@@ -36,7 +36,7 @@ def scheme_of(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
     kind = settings.get("bnb_4bit_quant_type") if width == 4 else None
     kind = kind or settings.get("format") or settings.get("fmt") or settings.get("quant_type")
     named = f"{_method(settings)}, {width} bits" if isinstance(width, int) else _method(settings)
-    return named + (f" ({kind})" if isinstance(kind, str) else "")
+    return named + (f" ({kind:.50})" if isinstance(kind, str) else "")
 
 
 def refuse_quantized(config: PreTrainedConfig | Mapping[str, Any], folder: Path, role: str, todo: str = "") -> None:
@@ -61,13 +61,13 @@ def check_packages(config: PreTrainedConfig, folder: Path) -> None:
     settings = _settings(config)
     if settings is None:
         return
-    if _known(settings) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if (known := _known(settings)) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise UserError(
             f"{folder} is quantized with {_method(settings)}, which this version of transformers does not load; "
             f"it loads {', '.join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))}"
         )
     with _loading_named(config, folder):
-        quantizer = AutoHfQuantizer.from_config(dict(settings), pre_quantized=True)
+        quantizer = AUTO_QUANTIZER_MAPPING[known](AUTO_QUANTIZATION_CONFIG_MAPPING[known].from_dict(settings))
         with suppress(RuntimeError):  # no device for it
             quantizer.validate_environment(device_map=None)
 
@@ -116,7 +116,11 @@ def without_scheme(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def is_packed(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether any of these weights is packed: whole numbers, or floats of a byte."""
-    return any(not tensor.is_floating_point() or tensor.element_size() == 1 for tensor in tensors.values())
+    # Whole numbers of 64 bits are positions.
+    return any(
+        tensor.element_size() == 1 or not (tensor.is_floating_point() or tensor.dtype == torch.int64)
+        for tensor in tensors.values()
+    )
 
 
 def _settings(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
@@ -131,7 +135,7 @@ def _settings(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | 
 
 def _method(settings: Mapping[str, Any]) -> str:
     in_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
-    return str(settings.get("quant_method") or (_BITSANDBYTES if in_bits else "an unnamed method"))
+    return str(settings.get("quant_method") or (_BITSANDBYTES if in_bits else "an unnamed method"))[:50]
 
 
 def _known(settings: Mapping[str, Any]) -> str:
@@ -188,6 +192,6 @@ def _stated_shapes(files: list[Path]) -> Iterator[tuple[Path, str, tuple[int, ..
                 state = file.get_slice(name)
                 said: Any = None
                 if state.get_dtype() == "U8" and math.prod(state.get_shape()) <= _MAX_STATE_BYTES:
-                    with unfit_named(path):
-                        said = json.loads(bytes(file.get_tensor(name).tolist())).get("shape")
+                    packed = bytes(file.get_tensor(name).tolist())
+                    said = parse_object(packed, f"{path}: {name}", "fetch the checkpoint again").get("shape")
                 yield path, name.split(_QUANT_STATE)[0], tuple(said) if isinstance(said, list) else ()

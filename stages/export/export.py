@@ -84,7 +84,6 @@ def export_student(
     parts, post_connector = _folded(student, fold=fold)
     grown, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
     generation = generation_settings(student, processor.tokenizer, probe, added_ids)
-
     task.update(done=1, note="saving")
     with new_folder(output) as staging:
         # The student itself where nothing changed: transformers saves some families under other names than it holds.

@@ -91,11 +91,7 @@ class TeacherIdentity:
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about what students of this teacher will not learn, and how it is loaded."""
         scheme = scheme_of(self.config)
-        quantized = (
-            ()
-            if scheme is None
-            else (f"the teacher is quantized ({scheme}), and its students learn what it says as it is",)
-        )
+        quantized = () if scheme is None else (f"the teacher is quantized ({scheme}); so is what students learn of it",)
         return quantized + notes_of_ends(
             self.processor,
             self.config.image_token_id,

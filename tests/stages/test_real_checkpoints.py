@@ -222,4 +222,5 @@ def test_a_pretrained_decoder_is_the_same_after_training_around_it_folding_and_e
         ours, theirs = (
             model(**model_inputs(model, [shown])).logits[..., : len(tokenizer) - 1] for model in (student, exported)
         )
-    assert float((ours - theirs).abs().max()) < 1e-3 < float(ours.abs().max())
+    # Weights that were folded in float32, seen through 30 layers.
+    assert float((ours - theirs).abs().max()) < 1e-4 * float(ours.abs().max())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import struct
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from tests.checkpoints import make_tiny_llava, make_tiny_lm
 from tests.fuzz.attempt import limits
 from tests.gguf_files import make_gguf
 
+TOKENS = torch.arange(40)[None]
 TEXTS = ("What is the colour? 12  345", "a red   square\n\n\tis  here 'twas it's", "Grüße 你好 🙂 é")
 
 
@@ -57,9 +59,8 @@ def test_it_is_the_decoder_it_was_made_of(file: Path, decoder: Path, cache: Path
     assert folder.parent == cache
     found = load_weights(AutoModelForCausalLM, folder, nothing_else=True, dtype=torch.float32)
     expected = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
-    tokens = torch.arange(40)[None]
     with torch.no_grad():
-        assert torch.equal(found(tokens).logits, expected(tokens).logits)
+        assert torch.equal(found(TOKENS).logits, expected(TOKENS).logits)
     ours, theirs = (AutoTokenizer.from_pretrained(place) for place in (folder, decoder))
     assert [ours(text).input_ids for text in TEXTS] == [theirs(text).input_ids for text in TEXTS]
     assert ours.get_vocab() == theirs.get_vocab()
@@ -97,6 +98,35 @@ def test_digits_stand_alone_where_the_file_says_so(decoder: Path, tmp_path: Path
     pieces = [text for text, _ in backend.pre_tokenizer.pre_tokenize_str("x  12 it's")]
     # The two spaces are one piece: GPT-2's rule alone gives the second one to the digit.
     assert pieces == ["x", "ĠĠ", "1", "2", "Ġit", "'s"]
+
+
+def llama_3_factors(num: int, factor: float, theta: float = 10_000.0) -> torch.Tensor:
+    """What llama.cpp's converter divides the frequencies by, one at a time."""
+    found = []
+    for n in range(num):
+        wavelength = 2 * math.pi * theta ** (n / num)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        middle = 1 / ((1 - smooth) / factor + smooth) if wavelength <= 8192 else factor
+        found.append(1.0 if wavelength < 8192 / 4 else middle)
+    return torch.tensor(found)
+
+
+def test_rotation_scaled_as_in_llama_3_is_kept_and_another_is_refused(teacher: Path, tmp_path: Path) -> None:
+    decoder = make_tiny_lm(tmp_path / "lm", tokenizer_from=teacher, hidden=64, heads=2)
+    factors = llama_3_factors(16, 8.0)
+    assert 1.0 < factors[-4] < 8.0 == factors[-1]
+    folder = resolve_student(make_gguf(tmp_path / "a.gguf", decoder, rotation=factors))
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert found.config.rope_parameters["rope_type"] == "llama3"
+    plain = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    torch.testing.assert_close(found.model.rotary_emb.inv_freq * factors, plain.model.rotary_emb.inv_freq)
+    with torch.no_grad():
+        assert not torch.allclose(found(TOKENS).logits, plain(TOKENS).logits)
+        plain.model.rotary_emb.inv_freq /= factors
+        torch.testing.assert_close(found(TOKENS).logits, plain(TOKENS).logits)
+    assert "scaled in a way that is not known here" in refusal(
+        make_gguf(tmp_path / "b.gguf", decoder, rotation=factors.flip(0))
+    )
 
 
 @pytest.mark.parametrize(("split", "whole"), [("llama-bpe", True), ("qwen2", False)])
