@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.tokenization_utils_base import generate_merges
 
 WHEELS = Path(sys.prefix) / "wheels"
+SENTENCEPIECE = "mistral_common/data/tokenizer.model.v1"
 NUM_RANKS = 20_000
 """Of the tiktoken-like vocabulary: its first entries are one as well, and are converted in seconds."""
 
@@ -62,7 +63,7 @@ def sentencepiece(folder: Path) -> RealTokenizer:
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    data = unpacked("mistral_common", "mistral_common/data/tokenizer.model.v1", folder).read_bytes()
+    data = unpacked("mistral_common", SENTENCEPIECE, folder).read_bytes()
     model, proto = SentencePieceProcessor(model_proto=data), ModelProto.FromString(data)
     proto.normalizer_spec.add_dummy_prefix = False
     inner = SentencePieceProcessor(model_proto=proto.SerializeToString())

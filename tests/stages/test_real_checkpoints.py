@@ -1,5 +1,6 @@
 """Real tokenizers of each kind, and a pretrained decoder from its file to an export."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from stages.checkpoints.processors import load_tokenizer
 from stages.checkpoints.resolve import resolve_student
 from stages.conversations.encoder import ConversationEncoder
 from stages.export.export import export_student
@@ -137,6 +139,20 @@ def test_tokens_and_answers_of_several_turns_are_those_of_an_independent_rule(
     found = encoder.encode(record, [Image.new("RGB", (40, 30), "red")])
     pairs = list(zip(found.token_ids.tolist(), found.answer_mask.tolist(), strict=True))
     assert pairs == expected(tokenizer, encoder, turns)
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_bare_sentencepiece_model_is_read_as_its_library_reads_it(tmp_path: Path, kind: str) -> None:
+    made = real_models.sentencepiece(tmp_path / "made")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (tmp_path / "made" / real_models.SENTENCEPIECE).rename(bare / "tokenizer.model")
+    (bare / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(bare)
+    for answer in ANSWERS[kind]:
+        text = f"So: {answer}"
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        assert found == [number for number, _ in made.rule(text, True)]
 
 
 WORDS = (

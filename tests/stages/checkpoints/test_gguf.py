@@ -221,10 +221,15 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
+TOO_SHORT = ("a huge tensor", "a tensor beyond the file", "the same bytes many times")
+
+
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_head_that_lies_is_refused_in_little_time_and_memory(tmp_path: Path, case: str) -> None:
     (tmp_path / "a.gguf").write_bytes(BOMBS[case]())
-    assert "a.gguf" in refusal(tmp_path / "a.gguf")
+    said = refusal(tmp_path / "a.gguf")
+    assert "a.gguf" in said
+    assert ("fewer than its tensors take" in said) == (case in TOO_SHORT)
 
 
 def test_nothing_of_a_refused_file_stays_in_the_cache(decoder: Path, tmp_path: Path, cache: Path) -> None:

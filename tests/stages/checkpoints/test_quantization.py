@@ -102,6 +102,17 @@ def test_a_teacher_of_bitsandbytes_is_loaded_as_the_library_loads_it(
     assert ("bitsandbytes" in (tmp_path / "vision" / "config.json").read_text()) == packed_tower
 
 
+def test_the_scheme_is_stored_with_a_vision_tower_that_is_packed_and_with_no_other(llava: Path, tmp_path: Path) -> None:
+    teacher = teacher_of(llava)
+    teacher.model.config.quantization_config = SCHEMES["GPTQ"][0]
+    teacher.save_vision(tmp_path / "dense")
+    assert scheme_of(load_config(tmp_path / "dense")) is None
+    layer = teacher.model.model.vision_tower.encoder.layers[0].mlp.fc1
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    teacher.save_vision(tmp_path / "packed")
+    assert scheme_of(load_config(tmp_path / "packed")) == "gptq, 4 bits"
+
+
 def test_targets_of_a_quantized_teacher_serve_students_where_its_tower_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
