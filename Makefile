@@ -14,9 +14,10 @@ STAMP := $(VENV)/.installed
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/wheels.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip download --no-deps --require-hashes -r tests/wheels.txt -d $(VENV)/wheels
 	touch $@
 
 demo: $(STAMP)

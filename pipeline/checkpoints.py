@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from stages.checkpoints.processors import hide_loading_bars, load_processor
+from stages.checkpoints.quantization import place
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.student.model.loading import load_multimodal
 from stages.student.run_folder import RunFolder, StageFolder
@@ -55,7 +56,7 @@ def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     hide_loading_bars()
     folder, device = find_checkpoint(model), default_device()
     loaded: Any = load_multimodal(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return loaded.to(device), load_processor(folder)
+    return place(loaded, device), load_processor(folder)
 
 
 def default_device() -> torch.device:

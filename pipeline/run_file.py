@@ -48,7 +48,8 @@ class RunFile(StrictModel):
     targets: Annotated[str | None, AtResume.SAME_DATA] = None
     """Target store: a folder or an object-store URL."""
     student: Annotated[str | None, AtResume.SAME_DATA] = None
-    """The student's pretrained decoder, or with `train.vision` own a whole multimodal model: a folder or hub id."""
+    """The student's pretrained decoder: a folder, hub id or GGUF file. With `train.vision` own, the folder or hub id of
+    a whole multimodal model."""
     output: str | None = None
     """Folder of the training run."""
     teacher: TeacherConfig | None = None

@@ -21,7 +21,7 @@ from stages.checkpoints.processors import hide_loading_bars
 from stages.student.run_folder import RunFolder, StageFolder, StageReport
 from stages.student.stage_config import STAGES, DataSource, StageName
 from stages.student.training.loop import train_stage
-from stages.student.training.resume_guard import check_resumable, decoder_digest
+from stages.student.training.resume_guard import check_resumable, decoder_digest, gguf_record
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun, TrainingStopped
 from stages.student.training.train_config import TrainConfig
@@ -182,6 +182,7 @@ def _note_start(
         "stages": {
             name: {
                 "decoder": decoder_digest(stage.decoder),
+                **gguf_record(stage.decoder),
                 "targets": [source.targets.manifest.fingerprint.digest for source in stage.sources],
                 "teacher": stage.targets.manifest.fingerprint.teacher_weights,
                 "samples": [source.targets.manifest.fingerprint.samples for source in stage.sources],

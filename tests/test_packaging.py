@@ -17,7 +17,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "pipeline": ("digits",),
-    "stages": ("datasets", "wandb"),
+    "stages": ("datasets", "gguf", "wandb"),
     "storage": ("s3",),
     "examples": ("digits",),
     "benchmarks": ("all", "benchmarks"),

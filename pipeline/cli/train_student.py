@@ -19,7 +19,8 @@ def train_student(
     samples: SamplesOption = None,
     targets: TargetsOption = None,
     student: Annotated[
-        str | None, typer.Option(help="The student's decoder, or with --vision own a whole model: folder or hub id.")
+        str | None,
+        typer.Option(help="Decoder: folder, hub id, GGUF file; with --vision own a whole model."),
     ] = None,
     vision: Annotated[
         Literal["teacher", "own"] | None,

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.convert_slow_tokenizer import import_protobuf
+from transformers.tokenization_utils_base import generate_merges
 from transformers.utils import logging as transformers_logging
 
 from stages.checkpoints.configs import check_configs
 from stages.checkpoints.processor_sizes import check_processor
 from stages.checkpoints.tokenizer_rules import check_tokenizer
 from storage.errors import UserError, first_line
+from storage.regular_files import read_regular
 
 _VIDEO = "video_processor"
 _CONFIGS = "processor_config.json or preprocessor_config.json"
@@ -45,6 +49,8 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
             f"{folder} has no processor that can be read ({type(error).__name__}: {first_line(error)}); expected "
             f"{_CONFIGS}, tokenizer_config.json and tokenizer.json in it, whole: fetch or save them again"
         ) from error
+    if isinstance(getattr(processor, "tokenizer", None), PreTrainedTokenizerBase):
+        _merge_by_scores(processor.tokenizer, folder)
     if not isinstance(processor, ProcessorMixin):
         found = f"{folder} has a {type(processor).__name__} and no processor for images and text"
         raise UserError(f"{found}; expected {_CONFIGS} beside the tokenizer: fetch or save them again")
@@ -69,7 +75,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer that can be read ({type(error).__name__}: {first_line(error)}); expected "
             "tokenizer_config.json and tokenizer.json in it, whole: fetch or save them again"
         ) from error
+    _merge_by_scores(tokenizer, folder)
     return tokenizer
+
+
+def _merge_by_scores(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Puts the merges of a bare SentencePiece model in the order of its scores, as SentencePiece itself merges.
+
+    transformers takes the order of the ids, in which the runs of spaces of Mistral's models have another place.
+    """
+    file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not file.is_file() or not tokenizer.is_fast:
+        return
+    try:
+        model = import_protobuf().ModelProto.FromString(read_regular(file))
+    # Tiktoken's ranks have the same file name; and the library reads no such model without the package for it.
+    except Exception:
+        return
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    if rules["model"]["type"] == "BPE":
+        vocab = rules["model"]["vocab"]
+        scores = {piece.piece: piece.score for piece in model.pieces if piece.piece in vocab}
+        rules["model"]["merges"] = [list(pair) for pair in generate_merges(vocab, scores)]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))
 
 
 def images_only(cls: Any) -> Any:

@@ -5,6 +5,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from stages.checkpoints.configs import read_config
+from stages.checkpoints.gguf import gguf_file
+from stages.checkpoints.gguf_decoder import converted
+from stages.checkpoints.quantization import refuse_quantized
 from stages.checkpoints.weights import check_files
 from storage.errors import UserError, first_line
 from storage.regular_files import refuse_special_files, refuse_unusable
@@ -17,13 +21,30 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
     """The local folder of a checkpoint.
 
     Raises:
-        UserError: If there is none, or its safetensors weights are missing or not whole.
+        UserError: If there is none, its safetensors weights are missing or not whole, or it is a GGUF file.
     """
+    if (file := gguf_file(Path(name))) is not None:
+        raise UserError(
+            f"{file} is a GGUF file, which is read as a student's decoder and as nothing else; expected a checkpoint "
+            "folder with safetensors weights"
+        )
     folder = local_folder(name, with_weights=with_weights)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
     if with_weights:
         check_files(folder)
+    return folder
+
+
+def resolve_student(name: str | Path) -> Path:
+    """The local folder of a checkpoint that is to be trained; a GGUF file is converted into one.
+
+    Raises:
+        UserError: As `resolve_checkpoint` and `converted`; if its weights are quantized in another way.
+    """
+    file = gguf_file(Path(name))
+    folder = resolve_checkpoint(name) if file is None else converted(file)
+    refuse_quantized(read_config(folder / "config.json"), folder, "a student")
     return folder
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from stages.checkpoints.configs import load_config, unfit_named
+from stages.checkpoints.quantization import load_quantized, scheme_of
 from storage.digests import parse_json
 from storage.errors import UserError
 from storage.regular_files import open_regular, read_regular
@@ -93,15 +94,19 @@ def load_weights(
         nothing_else: whether the files may hold no other tensors either, as in checkpoints made here. Published ones
             hold some that no class reads.
         trust_remote_code: whether its configs may name code, which is run.
-        settings: for `from_pretrained`; `device_map="meta"` reads headers only.
+        settings: for `from_pretrained`; `device_map="meta"` reads headers only. A quantized model is loaded on the GPU
+            when there is one, and stays there.
 
     Raises:
-        UserError: As `load_config` and `check_files`; if no model can be built from the config, or a tensor is missing
-            or has another shape than the config asks for.
+        UserError: As `load_config`, `check_files` and `load_quantized`; if no model can be built from the config, or a
+            tensor is missing or has another shape than the config asks for.
     """
-    load_config(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     check_files(folder)
     load = partial(_loaded, auto_class, folder, nothing_else, trust_remote_code)
+    if scheme_of(config) is not None:
+        dense = partial(auto_class.from_config, config, trust_remote_code=trust_remote_code)
+        return load_quantized(lambda how: load({**settings, **how}), folder, weight_files(folder), config, dense)
     if trust_remote_code:
         return load(settings)
     # What the files lack, the library makes in the size that the config says: any size, so without memory first.
@@ -133,6 +138,16 @@ def _loaded(
         trust_remote_code=trust_remote_code,
         **settings,
     )
+    check_complete(found, folder, nothing_else=nothing_else)
+    return loaded
+
+
+def check_complete(found: dict[str, Any], where: Path, *, nothing_else: bool = False) -> None:
+    """Refuses a model some of whose weights its files lack, by what the library says of its loading.
+
+    Raises:
+        UserError: If any is missing or of another shape, or with `nothing_else` unexpected.
+    """
     other_shapes = [f"{name} {list(held)} for {list(asked)}" for name, held, asked in found["mismatched_keys"]]
     # Tied weights, which are stored once, are not among the missing ones.
     wrong = {
@@ -143,10 +158,9 @@ def _loaded(
     if any(wrong.values()):
         listed = "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names)
         raise UserError(
-            f"the weight files of {folder} do not hold the model that its config.json describes ({listed}); what is "
+            f"the weight files of {where} do not hold the model that its config.json describes ({listed}); what is "
             "missing would be random numbers. Fetch the checkpoint again, or save the model that it was made from again"
         )
-    return loaded
 
 
 def weights_digest(folder: Path) -> str:

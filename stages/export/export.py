@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from stages.checkpoints.configs import read_config
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
+from stages.checkpoints.quantization import refuse_quantized
 from stages.checkpoints.weights import weight_files
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
@@ -75,6 +77,7 @@ def export_student(
     check_new(output)
     task = progress.task(f"export {output.name}", total=3, unit="steps")
     task.update(note="loading")
+    refuse_quantized(read_config(source / "config.json"), source, "an export")
     student, processor = load_multimodal(source), load_processor(source)
     pad_on_the_left(processor.tokenizer)
     vision_type = getattr(student.config, "teacher_config", student.config).model_type
@@ -82,7 +85,6 @@ def export_student(
     parts, post_connector = _folded(student, fold=fold)
     grown, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
     generation = generation_settings(student, processor.tokenizer, probe, added_ids)
-
     task.update(done=1, note="saving")
     with new_folder(output) as staging:
         # The student itself where nothing changed: transformers saves some families under other names than it holds.

@@ -14,6 +14,7 @@ from stages.attention.capture import CAPTURE_VERSION
 from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
+from stages.checkpoints.quantization import check_packages, scheme_of
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
@@ -96,8 +97,10 @@ class TeacherIdentity:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user about what students of this teacher will not learn."""
-        return notes_of_ends(
+        """Notes for the user about what students of this teacher will not learn, and how it is loaded."""
+        scheme = scheme_of(self.config)
+        quantized = () if scheme is None else (f"the teacher is quantized ({scheme}); so is what students learn of it",)
+        return quantized + notes_of_ends(
             self.processor,
             self.config.image_token_id,
             f"the chat template of {self.settings.chat_template or self.settings.checkpoint}",
@@ -160,10 +163,12 @@ def identify_teacher(
     estimate, their digest is empty.
 
     Raises:
-        UserError: If checkpoint or chat template cannot be read, or its family or layers cannot be used.
+        UserError: If checkpoint or chat template cannot be read, its family or layers cannot be used, or it is
+            quantized and a package that loads it is missing.
     """
     folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
+    check_packages(config, folder)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
     layers, windows = captured_layers(settings, num_layers)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from stages.attention.capture import enable_capture
+from stages.checkpoints.quantization import is_packed, place, without_scheme
 from stages.checkpoints.weights import load_weights
 from stages.conversations.encoder import ConversationEncoder
 from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
@@ -28,7 +29,11 @@ class Teacher:
         prefixes = self.identity.family.vision_prefixes
         state = {name: t for name, t in self.model.state_dict().items() if name.startswith(prefixes)}
         save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors")
-        self.model.config.save_pretrained(folder)
+        config = self.model.config
+        if not is_packed(state):
+            # Students are not refused for how the teacher's decoder is stored.
+            config = without_scheme(config)
+        config.save_pretrained(folder)
         self.identity.processor.save_pretrained(folder)
 
 
@@ -46,7 +51,7 @@ def load_teacher(settings: TeacherConfig, images: ImageConfig = DEFAULT_IMAGES) 
         dtype=identity.dtype,
         trust_remote_code=settings.trust_remote_code,
     )
-    model.to(device).eval().requires_grad_(False)
+    place(model, device).eval().requires_grad_(False)
     enable_capture(model)
     encoder = ConversationEncoder(identity.processor, model.config.image_token_id, settings.max_length, images)
     return Teacher(identity, model, encoder)

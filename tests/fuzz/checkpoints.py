@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -14,16 +15,17 @@ from transformers.utils import logging as transformers_logging
 
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import hide_loading_bars, load_processor
-from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.resolve import resolve_checkpoint, resolve_student
 from stages.checkpoints.weights import load_weights, weights_digest
 from stages.convert.checkpoint import convert_checkpoint
 from stages.student.model.loading import check_weights
 from stages.student.model.student import is_student
-from tests.checkpoints import make_tiny_llava
+from tests.checkpoints import make_tiny_llava, make_tiny_lm
 from tests.fuzz.attempt import Mutant, Target
-from tests.fuzz.mutants import spoiled
+from tests.fuzz.mutants import spoiled, spoiled_bytes
 from tests.fuzz.runs import written
 from tests.fuzz.safetensors_files import spoiled_safetensors
+from tests.gguf_files import make_gguf
 from tests.stages.checkpoints.test_weights import saved
 from tests.stages.convert.test_checkpoint import GOLDEN, make_tokenizer
 
@@ -104,7 +106,33 @@ def read_released(root: Path) -> None:
         convert_checkpoint(root / "released", root / "converted")
 
 
+def make_gguf_file(root: Path) -> None:
+    """A decoder."""
+    make_tiny_lm(root / "lm", tokenizer_from=make_tiny_llava(root / "llava"), num_layers=1)
+    make_gguf(root / "decoder.gguf", root / "lm")
+    for name in ("lm", "llava"):
+        shutil.rmtree(root / name)
+
+
+def read_gguf(root: Path) -> None:
+    """Converts it."""
+    with quiet(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDP_CACHE_DIR", str(root / "cache"))
+        resolve_student(root / "decoder.gguf")
+
+
+def spoiled_gguf(root: Path) -> st.SearchStrategy[Mutant]:
+    """Its head is spoiled, or any byte."""
+    data = (root / "decoder.gguf").read_bytes()
+    head = data.index(b"token_embd.weight") + 1000
+    return written(
+        "decoder.gguf",
+        st.one_of(spoiled("decoder.gguf", data), spoiled_bytes(data[:head]).map(lambda found: found + data[head:])),
+    )
+
+
 TARGETS = [
+    Target("gguf", make_gguf_file, read_gguf, spoiled_gguf),
     Target("weights", make_weights, read_weights, spoiled_files),
     Target("configs", make_configs, read_configs, spoiled_files),
     Target("released checkpoint", make_released, read_released, spoiled_files),

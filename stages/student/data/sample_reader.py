@@ -168,7 +168,7 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
     teacher_folder = targets.teacher_folder()
     teacher = load_processor(teacher_folder)
     teacher_config, config = load_config(teacher_folder), load_config(folder)
-    family = _family(folder, config, teacher_config.model_type, own_vision=own_vision)
+    family = _family(folder, config, teacher_config, own_vision=own_vision)
     differences = tokenizer_differences(teacher, folder)
     if differences and kd_weight > 0:
         raise other_tokenizer(folder, differences)
@@ -195,7 +195,7 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
     return ReaderSpec(reader, config.get_text_config(), teacher_folder, teacher, notes)
 
 
-def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vision: bool) -> Family:
+def _family(folder: Path, config: PreTrainedConfig, teacher: PreTrainedConfig, *, own_vision: bool) -> Family:
     """Family of the vision tower; refuses a checkpoint that is not of the kind that `own_vision` says."""
     model_type = config.model_type
     if not own_vision:
@@ -204,7 +204,7 @@ def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vi
                 f"{folder} is a whole multimodal model ({model_type}); give --vision own to keep its vision tower "
                 "and projector, or name a causal language model as the student's decoder"
             )
-        family = teacher_family(teacher_type)
+        family = teacher_family(teacher)
         if not is_student(folder):
             check_decoder(folder, config)
         return family
@@ -213,7 +213,7 @@ def _family(folder: Path, config: PreTrainedConfig, teacher_type: str, *, own_vi
             f"{folder} is of type {model_type}, which has no vision tower of its own; name a multimodal "
             f"checkpoint ({', '.join(sorted(FAMILIES))}), or give it the teacher's vision tower (--vision teacher)"
         )
-    for role, name in (("student", model_type), ("teacher", teacher_type)):
+    for role, name in (("student", model_type), ("teacher", teacher.model_type)):
         if (reason := family_of(name).why_not_with_own_vision()) is not None:
             wrong = f"a student with its own vision tower cannot be trained with a {role} of type {name}"
             raise UserError(f"{wrong}: {reason}")

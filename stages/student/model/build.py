@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from stages.attention.capturable_layers import check_sdpa
 from stages.checkpoints.configs import load_config, unfit_named
-from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.quantization import refuse_quantized
+from stages.checkpoints.resolve import resolve_student
 from stages.checkpoints.weights import check_files, load_weights, some, weight_files
 from stages.families.family import Family
 from stages.families.registry import FAMILIES, family_of
@@ -29,16 +30,16 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
 
     Args:
         teacher_folder: `teacher/` of a target store: vision tower, projector, configs, processor.
-        decoder: Folder or hub id of a causal language model.
+        decoder: Folder, hub id or GGUF file of a causal language model.
         seed: Decides the post-connector's initial weights.
         image_token_id: None takes the teacher's.
 
     Raises:
         UserError: If no student can have such a teacher, or weights are missing in its folder or in the decoder's.
     """
-    decoder_folder = resolve_checkpoint(decoder)
+    decoder_folder = resolve_student(decoder)
     teacher_config = load_config(teacher_folder)
-    family = teacher_family(teacher_config.model_type)
+    family = teacher_family(teacher_config)
     language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=torch.float32)
     _check_head(decoder_folder, language_model)
     check_files(teacher_folder)
@@ -67,12 +68,13 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
     return student
 
 
-def teacher_family(model_type: str) -> Family:
-    """The family of a teacher whose vision tower a student can have.
+def teacher_family(teacher: PreTrainedConfig) -> Family:
+    """The family of a teacher, by its config in a target store, whose vision tower a student can have.
 
     Raises:
         UserError: If no student can have it; says why.
     """
+    model_type = teacher.model_type
     family = family_of(model_type)
     if (reason := family.why_no_student()) is not None:
         able = sorted(name for name, known in FAMILIES.items() if known.why_no_student() is None)
@@ -80,6 +82,9 @@ def teacher_family(model_type: str) -> Family:
             f"no student can be built for a teacher of type {model_type}: {reason}. Its targets can be extracted; "
             f"students can be built for {', '.join(able)}"
         )
+    # `Teacher.save_vision` takes the note of it away where only other parts are.
+    todo = "give it one of its own (--vision own), or extract with a teacher whose vision tower is not quantized"
+    refuse_quantized(teacher, Path(teacher.name_or_path), "a student with the teacher's vision tower", todo)
     return family
 
 

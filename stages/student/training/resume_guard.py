@@ -5,7 +5,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.gguf import gguf_file
+from stages.checkpoints.gguf_decoder import gguf_digest
+from stages.checkpoints.resolve import resolve_student
 from stages.checkpoints.weights import weight_files, weights_digest
 from stages.settings import lasting, refuse_other_settings
 from stages.student.run_folder import StageDescription, StageFolder
@@ -112,7 +114,13 @@ def decoder_digest(decoder: str) -> str:
     return _weights(_local_folder(decoder))
 
 
-_local_folder = lru_cache(resolve_checkpoint)
+@lru_cache
+def gguf_record(decoder: str) -> dict[str, str]:
+    """Digest of the GGUF file that the decoder was read from, as a run records it; empty for another checkpoint."""
+    return {} if (file := gguf_file(Path(decoder))) is None else {"decoder_gguf": gguf_digest(file)}
+
+
+_local_folder = lru_cache(resolve_student)
 
 
 def _weights(folder: Path) -> str:

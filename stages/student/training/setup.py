@@ -6,7 +6,7 @@ from peft import PeftModel
 
 from stages.attention.capturable_layers import check_maps
 from stages.checkpoints.image_settings import note_image_settings
-from stages.checkpoints.resolve import resolve_checkpoint
+from stages.checkpoints.resolve import resolve_student
 from stages.conversations.answer_ends import notes_of_ends
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import (
@@ -46,7 +46,7 @@ class StageSetup:
     def __init__(self, run: StageRun) -> None:
         self._run = run
         self._own_vision = run.config.vision == "own"
-        self._folder = resolve_checkpoint(run.initial or run.decoder)
+        self._folder = resolve_student(run.initial or run.decoder)
         kd_weight = run.stage.kd_weight
         spec = resolve_reader_spec(run.targets, self._folder, own_vision=self._own_vision, kd_weight=kd_weight)
         if spec.reader.max_length is not None:
