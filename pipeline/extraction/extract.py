@@ -12,7 +12,7 @@ from pipeline.extraction.shard_extractor import TEACHER_ONLY, ShardExtractor
 from pipeline.extraction.tally import ExtractionTally
 from pipeline.runtime.interruption import RESUME, Interrupted, raised_on
 from storage.progress import SILENT, Progress
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import COMMITS, committed_shards, iter_commits
@@ -41,15 +41,18 @@ def extract(
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
         TooManySkipped: If more samples are unusable than allowed; all others are stored.
-        UserError: If a shard failed on every attempt; the others are stored.
+        UserError: If the teacher's template or processor takes none of the first samples; or if a shard failed on
+            every attempt, the others are stored.
         Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
     from pipeline.cluster import connection, ray_backend
+    from stages.teacher.first_samples import check_first_samples
     from stages.teacher.identity import identify_teacher
 
     started = time.perf_counter()
-    samples, targets = open_store(samples_url), open_store(targets_url)
-    index = SampleIndex.load(samples)
+    samples, targets = SampleSet.open(samples_url), open_store(targets_url)
+    index = samples.index
+    check_first_samples(teacher, samples)
     with connection.connect(config.ray_address) as cluster:
         identity = identify_teacher(teacher, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))

@@ -29,8 +29,21 @@ def render_with_answers(template: ChatTemplate, messages: list[Message]) -> tupl
     return text, [(start, end) for (start, _), end in zip(spans, ends, strict=True) if start < end]
 
 
+def expand_placeholders(text: str, replacements: Sequence[Mapping[str, Any]]) -> str:
+    """The text as the processor gives it to the tokenizer; `replacements` are its `text_replacement_offsets`."""
+    pieces, last = [], 0
+    for replacement in replacements:
+        first, after = replacement["span"]
+        pieces += [text[last:first], replacement["replacement"]]
+        last = after
+    return "".join([*pieces, text[last:]])
+
+
 def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any]], offsets_T2: Tensor) -> Tensor:
     """Marks the tokens that overlap a span.
+
+    Some tokenizers leave white space out of their offsets (`trim_offsets`). A token of white space alone is then empty
+    and ends after it, so it gets the characters that no token before it has.
 
     Args:
         spans: of the text as it was before image placeholders grew.
@@ -42,6 +55,9 @@ def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any
     """
     placed = [(replacement["span"][1], replacement["new_span"][1]) for replacement in replacements]
     starts_T, ends_T = offsets_T2.unbind(-1)
+    before_T = ends_T.cummax(0).values.roll(1)
+    before_T[:1] = 0
+    starts_T = torch.where(starts_T == ends_T, torch.minimum(starts_T, before_T), starts_T)
     mask_T = torch.zeros(len(offsets_T2), dtype=torch.bool)
     for start, end in spans:
         # A character moves because of the placeholders before it that grew.

@@ -217,18 +217,6 @@ UNUSABLE = {
     "no placeholder": (turns("What?", "Red."), 1, "image_without_placeholder"),
     "no image": (turns("<image>\nWhat?", "Red."), 0, "placeholder_without_image"),
     "too many placeholders": (turns("<image>\n<image>\nWhat?", "Red."), 1, "placeholder_without_image"),
-    "placeholder in an answer": (turns("<image>\nWhat?", "An <image>."), 1, "image_count_mismatch"),
-    "placeholder in a text-only answer": (turns("What?", "<image>"), 0, "image_count_mismatch"),
-    "placeholder in the system turn": (
-        turns("<image>\nWhat?", "Red.", system="<image>"),
-        1,
-        "image_count_mismatch",
-    ),
-    "placeholder made by taking one out": (
-        turns("<ima<image>ge>\nWhat?", "Red."),
-        1,
-        "image_count_mismatch",
-    ),
     "answer first": ([{"from": "gpt", "value": "Red."}], 0, "wrong_turn_order"),
     "two questions": (
         [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}],
@@ -254,12 +242,6 @@ def test_unusable_conversations_name_their_reason(
     conversation, num_images, reason = UNUSABLE[name]
     for either in (encoder, prefix_encoder):
         assert _reason(either, conversation, images(num_images)) == reason
-
-
-def test_special_tokens_in_text_do_not_move_the_mask(encoder: ConversationEncoder, processor: Any) -> None:
-    encoded = encoder.encode(turns("<image>\nWhat is <|endoftext|>?", "A <|pad|> token."), images(1))
-    assert answers(processor, encoded.token_ids, encoded.answer_mask) == [" A <|pad|> token.<|endoftext|>"]
-    assert len(encoded.image_positions) == NUM_IMAGE_TOKENS
 
 
 def test_an_image_the_processor_refuses_is_named(encoder: ConversationEncoder) -> None:
@@ -292,14 +274,14 @@ def test_a_template_that_raises_is_named(processor: Any) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}",
         "nothing of the conversation",
+        "{{ messages[0]['content'] }}",
+        "{{ messages['first'] + 1 }}",
     ],
 )
-def test_a_template_for_plain_strings_is_refused_at_once(template: str, processor: Any) -> None:
+def test_a_template_that_renders_no_conversation_is_refused_at_once(template: str, processor: Any) -> None:
     processor.chat_template = template
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="cannot render a question and its answer: "):
         ConversationEncoder(processor, processor.image_token_id, 512)
 
 
