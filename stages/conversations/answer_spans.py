@@ -4,16 +4,21 @@ The spans are read from the template's `{% generation %}` blocks or, for the man
 renderings of the conversation's prefixes. The tokenizer's offsets carry them over to tokens.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import Message
 from stages.conversations.template_process import Span
 from stages.unusable_sample import UnusableSample
+
+_TRIMS: Final = b'"trim_offsets":true'
+"""In the JSON of a post-processor, which may be a sequence of several."""
 
 
 def render_with_answers(template: ChatTemplate, messages: list[Message]) -> tuple[str, list[Span]]:
@@ -42,9 +47,6 @@ def expand_placeholders(text: str, replacements: Sequence[Mapping[str, Any]]) ->
 def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any]], offsets_T2: Tensor) -> Tensor:
     """Marks the tokens that overlap a span.
 
-    Some tokenizers leave white space out of their offsets (`trim_offsets`). A token of white space alone is then empty
-    and ends after it, so it gets the characters that no token before it has.
-
     Args:
         spans: of the text as it was before image placeholders grew.
         replacements: the processor's `text_replacement_offsets`: where placeholders stood, and where they are now.
@@ -55,9 +57,6 @@ def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any
     """
     placed = [(replacement["span"][1], replacement["new_span"][1]) for replacement in replacements]
     starts_T, ends_T = offsets_T2.unbind(-1)
-    before_T = ends_T.cummax(0).values.roll(1)
-    before_T[:1] = 0
-    starts_T = torch.where(starts_T == ends_T, torch.minimum(starts_T, before_T), starts_T)
     mask_T = torch.zeros(len(offsets_T2), dtype=torch.bool)
     for start, end in spans:
         # A character moves because of the placeholders before it that grew.
@@ -66,6 +65,23 @@ def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any
         )
         mask_T |= (starts_T < grown_end) & (ends_T > grown_start) & (ends_T > starts_T)
     return mask_T
+
+
+def untrimmed(tokenizer: Tokenizer) -> Tokenizer | None:
+    """A copy whose offsets hold all characters of a token; None for a tokenizer that does so itself.
+
+    Many byte-level tokenizers leave white space out of them (`trim_offsets`). A token of white space alone would then
+    be in no span.
+    """
+    rules = tokenizer.post_processor
+    if rules is None or _TRIMS not in (state := rules.__getstate__()):
+        return None
+    copied = copy.deepcopy(tokenizer)
+    rules.__setstate__(state.replace(_TRIMS, b'"trim_offsets":false'))
+    copied.post_processor = rules
+    copied.no_truncation()
+    copied.no_padding()
+    return copied
 
 
 def _by_prefixes(template: ChatTemplate, messages: list[Message]) -> tuple[str, list[Span]]:

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from stages.checkpoints.processor_sizes import check_picture
 from stages.checkpoints.tokenizer_rules import panics_raised
-from stages.conversations.answer_spans import expand_placeholders, mask_of_spans, render_with_answers
+from stages.conversations.answer_spans import expand_placeholders, mask_of_spans, render_with_answers, untrimmed
 from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import to_messages, with_placeholders
 from stages.conversations.special_tokens import SpecialTokens
@@ -79,6 +80,7 @@ class ConversationEncoder:
         self._placeholder: str = getattr(processor, "image_token", None) or self._image_token
         image_tokens = {self._placeholder, self._image_token}
         self._special_tokens = SpecialTokens(processor.tokenizer, self._template, image_tokens)
+        self._untrimmed = untrimmed(processor.tokenizer.backend_tokenizer)
         # Undoes truncation and padding saved in tokenizer.json: a change of them while threads encode raises.
         processor.tokenizer("")
 
@@ -151,9 +153,13 @@ class ConversationEncoder:
                 )
             token_ids, offsets_T2 = outputs["input_ids"][0], outputs["offset_mapping"][0]
             replacements = self._replacements(outputs) if images else []
-            if any_broken:
-                expanded = expand_placeholders(text, replacements)
-                token_ids, offsets_T2 = self._special_tokens.encode(expanded, add_special_tokens=add_special_tokens)
+            expanded = expand_placeholders(text, replacements)
+            with panics_raised():
+                if any_broken:
+                    token_ids, offsets_T2 = self._special_tokens.encode(expanded, add_special_tokens)
+                elif self._untrimmed is not None:
+                    offsets = self._untrimmed.encode(expanded, add_special_tokens=add_special_tokens).offsets
+                    offsets_T2 = torch.tensor(offsets)
         except ValueError as error:
             raise UnusableSample("refused_by_processor", str(error)) from error
         image_positions = (token_ids == self.image_token_id).nonzero()[:, 0]

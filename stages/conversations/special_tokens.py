@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from stages.checkpoints.tokenizer_rules import panics_raised
+from stages.conversations.answer_spans import untrimmed
 from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import Message, text_part
 from stages.unusable_sample import UnusableSample
@@ -72,7 +72,7 @@ class SpecialTokens:
             result.append({**message, "content": parts})
         return result, any_broken
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[Tensor, Tensor]:
+    def encode(self, text: str, add_special_tokens: bool) -> tuple[Tensor, Tensor]:
         """Tokens of a rendered text in which special tokens are broken.
 
         Returns:
@@ -90,8 +90,7 @@ class SpecialTokens:
                 chars.append((_REAL, position))
             if char != _BREAK:
                 chars.append((char, position))
-        with panics_raised():
-            encoding = tokenizer.encode("".join(char for char, _ in chars), add_special_tokens=add_special_tokens)
+        encoding = tokenizer.encode("".join(char for char, _ in chars), add_special_tokens=add_special_tokens)
         befores = [0, *(position + 1 for _, position in chars)]
         offsets = [(chars[a][1] if a < b else befores[b], befores[b]) for a, b in encoding.offsets]
         spelled = [i for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if a < b and i in self._added]
@@ -103,9 +102,10 @@ class SpecialTokens:
         return torch.tensor(token_ids), torch.tensor(offsets).view(-1, 2)
 
     @cached_property
-    def _renamed(self) -> tuple[Tokenizer, dict[int, int]]:
+    def _renamed(self) -> tuple[Tokenizer, dict[int | None, int]]:
         """The tokenizer with its special tokens under other names, and the ids that these stand for."""
-        tokenizer = copy.deepcopy(self._tokenizer.backend_tokenizer)
+        own = self._tokenizer.backend_tokenizer
+        tokenizer = untrimmed(own) or copy.deepcopy(own)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # Those called special are then read as text. The others get the same, the new names are not special.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import processors
 
 from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.chat_templates import chat_template
@@ -315,6 +316,27 @@ def test_a_beginning_token_written_by_the_template_is_not_added_again(processor:
     bos = processor.tokenizer.convert_tokens_to_ids("<|pad|>")
     assert begun.token_ids.tolist() == [bos, *plain.token_ids.tolist()]
     assert begun.answer_mask.tolist() == [False, *plain.answer_mask.tolist()]
+
+
+@pytest.mark.parametrize("text", ["What?", "What is <|pad|>?"], ids=["plain", "with a special token in it"])
+@pytest.mark.parametrize("written", [True, False], ids=["by both", "by the tokenizer"])
+def test_there_is_one_beginning_token_whoever_writes_it(written: bool, text: str, processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token, bos = "<|pad|>", tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", bos)]),
+        ]
+    )
+    if written:
+        processor.chat_template = "{{- bos_token -}}" + str(processor.chat_template)
+    encoder = ConversationEncoder(processor, processor.image_token_id, 512)
+    for encoded in (encoder.encode(turns(text, "Red  one."), []), encoder.encode_prompt(text, [])):
+        assert encoded.token_ids.tolist()[0] == bos
+        assert encoded.token_ids.tolist().count(bos) == 1
+    found = encoder.encode(turns(text, "Red  one."), [])
+    assert tokenizer.decode(found.token_ids[found.answer_mask]) == " Red  one.<|endoftext|>"
 
 
 def test_threads_may_share_an_encoder(encoder: ConversationEncoder) -> None:

@@ -15,7 +15,10 @@ from tests.checkpoints import CHAT_TEMPLATE, CHATML
 from tests.stages.distilled import TinyData, make_tiny_data
 
 REFUSING = "{% if 'of the' in messages[0]['content'][-1]['text'] %}{{ raise_exception('no shapes') }}{% endif %}"
-WITHOUT_IMAGES = CHAT_TEMPLATE.replace("'<image>\\n'", "''")
+WITHOUT_IMAGES = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
