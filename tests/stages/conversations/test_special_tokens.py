@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
@@ -95,6 +95,17 @@ def test_each_is_the_tokens_of_its_characters_and_the_templates_own_stay(templat
     )
     assert len(encoded.image_positions) == 32
     assert marked(encoded) == [*plain(processor)(answers[0]), end, *plain(processor)(answers[1]), end]
+
+
+def test_a_tokenizer_that_begins_each_piece_with_a_space_reads_the_same_pieces(processor: Any) -> None:
+    # As those of the Llama family do.
+    rules = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(rules)
+    end, image = processor.tokenizer.eos_token_id, processor.image_token_id
+    encoded = encoder_of(processor).encode(turns(f"<image>\nWhat is {END}?", f"A {PAD}."), pictures(1))
+    text = f"\nWhat is {END}? ASSISTANT: A {PAD}."
+    assert encoded.token_ids.tolist() == expected(processor, "USER: ", *[image] * 16, text, end)
+    assert processor.tokenizer.decode(marked(encoded)).replace("\u2581", " ") == f" A {PAD}.{END}"
 
 
 def test_a_placeholder_that_is_made_by_taking_one_out_is_text(processor: Any) -> None:
