@@ -49,8 +49,10 @@ def test_it_answers_and_reads_the_picture_as_the_student_was_trained(hidden: int
     (code,) = re.findall(r"```python\n(.*?)```", (export / CARD).read_text(), re.DOTALL)
     script = tmp_path / "use.py"
     script.write_text(code + "\nimport json\nprint(json.dumps(inputs['input_ids'][0].tolist()))\n")
+    # From an empty standard input a question would be seen; a closed one cannot even be asked.
+    begun = 'exec "$0" "$1" </dev/null' if hidden == 24 else 'exec "$0" "$1" <&-'
     done = subprocess.run(
-        ["/bin/sh", "-c", 'exec "$0" "$1" <&-', sys.executable, str(script)],
+        ["/bin/sh", "-c", begun, sys.executable, str(script)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -58,6 +60,7 @@ def test_it_answers_and_reads_the_picture_as_the_student_was_trained(hidden: int
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout + done.stderr
     ids = json.loads(done.stdout.splitlines()[-1])
     student = load_multimodal(export)
     encoder = ConversationEncoder(load_processor(export), student.config.image_token_id, 512)
