@@ -22,11 +22,17 @@ _OfPlaceholders = Literal["image_without_placeholder", "placeholder_misplaced", 
 _OfImage = Literal[
     "broken_image", "empty_image", "image_too_large", "missing_image", "path_leaves_folder", "unsupported_image"
 ]
-_OfText = Literal["refused_by_processor", "refused_by_template", "template_not_prefix_stable", "image_count_mismatch"]
+ReasonOfText = Literal[
+    "refused_by_processor",
+    "refused_by_template",
+    "template_not_prefix_stable",
+    "image_count_mismatch",
+    "special_token_in_text",
+]
 _OfLength = Literal["image_beyond_max_length", "no_answer_within_max_length", "prompt_beyond_max_length"]
 _OfTeacher = Literal["kills_worker", "not_finite", "out_of_memory", "teacher_error"]
 
-Reason = Literal[_OfRecord, _OfTurns, _OfPlaceholders, _OfImage, _OfText, _OfLength, _OfTeacher]
+Reason = Literal[_OfRecord, _OfTurns, _OfPlaceholders, _OfImage, ReasonOfText, _OfLength, _OfTeacher]
 """The words that ledgers and reports count by."""
 
 

@@ -13,7 +13,7 @@ from pipeline.extraction.tally import ExtractionTally
 from pipeline.runtime.interruption import RESUME, Interrupted, raised_on
 from storage.progress import SILENT, Progress
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
-from storage.samples.index import SampleIndex
+from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import COMMITS, committed_shards, iter_commits
@@ -44,15 +44,18 @@ def extract(
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
         TooManySkipped: If more samples are unusable than allowed; all others are stored.
-        UserError: If a shard failed on every attempt; the others are stored.
+        UserError: If the teacher's template or processor takes none of the first samples; or if a shard failed on
+            every attempt, the others are stored.
         Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
     from pipeline.cluster import connection, ray_backend
+    from stages.teacher.first_samples import check_first_samples
     from stages.teacher.identity import identify_teacher
 
     started = time.perf_counter()
-    samples, targets = open_store(samples_url), open_store(targets_url)
-    index = SampleIndex.load(samples)
+    samples, targets = SampleSet.open(samples_url), open_store(targets_url)
+    index = samples.index
+    check_first_samples(teacher, samples)
     with connection.connect(config.ray_address) as cluster:
         identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))
@@ -82,12 +85,7 @@ def extract(
                     on_workers=tally.show,
                 )
         except Interrupted as stop:
-            stored = len(committed_shards(targets.list(COMMITS)))
-            raise Interrupted(
-                stop.signal_number,
-                f"interrupted: {stored} of {len(index.shards)} shards are stored in {targets_url} "
-                f"({stored - len(committed)} made now); {RESUME}",
-            ) from None
+            raise _interrupted(stop, targets, len(index.shards), len(committed)) from None
     # What workers that died were writing, and folders that another extraction was first to commit in place of.
     clean_partials(targets)
     committed = committed_shards(targets.list(COMMITS))
@@ -97,3 +95,10 @@ def extract(
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report
+
+
+def _interrupted(stop: Interrupted, targets: Store, num_shards: int, num_before: int) -> Interrupted:
+    """The same, saying how many shards are stored."""
+    stored = len(committed_shards(targets.list(COMMITS)))
+    found = f"{stored} of {num_shards} shards are stored in {targets.url} ({stored - num_before} made now)"
+    return Interrupted(stop.signal_number, f"interrupted: {found}; {RESUME}")

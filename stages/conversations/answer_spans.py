@@ -4,16 +4,21 @@ The spans are read from the template's `{% generation %}` blocks or, for the man
 renderings of the conversation's prefixes. The tokenizer's offsets carry them over to tokens.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from stages.conversations.chat_templates import ChatTemplate
 from stages.conversations.messages import Message
 from stages.conversations.template_process import Span
 from stages.unusable_sample import UnusableSample
+
+_TRIMS: Final = b'"trim_offsets":true'
+"""In the JSON of a post-processor, which may be a sequence of several."""
 
 
 def render_with_answers(template: ChatTemplate, messages: list[Message]) -> tuple[str, list[Span]]:
@@ -27,6 +32,16 @@ def render_with_answers(template: ChatTemplate, messages: list[Message]) -> tupl
     text, spans = template.render_marked(messages) if template.marks_answers else _by_prefixes(template, messages)
     ends = [len(text[:end].rstrip()) for _, end in spans]
     return text, [(start, end) for (start, _), end in zip(spans, ends, strict=True) if start < end]
+
+
+def expand_placeholders(text: str, replacements: Sequence[Mapping[str, Any]]) -> str:
+    """The text as the processor gives it to the tokenizer; `replacements` are its `text_replacement_offsets`."""
+    pieces, last = [], 0
+    for replacement in replacements:
+        first, after = replacement["span"]
+        pieces += [text[last:first], replacement["replacement"]]
+        last = after
+    return "".join([*pieces, text[last:]])
 
 
 def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any]], offsets_T2: Tensor) -> Tensor:
@@ -50,6 +65,23 @@ def mask_of_spans(spans: Sequence[Span], replacements: Sequence[Mapping[str, Any
         )
         mask_T |= (starts_T < grown_end) & (ends_T > grown_start) & (ends_T > starts_T)
     return mask_T
+
+
+def untrimmed(tokenizer: Tokenizer) -> Tokenizer | None:
+    """A copy whose offsets hold all characters of a token; None for a tokenizer that does so itself.
+
+    Many byte-level tokenizers leave white space out of them (`trim_offsets`). A token of white space alone would then
+    be in no span.
+    """
+    rules = tokenizer.post_processor
+    if rules is None or _TRIMS not in (state := rules.__getstate__()):
+        return None
+    copied = copy.deepcopy(tokenizer)
+    rules.__setstate__(state.replace(_TRIMS, b'"trim_offsets":false'))
+    copied.post_processor = rules
+    copied.no_truncation()
+    copied.no_padding()
+    return copied
 
 
 def _by_prefixes(template: ChatTemplate, messages: list[Message]) -> tuple[str, list[Span]]:

@@ -1,6 +1,8 @@
 """Chat templates: where a processor's is found, those that come with the package, and how one renders messages."""
 
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,33 @@ from storage.regular_files import is_regular, read_regular
 
 FOLDER = Path(__file__).parent / "templates"
 """`llava-1.5.jinja` is the format LLaVA-1.5 was trained on (conversation `vicuna_v1` of its code), with the end token
-after each answer that the published checkpoint's own template leaves out."""
+after each answer that the published checkpoint's own template leaves out. `chatml.jinja` is that of Qwen and SmolLM,
+without a system turn of its own. `llama-3.jinja` is that of Llama 3. `mistral.jinja` is that of Mistral 7B Instruct 0.1
+and 0.2, and of LLaVA-1.6 on them."""
+
+_IMAGE = "<image>\\n"
+"""What stands for an image in the templates of that folder, as jinja writes it."""
+_PLACEHOLDERS = {"<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>"}
+"""Image token -> what checkpoints were trained with around it, where that is not a line of its own."""
+
+_TRIAL = {"user": "trial of user", "assistant": "trial of assistant"}
+_FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set turn = namespace(text='') -%}
+{%- if message['content'] is string -%}{%- set turn.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{%- set turn.text = turn.text + PLACEHOLDER -%}
+{%- else -%}{%- set turn.text = turn.text + part['text'] -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': turn.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+"""Goes before a template that expects the content of a turn as a plain string. So the template that is saved with a
+model renders parts wherever it is used."""
 
 _MAX_BYTES = 2**20
 """Largest template; real ones have kilobytes."""
@@ -34,8 +62,16 @@ def chat_template(processor: Any) -> str:
     return str(template)
 
 
-def read_template(name: str) -> str:
+def image_text(processor: Any) -> str:
+    """What stands for an image in the text of a turn, as the family's checkpoints were trained."""
+    token: str = getattr(processor, "image_token", None) or "<image>"
+    return _PLACEHOLDERS.get(token, f"{token}\n")
+
+
+def read_template(name: str, placeholder: str = "<image>\n") -> str:
     """A chat template: the text of a jinja file, or of one that comes with the package, by its bare name.
+
+    The latter writes `placeholder` for an image.
 
     Raises:
         UserError: If neither exists, or the file cannot be read.
@@ -43,26 +79,40 @@ def read_template(name: str) -> str:
     bundled = {file.stem: file for file in sorted(FOLDER.glob("*.jinja"))}
     path = Path(name) if is_regular(Path(name)) else bundled.get(name, Path(name))
     try:
-        return read_regular(path, _MAX_BYTES).decode()
+        text = read_regular(path, _MAX_BYTES).decode()
     except (CorruptData, OSError, UnicodeDecodeError) as error:
         others = f"one of the templates that come with the package: {', '.join(bundled)}"
         raise UserError(
             f"chat template {name} cannot be read: {error}; give a jinja file's path, or {others}"
         ) from error
+    return text.replace(_IMAGE, repr(placeholder)[1:-1]) if path.parent == FOLDER else text
 
 
 class ChatTemplate:
     """The chat template of a processor; several threads may use it.
 
+    Attributes:
+        text: The template as it renders turns made of parts.
+        trial: What it makes of a question about an image, or without one, and its answer.
+        after_answer: What it writes after that answer.
+
     Raises:
-        UserError: If there is none, or it is one for turns that are plain strings.
+        UserError: If there is none, or it renders no conversation.
     """
 
     def __init__(self, processor: Any) -> None:
-        self._text = chat_template(processor)
         self._special_tokens = processor.tokenizer.special_tokens_map
-        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self._text) is not None
-        self._check_parts()
+        own, image = chat_template(processor), getattr(processor, "image_token", None)
+        found = image and with_image_parts(own, self._special_tokens, image, image_text(processor))
+        if not found:
+            # It may still do for samples without images; those with one are refused by their number of placeholders.
+            try:
+                found = own, _trial(own, self._special_tokens, [])
+            except RefusedByTemplate as error:
+                raise UserError(f"the chat template cannot render a question and its answer: {error}") from error
+        self.text, self.trial = found
+        self.after_answer = self.trial.partition(_TRIAL["assistant"])[2]
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         """The text that `processor.apply_chat_template` gives.
@@ -82,19 +132,42 @@ class ChatTemplate:
 
     def _render(self, messages: list[Message], **settings: bool) -> tuple[str, list[Span]]:
         try:
-            return template_process.render(self._text, messages, self._special_tokens, **settings)
+            return template_process.render(self.text, messages, self._special_tokens, **settings)
         except RefusedByTemplate as error:
             raise UnusableSample("refused_by_template", str(error)) from error
 
-    def _check_parts(self) -> None:
-        """A template for plain strings would print the parts of a turn as Python lists, without an error."""
-        trial = {role: f"trial of {role}" for role in ("user", "assistant")}
-        try:
-            text = self.render([{"role": role, "content": [text_part(words)]} for role, words in trial.items()])
-        except UnusableSample as error:
-            raise UserError(f"the chat template cannot render a question and its answer: {error.detail}") from error
-        if not all(words in text for words in trial.values()) or "'text'" in text:
-            raise UserError(
-                f"the chat template renders a turn made of parts as {text!r:.200}; it must go through "
-                "message['content'] and render parts of type 'text' and 'image'"
-            )
+
+def with_image_parts(
+    template: str, special_tokens: Mapping[str, Any], image_token: str, placeholder: str
+) -> tuple[str, str] | None:
+    """The template if it renders turns made of parts, else the same for turns that are strings.
+
+    A template of a language model expects strings. It then gets each turn as one, with `placeholder` for an image.
+
+    Returns:
+        The template and what it makes of a question about an image and its answer; None if neither way writes one
+        image token.
+    """
+    for text in (template, _FLATTEN.replace("PLACEHOLDER", repr(placeholder)) + template):
+        with suppress(RefusedByTemplate):
+            trial = _trial(text, special_tokens, [{"type": "image"}])
+            if trial.count(image_token) == 1:
+                return text, trial
+    return None
+
+
+def _trial(template: str, special_tokens: Mapping[str, Any], images: list[dict[str, str]]) -> str:
+    """What a template makes of a question, with these parts before it, and its answer.
+
+    Raises:
+        RefusedByTemplate: If it raises, or leaves the words out. One for plain strings prints parts as Python lists.
+    """
+    messages = [{"role": role, "content": [text_part(words)]} for role, words in _TRIAL.items()]
+    messages[0]["content"] = [*images, text_part(_TRIAL["user"])]
+    text, _ = template_process.render(template, messages, dict(special_tokens))
+    if not all(words in text for words in _TRIAL.values()) or "'text'" in text:
+        raise RefusedByTemplate(
+            f"it renders a turn made of parts as {text!r:.200}; it must go through message['content'] and render "
+            "parts of type 'text' and 'image', or take message['content'] as a string"
+        )
+    return text

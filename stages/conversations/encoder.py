@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from stages.checkpoints.processor_sizes import check_picture
 from stages.checkpoints.tokenizer_rules import panics_raised
-from stages.conversations.answer_spans import mask_of_spans, render_with_answers
+from stages.conversations.answer_spans import expand_placeholders, mask_of_spans, render_with_answers, untrimmed
 from stages.conversations.chat_templates import ChatTemplate
-from stages.conversations.messages import to_messages, with_placeholders
+from stages.conversations.messages import Message, to_messages, with_placeholders
+from stages.conversations.special_tokens import SpecialTokens
 from stages.conversations.template_process import Span
-from stages.conversations.turns import parse_turns
+from stages.conversations.turns import Turn, parse_turns
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
@@ -44,6 +46,20 @@ class EncodedConversation:
     """`[N]` int64, increasing: where `token_ids` holds the image token."""
 
 
+class RenderedConversation(NamedTuple):
+    """What a chat template makes of a conversation.
+
+    Attributes:
+        text: With special tokens of the turns' texts broken.
+        spans: Of the answers in it.
+        any_broken: Whether it holds such a token.
+    """
+
+    text: str
+    spans: list[Span]
+    any_broken: bool
+
+
 class ConversationEncoder:
     """Encodes conversations for one processor; may be used by several threads.
 
@@ -66,6 +82,10 @@ class ConversationEncoder:
         self.image_settings = image_settings
         self._image_token: str = processor.tokenizer.convert_ids_to_tokens(image_token_id)
         self._template = ChatTemplate(processor)
+        self._placeholder: str = getattr(processor, "image_token", None) or self._image_token
+        image_tokens = {self._placeholder, self._image_token}
+        self._special_tokens = SpecialTokens(processor.tokenizer, self._template, image_tokens)
+        self._untrimmed = untrimmed(processor.tokenizer.backend_tokenizer)
         # Undoes truncation and padding saved in tokenizer.json: a change of them while threads encode raises.
         processor.tokenizer("")
 
@@ -73,17 +93,27 @@ class ConversationEncoder:
         """The turns (`from`, `value`) of one sample as tokens, cut at `max_length`.
 
         The cut may fall inside an answer, of which the tokens before it are kept; it may not fall before or
-        inside the image tokens, nor before the first answer token. Text never becomes an image token; other
-        special tokens written in it are read as such, as by the processor's own template.
+        inside the image tokens, nor before the first answer token. Special tokens written in a turn's text are read
+        as text; an end token that ends an answer is not said twice.
 
         Raises:
             UnusableSample: If the conversation cannot be used; with the reason.
         """
+        return self._truncate(self._tokenize(self.render(conversations, len(images)), images))
+
+    def render(self, conversations: Sequence[Mapping[str, str]], num_images: int) -> RenderedConversation:
+        """The text of the turns; neither images nor the tokenizer are needed for it.
+
+        Raises:
+            UnusableSample: If there is none, or no answer in it; with the reason.
+        """
         turns = parse_turns(conversations)
         if all(turn.role != "gpt" for turn in turns):
             raise UnusableSample("answer_missing", "no turn is from 'gpt'")
-        text, spans = render_with_answers(self._template, to_messages(turns, len(images), self.image_settings.position))
-        return self._truncate(self._tokenize(text, spans, images))
+        messages, any_broken = self._messages(turns, num_images)
+        text, spans = render_with_answers(self._template, messages)
+        self._check_placeholders(text, num_images)
+        return RenderedConversation(text, spans, any_broken)
 
     def encode_pair(self, question: str, answer: str, images: Sequence[Image.Image]) -> EncodedConversation:
         """One question and its answer; images without a placeholder come before it."""
@@ -101,39 +131,52 @@ class ConversationEncoder:
             UnusableSample: If the question cannot be asked, or is longer than `max_length`: a prompt is never cut.
         """
         last = {"from": "human", "value": question if earlier else with_placeholders(question, len(images))}
-        messages = to_messages(parse_turns([*earlier, last]), len(images), self.image_settings.position)
-        encoded = self._tokenize(self._template.render(messages, add_generation_prompt=True), [], images)
+        messages, any_broken = self._messages(parse_turns([*earlier, last]), len(images))
+        text = self._template.render(messages, add_generation_prompt=True)
+        self._check_placeholders(text, len(images))
+        encoded = self._tokenize(RenderedConversation(text, [], any_broken), images)
         if len(encoded.token_ids) > self.max_length:
             found = f"{len(encoded.token_ids)} tokens, at most {self.max_length} fit; raise max_length"
             raise UnusableSample("prompt_beyond_max_length", found)
         return encoded
 
-    def _tokenize(self, text: str, spans: list[Span], images: Sequence[Image.Image]) -> EncodedConversation:
-        self._check_placeholders(text, len(images))
+    def _messages(self, turns: Sequence[Turn], num_images: int) -> tuple[list[Message], bool]:
+        return self._special_tokens.guarded(to_messages(turns, num_images, self.image_settings.position))
+
+    def _tokenize(self, rendered: RenderedConversation, images: Sequence[Image.Image]) -> EncodedConversation:
+        text, spans, any_broken = rendered
         for image in images:
             check_picture(self.processor, image)
         bos = self.processor.tokenizer.bos_token
+        add_special_tokens = not (bos and text.startswith(bos))
         try:
             with panics_raised():
                 outputs = self.processor(
                     text=[text],
                     images=[list(images)] if images else None,
-                    add_special_tokens=not (bos and text.startswith(bos)),
+                    add_special_tokens=add_special_tokens,
                     return_offsets_mapping=True,
                     return_text_replacement_offsets=True,
                     return_tensors="pt",
                 )
+            token_ids, offsets_T2 = outputs["input_ids"][0], outputs["offset_mapping"][0]
+            replacements = self._replacements(outputs) if images else []
+            expanded = expand_placeholders(text, replacements)
+            with panics_raised():
+                if any_broken:
+                    token_ids, offsets_T2 = self._special_tokens.encode(expanded, add_special_tokens)
+                elif self._untrimmed is not None:
+                    offsets = self._untrimmed.encode(expanded, add_special_tokens=add_special_tokens).offsets
+                    offsets_T2 = torch.tensor(offsets)
         except ValueError as error:
             raise UnusableSample("refused_by_processor", str(error)) from error
-        token_ids = outputs["input_ids"][0]
-        replacements = self._replacements(outputs) if images else []
         image_positions = (token_ids == self.image_token_id).nonzero()[:, 0]
         num_found, num_images = len(image_positions), len(images)
         num_expected = sum(replacement["replacement"].count(self._image_token) for replacement in replacements)
         if num_found != num_expected or len(replacements) != num_images:
             found = f"{num_found} image tokens where the processor expands {num_images} images to {num_expected}"
             raise UnusableSample("image_count_mismatch", found)
-        answer_mask = mask_of_spans(spans, replacements, outputs["offset_mapping"][0])
+        answer_mask = mask_of_spans(spans, replacements, offsets_T2)
         pixels = {key: value for key, value in outputs.items() if key not in _TEXT_KEYS and isinstance(value, Tensor)}
         return EncodedConversation(token_ids, answer_mask, pixels, image_positions)
 
@@ -147,11 +190,10 @@ class ConversationEncoder:
             ) from error
 
     def _check_placeholders(self, text: str, num_images: int) -> None:
-        """Text of a turn may not smuggle in an image, nor the template leave one out."""
-        token = getattr(self.processor, "image_token", None) or self._image_token
-        if (count := text.count(token)) != num_images:
-            found = f"the rendered conversation holds {token!r} {count} times for {num_images} images"
-            raise UnusableSample("image_count_mismatch", f"{found}; the text of a turn must not contain it")
+        """The template may not leave an image out, nor text become one on its way through it."""
+        if (count := text.count(self._placeholder)) != num_images:
+            found = f"the rendered conversation holds {self._placeholder!r} {count} times for {num_images} images"
+            raise UnusableSample("image_count_mismatch", f"{found}; the chat template must write it once for each")
 
     def _truncate(self, encoded: EncodedConversation) -> EncodedConversation:
         num_tokens, limit = len(encoded.token_ids), self.max_length

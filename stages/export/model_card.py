@@ -19,10 +19,16 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
-processor = AutoProcessor.from_pretrained("{name}")
-content = [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]
-text = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
-inputs = processor(images=Image.open("picture.jpg"), text=text, return_tensors="pt").to(model.device, model.dtype)
+processor = AutoProcessor.from_pretrained("{name}"{trust})
+picture, question = Image.open("picture.jpg"), "What is in the picture?"
+content = [{{"type": "image", "image": picture}}, {{"type": "text", "text": question}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""

@@ -18,7 +18,7 @@ from stages.checkpoints.quantization import check_packages, scheme_of
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
-from stages.conversations.chat_templates import chat_template, read_template
+from stages.conversations.chat_templates import ChatTemplate, chat_template, image_text, read_template
 from stages.families.family import Family
 from stages.families.registry import family_of
 from stages.settings import AtResume
@@ -46,8 +46,8 @@ class TeacherConfig(StrictModel):
     checkpoint: Annotated[str, AtResume.SAME_DATA]
     """Folder or hub id of the teacher."""
     chat_template: Annotated[str | None, AtResume.SAME_DATA] = None
-    """A jinja file, or the name of a template that comes with the package (llava-1.5), in place of the checkpoint's
-    own. It is stored with the targets, and students are saved with it."""
+    """A jinja file, or the name of a template that comes with the package (chatml, llama-3, llava-1.5, mistral), in
+    place of the checkpoint's own. It is stored with the targets, and students are saved with it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_length: int = Field(default=1536, ge=8, le=1_000_000)
@@ -104,8 +104,8 @@ class TeacherIdentity:
             self.processor,
             self.config.image_token_id,
             f"the chat template of {self.settings.chat_template or self.settings.checkpoint}",
-            "Set teacher.chat_template to a template that writes one after each answer: a jinja file, or llava-1.5, "
-            "which comes with the package and is for LLaVA-1.5",
+            "Set teacher.chat_template to a template that writes one after each answer: a jinja file, or the one of "
+            "those that come with the package that it was trained on (chatml, llama-3, llava-1.5, mistral)",
         )
 
     @property
@@ -176,7 +176,10 @@ def identify_teacher(
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     processor = load_processor(folder, trust_remote_code=settings.trust_remote_code)
     if settings.chat_template is not None:
-        processor.chat_template = read_template(settings.chat_template)
+        processor.chat_template = read_template(settings.chat_template, image_text(processor))
+    # One for plain strings is stored, and saved with students, as it is used here: behind what makes strings of parts.
+    if (used := ChatTemplate(processor).text) != chat_template(processor):
+        processor.chat_template = used
     return TeacherIdentity(
         folder=folder,
         settings=settings,

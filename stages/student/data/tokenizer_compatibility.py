@@ -8,26 +8,8 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, ProcessorMixin
 
 from stages.checkpoints.processors import load_processor, load_tokenizer
-from stages.conversations.chat_templates import chat_template
-from stages.conversations.template_process import RefusedByTemplate, render
+from stages.conversations.chat_templates import chat_template, with_image_parts
 from storage.errors import UserError
-
-_FLATTEN = """\
-{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set turn = namespace(text='') -%}
-{%- if message['content'] is string -%}{%- set turn.text = message['content'] -%}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{%- set turn.text = turn.text + IMAGE + '\\n' -%}
-{%- else -%}{%- set turn.text = turn.text + part['text'] -%}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': turn.text}] -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
-"""Goes before the template of a language model, which expects the content of a turn as a plain string."""
 
 
 def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> list[str]:
@@ -126,25 +108,9 @@ def student_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin:
 
 
 def student_template(teacher: ProcessorMixin, tokenizer: Any) -> str:
-    """The decoder's own chat template, if it writes images as it is or behind `_FLATTEN`; else the teacher's."""
+    """The decoder's own chat template, if it can be used with images; else the teacher's."""
     if tokenizer.chat_template:
         own, image = tokenizer.get_chat_template(), teacher.image_token
-        for template in (own, _FLATTEN.replace("IMAGE", repr(image)) + own):
-            if writes_images(template, image, tokenizer.special_tokens_map):
-                return str(template)
+        if found := with_image_parts(own, tokenizer.special_tokens_map, image, f"{image}\n"):
+            return found[0]
     return chat_template(teacher)
-
-
-def writes_images(template: str, image_token: str, special_tokens: dict[str, str]) -> bool:
-    """Whether a chat template renders a turn of an image and a text with one image token."""
-    question = [{"type": "image"}, {"type": "text", "text": "a question"}]
-    turns = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": [{"type": "text", "text": "an answer"}]},
-    ]
-    try:
-        text, _ = render(template, turns, special_tokens)
-    except RefusedByTemplate:
-        return False
-    written = all(words in text for words in ("a question", "an answer")) and "'text'" not in text
-    return written and text.count(image_token) == 1

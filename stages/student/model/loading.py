@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.weights import load_weights
@@ -27,11 +27,21 @@ def load_multimodal(folder: Path, dtype: "torch.dtype | str" = "auto") -> PreTra
     Raises:
         UserError: If it takes no images, needs code of its own, or lacks weights.
     """
+    multimodal_config(folder)
+    return load_student(folder, dtype).eval()
+
+
+def multimodal_config(folder: Path) -> PreTrainedConfig:
+    """The config of a student or any multimodal model.
+
+    Raises:
+        UserError: If it takes no images or needs code of its own.
+    """
     register_students()
     config = load_config(folder)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{folder} is of type {config.model_type}, which takes no images; give a multimodal model")
-    return load_student(folder, dtype).eval()
+    return config
 
 
 def check_weights(folder: Path, *, bare: bool) -> None:

@@ -2,16 +2,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
 
 from stages.checkpoints.processors import load_processor
 from stages.conversations.answer_ends import notes_of_ends
-from stages.conversations.chat_templates import FOLDER, read_template
+from stages.conversations.chat_templates import FOLDER, image_text, read_template
 from stages.conversations.encoder import ConversationEncoder
 from stages.student.layer_matching import MatchingConfig
 from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun
 from stages.student.training.train_config import TrainConfig
+from stages.teacher.identity import TeacherConfig, identify_teacher
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source
@@ -22,8 +26,10 @@ from tests.checkpoints import (
     CHATML,
     load_tiny_llava,
     make_foreign_lm,
+    make_tiny_llava,
 )
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
+from tests.tiny_families import make_tiny_family
 
 TURNS = [
     {"from": "human", "value": "What is it?"},
@@ -54,7 +60,9 @@ def notes(processor: Any) -> tuple[str, ...]:
 
 def test_the_templates_that_come_with_the_package_end_every_answer(processor: Any) -> None:
     bundled = [file.stem for file in FOLDER.iterdir()]
-    assert bundled == ["llava-1.5"]
+    assert sorted(bundled) == ["chatml", "llama-3", "llava-1.5", "mistral"]
+    # As special tokens of models that were trained on these formats.
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|eot_id|>"]})
     for name in bundled:
         processor.chat_template = read_template(name)
         assert notes(processor) == ()
@@ -88,12 +96,67 @@ def test_a_template_that_refuses_every_conversation_is_left_to_the_ledger(proces
     assert notes(processor) == ()
 
 
+STRINGS = {
+    "joined": CHATML,
+    "printed": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+    "marked": "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + '\n' }}{% else %}"
+    "{% generation %}{{ 'A: ' + m['content'] }}{% endgeneration %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", STRINGS)
+def test_a_template_for_plain_strings_gets_strings_with_the_images_placeholder(name: str, processor: Any) -> None:
+    processor.chat_template = STRINGS[name]
+    encoder = ConversationEncoder(processor, processor.image_token_id, 512)
+    picture = Image.new("RGB", (40, 40), "red")
+    encoded = encoder.encode([{"from": "human", "value": "<image>\nWhat?"}, *TURNS[1:]], [picture])
+    messages = [
+        {"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]} for turn in TURNS
+    ]
+    messages[0]["content"] = "<image>\nWhat?"
+    text = processor.apply_chat_template(messages, tokenize=False)
+    expected = processor(images=[picture], text=[text], return_tensors="pt")["input_ids"][0]
+    torch.testing.assert_close(encoded.token_ids, expected)
+    answers = {"joined": "{}<|im_end|>", "printed": "assistant: {}", "marked": "A: {}"}[name]
+    seen = processor.tokenizer.decode(encoded.token_ids[encoded.answer_mask])
+    assert seen == answers.format("A square.") + answers.format("Red.")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "gemma3", "internvl", "smolvlm"])
+def test_the_placeholder_is_that_of_the_family(model_type: str, tmp_path: Path) -> None:
+    folder = make_tiny_family(tmp_path, model_type)
+    processor: Any = load_processor(folder)
+    config = AutoConfig.from_pretrained(folder)
+    stock = ConversationEncoder(processor, config.image_token_id, 512)
+    picture = Image.new("RGB", (40, 40), "red")
+    number = len(stock.encode_prompt("What?", [picture]).image_positions)
+    for template in (CHATML, read_template("chatml", image_text(processor))):
+        processor.chat_template = template
+        encoded = ConversationEncoder(processor, config.image_token_id, 512).encode_prompt("What?", [picture])
+        assert len(encoded.image_positions) == number > 0
+    text = processor.tokenizer.decode(encoded.token_ids)
+    assert ("<|vision_start|><|image_pad|>" in text) == (model_type == "qwen2_vl")
+
+
+def test_a_teacher_with_such_a_template_stores_one_that_everybody_can_use(tmp_path: Path) -> None:
+    folder = make_tiny_llava(tmp_path / "teacher", num_layers=2, chat_template=CHATML)
+    identity = identify_teacher(TeacherConfig(checkpoint=str(folder), num_matched=1), on_gpu=False, with_weights=False)
+    identity.processor.save_pretrained(tmp_path / "saved")
+    processor = AutoProcessor.from_pretrained(tmp_path / "saved")
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert text == "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    assert text == processor.apply_chat_template(
+        [{"role": "user", "content": "<image>\nWhat?"}], add_generation_prompt=True
+    )
+
+
 def test_a_template_is_a_file_or_the_name_of_one_that_comes_with_the_package(tmp_path: Path) -> None:
     own = tmp_path / "own.jinja"
     own.write_text("é", encoding="utf-8")
     assert read_template(str(own)) == "é"
     for missing in (str(tmp_path), str(tmp_path / "none.jinja"), "llava-1.6"):
-        with pytest.raises(UserError, match=r"cannot be read: .*that come with the package: llava-1\.5$"):
+        with pytest.raises(UserError, match=r"cannot be read: .*that come with the package: chatml, .*, mistral$"):
             read_template(missing)
 
 

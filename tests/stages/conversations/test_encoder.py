@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import processors
 
 from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.chat_templates import chat_template
@@ -216,18 +217,6 @@ def test_a_cut_may_not_take_image_tokens_or_every_answer_token(
 UNUSABLE = {
     "no placeholder": (turns("What?", "Red."), 1, "image_without_placeholder"),
     "too many placeholders": (turns("<image>\n<image>\nWhat?", "Red."), 1, "placeholder_without_image"),
-    "placeholder in an answer": (turns("<image>\nWhat?", "An <image>."), 1, "image_count_mismatch"),
-    "placeholder in a text-only answer": (turns("What?", "<image>"), 0, "image_count_mismatch"),
-    "placeholder in the system turn": (
-        turns("<image>\nWhat?", "Red.", system="<image>"),
-        1,
-        "image_count_mismatch",
-    ),
-    "placeholder made by taking one out": (
-        turns("<ima<image>ge>\nWhat?", "Red."),
-        1,
-        "image_count_mismatch",
-    ),
     "answer first": ([{"from": "gpt", "value": "Red."}], 0, "wrong_turn_order"),
     "two questions": (
         [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}],
@@ -253,12 +242,6 @@ def test_unusable_conversations_name_their_reason(
     conversation, num_images, reason = UNUSABLE[name]
     for either in (encoder, prefix_encoder):
         assert _reason(either, conversation, images(num_images)) == reason
-
-
-def test_special_tokens_in_text_do_not_move_the_mask(encoder: ConversationEncoder, processor: Any) -> None:
-    encoded = encoder.encode(turns("<image>\nWhat is <|endoftext|>?", "A <|pad|> token."), images(1))
-    assert answers(processor, encoded.token_ids, encoded.answer_mask) == [" A <|pad|> token.<|endoftext|>"]
-    assert len(encoded.image_positions) == NUM_IMAGE_TOKENS
 
 
 def test_an_image_the_processor_refuses_is_named(encoder: ConversationEncoder) -> None:
@@ -291,14 +274,14 @@ def test_a_template_that_raises_is_named(processor: Any) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}",
         "nothing of the conversation",
+        "{{ messages[0]['content'] }}",
+        "{{ messages['first'] + 1 }}",
     ],
 )
-def test_a_template_for_plain_strings_is_refused_at_once(template: str, processor: Any) -> None:
+def test_a_template_that_renders_no_conversation_is_refused_at_once(template: str, processor: Any) -> None:
     processor.chat_template = template
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="cannot render a question and its answer: "):
         ConversationEncoder(processor, processor.image_token_id, 512)
 
 
@@ -332,6 +315,27 @@ def test_a_beginning_token_written_by_the_template_is_not_added_again(processor:
     bos = processor.tokenizer.convert_tokens_to_ids("<|pad|>")
     assert begun.token_ids.tolist() == [bos, *plain.token_ids.tolist()]
     assert begun.answer_mask.tolist() == [False, *plain.answer_mask.tolist()]
+
+
+@pytest.mark.parametrize("text", ["What?", "What is <|pad|>?"], ids=["plain", "with a special token in it"])
+@pytest.mark.parametrize("written", [True, False], ids=["by both", "by the tokenizer"])
+def test_there_is_one_beginning_token_whoever_writes_it(written: bool, text: str, processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token, bos = "<|pad|>", tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", bos)]),
+        ]
+    )
+    if written:
+        processor.chat_template = "{{- bos_token -}}" + str(processor.chat_template)
+    encoder = ConversationEncoder(processor, processor.image_token_id, 512)
+    for encoded in (encoder.encode(turns(text, "Red  one."), []), encoder.encode_prompt(text, [])):
+        assert encoded.token_ids.tolist()[0] == bos
+        assert encoded.token_ids.tolist().count(bos) == 1
+    found = encoder.encode(turns(text, "Red  one."), [])
+    assert tokenizer.decode(found.token_ids[found.answer_mask]) == " Red  one.<|endoftext|>"
 
 
 def test_threads_may_share_an_encoder(encoder: ConversationEncoder) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from stages.conversations import template_process
+from stages.conversations.chat_templates import with_image_parts
 from stages.conversations.encoder import ConversationEncoder
 from stages.conversations.template_process import RefusedByTemplate, render
-from stages.student.data.tokenizer_compatibility import writes_images
 from storage.errors import UserError
 from tests.checkpoints import load_tiny_llava, make_tiny_llava
 from tests.pipeline.forks import Forked
@@ -45,7 +45,7 @@ def test_what_a_template_does_wrong_is_the_reason_and_the_next_is_rendered(templ
     with pytest.raises(RefusedByTemplate, match="^" + re.escape(reason)):
         render(template, MESSAGES, {})
     assert render(PLAIN, MESSAGES, {}) == ("é\ud800", [])
-    assert not writes_images(template, "<image>", {})
+    assert with_image_parts(template, {}, "<image>", "<image>") is None
 
 
 @pytest.mark.slow

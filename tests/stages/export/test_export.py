@@ -97,7 +97,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(1)
 found = {}
 for folder in sys.argv[2:]:
-    # As the card says.
     with open(f"{folder}/export.json") as file:
         code = json.load(file)["custom_code"] is not None
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=code)
