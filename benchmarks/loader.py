@@ -376,6 +376,7 @@ def _manifest(
         logit_codec=logits,
         dtype="float32",
         max_length=1536,
+        cut="whole_turns",
         image_backend="pil",
         samples=index.digest,
         capture_version=1,

@@ -13,7 +13,7 @@ _OfTurns = Literal[
 _OfPlaceholders = Literal["image_without_placeholder", "placeholder_misplaced", "placeholder_without_image"]
 _OfImage = Literal["broken_image", "image_too_large", "missing_image", "path_leaves_folder", "unsupported_image"]
 _OfText = Literal["refused_by_processor", "refused_by_template", "template_not_prefix_stable", "image_count_mismatch"]
-_OfLength = Literal["image_beyond_max_length", "no_answer_within_max_length", "prompt_beyond_max_length"]
+_OfLength = Literal["image_beyond_max_length", "no_answer_within_max_length", "prompt_beyond_max_length", "too_long"]
 _OfTeacher = Literal["kills_worker", "not_finite", "out_of_memory", "teacher_error"]
 
 Reason = Literal[_OfRecord, _OfTurns, _OfPlaceholders, _OfImage, _OfText, _OfLength, _OfTeacher]

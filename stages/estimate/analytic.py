@@ -44,7 +44,7 @@ def estimate_from_configs(
         UserError: If neither samples nor their number are given, or extraction would refuse the teacher.
     """
     identity = identify_teacher(settings, on_gpu=True, with_weights=False)
-    encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, settings.max_length)
+    encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, settings.max_length, settings.cut)
     causal = identity.codec.causal
     assumed = []
     if samples is not None:

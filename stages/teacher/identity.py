@@ -32,7 +32,7 @@ from storage.codecs.codec_settings import (
 )
 from storage.errors import UserError
 from storage.strict_model import StrictModel
-from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
+from storage.targets.manifest import FORMAT_VERSION, Cut, Fingerprint, Manifest
 
 _LOCAL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 
@@ -48,7 +48,10 @@ class TeacherConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_length: int = Field(default=1536, ge=8, le=1_000_000)
-    """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
+    """Tokens of a conversation, image tokens included; longer ones are cut, and counted."""
+    cut: Cut = "whole_turns"
+    """Where a longer conversation ends: behind the last answer that fits whole (none: the sample is in the ledger as
+    too_long), or at the last token that fits, inside an answer too, as the reference trainer does."""
     batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
     """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
     roundings on a GPU."""
@@ -131,6 +134,7 @@ class TeacherIdentity:
                 logit_codec=self.logit_codec,
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_length=self.settings.max_length,
+                cut=self.settings.cut,
                 image_backend=image_processor_backend(self.processor),
                 samples=samples_digest,
                 capture_version=CAPTURE_VERSION,

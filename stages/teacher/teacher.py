@@ -47,5 +47,5 @@ def load_teacher(settings: TeacherConfig) -> Teacher:
     )
     model.to(device).eval().requires_grad_(False)
     enable_capture(model)
-    encoder = ConversationEncoder(identity.processor, model.config.image_token_id, settings.max_length)
+    encoder = ConversationEncoder(identity.processor, model.config.image_token_id, settings.max_length, settings.cut)
     return Teacher(identity, model, encoder)

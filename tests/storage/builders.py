@@ -44,6 +44,7 @@ def fingerprint(**changes: Any) -> Fingerprint:
         "logit_codec": LogitCodecConfig(vocab_size=VOCAB, top_k=12, num_tail_samples=4, temperatures=(2.0,)),
         "dtype": "float32",
         "max_length": 128,
+        "cut": "whole_turns",
         "image_backend": "pil",
         "samples": "s" * 64,
         "capture_version": 1,

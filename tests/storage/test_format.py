@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import struct
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
     create_or_check(store, made_for)
     keys = [f"k{number}" for number in range(7)]
     samples, maps = shard_content(made_for, keys, sizes=(9, 34))
+    samples[1] = replace(samples[1], num_cut_answer_tokens=7)
     write_shard(store, 0, made_for, "samples-000000.tar", samples, maps, [])
 
     commit = json.loads((tmp_path / "commits/000000.json").read_bytes())
@@ -137,7 +139,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         return tensorstore.open({"driver": "zarr3", "kvstore": where}, open=True).result().read().result()
 
     names = ["sample_keys", "sample_key_offsets", "token_ids", "answer_mask", "token_offsets", "map_rows"]
-    names += ["logit_records", "logit_offsets"]
+    names += ["cut_answer_tokens", "logit_records", "logit_offsets"]
     names += ["map_num_tokens", "map_caps", "map_means", "map_covariances", "map_codes", "map_code_offsets"]
     names += ["map_corners", "map_corner_offsets"]
     names += ["window_thresholds", "window_shifts", "window_flips", "window_flip_offsets"]
@@ -149,6 +151,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         a, b = data["token_offsets"][row : row + 2]
         assert data["token_ids"][a:b].tolist() == sample.token_ids.tolist()
         assert data["answer_mask"][a:b].tolist() == sample.answer_mask.tolist()
+        assert data["cut_answer_tokens"][row] == sample.num_cut_answer_tokens == 7 * (row == 1)
         a, b = data["logit_offsets"][row : row + 2]
         assert b - a == int(sample.answer_mask.sum())
         decoded = AnswerLogitsCodec(made_for.fingerprint.logit_codec).decode(sample.logits_RQ)
