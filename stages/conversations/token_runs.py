@@ -1,6 +1,6 @@
 """The tokens of a conversation as people read them: runs of text, of an answer, of image tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -55,14 +55,10 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         both = _decode(tokenizer, [*context, token])
         # A tokenizer may drop the space before the first word of a text.
         text = both.removeprefix(before) if both.startswith(before) else _decode(tokenizer, [token])
-        texts.append(text if text and _UNREADABLE not in text else own_name(tokenizer)(token))
+        is_readable = text and _UNREADABLE not in text
+        texts.append(text if is_readable else str(tokenizer.convert_ids_to_tokens(token) or token))
         before = _decode(tokenizer, [token])
     return texts
-
-
-def own_name(tokenizer: Any) -> Callable[[int], str]:
-    """Gives the vocabulary's entry of an id; the id itself where it has none."""
-    return lambda token: str(tokenizer.convert_ids_to_tokens(token) or token)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
