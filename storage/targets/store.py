@@ -49,16 +49,14 @@ class TargetStore:
                 if left < record.num_samples:
                     return number, left
                 left -= record.num_samples
-        for number, record in self.commits.items():
-            for skipped in record.skipped:
-                if skipped.key == name:
-                    why = f"sample {name} has no targets: {skipped.reason}: {skipped.detail}"
-                    raise UserError(f"{why}; choose another one")
-            keys = self.shard(number).keys
-            if name in keys:
+        for skipped in (each for record in self.commits.values() for each in record.skipped if each.key == name):
+            why = f"sample {name} has no targets: {skipped.reason}: {skipped.detail}"
+            raise UserError(f"{why}; choose another one")
+        for number in self.commits:
+            if name in (keys := self.shard(number).keys):
                 return number, keys.index(name)
         raise UserError(
-            f"{self.store.url} has no sample {name!r} among its {num_samples}; give a key, as ledgers name samples, or "
+            f"{self.store.url} has no sample {name!r:.80} among its {num_samples}; give a key, as ledgers name samples, or "
             "a number from 0"
         )
 
