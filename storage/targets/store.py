@@ -56,8 +56,8 @@ class TargetStore:
             if name in (keys := self.shard(number).keys):
                 return number, keys.index(name)
         raise UserError(
-            f"{self.store.url} has no sample {name!r:.80} among its {num_samples}; give a key, as ledgers name samples, "
-            "or a number from 0"
+            f"{self.store.url} has no sample {name!r:.80} among its {num_samples}; give a key, as ledgers name "
+            "samples, or a number from 0"
         )
 
     def shard(self, index: int) -> TargetShard:
