@@ -146,7 +146,7 @@ def _stored_bytes(config: MapCodecConfig, data: MapSet, coded: Sequence[EncodedM
         fingerprint=Fingerprint(
             teacher_weights="", teacher_config={}, processor={}, chat_template="", tokenizer="",
             layers=data.layers, windows=data.windows, map_codec=config, logit_codec=logit_codec, dtype="float32",
-            max_length=1, images=ImageConfig(), image_backend="pil", samples="", capture_version=1,
+            max_length=1, cut="tokens", images=ImageConfig(), image_backend="pil", samples="", capture_version=1,
         ),
         num_layers=max(data.layers) + 1, hidden_size=1, num_shards=1,
     )  # fmt: skip

@@ -196,6 +196,7 @@ def manifest(num_shards: int) -> Manifest:
         logit_codec=LogitCodecConfig(vocab_size=150_000, top_k=48, num_tail_samples=16, temperatures=(2.0,)),
         dtype="bfloat16",
         max_length=2048,
+        cut="whole_turns",
         images=ImageConfig(),
         image_backend="pil",
         samples="0" * 64,

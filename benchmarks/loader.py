@@ -377,6 +377,7 @@ def _manifest(
         logit_codec=logits,
         dtype="float32",
         max_length=1536,
+        cut="whole_turns",
         images=ImageConfig(),
         image_backend="pil",
         samples=index.digest,

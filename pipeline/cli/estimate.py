@@ -16,7 +16,9 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.run_file import RunFile
     from stages.estimate.report import Estimate
+    from stages.teacher.identity import TeacherConfig
 
 
 def estimate(
@@ -24,6 +26,7 @@ def estimate(
     samples: SamplesOption = None,
     workers: TeachersOption = None,
     config_only: Annotated[bool, typer.Option("--config-only", help="Coarse, without the teacher's weights.")] = False,
+    show: Annotated[int, typer.Option(min=0, help="Shows so many samples as tokens, answers marked.")] = 0,
     report: ReportOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -35,6 +38,8 @@ def estimate(
 
     flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
     run = load_run_file(config, settings or [], flags)
+    if show:
+        _show_samples(need(run.teacher, "--teacher"), need(run.samples, "--samples"), run, show)
     with progress_display() as progress:
         result = make_estimate(
             need(run.teacher, "--teacher"),
@@ -50,16 +55,36 @@ def estimate(
     _print_settings(result)
 
 
+def _show_samples(teacher: "TeacherConfig", samples: str, run: "RunFile", num_samples: int) -> None:
+    from pipeline.ui.sample_view import print_tokens, tokens_text
+    from pipeline.ui.tables import print_facts
+    from stages.estimate.preview import preview_samples
+    from storage.samples.sample_set import SampleSet
+    from storage.targets.commits import SkippedSample
+
+    for found in preview_samples(teacher, SampleSet.open(samples), run.estimate, num_samples, run.images):
+        if isinstance(found, SkippedSample):
+            print_facts(f"sample {found.key}", [("unusable", f"{found.reason}: {found.detail}")])
+            continue
+        lost = f"{found.num_cut_tokens:,} tokens after these, {found.num_cut_answer_tokens:,} of them of answers"
+        facts = [("tokens", tokens_text(found.runs)), ("cut", lost if found.num_cut_tokens else "no")]
+        print_facts(f"sample {found.key}", facts)
+        print_tokens(found.runs)
+
+
 def _print_facts(estimate: "Estimate") -> None:
-    from pipeline.ui.tables import counts_text, print_facts, size_text
+    from pipeline.ui.tables import counts_text, cuts_text, print_facts, size_text
 
     read = f"{estimate.num_sampled:,} read, {estimate.num_measured:,} through the teacher"
     mean, more = estimate.per_sample, estimate.answer_row_bytes != estimate.answer_row_bytes_at_1
     tokens_per_map = mean["image_tokens"] / mean["maps"] if mean["maps"] else 0
+    kept = round(mean["answer_rows"] * estimate.num_sampled)
+    cuts = cuts_text(estimate.num_sampled, estimate.cut_samples, kept, estimate.cut_answer_tokens)
     facts = [
         ("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({read})"),
         ("unusable among them", counts_text(estimate.unusable)),
         *(("", example) for example in estimate.unusable_examples),
+        ("cut at teacher.max_length", cuts),
         (
             "a sample has",
             (

@@ -58,11 +58,15 @@ def extract_targets(config: Path | None, settings: list[str], flags: dict[str, A
 
 def print_report(report: "ExtractionReport", targets: str) -> None:
     """Prints what an extraction did."""
-    from pipeline.ui.tables import counts_text, print_facts, print_notes, size_text
+    from pipeline.ui.tables import counts_text, cuts_text, print_facts, print_notes, size_text
 
     facts = [
         ("samples", f"{report.samples:,}"),
         ("skipped", counts_text(report.skipped)),
+        (
+            "cut at teacher.max_length",
+            cuts_text(report.samples, report.cut_samples, report.answer_tokens, report.cut_answer_tokens),
+        ),
         ("maps", f"{report.maps:,}"),
         *[("turned by EXIF data", f"{report.turned:,} samples")] * bool(report.turned),
         ("shards", f"{report.shards:,} ({report.shards_made_now:,} made now)"),

@@ -1,5 +1,9 @@
 """`cdp inspect`."""
 
+from typing import Annotated
+
+import typer
+
 from pipeline.cli.options import TargetsArgument
 
 SHOWN = [
@@ -11,14 +15,52 @@ SHOWN = [
     "logit_codec",
     "dtype",
     "max_length",
+    "cut",
     "images",
 ]
 """Fields of the fingerprint."""
 
 
-def inspect(targets: TargetsArgument) -> None:
-    """Shows what a target store holds. Counts shards, samples, maps and bytes of each array; names the teacher."""
-    from pipeline.ui.tables import ReportTable, counts_text, print_facts, print_table, size_text
+def inspect(
+    targets: TargetsArgument,
+    sample: Annotated[
+        str | None, typer.Option("--sample", help="Shows one sample: a key, or a number from 0 among all samples.")
+    ] = None,
+) -> None:
+    """Shows what a target store holds. Counts shards, samples, maps and bytes of each array; names the teacher.
+
+    With --sample: its tokens, its attention maps and what the teacher predicts.
+    """
+    if sample is None:
+        _print_store(targets)
+    else:
+        _print_sample(targets, sample)
+
+
+def _print_sample(targets: str, name: str) -> None:
+    from pipeline.ui.sample_view import print_maps, print_predictions, print_tokens, tokens_text
+    from pipeline.ui.tables import print_facts
+    from stages.inspection.stored_sample import view_sample
+    from storage.targets.store import TargetStore
+
+    store = TargetStore.open(targets)
+    view = view_sample(store, name)
+    cut = f"{view.num_cut_answer_tokens:,} answer tokens lost to max_length" if view.num_cut_answer_tokens else "no"
+    facts = [
+        ("place", f"row {view.row} of shard {view.shard}"),
+        ("tokens", tokens_text(view.runs)),
+        ("cut", cut),
+        ("maps", f"of {len(view.windows[0].map_NN):,} image tokens" if view.windows else "none"),
+    ]
+    print_facts(f"sample {view.key} of {store.store.url}", facts)
+    print_tokens(view.runs)
+    if view.windows:
+        print_maps(view.windows)
+    print_predictions(view.predictions)
+
+
+def _print_store(targets: str) -> None:
+    from pipeline.ui.tables import ReportTable, counts_text, cuts_text, print_facts, print_table, size_text
     from storage.targets.summary import summarize
 
     summary = summarize(targets)
@@ -26,6 +68,12 @@ def inspect(targets: TargetsArgument) -> None:
         ("shards", f"{summary.num_committed:,} of {summary.num_planned:,}"),
         ("samples", f"{summary.num_samples:,}"),
         ("skipped", counts_text(summary.skipped_by_reason)),
+        (
+            "cut at max_length",
+            cuts_text(
+                summary.num_samples, summary.num_cut_samples, summary.num_answer_rows, summary.num_cut_answer_tokens
+            ),
+        ),
         ("answer rows", f"{summary.num_answer_rows:,}"),
         ("maps", f"{summary.num_maps:,} for {summary.num_map_references:,} samples with an image"),
         (

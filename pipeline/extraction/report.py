@@ -40,6 +40,11 @@ class ExtractionReport(StrictModel):
     shards_made_now: int
     samples: int
     skipped: dict[str, int]
+    answer_tokens: int
+    cut_samples: int
+    """Samples that lost answer tokens because they are longer than `teacher.max_length`."""
+    cut_answer_tokens: int
+    """How many they lost."""
     maps: int
     turned: int
     """Samples with a picture that EXIF data turn."""
@@ -69,6 +74,9 @@ def make_report(
         shards_made_now=len(tally.new_shards),
         samples=tally.samples,
         skipped=dict(tally.skipped),
+        answer_tokens=tally.answer_tokens,
+        cut_samples=tally.cut_samples,
+        cut_answer_tokens=tally.cut_answer_tokens,
         maps=tally.maps,
         turned=tally.turned,
         bytes=tally.bytes,

@@ -22,6 +22,7 @@ class ExtractionTally:
         """Those that this run made."""
         self.max_workers = 0
         self.samples = self.new_samples = self.maps = self.turned = self.bytes = self.new_bytes = 0
+        self.answer_tokens = self.cut_samples = self.cut_answer_tokens = 0
         self.skipped: Counter[str] = Counter()
         self._task = progress.task("extract", index.num_samples)
         num_missing = sum(index.shards[shard].num_samples for shard in missing)
@@ -45,6 +46,9 @@ class ExtractionTally:
         self.samples += record.num_samples
         self.maps += record.num_maps
         self.turned += record.num_turned
+        self.answer_tokens += record.num_answer_rows
+        self.cut_samples += record.num_cut_samples
+        self.cut_answer_tokens += record.num_cut_answer_tokens
         self.bytes += stored_bytes(record)
         self.skipped.update(sample.reason for sample in record.skipped)
 

@@ -51,6 +51,17 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return f"{sum(counts.values()):,} (" + ", ".join(f"{reason}: {count:,}" for reason, count in counts.items()) + ")"
 
 
+def cuts_text(num_samples: int, cut_samples: int, answer_tokens: int, cut_answer_tokens: int) -> str:
+    """Gives how many of the samples lost answer tokens to `max_length`, and how many; `answer_tokens` were kept."""
+    if not cut_samples:
+        return "none"
+    of_all = cut_answer_tokens / (answer_tokens + cut_answer_tokens)
+    return (
+        f"{cut_samples:,} ({cut_samples / num_samples:.1%}), which lost {cut_answer_tokens:,} answer tokens "
+        f"({of_all:.1%} of all)"
+    )
+
+
 def size_text(num_bytes: float) -> str:
     """Gives bytes with a unit that keeps the number below 1000."""
     for unit in ("B", "kB", "MB", "GB"):

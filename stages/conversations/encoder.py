@@ -19,6 +19,7 @@ from stages.conversations.turns import Turn, parse_turns
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
+from storage.targets.manifest import Cut
 
 _TEXT_KEYS: Final = frozenset(
     {
@@ -44,6 +45,10 @@ class EncodedConversation:
     """The image processor's outputs: `pixel_values`, for some families sizes too. Empty without images."""
     image_positions: Tensor
     """`[N]` int64, increasing: where `token_ids` holds the image token."""
+    num_cut_tokens: int = 0
+    """Tokens after these that were cut off."""
+    num_cut_answer_tokens: int = 0
+    """Of these, those of answers."""
 
 
 class RenderedConversation(NamedTuple):
@@ -63,23 +68,30 @@ class RenderedConversation(NamedTuple):
 class ConversationEncoder:
     """Encodes conversations for one processor; may be used by several threads.
 
-    `image_token_id` is that of the model's config; of a conversation `max_length` tokens are kept, images' included.
-    `image_settings` says where the only image of a conversation stands, and for callers how its bytes are decoded.
+    `image_token_id` is that of the model's config; of a conversation `max_length` tokens are kept at most, images'
+    included. `cut` says where a longer one ends, `images` where the only image of a conversation stands, and for
+    callers how its bytes are decoded.
 
     Raises:
         UserError: If the tokenizer is slow or there is no usable chat template.
     """
 
     def __init__(
-        self, processor: Any, image_token_id: int, max_length: int, image_settings: ImageConfig = DEFAULT_IMAGES
+        self,
+        processor: Any,
+        image_token_id: int,
+        max_length: int,
+        *,
+        cut: Cut = "whole_turns",
+        images: ImageConfig = DEFAULT_IMAGES,
     ) -> None:
         if not processor.tokenizer.is_fast:
             raise UserError(
                 f"{type(processor.tokenizer).__name__} is a slow tokenizer, which cannot tell the "
                 "characters of a token; convert it to a fast one (tokenizer.json) first"
             )
-        self.processor, self.image_token_id, self.max_length = processor, image_token_id, max_length
-        self.image_settings = image_settings
+        self.processor, self.image_token_id, self.max_length, self.cut = processor, image_token_id, max_length, cut
+        self.image_settings = images
         self._image_token: str = processor.tokenizer.convert_ids_to_tokens(image_token_id)
         self._template = ChatTemplate(processor)
         self._placeholder: str = getattr(processor, "image_token", None) or self._image_token
@@ -90,11 +102,12 @@ class ConversationEncoder:
         processor.tokenizer("")
 
     def encode(self, conversations: Sequence[Mapping[str, str]], images: Sequence[Image.Image]) -> EncodedConversation:
-        """The turns (`from`, `value`) of one sample as tokens, cut at `max_length`.
+        """The turns (`from`, `value`) of one sample as tokens, cut to `max_length` of them.
 
-        The cut may fall inside an answer, of which the tokens before it are kept; it may not fall before or
-        inside the image tokens, nor before the first answer token. Special tokens written in a turn's text are read
-        as text; an end token that ends an answer is not said twice.
+        `whole_turns` cuts behind the last answer that fits whole. `tokens` cuts anywhere behind the first answer
+        token, as the reference trainer does. Neither cuts before or inside the image tokens.
+
+        Special tokens written in a turn's text are read as text; an end token that ends an answer is not said twice.
 
         Raises:
             UnusableSample: If the conversation cannot be used; with the reason.
@@ -196,15 +209,39 @@ class ConversationEncoder:
             raise UnusableSample("image_count_mismatch", f"{found}; the chat template must write it once for each")
 
     def _truncate(self, encoded: EncodedConversation) -> EncodedConversation:
-        num_tokens, limit = len(encoded.token_ids), self.max_length
+        num_tokens, limit, mask_T = len(encoded.token_ids), self.max_length, encoded.answer_mask
         last_image = int(encoded.image_positions[-1]) if len(encoded.image_positions) else -1
         if last_image >= limit:
             found = f"the last image token is number {last_image} from 0, max_length is {limit}"
             raise UnusableSample("image_beyond_max_length", found)
-        answer_mask = encoded.answer_mask[:limit]
-        if not bool(answer_mask.any()):
+        if not bool(mask_T[:limit].any()) and (self.cut == "tokens" or num_tokens <= limit):
             found = f"no answer token among the first {limit} of {num_tokens} tokens"
             raise UnusableSample("no_answer_within_max_length", found)
         if num_tokens <= limit:
             return encoded
-        return replace(encoded, token_ids=encoded.token_ids[:limit].clone(), answer_mask=answer_mask.clone())
+        if self.cut == "whole_turns":
+            limit = _last_answer_end(mask_T, last_image + 1, limit)
+        return replace(
+            encoded,
+            token_ids=encoded.token_ids[:limit].clone(),
+            answer_mask=mask_T[:limit].clone(),
+            num_cut_tokens=num_tokens - limit,
+            num_cut_answer_tokens=int(mask_T[limit:].sum()),
+        )
+
+
+def _last_answer_end(mask_T: Tensor, first: int, limit: int) -> int:
+    """Number of tokens up to the end of the last answer that ends at `first` or later and fits into `limit`.
+
+    Answers are runs of True: between two of them there is always a question.
+
+    Raises:
+        UnusableSample: If no answer fits.
+    """
+    is_last_T = mask_T & ~torch.cat([mask_T[1:], mask_T.new_zeros(1)])
+    ends = (is_last_T.nonzero()[:, 0] + 1).tolist()
+    if fitting := [end for end in ends if first <= end <= limit]:
+        return int(fitting[-1])
+    behind = f" behind the last image, {first} tokens from the start," if first else ""
+    found = f"no answer{behind} ends within max_length, {limit} tokens; answers end after {ends[:3]} tokens"
+    raise UnusableSample("too_long", found)

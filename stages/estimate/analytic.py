@@ -7,7 +7,6 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from stages.checkpoints.configs import unfit_named
-from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.extrapolate import CodecCost, extrapolate
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
@@ -48,7 +47,7 @@ def estimate_from_configs(
         UserError: If neither samples nor their number are given, or extraction would refuse the teacher.
     """
     identity = identify_teacher(settings, images, on_gpu=True, with_weights=False)
-    encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, settings.max_length, images)
+    encoder = identity.encoder()
     causal = identity.codec.causal
     assumed = []
     if samples is not None:

@@ -69,6 +69,8 @@ def extrapolate(
         per_sample=held.per_sample,
         unusable=dict(Counter(one.reason for one in unusable).most_common()),
         unusable_examples=tuple(f"{one.key}: {one.reason}: {one.detail}" for one in unusable[:SHOWN_UNUSABLE]),
+        cut_samples=len(held.cuts),
+        cut_answer_tokens=sum(held.cuts),
         workers=workers,
         coding_seconds_per_map={name: cost.coding_seconds for name, cost in measured.items()},
         writing_seconds_per_shard={name: _writing_seconds(held, cost) for name, cost in measured.items()},

@@ -92,6 +92,10 @@ class Estimate(TeacherCost):
     """Reason -> samples of those read that could not be used."""
     unusable_examples: tuple[str, ...]
     """The first of them, each with what was found."""
+    cut_samples: int
+    """Samples of those read that `teacher.max_length` takes answer tokens from."""
+    cut_answer_tokens: int
+    """How many it takes."""
     workers: int
     coding_seconds_per_map: dict[MapCodecName, float]
     """Empty from configs alone, as the next."""

@@ -46,6 +46,8 @@ class SampledBlock:
 
     num_read: int
     counts: Counts
+    cuts: Sequence[int]
+    """Answer tokens that each usable sample lost to `max_length`, where it lost any."""
     skipped: Sequence[SkippedSample]
     kept: Sequence[StoredSample]
     """The first usable samples, as many as were asked for."""
@@ -76,6 +78,11 @@ class SetCounts:
     def skipped(self) -> list[SkippedSample]:
         """Samples of these that cannot be used."""
         return [skipped for block in self.blocks for skipped in block.skipped]
+
+    @property
+    def cuts(self) -> list[int]:
+        """Answer tokens that were lost by each of these that lost any."""
+        return [lost for block in self.blocks for lost in block.cuts]
 
 
 def plan_blocks(num_samples: int, config: EstimateConfig) -> list[range]:
@@ -119,9 +126,10 @@ def count_blocks(
         tokens: list[int] = []
         answer_rows: list[int] = []
         maps: list[tuple[float, int]] = []
+        cuts: list[int] = []
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
-        for shard_number, rows in _by_shard(samples.index, numbers):
+        for shard_number, rows in rows_of(samples.index, numbers):
             with samples.shard(shard_number) as shard:
                 prepare = SamplePreparer(encoder, shard, Timings())
                 usable: list[PreparedSample] = []
@@ -139,10 +147,11 @@ def count_blocks(
                 each = [sample.encoded for sample in usable]
                 tokens += [len(one.token_ids) for one in each]
                 answer_rows += [int(one.answer_mask.sum()) for one in each]
+                cuts += [one.num_cut_answer_tokens for one in each if one.num_cut_answer_tokens]
                 shares = _shares(prepare, len(shard), usable)
                 maps += [(share, len(one.image_positions)) for share, one in zip(shares, each, strict=True)]
         counts = count_units(tokens, answer_rows, maps, causal=causal)
-        blocks.append(SampledBlock(len(numbers), counts, skipped, kept))
+        blocks.append(SampledBlock(len(numbers), counts, cuts, skipped, kept))
     num_read = sum(map(len, planned))
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}
     return SetCounts([entry.num_samples for entry in samples.index.shards], per_sample, blocks, samples.store.url)
@@ -160,7 +169,7 @@ def _shares(prepare: SamplePreparer, num_rows: int, samples: Sequence[PreparedSa
     return [0.0 if sample.map_key is None else 1 / sizes[sample.map_key] for sample in samples]
 
 
-def _by_shard(index: SampleIndex, numbers: range) -> Iterator[tuple[int, range]]:
+def rows_of(index: SampleIndex, numbers: range) -> Iterator[tuple[int, range]]:
     """Numbers of the shards of a block of the whole set, and its rows in each."""
     first = 0
     for number, entry in enumerate(index.shards):

@@ -45,7 +45,7 @@ def evaluate_pairs(
     if not pairs:
         raise UserError("no pairs to evaluate")
     images = image_settings(model.config) or images
-    encoder = ConversationEncoder(processor, model.config.image_token_id, scoring.NO_LIMIT, images)
+    encoder = ConversationEncoder(processor, model.config.image_token_id, scoring.NO_LIMIT, images=images)
     score = scoring.likelihood_scores if config.scoring == "likelihood" else scoring.letter_scores
     task = progress.task(title, sum(map(len, pairs.values())), unit="pairs")
     was_training = model.training

@@ -19,6 +19,7 @@ from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import ChatTemplate, chat_template, image_text, read_template
+from stages.conversations.encoder import ConversationEncoder
 from stages.families.family import Family
 from stages.families.registry import family_of
 from stages.settings import AtResume
@@ -35,7 +36,7 @@ from storage.codecs.codec_settings import (
 from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.strict_model import StrictModel
-from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
+from storage.targets.manifest import FORMAT_VERSION, Cut, Fingerprint, Manifest
 
 _LOCAL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 
@@ -51,7 +52,10 @@ class TeacherConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_length: int = Field(default=1536, ge=8, le=1_000_000)
-    """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
+    """Tokens of a conversation, image tokens included; longer ones are cut, and counted."""
+    cut: Cut = "whole_turns"
+    """Where a longer conversation ends: behind the last answer that fits whole (none: the sample is in the ledger as
+    too_long), or at the last token that fits, inside an answer too, as the reference trainer does."""
     batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
     """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
     roundings on a GPU."""
@@ -126,6 +130,13 @@ class TeacherIdentity:
             num_tempered_samples=settings.tempered_samples,
         )
 
+    def encoder(self) -> ConversationEncoder:
+        """Encodes conversations as the teacher reads them."""
+        settings, image_token_id = self.settings, self.config.image_token_id
+        return ConversationEncoder(
+            self.processor, image_token_id, settings.max_length, cut=settings.cut, images=self.images
+        )
+
     def manifest(self, samples_digest: str, num_shards: int) -> Manifest:
         """What a target store made by this teacher from these samples is."""
         text_config = self.config.get_text_config()
@@ -143,6 +154,7 @@ class TeacherIdentity:
                 logit_codec=self.logit_codec,
                 dtype=str(self.dtype).removeprefix("torch."),
                 max_length=self.settings.max_length,
+                cut=self.settings.cut,
                 images=self.images,
                 image_backend=image_processor_backend(self.processor),
                 samples=samples_digest,

@@ -194,6 +194,7 @@ class ShardWork:
                     answer_mask=sample.encoded.answer_mask,
                     map_row=None if key is None else map_rows[key],
                     logits_RQ=sample.logits_RQ,
+                    num_cut_answer_tokens=sample.encoded.num_cut_answer_tokens,
                     is_turned=sample.is_turned,
                 )
             )

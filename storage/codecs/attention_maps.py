@@ -197,8 +197,9 @@ class MapCodec:
     def _decode_means(self, encoded: EncodedMaps, rows: WindowRows, thresholds_W: Tensor) -> tuple[Tensor, Tensor]:
         """Window means of the codes, `[W, E]` float32, and which of them are not above the threshold.
 
-        The sums are of whole multiples of 2**-24, below 2**53 of them, and so is the threshold's side: in float64
-        nothing is rounded, whatever the order of the sum, and every machine makes the same comparison.
+        The sums are of whole multiples of 2**-24, below 2**53 of them. The other side is a float32 (24 bits) times an
+        integer below 2**29. So float64 rounds neither, whatever the order of the sum, and every machine makes the same
+        comparison.
         """
         members_WL = window_members(rows, len(encoded.caps_L), encoded.caps_L.device)
         squares_LE = code_squares(self.config, encoded.codes_LC, encoded.num_tokens).double()

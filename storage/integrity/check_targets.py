@@ -15,7 +15,8 @@ from storage.samples.sample_set import SampleSet
 from storage.stores import Store
 from storage.streaming.join import joined_rows
 from storage.targets.commits import COMMITS, SHARDS, CommitRecord, Committed, commit_path, committed_shards
-from storage.targets.manifest import MANIFEST_PATH, Manifest
+from storage.targets.manifest import MANIFEST_PATH, Fingerprint, Manifest
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard_reader import TargetShard
 from storage.targets.teacher_assets import TEACHER, TEACHER_RECORD, TeacherRecord
 
@@ -156,6 +157,9 @@ class TargetChecks(Checks):
             num_answers = int(sample.answer_mask.sum())
             found, expected = (f"{count} rows of {sample.key}" for count in (len(sample.logits_RQ), num_answers))
             self.compare(shard, "logit_offsets", found, expected)
+            if sample.num_cut_answer_tokens and not _ends_as_cut(sample, fingerprint):
+                found = f"{sample.key} of {len(sample.token_ids)} tokens, said to be cut"
+                self.fault(shard, "cut_answer_tokens", found, f"an end as {fingerprint.cut} leaves it")
             records.append(sample.logits_RQ)
             # Of many samples at once: decoding a few rows takes as long as decoding thousands.
             num_held += len(sample.logits_RQ)
@@ -169,3 +173,10 @@ class TargetChecks(Checks):
             except ValueError as error:
                 self.fault(shard, "map_codes", f"map {map_row} of {num_tokens} tokens: {error}", "as the manifest says")
         self.num_samples += len(targets)
+
+
+def _ends_as_cut(sample: SampleTargets, made_from: Fingerprint) -> bool:
+    """Whether a sample ends where one that lost answer tokens does: with an answer, or at the limit."""
+    if made_from.cut == "whole_turns":
+        return bool(sample.answer_mask[-1:].any())
+    return len(sample.token_ids) == made_from.max_length

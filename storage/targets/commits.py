@@ -100,7 +100,7 @@ class SkippedSample:
     id: str
     """The conversation's own id; the key is the sample's in its tar."""
     reason: str
-    """A short name to count by, such as `image_unreadable`."""
+    """A short name to count by, such as `broken_image`; FORMAT.md lists all."""
     detail: str
     """What was found."""
 
@@ -117,6 +117,9 @@ class CommitRecord(Committed):
     num_tokens: _Count
     num_answer_rows: _Count
     """Tokens and answer rows of all samples."""
+    num_cut_samples: _Count
+    num_cut_answer_tokens: _Count
+    """Samples that lost answer tokens to `max_length`, and how many."""
     num_maps: _Count
     """Stored maps (each of all captured layers)."""
     num_map_tokens: _Count

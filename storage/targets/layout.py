@@ -37,6 +37,7 @@ ARRAYS = (
     ArraySpec("token_ids", "int32", "T"),
     ArraySpec("answer_mask", "bool", "T"),
     ArraySpec("token_offsets", "int64", "S+1"),
+    ArraySpec("cut_answer_tokens", "int32", "S"),
     ArraySpec("map_rows", "int64", "S"),
     ArraySpec("sample_turned", "bool", "S"),
     ArraySpec("logit_records", "uint8", "RQ", sharded=True),

@@ -1,7 +1,7 @@
 """What a target store was made from, and the refusal to mix it with anything else."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,6 +21,8 @@ MAX_SHARDS = 2**22
 _SHOWN_CHARS = 60
 _ABSENT = "(absent)"
 
+Cut = Literal["whole_turns", "tokens"]
+"""Where a too long conversation ends: with the last answer that fits whole, or with the last token that fits."""
 
 _Layers = tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...]
 
@@ -45,7 +47,9 @@ class Fingerprint(StrictModel):
     dtype: str
     """The teacher's compute type, such as `bfloat16`."""
     max_length: int = Field(ge=1, le=1_000_000)
-    """Tokens after which a sample is cut."""
+    """Tokens that a sample has at most."""
+    cut: Cut
+    """Where a longer one ends."""
     images: ImageConfig
     """How pictures are read and placed."""
     image_backend: str

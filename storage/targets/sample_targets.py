@@ -19,5 +19,7 @@ class SampleTargets:
     """Which maps of the shard are this sample's; None without an image."""
     logits_RQ: Tensor
     """uint8, a record for each answer token, in order; see `storage.codecs.answer_logits`."""
+    num_cut_answer_tokens: int = 0
+    """Answer tokens of the conversation that did not fit into `max_length`."""
     is_turned: bool = False
     """Whether EXIF data ask for a turn of one of its pictures."""

@@ -89,6 +89,7 @@ class TargetShard:
             answer_mask=torch.from_numpy(small["answer_mask"][tokens].copy()),
             map_row=map_row if map_row >= 0 else None,
             logits_RQ=self._large("logit_records", rows),
+            num_cut_answer_tokens=int(small["cut_answer_tokens"][row]),
             is_turned=bool(small["sample_turned"][row]),
         )
         return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
@@ -229,7 +230,7 @@ class TargetShard:
             )
 
     def _check_counts(self) -> None:
-        """What the record sums up over maps is so, each map is some sample's, and no sample is longer than they may."""
+        """What the record sums up is so, each map is some sample's, and no sample is longer than they may."""
         record, sizes = self.record, self.map_num_tokens
         used = [row for row in self._small["map_rows"].tolist() if row >= 0]
         found = {"num_maps": len(set(used)), **_sums("map", sizes), **_sums("referenced", [sizes[row] for row in used])}
@@ -239,6 +240,15 @@ class TargetShard:
         for name, count in found.items():
             if count != getattr(record, name):
                 raise self._corrupt("map_num_tokens", f"{name} {count}", f"{getattr(record, name)}, as the record says")
+        cuts = self._small["cut_answer_tokens"]
+        found_cuts = int((cuts > 0).sum()), int(cuts.sum(dtype=np.int64))
+        said_cuts = record.num_cut_samples, record.num_cut_answer_tokens
+        if found_cuts != said_cuts or int(cuts.min(initial=0)) < 0:
+            raise self._corrupt(
+                "cut_answer_tokens",
+                f"{found_cuts[0]} cut samples that lost {found_cuts[1]} answer tokens",
+                f"{said_cuts[0]} that lost {said_cuts[1]}, as the record says, and no number below 0",
+            )
         if min(sizes, default=1) < 1:
             raise self._corrupt("map_num_tokens", f"a map of {min(sizes)} tokens", "at least 1")
         if (longest := self.num_tokens.max(initial=0)) > (limit := self._manifest.fingerprint.max_length):

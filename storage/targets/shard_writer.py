@@ -52,6 +52,7 @@ def write_shard(
     staged = store.staging(f"{SHARDS}/{index:06d}.zarr")
     try:
         sizes = [maps[sample.map_row].num_tokens for sample in samples if sample.map_row is not None]
+        cuts = [sample.num_cut_answer_tokens for sample in samples if sample.num_cut_answer_tokens]
         counts = {
             "num_samples": len(samples),
             "num_tokens": sum(len(sample.token_ids) for sample in samples),
@@ -69,6 +70,8 @@ def write_shard(
             shard=index,
             sample_shard=sample_shard_name,
             **counts,
+            num_cut_samples=len(cuts),
+            num_cut_answer_tokens=sum(cuts),
             num_map_tokens=sum(entry.num_tokens for entry in maps),
             num_map_squares=sum(entry.num_tokens**2 for entry in maps),
             num_turned=sum(sample.is_turned for sample in samples),
@@ -105,6 +108,7 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
         "token_ids": _joined([sample.token_ids for sample in samples], (0,), torch.int32),
         "answer_mask": _joined([sample.answer_mask for sample in samples], (0,), torch.bool),
         "token_offsets": _offsets([len(sample.token_ids) for sample in samples]),
+        "cut_answer_tokens": np.array([sample.num_cut_answer_tokens for sample in samples], dtype=np.int32),
         "map_rows": np.array([-1 if sample.map_row is None else sample.map_row for sample in samples], dtype=np.int64),
         "sample_turned": np.array([sample.is_turned for sample in samples], dtype=np.bool_),
         "logit_records": _joined(records, (0, manifest.fingerprint.logit_codec.row_bytes), torch.uint8),

@@ -25,6 +25,9 @@ class StoreSummary:
     num_samples: int
     num_tokens: int
     num_answer_rows: int
+    num_cut_samples: int
+    num_cut_answer_tokens: int
+    """Samples that lost answer tokens to `max_length`, and how many."""
     num_skipped: int
     skipped_by_reason: dict[str, int]
     num_maps: int
@@ -99,6 +102,8 @@ def summarize(targets_url: str | Path) -> StoreSummary:
         num_samples=sum(record.num_samples for record in records),
         num_tokens=sum(record.num_tokens for record in records),
         num_answer_rows=num_answer_rows,
+        num_cut_samples=sum(record.num_cut_samples for record in records),
+        num_cut_answer_tokens=sum(record.num_cut_answer_tokens for record in records),
         num_skipped=reasons.total(),
         skipped_by_reason=dict(sorted(reasons.items())),
         num_maps=sum(record.num_maps for record in records),

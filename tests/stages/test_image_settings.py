@@ -168,7 +168,7 @@ def test_several_images_stay_where_they_are_written_whatever_the_setting(data: T
     images = [draw_random_image(random.Random(number)) for number in range(2)]
     talk = [{"from": "human", "value": "Is <image> left of <image>?"}, {"from": "gpt", "value": "So."}]
     one, other = (
-        ConversationEncoder(processor, processor.image_token_id, 512, ImageConfig(position=position)).encode(
+        ConversationEncoder(processor, processor.image_token_id, 512, images=ImageConfig(position=position)).encode(
             talk, images
         )
         for position in ("front", "as_written")

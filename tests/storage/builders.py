@@ -47,6 +47,7 @@ def fingerprint(**changes: Any) -> Fingerprint:
         ),
         "dtype": "float32",
         "max_length": 128,
+        "cut": "whole_turns",
         "images": ImageConfig(),
         "image_backend": "pil",
         "samples": "s" * 64,
@@ -92,7 +93,7 @@ def sample_targets(
     token_ids = torch.randint(0, made_for.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32)
     records = AnswerLogitsCodec(made_for.fingerprint.logit_codec).encode(logits_RV, row_addresses(key, num_answers))
     is_turned = map_row is not None and seed % 3 == 1
-    return SampleTargets(key, token_ids, mask, map_row, records, is_turned)
+    return SampleTargets(key, token_ids, mask, map_row, records, is_turned=is_turned)
 
 
 def shard_content(

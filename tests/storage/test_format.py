@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import struct
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
     create_or_check(store, made_for)
     keys = [f"k{number}" for number in range(7)]
     samples, maps = shard_content(made_for, keys, sizes=(9, 34))
+    samples[1] = replace(samples[1], num_cut_answer_tokens=7)
     write_shard(store, 0, made_for, "samples-000000.tar", samples, maps, [])
 
     commit = json.loads((tmp_path / "commits/000000.json").read_bytes())
@@ -149,6 +151,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         "token_ids",
         "answer_mask",
         "token_offsets",
+        "cut_answer_tokens",
         "map_rows",
         "sample_turned",
     ]
@@ -164,6 +167,7 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         a, b = data["token_offsets"][row : row + 2]
         assert data["token_ids"][a:b].tolist() == sample.token_ids.tolist()
         assert data["answer_mask"][a:b].tolist() == sample.answer_mask.tolist()
+        assert data["cut_answer_tokens"][row] == sample.num_cut_answer_tokens == 7 * (row == 1)
         a, b = data["logit_offsets"][row : row + 2]
         assert b - a == int(sample.answer_mask.sum())
         decoded = AnswerLogitsCodec(made_for.fingerprint.logit_codec).decode(sample.logits_RQ)

@@ -5,7 +5,7 @@ reads the stored conversation with its own one. It then learns from the answers 
 teacher's logits, and only the number of image tokens must be the stored one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
+from storage.targets.manifest import Cut
 from storage.targets.store import TargetStore
 
 FIRST_SAMPLES = 16
@@ -46,6 +47,7 @@ class SampleReader:
         stored_image_id: The image token's id in the store; None where it is the student's.
         own_vision: Whether the student has its own vision tower, so that numbers of image tokens are compared.
         max_length: Tokens of a conversation for a student that reads with its own tokenizer; None reads stored ids.
+        cut: Where such a student cuts a longer one.
         images: How the store's pictures were read and placed.
     """
 
@@ -56,6 +58,7 @@ class SampleReader:
     stored_image_id: int | None = None
     own_vision: bool = False
     max_length: int | None = None
+    cut: Cut = "whole_turns"
     images: ImageConfig = DEFAULT_IMAGES
 
     @property
@@ -69,11 +72,19 @@ class SampleReader:
         return self.family if self.own_vision else replace(self.family, modality_input=None)
 
     @cached_property
-    def encoder(self) -> ConversationEncoder | None:
-        """Encodes conversations with the student's own tokenizer; None for a student that reads stored ids."""
+    def encoders(self) -> dict[Cut, ConversationEncoder]:
+        """Encode conversations with the student's own tokenizer; empty for a student that reads stored ids.
+
+        The first cuts as the store does. Where no answer is whole in the student's tokens, though one is in the
+        teacher's, the second takes what fits of the first answer: the sample is the store's and cannot be left out.
+        """
         if self.max_length is None:
-            return None
-        return ConversationEncoder(self.processor, self.image_token_id, self.max_length, self.images)
+            return {}
+        cuts: dict[Cut, None] = {self.cut: None, "tokens": None}
+        return {
+            cut: ConversationEncoder(self.processor, self.image_token_id, self.max_length, cut=cut, images=self.images)
+            for cut in cuts
+        }
 
     def __call__(self, sample: StreamedSample) -> EncodedConversation:
         """The sample's tokens and pixels.
@@ -85,8 +96,8 @@ class SampleReader:
         stored_T = sample.targets.token_ids.long()
         is_image_T = stored_T == self.stored_id
         num_found = num_stored = int(is_image_T.sum())
-        if self.encoder is not None:
-            read = _encoded(self.encoder, sample, images)
+        if self.encoders:
+            read = _encoded(self.encoders, sample, images)
             num_found = len(read.image_positions)
         else:
             # Before the image token gets the student's id, so that no word becomes an image token.
@@ -123,11 +134,14 @@ class SampleReader:
 
 
 def _encoded(
-    encoder: ConversationEncoder, sample: StreamedSample, images: Sequence[Image.Image]
+    encoders: Mapping[Cut, ConversationEncoder], sample: StreamedSample, images: Sequence[Image.Image]
 ) -> EncodedConversation:
+    first, *others = encoders.values()
     try:
-        return encoder.encode(sample.record["conversations"], images)
+        return first.encode(sample.record["conversations"], images)
     except UnusableSample as error:
+        if error.reason == "too_long" and others:
+            return _encoded({"tokens": encoders["tokens"]}, sample, images)
         raise UserError(
             f"sample {sample.key} cannot be read by the student's own tokenizer: {error}. The targets hold it, so it "
             "cannot be left out in silence: take a student with the teacher's tokenizer, or extract from samples "
@@ -188,6 +202,7 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
         stored_image_id=teacher_config.image_token_id,
         own_vision=own_vision,
         max_length=targets.manifest.fingerprint.max_length if differences else None,
+        cut=targets.manifest.fingerprint.cut,
         images=targets.manifest.fingerprint.images,
     )
     note = f"{folder} has another tokenizer than the teacher, so it reads with its own and does not learn from logits: "

@@ -35,7 +35,7 @@ class Chat:
         self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
         self._max_new_tokens = max_new_tokens
         reading = image_settings(model.config) or DEFAULT_IMAGES
-        self._encoder = ConversationEncoder(processor, model.config.image_token_id, _NO_LIMIT, reading)
+        self._encoder = ConversationEncoder(processor, model.config.image_token_id, _NO_LIMIT, images=reading)
         self._check_room(self._encoder.encode_prompt("?", [image]))
         answered = self._encoder.encode_pair("What is this?", "This.", [image])
         self._settings = generation_settings(model, processor.tokenizer, answered, [])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import pipeline.extraction.extract
 from pipeline.cli.extract_teacher import print_report
+from pipeline.cli.inspect import inspect
 from pipeline.cluster.worker import ProgressMarker
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
@@ -335,6 +336,39 @@ def test_resuming_with_another_teacher_or_other_samples_is_refused_by_name_and_c
 
 
 @pytest.mark.usefixtures("shards_made_here")
+def test_what_is_cut_is_counted_over_the_whole_store_by_every_run_and_by_inspect(
+    tiny: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, images = make_llava_data(tmp_path / "data", 6)
+    records = json.loads(data.read_text())
+    for record in (records[0], records[5]):
+        record["conversations"] += [
+            {"from": "human", "value": "And then?"},
+            {"from": "gpt", "value": "A red square. " * 60},
+        ]
+    data.write_text(json.dumps(records))
+    pack_samples(data, images, tmp_path / "samples", PackConfig(max_samples_per_shard=3))
+    kept = {}
+    for cut in ("whole_turns", "tokens"):
+        store = tmp_path / cut
+        first = run(tiny, store, samples=tmp_path / "samples", max_length=128, cut=cut)
+        assert (first.samples, first.skipped, first.cut_samples) == (6, {}, 2)
+        (store / "commits/000001.json").unlink()
+        second = run(tiny, store, samples=tmp_path / "samples", max_length=128, cut=cut)
+        assert second.shards_made_now == 1
+        assert (second.cut_samples, second.cut_answer_tokens) == (2, first.cut_answer_tokens)
+        assert verify(store, tmp_path / "samples").ok
+        print_report(second, "store")
+        inspect(str(store))
+        shown = capsys.readouterr().out
+        assert shown.count("2 (33.3%), which lost") == 2
+        assert shown.count(f" {first.cut_answer_tokens:,} ") == 2
+        kept[cut] = first.answer_tokens, first.answer_tokens + first.cut_answer_tokens
+    assert kept["whole_turns"][0] < kept["tokens"][0]
+    assert kept["whole_turns"][1] == kept["tokens"][1]
+
+
+@pytest.mark.usefixtures("shards_made_here")
 def test_too_long_conversations_are_in_the_ledger_and_fail_the_command_unless_allowed(
     tiny: TinyWorld, tmp_path: Path
 ) -> None:
@@ -344,14 +378,14 @@ def test_too_long_conversations_are_in_the_ledger_and_fail_the_command_unless_al
     data.write_text(json.dumps(records))
     pack_samples(data, images, tmp_path / "samples", PackConfig(max_samples_per_shard=5))
     store = tmp_path / "store"
-    with pytest.raises(TooManySkipped, match=r"1 of 10 samples could not be used \(no_answer_within_max_length: 1\)"):
+    with pytest.raises(TooManySkipped, match=r"1 of 10 samples could not be used \(too_long: 1\)"):
         run(tiny, store, samples=tmp_path / "samples", max_length=128)
     opened = TargetStore.open(store)
-    assert [(s.id, s.reason) for s in _ledger(opened)] == [("sample-000000", "no_answer_within_max_length")]
+    assert [(s.id, s.reason) for s in _ledger(opened)] == [("sample-000000", "too_long")]
     assert sum(commit.num_samples for commit in opened.commits.values()) == 9
     before = tree(store, *LASTING)
     report = run(tiny, store, samples=tmp_path / "samples", max_length=128, max_skipped_fraction=0.1)
-    assert (report.samples, report.skipped) == (9, {"no_answer_within_max_length": 1})
+    assert (report.samples, report.skipped) == (9, {"too_long": 1})
     assert report.shards_made_now == 0
     assert tree(store, *LASTING) == before
     assert verify(store, tmp_path / "samples").ok

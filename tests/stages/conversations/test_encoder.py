@@ -184,10 +184,50 @@ def test_a_cut_inside_an_answer_keeps_its_tokens_before_the_cut(encoder: Convers
     whole = encoder.encode(*_with_images("several turns"))
     last = int(whole.answer_mask.nonzero()[-1])
     for length in range(last - 3, last + 1):
-        cut = ConversationEncoder(processor, processor.image_token_id, length)
+        cut = ConversationEncoder(processor, processor.image_token_id, length, cut="tokens")
         encoded = cut.encode(*_with_images("several turns"))
         torch.testing.assert_close(encoded.token_ids, whole.token_ids[:length])
         torch.testing.assert_close(encoded.answer_mask, whole.answer_mask[:length])
+        assert encoded.num_cut_tokens == len(whole.token_ids) - length
+        assert encoded.num_cut_answer_tokens == last + 1 - length
+
+
+@pytest.mark.parametrize("prefixes", [False, True])
+@pytest.mark.parametrize("name", ["several turns", "text only", "letters of several bytes", "one turn"])
+def test_by_default_a_long_conversation_ends_with_the_last_answer_that_fits_whole(
+    name: str, prefixes: bool, processor: Any
+) -> None:
+    if prefixes:
+        processor.chat_template = CHAT_TEMPLATE_WITHOUT_GENERATION
+    conversation, pictures = _with_images(name)
+    whole = ConversationEncoder(processor, processor.image_token_id, 512).encode(conversation, pictures)
+    all_answers = answers(processor, whole.token_ids, whole.answer_mask)
+    for length in range(int(whole.answer_mask.nonzero()[0]), len(whole.token_ids) + 1):
+        fitting = answers(processor, whole.token_ids[:length], whole.answer_mask[:length])
+        num_whole = sum(found == wanted for found, wanted in zip(fitting, all_answers, strict=False))
+        cut = ConversationEncoder(processor, processor.image_token_id, length)
+        if not num_whole:
+            assert _reason(cut, conversation, pictures) == "too_long"
+            continue
+        read = cut.encode(conversation, pictures)
+        size = len(read.token_ids)
+        assert size == length == len(whole.token_ids) or bool(read.answer_mask[-1])
+        assert torch.equal(read.token_ids, whole.token_ids[:size])
+        assert answers(processor, read.token_ids, read.answer_mask) == all_answers[:num_whole]
+        assert read.num_cut_tokens == len(whole.token_ids) - size
+        assert read.num_cut_answer_tokens == int(whole.answer_mask.sum() - read.answer_mask.sum())
+
+
+def test_a_cut_at_an_answers_end_never_takes_an_image(encoder: ConversationEncoder, processor: Any) -> None:
+    conversation = turns("<image>\nWhat?", "Red.", "And <image>?", "A long answer about it.")
+    whole = encoder.encode(conversation, images(2))
+    last_image = int(whole.image_positions[-1])
+    for length in range(last_image + 1, len(whole.token_ids) - 1):
+        cut = ConversationEncoder(processor, processor.image_token_id, length)
+        if bool(whole.answer_mask[length:].any()):
+            assert _reason(cut, conversation, images(2)) == "too_long"
+        else:
+            assert cut.encode(conversation, images(2)).num_cut_answer_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -207,7 +247,7 @@ def test_a_cut_may_not_take_image_tokens_or_every_answer_token(
 ) -> None:
     whole = encoder.encode(*_with_images("one turn"))
     length = max_length(int(whole.image_positions[-1]) + 1, int(whole.answer_mask.nonzero()[0]))
-    cut = ConversationEncoder(processor, processor.image_token_id, length)
+    cut = ConversationEncoder(processor, processor.image_token_id, length, cut="tokens")
     if reason is None:
         assert int(cut.encode(*_with_images("one turn")).answer_mask.sum()) == 1
     else:

@@ -128,8 +128,13 @@ def test_unusable_samples_are_counted_and_shown_with_their_reasons(tmp_path: Pat
     with pytest.raises(UserError, match=r"none of 20 samples .* can be used \(image_beyond_max_length: 16"):
         estimate_by_measurement(settings, SampleSet.open(data.samples), config, workers=1, threads=1)
     # Long enough for the shorter conversations.
-    settings = settings.model_copy(update={"max_length": 24})
+    settings = settings.model_copy(update={"max_length": 24, "cut": "tokens"})
     estimate = estimate_by_measurement(settings, SampleSet.open(data.samples), config, workers=1, threads=1)
+    extract_here(data, tmp_path / "targets", max_length=24, cut="tokens", batch_size=4)
+    found = summarize(tmp_path / "targets")
+    assert estimate.num_sampled == found.num_samples + found.num_skipped == 20
+    assert estimate.cut_samples == found.num_cut_samples > 0
+    assert estimate.cut_answer_tokens == found.num_cut_answer_tokens > 0
     assert 0 < sum(estimate.unusable.values()) < 20
     assert estimate.per_sample["samples"] == pytest.approx(1 - sum(estimate.unusable.values()) / 20)
     assert all(reason in " ".join(estimate.unusable_examples) for reason in list(estimate.unusable)[:1])

@@ -77,9 +77,8 @@ def test_a_conversation_cut_before_its_answer_is_in_the_ledger_and_the_others_st
     seen = observe(short, data)
     assert seen.skipped
     assert {sample.reason for sample in seen.skipped} <= {
-        "no_answer_within_max_length",
+        "too_long",
         "image_beyond_max_length",
-        "prompt_beyond_max_length",
     }
     assert len(seen.samples) + len(seen.skipped) == len(lengths)
     assert all(sample.id for sample in seen.skipped)

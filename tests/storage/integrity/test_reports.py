@@ -1,5 +1,6 @@
 """Verification with samples, and the summary of a store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from storage.integrity.verify import verify
 from storage.stores import open_store
 from storage.targets.manifest import Manifest, create_or_check
 from storage.targets.shard_writer import write_shard
+from storage.targets.store import TargetStore
 from storage.targets.summary import summarize
 from tests.storage.builders import VOCAB, extract, manifest, pack, shard_content
 
@@ -100,6 +102,19 @@ def test_sharing_counts_entries_of_maps_of_several_sizes(tmp_path):
     assert (record.num_map_tokens, record.num_map_squares) == (15, 81 + 36)
     # Samples a and b share the larger map.
     assert summarize(tmp_path).sharing_ratio == (45 + 45 + 21) / (45 + 21)
+
+
+def test_the_summary_counts_cut_samples_of_all_shards_and_readers_get_those_of_each(tmp_path):
+    store, made_for = open_store(tmp_path), manifest(2)
+    create_or_check(store, made_for)
+    for shard, lost in enumerate(((0, 30, 12), (5, 0, 0))):
+        samples, maps = shard_content(made_for, [f"{shard}-{name}" for name in "abc"])
+        samples = [replace(sample, num_cut_answer_tokens=count) for sample, count in zip(samples, lost, strict=True)]
+        write_shard(store, shard, made_for, f"samples-{shard:06d}.tar", samples, maps, [])
+    summary = summarize(tmp_path)
+    assert (summary.num_cut_samples, summary.num_cut_answer_tokens) == (3, 47)
+    targets = TargetStore.open(tmp_path).shard(0)
+    assert [targets.read(row, with_maps=False)[0].num_cut_answer_tokens for row in range(3)] == [0, 30, 12]
 
 
 def test_a_store_without_maps_shares_nothing(tmp_path):

@@ -151,6 +151,8 @@ def test_a_sample_index_with_fewer_samples_is_refused_whatever_it_says_of_itself
         {"num_samples": 8},
         {"num_tokens": 10**15},
         {"num_answer_rows": 1},
+        {"num_cut_samples": 1},
+        {"num_cut_answer_tokens": 1},
         {"num_maps": 1},
         {"num_maps": 10**12},
         {"num_map_references": 0},

@@ -190,6 +190,20 @@ def test_a_sample_that_its_tokens_make_too_long_is_named(foreign: Path, data: Ti
         replace(spec.reader, max_length=12)(sample)
 
 
+def test_an_answer_that_only_its_tokens_make_too_long_is_read_up_to_max_length(
+    foreign: Path, data: TinyData, store: TargetStore
+) -> None:
+    spec = resolve_reader_spec(store, foreign, own_vision=False, kd_weight=0.0)
+    assert spec.reader.cut == store.manifest.fingerprint.cut == "whole_turns"
+    sample = next(sample for sample in streamed(data.samples, store) if sample.images)
+    whole = spec.reader(sample)
+    first, length = int(whole.answer_mask.nonzero()[0]), len(whole.token_ids)
+    read = replace(spec.reader, max_length=first + 1)(sample)
+    assert torch.equal(read.token_ids, whole.token_ids[: first + 1])
+    assert int(read.answer_mask.sum()) == 1
+    assert len(replace(spec.reader, max_length=length)(sample).token_ids) == length
+
+
 def test_a_template_of_parts_is_used_as_it_is(data: TinyData, store: TargetStore, tmp_path: Path) -> None:
     template = (make_tiny_llava(tmp_path / "other") / "chat_template.jinja").read_text().replace("USER: ", "Human: ")
     folder = make_foreign_lm(tmp_path / "foreign", template)

@@ -96,6 +96,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         layers=LAYERS,
         num_matched=3,
         max_length=MAX_LENGTH,
+        cut="tokens",
     )
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=len(RECORDS))
     stream = target_stream(data.samples, store, config, rank=0, world_size=1, epoch=0)

@@ -1,0 +1,1 @@
+"""One stored sample as people read it: its tokens, its attention maps, what the teacher predicts."""
