@@ -17,9 +17,9 @@ from stages.checkpoints.processors import hide_loading_bars
 from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
 from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.evaluation.caption_pairs import load_pairs
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.evaluate_pairs import evaluate_pairs
 from stages.evaluation.report import EvaluationReport
-from stages.evaluation.scoring import EvaluationConfig
 from stages.images import decode_image
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec

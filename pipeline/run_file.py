@@ -9,10 +9,10 @@ from pydantic import Field
 from pipeline.extraction.config import ExtractConfig
 from pipeline.recipes import find_config
 from stages.estimate.report import EstimateConfig
-from stages.evaluation.scoring import EvaluationConfig
+from stages.evaluation.config import EvaluationConfig
 from stages.settings import AtResume, validated
 from stages.student.training.train_config import TrainConfig
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from storage.errors import UserError
 from storage.regular_files import read_regular
 from storage.stores import Store

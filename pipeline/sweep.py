@@ -19,8 +19,8 @@ from pipeline.ui.tables import ReportTable
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention_similarity import AttentionSimilarity
 from stages.evaluation.caption_pairs import load_pairs
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.report import EvaluationReport
-from stages.evaluation.scoring import EvaluationConfig
 from stages.student.run_folder import StageReport
 from stages.student.stage_config import StageName
 from storage.digests import digest_of

@@ -29,7 +29,8 @@ from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.chat_templates import read_template
 from stages.convert.layout import read_released_config
 from stages.evaluation.caption_pairs import CaptionPair, load_pairs
-from stages.evaluation.scoring import EvaluationConfig, _encoded_batches
+from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.scoring import _encoded_batches
 from stages.samples.image_files import ImageFolder
 from stages.samples.llava_json import open_llava_records
 from stages.samples.staged_folder import StagedFolder

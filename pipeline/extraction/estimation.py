@@ -10,7 +10,7 @@ from storage.samples.sample_set import SampleSet
 
 if TYPE_CHECKING:
     from stages.estimate.report import Estimate, EstimateConfig
-    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.config import TeacherConfig
 
 
 def make_estimate(

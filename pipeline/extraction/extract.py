@@ -20,7 +20,7 @@ from storage.targets.manifest import create_or_check
 from storage.targets.teacher_assets import TEACHER_RECORD
 
 if TYPE_CHECKING:
-    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.config import TeacherConfig
 
 SHARDS_IN_FLIGHT = 2
 """Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""

@@ -9,7 +9,8 @@ from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.extrapolate import CodecCost, extrapolate
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
-from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import TeacherIdentity, identify_teacher
 from storage.codecs.codec_settings import MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress

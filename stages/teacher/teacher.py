@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from stages.attention.capture import enable_capture
 from stages.checkpoints.weights import load_weights
 from stages.conversations.encoder import ConversationEncoder
-from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import TeacherIdentity, identify_teacher
 
 
 @dataclass(frozen=True)

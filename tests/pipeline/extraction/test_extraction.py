@@ -21,7 +21,7 @@ from pipeline.extraction.extract import extract
 from pipeline.extraction.report import ExtractionReport
 from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from storage.errors import FingerprintMismatch, TooManySkipped, UserError
 from storage.integrity.verify import verify
 from storage.progress import SILENT, Progress

@@ -15,7 +15,7 @@ from stages.estimate.extrapolate import longest_share, student_t
 from stages.estimate.measured import CODECS, estimate_by_measurement
 from stages.estimate.report import Estimate, EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.codecs.codec_settings import num_entries
 from storage.errors import UserError

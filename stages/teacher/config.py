@@ -1,0 +1,43 @@
+"""Settings of the teacher; they import no torch, so that a mistake in them is said at once."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.settings import AtResume
+from storage.codecs.codec_settings import MapCodecName, NumTailSamples, Temperatures, TopK
+from storage.strict_model import StrictModel
+
+
+class TeacherConfig(StrictModel):
+    """Which teacher, and what is stored of its attention and answers."""
+
+    checkpoint: Annotated[str, AtResume.SAME_DATA]
+    """Folder or hub id of the teacher."""
+    chat_template: Annotated[str | None, AtResume.SAME_DATA] = None
+    """A jinja file, or the name of a template that comes with the package (llava-1.5), in place of the checkpoint's
+    own. It is stored with the targets, and students are saved with it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+    max_length: int = Field(default=1536, ge=8, le=1_000_000)
+    """Tokens of a conversation, image tokens included; longer ones are cut in or after an answer."""
+    batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
+    """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
+    roundings on a GPU."""
+    layers: tuple[int, ...] | None = None
+    """Captured decoder layers, consecutive, counted from 0; None takes the middle third."""
+    num_matched: int | None = Field(default=None, ge=1)
+    """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
+    map_codec: MapCodecName = "sqrt4"
+    """How attention maps are stored: `float16` is exact to rounding; `sqrt8`, `sqrt4`, `sqrt2` take 8, 4 and 2 bits an
+    entry. Sink masks and the mean of each key are exact in all of them."""
+    logit_codec: Literal["float16", "levels"] = "levels"
+    """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
+    top_k: TopK = 48
+    """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each."""
+    tail_samples: NumTailSamples = 30
+    """Tokens sampled from the others, so that the logit loss is right in expectation; more make it less noisy."""
+    temperatures: Temperatures = ()
+    """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is sampled."""
+    trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
+    """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
