@@ -1,14 +1,8 @@
 """Finds the checkpoint that a name stands for: of a training run, a folder, or a hub id."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import PreTrainedModel, ProcessorMixin
-
-from stages.checkpoints.processors import hide_loading_bars, load_processor
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.student.model.loading import load_multimodal
 from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import STAGES
 
@@ -44,20 +38,3 @@ def which_student(model: str) -> list[str]:
             "trained; run `cdp train-student` again to go on with it"
         )
     return notes
-
-
-def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A teacher or a student with its processor, on the GPU when there is one.
-
-    Raises:
-        UserError: If there is no such checkpoint, or as `load_multimodal`.
-    """
-    hide_loading_bars()
-    folder, device = find_checkpoint(model), default_device()
-    loaded: Any = load_multimodal(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return loaded.to(device), load_processor(folder)
-
-
-def default_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

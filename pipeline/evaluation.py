@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipeline.checkpoints import default_device, find_checkpoint, load_model
+from pipeline.checkpoints import find_checkpoint
+from pipeline.models import default_device, load_model
 from pipeline.ui.html_report import ReportSample
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import enable_capture

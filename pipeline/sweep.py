@@ -15,7 +15,7 @@ from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
 from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_data
 from pipeline.ui.console import is_main_process
-from pipeline.ui.tables import ReportTable
+from pipeline.ui.tables import OF_LOSSES, ReportTable
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention_similarity import AttentionSimilarity
 from stages.evaluation.caption_pairs import load_pairs
@@ -210,7 +210,7 @@ def sweep_table(report: SweepReport) -> ReportTable:
     # What was not asked for would only make the rest too narrow to read.
     columns = [(head, *cells) for head, *cells in zip(header, *rows, strict=True) if any(cells)]
     header, *rows = map(list, zip(*columns, strict=True))
-    return ReportTable("students side by side", header, rows)
+    return ReportTable(f"students side by side; {OF_LOSSES}", header, rows)
 
 
 def _last_losses(student: SweptStudent) -> dict[str, float]:

@@ -73,5 +73,5 @@ def _print_sections(sections: "Sequence[Section]") -> None:
             facts = [setting.type, f"default {setting.default}" if setting.default else "required"]
             facts += [f"resume: {setting.at_resume}"] * (setting.at_resume is not None)
             results.print(Text.assemble("  ", (setting.name, "cyan"), f"  {'; '.join(facts)}"))
-            results.print(Padding(setting.meaning, (0, 0, 0, 4)), style="dim")
+            results.print(Padding(setting.meaning, (0, 0, 0, 4), expand=False), style="dim")
         results.print()

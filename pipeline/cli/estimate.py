@@ -29,24 +29,25 @@ def estimate(
     settings: SetOption = None,
 ) -> None:
     """Estimates what an extraction will cost. Gives bytes and GPU-hours of each setting, from a few samples."""
-    from pipeline.extraction.estimation import make_estimate
+    from pipeline.preflight import check_samples
     from pipeline.run_file import load_run_file, need
-    from pipeline.ui.progress import progress_display
+    from stages.checkpoints.resolve import resolve_checkpoint
 
     flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
     run = load_run_file(config, settings or [], flags)
+    asked, samples = need(run.teacher, "--teacher"), run.samples if config_only else need(run.samples, "--samples")
+    if samples is not None:
+        check_samples(samples)
+    resolve_checkpoint(asked.checkpoint, with_weights=False)
+
+    from pipeline.extraction.estimation import make_estimate
+    from pipeline.ui.progress import progress_display
+
     with progress_display() as progress:
-        result = make_estimate(
-            need(run.teacher, "--teacher"),
-            run.samples if config_only else need(run.samples, "--samples"),
-            run.extract,
-            run.estimate,
-            config_only=config_only,
-            progress=progress,
-        )
-    save(report, result.to_json())
+        result = make_estimate(asked, samples, run.extract, run.estimate, config_only=config_only, progress=progress)
     _print_facts(result)
     _print_settings(result)
+    save(report, result.to_json())
 
 
 def _print_facts(estimate: "Estimate") -> None:

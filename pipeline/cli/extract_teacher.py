@@ -35,14 +35,21 @@ def extract_teacher(
 
 def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
     """Extracts and prints the report; `cdp verify --repair` ends with it, too."""
-    from pipeline.extraction.extract import extract
-    from pipeline.extraction.report import RUN_FILE
+    from pipeline.preflight import check_new_targets, check_samples
     from pipeline.run_file import load_run_file, need, save_run_file
-    from pipeline.ui.progress import progress_display
+    from stages.checkpoints.resolve import resolve_checkpoint
 
     run = load_run_file(config, settings, flags)
     teacher = need(run.teacher, "--teacher")
     samples, targets = need(run.samples, "--samples"), need(run.targets, "--targets")
+    check_new_targets(targets)
+    check_samples(samples)
+    resolve_checkpoint(teacher.checkpoint, with_weights=False)
+
+    from pipeline.extraction.extract import extract
+    from pipeline.extraction.report import RUN_FILE
+    from pipeline.ui.progress import progress_display
+
     with progress_display() as progress:
         report = extract(
             teacher, samples, targets, run.extract, progress, lambda store: save_run_file(run, store, RUN_FILE)

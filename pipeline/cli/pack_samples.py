@@ -5,14 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.options import input_path, output_folder
+
 if TYPE_CHECKING:
     from stages.samples.pack import PackReport
 
 
 def pack_samples(
-    source: Annotated[Path, typer.Argument(help="LLaVA JSON or JSONL.", metavar="JSON")],
-    images: Annotated[Path, typer.Argument(help="Folder that the records' image paths start from.")],
-    output: Annotated[Path, typer.Argument(help="New folder of sample shards.", metavar="OUT")],
+    source: Annotated[Path, typer.Argument(callback=input_path, help="LLaVA JSON or JSONL.", metavar="JSON")],
+    images: Annotated[
+        Path, typer.Argument(callback=input_path, help="Folder that the records' image paths start from.")
+    ],
+    output: Annotated[Path, typer.Argument(callback=output_folder, help="New folder of sample shards.", metavar="OUT")],
     samples_per_shard: Annotated[int, typer.Option(help="Most samples of a shard.")] = 512,
     shard_bytes: Annotated[int, typer.Option(help="Most bytes of a shard.")] = 256 * 2**20,
     max_skipped_fraction: Annotated[float, typer.Option(help="Fraction of samples that may be unusable.")] = 0.0,

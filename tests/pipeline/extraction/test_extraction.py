@@ -77,6 +77,22 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
 
 
 @pytest.mark.usefixtures("shards_made_here")
+def test_a_shard_that_is_repaired_away_while_others_are_made_fails_the_command_and_a_rerun_makes_it(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+
+    def repair_first_shard(task: str, done: float) -> None:
+        if done > NUM_SAMPLES - 4:
+            (store / "commits/000000.json").unlink(missing_ok=True)
+
+    with pytest.raises(UserError, match=r"1 of \d+ shards are not stored in .*store, though none of them failed"):
+        run(tiny, store, progress=RecordedProgress(at_step=repair_first_shard))
+    assert run(tiny, store).shards_made_now == 1
+    assert same_targets(store, targets)
+
+
+@pytest.mark.usefixtures("shards_made_here")
 def test_answers_without_an_end_are_said_before_the_first_shard_and_in_the_report(
     tiny: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

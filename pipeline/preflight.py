@@ -1,0 +1,74 @@
+"""Looks at what a command was given before it loads a library for it: a mistake is said within a second."""
+
+from pathlib import Path
+
+from pipeline.checkpoints import which_student
+from pipeline.run_file import RunFile, need, sources_of
+from pipeline.ui.console import is_main_process
+from stages.checkpoints.resolve import resolve_checkpoint
+from storage.errors import UserError
+from storage.regular_files import refuse_unusable
+from storage.samples.index import SampleIndex
+from storage.stores import LocalStore, open_store
+from storage.stores.recognize import CHECKPOINT, RUN, SAMPLE_SET, TARGET_STORE, what_lies_at
+from storage.targets.manifest import MANIFEST_PATH, Manifest
+from storage.writable import check_writable
+
+
+def check_samples(url: str) -> None:
+    """Refuses what is no finished sample set."""
+    SampleIndex.load(open_store(url))
+
+
+def check_targets(url: str) -> None:
+    """Refuses what is no target store."""
+    Manifest.load(open_store(url))
+
+
+def check_holds_targets(url: str) -> None:
+    """Refuses what has not even a damaged manifest."""
+    store = open_store(url)
+    if not store.exists(MANIFEST_PATH):
+        Manifest.load(store)
+
+
+def check_new_targets(url: str) -> None:
+    """Refuses a place where no target store can be, or that holds something else; one that is begun is taken."""
+    store = open_store(url)
+    found = what_lies_at(store)
+    if found in (SAMPLE_SET, CHECKPOINT, RUN):
+        swapped = "; are samples and targets swapped?" if found == SAMPLE_SET else "; name a new folder"
+        raise UserError(f"{store.url} is {found}, expected a target store or a new folder{swapped}")
+    if found != TARGET_STORE and isinstance(store, LocalStore):
+        check_writable(store.root)
+
+
+def check_model(model: str) -> list[str]:
+    """Refuses what is neither a checkpoint, a training run nor a model of the hub; gives the notes of `which_student`.
+
+    Of a model of the hub no weights are fetched yet.
+    """
+    if notes := which_student(model):
+        return notes
+    if not (Path(model) / "student" / "config.json").is_file():
+        resolve_checkpoint(model, with_weights=False)
+    return []
+
+
+def check_training(run: RunFile) -> None:
+    """Refuses a training without an output, a student, samples or targets that there are.
+
+    The machine that starts a training on a cluster need not see what the cluster sees.
+    """
+    output = Path(need(run.output, "--output"))
+    student = need(run.student, "--student")
+    sources = {(one.samples, one.targets) for stage in run.train.stages for one in sources_of(run, stage)}
+    refuse_unusable(output)
+    if run.train.cluster.ray_address is not None:
+        return
+    if is_main_process:
+        check_writable(output)
+    resolve_checkpoint(student, with_weights=False)
+    for samples, targets in sorted(sources):
+        check_samples(samples)
+        check_targets(targets)
