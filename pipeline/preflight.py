@@ -9,7 +9,7 @@ from stages.checkpoints.resolve import resolve_checkpoint
 from storage.errors import UserError
 from storage.regular_files import refuse_unusable
 from storage.samples.index import SampleIndex
-from storage.stores import LocalStore, open_store
+from storage.stores import LocalStore, Store, open_store
 from storage.stores.recognize import CHECKPOINT, RUN, SAMPLE_SET, TARGET_STORE, what_lies_at
 from storage.targets.manifest import MANIFEST_PATH, Manifest
 from storage.writable import check_writable
@@ -34,13 +34,7 @@ def check_holds_targets(url: str) -> None:
 
 def check_new_targets(url: str) -> None:
     """Refuses a place where no target store can be, or that holds something else; one that is begun is taken."""
-    store = open_store(url)
-    found = what_lies_at(store)
-    if found in (SAMPLE_SET, CHECKPOINT, RUN):
-        swapped = "; are samples and targets swapped?" if found == SAMPLE_SET else "; name a new folder"
-        raise UserError(f"{store.url} is {found}, expected a target store or a new folder{swapped}")
-    if found != TARGET_STORE and isinstance(store, LocalStore):
-        check_writable(store.root)
+    _check_output(open_store(url), TARGET_STORE)
 
 
 def check_model(model: str) -> list[str]:
@@ -67,8 +61,19 @@ def check_training(run: RunFile) -> None:
     if run.train.cluster.ray_address is not None:
         return
     if is_main_process:
-        check_writable(output)
+        _check_output(LocalStore(output), RUN)
     resolve_checkpoint(student, with_weights=False)
     for samples, targets in sorted(sources):
         check_samples(samples)
         check_targets(targets)
+
+
+def _check_output(store: Store, kind: str) -> None:
+    found = what_lies_at(store)
+    if found in {SAMPLE_SET, TARGET_STORE, CHECKPOINT, RUN} - {kind}:
+        raise UserError(
+            f"{store.url} is {found}, expected {kind} or a new folder"
+            + ("; are samples and targets swapped?" if {found, kind} == {SAMPLE_SET, TARGET_STORE} else "")
+        )
+    if isinstance(store, LocalStore):
+        check_writable(store.root)

@@ -36,6 +36,7 @@ MISTAKES = {
     "extract-teacher --teacher {data}/data.json --samples {samples} --targets {new}": "is a file, expected the folder",
     "extract-teacher --teacher {teacher} --samples {samples} --targets {lm}": "is a model's checkpoint, expected",
     "extract-teacher --teacher {teacher} --samples {samples} --targets {data}/data.json": "is a file; name a folder",
+    f"{TRAIN} {{targets}}": "is a target store, expected a training run or a new folder",
     "export {samples} {new}": "found a sample set",
     "export {lm} {lm}": "holds something already",
     "export {lm} {new} --evaluation {data}/data.json": "is no report of `cdp evaluate --report`",
