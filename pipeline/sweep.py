@@ -24,7 +24,7 @@ from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageReport
 from stages.student.stage_config import StageName
 from storage.digests import digest_of
-from storage.errors import UserError
+from storage.errors import StoreUnavailable, UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
@@ -102,6 +102,7 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
 
     Raises:
         FolderInUse: If another command works in the sweep's folder.
+        StoreUnavailable: If a disk is full, or a store does not answer: that is no student's own failure.
     """
     # One process owns it for all that train together; each student's folder has its own owner.
     with owned(sweep.output) if is_main_process else nullcontext():
@@ -116,6 +117,9 @@ def _run_all(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
         try:
             reports = {stage.stage: stage for stage in train(name, run)}
             students[name] = _compared(run, sweep.compare, reports, progress)
+        except StoreUnavailable:
+            # Such as a full disk, which no other student would find room on; the same command goes on from here.
+            raise
         except UserError as error:
             _raise_if_distributed()
             failures[name] = str(error)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
+from itertools import islice
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -162,14 +163,21 @@ def validated(model: type[Settings], values: dict[str, Any], origin: str) -> Set
             name, value = ".".join(map(str, found["loc"])), found.get("input")
             unknown = found["type"] == "extra_forbidden"
             said = "there is no such setting" if unknown else found["msg"]
-            # Each setting of an unknown section may have its place elsewhere.
-            inner = flattened(value, f"{name}.") if unknown and isinstance(value, dict) else {}
-            for one, shown in list(inner.items())[:_SHOWN_ERRORS] or [(name, value)]:
+            for one, shown in islice(_settings_in(value, name), _SHOWN_ERRORS) if unknown else [(name, value)]:
                 hint = _hint(one, model) if unknown or one in RENAMED else ""
                 lines.append(f"  {one}: {said} (found {_SHORT.repr(shown)}){hint}")
         if (num_more := error.error_count() - _SHOWN_ERRORS) > 0:
             lines.append(f"  and {num_more} more")
         raise UserError(f"{origin}:\n" + "\n".join(lines)) from error
+
+
+def _settings_in(value: Any, name: str, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Each setting of an unknown section, as it may have its place elsewhere; a value that is no section is one."""
+    if depth and value and isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _settings_in(inner, f"{name}.{key}", depth - 1)
+    else:
+        yield name, value
 
 
 def _hint(wrong: str, model: type[BaseModel]) -> str:

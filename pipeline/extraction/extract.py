@@ -58,6 +58,9 @@ def extract(
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
         missing = [shard for shard in range(len(index.shards)) if shard not in committed]
+        if missing:
+            # A store that is begun may have been copied to where nothing can be committed.
+            targets.check_create()
         for note in identity.notes:
             progress.message(f"note: {note}")
         tally = ExtractionTally(index, missing, progress)

@@ -20,7 +20,7 @@ MAX_LAYERS = 2**12
 MAX_SHARDS = 2**22
 """No teacher has so many layers, and no index of samples lists more shards; memory goes by both."""
 OTHER_SAMPLES = (
-    "samples differ also where the same data was packed again into shards of another size (--samples-per-shard, "
+    "Samples differ also where the same data was packed again into shards of another size (--samples-per-shard, "
     "--shard-bytes): targets belong to the shards that they were made from"
 )
 _SHOWN_CHARS = 60
@@ -145,8 +145,6 @@ def create_or_check(store: Store, manifest: Manifest) -> None:
         FingerprintMismatch: Naming each differing field with both values; the store is left as it is.
     """
     if store.create(MANIFEST_PATH, manifest.to_bytes()):
-        # Also one that was copied to where nothing can be committed.
-        store.check_create()
         return
     stored = Manifest.load(store)
     differing = _differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json"))
