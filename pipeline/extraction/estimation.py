@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.extraction.config import ExtractConfig, threads_per_worker
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic
+from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
 
@@ -28,8 +29,13 @@ def make_estimate(
     the teacher's weights are neither loaded nor looked for, and `samples_url` may be None.
 
     Raises:
-        UserError: As `estimate_by_measurement` and `estimate_from_configs`.
+        UserError: If neither samples nor their number are given; or as `estimate_by_measurement` and
+            `estimate_from_configs`.
     """
+    if samples_url is None and config.samples is None:
+        raise UserError(
+            "neither sample shards nor how many samples there will be: give --samples, or --set estimate.samples=NUMBER"
+        )
     samples = None if samples_url is None else SampleSet.open(samples_url)
     if config_only:
         from stages.estimate.analytic import estimate_from_configs

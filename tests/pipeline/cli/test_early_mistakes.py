@@ -26,6 +26,7 @@ MISTAKES = {
     "extract-teacher --teacher {teacher} --samples {samples} --targets {samples}": SWAPPED,
     "compare-attention {teacher} --samples {targets} --targets {samples}": SWAPPED,
     "estimate --teacher {teacher} --samples {targets}": SWAPPED,
+    "estimate --teacher {teacher} --config-only": "give --samples, or --set estimate.samples=NUMBER",
     "inspect {samples}": SWAPPED,
     "verify {samples} --samples {targets}": SWAPPED,
     # Something else than what is asked for.

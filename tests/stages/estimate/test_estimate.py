@@ -153,8 +153,6 @@ def test_configs_alone_give_a_coarse_estimate_without_reading_weights(scenes: Ti
     faster = EstimateConfig(samples=1000, efficiency=0.8)
     halved = estimate_from_configs(settings, None, faster, workers=4)
     assert 2 * halved.teacher_seconds_per_sample == pytest.approx(assumed.teacher_seconds_per_sample)
-    with pytest.raises(UserError, match=r"estimate\.samples=NUMBER"):
-        estimate_from_configs(settings, None, EstimateConfig(), workers=1)
 
 
 def test_bytes_of_an_entry_are_those_of_the_benchmark() -> None:
