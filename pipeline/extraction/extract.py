@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -57,10 +57,7 @@ def extract(
         on_begin(targets)
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
-        missing = [shard for shard in range(len(index.shards)) if shard not in committed]
-        if missing:
-            # A store that is begun may have been copied to where nothing can be committed.
-            targets.check_create()
+        missing = _missing_shards(targets, committed, len(index.shards))
         for note in identity.notes:
             progress.message(f"note: {note}")
         tally = ExtractionTally(index, missing, progress)
@@ -97,3 +94,10 @@ def extract(
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report
+
+
+def _missing_shards(targets: Store, committed: Container[int], num_shards: int) -> list[int]:
+    """The shards to be made; refused if none could be committed, where a begun store was copied to."""
+    if missing := [shard for shard in range(num_shards) if shard not in committed]:
+        targets.check_create()
+    return missing
