@@ -6,12 +6,14 @@ from pipeline.checkpoints import which_student
 from pipeline.run_file import RunFile, need, sources_of
 from pipeline.ui.console import is_main_process
 from stages.checkpoints.resolve import resolve_checkpoint
+from stages.teacher.config import TeacherConfig, captured_layers
+from storage.digests import parse_object
 from storage.errors import UserError
-from storage.regular_files import refuse_unusable
+from storage.regular_files import read_regular, refuse_unusable
 from storage.samples.index import SampleIndex
 from storage.stores import LocalStore, Store, open_store
 from storage.stores.recognize import CHECKPOINT, RUN, SAMPLE_SET, TARGET_STORE, what_lies_at
-from storage.targets.manifest import MANIFEST_PATH, Manifest
+from storage.targets.manifest import MANIFEST_PATH, MAX_LAYERS, Manifest
 from storage.writable import check_writable
 
 
@@ -47,6 +49,18 @@ def check_model(model: str) -> list[str]:
     if not (Path(model) / "student" / "config.json").is_file():
         resolve_checkpoint(model, with_weights=False)
     return []
+
+
+def check_teacher(settings: TeacherConfig) -> None:
+    """Refuses what is no checkpoint, or has other layers than are to be captured; no weights are fetched yet."""
+    folder = resolve_checkpoint(settings.checkpoint, with_weights=False)
+    where = f"{folder}/config.json"
+    config = parse_object(read_regular(folder / "config.json"), where, "restore it")
+    decoder = config.get("text_config", config)
+    num_layers = decoder.get("num_hidden_layers") if isinstance(decoder, dict) else None
+    # Otherwise the library knows how many there are, or refuses the checkpoint.
+    if isinstance(num_layers, int) and 0 < num_layers <= MAX_LAYERS:
+        captured_layers(settings, num_layers)
 
 
 def check_training(run: RunFile) -> None:

@@ -29,16 +29,15 @@ def estimate(
     settings: SetOption = None,
 ) -> None:
     """Estimates what an extraction will cost. Gives bytes and GPU-hours of each setting, from a few samples."""
-    from pipeline.preflight import check_samples
+    from pipeline.preflight import check_samples, check_teacher
     from pipeline.run_file import load_run_file, need
-    from stages.checkpoints.resolve import resolve_checkpoint
 
     flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
     run = load_run_file(config, settings or [], flags)
     asked, samples = need(run.teacher, "--teacher"), run.samples if config_only else need(run.samples, "--samples")
     if samples is not None:
         check_samples(samples)
-    resolve_checkpoint(asked.checkpoint, with_weights=False)
+    check_teacher(asked)
 
     from pipeline.extraction.estimation import make_estimate
     from pipeline.ui.progress import progress_display

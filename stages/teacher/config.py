@@ -4,8 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.settings import AtResume
 from storage.codecs.codec_settings import MapCodecName, NumTailSamples, Temperatures, TopK
+from storage.errors import UserError
 from storage.strict_model import StrictModel
 
 
@@ -41,3 +43,16 @@ class TeacherConfig(StrictModel):
     """Temperatures besides 1 that a student may ask for; noisier than 1, as far more of the mass is sampled."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
+
+
+def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Decoder layers whose maps are stored, and the windows of them that are stored exactly.
+
+    Raises:
+        UserError: If the layers are not consecutive ones of the decoder.
+    """
+    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
+    if not 0 <= layers[0] <= layers[-1] < num_layers or layers != tuple(range(layers[0], layers[-1] + 1)):
+        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
+    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
+    return layers, sliding_windows(layers, num_matched)

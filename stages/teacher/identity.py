@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import CAPTURE_VERSION
-from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
 from stages.checkpoints.resolve import resolve_checkpoint
@@ -19,13 +18,12 @@ from stages.conversations.answer_ends import notes_of_ends
 from stages.conversations.chat_templates import chat_template, read_template
 from stages.families.family import Family
 from stages.families.registry import family_of
-from stages.teacher.config import TeacherConfig
+from stages.teacher.config import TeacherConfig, captured_layers
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import (
     LogitCodecConfig,
     MapCodecConfig,
 )
-from storage.errors import UserError
 from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
 
 _LOCAL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
@@ -131,19 +129,6 @@ def identify_teacher(settings: TeacherConfig, *, on_gpu: bool, with_weights: boo
         dtype=getattr(torch, dtype),
         weights=weights_digest(folder) if with_weights else "",
     )
-
-
-def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Decoder layers whose maps are stored, and the windows of them that are stored exactly.
-
-    Raises:
-        UserError: If the layers are not consecutive ones of the decoder.
-    """
-    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
-    if not 0 <= layers[0] <= layers[-1] < num_layers or layers != tuple(range(layers[0], layers[-1] + 1)):
-        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
-    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
-    return layers, sliding_windows(layers, num_matched)
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ SWAPPED = "are samples and targets swapped?"
 MISTAKES = {
     f"{TRAIN} {{new}} --set lr=1": "lr: there is no such setting",
     f"{EXTRACT} --config {{data}}/data.json": "holds a list, expected sections",
-    "config train.lr": "there is no section train.lr",
+    "config train.lr": "did you mean train.dpt.learning_rate or train.dft.lea",
+    f"{EXTRACT} --set teacher.layers=[7,8]": "layers [7, 8] are not consecutive layers of a decoder with 8",
+    f"{EXTRACT} --set teacher.num_matched=9": "9 matched layers need at least as many captured teacher layers",
     # Samples and targets swapped, in every command that takes both.
     "train-student --samples {targets} --targets {samples} --student {lm} --output {new}": SWAPPED,
     "extract-teacher --teacher {teacher} --samples {targets} --targets {new}": SWAPPED,
