@@ -19,8 +19,8 @@ MAX_BYTES = 64 * 2**20
 """Most bytes of a file that is read whole, unless its reader says otherwise. Records and reports have kilobytes; one of
 a hundred thousand skipped samples is smaller."""
 
-_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
-"""What a URL looks like, also as a path, which has one slash of two."""
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
+"""What a URL looks like as a path, which has one slash of two."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -136,7 +136,8 @@ def refuse_unusable(path: Path) -> None:
         UserError: If it is one.
     """
     if _URL.match(str(path)):
-        raise UserError(f"{str(path)[:200]} is a URL, expected a path of this machine; fetch it, or name a place here")
+        url = str(path)[:200].replace(":/", "://", 1)
+        raise UserError(f"{url} is a URL, expected a path of this machine; fetch it, or name a place here")
     whole = path.absolute()
     try:
         str(whole).encode()

@@ -48,12 +48,12 @@ MISTAKES = {
     "demo --output {data}/data.json": "is a file; name a folder",
     # Where nothing can be written, or what lies on another machine.
     f"{TRAIN} /proc/none": "nothing can be written in /proc",
-    f"{TRAIN} s3://bucket/run": "s3:/bucket/run is a URL, expected a path of this machine",
+    f"{TRAIN} s3://bucket/run": "s3://bucket/run is a URL, expected a path of this machine",
     "estimate --teacher {teacher} --samples {samples} --report /proc/none/x.json": "nothing can be written in /proc",
     "evaluate {lm} --pairs {pairs} --report /proc/x.json": "nothing can be written in /proc",
     "compare-attention {lm} --samples s --targets t --html {data}/data.json/x.html": "leads through a file",
     "export {lm} /proc/none": "nothing can be written in /proc",
-    "pack-samples https://host/data.json {data} {new}": "https:/host/data.json is a URL",
+    "pack-samples https://host/data.json {data} {new}": "https://host/data.json is a URL",
     "pack-samples {data}/data.json {data}/images /proc/none": "nothing can be written in /proc",
     "demo --output /proc/none": "nothing can be written in /proc",
 }
