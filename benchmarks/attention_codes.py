@@ -24,7 +24,8 @@ from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_maps import TEXT_KEYS, MapSet, bundled_teacher_maps, synthetic_maps
 from benchmarks.results import RESULTS, command_line, interleaved, median_ratio, save_result
 from stages.attention.layer_selection import sliding_windows
-from stages.student.losses.attention import AttentionLoss, matched_loss
+from stages.student.losses.attention import matched_loss
+from stages.student.stage_config import AttentionLoss
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.codec_settings import (

@@ -20,7 +20,7 @@ from stages.attention.layer_selection import default_num_matched, sliding_window
 from stages.families.batch import batch_inputs
 from stages.images import decode_image
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.samples.sample_set import SampleSet
 

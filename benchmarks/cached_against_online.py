@@ -33,7 +33,8 @@ from stages.student.losses.attention import attention_alignment_loss
 from stages.student.losses.logits import logit_distillation_loss
 from stages.student.stage_config import StageName
 from stages.student.training.objective import BatchTotals, DistillationObjective
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from storage.codecs.windows import window_means, window_rows
 from storage.samples.index import SampleIndex
 from storage.stores import open_store

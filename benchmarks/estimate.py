@@ -33,7 +33,8 @@ from pipeline.runtime.cpu_determinism import make_cpu_deterministic
 from stages.estimate.measured import estimate_by_measurement
 from stages.estimate.report import EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from storage.codecs.codec_settings import MapCodecName
 from storage.samples.index import SampleIndex
 from storage.samples.sample_set import SampleSet

@@ -29,8 +29,9 @@ from pipeline.extraction.extract import SHARDS_IN_FLIGHT
 from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, SamplePreparer
+from stages.teacher.config import TeacherConfig
 from stages.teacher.forward import model_inputs
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.identity import identify_teacher
 from stages.teacher.observe import Observer
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings, waited_share

@@ -33,7 +33,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from benchmarks.attention_maps import synthetic_maps
 from benchmarks.results import RESULTS, command_line, save_result
 from stages.student.data.collator import Collator
-from stages.student.data.loader import LoaderConfig, StepLoader
+from stages.student.data.config import LoaderConfig
+from stages.student.data.loader import StepLoader
 from stages.student.data.sample_reader import SampleReader
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec

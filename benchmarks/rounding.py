@@ -19,7 +19,7 @@ from benchmarks.results import RESULTS, command_line, save_result
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec

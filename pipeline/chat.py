@@ -2,12 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.checkpoints import load_model
 from pipeline.ui.streams import say
-from stages.checkpoints.image_settings import image_settings
 from stages.images import FORMAT_NAMES, decode_image
-from stages.student.model.chat import Chat
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.printable import printable
@@ -15,8 +13,11 @@ from storage.regular_files import read_regular
 from storage.samples.image_settings import DEFAULT_IMAGES
 from storage.samples.members import MAX_MEMBER_BYTES
 
+if TYPE_CHECKING:
+    from stages.student.model.chat import Chat
 
-def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
+
+def open_chat(model: str, image: Path, max_new_tokens: int) -> "Chat":
     """A conversation with a checkpoint, a training run's student or an export about an image file.
 
     Raises:
@@ -28,12 +29,16 @@ def open_chat(model: str, image: Path, max_new_tokens: int) -> Chat:
     except OSError as error:
         raise UserError(f"no image at {image}: {error.strerror}; give a {FORMAT_NAMES} file") from error
     decode_image(data)  # before a model is loaded
+    from pipeline.models import load_model
+    from stages.checkpoints.image_settings import image_settings
+    from stages.student.model.chat import Chat
+
     loaded, processor = load_model(model)
     reading = image_settings(loaded.config) or DEFAULT_IMAGES
     return Chat(loaded, processor, decode_image(data, exif=reading.exif), max_new_tokens)
 
 
-def answer(chat: Chat, question: str) -> None:
+def answer(chat: "Chat", question: str) -> None:
     """Writes the answer to standard output while it is made, and a note on standard error if it is empty."""
     text = chat.ask(question, _write)
     _write("\n")
@@ -41,7 +46,7 @@ def answer(chat: Chat, question: str) -> None:
         say("(an empty answer: the model ended it at once)")
 
 
-def talk(chat: Chat) -> None:
+def talk(chat: "Chat") -> None:
     """Reads questions from standard input until an empty line or its end; refuses those that cannot be asked."""
     while question := _next_question():
         try:

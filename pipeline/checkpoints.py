@@ -1,17 +1,8 @@
 """Finds the checkpoint that a name stands for: of a training run, a folder, or a hub id."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
-from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
-
-from stages.checkpoints.processors import hide_loading_bars, load_processor
-from stages.checkpoints.quantization import place
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.conversations.encoder import ConversationEncoder
-from stages.student.model.loading import load_multimodal, multimodal_config
 from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import STAGES
 
@@ -49,25 +40,3 @@ def which_student(model: str) -> list[str]:
             "trained; run `cdp train-student` again to go on with it"
         )
     return notes
-
-
-def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A teacher or a student with its processor, on the GPU when there is one.
-
-    A picture and a question go through the processor and its chat template first: weights may take minutes to load.
-
-    Raises:
-        UserError: If there is no such checkpoint, its processor or template cannot be used, or as `load_multimodal`.
-    """
-    hide_loading_bars()
-    folder, device = find_checkpoint(model), default_device()
-    config, processor = multimodal_config(folder), load_processor(folder)
-    encoder = ConversationEncoder(processor, config.image_token_id, max_length=_NO_LIMIT)
-    encoder.encode_pair("What is in the picture?", "All is grey.", [Image.new("RGB", (64, 48), "grey")])
-    loaded: Any = load_multimodal(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return place(loaded, device), processor
-
-
-def default_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipeline.checkpoints import default_device, find_checkpoint, load_model
+from pipeline.checkpoints import find_checkpoint
+from pipeline.models import default_device, load_model
 from pipeline.ui.html_report import ReportSample
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import enable_capture
@@ -17,9 +18,9 @@ from stages.checkpoints.processors import hide_loading_bars
 from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
 from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.evaluation.caption_pairs import load_pairs
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.evaluate_pairs import evaluate_pairs
 from stages.evaluation.report import EvaluationReport
-from stages.evaluation.scoring import EvaluationConfig
 from stages.images import decode_image
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec

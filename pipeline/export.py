@@ -3,19 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.checkpoints import find_checkpoint
 from pipeline.run_file import read_document
 from stages.checkpoints.processors import hide_loading_bars
 from stages.checkpoints.resolve import in_hub_cache
-from stages.evaluation.report import EvaluationReport
+from stages.evaluation.report import read_evaluation
 from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport, ModelNames
 from stages.student.run_folder import RunFolder, StageFolder
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
-from storage.regular_files import read_regular
 
 
 def export(
@@ -44,7 +41,7 @@ def export(
     """
     hide_loading_bars()
     folder = find_checkpoint(model)
-    report = None if evaluation is None else _read_evaluation(evaluation)
+    report = None if evaluation is None else read_evaluation(evaluation)
     names = _names_of(folder, teacher)
     return export_student(folder, output, fold=fold, dtype=dtype, names=names, evaluation=report, progress=progress)
 
@@ -70,10 +67,3 @@ def _names_of(student: Path, teacher: str | None) -> ModelNames:
 
 def _name(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _read_evaluation(path: Path) -> EvaluationReport:
-    try:
-        return EvaluationReport.model_validate_json(read_regular(path))
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{path} is no report of `cdp evaluate --report`: {error}") from error

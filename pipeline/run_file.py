@@ -1,5 +1,6 @@
 """The run file: every setting of a run in one YAML document, and how flags and `--set` change it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -9,10 +10,11 @@ from pydantic import Field
 from pipeline.extraction.config import ExtractConfig
 from pipeline.recipes import find_config
 from stages.estimate.report import EstimateConfig
-from stages.evaluation.scoring import EvaluationConfig
+from stages.evaluation.config import EvaluationConfig
 from stages.settings import AtResume, validated
+from stages.student.stage_config import DataSource, StageName
 from stages.student.training.train_config import TrainConfig
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from storage.errors import UserError
 from storage.regular_files import read_regular
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
@@ -112,6 +114,35 @@ def lay_over(document: dict[str, Any], settings: dict[str, Any], origin: str, pr
             _assign(document, f"{prefix}{name}", value, origin)
 
 
+def sources_of(run: RunFile, name: StageName) -> Sequence[DataSource]:
+    """What a stage trains on: its own sources or places, else those of the run.
+
+    Raises:
+        UserError: If samples or targets are missing, or given twice.
+    """
+    stage, config = run.train.stage(name), run.train
+    for section, several, one in (
+        (f"train.{name}", stage.sources, (stage.samples, stage.targets, stage.subset)),
+        ("train.data", config.data.sources, (run.samples, run.targets, config.data.subset)),
+    ):
+        if several and any(one):
+            raise UserError(
+                f"{section}.sources is given, and samples, targets or a subset beside it; leave one of them out "
+                "(each of the sources can have a subset)"
+            )
+    if stage.sources:
+        return stage.sources
+    if config.data.sources and not (stage.samples or stage.targets):
+        if stage.subset:
+            raise UserError(
+                f"train.{name}.subset is given beside train.data.sources; give each of the sources its subset"
+            )
+        return config.data.sources
+    samples = stage.samples or need(run.samples, "--samples")
+    targets = stage.targets or need(run.targets, "--targets")
+    return [DataSource(samples=samples, targets=targets, subset=stage.subset or config.data.subset)]
+
+
 def save_run_file(run: RunFile, store: Store, name: str) -> None:
     """Writes the resolved settings, so that the command can be repeated from them."""
     store.write(name, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
@@ -124,9 +155,13 @@ def read_document(path: Path) -> dict[str, Any]:
         UserError: If it cannot be read, is not YAML, or holds something else.
     """
     try:
-        text = read_regular(path, _MAX_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
+        data = read_regular(path, _MAX_BYTES)
+        text = data.decode()
+    except OSError as error:
         raise UserError(f"run file {path} cannot be read: {error}") from error
+    except UnicodeDecodeError:
+        found = f"run file {path} cannot be read as text: it begins with {data[:8]!r}"
+        raise UserError(f"{found}; name a YAML file of settings") from None
     document = _parse(text, str(path)) or {}
     if not isinstance(document, dict):
         raise UserError(f"run file {path} holds a {type(document).__name__}, expected sections of settings")

@@ -15,16 +15,16 @@ from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
 from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_data
 from pipeline.ui.console import is_main_process
-from pipeline.ui.tables import ReportTable
+from pipeline.ui.tables import OF_LOSSES, ReportTable
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention_similarity import AttentionSimilarity
 from stages.evaluation.caption_pairs import load_pairs
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.report import EvaluationReport
-from stages.evaluation.scoring import EvaluationConfig
 from stages.student.run_folder import StageReport
 from stages.student.stage_config import StageName
 from storage.digests import digest_of
-from storage.errors import UserError
+from storage.errors import StoreUnavailable, UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
@@ -102,6 +102,7 @@ def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> Swee
 
     Raises:
         FolderInUse: If another command works in the sweep's folder.
+        StoreUnavailable: If a disk is full, or a store does not answer: that is no student's own failure.
     """
     # One process owns it for all that train together; each student's folder has its own owner.
     with owned(sweep.output) if is_main_process else nullcontext():
@@ -116,6 +117,9 @@ def _run_all(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
         try:
             reports = {stage.stage: stage for stage in train(name, run)}
             students[name] = _compared(run, sweep.compare, reports, progress)
+        except StoreUnavailable:
+            # Such as a full disk, which no other student would find room on; the same command goes on from here.
+            raise
         except UserError as error:
             _raise_if_distributed()
             failures[name] = str(error)
@@ -210,7 +214,7 @@ def sweep_table(report: SweepReport) -> ReportTable:
     # What was not asked for would only make the rest too narrow to read.
     columns = [(head, *cells) for head, *cells in zip(header, *rows, strict=True) if any(cells)]
     header, *rows = map(list, zip(*columns, strict=True))
-    return ReportTable("students side by side", header, rows)
+    return ReportTable(f"students side by side; {OF_LOSSES}", header, rows)
 
 
 def _last_losses(student: SweptStudent) -> dict[str, float]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 
-from pipeline.run_file import RunFile, need, save_run_file
+from pipeline.run_file import RunFile, need, save_run_file, sources_of
 from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted
 from pipeline.runtime.provenance import provenance
 from stages.checkpoints.processors import hide_loading_bars
@@ -219,7 +219,7 @@ def _stage_run(
         config=run.train,
         decoder=decoder,
         initial=folder.stage(before[-1]).student if before else None,
-        sources=tuple(_opened(source, stores) for source in _sources(run, name)),
+        sources=tuple(_opened(source, stores) for source in sources_of(run, name)),
         output=folder.stage(name).path,
     )
 
@@ -233,31 +233,6 @@ def _check_one_teacher(stage_runs: dict[StageName, StageRun]) -> None:
             + ", ".join(f"{name} {digest[:12]}" for name, digest in teachers.items())
             + "), but a student has the vision tower of one; extract the targets of all stages with the same teacher"
         )
-
-
-def _sources(run: RunFile, name: StageName) -> Sequence[DataSource]:
-    """What a stage trains on: its own sources or places, else those of the run."""
-    stage, config = run.train.stage(name), run.train
-    for section, several, one in (
-        (f"train.{name}", stage.sources, (stage.samples, stage.targets, stage.subset)),
-        ("train.data", config.data.sources, (run.samples, run.targets, config.data.subset)),
-    ):
-        if several and any(one):
-            raise UserError(
-                f"{section}.sources is given, and samples, targets or a subset beside it; leave one of them out "
-                "(each of the sources can have a subset)"
-            )
-    if stage.sources:
-        return stage.sources
-    if config.data.sources and not (stage.samples or stage.targets):
-        if stage.subset:
-            raise UserError(
-                f"train.{name}.subset is given beside train.data.sources; give each of the sources its subset"
-            )
-        return config.data.sources
-    samples = stage.samples or need(run.samples, "--samples")
-    targets = stage.targets or need(run.targets, "--targets")
-    return [DataSource(samples=samples, targets=targets, subset=stage.subset or config.data.subset)]
 
 
 def _opened(source: DataSource, stores: dict[str, TargetStore]) -> Source:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
+from itertools import islice
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -71,6 +72,10 @@ RENAMED = {
 """Settings of earlier versions -> their names today. A run file is told the new name; a run folder is read by it."""
 
 
+_VAGUE_WORDS = {"num", "max", "of", "the", "size", "grad"}
+"""Words in names of settings that say nothing of which one was meant."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of a section."""
@@ -120,8 +125,8 @@ def sections_of(
 def meant_by(wrong: str, model: type[BaseModel]) -> list[str]:
     """The settings that a wrong dotted name may stand for.
 
-    It is a setting that has the name in another section, one that the name abbreviates (`lr`), or one that is spelled
-    nearly so.
+    It is a setting that has the name in another section, one that the name abbreviates (`lr`), one that is spelled
+    nearly so, or one that has a word of it. Of several, those in the sections that are named count.
     """
     sections = list(sections_of(model))
     names = [section.name for section in sections[1:]] + [one.name for section in sections for one in section.settings]
@@ -132,12 +137,16 @@ def meant_by(wrong: str, model: type[BaseModel]) -> list[str]:
         [name for name in names if name.endswith(f".{wrong}")],
         [name for name in names if last[name] == key],
         [new for old, new in RENAMED.items() if old.rpartition(".")[2] == key and new in names],
-        [name for name in names if name.rpartition(".")[0] == section and last[name] in near_key],
         [name for name in names if "".join(word[0] for word in last[name].split("_")) == key],
+        [name for name in names if name.rpartition(".")[0] == section and last[name] in near_key],
         [name for name in names if last[name] in get_close_matches(key, last.values(), n=1)],
+        [name for name in names if {*key.split("_")} & {*last[name].split("_")} - _VAGUE_WORDS],
     )
     found = next((guess for guess in guesses if guess), [])
-    return [name for name in found if name.startswith(f"{section}.")] or found
+    parts = {part for one in sections for part in one.name.split(".")}
+    named = {near for part in section.split(".") for near in get_close_matches(part, parts, n=1)}
+    in_named = {name: len(named & {*name.split(".")}) for name in found}
+    return [name for name in found if in_named[name] == max(in_named.values())]
 
 
 def validated(model: type[Settings], values: dict[str, Any], origin: str) -> Settings:
@@ -151,13 +160,24 @@ def validated(model: type[Settings], values: dict[str, Any], origin: str) -> Set
     except ValidationError as error:
         lines = []
         for found in error.errors()[:_SHOWN_ERRORS]:
-            name, unknown = ".".join(map(str, found["loc"])), found["type"] == "extra_forbidden"
+            name, value = ".".join(map(str, found["loc"])), found.get("input")
+            unknown = found["type"] == "extra_forbidden"
             said = "there is no such setting" if unknown else found["msg"]
-            hint = _hint(name, model) if unknown or name in RENAMED else ""
-            lines.append(f"  {name}: {said} (found {_SHORT.repr(found.get('input'))}){hint}")
-        if (num_more := error.error_count() - len(lines)) > 0:
+            for one, shown in islice(_settings_in(value, name), _SHOWN_ERRORS) if unknown else [(name, value)]:
+                hint = _hint(one, model) if unknown or one in RENAMED else ""
+                lines.append(f"  {one}: {said} (found {_SHORT.repr(shown)}){hint}")
+        if (num_more := error.error_count() - _SHOWN_ERRORS) > 0:
             lines.append(f"  and {num_more} more")
         raise UserError(f"{origin}:\n" + "\n".join(lines)) from error
+
+
+def _settings_in(value: Any, name: str, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Each setting of an unknown section, as it may have its place elsewhere; a value that is no section is one."""
+    if depth and value and isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _settings_in(inner, f"{name}.{key}", depth - 1)
+    else:
+        yield name, value
 
 
 def _hint(wrong: str, model: type[BaseModel]) -> str:

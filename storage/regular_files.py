@@ -5,6 +5,7 @@ A folder of a stranger may hold a FIFO, whose reader waits for ever, or a link t
 
 import errno
 import os
+import re
 import stat
 from contextlib import suppress
 from io import BufferedReader
@@ -17,6 +18,9 @@ MAX_PARTS = 255
 MAX_BYTES = 64 * 2**20
 """Most bytes of a file that is read whole, unless its reader says otherwise. Records and reports have kilobytes; one of
 a hundred thousand skipped samples is smaller."""
+
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
+"""What a URL looks like as a path, which has one slash of two."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -139,6 +143,9 @@ def refuse_unusable(path: Path) -> None:
     Raises:
         UserError: If it is one.
     """
+    if _URL.match(str(path)):
+        url = str(path)[:200].replace(":/", "://", 1)
+        raise UserError(f"{url} is a URL, expected a path of this machine; fetch it, or name a place here")
     whole = path.absolute()
     try:
         str(whole).encode()

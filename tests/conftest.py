@@ -123,7 +123,7 @@ def targets(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The target store of the tiny data, made in this process without Ray; tests read it and write elsewhere."""
     from pipeline.extraction.config import ExtractConfig
     from pipeline.extraction.extract import extract
-    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.config import TeacherConfig
     from tests.pipeline.in_process import without_ray
 
     folder = tmp_path_factory.mktemp("targets") / "store"

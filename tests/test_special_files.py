@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import export
 from pipeline.chat import open_chat
 from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
@@ -29,7 +28,9 @@ from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.chat_templates import read_template
 from stages.convert.layout import read_released_config
 from stages.evaluation.caption_pairs import CaptionPair, load_pairs
-from stages.evaluation.scoring import EvaluationConfig, _encoded_batches
+from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.report import read_evaluation
+from stages.evaluation.scoring import _encoded_batches
 from stages.samples.first_look import check_layout
 from stages.samples.image_files import ImageFolder
 from stages.samples.staged_folder import StagedFolder
@@ -156,7 +157,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "suite": ("kind.json", lambda file: load_pairs(file.parent, file.parent)),
     "suite image": ("a.png", read_suite_image),
     "image of a chat": ("a.png", lambda file: open_chat("no model", file, 1)),
-    "evaluation": ("report.json", export._read_evaluation),
+    "evaluation": ("report.json", read_evaluation),
     "stage report": ("report.json", lambda file: StageFolder(file.parent).report()),
     "metrics": ("metrics.jsonl", read_metrics),
     "config": ("config.json", lambda file: check_configs(file.parent)),

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ReportOption, SamplesOption, TargetsOption, can_be_saved, save, say_which_student
+from pipeline.cli.options import (
+    ReportOption,
+    SamplesOption,
+    TargetsOption,
+    can_be_saved,
+    check_and_say_which,
+    save,
+)
 
 if TYPE_CHECKING:
     from pipeline.ui.tables import ReportTable
@@ -25,22 +32,27 @@ def compare_attention(
     ] = None,
 ) -> None:
     """Compares a student's attention with the teacher's. Gives numbers and pictures, from the stored maps."""
-    from pipeline.evaluation import attention_pictures, compare_with_targets
+    from pipeline.preflight import check_samples, check_targets
     from pipeline.run_file import need
+
+    samples, targets = need(samples, "--samples"), need(targets, "--targets")
+    check_and_say_which(model)
+    check_samples(samples)
+    check_targets(targets)
+
+    from pipeline.evaluation import attention_pictures, compare_with_targets
     from pipeline.ui.html_report import render_report
     from pipeline.ui.progress import progress_display
     from pipeline.ui.tables import print_table
 
-    say_which_student(model)
-    samples, targets = need(samples, "--samples"), need(targets, "--targets")
     with progress_display() as progress:
         result = compare_with_targets(model, samples, targets, limit, progress)
     table = similarity_table(result)
+    print_table(table)
     save(report, result.to_json())
     if html is not None:
         pictures = attention_pictures({Path(model).name: model}, samples, targets, NUM_PICTURES)
         save(html, render_report(f"Attention of {model}", [table], pictures))
-    print_table(table)
 
 
 def similarity_table(result: "AttentionSimilarity") -> "ReportTable":

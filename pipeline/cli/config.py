@@ -1,6 +1,7 @@
 """`cdp config`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,19 +25,27 @@ stay the same, or the command refuses to go on.
 
 
 def config(
-    section: Annotated[str | None, typer.Argument(help="Show this section only, such as train.loader.")] = None,
+    section: Annotated[
+        str | None, typer.Argument(help="Show this section or setting only, such as train.loader.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/settings.md.")] = False,
 ) -> None:
     """Lists every setting of a run file. Shows type, default, meaning, and whether it may change at resume."""
     from pipeline.run_file import RunFile
-    from stages.settings import sections_of
+    from stages.settings import meant_by, sections_of
 
     sections = [found for found in sections_of(RunFile) if found.settings]
     if section is not None:
-        if section not in {found.name for found in sections}:
+        shown = [found for found in sections if f"{found.name}.".startswith(f"{section}.")]
+        shown = shown or [
+            replace(found, settings=(one,)) for found in sections for one in found.settings if one.name == section
+        ]
+        if not shown:
             names = ", ".join(found.name for found in sections if found.name)
-            raise UserError(f"there is no section {section}; sections are {names}")
-        sections = [found for found in sections if f"{found.name}.".startswith(f"{section}.")]
+            meant = " or ".join(meant_by(section, RunFile))
+            hint = f" (did you mean {meant}?)" if meant else ""
+            raise UserError(f"there is no section or setting {section}{hint}; sections are {names}")
+        sections = shown
     if markdown:
         typer.echo(settings_page(sections), nl=False)
     else:
@@ -73,5 +82,5 @@ def _print_sections(sections: "Sequence[Section]") -> None:
             facts = [setting.type, f"default {setting.default}" if setting.default else "required"]
             facts += [f"resume: {setting.at_resume}"] * (setting.at_resume is not None)
             results.print(Text.assemble("  ", (setting.name, "cyan"), f"  {'; '.join(facts)}"))
-            results.print(Padding(setting.meaning, (0, 0, 0, 4)), style="dim")
+            results.print(Padding(setting.meaning, (0, 0, 0, 4), expand=False), style="dim")
         results.print()

@@ -5,19 +5,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.options import output_folder
+
 if TYPE_CHECKING:
     from stages.convert.checkpoint import ConversionReport
 
 
 def convert_checkpoint(
     source: Annotated[str, typer.Argument(help="Released checkpoint: folder or hub id.", metavar="SRC")],
-    output: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
+    output: Annotated[Path, typer.Argument(callback=output_folder, help="New folder.", metavar="OUT")],
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if SRC has none: folder or hub id.")] = None,
     image_processor: Annotated[
         str | None, typer.Option(help="Image processor, if SRC has none: folder or hub id.")
     ] = None,
 ) -> None:
     """Converts a released checkpoint to Llava. Takes CompoDistill's or TinyLLaVA's; adds processor and template."""
+    from stages.checkpoints.new_folder import check_new
+    from stages.checkpoints.resolve import resolve_checkpoint
+
+    check_new(output)
+    resolve_checkpoint(source, with_weights=False)
+
     from pipeline.ui.progress import progress_display
     from stages.convert.checkpoint import convert_checkpoint as convert
 

@@ -5,9 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.cli.options import output_folder
+
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for all that the demo makes.")] = Path("demo"),
+    output: Annotated[Path, typer.Option(callback=output_folder, help="Folder for all that the demo makes.")] = Path(
+        "demo"
+    ),
     images: Annotated[int, typer.Option(help="Training images; fewer is faster and teaches less.", min=1)] = 1500,
     steps: Annotated[int | None, typer.Option(help="Steps of each student's longest stage.", min=1)] = None,
     variant: Annotated[

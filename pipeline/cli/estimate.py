@@ -18,7 +18,7 @@ from pipeline.cli.options import (
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
     from stages.estimate.report import Estimate
-    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.config import TeacherConfig
 
 
 def estimate(
@@ -32,27 +32,28 @@ def estimate(
     settings: SetOption = None,
 ) -> None:
     """Estimates what an extraction will cost. Gives bytes and GPU-hours of each setting, from a few samples."""
-    from pipeline.extraction.estimation import make_estimate
+    from pipeline.preflight import check_samples, check_teacher
     from pipeline.run_file import load_run_file, need
-    from pipeline.ui.progress import progress_display
 
     flags = {"teacher.checkpoint": teacher, "samples": samples, "extract.workers": workers}
     run = load_run_file(config, settings or [], flags)
+    asked, samples = need(run.teacher, "--teacher"), run.samples if config_only else need(run.samples, "--samples")
+    if samples is not None:
+        check_samples(samples)
+    check_teacher(asked)
+
+    from pipeline.extraction.estimation import make_estimate
+    from pipeline.ui.progress import progress_display
+
     if show:
-        _show_samples(need(run.teacher, "--teacher"), need(run.samples, "--samples"), run, show)
+        _show_samples(asked, need(run.samples, "--samples"), run, show)
     with progress_display() as progress:
         result = make_estimate(
-            need(run.teacher, "--teacher"),
-            run.samples if config_only else need(run.samples, "--samples"),
-            run.extract,
-            run.estimate,
-            run.images,
-            config_only=config_only,
-            progress=progress,
+            asked, samples, run.extract, run.estimate, run.images, config_only=config_only, progress=progress
         )
-    save(report, result.to_json())
     _print_facts(result)
     _print_settings(result)
+    save(report, result.to_json())
 
 
 def _show_samples(teacher: "TeacherConfig", samples: str, run: "RunFile", num_samples: int) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import ConfigOption, ReportOption, SetOption, save, say_which_student
+from pipeline.cli.options import ConfigOption, ReportOption, SetOption, check_and_say_which, input_path, save
 
 if TYPE_CHECKING:
     from stages.evaluation.report import EvaluationReport
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint: a folder, a training run, or a hub id.")],
-    pairs: Annotated[Path, typer.Option(help="Folder of KIND.json files in SugarCrepe's layout.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of the pairs' images; default: PAIRS/images.")] = None,
+    pairs: Annotated[Path, typer.Option(callback=input_path, help="Folder of KIND.json files in SugarCrepe's layout.")],
+    images: Annotated[
+        Path | None, typer.Option(callback=input_path, help="Folder of the pairs' images; default: PAIRS/images.")
+    ] = None,
     scoring: Annotated[
         Literal["likelihood", "letters"] | None, typer.Option(help="By likelihood, or by the letter answered.")
     ] = None,
@@ -24,16 +26,20 @@ def evaluate(
     settings: SetOption = None,
 ) -> None:
     """Scores a model on compositional suites. Gives the accuracy of each kind with its 95 % interval."""
-    from pipeline.evaluation import evaluate_checkpoint
     from pipeline.run_file import load_run_file
-    from pipeline.ui.progress import progress_display
+    from stages.evaluation.caption_pairs import load_pairs
 
     run = load_run_file(config, settings or [], {"evaluate.scoring": scoring})
-    say_which_student(model)
+    check_and_say_which(model)
+    load_pairs(pairs, images, limit=limit)
+
+    from pipeline.evaluation import evaluate_checkpoint
+    from pipeline.ui.progress import progress_display
+
     with progress_display() as progress:
         result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress, run.images)
-    save(report, result.to_json())
     _print_report(Path(model).name, result)
+    save(report, result.to_json())
 
 
 def _print_report(model: str, report: "EvaluationReport") -> None:

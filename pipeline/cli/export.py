@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import say_which_student
+from pipeline.cli.options import check_and_say_which, input_path, output_folder
 
 if TYPE_CHECKING:
     from stages.export.model_card import ExportReport
@@ -13,20 +13,29 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[str, typer.Argument(help="Training run or checkpoint.", metavar="RUN_OR_CHECKPOINT")],
-    output: Annotated[Path, typer.Argument(help="New folder.", metavar="OUT")],
+    output: Annotated[Path, typer.Argument(callback=output_folder, help="New folder.", metavar="OUT")],
     fold: Annotated[bool, typer.Option(help="Fold the post-connector into the projector, where exact.")] = True,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(help="Of the weights; default: as trained, float32 of a training run."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="How the model card names the teacher.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="Report of `cdp evaluate`, for the card.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(callback=input_path, help="Report of `cdp evaluate`, for the card.")
+    ] = None,
 ) -> None:
     """Writes a student as a Hugging Face folder. It has a model card and needs transformers only."""
+    from stages.checkpoints.new_folder import check_new
+    from stages.evaluation.report import read_evaluation
+
+    check_new(output)
+    check_and_say_which(model)
+    if evaluation is not None:
+        read_evaluation(evaluation)
+
     from pipeline.export import export as export_folder
     from pipeline.ui.progress import progress_display
 
-    say_which_student(model)
     with progress_display() as progress:
         report = export_folder(
             model, output, fold=fold, dtype=dtype, teacher=teacher, evaluation=evaluation, progress=progress

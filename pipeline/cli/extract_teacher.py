@@ -35,14 +35,20 @@ def extract_teacher(
 
 def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
     """Extracts and prints the report; `cdp verify --repair` ends with it, too."""
-    from pipeline.extraction.extract import extract
-    from pipeline.extraction.report import RUN_FILE
+    from pipeline.preflight import check_new_targets, check_samples, check_teacher
     from pipeline.run_file import load_run_file, need, save_run_file
-    from pipeline.ui.progress import progress_display
 
     run = load_run_file(config, settings, flags)
     teacher = need(run.teacher, "--teacher")
     samples, targets = need(run.samples, "--samples"), need(run.targets, "--targets")
+    check_new_targets(targets)
+    check_samples(samples)
+    check_teacher(teacher)
+
+    from pipeline.extraction.extract import extract
+    from pipeline.extraction.report import RUN_FILE
+    from pipeline.ui.progress import progress_display
+
     with progress_display() as progress:
         report = extract(
             teacher,

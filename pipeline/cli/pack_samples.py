@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.options import input_path, output_folder
+
 if TYPE_CHECKING:
     from stages.samples.pack import PackReport
     from stages.samples.record_counts import RecordCounts
@@ -12,12 +14,20 @@ if TYPE_CHECKING:
 
 def pack_samples(
     source: Annotated[
-        Path, typer.Argument(help="JSON, JSON lines, .gz of these, Parquet, or a saved data set.", metavar="DATA")
+        Path,
+        typer.Argument(
+            callback=input_path,
+            help="JSON, JSON lines, .gz of these, Parquet, or a saved data set.",
+            metavar="DATA",
+        ),
     ],
     images: Annotated[
-        Path, typer.Argument(help="Folder that the records' image paths start from; - if they hold their images.")
+        Path,
+        typer.Argument(
+            callback=input_path, help="Folder that the records' image paths start from; - if they hold their images."
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="New folder of sample shards.", metavar="OUT")],
+    output: Annotated[Path, typer.Argument(callback=output_folder, help="New folder of sample shards.", metavar="OUT")],
     samples_per_shard: Annotated[int, typer.Option(help="Most samples of a shard.")] = 512,
     shard_bytes: Annotated[int, typer.Option(help="Most bytes of a shard.")] = 256 * 2**20,
     max_skipped_fraction: Annotated[float, typer.Option(help="Fraction of samples that may be unusable.")] = 0.0,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption
+from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption, input_path
 from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remembered
+from storage.writable import check_writable
 
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
@@ -34,11 +35,15 @@ def train_student(
     resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint; else begin a new run.")] = True,
     ray_address: Annotated[str | None, typer.Option(help="Train on this Ray cluster, with Ray Train.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes of Ray Train; default: one a GPU.")] = None,
-    sweep: Annotated[Path | None, typer.Option(help="YAML of several students, trained in turn and compared.")] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(callback=input_path, help="YAML of several students, trained in turn and compared."),
+    ] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
     """Trains a student from stored targets. Runs one stage or several in a row, resumes, never loads the teacher."""
+    from pipeline.preflight import check_training
     from pipeline.run_file import load_run_file, need
     from pipeline.ui.progress import progress_display
     from stages.student.stage_config import STAGES
@@ -57,6 +62,7 @@ def train_student(
         _train_sweep(sweep, config, settings or [], flags, resume=resume)
         return
     run = load_run_file(config, settings or [], flags)
+    check_training(run)
     with progress_display() as progress:
         reports = _train_stages(run, progress, resume=resume)
     _print_reports(reports, need(run.output, "--output"))
@@ -87,13 +93,18 @@ def _train_stages(run: "RunFile", progress: "Progress", *, resume: bool, more: b
 
 def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: dict[str, Any], *, resume: bool) -> None:
     """Trains all students of a sweep file and prints one table; exit code 1 if one failed."""
-    from pipeline.sweep import run_sweep, sweep_table
     from pipeline.sweep_file import load_sweep
+    from pipeline.ui.console import is_main_process
+
+    sweep = load_sweep(path, config, settings, flags)
+    if is_main_process:
+        check_writable(sweep.output)
+
+    from pipeline.sweep import run_sweep, sweep_table
     from pipeline.ui.progress import NamedProgress, progress_display
     from pipeline.ui.streams import say
     from pipeline.ui.tables import print_table
 
-    sweep = load_sweep(path, config, settings, flags)
     with progress_display() as progress:
         report = run_sweep(
             sweep,
@@ -108,7 +119,7 @@ def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: di
 
 
 def _print_reports(reports: "list[StageReport]", folder: str) -> None:
-    from pipeline.ui.tables import ReportTable, print_notes, print_table
+    from pipeline.ui.tables import OF_LOSSES, ReportTable, print_notes, print_table
 
     header = ["stage", "steps", "samples", "trained", "rate", "waited", "LM", "KD", "attention"]
     rows = [
@@ -123,5 +134,5 @@ def _print_reports(reports: "list[StageReport]", folder: str) -> None:
         ]
         for report in reports
     ]
-    print_table(ReportTable(f"student in {folder}", header, rows))
+    print_table(ReportTable(f"student in {folder}; {OF_LOSSES}", header, rows))
     print_notes(dict.fromkeys(note for report in reports for note in report.notes))

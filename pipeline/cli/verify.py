@@ -29,9 +29,13 @@ def verify(
     config: ConfigOption = None,
 ) -> None:
     """Checks every commit, file, chunk and count. Ends with exit code 1 when anything is wrong."""
-    from storage.integrity.repair import repair as repair_store
+    from pipeline.preflight import check_holds_targets
 
     percent = _percent(sample)
+    check_holds_targets(targets)
+
+    from storage.integrity.repair import repair as repair_store
+
     report = _check(targets, samples, percent, seed)
     if report.findings and repair:
         repaired = repair_store(report)

@@ -28,7 +28,7 @@ from pipeline.ui.tables import print_table
 from stages.samples.pack import PackConfig, pack_samples
 from stages.settings import refuse_other_settings
 from storage.digests import parse_object
-from storage.errors import UserError
+from storage.errors import UserError, disk_errors_named
 from storage.progress import Progress
 from storage.stores import open_store
 from storage.stores.folder_owner import owned
@@ -47,7 +47,7 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     Raises:
         UserError: If `folder` holds a demo with other settings or another one runs there, or a student failed.
     """
-    with owned(folder):
+    with disk_errors_named(folder), owned(folder):
         _check_settings(folder, config)
         return _run(folder, config)
 
@@ -55,15 +55,15 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
 def _run(folder: Path, config: DemoConfig) -> DemoReport:
     with progress_display() as progress:
         report = _measure(folder, config, progress)
-    open_store(folder).write("report.json", report.to_json().encode())
-    models = {name: str(folder / "students" / name) for name in config.students}
-    pictures = attention_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
     table = accuracy_table(report)
-    html = render_report("cdp demo: what attention distillation did", [table], pictures)
-    open_store(folder).write("report.html", html.encode())
     print_table(table)
     for line in summary_lines(report, summarize(folder / "targets")):
         results.print(line)
+    open_store(folder).write("report.json", report.to_json().encode())
+    models = {name: str(folder / "students" / name) for name in config.students}
+    pictures = attention_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
+    html = render_report("cdp demo: what attention distillation did", [table], pictures)
+    open_store(folder).write("report.html", html.encode())
     results.print(f"pictures: {folder / 'report.html'}")
     return report
 

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.extraction.config import ExtractConfig, threads_per_worker
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic
+from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
 
 if TYPE_CHECKING:
     from stages.estimate.report import Estimate, EstimateConfig
-    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.config import TeacherConfig
 
 
 def make_estimate(
@@ -30,8 +31,13 @@ def make_estimate(
     the teacher's weights are neither loaded nor looked for, and `samples_url` may be None.
 
     Raises:
-        UserError: As `estimate_by_measurement` and `estimate_from_configs`.
+        UserError: If neither samples nor their number are given; or as `estimate_by_measurement` and
+            `estimate_from_configs`.
     """
+    if samples_url is None and config.samples is None:
+        raise UserError(
+            "neither sample shards nor how many samples there will be: give --samples, or --set estimate.samples=NUMBER"
+        )
     samples = None if samples_url is None else SampleSet.open(samples_url)
     if config_only:
         from stages.estimate.analytic import estimate_from_configs

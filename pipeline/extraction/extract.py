@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from storage.targets.manifest import create_or_check
 from storage.targets.teacher_assets import TEACHER_RECORD
 
 if TYPE_CHECKING:
-    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.config import TeacherConfig
 
 SHARDS_IN_FLIGHT = 2
 """Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""
@@ -63,7 +63,7 @@ def extract(
         on_begin(targets)
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
-        missing = [shard for shard in range(len(index.shards)) if shard not in committed]
+        missing = _missing_shards(targets, committed, len(index.shards))
         for note in identity.notes:
             progress.message(f"note: {note}")
         tally = ExtractionTally(index, missing, progress)
@@ -102,3 +102,10 @@ def _interrupted(stop: Interrupted, targets: Store, num_shards: int, num_before:
     stored = len(committed_shards(targets.list(COMMITS)))
     found = f"{stored} of {num_shards} shards are stored in {targets.url} ({stored - num_before} made now)"
     return Interrupted(stop.signal_number, f"interrupted: {found}; {RESUME}")
+
+
+def _missing_shards(targets: Store, committed: Container[int], num_shards: int) -> list[int]:
+    """The shards to be made; refused if none could be committed, where a begun store was copied to."""
+    if missing := [shard for shard in range(num_shards) if shard not in committed]:
+        targets.check_create()
+    return missing

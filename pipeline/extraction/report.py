@@ -92,10 +92,10 @@ def make_report(
 
 
 def check_report(report: ExtractionReport, config: ExtractConfig, targets_url: str, num_planned: int) -> None:
-    """Refuses a run that gave up shards or skipped too many samples; `num_planned` is the shards of a complete store.
+    """Refuses a run that gave up or lost shards or skipped too many samples; a complete store has `num_planned` shards.
 
     Raises:
-        UserError: If a shard failed on every attempt.
+        UserError: If a shard failed on every attempt, or one that was committed is there no more.
         TooManySkipped: If more samples are unusable than the settings allow.
     """
     if report.failures:
@@ -107,6 +107,12 @@ def check_report(report: ExtractionReport, config: ExtractConfig, targets_url: s
             f"{len(failures)} of {num_planned} shards could not be made; the others are stored. "
             f"Every try is in {targets_url}/{REPORT}. "
             "Run the same command again when the cause is mended:\n" + "\n".join(lines)
+        )
+    if report.shards < num_planned:
+        raise UserError(
+            f"{num_planned - report.shards:,} of {num_planned:,} shards are not stored in {targets_url}, though none "
+            "of them failed: their records were removed while this ran, as `cdp verify --repair` removes broken ones. "
+            "Run the same command again to make them"
         )
     num_skipped = sum(report.skipped.values())
     num_samples = num_skipped + report.samples

@@ -20,7 +20,7 @@ from storage.targets.shard_writer import write_shard
 from storage.targets.teacher_assets import TEACHER_RECORD, save_teacher
 
 if TYPE_CHECKING:
-    from stages.teacher.identity import TeacherConfig
+    from stages.teacher.config import TeacherConfig
     from stages.teacher.observe import ShardObservations
 
 TEACHER_ONLY = -1

@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterable
 from typing import IO, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
 from storage.printable import printable
+
+_NO_EDGE = 10_000
+"""Characters of a line at which nothing we print has to be wrapped."""
 
 is_main_process = os.environ.get("RANK", "0") == "0"
 """False in all but one of the processes that torchrun or accelerate starts: those stay silent."""
@@ -19,6 +22,17 @@ class PlainConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """As of Rich. In a file or a pipe a table is as wide as its content, unless COLUMNS says otherwise."""
+        if self.is_terminal or os.environ.get("COLUMNS"):
+            return super().size
+        return ConsoleDimensions(_NO_EDGE, super().size.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     def render_str(self, text: str, **options: Any) -> Text:
         """As of Rich. Escapes stand here before widths are computed from the text."""

@@ -8,6 +8,9 @@ from rich.table import Table
 from pipeline.ui.console import results
 from storage.printable import printable
 
+OF_LOSSES = "losses are means over the last tenth of a stage's steps"
+"""Said where a stage's report is shown; the lines of a running stage are about one step."""
+
 
 @dataclass(frozen=True)
 class ReportTable:

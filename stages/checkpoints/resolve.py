@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from stages.checkpoints.configs import read_config
 from stages.checkpoints.gguf import gguf_file
-from stages.checkpoints.gguf_decoder import converted
-from stages.checkpoints.quantization import refuse_quantized
-from stages.checkpoints.weights import check_files
 from storage.errors import UserError, first_line
 from storage.regular_files import refuse_special_files, refuse_unusable
+from storage.stores import LocalStore
+from storage.stores.recognize import CHECKPOINT, what_lies_at
 
 _WEIGHTS = "*.safetensors"  # no *.bin: those are pickles
 _NEEDED_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -30,8 +28,11 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
         )
     folder = local_folder(name, with_weights=with_weights)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+        found = what_lies_at(LocalStore(folder))
+        raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder, found {found}")
     if with_weights:
+        from stages.checkpoints.weights import check_files  # loads torch: a wrong name is an error at once
+
         check_files(folder)
     return folder
 
@@ -42,6 +43,10 @@ def resolve_student(name: str | Path) -> Path:
     Raises:
         UserError: As `resolve_checkpoint` and `converted`; if its weights are quantized in another way.
     """
+    from stages.checkpoints.configs import read_config
+    from stages.checkpoints.gguf_decoder import converted
+    from stages.checkpoints.quantization import refuse_quantized
+
     file = gguf_file(Path(name))
     folder = resolve_checkpoint(name) if file is None else converted(file)
     refuse_quantized(read_config(folder / "config.json"), folder, "a student")
@@ -56,15 +61,14 @@ def local_folder(name: str | Path, *, with_weights: bool = False) -> Path:
     """
     folder = Path(name)
     refuse_unusable(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{name} is a file, expected the folder of {CHECKPOINT}; name the folder")
     if not folder.is_dir():
         patterns = _NEEDED_FILES + [_WEIGHTS] * with_weights
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=patterns))
         except Exception as error:  # of the hub, the disk, or whatever library speaks HTTP beneath
-            raise UserError(
-                f"no checkpoint at {name}: it is neither a folder here nor a model id that the hub gave "
-                f"({type(error).__name__}: {first_line(error)}); check the path"
-            ) from error
+            raise UserError(f"no checkpoint at {name}: there is no such folder here, {_why_none(error)}") from error
     # The library would wait for ever for a FIFO among them.
     refuse_special_files(folder)
     return folder
@@ -76,3 +80,23 @@ def in_hub_cache(name: str) -> bool:
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError:
         return False
+
+
+def _why_none(error: Exception) -> str:
+    """Why a name that is no folder is no model of the hub either, and what to do."""
+    said = f"({type(error).__name__}: {first_line(error)})"
+    if isinstance(error, HFValidationError):
+        return "and it is no model id either; check the path"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"and the hub asks to accept the model's terms {said}; accept them on its page, then log in (hf auth login)"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return f"and the hub has no model of this id, or shows it to others {said}; check the name, or log in"
+    if not isinstance(error, LocalEntryNotFoundError):
+        return f"and the hub did not give a model of this id {said}; check the name, or try again later"
+    if constants.HF_HUB_OFFLINE:
+        return "and HF_HUB_OFFLINE lets nothing be fetched that this machine does not hold; check the path, or unset it"
+    return (
+        f"and the model hub at {constants.ENDPOINT} does not answer {said}; check the path, or network and HF_ENDPOINT"
+    )

@@ -10,9 +10,9 @@ from stages.checkpoints.configs import unfit_named
 from stages.estimate.extrapolate import CodecCost, extrapolate
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
-from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import TeacherIdentity, identify_teacher
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
-from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
@@ -41,10 +41,11 @@ def estimate_from_configs(
 ) -> Estimate:
     """What a whole extraction by `workers` GPUs takes, from config and processor of the checkpoint.
 
-    The sample set is read and tokenised as for a measurement; without one the numbers of `config` are taken.
+    The sample set is read and tokenised as for a measurement; without one the numbers of `config` are taken, which then
+    says how many samples there will be.
 
     Raises:
-        UserError: If neither samples nor their number are given, or extraction would refuse the teacher.
+        UserError: If extraction would refuse the teacher.
     """
     identity = identify_teacher(settings, images, on_gpu=True, with_weights=False)
     encoder = identity.encoder()
@@ -53,7 +54,8 @@ def estimate_from_configs(
     if samples is not None:
         planned = plan_blocks(samples.index.num_samples, config)
         held = count_blocks(samples, encoder, planned, causal=causal, progress=progress)
-    elif config.samples is not None:
+    else:
+        assert config.samples is not None
         image = Image.new("RGB", PHOTOGRAPH, "gray")
         size = len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions)
         maps = [(1 / config.samples_per_map, size)]
@@ -64,10 +66,6 @@ def estimate_from_configs(
             f"assumed: {config.text_tokens:g} text tokens, {config.answer_rows:g} answer rows, "
             f"{config.samples_per_map:g} samples a map; {size} image tokens are the processor's for an "
             f"image of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
-        )
-    else:
-        raise UserError(
-            "neither sample shards nor how many samples there will be: give --samples, or --set estimate.samples=NUMBER"
         )
     # Attention maps cost nothing for a sample without an image, and once for all samples that share them.
     work = forward_work(identity, held.per_sample)

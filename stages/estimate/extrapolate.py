@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from stages.estimate.report import SHOWN_UNUSABLE, Estimate, SettingEstimate, TeacherCost
 from stages.estimate.sampling import UNITS, Counts, SetCounts
-from stages.teacher.identity import TeacherConfig, TeacherIdentity
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import TeacherIdentity
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecName
 from storage.targets.commits import SkippedSample
 from storage.targets.layout import ARRAYS

@@ -18,7 +18,7 @@ from stages.estimate.extrapolate import UNIT_OF_ARRAY, CodecCost, extrapolate, p
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SampledBlock, count_blocks, count_units, plan_blocks
 from stages.teacher.batching import BatchSize
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from stages.tempered_noise import noise_notes

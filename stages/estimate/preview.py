@@ -7,7 +7,8 @@ from stages.conversations.token_runs import TokenRun, token_runs
 from stages.estimate.report import EstimateConfig
 from stages.estimate.sampling import plan_blocks, rows_of
 from stages.teacher.batching import SamplePreparer
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from stages.teacher.timings import Timings
 from storage.samples.image_settings import ImageConfig
 from storage.samples.sample_set import SampleSet

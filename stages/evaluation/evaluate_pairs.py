@@ -13,6 +13,7 @@ from stages.checkpoints.processors import image_processor_backend
 from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation import scoring
 from stages.evaluation.caption_pairs import CaptionPair
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.logprobs import RowReader
 from stages.evaluation.report import EvaluationReport, KindResult
 from storage.errors import UserError
@@ -26,7 +27,7 @@ def evaluate_pairs(
     model: Any,
     processor: Any,
     pairs: Mapping[str, Sequence[CaptionPair]],
-    config: scoring.EvaluationConfig,
+    config: EvaluationConfig,
     progress: Progress = SILENT,
     title: str = "evaluate",
     images: ImageConfig = DEFAULT_IMAGES,

@@ -1,7 +1,12 @@
 """The report of an evaluation."""
 
+from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
+from storage.errors import UserError
+from storage.regular_files import read_regular
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.strict_model import StrictModel
 
@@ -43,3 +48,15 @@ class EvaluationReport(StrictModel):
     """Wall-clock time of scoring with decoding of images, without loading the model."""
     pairs_per_s: float
     """Pairs scored a second."""
+
+
+def read_evaluation(path: Path) -> EvaluationReport:
+    """A report that `cdp evaluate --report` saved.
+
+    Raises:
+        UserError: If it is none.
+    """
+    try:
+        return EvaluationReport.model_validate_json(read_regular(path))
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{path} is no report of `cdp evaluate --report`: {error}") from error

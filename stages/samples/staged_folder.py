@@ -5,9 +5,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
-from storage.errors import UserError
+from storage.errors import CorruptData, UserError
 from storage.regular_files import read_regular, refuse_unusable
 from storage.samples.index import MAX_INDEX_BYTES
+from storage.samples.sample_set import SampleSet
 from storage.stores.folder_owner import LOCK_FILE, owned
 
 INDEX = "index.json"
@@ -65,11 +66,23 @@ class StagedFolder:
         """
         # The index has every shard's sha256: equal indices, equal data. Moving then also mends lost shards.
         if self.holds_index and _index_of(self.out) != _index_of(self.path):
-            raise UserError(
-                f"{self.out} already holds another data set ({INDEX} differs); pack into a new folder, or remove it"
-            )
+            raise UserError(f"{self.out} already holds {self._difference()}; pack into a new folder, or remove it")
         for path in sorted(self.path.iterdir(), key=lambda path: (path.name == INDEX, path.name)):
             path.replace(self.out / path.name)
+
+    def _difference(self) -> str:
+        """What the finished data set in `out` is, beside the one that was packed now."""
+        there, here = SampleSet.open(self.out), SampleSet.open(self.path)
+        try:
+            same = _contents(there) == _contents(here)
+        except CorruptData:
+            same = False
+        if not same:
+            return f"another data set ({INDEX} differs)"
+        return (
+            f"these samples in shards of another size ({len(there.index.shards)}, now {len(here.index.shards)}), and "
+            "targets belong to shards: to keep those, pack with the former --samples-per-shard and --shard-bytes"
+        )
 
     def _clear_leftovers(self) -> None:
         leftovers = [*self.out.glob(SHARDS), *self.out.glob(TABLES)] if self.path.exists() else []
@@ -81,6 +94,12 @@ class StagedFolder:
             path.unlink()
         if self.path.exists():
             shutil.rmtree(self.path)
+
+
+def _contents(samples: SampleSet) -> list[tuple[str, list[int], int]]:
+    """Each sample's key, bytes of its members and checksum, whichever shard it is in."""
+    members = (one for shard in range(len(samples.index.shards)) for one in samples.members(shard))
+    return sorted((one.key, [size for _, size in one.spans], one.crc32) for one in members)
 
 
 def _index_of(folder: Path) -> bytes:

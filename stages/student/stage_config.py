@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stages.settings import AtResume
-from stages.student.losses.attention import AttentionLoss
-from stages.student.losses.logits import Divergence
 from storage.strict_model import StrictModel
 
+AttentionLoss = Literal["cosine", "kl", "mse"]
+Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 StageName = Literal["dpt", "dft", "sft"]
 STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
 

@@ -6,7 +6,8 @@ from typing import Final, get_args
 from PIL import Image
 
 from stages.conversations.encoder import ConversationEncoder
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from stages.unusable_sample import ReasonOfText, UnusableSample
 from storage.errors import CorruptData, UserError
 from storage.samples.sample_set import SampleSet

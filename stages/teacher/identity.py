@@ -3,15 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import CAPTURE_VERSION
-from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
 from stages.checkpoints.quantization import check_packages, scheme_of
@@ -22,65 +20,17 @@ from stages.conversations.chat_templates import ChatTemplate, chat_template, ima
 from stages.conversations.encoder import ConversationEncoder
 from stages.families.family import Family
 from stages.families.registry import family_of
-from stages.settings import AtResume
+from stages.teacher.config import TeacherConfig, captured_layers
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import (
-    MAX_TOP_K,
     LogitCodecConfig,
     MapCodecConfig,
-    MapCodecName,
-    NumTailSamples,
-    Temperatures,
     default_top_k,
 )
-from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
-from storage.strict_model import StrictModel
-from storage.targets.manifest import FORMAT_VERSION, Cut, Fingerprint, Manifest
+from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
 
 _LOCAL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
-
-
-class TeacherConfig(StrictModel):
-    """Which teacher, and what is stored of its attention and answers."""
-
-    checkpoint: Annotated[str, AtResume.SAME_DATA]
-    """Folder or hub id of the teacher."""
-    chat_template: Annotated[str | None, AtResume.SAME_DATA] = None
-    """A jinja file, or the name of a template that comes with the package (chatml, llama-3, llava-1.5, mistral), in
-    place of the checkpoint's own. It is stored with the targets, and students are saved with it."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
-    max_length: int = Field(default=1536, ge=8, le=1_000_000)
-    """Tokens of a conversation, image tokens included; longer ones are cut, and counted."""
-    cut: Cut = "whole_turns"
-    """Where a longer conversation ends: behind the last answer that fits whole (none: the sample is in the ledger as
-    too_long), or at the last token that fits, inside an answer too, as the reference trainer does."""
-    batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
-    """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
-    roundings on a GPU."""
-    layers: tuple[int, ...] | None = None
-    """Captured decoder layers, consecutive, counted from 0; None takes the middle third."""
-    num_matched: int | None = Field(default=None, ge=1)
-    """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
-    map_codec: MapCodecName = "auto"
-    """How attention maps are stored: `float16` is exact to rounding; `sqrt8`, `sqrt4`, `sqrt2` take 8, 4 and 2 bits an
-    entry; `auto` 8 bits for small maps, which need them, and 4 for others (docs/codecs.md#map-codecs). Sink masks and
-    the mean of each key are exact in all of them."""
-    logit_codec: Literal["float16", "levels"] = "levels"
-    """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
-    top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
-    """Tokens of which each answer row keeps the log-probability, exactly or nearly; about 3 bytes each. None is 48,
-    and 256 if `temperatures` are asked for; for these a vocabulary of at most 1024 is kept whole."""
-    tail_samples: NumTailSamples = 30
-    """Tokens sampled from the others, so that the logit loss is right in expectation; more make it less noisy."""
-    temperatures: Temperatures = ()
-    """Temperatures besides 1 that a student may ask for. Records grow several times, and the loss is noisier than at 1,
-    as far more of the mass is sampled; `cdp estimate` says both."""
-    tempered_samples: NumTailSamples = 256
-    """Tokens sampled for each of `temperatures`, in proportion to their probability at it; about 2 bytes each."""
-    trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
-    """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
 
 @dataclass(frozen=True)
@@ -205,19 +155,6 @@ def identify_teacher(
         dtype=getattr(torch, dtype),
         weights=weights_digest(folder) if with_weights else "",
     )
-
-
-def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Decoder layers whose maps are stored, and the windows of them that are stored exactly.
-
-    Raises:
-        UserError: If the layers are not consecutive ones of the decoder.
-    """
-    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
-    if not 0 <= layers[0] <= layers[-1] < num_layers or layers != tuple(range(layers[0], layers[-1] + 1)):
-        raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
-    num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
-    return layers, sliding_windows(layers, num_matched)
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

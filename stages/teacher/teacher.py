@@ -11,7 +11,8 @@ from stages.attention.capture import enable_capture
 from stages.checkpoints.quantization import is_packed, place, without_scheme
 from stages.checkpoints.weights import load_weights
 from stages.conversations.encoder import ConversationEncoder
-from stages.teacher.identity import TeacherConfig, TeacherIdentity, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import TeacherIdentity, identify_teacher
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 
 

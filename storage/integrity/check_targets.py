@@ -96,10 +96,13 @@ class TargetChecks(Checks):
             self.fault(number, commit_path(number), lost[number], expected)
 
     def _num_reported(self) -> int:
-        """Shards that the last extraction left; 0 when it left no report."""
+        """Shards that the last extraction left; 0 when it left no report, or one that cannot be read."""
+        if _REPORT not in self.stored:
+            return 0
+        data = self.guarded("-", _REPORT, lambda: self.store.read(_REPORT))
         try:
-            return _ReportedCounts.model_validate_json(self.store.read(_REPORT)).shards
-        except (FileNotFoundError, ValidationError):
+            return 0 if data is None else _ReportedCounts.model_validate_json(data).shards
+        except ValidationError:
             return 0
 
     def check_shard(

@@ -7,9 +7,10 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from storage.digests import digest_of, parse_record
-from storage.errors import CorruptData, UserError
+from storage.errors import CorruptData
 from storage.samples.table import MAX_TABLE_BYTES, MIN_ENTRY_BYTES, SAMPLES_VERSION
 from storage.stores import Store
+from storage.stores.recognize import SAMPLE_SET, read_sign
 
 INDEX_PATH = "index.json"
 MAX_INDEX_BYTES = 2**30
@@ -76,10 +77,7 @@ class SampleIndex:
             CorruptData: When it does not describe a sample set.
         """
         where = f"{store.url}/{INDEX_PATH}"
-        try:
-            data = store.read(INDEX_PATH, MAX_INDEX_BYTES)
-        except FileNotFoundError:
-            raise UserError(f"{where} is absent: this is no finished sample set; run `cdp pack-samples`") from None
+        data = read_sign(store, INDEX_PATH, MAX_INDEX_BYTES, SAMPLE_SET)
         stored = parse_record(data, where, SAMPLES_VERSION, canonical=False)
         del stored["format_version"]
         try:

@@ -57,6 +57,9 @@ class Store(Protocol):
         Of several callers with different data exactly one gets True. So do equal calls, and one whose answer got lost.
         """
 
+    def check_create(self) -> None:
+        """Refuses a place where `create` cannot work, before there is anything to create; leaves nothing behind."""
+
     def folders(self, prefix: str) -> list[str]:
         """Sorted paths of the folders directly in the folder `prefix`, partial ones left out; none is looked into."""
 

@@ -49,23 +49,23 @@ class LocalStore(Store):
             NoHardLinks: On a file system without hard links, where no other step is both atomic and exclusive.
         """
         target = self._at(path)
-
-        def link(partial: Path) -> None:
-            try:
-                os.link(partial, target)
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-                raise NoHardLinks(
-                    f"the file system of {self.root} refused a hard link ({error}), which commits need; "
-                    "use a folder on another file system, or an object store"
-                ) from error
-
         with suppress(FileExistsError):
             if not target.exists():
-                self._publish(target, data, link)
+                self._publish(target, data, lambda partial: self._link(partial, target))
                 return True
         return self.read(path) == data
+
+    def check_create(self) -> None:
+        """Hard-links a file, as `create` does.
+
+        Raises:
+            NoHardLinks: As `create`.
+        """
+        linked = partial_path(self.root / "link")
+        try:
+            self._publish(self.root / "linked", b"", lambda partial: self._link(partial, linked))
+        finally:
+            linked.unlink(missing_ok=True)
 
     def folders(self, prefix: str) -> list[str]:
         """Sorted relative paths of the folders directly in `prefix`."""
@@ -181,6 +181,17 @@ class LocalStore(Store):
 
     def _at(self, path: str) -> Path:
         return self.root / relative_path(path)
+
+    def _link(self, partial: Path, target: Path) -> None:
+        try:
+            os.link(partial, target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            raise NoHardLinks(
+                f"the file system of {self.root} refused a hard link ({error}), which commits need; "
+                "use a folder on another file system, or an object store"
+            ) from error
 
     def _publish(self, target: Path, data: bytes, put_in_place: Callable[[Path], object]) -> None:
         partial = partial_path(target)

@@ -12,6 +12,7 @@ from storage.errors import FingerprintMismatch, UserError
 from storage.regular_files import read_regular
 from storage.samples.sample_set import SampleSet
 from storage.streaming.order import Ints, StreamConfig, epoch_order, permutation, raw_bits, shard_rows
+from storage.targets.manifest import OTHER_SAMPLES
 from storage.targets.store import TargetStore
 
 MAY_DIFFER = frozenset({"samples", "max_length", "dtype"})
@@ -140,7 +141,7 @@ def check_same_samples(samples: SampleSet, targets: TargetStore) -> None:
     if found != wanted:
         raise FingerprintMismatch(
             f"targets at {targets.store.url} were made from samples {wanted[:12]}, {samples.store.url} holds "
-            f"{found[:12]} (differs in: samples); give the right sample set, or extract again"
+            f"{found[:12]} (differs in: samples); give the right sample set, or extract again. {OTHER_SAMPLES}"
         )
 
 

@@ -7,9 +7,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of, parse_record
-from storage.errors import CorruptData, FingerprintMismatch, UserError
+from storage.errors import CorruptData, FingerprintMismatch
+from storage.regular_files import MAX_BYTES
 from storage.samples.image_settings import ImageConfig
 from storage.stores import Store
+from storage.stores.recognize import TARGET_STORE, read_sign
 from storage.strict_model import StrictModel
 
 MANIFEST_PATH = "manifest.json"
@@ -18,6 +20,10 @@ FORMAT_VERSION = 3
 MAX_LAYERS = 2**12
 MAX_SHARDS = 2**22
 """No teacher has so many layers, and no index of samples lists more shards; memory goes by both."""
+OTHER_SAMPLES = (
+    "Samples differ also where the same data was packed again into shards of another size (--samples-per-shard, "
+    "--shard-bytes): targets belong to the shards that they were made from"
+)
 _SHOWN_CHARS = 60
 _ABSENT = "(absent)"
 
@@ -126,10 +132,7 @@ class Manifest(StrictModel):
             CorruptData: When its bytes are not what was written.
         """
         where = f"{store.url}/{MANIFEST_PATH}"
-        try:
-            data = store.read(MANIFEST_PATH)
-        except FileNotFoundError:
-            raise UserError(f"{where} is absent: this is no target store; run `cdp extract-teacher`") from None
+        data = read_sign(store, MANIFEST_PATH, MAX_BYTES, TARGET_STORE)
         fields = parse_record(data, where, FORMAT_VERSION)
         digest = fields.pop("digest", None)
         try:
@@ -156,9 +159,11 @@ def create_or_check(store: Store, manifest: Manifest) -> None:
         f"  {name.removeprefix('fingerprint.')}: stored {_shown(theirs)}, this run {_shown(ours)}"
         for name, (theirs, ours) in sorted(differing.items())
     ]
+    hint = f"\n{OTHER_SAMPLES}" if "fingerprint.samples" in differing else ""
     raise FingerprintMismatch(
         f"targets at {store.url} were made from something else than this run names; it differs in:\n"
         + "\n".join(lines)
+        + hint
         + "\nUse the settings they were made with, or extract into a new folder; nothing was changed"
     )
 

@@ -10,13 +10,13 @@ import pyarrow
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from pipeline import export, sweep
+from pipeline import sweep
 from pipeline.demo import run as demo
 from pipeline.demo.report import DemoConfig
 from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
 from stages.evaluation.caption_pairs import load_pairs
-from stages.evaluation.report import EvaluationReport, KindResult
+from stages.evaluation.report import EvaluationReport, KindResult, read_evaluation
 from stages.export import model_card
 from stages.samples.llava_record import parse_record
 from stages.samples.sources.data_file import open_source
@@ -194,7 +194,7 @@ def read_run_folder(root: Path) -> None:
     for section in (model_card._losses, model_card._digests, model_card._settings):
         section(history)
     sweep._read(open_store(root))
-    export._read_evaluation(root / "evaluation.json")
+    read_evaluation(root / "evaluation.json")
     demo._check_settings(root, DemoConfig())
     with metrics_log(root, (), 1, {}, enabled=True):
         pass

@@ -27,7 +27,7 @@ from pipeline.extraction.extract import extract
 from pipeline.extraction.report import RUN_FILE
 from pipeline.run_file import RunFile, save_run_file
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.integrity.verify import verify
 from storage.stores import PARTIAL, open_store

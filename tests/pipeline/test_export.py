@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.chat import open_chat
-from pipeline.checkpoints import load_model
 from pipeline.export import _names_of, export
+from pipeline.models import load_model
 from stages.evaluation.report import EvaluationReport, KindResult
 from stages.student.stage_config import STAGES
 from storage.targets.store import TargetStore

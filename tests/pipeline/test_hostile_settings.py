@@ -78,7 +78,7 @@ def test_of_thousands_of_unknown_settings_twenty_are_named(tmp_path: Path) -> No
         ('samples="\\ud800"', "a character that neither text nor a path can have"),
         ("train.seed=" + ":".join(["59"] * 9000), "a number of more than 64 bits"),
         ("train.seed=!!python/name:os.system", "is not YAML"),
-        ("__class__.__init__=1", "__class__: there is no such setting"),
+        ("__class__.__init__=1", "__class__.__init__: there is no such setting"),
         ("train.__dict__=1", "train.__dict__: there is no such setting"),
         ("a" + ".a" * 10_000 + "=1", "a: there is no such setting"),
         ("..=1", "there is no such setting"),

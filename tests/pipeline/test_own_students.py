@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
 from pipeline.run_file import RunFile
 from pipeline.training import train
-from stages.evaluation.scoring import EvaluationConfig
+from stages.evaluation.config import EvaluationConfig
 from stages.student.stage_config import STAGES
 from storage.errors import UserError
 from tests.checkpoints import CHATML, make_foreign_lm, make_tiny_llava

@@ -30,7 +30,7 @@ from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
 from stages.student.stage_config import STAGES
-from stages.teacher.identity import captured_layers
+from stages.teacher.config import captured_layers
 from storage.errors import UserError
 from tests.storage.builders import manifest
 

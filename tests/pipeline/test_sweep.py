@@ -15,7 +15,7 @@ from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
 from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageReport
-from storage.errors import UserError
+from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here, tree
 
@@ -279,8 +279,22 @@ def test_what_breaks_in_one_student_spares_the_next_and_an_interruption_ends_the
     saved = SweepReport.model_validate_json((tmp_path / "out/sweep.json").read_text())
     assert (list(saved.students), saved.failures) == (["first"], {"broken": "RuntimeError: out of memory"})
     report = run_sweep(sweep, train)
+    assert "means over the last tenth" in sweep_table(report).title
     assert list(report.students) == ["first", "second"]
     assert report.students["second"].samples_per_s == 2.0
     assert sweep_table(report).rows[1] == ["second", "dpt", "1.000", "2", "2.0"], (
         "columns that nothing is in are left out"
     )
+
+
+def test_a_full_disk_is_one_error_and_no_failure_of_each_student(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.yaml", "students: {first: {}, second: {}}\n")
+    begun: list[str] = []
+
+    def train(name: str, _: RunFile) -> list[StageReport]:
+        begun.append(name)
+        raise StoreUnavailable("no space left")
+
+    with pytest.raises(StoreUnavailable, match="no space left"):
+        run_sweep(load_sweep(path, None, [], {"output": str(tmp_path / "out")}), train)
+    assert begun == ["first"]

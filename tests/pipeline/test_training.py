@@ -29,6 +29,7 @@ from tests.pipeline.processes import cdp, start_cdp, tree
 from tests.pipeline.runs import SETTINGS, run_file
 from tests.pipeline.steps import AtEachStep
 from tests.processes import kill_when
+from tests.recorded_progress import RecordedProgress
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +95,14 @@ def test_finished_stages_are_not_trained_again(
 def test_windows_that_the_store_did_not_foresee_are_said_when_the_stage_starts_and_in_its_report(
     tiny: TinyWorld, targets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def said_by_now(stage: str, step: int) -> None:
+    def said_by_now(stage: str, step: float) -> None:
         assert "dft: 1 layers are matched, but the targets hold exact sink masks for" in caplog.text
 
     run = run_file(tiny, targets, tmp_path / "run", "train.matching.num_matched=1", "train.dft.max_steps=1")
-    (report,) = train(run, ["dft"], AtEachStep(said_by_now))
+    progress = RecordedProgress(at_step=said_by_now)
+    (report,) = train(run, ["dft"], progress)
+    assert progress.notes[0].startswith("in step 1 lm ")
+    assert ", on average " in progress.notes[0]
     (note,) = report.notes
     assert "extract with teacher.num_matched=1" in note
 

@@ -15,15 +15,16 @@ from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation.caption_pairs import CaptionPair
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.evaluate_pairs import evaluate_pairs
-from stages.evaluation.scoring import EvaluationConfig
 from stages.export.export import export_student
 from stages.samples.pack import pack_samples
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun
 from stages.student.training.train_config import TrainConfig
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet

@@ -3,13 +3,11 @@
 Shape letters: L decoder layers that are matched, B samples, N image tokens.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-AttentionLoss = Literal["cosine", "kl", "mse"]
+from stages.student.stage_config import AttentionLoss
 
 COSINE_EPS = 1e-8
 LEAST_SHARE = 1e-12

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stages.student.losses.logits import Divergence, TeacherRows, next_token_loss
+from stages.student.losses.logits import TeacherRows, next_token_loss
 from stages.student.losses.vocabulary import sparse_cross_entropy
+from stages.student.stage_config import Divergence
 
 LOGITS_AT_ONCE = 2**26
 """Vocabulary logits that exist at a time: 441 rows of a vocabulary of 152,000, 134 MB in bfloat16."""

@@ -9,16 +9,14 @@ weight, O outcomes of a row: its stored ids, and all other ids as one.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stages.student.losses.vocabulary import sparse_cross_entropy, support_probabilities
+from stages.student.stage_config import Divergence
 from storage.codecs.answer_logits import AnswerLogits
 from storage.codecs.levels import LOWEST_LOGPROB
-
-Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 
 LEAST_TEACHER_PROBABILITY = math.exp(LOWEST_LOGPROB)
 """KL(q || p) clamps p to at least this; p is 0 for ids that only pad the student's vocabulary."""

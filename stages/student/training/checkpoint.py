@@ -25,7 +25,6 @@ from storage.digests import digest_of, file_sha256, parse_object
 from storage.errors import CorruptData, FingerprintMismatch, StoreUnavailable, UserError, disk_errors_named
 from storage.regular_files import read_regular
 from storage.stores import open_store
-from storage.strict_model import StrictModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +32,6 @@ TRAINED, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "sta
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter."""
 _REMOVE = "remove it to go on from the one before"
-
-
-class CheckpointConfig(StrictModel):
-    """When the state of training is saved."""
-
-    every: int = Field(default=500, ge=1)
-    """Steps between checkpoints."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept."""
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]

@@ -145,9 +145,9 @@ class _StageLoop:
                 if step % config.logging.every == 0 or step == self.num_steps:
                     write(step, {**losses, "samples": samples, "seconds": seconds})
                 terms = [f"{name} {losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in losses]
-                speed = f"{samples / max(seconds, 1e-9):,.1f} samples/s"
-                note = ", ".join([*terms, f"learning rate {losses['learning_rate']:.2g}", speed])
-                task.update(done=step, note=note)
+                speed = f"on average {samples / max(seconds, 1e-9):,.1f} samples/s"
+                rate = f"learning rate {losses['learning_rate']:.2g}"
+                task.update(done=step, note=", ".join([f"in step {step} {terms[0]}", *terms[1:], rate, speed]))
                 # Also after the last step, so that no step is repeated if saving the student fails.
                 if step % config.checkpoint.every == 0 or step == self.num_steps:
                     self.checkpoints.save(self.position, self.state)

@@ -5,30 +5,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
-from pydantic import Field
-
+from stages.student.training.train_config import Tracker
 from storage.digests import parse_object
 from storage.errors import CorruptData, UserError
 from storage.regular_files import read_regular
 from storage.stores import open_store
-from storage.strict_model import StrictModel
 
-Tracker = Literal["tensorboard", "wandb"]
 _WANDB_ID = "wandb-id.txt"
 _MAX_BYTES = 2**30
 """Largest `metrics.jsonl` that is gone on with: that of about four million lines."""
-
-
-class LoggingConfig(StrictModel):
-    """Where metrics go."""
-
-    every: int = Field(default=10, ge=1)
-    """Steps between lines of metrics.jsonl and points of the trackers' curves."""
-    trackers: tuple[Tracker, ...] = ("tensorboard",)
-    """Where else metrics go: tensorboard (if installed), wandb (extra `wandb`)."""
 
 
 Write = Callable[[int, Mapping[str, float]], None]

@@ -5,7 +5,6 @@ FSDP2 is torch's own `fully_shard`, not Accelerate's wrapping of it, which does 
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,22 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from stages.settings import AtResume
-from storage.strict_model import StrictModel
-
-Strategy = Literal["ddp", "fsdp"]
-
-
-class ParallelConfig(StrictModel):
-    """How a step is computed, and spread over processes."""
-
-    strategy: Annotated[Strategy, AtResume.MAY_CHANGE] = "ddp"
-    """With several processes: `ddp`, a copy of the student in each; `fsdp`, a part of each parameter (FSDP2)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`bf16`: mixed precision; what learns stays float32, what is frozen is kept in bfloat16. `auto` is bf16 on a GPU
-    that has it, else fp32."""
-    activation_checkpointing: Annotated[bool, AtResume.MAY_CHANGE] = False
-    """Activations of each decoder layer are computed again in the backward pass: less memory, a third more time."""
+from stages.student.training.train_config import Strategy
 
 
 def spread(objective: nn.Module, decoder: PreTrainedModel, accelerator: Accelerator, strategy: Strategy) -> nn.Module:

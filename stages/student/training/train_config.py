@@ -1,11 +1,11 @@
-"""Settings of student training, in sections; a section that configures one module stands beside it."""
+"""Settings of student training, in sections; they import no torch, so that a mistake in them is said at once."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from stages.settings import AtResume
-from stages.student.data.loader import LoaderConfig
+from stages.student.data.config import LoaderConfig
 from stages.student.layer_matching import MatchingConfig
 from stages.student.stage_config import (
     STAGES,
@@ -17,10 +17,10 @@ from stages.student.stage_config import (
     StageName,
     SupervisedFinetuning,
 )
-from stages.student.training.checkpoint import CheckpointConfig
-from stages.student.training.metrics import LoggingConfig
-from stages.student.training.parallel import ParallelConfig
 from storage.strict_model import StrictModel
+
+Strategy = Literal["ddp", "fsdp"]
+Tracker = Literal["tensorboard", "wandb"]
 
 
 class DataConfig(StrictModel):
@@ -49,6 +49,36 @@ class ClusterConfig(StrictModel):
     """Processes of the group; None is one a GPU, or one without GPUs. Given without an address, Ray starts here."""
     max_attempts: int = Field(default=3, ge=1)
     """Times the group is started when a process or node dies; each goes on from the newest checkpoint."""
+
+
+class CheckpointConfig(StrictModel):
+    """When the state of training is saved."""
+
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class LoggingConfig(StrictModel):
+    """Where metrics go."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl and points of the trackers' curves."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where else metrics go: tensorboard (if installed), wandb (extra `wandb`)."""
+
+
+class ParallelConfig(StrictModel):
+    """How a step is computed, and spread over processes."""
+
+    strategy: Annotated[Strategy, AtResume.MAY_CHANGE] = "ddp"
+    """With several processes: `ddp`, a copy of the student in each; `fsdp`, a part of each parameter (FSDP2)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16`: mixed precision; what learns stays float32, what is frozen is kept in bfloat16. `auto` is bf16 on a GPU
+    that has it, else fp32."""
+    activation_checkpointing: Annotated[bool, AtResume.MAY_CHANGE] = False
+    """Activations of each decoder layer are computed again in the backward pass: less memory, a third more time."""
 
 
 class TrainConfig(StrictModel):

@@ -258,7 +258,7 @@ MISTAKES = {
     "set: no value": ("train-student --set train.seed", "expected section.field=value"),
     "config: no such file": ("train-student --config {new}/run.yaml", "run.yaml cannot be read"),
     "config: bad YAML": ("train-student --config {bad_yaml}", "is not YAML"),
-    "config: unknown key": ("train-student --config {unknown_key}", "trian: there is no such setting"),
+    "config: unknown key": ("train-student --config {unknown_key}", "trian.seed: there is no such setting"),
     "train: no output": ("train-student --samples {samples} --targets {targets} --student {lm}", "--output is missing"),
     "train: no student": (
         "train-student --samples {samples} --targets {targets} --output {new}",

@@ -41,7 +41,8 @@ def test_a_section_that_is_none_is_refused_with_those_there_are(
 ) -> None:
     done = run_here("config", "train.loder", monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 2
-    assert (
-        "there is no section train.loder; sections are teacher, images, extract, estimate, train, train.lora"
-        in done.err
-    )
+    said = "there is no section or setting train.loder (did you mean train.loader?); sections are teacher, images, ext"
+    assert said in done.err
+    alone = run_here("config", "train.dft.learning_rate", monkeypatch=monkeypatch, capsys=capsys)
+    assert "train.dft.learning_rate  float" in alone.out
+    assert "batch_size" not in alone.out

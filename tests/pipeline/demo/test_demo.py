@@ -1,6 +1,7 @@
 """The demo in miniature, and that the README shows what a real one measured."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from pipeline.demo.report import DemoConfig, DemoReport, accuracy_table
 from pipeline.demo.run import run_demo
-from storage.errors import UserError
+from storage.errors import StoreUnavailable, UserError
 
 ROOT = Path(__file__).parents[3]
 PUBLISHED = ROOT / "docs" / "demo" / "report.json"
@@ -32,6 +33,15 @@ def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path) -> Non
     }
     with pytest.raises(UserError, match="num_images"):
         run_demo(tmp_path / "demo", DemoConfig(num_images=41, num_pairs=5, steps=3))
+
+
+def test_a_disk_that_fills_is_one_error_that_names_it(small_disk: Path) -> None:
+    room = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize - 100_000))
+    with pytest.raises(
+        StoreUnavailable, match=rf"^{small_disk}/demo.*: No space left on device; free some space there"
+    ):
+        run_demo(small_disk / "demo", DemoConfig(num_images=40, num_pairs=5, steps=3))
 
 
 def test_the_readmes_table_is_that_of_the_published_report() -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -22,8 +23,8 @@ from pipeline.extraction.extract import extract
 from pipeline.extraction.report import ExtractionReport
 from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig
-from storage.errors import FingerprintMismatch, TooManySkipped, UserError
+from stages.teacher.config import TeacherConfig
+from storage.errors import FingerprintMismatch, NoHardLinks, TooManySkipped, UserError
 from storage.integrity.verify import verify
 from storage.progress import SILENT, Progress
 from storage.targets.commits import CommitRecord, SkippedSample
@@ -75,6 +76,39 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
         assert {"forward", "coding", "preparing", "writing"} <= worker.timings.keys()
         assert worker.waited_share is not None
         assert 0 <= worker.waited_share < 1
+
+
+@pytest.mark.usefixtures("shards_made_here")
+def test_a_shard_that_is_repaired_away_while_others_are_made_fails_the_command_and_a_rerun_makes_it(
+    tiny: TinyWorld, targets: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+
+    def repair_first_shard(task: str, done: float) -> None:
+        if done > NUM_SAMPLES - 4:
+            (store / "commits/000000.json").unlink(missing_ok=True)
+
+    with pytest.raises(UserError, match=r"1 of \d+ shards are not stored in .*store, though none of them failed"):
+        run(tiny, store, progress=RecordedProgress(at_step=repair_first_shard))
+    assert run(tiny, store).shards_made_now == 1
+    assert same_targets(store, targets)
+
+
+@pytest.mark.usefixtures("shards_made_here")
+def test_a_store_that_was_copied_to_where_nothing_can_be_committed_is_refused_before_its_shards_are_made(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    store = Path(shutil.copytree(targets, tmp_path / "store"))
+    monkeypatch.setattr(os, "link", refuse)
+    assert run(tiny, store).shards_made_now == 0, "a finished store needs no more links"
+    (store / "commits/000001.json").unlink()
+    before = tree(store)
+    with pytest.raises(NoHardLinks, match="refused a hard link"):
+        run(tiny, store, progress=RecordedProgress(at_step=lambda *_: pytest.fail("a shard was begun")))
+    assert tree(store) == before
 
 
 @pytest.mark.usefixtures("shards_made_here")

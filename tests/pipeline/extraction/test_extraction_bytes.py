@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from storage.samples.index import SampleIndex
 from storage.stores import open_store
 from storage.targets.manifest import Manifest, create_or_check
@@ -67,7 +68,7 @@ _WITH_THREADS = """
 import sys
 from pathlib import Path
 from pipeline.extraction.shard_extractor import ShardExtractor
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from tests.pipeline.extraction.test_extraction_bytes import manifest_for
 teacher, samples, out, threads = sys.argv[1:]
 settings = TeacherConfig(checkpoint=teacher, batch_size=3)

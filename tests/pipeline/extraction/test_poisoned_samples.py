@@ -16,8 +16,8 @@ from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.extraction.report import ExtractionReport
 from pipeline.extraction.shard_extractor import ShardExtractor
+from stages.teacher.config import TeacherConfig
 from stages.teacher.forward import ForwardOutput
-from stages.teacher.identity import TeacherConfig
 from storage.errors import TooManySkipped, UserError
 from storage.integrity.verify import verify
 from storage.samples.sample_set import SampleSet

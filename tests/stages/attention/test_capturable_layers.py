@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from stages.attention.capturable_layers import check_maps, layers_with_maps
 from stages.attention.capture import CAPTURING_SDPA, AttentionCapture
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava
 from tests.tiny_families import RECIPES

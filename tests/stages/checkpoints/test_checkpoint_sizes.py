@@ -19,7 +19,8 @@ from stages.checkpoints.processors import load_processor
 from stages.convert.checkpoint import convert_checkpoint
 from stages.student.model.build import build_student, check_decoder
 from stages.student.model.loading import check_weights, load_multimodal
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from stages.teacher.teacher import load_teacher
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError

@@ -20,7 +20,7 @@ from stages.checkpoints.weights import load_weights, weights_digest
 from stages.student.data.tokenizer_compatibility import tokenizer_differences
 from stages.student.model.build import build_student
 from stages.student.training.resume_guard import decoder_digest, gguf_record
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava, make_tiny_lm

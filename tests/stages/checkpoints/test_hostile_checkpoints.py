@@ -16,7 +16,8 @@ from stages.checkpoints.weights import weight_files, weights_digest
 from stages.convert.checkpoint import convert_checkpoint
 from stages.student.model.build import build_student
 from stages.student.model.loading import check_weights, load_multimodal, load_student
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava, make_tiny_lm

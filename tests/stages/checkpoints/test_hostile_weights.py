@@ -15,7 +15,7 @@ from stages.checkpoints.weights import load_weights
 from stages.convert.checkpoint import convert_checkpoint
 from stages.student.model.build import build_student, check_vision_tower
 from stages.student.model.loading import check_weights, load_multimodal, load_student
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava, make_tiny_lm

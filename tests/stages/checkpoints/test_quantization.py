@@ -19,7 +19,8 @@ from stages.export.export import export_student
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.model.build import build_student
 from stages.student.model.loading import load_multimodal
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava, make_tiny_lm

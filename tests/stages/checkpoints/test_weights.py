@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import load_weights
 from stages.student.model.loading import load_multimodal
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava

@@ -15,7 +15,8 @@ from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun
 from stages.student.training.train_config import TrainConfig
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source

@@ -26,7 +26,7 @@ from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.convert.checkpoint import ConversionReport, convert_checkpoint
 from stages.student.model.loading import load_student
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import UserError
 from tests.checkpoints import draw_random_image

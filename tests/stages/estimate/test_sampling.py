@@ -4,7 +4,7 @@ import pytest
 
 from stages.estimate.report import EstimateConfig
 from stages.estimate.sampling import UNITS, count_blocks, plan_blocks
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from stages.evaluation.caption_pairs import CaptionPair
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.evaluate_pairs import evaluate_pairs
 from stages.evaluation.report import EvaluationReport
-from stages.evaluation.scoring import EvaluationConfig
 from storage.errors import UserError
 from tests.stages.evaluation.advances import Advances
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation.caption_pairs import CaptionPair
+from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.scoring import (
-    EvaluationConfig,
     count_pairs,
     letter_scores,
     letter_tokens,

@@ -15,7 +15,7 @@ from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.export.export import CARD, export_student
 from stages.student.model.loading import load_multimodal
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from tests.checkpoints import CHAT_TEMPLATE, make_tiny_llava
 from tests.stages.export.test_export import make_student

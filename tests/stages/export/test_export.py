@@ -30,7 +30,7 @@ from stages.student.model.chat import Chat
 from stages.student.model.inputs import model_inputs
 from stages.student.model.loading import load_multimodal
 from stages.student.model.projector_folding import ModelParts, fold_post_connector
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.errors import StoreUnavailable, UserError
 from tests.checkpoints import draw_random_image, make_tiny_llava, make_tiny_lm

@@ -339,6 +339,19 @@ def test_another_data_set_is_never_mixed_in(llava: LlavaFolder, tmp_path: Path) 
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_the_same_samples_in_shards_of_another_size_are_called_that(llava: LlavaFolder, tmp_path: Path) -> None:
+    source, out = llava.write_json([record("x", "a.jpg"), record("y", "b.png"), record("t")]), tmp_path / "out"
+    pack_samples(source, llava.images, out)
+    before = data_bytes(out)
+    with pytest.raises(UserError, match=r"already holds these samples in shards of another size \(1, now 3\)"):
+        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1))
+    assert data_bytes(out) == before
+    # What the difference is cannot be told of samples that are damaged.
+    (out / "samples-000000.json").unlink()
+    with pytest.raises(UserError, match="already holds another data set"):
+        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1))
+
+
 def test_a_refused_run_over_a_finished_folder_leaves_its_ledger_beside_the_good_one(
     llava: LlavaFolder, tmp_path: Path
 ) -> None:

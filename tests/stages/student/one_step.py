@@ -16,15 +16,14 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from stages.student.data.batch import Batch
-from stages.student.data.loader import LoaderConfig
+from stages.student.data.config import LoaderConfig
 from stages.student.losses.head import answer_losses
 from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.loop import train_stage
-from stages.student.training.metrics import LoggingConfig
 from stages.student.training.objective import DistillationObjective
-from stages.student.training.parallel import ParallelConfig, Strategy, gathered
+from stages.student.training.parallel import gathered
 from stages.student.training.stage_run import StageRun
-from stages.student.training.train_config import TrainConfig
+from stages.student.training.train_config import LoggingConfig, ParallelConfig, Strategy, TrainConfig
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source
 from storage.targets.store import TargetStore

@@ -19,7 +19,7 @@ from stages.conversations.encoder import ConversationEncoder
 from stages.families.batch import batch_inputs, join_pixels, pixels_of
 from stages.families.registry import FAMILIES, family_of
 from stages.images import decode_image
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec

@@ -7,8 +7,8 @@ import pytest
 from pipeline.cluster import connection
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
+from stages.teacher.config import TeacherConfig
 from stages.teacher.first_samples import check_first_samples
-from stages.teacher.identity import TeacherConfig
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from tests.checkpoints import CHAT_TEMPLATE, CHATML

@@ -8,7 +8,7 @@ import torch
 
 import stages.teacher.observe
 from stages.teacher.batching import SamplePreparer
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.isolate import NOWHERE, TeacherUnusable, run_isolated
 from stages.teacher.observe import ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher

@@ -10,8 +10,9 @@ import torch
 
 import stages.teacher.observe
 from stages.teacher.batching import BatchSize, PreparedSample
+from stages.teacher.config import TeacherConfig
 from stages.teacher.forward import ForwardOutput, run_teacher
-from stages.teacher.identity import TeacherConfig, identify_teacher
+from stages.teacher.identity import identify_teacher
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec

@@ -13,6 +13,7 @@ from storage.errors import StoreUnavailable, UserError
 from storage.integrity.findings import VerifyReport
 from storage.integrity.repair import repair
 from storage.integrity.verify import verify
+from storage.regular_files import MAX_BYTES
 from storage.samples.sample_set import SampleSet
 from storage.stores import LocalStore, open_store
 from storage.targets.commits import CommitRecord
@@ -291,3 +292,11 @@ def test_a_record_is_read_back_as_it_was_built(whole):
     store = open_store(whole / "targets")
     for shard, record in TargetStore.open(store).commits.items():
         assert CommitRecord.load(store, f"commits/{shard:06d}.json") == record
+
+
+def test_a_report_of_an_extraction_that_is_too_large_to_be_one_is_a_finding(damaged: Path) -> None:
+    with (damaged / "targets/reports/extraction.json").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    (finding,) = check(damaged).findings
+    assert (finding.part, finding.file) == ("-", "reports/extraction.json")
+    assert f"has {MAX_BYTES + 1} bytes" in finding.found

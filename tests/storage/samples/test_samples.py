@@ -77,7 +77,7 @@ def test_an_exception_leaves_no_index_and_nothing_half_written(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         die()
     assert sorted(files_of(tmp_path)) == ["samples-000000.json", "samples-000000.tar"]
-    with pytest.raises(UserError, match="no finished sample set"):
+    with pytest.raises(UserError, match="is no sample set"):
         SampleIndex.load(open_store(tmp_path))
     with SampleShardWriter(tmp_path, 9, 10**6) as writer:
         writer.add_group(group("a"))

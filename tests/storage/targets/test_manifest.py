@@ -1,6 +1,7 @@
 """A store is never mixed: each difference is named and nothing is changed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,11 @@ def test_every_flipped_byte_of_a_manifest_is_seen(tmp_path):
 def test_a_folder_without_a_manifest_is_no_target_store(tmp_path):
     with pytest.raises(UserError, match="is no target store"):
         Manifest.load(open_store(tmp_path))
+
+
+def test_samples_that_were_packed_again_are_named_as_a_cause(tmp_path: Path) -> None:
+    store, made_for = open_store(tmp_path), manifest()
+    create_or_check(store, made_for)
+    other = made_for.fingerprint.model_copy(update={"samples": "f" * 64})
+    with pytest.raises(FingerprintMismatch, match="Samples differ also where the same data was packed"):
+        create_or_check(store, made_for.model_copy(update={"fingerprint": other}))

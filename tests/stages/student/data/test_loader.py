@@ -16,14 +16,8 @@ import torch
 
 from stages.conversations.answer_rows import AnswerRows
 from stages.student.data.batch import Batch
-from stages.student.data.loader import (
-    MOST_WORKERS,
-    LoaderConfig,
-    LoaderDied,
-    StepLoader,
-    StoppedWaiting,
-    spare_workers,
-)
+from stages.student.data.config import LoaderConfig
+from stages.student.data.loader import MOST_WORKERS, LoaderDied, StepLoader, StoppedWaiting, spare_workers
 from storage.errors import CorruptData, UserError
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store

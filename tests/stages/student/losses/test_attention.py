@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.student.losses.attention import AttentionLoss, attention_alignment_loss, below_sink_threshold, matched_loss
+from stages.student.losses.attention import attention_alignment_loss, below_sink_threshold, matched_loss
+from stages.student.stage_config import AttentionLoss
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 KINDS: tuple[AttentionLoss, ...] = ("cosine", "kl", "mse")

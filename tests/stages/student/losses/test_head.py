@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.student.losses.head import answer_losses
-from stages.student.losses.logits import Divergence, logit_distillation_loss, teacher_rows
+from stages.student.losses.logits import logit_distillation_loss, teacher_rows
+from stages.student.stage_config import Divergence
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses

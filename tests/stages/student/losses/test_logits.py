@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.student.losses.logits import Divergence, logit_distillation_loss, next_token_loss, teacher_rows
+from stages.student.losses.logits import logit_distillation_loss, next_token_loss, teacher_rows
+from stages.student.stage_config import Divergence
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.codec_settings import LogitCodecConfig
 from storage.codecs.tail_samples import row_addresses

@@ -24,7 +24,7 @@ from stages.student.model.build import build_student
 from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
 from stages.student.stage_config import DistilledFinetuning, LoraSettings
-from stages.teacher.identity import TeacherConfig
+from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
 from tests.tiny_families import RECIPES, make_tiny_family
