@@ -117,7 +117,7 @@ def read_chunk(file: Path) -> None:
 
 def read_suite_image(file: Path) -> None:
     pairs = [CaptionPair("kind", "key", file, "a", "b")]
-    list(_encoded_batches(pairs, lambda *_: [], EvaluationConfig(), SILENT.task("")))
+    list(_encoded_batches(pairs, lambda *_: [], EvaluationConfig(), SILENT.task(""), "ignore"))
 
 
 def read_metrics(file: Path) -> None:

@@ -23,6 +23,7 @@ def test_whoever_sets_the_columns_of_a_log_gets_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(results, "_environ", {"COLUMNS": "40"})
+    monkeypatch.setattr(results, "_width", None)  # of a COLUMNS that was there when the console was made
     monkeypatch.setenv("COLUMNS", "40")
     print_facts("facts", [("name", "word " * 60)])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
