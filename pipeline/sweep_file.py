@@ -78,7 +78,10 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
     base_path = config or (Path(base) if base is not None else None)
     shared = read_document(find_config(base_path)) if base_path is not None else {}
     lay_over(shared, document, str(path))
-    output = Path(_output(resolve(copy.deepcopy(shared), settings, flags, str(path))))
+    output = resolve(copy.deepcopy(shared), settings, flags, str(path)).output
+    if output is None:
+        found = f"{path} has no output and --output is missing"
+        raise UserError(f"{found}; give the folder of the sweep, each student gets its own in it")
     _check_names(students, path)
     runs = {}
     for name, own in students.items():
@@ -86,7 +89,7 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
             raise UserError(f"{path}: student {name} is {own!r:.100}, expected settings such as train.seed: 1")
         run = copy.deepcopy(shared)
         lay_over(run, own or {}, f"{path}: student {name}")
-        runs[name] = resolve(run, settings, {**flags, "output": str(output / name)}, f"{path}: student {name}")
+        runs[name] = resolve(run, settings, {**flags, "output": str(Path(output) / name)}, f"{path}: student {name}")
         if compare.similarity_samples is not None:
             try:
                 compared_data(runs[name])
@@ -94,7 +97,7 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
                 raise UserError(f"{path}: student {name}: {error}") from None
     if compare.pairs is not None:
         load_pairs(compare.pairs, compare.images, limit=compare.pairs_limit)
-    return Sweep(output, runs, compare)
+    return Sweep(Path(output), runs, compare)
 
 
 def _check_names(students: dict[Any, Any], path: Path) -> None:
@@ -123,9 +126,3 @@ def compared_data(run: RunFile) -> tuple[str, str]:
     raise UserError(
         "compare.similarity_samples needs samples and targets, or train.data.sources; set them for all students"
     )
-
-
-def _output(run: RunFile) -> str:
-    if run.output is None:
-        raise UserError("--output is missing; give the folder of the sweep, each student gets its own in it")
-    return run.output
