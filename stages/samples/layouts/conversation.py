@@ -101,9 +101,9 @@ class RecordReader:
         """`conversations` with from and value, `messages` with role and content."""
         turns = []
         for index, entry in enumerate(self._entries()):
-            role = role_of(_first(entry, "from", "role"), index)
+            role = role_of(_only(entry, "from", "role"), index)
             self._unread.leave(entry, _TURN_KEYS, f"turn {index}", learned=role == "gpt")
-            turns.append(Turn(role, self._text(_first(entry, "value", "content"), index, is_question=role == "human")))
+            turns.append(Turn(role, self._text(_only(entry, "value", "content"), index, is_question=role == "human")))
         return turns
 
     def _turns_of_pairs(self) -> list[Turn]:
@@ -159,7 +159,10 @@ class RecordReader:
         if not isinstance(part, Mapping):
             raise UnusableSample("bad_turn", f"turn {index} has the part {shorten(part)}, expected an object")
         self._unread.leave(part, _PART_KEYS, f"part of turn {index}", learned=True)
-        kind = part.get("type") or next((key for key in ("text", *_IMAGE_KEYS) if not is_empty(part.get(key))), None)
+        filled = [key for key in ("text", *_IMAGE_KEYS) if not is_empty(part.get(key))]
+        if len(filled) > 1:
+            raise UnusableSample("unread_field", f"a part of turn {index} has {filled[1]} beside {filled[0]}")
+        kind = part.get("type") or next(iter(filled), None)
         if kind in _TEXT_PARTS:
             if not isinstance(text := part.get("text"), str):
                 raise UnusableSample(
@@ -168,6 +171,8 @@ class RecordReader:
             return text
         if kind not in (*_IMAGE_PARTS, *_IMAGE_KEYS):
             raise UnusableSample("unread_field", f"a part of turn {index} of type {shorten(kind)} is not read")
+        if filled == ["text"]:
+            raise UnusableSample("unread_field", f"an image part of turn {index} has text beside it")
         self._place(part)
         return f"{PLACEHOLDER}\n"
 
@@ -177,8 +182,10 @@ class RecordReader:
         index = part.get("index")
         if own:
             self.images.append(parse_image(own[0], self._root))
-        elif isinstance(index, int) and index != self._next:
-            raise UnusableSample("bad_image_field", f"an image part has index {index}, expected {self._next}, the next")
+        elif index is not None and index != self._next:
+            raise UnusableSample(
+                "bad_image_field", f"an image part has index {shorten(index)}, expected {self._next}, the next"
+            )
         elif self._next == len(self._listed):
             raise UnusableSample("placeholder_without_image", f"a part names no image, and {self._next} are listed")
         else:
@@ -190,5 +197,9 @@ class RecordReader:
         self.images += taken
 
 
-def _first(entry: Mapping[object, object], *keys: str) -> object:
-    return next((entry[key] for key in keys if entry.get(key) is not None), None)
+def _only(entry: Mapping[object, object], one: str, other: str) -> object:
+    """The value of the one key of two that is there."""
+    found = [entry[key] for key in (one, other) if entry.get(key) is not None]
+    if len(found) > 1 and found[0] != found[1]:
+        raise UnusableSample("unread_field", f"{other} of a turn beside {one}: they differ")
+    return found[0] if found else None

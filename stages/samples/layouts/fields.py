@@ -1,5 +1,6 @@
 """Which keys of a record are read, which may not be ignored, and which are only counted."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
@@ -17,20 +18,28 @@ _INPUT_KEYS = """
     audio audios audio_path audio_paths audio_url input_audio sound speech
     video videos video_path video_paths video_url video_urls frames
     image_base64 image_bytes image_data image_file image_files image_path image_paths image_url image_urls
-img imgs jpeg jpg png webp picture pictures pixel_values
+    img imgs jpeg jpg png webp picture pictures pixel_values
     point_cloud point_clouds depth depths
     tools tool_calls tool_call_id functions function_call documents
     system_prompt system_message history prefix suffix objects
     chat_template chat_template_kwargs enable_thinking reasoning reasoning_content thinking
     mm_processor_kwargs min_pixels max_pixels resized_height resized_width
     chosen rejected chosen_response rejected_response completion completions kto_tag
+    instruction context
 """
 INPUT_KEYS: Final = frozenset(_INPUT_KEYS.split())
 """Keys that change what a model sees or what an answer is, and that nothing here reads, in lower case."""
 
-LOSS_KEYS: Final = frozenset(
-    ["loss", "loss_mask", "loss_scale", "loss_weight", "sample_weight", "train", "train_detail", "weight"]
+_INPUT_NAMES: Final = re.compile(
+    r"(input_)?(image|img|picture)s?_?\d+|input_(image|img|picture)s?"
+    r"|(\w+_)?(audio|video)s?(_(file|name|path|url)s?)?(_?\d+)?|media(_\w+)?|(\w+_)?rejected(_\w+)?"
 )
+"""Further names of such keys: `image_1`, `video_file`. Under these a number says how good or how long something is."""
+
+_LOSS_KEYS = """
+    ignore_loss loss loss_mask loss_multiplier loss_scale loss_weight mask sample_weight train train_detail weight
+"""
+LOSS_KEYS: Final = frozenset(_LOSS_KEYS.split())
 """Keys that say how much is learned of an answer. An answer of weight 1 and a question of weight 0 are what is done."""
 
 MAX_NAMES: Final = 100
@@ -59,12 +68,19 @@ class UnreadKeys:
                 continue
             name = str(key).lower()
             shown = shorten(key)[1:-1]
-            of_loss = name in LOSS_KEYS and value != int(learned)
-            if name in INPUT_KEYS or name in read or of_loss or _holds_bytes(value):
+            of_loss = name in LOSS_KEYS and value != int(learned != (name == "ignore_loss"))
+            if _is_input(name, value) or name in read or of_loss or _holds_bytes(value):
                 inside = f" of {where}" if where else ""
                 raise UnusableSample("unread_field", f"{shown}{inside} is not read, and changes what is learned")
             if name not in LOSS_KEYS:
                 self.names.add(f"{where.split(' ')[0]}.{shown}" if where else shown)
+
+
+def _is_input(name: str, value: object) -> bool:
+    each = value if isinstance(value, list) else [value]
+    return name in INPUT_KEYS or (
+        _INPUT_NAMES.fullmatch(name) is not None and not all(isinstance(one, int | float) for one in each)
+    )
 
 
 def _holds_bytes(value: object) -> bool:

@@ -13,6 +13,9 @@ from storage.errors import UserError
 MAX_RECORD_BYTES = 16 * 2**20
 """Bound on one record: a file without line ends must not be read as one line. An image inside it takes its share."""
 
+MAX_READ_CHARS = 4 * MAX_RECORD_BYTES
+"""Characters of a list's record that are read until its end is found; with more, nothing behind it can be read."""
+
 BOM = b"\xef\xbb\xbf"
 _READ_AT_ONCE = 2**20
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -131,20 +134,21 @@ class _Text:
         self._advance(self.at + 1)
 
     def take_value(self) -> object:
-        """Takes the value that begins here."""
+        """Takes the value that begins here; one that is too long for a record comes as `UnusableSample`."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
                 # A number may go on in the next piece.
                 if end < len(self.text) or self._ended:
+                    begin = self.offset
                     self._advance(end)
-                    return value
+                    return value if self.offset - begin <= MAX_RECORD_BYTES else _too_long(begin)
             except json.JSONDecodeError:
                 # It may be whole once more is read.
                 if self._ended:
                     raise
-            if len(self.text) - self.at > MAX_RECORD_BYTES:
-                raise ValueError(f"a record has more than {MAX_RECORD_BYTES:,} bytes")
+            if len(self.text) - self.at > MAX_READ_CHARS:
+                raise ValueError(f"a record has more than {MAX_READ_CHARS:,} characters")
             self._read_more()
 
     def _advance(self, end: int) -> None:
@@ -158,6 +162,10 @@ class _Text:
         self.text, self.at = left + self._decoder.decode(data, self._ended), 0
 
 
+def _too_long(offset: int) -> UnusableSample:
+    return UnusableSample("line_too_long", f"over {MAX_RECORD_BYTES:,} bytes at byte {offset}")
+
+
 def _parsed_or_why(line: bytes, offset: int) -> object:
     try:
         return _parsed(line, offset)
@@ -167,7 +175,7 @@ def _parsed_or_why(line: bytes, offset: int) -> object:
 
 def _parsed(line: bytes, offset: int) -> object:
     if len(line) > MAX_RECORD_BYTES:
-        raise UnusableSample("line_too_long", f"over {MAX_RECORD_BYTES:,} bytes at byte {offset}")
+        raise _too_long(offset)
     try:
         value: object = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -24,7 +24,8 @@ def saved_streams(folder: Path) -> list[Path] | None:
     if not is_regular(folder / "state.json"):
         return None
     state = _object(folder / "state.json")
-    if state.get("_indices_files"):
+    # The second name is that of the library's first versions.
+    if state.get("_indices_files") or state.get("_indices_data_files"):
         raise UserError(f"{folder} has a list of chosen rows, which is not read; save it after flatten_indices()")
     try:
         names = [str(each["filename"]) for each in state["_data_files"]]

@@ -144,6 +144,15 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "a part of another type": (messages([part("video", video="a.mp4")]), "video of part of turn 0"),
     "a part of a type of its own": (messages([part("box", box=[1])]), "'box'"),
     "pixels of a part": (messages([part("image", image="a.png", max_pixels=9)]), "max_pixels of part of turn 0"),
+    "an image of a further name": (messages("q", image_1="a.png"), "image_1"),
+    "a video of a further name": (messages("q", video_file="a.mp4"), "video_file"),
+    "a rejected conversation": (messages("q", rejected_messages=LEARNED), "rejected_messages"),
+    "an ignored answer": ({"conversations": [LEARNED[0], {**LEARNED[1], "ignore_loss": 1}]}, "ignore_loss of turn 1"),
+    "an image beside a text": (messages([{"text": "q", "image": "a.png"}]), "image beside text"),
+    "an image in a part of text": (messages([part("text", text="q", image="a.png")]), "image beside text"),
+    "a text in a part of an image": (messages([part("image", text="q")], images=["a.png"]), "text beside it"),
+    "a second image in a part": (messages([part("image", image="a.png", url="b.png")]), "url beside image"),
+    "a second text in a turn": ({"messages": [{"role": "user", "content": "q", "value": "p"}]}, "content of a turn"),
     "two conversations": (messages("q", conversations=LEARNED), "messages beside conversations"),
     "two images": (messages("q", image="a.png", images=["b.png"]), "images beside image"),
 }
@@ -173,6 +182,16 @@ def test_other_keys_are_collected() -> None:
     value["conversations"] = [{**LEARNED[0], "loss": 0, "time": 5}, {**LEARNED[1], "loss": True, "weight": 1}]
     assert unread(value) == {"source", "width", "turn.time", "\\xe9"}
     assert unread(messages([part("text", text="q", cache=1)])) == {"part.cache"}
+    rated = {"image_1": 0.5, "image_correspondence_ratings": [4, 5], "image_id": "17", "video_length": 3.5}
+    assert unread(messages("q", **rated)) == set(rated)
+
+
+def test_an_index_of_an_image_part_is_a_number_and_the_next() -> None:
+    for index in (1, "0"):
+        value = messages([part("image", index=index), part("text", text="q")], images=["a.png", "b.png"])
+        found, detail = reason(value)
+        assert found == "bad_image_field"
+        assert "expected 0, the next" in detail
 
 
 def nested(depth: int) -> list[Any]:

@@ -124,6 +124,10 @@ SAVED_STATES = {
     "another folder's file": ({"_data_files": [{"filename": "../a.arrow"}]}, "not in this folder"),
     "no files": ({"_data_files": None}, "names no data files"),
     "chosen rows": ({"_data_files": [], "_indices_files": [{"filename": "i.arrow"}]}, "flatten_indices"),
+    "rows chosen by an older library": (
+        {"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]},
+        "flatten_indices",
+    ),
     "a lost file": ({"_data_files": [{"filename": "lost.arrow"}]}, "lost.arrow, which belongs to the data"),
 }
 

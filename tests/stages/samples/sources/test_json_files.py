@@ -117,8 +117,22 @@ def test_a_bad_list_is_refused_whole_with_the_position(case: str, tmp_path: Path
 
 
 def test_a_record_of_a_list_too_large_for_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", 10)
+    monkeypatch.setattr(json_files, "MAX_READ_CHARS", 10)
     monkeypatch.setattr(json_files, "_READ_AT_ONCE", 4)
     (tmp_path / "a").write_text(json.dumps([1, "x" * 100]))
-    with pytest.raises(UserError, match="more than 10 bytes, at byte 4"):
+    with pytest.raises(UserError, match="more than 10 characters, at byte 4"):
         records_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize("read_at_once", [4, 2**16])
+def test_a_record_of_a_list_that_is_too_long_is_the_only_one_left_out(
+    read_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", 10)
+    monkeypatch.setattr(json_files, "_READ_AT_ONCE", read_at_once)
+    # Four characters of three bytes each.
+    (tmp_path / "a").write_text(json.dumps([1, "\u6f22\u5b57" * 2, 2], ensure_ascii=False))
+    first, long, last = records_of(tmp_path / "a")
+    assert (first, last) == (1, 2)
+    assert isinstance(long, UnusableSample)
+    assert (long.reason, long.detail) == ("line_too_long", "over 10 bytes at byte 4")
