@@ -14,6 +14,9 @@ MAX_HEAD_BYTES = 2**26
 """A vocabulary of 262,000 tokens with its merges takes 15 MB."""
 MAX_ENTRIES = 2**21
 """Of all lists together; those of that vocabulary have 1.3 million."""
+_VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type"))
+_MAX_OTHER_ENTRIES = 2**12
+"""Of a list that is none of the vocabulary; the library turns each entry into several objects."""
 _MAX_FIELDS, _MAX_TENSORS, _MAX_DIMENSIONS = 2**12, 2**16, 4
 _MAX_ALIGNMENT = 2**16
 _MAX_COUNT = 2**12
@@ -139,7 +142,8 @@ class _HeadReader:
             name = self._text()
             if name in fields:
                 raise self.unusable(f"two settings {name}")
-            fields[name] = value = self._value(int(self._number("I")))
+            most = MAX_ENTRIES if name in _VOCABULARY else _MAX_OTHER_ENTRIES
+            fields[name] = value = self._value(int(self._number("I")), most)
             if name.endswith(_COUNTS) and (isinstance(value, str) or not 0 <= value <= _MAX_COUNT):
                 raise self.unusable(f"{name} {value!r:.50}, at most {_MAX_COUNT} are made")
         return fields
@@ -183,15 +187,15 @@ class _HeadReader:
         begin = self._take(length)
         return self._data[begin : begin + length].decode("utf-8", "replace")
 
-    def _value(self, kind: int) -> Value:
+    def _value(self, kind: int, max_entries: int) -> Value:
         if kind == _TEXT:
             return self._text()
         if kind != _LIST:
             return self._number(self._format(kind))
         kind, count = int(self._number("I")), int(self._number("Q"))
         self._entries += count
-        if self._entries > MAX_ENTRIES:
-            raise self.unusable(f"more than {MAX_ENTRIES} entries in its lists")
+        if count > max_entries or self._entries > MAX_ENTRIES:
+            raise self.unusable(f"a list of {count} entries, or more than {MAX_ENTRIES} in all")
         if kind == _TEXT:
             for _ in range(count):
                 self._take(int(self._number("Q")))

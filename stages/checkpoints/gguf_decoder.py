@@ -1,7 +1,9 @@
 """A GGUF file as a decoder: converted once into a checkpoint of safetensors in this machine's cache."""
 
 import io
-from contextlib import redirect_stderr
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from storage.errors import CorruptData, UserError, first_line
 from storage.regular_files import open_regular
 from storage.stores.cache import cached
 
-_CONVERSION = 1
+_CONVERSION = 2
 """Raised when this file makes something else of the same bytes."""
 _ROTATION = "rope_freqs.weight"
 _LLAMA_3 = {
@@ -125,18 +127,18 @@ def _restore_rotation(file: Path, head: GgufHead, config: PreTrainedConfig) -> N
 
 def _convert(file: Path, head: GgufHead, folder: Path) -> None:
     # The library draws a bar of its own.
-    with unfit_named(file), panics_raised(), redirect_stderr(io.StringIO()):
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    with _alone(file) as link, unfit_named(file), panics_raised(), redirect_stderr(io.StringIO()):
+        config = AutoConfig.from_pretrained(link.parent, gguf_file=link.name, trust_remote_code=False)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise UserError(f"{file} holds a {config.model_type}, which is no causal language model; name another")
         _restore_rotation(file, head, config)
         with torch.device("meta"):
             expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _check_sizes(file, head, expected)
-        tokenizer = _tokenizer(file, head)
+        tokenizer = _tokenizer(link, head, file)
         model, found = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
+            link.parent,
+            gguf_file=link.name,
             config=config,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
@@ -151,6 +153,15 @@ def _convert(file: Path, head: GgufHead, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A link to the file in a folder of its own: the library obeys adapters and tokenizers that lie beside a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "decoder.gguf"
+        link.symlink_to(file.resolve())
+        yield link
+
+
 def _check_sizes(file: Path, head: GgufHead, expected: Any) -> None:
     """What the file lacks, the library makes in any size that the config says."""
     num_weights = sum(parameter.numel() for parameter in expected.parameters())
@@ -162,10 +173,10 @@ def _check_sizes(file: Path, head: GgufHead, expected: Any) -> None:
         )
 
 
-def _tokenizer(file: Path, head: GgufHead) -> PreTrainedTokenizerFast:
-    """The file's tokenizer, splitting as the file says, without what the library notes of the loading."""
+def _tokenizer(link: Path, head: GgufHead, file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of `file`, splitting as it says, without what the library notes of the loading."""
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        loaded: Any = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name, trust_remote_code=False)
     # For merges that are no tokens the library raises a bare Exception.
     except Exception as error:
         raise CorruptData(

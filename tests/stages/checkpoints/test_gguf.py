@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import struct
 import sys
 from collections.abc import Callable
@@ -77,6 +78,23 @@ def test_a_student_is_built_on_it_as_on_its_checkpoint(
     # Drawn as wide as a config says, which a GGUF file does not.
     del expected["model.post_connector.weight"]
     assert all(torch.equal(student[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_lies_beside_it_is_neither_read_nor_kept(
+    file: Path, decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(file, tmp_path / "decoder.gguf")
+    tokenizer = json.loads((decoder / "tokenizer.json").read_text())
+    word = {"content": "colour", "id": 5, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer["added_tokens"].append({**word, "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    # The library would ask the hub for the model that an adapter names.
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model", "peft_type": "LORA"}')
+    monkeypatch.setenv("CDP_CACHE_DIR", str(tmp_path / "cache"))
+    folder = resolve_student(tmp_path / "decoder.gguf")
+    ours, theirs = (AutoTokenizer.from_pretrained(place) for place in (folder, decoder))
+    assert [ours(text).input_ids for text in TEXTS] == [theirs(text).input_ids for text in TEXTS]
+    assert resolve_student(file) == folder
 
 
 def test_a_run_records_which_file_it_was(file: Path, decoder: Path) -> None:
@@ -201,6 +219,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a name of 2^63 bytes": lambda: head(fields=1) + text(b"a", 2**63),
     "a list of 2^60 numbers": lambda: head(fields=1) + text(b"a") + struct.pack("<IIQ", 9, 0, 2**60),
     "two million texts": lambda: head(fields=1) + text(b"a") + struct.pack("<IIQ", 9, 8, 2**22) + bytes(2**25),
+    "a long list of no vocabulary": lambda: (
+        head(fields=1) + text(b"a") + struct.pack("<IIQ", 9, 8, 2**13) + bytes(2**16)
+    ),
     "lists in a list": lambda: head(fields=1) + text(b"a") + struct.pack("<IIQ", 9, 9, 10) * 10,
     "an unknown kind": lambda: head(fields=1) + text(b"a") + struct.pack("<I", 99),
     "the same setting twice": lambda: head(fields=2) + (text(b"a") + struct.pack("<IB", 0, 0)) * 2,
