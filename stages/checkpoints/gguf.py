@@ -61,12 +61,17 @@ def gguf_file(path: Path) -> Path | None:
     if path.is_dir():
         if any((path / name).exists() for name in _SAFETENSORS):
             return None
-        found = sorted(file for file in path.glob("*.gguf") if is_regular(file))
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and is_regular(file))
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
             raise UserError(f"{path} holds {len(found)} GGUF files ({names}); name one of them")
         return found[0] if found else None
-    return path if path.suffix == ".gguf" and is_regular(path) else None
+    return path if is_regular(path) and (path.suffix.lower() == ".gguf" or _begin(path) == _MAGIC) else None
+
+
+def _begin(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(len(_MAGIC))
 
 
 def read_head(path: Path, blocks: Mapping[int, tuple[int, int]]) -> GgufHead:
@@ -122,6 +127,8 @@ class _HeadReader:
     def __init__(self, path: Path, data: bytes) -> None:
         self.position = 0
         self._path, self._data, self._entries = path, data, 0
+        if data.startswith(b"version https://git-lfs"):
+            raise CorruptData(f"{path} is a pointer of Git LFS, not the file itself; fetch it (git lfs pull)")
         if data[:4] != _MAGIC:
             raise CorruptData(f"{path} is no GGUF file: it begins with {data[:4]!r}, not with {_MAGIC!r}")
         self.position = 4

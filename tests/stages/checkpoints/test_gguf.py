@@ -54,9 +54,12 @@ def file(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_gguf(tmp_path_factory.mktemp("gguf") / "decoder.gguf", decoder)
 
 
-@pytest.mark.parametrize("named", ["the file", "its folder"])
-def test_it_is_the_decoder_it_was_made_of(file: Path, decoder: Path, cache: Path, named: str) -> None:
-    folder = resolve_student(file if named == "the file" else file.parent)
+@pytest.mark.parametrize("named", ["the file", "its folder", "another ending", "no ending"])
+def test_it_is_the_decoder_it_was_made_of(file: Path, decoder: Path, cache: Path, named: str, tmp_path: Path) -> None:
+    links = {"another ending": tmp_path / "m.GGUF", "no ending": tmp_path / "blob"}
+    if named in links:
+        links[named].symlink_to(file)
+    folder = resolve_student(links.get(named, file.parent if named == "its folder" else file))
     assert folder.parent == cache
     found = load_weights(AutoModelForCausalLM, folder, nothing_else=True, dtype=torch.float32)
     expected = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
@@ -213,6 +216,7 @@ def tensor(*shape: int, kind: int = 0, offset: int = 0, name: bytes = b"a") -> b
 BOMBS: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
     "another file": lambda: b"PK\3\4" + bytes(100),
+    "a pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     "an old version": lambda: head(version=1),
     "2^60 settings": lambda: head(fields=2**60),
     "2^60 tensors": lambda: head(tensors=2**60),
