@@ -158,7 +158,7 @@ def read_document(path: Path) -> dict[str, Any]:
         data = read_regular(path, _MAX_BYTES)
         text = data.decode()
     except OSError as error:
-        raise UserError(f"run file {path} cannot be read: {error}") from error
+        raise UserError(f"run file {path} cannot be read: {error.strerror}; check the path") from error
     except UnicodeDecodeError:
         found = f"run file {path} cannot be read as text: it begins with {data[:8]!r}"
         raise UserError(f"{found}; name a YAML file of settings") from None

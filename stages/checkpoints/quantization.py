@@ -128,8 +128,9 @@ def _settings(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | 
     if isinstance(config, PreTrainedConfig):
         config = config.to_dict()
     for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(settings := part.get(_KEY), Mapping) and settings:
-            return dict(settings)
+        if isinstance(part, Mapping) and (settings := part.get(_KEY)):
+            # What is no object names no method that there is, and so is refused.
+            return dict(settings) if isinstance(settings, Mapping) else {"quant_method": f"{settings!r:.50}"}
     return None
 
 

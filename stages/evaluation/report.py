@@ -58,5 +58,10 @@ def read_evaluation(path: Path) -> EvaluationReport:
     """
     try:
         return EvaluationReport.model_validate_json(read_regular(path))
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{path} is no report of `cdp evaluate --report`: {error}") from error
+    except OSError as error:
+        raise UserError(f"no report of `cdp evaluate --report` at {path}: {error.strerror}; check the path") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        found = f"{path} is no report of `cdp evaluate --report`: {where}: {first['msg']}"
+        raise UserError(f"{found} ({error.error_count()} faults); name the file that it saved") from error

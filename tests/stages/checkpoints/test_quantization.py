@@ -173,6 +173,15 @@ def test_a_scheme_in_the_decoders_config_alone_is_seen(llava: Path, tmp_path: Pa
         resolve_student(folder)
 
 
+@pytest.mark.parametrize("scheme", ["gptq", ["gptq"]])
+def test_a_scheme_that_is_no_object_is_refused(llava: Path, tmp_path: Path, scheme: object) -> None:
+    folder = as_lm(llava, tmp_path / "lm", {})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}))
+    with pytest.raises(UserError, match=r"gptq"):
+        resolve_student(folder)
+
+
 def test_a_quantized_checkpoint_is_evaluated_and_not_exported(fp8: tuple[Path, Meant], tmp_path: Path) -> None:
     assert logits(load_multimodal(fp8[0])).isfinite().all()
     with pytest.raises(UserError, match="an export needs weights of 16 or 32 bits"):
