@@ -68,7 +68,7 @@ def against(found_RV: Tensor, saved_RV: Tensor) -> dict[str, float]:
 
 def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[StageName, Any]:
     """The three stages in a row, in bfloat16."""
-    store = TargetStore.open(str(bench.folder / "default"))
+    store = TargetStore.open(str(bench.folder / "4 bits"))
     samples = SampleSet.open(bench.folder / "samples")
     mixture = Mixture([Source(samples, store)], StreamConfig(seed=1, batch_size=num_samples))
     stream = mixture_stream(mixture, rank=0, world_size=1, epochs=range(1))
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "saved_student.json")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), flags.images, ["default"])
+        bench = Bench(Path(folder), flags.images, ["4 bits"])
         found = measure(bench, Path(folder) / "run", flags.steps, flags.samples)
     result = {"images": flags.images, "steps": flags.steps, "samples": flags.samples, "stages": found}
     save_result(flags.out, torch.device("cpu"), command_line("benchmarks.saved_student"), result)

@@ -1,7 +1,7 @@
 """Chat templates: where a processor's is found, those that come with the package, and how one renders messages."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,9 @@ class ChatTemplate:
 
     Attributes:
         text: The template as it renders turns made of parts.
-        trial: What it makes of a question about an image, or without one, and its answer.
-        after_answer: What it writes after that answer.
+        trials: What it makes of a question about an image, or without one, and its answer; and of longer conversations
+            with and without a system turn, as far as it takes them.
+        after_answer: What it writes after the answer of the first.
 
     Raises:
         UserError: If there is none, or it renders no conversation.
@@ -106,12 +107,10 @@ class ChatTemplate:
         found = image and with_image_parts(own, self._special_tokens, image, image_text(processor))
         if not found:
             # It may still do for samples without images; those with one are refused by their number of placeholders.
-            try:
-                found = own, _trial(own, self._special_tokens, [])
-            except RefusedByTemplate as error:
-                raise UserError(f"the chat template cannot render a question and its answer: {error}") from error
-        self.text, self.trial = found
-        self.after_answer = self.trial.partition(_TRIAL["assistant"])[2]
+            found = _without_images(own, self._special_tokens, image_text(processor))
+        self.text, trial = found
+        self.trials = [trial, *_longer_trials(self.text, self._special_tokens)]
+        self.after_answer = trial.partition(_TRIAL["assistant"])[2]
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
@@ -148,12 +147,42 @@ def with_image_parts(
         The template and what it makes of a question about an image and its answer; None if neither way writes one
         image token.
     """
-    for text in (template, _FLATTEN.replace("PLACEHOLDER", repr(placeholder)) + template):
+    for text in (template, _for_strings(template, placeholder)):
         with suppress(RefusedByTemplate):
             trial = _trial(text, special_tokens, [{"type": "image"}])
             if trial.count(image_token) == 1:
                 return text, trial
     return None
+
+
+def _for_strings(template: str, placeholder: str) -> str:
+    return _FLATTEN.replace("PLACEHOLDER", repr(placeholder)) + template
+
+
+def _without_images(template: str, special_tokens: Mapping[str, Any], placeholder: str) -> tuple[str, str]:
+    """As `with_image_parts`, for conversations without images.
+
+    Raises:
+        UserError: If neither way renders one, with what each was refused for.
+    """
+    refused: dict[str, None] = {}
+    for text in (template, _for_strings(template, placeholder)):
+        try:
+            return text, _trial(text, special_tokens, [])
+        except RefusedByTemplate as error:
+            refused[str(error)] = None
+    of_strings, *of_parts = reversed(refused)
+    found = f"{of_strings}; with turns made of parts: {of_parts[0]}" if of_parts else of_strings
+    raise UserError(f"the chat template cannot render a question and its answer: {found}")
+
+
+def _longer_trials(template: str, special_tokens: Mapping[str, Any]) -> Iterator[str]:
+    """What a template makes of three questions and answers, as some write the first, middle and last differently."""
+    dialogue = [{"role": role, "content": [text_part(words)]} for role, words in _TRIAL.items()] * 3
+    system = {"role": "system", "content": [text_part("trial of system")]}
+    for messages, asks in ((dialogue, False), ([system, *dialogue], False), ([system, *dialogue[:-1]], True)):
+        with suppress(RefusedByTemplate):
+            yield template_process.render(template, messages, dict(special_tokens), add_generation_prompt=asks)[0]
 
 
 def _trial(template: str, special_tokens: Mapping[str, Any], images: list[dict[str, str]]) -> str:

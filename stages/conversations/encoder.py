@@ -161,7 +161,7 @@ class ConversationEncoder:
         for image in images:
             check_picture(self.processor, image)
         bos = self.processor.tokenizer.bos_token
-        add_special_tokens = not (bos and text.startswith(bos))
+        add_special_tokens = not (bos and text.lstrip().startswith(bos))
         try:
             with panics_raised():
                 outputs = self.processor(

@@ -24,7 +24,7 @@ def test_equal_logits_differ_by_nothing_and_others_as_the_textbook_says() -> Non
 @pytest.mark.slow
 def test_the_saved_student_is_that_of_training_but_for_bfloat16(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    found = measure(Bench(tmp_path, images=12, stores=["default"]), tmp_path / "run", steps=4, num_samples=16)
+    found = measure(Bench(tmp_path, images=12, stores=["4 bits"]), tmp_path / "run", steps=4, num_samples=16)
     for stage, before in BEFORE.items():
         trained = found[stage]["as trained"]
         assert 0 < trained["kl_nats"] < 1e-3

@@ -36,7 +36,7 @@ def test_a_disk_that_fills_while_it_extracts_is_one_error_that_names_it_and_a_re
     assert _num_commits(store) < _num_commits(targets)
     (small_disk / "filler").unlink()
     mount("size=50m,ro")
-    _refused(extract(), store, "Read-only file system; mount it writable")
+    _refused(extract(), store, "nothing can be written in")
     mount("rw")
     finished = extract()
     assert finished.code == 0, finished.err

@@ -17,6 +17,7 @@ from stages.student.training.stage_run import StageRun
 from stages.student.training.train_config import TrainConfig
 from stages.teacher.config import TeacherConfig
 from stages.teacher.identity import identify_teacher
+from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source
@@ -201,3 +202,19 @@ def test_a_students_own_tokens_are_judged_by_its_own_template(data: TinyData, tm
     foreign = make_foreign_lm(tmp_path / "foreign", CHATML.replace("<|im_end|>", ""))
     *_, note = start_of(data, store, foreign, kd_weight=0.0).notes
     assert note.startswith(f"the chat template that {foreign} reads with ends 0 of 2 answers")
+
+
+def test_a_template_for_plain_strings_that_leaves_images_out_does_for_text(processor: Any) -> None:
+    processor.chat_template = CHATML.replace("message['content'] +", "message['content'].replace('<image>\\n', '') +")
+    encoder = ConversationEncoder(processor, processor.image_token_id, 512)
+    assert "<|im_start|>user\nWhat is it?<|im_end|>" in processor.tokenizer.decode(encoder.encode(TURNS, []).token_ids)
+    with pytest.raises(UnusableSample, match="image_count_mismatch"):
+        encoder.encode([{"from": "human", "value": "<image>\nWhat?"}, *TURNS[1:]], [Image.new("RGB", (40, 40), "red")])
+
+
+def test_a_template_that_fails_either_way_is_refused_with_both_errors(processor: Any) -> None:
+    processor.chat_template = CHATML + "{{ 1 / 0 }}"
+    with pytest.raises(
+        UserError, match=r"answer: ZeroDivisionError: .*; with turns made of parts: TypeError: can only"
+    ):
+        ConversationEncoder(processor, processor.image_token_id, 512)

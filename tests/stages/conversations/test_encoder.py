@@ -357,6 +357,19 @@ def test_a_beginning_token_written_by_the_template_is_not_added_again(processor:
     assert begun.answer_mask.tolist() == [False, *plain.answer_mask.tolist()]
 
 
+@pytest.mark.parametrize("text", ["What?", "What is <|pad|>?"])
+def test_a_beginning_token_behind_white_space_is_not_added_again(text: str, processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token, bos = "<|pad|>", tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", bos)]
+    )
+    processor.chat_template = "{{- '\\n ' + bos_token -}}" + str(processor.chat_template)
+    encoded = ConversationEncoder(processor, processor.image_token_id, 512).encode(turns(text, "Red."), [])
+    assert encoded.token_ids.tolist().count(bos) == 1
+    assert tokenizer.decode(encoded.token_ids).startswith("\n <|pad|>USER: What")
+
+
 @pytest.mark.parametrize("text", ["What?", "What is <|pad|>?"], ids=["plain", "with a special token in it"])
 @pytest.mark.parametrize("written", [True, False], ids=["by both", "by the tokenizer"])
 def test_there_is_one_beginning_token_whoever_writes_it(written: bool, text: str, processor: Any) -> None:

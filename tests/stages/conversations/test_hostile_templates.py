@@ -58,9 +58,11 @@ def test_a_template_without_an_end_is_ended(template: str) -> None:
 
 def test_a_checkpoint_with_such_a_template_is_refused(tmp_path: Path) -> None:
     processor = load_tiny_llava(make_tiny_llava(tmp_path))[1]
-    processor.chat_template = "{{ 1 / 0 }}"
-    with pytest.raises(UserError, match=r"^the chat template cannot render a question .*: ZeroDivisionError"):
-        ConversationEncoder(processor, processor.image_token_id, 512)
+    of_strings = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    for template in ("{{ 1 / 0 }}", of_strings + "{{ 1 / 0 }}"):
+        processor.chat_template = template
+        with pytest.raises(UserError, match=r"^the chat template cannot render a question .*answer: ZeroDivisionError"):
+            ConversationEncoder(processor, processor.image_token_id, 512)
 
 
 def test_a_rendering_process_that_is_killed_from_outside_is_replaced_and_no_sample_is_lost() -> None:

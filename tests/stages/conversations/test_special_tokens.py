@@ -189,4 +189,75 @@ def test_characters_that_break_them_are_refused_beside_one_and_text_elsewhere(pr
     for char in ("\ufdd0", "\ufdd1"):
         with pytest.raises(UnusableSample, match="special_token_in_text"):
             encoder.encode(turns("What?", f"{char}{PAD}"), [])
+        # Another turn's would be lost as well.
+        with pytest.raises(UnusableSample, match="special_token_in_text"):
+            encoder.encode(turns("What?", f"a{char}", f"Is it {PAD}?", "So."), [])
         assert char in processor.tokenizer.decode(encoder.encode(turns("What?", f"a{char}"), []).token_ids)
+
+
+def test_one_that_the_template_writes_for_a_system_turn_or_a_later_question_is_text(processor: Any) -> None:
+    names = ["<|sys|>", "<|more|>", "<|ask|>"]
+    processor.tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    processor.chat_template = (
+        "{%- for m in messages -%}{%- if m['role'] == 'system' -%}{{- '<|' + m['role'][:3] + '|>' -}}"
+        "{%- elif m['role'] == 'user' and not loop.first -%}{{- '<|more|>' -}}{%- endif -%}"
+        "{{- m['content'] + ' ' -}}{%- endfor -%}{%- if add_generation_prompt -%}<|ask|>{%- endif -%}"
+    )
+    encoder = encoder_of(processor)
+    numbers = processor.tokenizer.convert_tokens_to_ids(names)
+    typed = "Is it <|sys|>, <|more|> or <|ask|>?"
+    prompt = encoder.encode_prompt(typed, [], turns(typed, f"It is {PAD}.", system="Be brief."))
+    assert [prompt.token_ids.tolist().count(number) for number in numbers] == [1, 2, 1]
+    alone = encoder.encode_prompt(typed, []).token_ids.tolist()
+    assert [alone.count(number) for number in numbers] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("typed", ["\uff1c|end|>", "<|END|>", "\uff1c|pad|>", "<|\uff30AD|>", "<|End|><|end|>"])
+def test_what_a_normalizer_makes_a_special_token_of_is_text(typed: str, processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(n, special=True, normalized=True) for n in ("<|end|>", "<|pad|>")]}
+    )
+    numbers = tokenizer.convert_tokens_to_ids(["<|end|>", "<|pad|>"])
+    assert set(numbers) & set(tokenizer(typed)["input_ids"])
+    processor.chat_template = CHAT_TEMPLATE.replace("eos_token", "'<|end|>'")
+    encoder = encoder_of(processor)
+    encoded = encoder.encode(turns(f"What is {typed}?", f"A {typed}."), [])
+    assert [encoded.token_ids.tolist().count(number) for number in numbers] == [1, 0]
+    read = tokenizer.decode(marked(encoded))
+    assert read == tokenizer.backend_tokenizer.normalizer.normalize_str(f" A {typed}.<|end|>")
+
+
+def test_one_of_a_single_character_is_text(processor: Any) -> None:
+    processor.tokenizer.add_special_tokens({"eos_token": "†", "additional_special_tokens": ["††", "‡"]})
+    processor.chat_template = CHAT_TEMPLATE.replace("'USER: '", "'‡USER: '")
+    numbers = processor.tokenizer.convert_tokens_to_ids(["†", "††", "‡"])
+    encoded = encoder_of(processor).encode(turns("<image>\nWhat ‡ is †††?", "A ‡ b†c.†"), pictures(1))
+    image = processor.image_token_id
+    assert encoded.token_ids.tolist() == expected(
+        processor,
+        numbers[2],
+        "USER: ",
+        *[image] * 16,
+        "\nWhat ‡ is †††? ASSISTANT: A ‡ b†c.",
+        numbers[0],
+    )
+    assert processor.tokenizer.decode(marked(encoded)) == " A ‡ b†c.†"
+
+
+def test_more_of_a_single_character_than_can_be_told_apart_put_the_sample_into_the_ledger(processor: Any) -> None:
+    many = [chr(0x4E00 + number) for number in range(40)]
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": many})
+    encoder = encoder_of(processor)
+    assert encoder.encode(turns("What?", "Red."), []).answer_mask.any()
+    with pytest.raises(UnusableSample, match=r"special_token_in_text: .* beyond the 30 of one character"):
+        encoder.encode(turns("".join(many), "Red."), [])
+
+
+def test_a_character_of_the_vocabulary_that_is_called_special_too_stays_as_it_is(processor: Any) -> None:
+    before = encoder_of(processor).encode(turns("What! Is <|x|>?", "Red!"), [])
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["!"]})
+    for typed in ("Red!", f"Red!{END}"):
+        after = encoder_of(processor).encode(turns("What! Is <|x|>?", typed), [])
+        assert after.token_ids.tolist() == before.token_ids.tolist()
