@@ -1,6 +1,6 @@
-"""How far loss and gradient from coded maps are from those of uncoded ones, by bits, image tokens, student, peakedness.
+"""How far loss and gradient from coded maps are from those of uncoded ones: by bits, tokens, layers, student, scale.
 
-Teachers are synthetic (`attention_maps.py`): one window of five layers, with sinks, scores times 1, 2.5 or 5. A
+Teachers are synthetic (`attention_maps.py`): one window of 5 layers, with sinks, scores times 1, 2.5 or 5. A
 student's map has the teacher's rows, with normal noise of some deviation added to the logarithm of each entry, or is
 another sample's. Its loss and its gradient with respect to these logarithms are taken in float64, written out here.
 Errors are relative: of the loss summed over the samples (`batch_loss`), of the root of the summed squares of their
@@ -18,6 +18,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 
 CODECS: tuple[MapCodecName, ...] = ("float16", "sqrt8", "sqrt4")
-WINDOW = ((0, 1, 2, 3, 4),)
+WINDOW_LAYERS = 5
+"""Of the window for which bounds are stated."""
 Measured = tuple[float, float, float, float, float]
 LEAST_LOSS = 1e-12
 """Samples with less are left out: all their kept entries are in columns of one entry."""
@@ -38,7 +40,9 @@ LEAST_LOSS = 1e-12
 
 @dataclass(frozen=True)
 class Sizes:
-    """Image tokens -> samples; deviations of students, None for another sample's map; how peaked the scores are."""
+    """Image tokens -> samples; deviations of students, None for another sample's map; how peaked the scores are; layers
+    of the window.
+    """
 
     samples: tuple[tuple[int, int], ...] = (
         (9, 64),
@@ -52,6 +56,7 @@ class Sizes:
     )
     deviations: tuple[float | None, ...] = (None, 1.0, 0.3, 0.1)
     scales: tuple[float, ...] = (1.0, 2.5, 5.0)
+    window_layers: tuple[int, ...] = (WINDOW_LAYERS,)
 
 
 def student_loss(
@@ -73,15 +78,19 @@ def student_loss(
 
 
 def measure_size(
-    num_tokens: int, seeds: Sequence[int], scale: float, deviations: Sequence[float | None]
+    num_tokens: int,
+    seeds: Sequence[int],
+    scale: float,
+    deviations: Sequence[float | None],
+    window_layers: int = WINDOW_LAYERS,
 ) -> dict[float | None, dict[MapCodecName, dict[str, float]]]:
     """For each student every codec, on the same samples."""
     found: dict[float | None, dict[MapCodecName, list[Measured]]]
     found = {deviation: {name: [] for name in CODECS} for deviation in deviations}
     for seed in seeds:
-        maps_LNN = synthetic_layers(num_tokens, len(WINDOW[0]), seed, scale)
+        maps_LNN = synthetic_layers(num_tokens, window_layers, seed, scale)
         exact_NN = maps_LNN.double().mean(0)
-        codecs = {name: MapCodec(MapCodecConfig(name=name), WINDOW) for name in CODECS}
+        codecs = {name: MapCodec(MapCodecConfig(name=name), (tuple(range(window_layers)),)) for name in CODECS}
         decoded = {name: codec.decode_windows(codec.encode(maps_LNN)) for name, codec in codecs.items()}
         for deviation in deviations:
             logs_NN = student_logs(exact_NN, deviation, seed, scale)
@@ -137,21 +146,21 @@ def summary(samples: Sequence[Measured]) -> dict[str, float]:
 
 
 def measure(sizes: Sizes) -> list[dict[str, Any]]:
-    """One row for each number of tokens, student and scale."""
+    """One row for each window, number of tokens, student and scale."""
     rows = []
-    for num_tokens, count in sizes.samples:
-        for scale in sizes.scales:
-            found = measure_size(num_tokens, range(count), scale, sizes.deviations)
-            head = {"image_tokens": num_tokens, "samples": count, "scale": scale}
-            rows += [{**head, "deviation": deviation, **of} for deviation, of in found.items()]
+    for layers, (num_tokens, count), scale in product(sizes.window_layers, sizes.samples, sizes.scales):
+        found = measure_size(num_tokens, range(count), scale, sizes.deviations, layers)
+        head = {"window_layers": layers, "image_tokens": num_tokens, "samples": count, "scale": scale}
+        rows += [{**head, "deviation": deviation, **of} for deviation, of in found.items()]
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "map_bounds.json")
+    parser.add_argument("--window-layers", type=int, nargs="+", default=Sizes.window_layers)
     flags = parser.parse_args()
-    sizes = Sizes()
+    sizes = Sizes(window_layers=tuple(flags.window_layers))
     result = {"sizes": asdict(sizes), "rows": measure(sizes)}
     save_result(flags.out, torch.device("cpu"), command_line("benchmarks.map_bounds"), result)
 

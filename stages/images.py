@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,6 +32,13 @@ MAX_SCANS: Final = 500
 MAX_TIFF_NUMBERS: Final = 2**18
 """Numbers of one tag of a TIFF, such as the offsets of its strips: Pillow makes objects of each."""
 MAX_TIFF_TAGS: Final = 2**12
+MAX_EXIF_BYTES: Final = 2**16
+"""Read for the orientation, which stands near their beginning; one segment of a JPEG holds no more. Pillow makes
+objects of all numbers of a tag."""
+WHITES: Final = (1, 255, 65535)
+"""Of grey in 32 bits, for which there is no agreed one."""
+OVERSHOOT: Final = 1.1
+"""Resampling and sharpening leave values above white."""
 MAX_LAYERS: Final = 8
 """Times that the strips of a TIFF cover it: once, or once for each colour."""
 
@@ -48,6 +56,10 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_EXIF_AS_TEXT: Final = "Raw profile type exif"
+"""Key of EXIF data in hexadecimal digits, as older programs write them into a PNG."""
+_BARE_MARKERS: Final = frozenset((0x00, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))
+"""Second bytes of a JPEG's markers without a length."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """Tags of a TIFF."""
 _OTHER_FILES: Final = (
@@ -60,6 +72,9 @@ _OTHER_FILES: Final = (
     (b"pk\x03\x04", "a ZIP archive"),
     (b"\x1f\x8b", "a gzip file"),
 )
+
+# What makes an image unusable is in a ledger; a tag of its metadata that makes no sense concerns nobody.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,8 @@ def read_picture(data: bytes, max_pixels: int = MAX_PIXELS, exif: ExifTurn = "ig
     try:
         if suffix == "tif":
             _check_tags(data)
+        elif suffix == "jpg":
+            data = _without_more_exif(data)
         with Image.open(io.BytesIO(data), formats=(FORMATS[suffix],)) as image:
             _check_size(image, max_pixels)
             if suffix == "jpg" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
@@ -172,8 +189,34 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
         raise UnusableSample("broken_image", f"{found}; save the image again")
 
 
+def _without_more_exif(data: bytes) -> bytes:
+    """The JPEG with only the first of its EXIF segments called so: Pillow joins all of them and reads them at once."""
+    found, at = [], 2
+    while (at := data.find(b"\xff", at)) >= 0 and data[at + 1 : at + 2] not in (b"", b"\xda"):
+        if data[at + 1] == 0xFF:
+            at += 1
+        elif data[at + 1] in _BARE_MARKERS:
+            at += 2
+        else:
+            if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+                found.append(at + 4)
+            at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4]))
+    if len(found) < 2:
+        return data
+    changed = bytearray(data)
+    for start in found[1:]:
+        changed[start : start + 4] = b"more"
+    return bytes(changed)
+
+
 def _orientation(image: Image.Image) -> int:
-    """What EXIF or XMP data say of a loaded image; 1 (upright) where they are damaged or say nothing."""
+    """What EXIF or XMP data say of a loaded image; 1 (upright) where they are damaged or say nothing.
+
+    Of EXIF data the first `MAX_EXIF_BYTES` are read; those written as text are not read at all where they are longer.
+    """
+    image.info["exif"] = image.info.get("exif", b"")[:MAX_EXIF_BYTES] or None
+    if len(image.info.get(_EXIF_AS_TEXT, "")) > 2 * MAX_EXIF_BYTES:
+        del image.info[_EXIF_AS_TEXT]
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _DECODER_ERRORS:
@@ -197,8 +240,8 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
 
     Of 16 bits (of a TIFF also 12) the highest 8 are kept, as Pillow does with colours of 16 bits: an image that was
     made from 8 bits comes back, whether it was shifted or multiplied by 257. Numbers of 32 bits have no agreed white.
-    The least of 1, 255 and 65535 that no value exceeds is taken for it; where values are negative or larger, the lowest
-    becomes black and the highest white.
+    The least of `WHITES` that no value exceeds by more than a tenth is taken for it, and what lies above becomes white;
+    where values are negative or larger, the lowest becomes black and the highest white.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
@@ -209,7 +252,7 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
             raise UnusableSample("unsupported_image", "grey in floating point with values that are no finite numbers")
         extrema: Any = image.getextrema()
         low, high = extrema
-        white = next((white for white in (1, 255, 65535) if low >= 0 and high <= white), None)
+        white = next((white for white in WHITES if low >= 0 and high <= OVERSHOOT * white), None)
         low, high = (low, high) if white is None else (0, white)
         scale = 255 / ((high - low) or 1)
         grey = image.point(lambda value: value * scale + (0.5 - low * scale))

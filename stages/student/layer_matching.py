@@ -1,5 +1,6 @@
 """Which student layers learn from which windows of a target store."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -23,11 +24,8 @@ UNSTORED_WINDOW_COSINES = {"float16": 0.9999, "sqrt8": 0.9998, "sqrt4": 0.9562, 
 ONE_TO_ONE_COSINES = {"float16": 0.9999, "sqrt8": 0.9992, "sqrt4": 0.9985, "sqrt2": 0.9492}
 """The same of one teacher layer for each student layer, in `benchmarks/results/attention_variants.json`."""
 UNMASKED_COSINES = {"sqrt8": 0.9916, "sqrt4": 0.9406, "sqrt2": 0.8926}
-"""The same of stored windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file. Of
-`auto` all three are those of its large maps."""
-
-MEASURED_TOKENS = 728
-"""Image tokens of these maps."""
+"""The same of stored windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file. All
+are of large maps."""
 
 WITHOUT_MAPS = (
     "match others (train.matching.student_layers), choose another decoder, or set attention_weight to 0 in the stages "
@@ -107,12 +105,12 @@ def match_layers(
     windows = (sliding_windows if config.kind == "group" else single_layers)(captured, len(layers))
     found = LayerMatching(layers, fingerprint.layers, windows, fingerprint.windows, fingerprint.map_codec)
     notes = [] if found.stored_masks else [_note(found, config.kind, captured)]
-    name = _large_maps_name(found.codec)
-    if not sink_mask and name in UNMASKED_COSINES:
+    cut = [name for name in _codecs(found.codec) if name in UNMASKED_COSINES]
+    if not sink_mask and cut:
         notes.append(
-            f"attention sinks take part (attention_sink_mask is off), but {name} codes cut what is far above the sink "
-            f"threshold: the cosine between the attention gradient and the exact one, measured on large maps, was at "
-            f"least {UNMASKED_COSINES[name]} (docs/method.md; less with small maps); for an exact one extract with "
+            f"attention sinks take part (attention_sink_mask is off), but {' and '.join(cut)} codes cut what is far "
+            f"above the sink threshold: {_measured(UNMASKED_COSINES, found.codec)} "
+            "(docs/codecs.md#variants-of-the-attention-loss; less with small maps); for an exact one extract with "
             "teacher.map_codec=float16"
         )
     return found, notes
@@ -132,8 +130,9 @@ def _default_num_matched(
 
 def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -> str:
     """What masks of windows that are not stored are made of, and which extraction would store them."""
-    count, name = len(found.windows), _large_maps_name(found.codec)
-    cosine = (ONE_TO_ONE_COSINES if matching == "one_to_one" else UNSTORED_WINDOW_COSINES)[name]
+    count = len(found.windows)
+    cosines = ONE_TO_ONE_COSINES if matching == "one_to_one" else UNSTORED_WINDOW_COSINES
+    section = "variants-of-the-attention-loss" if matching == "one_to_one" else "windows-that-are-not-stored"
     how = " with one teacher layer each" if matching == "one_to_one" else ""
     part = "," if captured == found.captured_layers else f", of teacher layers {captured[0]} to {captured[-1]},"
     remedy = f"teacher.num_matched={len(captured) if matching == 'one_to_one' else count}"
@@ -143,12 +142,21 @@ def _note(found: LayerMatching, matching: Matching, captured: tuple[int, ...]) -
         remedy = f"{remedy}; or match {len(found.stored_windows)} layers"
     return (
         f"{count} layers are matched{how}{part} but the targets hold exact sink masks for {len(found.stored_windows)} "
-        f"windows of {len(found.stored_windows[0])}: masks are made from decoded maps; the cosine between the "
-        f"attention gradient and the exact one, measured on large maps, with {name} codes was at least {cosine} "
-        f"(docs/method.md; less with small maps); for exact ones extract with {remedy}"
+        f"windows of {len(found.stored_windows[0])}: masks are made from decoded maps; "
+        f"{_measured(cosines, found.codec)} (docs/codecs.md#{section}; less with small maps); "
+        f"for exact ones extract with {remedy}"
     )
 
 
-def _large_maps_name(codec: MapCodecConfig) -> MapCodecName:
-    """The codec of maps as large as those on which cosines were measured."""
-    return codec.of_size(MEASURED_TOKENS).name
+def _measured(cosines: Mapping[str, float], codec: MapCodecConfig) -> str:
+    """What was measured with the codes that the maps may have."""
+    large, *small = _codecs(codec)
+    found = f"with {large} codes was at least {cosines[large]}"
+    for name in small:
+        found = f"{found}, with {name} codes (maps of fewer than {codec.sqrt8_below} image tokens) {cosines[name]}"
+    return f"the cosine between the attention gradient and the exact one, measured on large maps, {found}"
+
+
+def _codecs(codec: MapCodecConfig) -> list[MapCodecName]:
+    """The codecs that maps may have, that of the largest first."""
+    return list(dict.fromkeys(codec.of_size(num_tokens).name for num_tokens in (2**24, 0)))

@@ -1,11 +1,14 @@
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.attention_maps import synthetic_layers
-from benchmarks.map_bounds import CODECS, WINDOW, measure_size, student_logs, student_loss
+from benchmarks.map_bounds import CODECS, WINDOW_LAYERS, Sizes, measure_size, student_logs, student_loss
 from benchmarks.results import RESULTS
 from stages.student.losses.attention import attention_alignment_loss
 from storage.codecs.attention_maps import MapCodec
@@ -13,6 +16,7 @@ from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 
 LARGEST_ANGLE = 4e-3
 """Of `auto`, as `docs/codecs.md` says."""
+CODECS_PAGE = Path(__file__).parents[2] / "docs/codecs.md"
 DEVIATIONS = (None, 1.0, 0.3, 0.1)
 
 
@@ -57,9 +61,9 @@ def test_4_bits_break_the_bound_where_maps_are_small() -> None:
 def test_loss_and_gradient_of_the_pooled_vector_err_by_the_angle_as_stated(name: MapCodecName) -> None:
     """|L' - L| <= e (theta + e), and the gradient by at most e / sin(theta) of its size, whatever the student."""
     for seed in range(6):
-        maps_LNN = synthetic_layers(16, 5, seed)
+        maps_LNN = synthetic_layers(16, WINDOW_LAYERS, seed)
         exact_NN = maps_LNN.double().mean(0)
-        codec = MapCodec(MapCodecConfig(name=name), WINDOW)
+        codec = MapCodec(MapCodecConfig(name=name), (tuple(range(WINDOW_LAYERS)),))
         (coded_NN,), (keep_NN,) = codec.decode_windows(codec.encode(maps_LNN))
         for deviation in (1.0, 0.1):
             logs_NN = student_logs(exact_NN, deviation, seed, 2.5)
@@ -91,3 +95,33 @@ def test_the_saved_results_hold_what_the_documents_claim() -> None:
             assert errors["batch_loss"] <= 5e-3, row
             assert errors["batch_gradient"] <= 5e-2, row
     assert {"hardware", "date", "command"} <= saved.keys()
+
+
+def errors_of(rows: Sequence[dict[str, Any]], key: str, codec: MapCodecName | None = None) -> float:
+    """The largest of these rows, by default with the codec that `auto` takes."""
+    return max(float(row[codec or chosen(row["image_tokens"])][key]) for row in rows)
+
+
+def figures(*values: float) -> list[str]:
+    """As the tables show them."""
+    return [f"{value:.1e}".replace("e-0", "e-") for value in values]
+
+
+def test_the_tables_of_the_document_are_those_of_the_saved_results() -> None:
+    stated = json.loads((RESULTS / "map_bounds.json").read_text())["rows"]
+    page = CODECS_PAGE.read_text().splitlines()
+    for num_tokens, count in Sizes().samples:
+        rows = [row for row in stated if row["image_tokens"] == num_tokens]
+        angles = [errors_of(rows, "angle_worst", name) for name in (*CODECS, chosen(num_tokens))]
+        assert f"| {' | '.join([str(num_tokens), str(count), *figures(*angles)])} |" in page
+    names = ("another sample's map", "noise 1", "noise 0.3", "noise 0.1")
+    for name, deviation in zip(names, DEVIATIONS, strict=True):
+        rows = [row for row in stated if row["deviation"] == deviation]
+        medians = [row["float16"]["loss_median"] for row in rows]
+        cells = [
+            " to ".join(figures(min(medians), max(medians))),
+            *figures(errors_of(rows, "batch_loss"), errors_of(rows, "batch_gradient")),
+            ", ".join(figures(errors_of(rows, "gradient_median"), errors_of(rows, "gradient_worst"))),
+            ", ".join(figures(errors_of(rows, "batch_loss", "sqrt4"), errors_of(rows, "batch_gradient", "sqrt4"))),
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in page

@@ -1,12 +1,15 @@
 import io
 import pickle
 import struct
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from transformers.image_transforms import convert_to_rgb
 
 from stages.images import decode_image, read_picture
@@ -116,6 +119,11 @@ def test_a_transparent_grey_of_16_bits_is_white() -> None:
         (np.array([[0, 0.25, 0.5, 1]], np.float32), [0, 64, 128, 255]),
         (np.array([[0, 1, 254.6, 255]], np.float32), [0, 1, 255, 255]),
         (np.array([[0, 257, 25_700, 65_535]], np.int32), [0, 1, 100, 255]),
+        (np.array([[0, 0.5, 1, 1.001]], np.float32), [0, 128, 255, 255]),
+        (np.array([[0, 100, 255, 258]], np.int32), [0, 100, 255, 255]),
+        (np.array([[0, 25_700, 65_535, 66_000]], np.float32), [0, 100, 255, 255]),
+        (np.array([[0, 1, 2]], np.float32), [0, 1, 2]),
+        (np.array([[0, 50_000, 100_000]], np.int32), [0, 128, 255]),
         (np.array([[-1, 0, 1]], np.float32), [0, 128, 255]),
         (np.array([[-(2**31), 0, 2**31 - 1]], np.int32), [0, 128, 255]),
         (np.array([[7, 7]], np.int32), [7, 7]),
@@ -163,6 +171,59 @@ def test_the_orientation_of_a_tiff_is_its_decoders() -> None:
 def test_damaged_exif_data_turn_nothing() -> None:
     data = encoded(gradient(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", dpi=(72, 72))
     assert not read_picture(data, exif="apply").is_turned
+
+
+def exif_of(orientation: int, num_rationals: int) -> bytes:
+    """EXIF data with an orientation, then a tag of many numbers, which Pillow makes objects of."""
+    entries = struct.pack("<HHLHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHLL", 0x011A, 5, num_rationals, 50)
+    unit = struct.pack("<HHLHH", 0x0128, 3, 1, 2, 0)
+    return b"II*\0" + struct.pack("<LH", 8, 3) + entries + unit + bytes(4) + bytes(8) * num_rationals
+
+
+@pytest.mark.parametrize("num_rationals", [1, 10**6])
+def test_of_exif_data_of_any_size_the_orientation_is_read_in_little_time(num_rationals: int) -> None:
+    exif = exif_of(6, num_rationals)
+    flat, step = gradient(), 65_000
+    parts = [exif[start : start + step] for start in range(0, len(exif), step)]
+    jpeg = encoded(flat, "JPEG")
+    segments = [b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts]
+    pictures = {
+        "PNG": encoded(flat, "PNG", exif=exif),
+        "WEBP": encoded(flat, "WEBP", exif=exif),
+        "JPEG": jpeg[:2] + b"".join(segments) + jpeg[2:],
+    }
+    for name, data in pictures.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            started = time.process_time()
+            picture = read_picture(data, exif="apply")
+        assert time.process_time() - started < 0.5, name
+        assert (picture.is_turned, picture.image.size) == (True, (30, 40)), name
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_orientation_of_a_million_numbers_is_none_and_is_not_read(kind: str) -> None:
+    exif = b"II*\0" + struct.pack("<LHHHLL", 8, 1, 0x0112, 5, 10**6, 26) + bytes(4) + bytes(8 * 10**6)
+    data = encoded(gradient(), kind, exif=exif)
+    started = time.process_time()
+    assert not read_picture(data, exif="apply").is_turned
+    assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize(("num_rationals", "turned"), [(1, True), (10**4, False)])
+def test_exif_data_written_as_text_are_read_up_to_the_limit(num_rationals: int, turned: bool) -> None:
+    digits = exif_of(6, num_rationals).hex()
+    lines = "\n".join(digits[start : start + 72] for start in range(0, len(digits), 72))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(digits) // 2}\n{lines}")
+    assert read_picture(encoded(gradient(), "PNG", pnginfo=info)).is_turned is turned
+
+
+def test_nothing_that_pillow_says_of_damaged_exif_data_reaches_the_terminal() -> None:
+    data = encoded(gradient(), "PNG", exif=exif_of(6, 10**6)[:5000])
+    code = "import sys; from stages.images import read_picture; print(read_picture(sys.stdin.buffer.read()).is_turned)"
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == (b"True\n", b"")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])

@@ -72,7 +72,12 @@ class _Tables(ABC):
             raise UserError(f"there is no {self._paths[number]}, which belongs to the data; fetch it") from None
         except (self._arrow.ArrowException, EOFError, MemoryError, OSError, ValueError) as error:
             what = f"{self._paths[number]} cannot be read as {self._kind}: {first_line(error)[:300]}"
-            raise UserError(f"{what}; it is damaged or cut short, fetch it again") from error
+            to_do = "it is damaged or cut short, fetch it again"
+            if isinstance(error, MemoryError):
+                to_do = "its rows, read a few at a time, need more memory than there is; give the command more"
+            elif isinstance(error, NotImplementedError):
+                to_do = "install a newer pyarrow, or save the data without it"
+            raise UserError(f"{what}; {to_do}") from error
 
     _kind: str
 
@@ -129,6 +134,15 @@ class ArrowStreams(_Tables):
     def _begin(self, file: Any) -> None:
         self._file = file
         self._schema = self._arrow.ipc.read_schema(self._arrow.ipc.read_message(file))
+        # Their values are in other messages, which may come anywhere before a batch.
+        if coded := [field.name for field in self._schema if self._has_dictionary(field.type)]:
+            found = f"{file.name} has dictionary-encoded columns ({', '.join(coded)}), which are read of Parquet alone"
+            raise UserError(f"{found}; save it as Parquet, or cast these columns to the type of their values")
+
+    def _has_dictionary(self, kind: Any) -> bool:
+        if self._arrow.types.is_dictionary(kind):
+            return True
+        return any(self._has_dictionary(kind.field(number).type) for number in range(kind.num_fields))
 
     def _batches(self) -> Iterator[tuple[Place, Any]]:
         while True:

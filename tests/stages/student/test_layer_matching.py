@@ -82,6 +82,23 @@ def test_another_number_of_layers_takes_masks_from_decoded_maps_and_says_so(name
     assert float(wrong) < WRONG[name]
 
 
+@pytest.mark.parametrize(
+    ("config", "sink_mask", "cosines", "section"),
+    [
+        (MatchingConfig(num_matched=1), True, UNSTORED_WINDOW_COSINES, "windows-that-are-not-stored"),
+        (MatchingConfig(kind="one_to_one"), True, ONE_TO_ONE_COSINES, "variants-of-the-attention-loss"),
+        (MatchingConfig(), False, UNMASKED_COSINES, "variants-of-the-attention-loss"),
+    ],
+)
+def test_of_codes_by_size_the_note_has_the_figures_of_both(
+    config: MatchingConfig, sink_mask: bool, cosines: dict[str, float], section: str
+) -> None:
+    found = manifest(map_codec=MapCodecConfig(name="auto", sqrt8_below=99))
+    _, (note,) = match_layers(6, found, config, sink_mask=sink_mask)
+    small = f"with sqrt8 codes (maps of fewer than 99 image tokens) {cosines['sqrt8']}"
+    assert f"with sqrt4 codes was at least {cosines['sqrt4']}, {small} (docs/codecs.md#{section};" in note
+
+
 def test_the_note_names_the_measured_cosines() -> None:
     codecs = json.loads(RESULTS.read_text())["synthetic"]["codecs"]
     least = {name: codecs[name]["gradient_cosine_of_unforeseen_windows"]["layers_least"] for name in CODECS}

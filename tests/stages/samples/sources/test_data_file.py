@@ -95,6 +95,38 @@ def test_a_stream_cut_between_two_batches_is_not_taken_for_whole(tmp_path: Path)
         records_of(file)
 
 
+def test_dictionary_encoded_columns_are_read_of_parquet_and_refused_by_name_of_a_stream(tmp_path: Path) -> None:
+    kinds = pyarrow.array(["cat", "dog", "cat"]).dictionary_encode()
+    nested = pyarrow.StructArray.from_arrays([kinds], ["kind"])
+    plain = pyarrow.array([1, 2, 3])
+    table = pyarrow.table({"id": plain, "animal": kinds, "more": nested})
+    parquet.write_table(table, tmp_path / "rows")
+    assert records_of(tmp_path / "rows") == table.to_pylist()
+    with pytest.raises(UserError, match=r"00001.arrow has dictionary-encoded columns \(animal, more\)"):
+        records_of(save_rows(table, tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("error", "to_do"),
+    [
+        (MemoryError(), "need more memory than there is; give the command more"),
+        (pyarrow.ArrowMemoryError("malloc of size 99 failed"), "99 failed; .* more memory than there is"),
+        (pyarrow.ArrowNotImplementedError("codec"), "install a newer pyarrow"),
+    ],
+)
+def test_a_whole_file_that_cannot_be_read_is_not_called_damaged(
+    error: Exception, to_do: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tables, "_row", fail)
+    parquet.write_table(TABLE, tmp_path / "rows")
+    with pytest.raises(UserError, match=to_do) as caught:
+        records_of(tmp_path / "rows")
+    assert "damaged" not in str(caught.value)
+
+
 def test_the_rows_of_one_split_are_one_data_set_and_others_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without Parquet files or a saved data set"):
         records_of(tmp_path)
