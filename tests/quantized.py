@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,16 @@ def make_fp8(folder: Path, llava: Path) -> dict[str, torch.Tensor]:
     Returns:
         The weights that it stands for, unpacked by the textbook rule.
     """
-    packed, meant = {}, {}
-    for name, weight in load_file(llava / "model.safetensors").items():
-        packed[name] = meant[name] = weight
-        if _quantized(name, weight):
-            rows, columns = (size // BLOCK for size in weight.shape)
-            blocks = weight.reshape(rows, BLOCK, columns, BLOCK)
-            scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
-            codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-            packed |= {name: codes.reshape(weight.shape), f"{name}_scale_inv": scales}
-            meant[name] = (codes.float() * scales[:, None, :, None]).reshape(weight.shape)
+
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rows, columns = (size // BLOCK for size in weight.shape)
+        blocks = weight.reshape(rows, BLOCK, columns, BLOCK)
+        scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        stored = {name: codes.reshape(weight.shape), f"{name}_scale_inv": scales}
+        return stored, (codes.float() * scales[:, None, :, None]).reshape(weight.shape)
+
+    packed, meant = _packed(llava, pack)
     scheme = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -56,20 +57,21 @@ def make_packed_int4(folder: Path, llava: Path) -> dict[str, torch.Tensor]:
     Returns:
         The weights that it stands for, unpacked by the textbook rule.
     """
-    packed, meant = {}, {}
-    for name, weight in load_file(llava / "model.safetensors").items():
-        packed[name] = meant[name] = weight
-        if _quantized(name, weight):
-            groups = weight.reshape(weight.shape[0], -1, GROUP)
-            scales = groups.abs().amax(-1, keepdim=True) / 7
-            codes = (groups / scales).round().clamp(-8, 7).to(torch.int32)
-            nibbles = (codes + 8).reshape(weight.shape[0], -1, 8)
-            words = (nibbles.long() << (4 * torch.arange(8))).sum(-1)
-            del packed[name]
-            packed[f"{name}_packed"] = (words - (words >= 2**31) * 2**32).to(torch.int32)
-            packed[f"{name}_scale"] = scales[..., 0]
-            packed[f"{name}_shape"] = torch.tensor(weight.shape)
-            meant[name] = (codes * scales).reshape(weight.shape)
+
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        groups = weight.reshape(weight.shape[0], -1, GROUP)
+        scales = groups.abs().amax(-1, keepdim=True) / 7
+        codes = (groups / scales).round().clamp(-8, 7).to(torch.int32)
+        nibbles = (codes + 8).reshape(weight.shape[0], -1, 8)
+        words = (nibbles.long() << (4 * torch.arange(8))).sum(-1)
+        stored = {
+            f"{name}_packed": (words - (words >= 2**31) * 2**32).to(torch.int32),
+            f"{name}_scale": scales[..., 0],
+            f"{name}_shape": torch.tensor(weight.shape),
+        }
+        return stored, (codes * scales).reshape(weight.shape)
+
+    packed, meant = _packed(llava, pack)
     write(folder, llava, packed, INT4)
     return meant
 
@@ -82,6 +84,17 @@ def write(folder: Path, source: Path, tensors: dict[str, torch.Tensor], scheme: 
     )
     config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
+
+
+def _packed(
+    llava: Path, pack: Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """All tensors with those of the decoder packed, and what they stand for."""
+    stored, meant = {}, {}
+    for name, weight in load_file(llava / "model.safetensors").items():
+        tensors, meant[name] = pack(name, weight) if _quantized(name, weight) else ({name: weight}, weight)
+        stored |= tensors
+    return stored, meant
 
 
 def _quantized(name: str, weight: torch.Tensor) -> bool:
