@@ -6,8 +6,6 @@ from stages.checkpoints.resolve import resolve_checkpoint
 from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import STAGES
 
-_NO_LIMIT = 2**31
-
 
 def find_checkpoint(model: str) -> Path:
     """The student of a training run's last stage, otherwise the folder or hub id itself.

@@ -1,6 +1,6 @@
 """Loads the model that a name stands for, on the device of this machine."""
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from PIL import Image
@@ -9,10 +9,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pipeline.checkpoints import find_checkpoint
 from stages.checkpoints.processors import hide_loading_bars, load_processor
 from stages.checkpoints.quantization import place
-from stages.conversations.encoder import ConversationEncoder
+from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.student.model.loading import load_multimodal, multimodal_config
-
-_NO_LIMIT: Final = 2**31
 
 
 def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -26,7 +24,7 @@ def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     hide_loading_bars()
     folder, device = find_checkpoint(model), default_device()
     config, processor = multimodal_config(folder), load_processor(folder)
-    encoder = ConversationEncoder(processor, config.image_token_id, max_length=_NO_LIMIT)
+    encoder = ConversationEncoder(processor, config.image_token_id, max_length=NO_LIMIT)
     encoder.encode_pair("What is in the picture?", "All is grey.", [Image.new("RGB", (64, 48), "grey")])
     loaded: Any = load_multimodal(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return place(loaded, device), processor

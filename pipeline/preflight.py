@@ -1,4 +1,4 @@
-"""Looks at what a command was given before it loads a library for it: a mistake is said within a second."""
+"""Looks at what a command was given before it loads a library for it: a mistake is said before they load."""
 
 from pathlib import Path
 

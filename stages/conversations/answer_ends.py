@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 
-from stages.conversations.encoder import ConversationEncoder
+from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.unusable_sample import UnusableSample
 
 _TURNS = (("human", "What?"), ("gpt", "This."), ("human", "Where?"), ("gpt", "There."))
 _TWO_ANSWERS = [{"from": role, "value": value} for role, value in _TURNS]
-_NO_LIMIT = 2**31
 
 
 def notes_of_ends(processor: Any, image_token_id: int, whose: str, way_out: str) -> tuple[str, ...]:
@@ -18,7 +17,7 @@ def notes_of_ends(processor: Any, image_token_id: int, whose: str, way_out: str)
     `whose` is the subject of the sentence, such as "the chat template of X", and `way_out` what to do about it.
     """
     try:
-        encoded = ConversationEncoder(processor, image_token_id, _NO_LIMIT).encode(_TWO_ANSWERS, [])
+        encoded = ConversationEncoder(processor, image_token_id, NO_LIMIT).encode(_TWO_ANSWERS, [])
     except UnusableSample:
         # Then no sample gets through either, each with its reason.
         return ()

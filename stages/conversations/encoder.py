@@ -21,6 +21,9 @@ from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.targets.manifest import Cut
 
+NO_LIMIT: Final = 2**31
+"""As `max_length`: nothing is cut."""
+
 _TEXT_KEYS: Final = frozenset(
     {
         "attention_mask",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import image_processor_backend
-from stages.conversations.encoder import ConversationEncoder
+from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.evaluation import scoring
 from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.config import EvaluationConfig
@@ -46,7 +46,7 @@ def evaluate_pairs(
     if not pairs:
         raise UserError("no pairs to evaluate")
     images = image_settings(model.config) or images
-    encoder = ConversationEncoder(processor, model.config.image_token_id, scoring.NO_LIMIT, images=images)
+    encoder = ConversationEncoder(processor, model.config.image_token_id, NO_LIMIT, images=images)
     score = scoring.likelihood_scores if config.scoring == "likelihood" else scoring.letter_scores
     task = progress.task(title, sum(map(len, pairs.values())), unit="pairs")
     was_training = model.training

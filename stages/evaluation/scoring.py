@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any
 
 import torch
 from PIL import Image
@@ -36,9 +36,6 @@ from storage.samples.image_settings import ExifTurn
 from storage.samples.members import MAX_MEMBER_BYTES
 
 _NOT_SHOWN = SILENT.task("score")
-
-NO_LIMIT: Final = 2**31
-"""A length at which no caption is cut: half a caption must not be compared with a whole one."""
 
 
 @dataclass(frozen=True)

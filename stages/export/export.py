@@ -17,7 +17,7 @@ from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
 from stages.checkpoints.quantization import refuse_quantized
 from stages.checkpoints.weights import weight_files
-from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
 from stages.export.model_card import ExportReport, ModelNames, PostConnector, model_card, read_history
 from stages.student.model.generation import (
@@ -40,7 +40,6 @@ CARD = "README.md"
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 _PROBE = ("What is in the picture?", "A picture of all colours.")
-_NO_LIMIT = 2**31
 _MOST_BY_ROUNDING = 0.25
 """Share of the largest logit. bfloat16 changed the tests' models by up to 0.08; overflow gives no finite logits."""
 
@@ -81,7 +80,7 @@ def export_student(
     student, processor = load_multimodal(source), load_processor(source)
     pad_on_the_left(processor.tokenizer)
     vision_type = getattr(student.config, "teacher_config", student.config).model_type
-    probe = ConversationEncoder(processor, student.config.image_token_id, _NO_LIMIT).encode_pair(*_PROBE, [_picture()])
+    probe = ConversationEncoder(processor, student.config.image_token_id, NO_LIMIT).encode_pair(*_PROBE, [_picture()])
     parts, post_connector = _folded(student, fold=fold)
     grown, added_ids = grow_vocabulary(parts, vocabulary_tables(student), processor.tokenizer)
     generation = generation_settings(student, processor.tokenizer, probe, added_ids)

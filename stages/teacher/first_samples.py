@@ -5,7 +5,7 @@ from typing import Final, get_args
 
 from PIL import Image
 
-from stages.conversations.encoder import ConversationEncoder
+from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.teacher.config import TeacherConfig
 from stages.teacher.identity import identify_teacher
 from stages.unusable_sample import ReasonOfText, UnusableSample
@@ -14,7 +14,6 @@ from storage.samples.sample_set import SampleSet
 
 FIRST_SAMPLES: Final = 16
 """Samples of the first shard that are rendered, until one can be."""
-_NO_LIMIT: Final = 2**31
 
 
 def check_first_samples(settings: TeacherConfig, samples: SampleSet) -> None:
@@ -28,7 +27,7 @@ def check_first_samples(settings: TeacherConfig, samples: SampleSet) -> None:
     """
     identity = identify_teacher(settings, on_gpu=False, with_weights=False)
     template = settings.chat_template or f"that of {settings.checkpoint}"
-    encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, _NO_LIMIT)
+    encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, NO_LIMIT)
     try:
         encoder.encode_pair("What is in the picture?", "All is grey.", [Image.new("RGB", (64, 48), "grey")])
     except UnusableSample as error:

@@ -7,14 +7,12 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from stages.checkpoints.image_settings import image_settings
-from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
 from stages.conversations.turns import PLACEHOLDER
 from stages.student.model.generation import generation_settings
 from stages.student.model.inputs import model_inputs
 from stages.unusable_sample import UnusableSample
 from storage.samples.image_settings import DEFAULT_IMAGES
-
-_NO_LIMIT = 2**31
 
 Write = Callable[[str], None]
 """Gets each piece of an answer as soon as it is made."""
@@ -32,10 +30,10 @@ class Chat:
         self, model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, max_new_tokens: int
     ) -> None:
         self.model, self.processor, self.image = model, processor, image
-        self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+        self._room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
         self._max_new_tokens = max_new_tokens
         reading = image_settings(model.config) or DEFAULT_IMAGES
-        self._encoder = ConversationEncoder(processor, model.config.image_token_id, _NO_LIMIT, images=reading)
+        self._encoder = ConversationEncoder(processor, model.config.image_token_id, NO_LIMIT, images=reading)
         self._check_room(self._encoder.encode_prompt("?", [image]))
         answered = self._encoder.encode_pair("What is this?", "This.", [image])
         self._settings = generation_settings(model, processor.tokenizer, answered, [])

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from stages.conversations.encoder import ConversationEncoder
+from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.evaluation.caption_pairs import CaptionPair
-from stages.evaluation.scoring import NO_LIMIT
 from tests.checkpoints import draw_random_image, load_tiny_llava, make_tiny_llava
 
 CAPTIONS = [
