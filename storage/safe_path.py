@@ -36,10 +36,17 @@ def check_safe_path() -> None:
 
 @cache
 def code_digest() -> str:
-    """sha256 over the source files of this project as this process imports it."""
+    """sha256 over the source files of this project as this process imports it.
+
+    Raises:
+        UserError: If they are there no longer, as when their folder was replaced under a running process.
+    """
     digest = hashlib.sha256()
     for top in ("pipeline", "stages", "storage"):
-        for file in sorted((ROOT / top).rglob("*.py")):
+        files = sorted((ROOT / top).rglob("*.py"))
+        if not files:
+            raise UserError(f"found no source files in {ROOT / top}, from which this process runs; start it again")
+        for file in files:
             digest.update(f"{file.relative_to(ROOT).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 

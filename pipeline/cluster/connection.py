@@ -14,7 +14,7 @@ from ray._private.node import Node
 from ray.job_config import JobConfig
 
 from storage.errors import UserError
-from storage.safe_path import keep_children_safe
+from storage.safe_path import code_digest, keep_children_safe
 
 CONNECT_TIMEOUT_S = 10.0
 ASK_S = 1.0
@@ -39,6 +39,8 @@ def connect(address: str | None) -> Iterator[Cluster]:
     started = not ray.is_initialized()
     if started:
         keep_children_safe()
+        # Before a node of the cluster can unpack uploaded files anew, over those that this process runs from.
+        code_digest()
         if address is not None:
             _check_reachable(address)
         where: dict[str, Any] = {"address": address}

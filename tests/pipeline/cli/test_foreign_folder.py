@@ -91,3 +91,11 @@ def test_a_worker_with_other_code_than_the_command_says_which() -> None:
     check_code(code_digest())
     with pytest.raises(UserError, match=r"imports `stages` from .* the command's own has 0123"):
         check_code("0123")
+
+
+def test_code_that_is_there_no_longer_is_an_error_and_no_digest_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safe_path, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=f"found no source files in {tmp_path}/pipeline"):
+        code_digest.__wrapped__()

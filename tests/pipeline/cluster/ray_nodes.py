@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.processes import PATIENCE_S, descendants, kill
 
@@ -86,14 +87,16 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     say(cluster.address)
     started = {}
-    for line in sys.stdin:
-        order, name = line.split()
-        if order == "add":
-            started[name] = cluster.add_node(num_cpus=1)
-        else:
-            cluster.remove_node(started.pop(name), allow_graceful=False)
-        say(line.strip())
-    cluster.shutdown()
+    with TemporaryDirectory(prefix="ray") as folder:
+        for line in sys.stdin:
+            order, name = line.split()
+            if order == "add":
+                # As on a machine of its own: a node unpacks uploaded files in its folder, over those that lie there.
+                started[name] = cluster.add_node(num_cpus=1, temp_dir=f"{folder}/{name}")
+            else:
+                cluster.remove_node(started.pop(name), allow_graceful=False)
+            say(line.strip())
+        cluster.shutdown()
 
 
 def say(text: str) -> None:
