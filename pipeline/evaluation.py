@@ -26,8 +26,9 @@ from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
 from stages.student.model.loading import load_student
-from stages.student.model.student import Student, is_student
+from stages.student.model.student import Student
 from stages.student.run_folder import StageFolder
+from stages.student.student_kind import is_student
 from storage.progress import SILENT, Progress
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet

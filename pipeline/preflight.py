@@ -1,31 +1,46 @@
 """Looks at what a command was given before it loads a library for it: a mistake is said before they load."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.checkpoints import which_student
+from pipeline.cluster.address import check_address
+from pipeline.extraction.config import ExtractConfig
 from pipeline.run_file import RunFile, need, sources_of
+from pipeline.sweep_file import Sweep
 from pipeline.ui.console import is_main_process
-from stages.checkpoints.gguf import gguf_file
+from stages.checkpoints.config_files import CONFIG, num_decoder_layers, read_config
+from stages.checkpoints.gguf import gguf_file, read_decoder_head
+from stages.checkpoints.processor_files import check_own_template, check_processor_files
 from stages.checkpoints.resolve import resolve_checkpoint
+from stages.conversations.chat_templates import read_template
+from stages.families.registry import family_of
+from stages.student.run_folder import RunFolder, StageFolder
+from stages.student.stage_config import DataSource
+from stages.student.store_check import check_one_teacher, check_served
+from stages.student.student_kind import check_student, refuse_without_images
 from stages.teacher.config import TeacherConfig, captured_layers
-from storage.digests import parse_object
+from storage.codecs.codec_settings import MapCodecConfig, default_top_k
 from storage.errors import UserError
-from storage.regular_files import read_regular, refuse_unusable
-from storage.samples.index import SampleIndex
+from storage.regular_files import refuse_unusable
+from storage.samples.image_settings import ImageConfig
+from storage.samples.index import INDEX_PATH, SampleIndex
 from storage.stores import LocalStore, Store, open_store
 from storage.stores.recognize import CHECKPOINT, RUN, SAMPLE_SET, TARGET_STORE, what_lies_at
-from storage.targets.manifest import MANIFEST_PATH, MAX_LAYERS, Manifest
+from storage.streaming.source_checks import check_mixable, check_same_samples, incomplete, read_keys
+from storage.targets.commits import COMMITS, committed_shards
+from storage.targets.manifest import MANIFEST_PATH, MAX_LAYERS, Manifest, check_same
 from storage.writable import check_writable
 
 
-def check_samples(url: str) -> None:
+def check_samples(url: str) -> SampleIndex:
     """Refuses what is no finished sample set."""
-    SampleIndex.load(open_store(url))
+    return SampleIndex.load(open_store(url))
 
 
-def check_targets(url: str) -> None:
+def check_targets(url: str) -> Manifest:
     """Refuses what is no target store."""
-    Manifest.load(open_store(url))
+    return Manifest.load(open_store(url))
 
 
 def check_holds_targets(url: str) -> None:
@@ -35,60 +50,208 @@ def check_holds_targets(url: str) -> None:
         Manifest.load(store)
 
 
-def check_new_targets(url: str) -> None:
-    """Refuses a place where no target store can be, or that holds something else; one that is begun is taken."""
-    _check_output(open_store(url), TARGET_STORE)
+def check_holds_samples(url: str) -> None:
+    """Refuses what has not even a damaged index of samples."""
+    store = open_store(url)
+    if not store.exists(INDEX_PATH):
+        SampleIndex.load(store)
 
 
-def check_model(model: str) -> list[str]:
+def check_extraction(
+    teacher: TeacherConfig, samples: str, targets: str, config: ExtractConfig, images: ImageConfig
+) -> None:
+    """Refuses an extraction that cannot begin. A target store may be there already.
+
+    Raises:
+        UserError: If there is no such teacher, sample set or Ray cluster, or something else lies where targets are to
+            be.
+        FingerprintMismatch: If the targets there were made with other settings or from other samples.
+    """
+    store = open_store(targets)
+    check_new(store, TARGET_STORE)
+    stored = Manifest.load(store) if store.exists(MANIFEST_PATH) else None
+    index = check_samples(samples)
+    check_teacher(teacher)
+    if stored is not None:
+        check_same(store.url, stored, _asked_for(stored, teacher, index, images))
+    if config.ray_address is not None:
+        check_address(config.ray_address)
+
+
+def _asked_for(stored: Manifest, teacher: TeacherConfig, index: SampleIndex, images: ImageConfig) -> Manifest:
+    """What would be stored, as far as settings and samples alone decide it; all else as it is stored."""
+    fingerprint = stored.fingerprint
+    codec = {
+        "name": teacher.logit_codec,
+        "num_tail_samples": teacher.tail_samples,
+        "temperatures": teacher.temperatures,
+        "num_tempered_samples": teacher.tempered_samples,
+        "top_k": teacher.top_k or default_top_k(stored.vocab_size, teacher.temperatures),
+    }
+    decided = {
+        "max_length": teacher.max_length,
+        "cut": teacher.cut,
+        "images": images,
+        "samples": index.digest,
+        "layers": teacher.layers or fingerprint.layers,
+        "logit_codec": fingerprint.logit_codec.model_copy(update=codec),
+        "map_codec": MapCodecConfig(name=teacher.map_codec, causal=fingerprint.map_codec.causal),
+    }
+    asked = fingerprint.model_copy(update=decided)
+    return stored.model_copy(update={"fingerprint": asked, "num_shards": len(index.shards)})
+
+
+def check_pairing(samples: str, targets: str) -> Manifest:
+    """Refuses samples and targets that do not belong together; gives the manifest.
+
+    Raises:
+        UserError: If they do not, or one of them is something else.
+    """
+    index, manifest = check_samples(samples), check_targets(targets)
+    check_same_samples(open_store(samples).url, index.digest, open_store(targets).url, manifest.fingerprint)
+    return manifest
+
+
+def check_model(model: str, *, with_template: bool = True) -> list[str]:
     """Refuses what is neither a checkpoint, a training run nor a model of the hub; gives the notes of `which_student`.
 
-    Of a model of the hub no weights are fetched yet.
+    Of a model of the hub no weights are fetched yet. `with_template` says whether questions are put to it.
     """
     if notes := which_student(model):
         return notes
-    if not (Path(model) / "student" / "config.json").is_file():
-        resolve_checkpoint(model, with_weights=False)
+    if not (StageFolder(Path(model)).student / CONFIG).is_file():
+        folder = _checkpoint(model)
+        refuse_without_images(folder)
+        check_processor_files(folder)
+        if with_template:
+            check_own_template(folder, "")
     return []
 
 
-def check_teacher(settings: TeacherConfig) -> None:
-    """Refuses what is no checkpoint, or has other layers than are to be captured; no weights are fetched yet."""
-    folder = resolve_checkpoint(settings.checkpoint, with_weights=False)
-    where = f"{folder}/config.json"
-    config = parse_object(read_regular(folder / "config.json"), where, "restore it")
-    decoder = config.get("text_config", config)
-    num_layers = decoder.get("num_hidden_layers") if isinstance(decoder, dict) else None
+def check_teacher(settings: TeacherConfig, *, with_weights: bool = True) -> None:
+    """Refuses a teacher whose files alone say that it cannot be one; of the hub no weights are fetched yet.
+
+    Raises:
+        UserError: If it is no checkpoint of a known family, has other layers than are to be captured, or lacks its
+            weights, processor or chat template; if there is no such template.
+    """
+    folder = _checkpoint(settings.checkpoint, with_weights=with_weights)
+    config = read_config(folder / CONFIG)
+    num_layers = num_decoder_layers(config)
     # Otherwise the library knows how many there are, or refuses the checkpoint.
-    if isinstance(num_layers, int) and 0 < num_layers <= MAX_LAYERS:
+    if num_layers is not None and num_layers <= MAX_LAYERS:
         captured_layers(settings, num_layers)
+    if settings.chat_template is not None:
+        read_template(settings.chat_template)
+    # Code that comes with a checkpoint decides itself of which type it is, and what it reads.
+    if settings.trust_remote_code:
+        return
+    family_of(config.get("model_type", ""))
+    check_processor_files(folder)
+    if settings.chat_template is None:
+        check_own_template(folder, ", or set teacher.chat_template")
 
 
-def check_training(run: RunFile) -> None:
-    """Refuses a training without an output, a student, samples or targets that there are.
+def check_training(run: RunFile, *, resume: bool = True) -> None:
+    """Refuses a training whose settings, files or stores say that it cannot be done.
 
     The machine that starts a training on a cluster need not see what the cluster sees.
+
+    Raises:
+        UserError: If an output, a student, samples or targets are missing or something else; if the student is of a
+            kind that cannot be trained so, or the targets do not serve it.
     """
     output = Path(need(run.output, "--output"))
     student = need(run.student, "--student")
-    sources = {(one.samples, one.targets) for stage in run.train.stages for one in sources_of(run, stage)}
+    sources = {stage: sources_of(run, stage) for stage in run.train.stages}
     refuse_unusable(output)
+    if not resume:
+        RunFolder(output).refuse_existing(run.train.stages)
     if run.train.cluster.ray_address is not None:
+        check_address(run.train.cluster.ray_address)
         return
     if is_main_process:
-        _check_output(LocalStore(output), RUN)
-    if gguf_file(Path(student)) is None:
-        resolve_checkpoint(student, with_weights=False)
-    for samples, targets in sorted(sources):
-        check_samples(samples)
-        check_targets(targets)
+        check_new(LocalStore(output), RUN)
+    pairs = sorted({(one.samples, one.targets) for many in sources.values() for one in many})
+    manifests = {targets: check_pairing(samples, targets) for samples, targets in pairs}
+    for many in sources.values():
+        check_mixable([(open_store(one.targets).url, manifests[one.targets].fingerprint) for one in many])
+    first = {stage: manifests[many[0].targets] for stage, many in sources.items()}
+    own_vision = run.train.vision == "own"
+    num_layers = _student_layers(student, first[run.train.stages[0]], own_vision=own_vision)
+    if not own_vision:
+        check_one_teacher({stage: manifest.fingerprint.teacher_weights for stage, manifest in first.items()})
+    for stage, many in sources.items():
+        # A finished stage is not trained again, whatever its targets are by now.
+        if not RunFolder(output).stage(stage).is_finished:
+            url, settings = open_store(many[0].targets).url, run.train.stage(stage)
+            check_served(stage, settings, run.train.matching, url, first[stage], num_layers)
+            _check_data(run, many, manifests)
 
 
-def _check_output(store: Store, kind: str) -> None:
+def check_sweep(sweep: Sweep, *, resume: bool) -> list[str]:
+    """Refuses a sweep none of whose students can be trained; gives a warning for each of some that cannot.
+
+    Raises:
+        UserError: If the sweep's folder is something else; or what is wrong with the first, if all are wrong.
+    """
+    if is_main_process:
+        check_new(LocalStore(sweep.output), None)
+    wrong: dict[str, UserError] = {}
+    for name, run in sweep.runs.items():
+        try:
+            check_training(run, resume=resume)
+        except UserError as error:
+            wrong[name] = error
+    if len(wrong) == len(sweep.runs):
+        name, first = next(iter(wrong.items()))
+        raise UserError(f"student {name}: {first}") from first
+    # Each process of a group looks; one of them says it.
+    wrong = wrong if is_main_process else {}
+    return [f"warning: student {name} will fail, the others are trained: {error}" for name, error in wrong.items()]
+
+
+def _student_layers(student: str, manifest: Manifest, *, own_vision: bool) -> int | None:
+    """Layers of the decoder that is to be trained, if its files say how many; refuses what cannot be trained."""
+    teacher_type = str(manifest.fingerprint.teacher_config.get("model_type", ""))
+    if (file := gguf_file(Path(student))) is None:
+        return num_decoder_layers(check_student(_checkpoint(student), teacher_type, own_vision=own_vision))
+    if own_vision:
+        raise UserError(
+            f"{file} is a GGUF file, which is read as a decoder alone; --vision own takes the checkpoint folder of a "
+            "whole multimodal model: name one, or leave the vision tower to the teacher (--vision teacher)"
+        )
+    return read_decoder_head(file).num_layers
+
+
+def _check_data(run: RunFile, sources: Sequence[DataSource], manifests: Mapping[str, Manifest]) -> None:
+    """Refuses a list of samples that cannot be read, and targets that are not complete though they must be."""
+    for one in sources:
+        if one.subset is not None:
+            read_keys(Path(one.subset))
+        if run.train.data.allow_incomplete:
+            continue
+        store, num_shards = open_store(one.targets), manifests[one.targets].num_shards
+        committed = committed_shards(store.list(COMMITS))
+        if missing := [shard for shard in range(num_shards) if shard not in committed]:
+            raise incomplete(store.url, num_shards, missing)
+
+
+def _checkpoint(name: str, *, with_weights: bool = True) -> Path:
+    """The folder of a checkpoint; weights are looked for in folders of this machine, where nothing is fetched."""
+    return resolve_checkpoint(name, with_weights=with_weights and Path(name).is_dir())
+
+
+def check_new(store: Store, kind: str | None) -> None:
+    """Refuses a place that holds something else than `kind`, or where nothing can be written; None is a new folder.
+
+    Raises:
+        UserError: If it is one; says what lies there.
+    """
     found = what_lies_at(store)
     if found in {SAMPLE_SET, TARGET_STORE, CHECKPOINT, RUN} - {kind}:
         raise UserError(
-            f"{store.url} is {found}, expected {kind} or a new folder"
+            f"{store.url} is {found}, expected {f'{kind} or ' if kind else ''}a new folder"
             + ("; are samples and targets swapped?" if {found, kind} == {SAMPLE_SET, TARGET_STORE} else "")
         )
     if isinstance(store, LocalStore):

@@ -20,12 +20,13 @@ from pipeline.runtime.provenance import provenance
 from stages.checkpoints.processors import hide_loading_bars
 from stages.student.run_folder import RunFolder, StageFolder, StageReport
 from stages.student.stage_config import STAGES, DataSource, StageName
+from stages.student.store_check import check_one_teacher
 from stages.student.training.loop import train_stage
 from stages.student.training.resume_guard import check_resumable, decoder_digest, gguf_record
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun, TrainingStopped
 from stages.student.training.train_config import TrainConfig
-from storage.errors import FingerprintMismatch, UserError
+from storage.errors import UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
@@ -105,13 +106,15 @@ def _train(
     """As `train`, in a run folder that belongs to these processes."""
     folder, stages = RunFolder(Path(need(run.output, "--output"))), run.train.stages
     if not resume:
-        refuse_existing(folder, stages)
+        folder.refuse_existing(stages)
         # No process may begin a stage while another still looks.
         accelerator.wait_for_everyone()
     stores: dict[str, TargetStore] = {}
     stage_runs = {name: _stage_run(run, name, decoder, folder, stores) for name in STAGES if name in stages}
     if run.train.vision == "teacher":
-        _check_one_teacher(stage_runs)
+        check_one_teacher(
+            {name: stage.targets.manifest.fingerprint.teacher_weights for name, stage in stage_runs.items()}
+        )
     # All stages are checked before anything is written: a refusal changes nothing.
     setups = {name: _checked(stage) for name, stage in stage_runs.items()}
     if accelerator.is_main_process:
@@ -126,15 +129,6 @@ def _train(
     if accelerator.is_main_process:
         folder.write_summary()
     return reports
-
-
-def refuse_existing(folder: RunFolder, stages: Sequence[StageName]) -> None:
-    """Refuses a run folder that holds one of these stages already."""
-    for name in stages:
-        if folder.stage(name).path.exists():
-            raise UserError(
-                f"{folder.path} holds {name} already; name a new --output, or leave out --no-resume to go on"
-            )
 
 
 def _with_launcher_settings(run: RunFile) -> tuple[RunFile, Accelerator]:
@@ -222,17 +216,6 @@ def _stage_run(
         sources=tuple(_opened(source, stores) for source in sources_of(run, name)),
         output=folder.stage(name).path,
     )
-
-
-def _check_one_teacher(stage_runs: dict[StageName, StageRun]) -> None:
-    """Refuses stages with targets of several teachers: a student keeps the vision tower of one."""
-    teachers = {name: stage.targets.manifest.fingerprint.teacher_weights for name, stage in stage_runs.items()}
-    if len(set(teachers.values())) > 1:
-        raise FingerprintMismatch(
-            "the stages have targets of different teachers (sha256 of weights: "
-            + ", ".join(f"{name} {digest[:12]}" for name, digest in teachers.items())
-            + "), but a student has the vision tower of one; extract the targets of all stages with the same teacher"
-        )
 
 
 def _opened(source: DataSource, stores: dict[str, TargetStore]) -> Source:

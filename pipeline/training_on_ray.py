@@ -14,7 +14,7 @@ from uuid import uuid4
 from pipeline.cluster import connection, ray_train_group
 from pipeline.run_file import RunFile, need
 from pipeline.runtime.interruption import SAVED_EXIT_CODE, Interrupted, remembered
-from pipeline.training import refuse_existing, train
+from pipeline.training import train
 from stages.student.run_folder import RunFolder, StageReport
 from stages.student.stage_config import STAGES, StageName
 from storage.errors import UserError
@@ -57,7 +57,7 @@ def _train(
     resume: bool,
 ) -> list[StageReport]:
     if not resume:
-        refuse_existing(RunFolder(output), stages)
+        RunFolder(output).refuse_existing(stages)
     stopped: list[str] = []
 
     tasks: dict[str, ProgressTask] = {}

@@ -12,11 +12,11 @@ from pipeline.demo.report import DemoConfig
 from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
 from stages.checkpoints.configs import check_configs, load_config
-from stages.convert.layout import read_released_config
+from stages.convert.released_config import read_released_config
 from stages.evaluation.caption_pairs import load_pairs
 from stages.export.model_card import read_history
-from stages.student.model.student import is_student
 from stages.student.run_folder import RunFolder, StageFolder
+from stages.student.student_kind import is_student
 from stages.student.training.metrics import metrics_log
 from storage.digests import parse_object
 from storage.errors import MAX_MESSAGE_CHARS, CorruptData, UserError

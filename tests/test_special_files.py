@@ -26,7 +26,7 @@ from pipeline.sweep_file import load_sweep
 from stages.checkpoints.configs import check_configs
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.chat_templates import read_template
-from stages.convert.layout import read_released_config
+from stages.convert.released_config import read_released_config
 from stages.evaluation.caption_pairs import CaptionPair, load_pairs
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.report import read_evaluation
@@ -34,8 +34,8 @@ from stages.evaluation.scoring import _encoded_batches
 from stages.samples.first_look import check_layout
 from stages.samples.image_files import ImageFolder
 from stages.samples.staged_folder import StagedFolder
-from stages.student.model.student import is_student
 from stages.student.run_folder import StageFolder
+from stages.student.student_kind import is_student
 from stages.student.training.checkpoint import STATE, Checkpoints, TrainerState
 from stages.student.training.metrics import metrics_log
 from stages.unusable_sample import UnusableSample
@@ -48,7 +48,7 @@ from storage.samples.sample_set import SampleSet
 from storage.samples.shard_reader import SampleShard
 from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import FileInfo, open_store
-from storage.streaming.mixture import read_keys
+from storage.streaming.source_checks import read_keys
 from storage.targets.array_reader import ArrayReader
 from storage.targets.chunk_bounds import ArrayMetadata
 from storage.targets.commits import CommitRecord

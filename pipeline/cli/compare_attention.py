@@ -32,13 +32,12 @@ def compare_attention(
     ] = None,
 ) -> None:
     """Compares a student's attention with the teacher's. Gives numbers and pictures, from the stored maps."""
-    from pipeline.preflight import check_samples, check_targets
+    from pipeline.preflight import check_pairing
     from pipeline.run_file import need
 
     samples, targets = need(samples, "--samples"), need(targets, "--targets")
-    check_and_say_which(model)
-    check_samples(samples)
-    check_targets(targets)
+    check_and_say_which(model, with_template=False)
+    check_pairing(samples, targets)
 
     from pipeline.evaluation import attention_pictures, compare_with_targets
     from pipeline.ui.html_report import render_report

@@ -21,10 +21,13 @@ def convert_checkpoint(
 ) -> None:
     """Converts a released checkpoint to Llava. Takes CompoDistill's or TinyLLaVA's; adds processor and template."""
     from stages.checkpoints.new_folder import check_new
-    from stages.checkpoints.resolve import resolve_checkpoint
+    from stages.checkpoints.resolve import local_folder, resolve_checkpoint
+    from stages.convert.released_config import read_released_config
 
     check_new(output)
-    resolve_checkpoint(source, with_weights=False)
+    read_released_config(resolve_checkpoint(source, with_weights=Path(source).is_dir()))
+    for named in filter(None, (tokenizer, image_processor)):
+        local_folder(named)
 
     from pipeline.ui.progress import progress_display
     from stages.convert.checkpoint import convert_checkpoint as convert

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli.options import output_folder
+from storage.stores import LocalStore
 
 
 def demo(
@@ -19,6 +20,10 @@ def demo(
     ] = "shapes",
 ) -> None:
     """Runs the whole pipeline on a bundled example. It packs, extracts, trains, evaluates and compares."""
+    from pipeline.preflight import check_new
+
+    check_new(LocalStore(output), None)
+
     from pipeline.demo.report import DemoConfig
     from pipeline.demo.run import run_demo
 

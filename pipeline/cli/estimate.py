@@ -40,7 +40,9 @@ def estimate(
     asked, samples = need(run.teacher, "--teacher"), run.samples if config_only else need(run.samples, "--samples")
     if samples is not None:
         check_samples(samples)
-    check_teacher(asked)
+    if show:
+        need(run.samples, "--samples")
+    check_teacher(asked, with_weights=not config_only)
 
     from pipeline.extraction.estimation import make_estimate
     from pipeline.ui.progress import progress_display

@@ -35,15 +35,13 @@ def extract_teacher(
 
 def extract_targets(config: Path | None, settings: list[str], flags: dict[str, Any]) -> None:
     """Extracts and prints the report; `cdp verify --repair` ends with it, too."""
-    from pipeline.preflight import check_new_targets, check_samples, check_teacher
+    from pipeline.preflight import check_extraction
     from pipeline.run_file import load_run_file, need, save_run_file
 
     run = load_run_file(config, settings, flags)
     teacher = need(run.teacher, "--teacher")
     samples, targets = need(run.samples, "--samples"), need(run.targets, "--targets")
-    check_new_targets(targets)
-    check_samples(samples)
-    check_teacher(teacher)
+    check_extraction(teacher, samples, targets, run.extract, run.images)
 
     from pipeline.extraction.extract import extract
     from pipeline.extraction.report import RUN_FILE

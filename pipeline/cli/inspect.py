@@ -31,6 +31,9 @@ def inspect(
 
     With --sample: its tokens, its attention maps and what the teacher predicts.
     """
+    from pipeline.preflight import check_targets
+
+    check_targets(targets)
     if sample is None:
         _print_store(targets)
     else:

@@ -93,10 +93,13 @@ def save(path: Path | None, text: str) -> None:
         open_store(path.parent).write(path.name, text.encode())
 
 
-def check_and_say_which(model: str) -> None:
-    """Refuses what is no model, and says which of a training run's students a command uses."""
+def check_and_say_which(model: str, *, with_template: bool = True) -> None:
+    """Refuses what is no model, or has no chat template though one is needed.
+
+    Says which of a training run's students a command uses.
+    """
     from pipeline.preflight import check_model
     from pipeline.ui.streams import say
 
-    for note in check_model(model):
+    for note in check_model(model, with_template=with_template):
         say(note)

@@ -8,7 +8,6 @@ import typer
 
 from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption, input_path
 from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remembered
-from storage.writable import check_writable
 
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
@@ -62,7 +61,7 @@ def train_student(
         _train_sweep(sweep, config, settings or [], flags, resume=resume)
         return
     run = load_run_file(config, settings or [], flags)
-    check_training(run)
+    check_training(run, resume=resume)
     with progress_display() as progress:
         reports = _train_stages(run, progress, resume=resume)
     _print_reports(reports, need(run.output, "--output"))
@@ -93,16 +92,16 @@ def _train_stages(run: "RunFile", progress: "Progress", *, resume: bool, more: b
 
 def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: dict[str, Any], *, resume: bool) -> None:
     """Trains all students of a sweep file and prints one table; exit code 1 if one failed."""
+    from pipeline.preflight import check_sweep
     from pipeline.sweep_file import load_sweep
-    from pipeline.ui.console import is_main_process
+    from pipeline.ui.streams import say
 
     sweep = load_sweep(path, config, settings, flags)
-    if is_main_process:
-        check_writable(sweep.output)
+    for note in check_sweep(sweep, resume=resume):
+        say(note)
 
     from pipeline.sweep import run_sweep, sweep_table
     from pipeline.ui.progress import NamedProgress, progress_display
-    from pipeline.ui.streams import say
     from pipeline.ui.tables import print_table
 
     with progress_display() as progress:

@@ -1,6 +1,8 @@
 """`cdp verify`: check, repair, extract again."""
 
-from typing import TYPE_CHECKING, Annotated
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,10 +31,15 @@ def verify(
     config: ConfigOption = None,
 ) -> None:
     """Checks every commit, file, chunk and count. Ends with exit code 1 when anything is wrong."""
-    from pipeline.preflight import check_holds_targets
+    from pipeline.preflight import check_holds_samples, check_holds_targets
 
     percent = _percent(sample)
     check_holds_targets(targets)
+    if samples is not None:
+        check_holds_samples(samples)
+    again = {"teacher.checkpoint": teacher, "samples": samples, "targets": targets} if teacher or config else None
+    if again is not None:
+        _check_again(config, again, repair=repair)
 
     from storage.integrity.repair import repair as repair_store
 
@@ -40,18 +47,30 @@ def verify(
     if report.findings and repair:
         repaired = repair_store(report)
         _print_repair(repaired, report)
-        if repaired.moved and (teacher or config):
-            extract_targets(config, [], {"teacher.checkpoint": teacher, "samples": samples, "targets": targets})
+        if repaired.moved and again is not None:
+            extract_targets(config, [], again)
             report = _check(targets, samples, percent, seed)
     if report.findings:
         raise typer.Exit(1)
 
 
 def _percent(text: str) -> float:
-    try:
-        return float(text.removesuffix("%"))
-    except ValueError:
-        raise UserError(f"--sample is {text!r}, expected a percentage such as 5%") from None
+    with suppress(ValueError):
+        if 0 < (percent := float(text.removesuffix("%"))) <= 100:
+            return percent
+    raise UserError(f"--sample is {text!r}, expected a percentage above 0 and at most 100, such as 5%")
+
+
+def _check_again(config: Path | None, flags: dict[str, Any], *, repair: bool) -> None:
+    """Refuses an extraction that could not follow the repair, before anything is moved."""
+    from pipeline.preflight import check_samples, check_teacher
+    from pipeline.run_file import load_run_file, need
+
+    if not repair:
+        raise UserError("--teacher and --config say how broken parts are made again, which takes --repair; add it")
+    run = load_run_file(config, [], flags)
+    check_samples(need(run.samples, "--samples"))
+    check_teacher(need(run.teacher, "--teacher"))
 
 
 def _check(targets: str, samples: str | None, percent: float, seed: int) -> "VerifyReport":

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import ray.util.client
 from ray._private.node import Node
 from ray.job_config import JobConfig
 
+from pipeline.cluster.address import check_address, knock
 from storage.errors import UserError
 from storage.safe_path import code_digest, keep_children_safe
 
-CONNECT_TIMEOUT_S = 10.0
 ASK_S = 1.0
 PATIENCE_S = 30.0
 """A cluster's control process may be restarted; the process is ended by Ray after twice this time."""
@@ -42,7 +41,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
         # Before a node of the cluster can unpack uploaded files anew, over those that this process runs from.
         code_digest()
         if address is not None:
-            _check_reachable(address)
+            check_address(address)
         where: dict[str, Any] = {"address": address}
         if address is None:
             where = {"address": "local", "include_dashboard": False}
@@ -82,18 +81,6 @@ def _own_path_only() -> JobConfig:
     config = JobConfig()
     config._py_driver_sys_path = NoPaths()
     return config
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes where nothing listens."""
-    place = address.removeprefix("ray://")
-    host, _, port = place.rpartition(":")
-    if not (host and port.isdigit()):
-        return
-    try:
-        _knock(place)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
 
 
 class ClusterLost(UserError):
@@ -149,12 +136,7 @@ def lost(found: str) -> ClusterLost:
 
 def _listens(address: str) -> bool:
     try:
-        _knock(address)
+        knock(address)
     except OSError:
         return False
     return True
-
-
-def _knock(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

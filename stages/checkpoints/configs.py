@@ -10,13 +10,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from stages.checkpoints.config_files import CONFIG, read_config
 from stages.checkpoints.processor_sizes import check_settings
-from storage.digests import parse_object
-from storage.errors import CorruptData, UserError, first_line
-from storage.regular_files import read_regular
+from storage.errors import UserError, first_line
 
 _CONFIGS = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -36,8 +35,6 @@ _REFUSED = {
     "init_inputs": _OTHER_FILES,
 }
 """Keys by which the library would load more than the folder's usual files -> what they name."""
-_MOST = {"layers": 2**12, "layer": 2**12, "depth": 2**12, "experts": 2**12, "labels": 2**17}
-"""Ends of keys that count what a model is made of -> the largest number that is believed."""
 _UNFIT = (
     StrictDataclassError,
     SafetensorError,
@@ -72,7 +69,7 @@ def check_configs(folder: Path, *, with_model: bool = True) -> None:
             continue
         if name in _OF_PROCESSORS:
             check_settings(fields, file)
-        known = name == "config.json" and fields.get("model_type") in CONFIG_MAPPING
+        known = name == CONFIG and fields.get("model_type") in CONFIG_MAPPING
         for key, value in _named(fields | {"auto_map": None} if known else fields):
             what = _REFUSED.get(key, "code of another repository")
             raise UserError(
@@ -91,7 +88,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """
     if not trust_remote_code:
         check_configs(folder)
-    with unfit_named(folder / "config.json"):
+    with unfit_named(folder / CONFIG):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return config
 
@@ -114,35 +111,6 @@ def unfit_named(what: Path | str) -> Iterator[None]:
             f"{found}: {type(error).__name__}: {first_line(error)}; expected a model's config that this version knows, "
             "and the files that belong to it"
         ) from error
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """The fields of a Hugging Face config.
-
-    Raises:
-        CorruptData: If it is no JSON object, too large or too deep, or its `model_type` is no text.
-        UserError: If it asks for more layers, experts or labels than any model has.
-        FileNotFoundError: If there is none.
-    """
-    todo = "expected a Hugging Face config: fetch or save them again"
-    fields = parse_object(read_regular(file), str(file), todo)
-    if not isinstance(fields.get("model_type", ""), str):
-        raise CorruptData(f"{file} has model_type {fields['model_type']!r:.100}, which is no text; {todo}")
-    _refuse_counts(fields, file)
-    return fields
-
-
-def _refuse_counts(value: Any, file: Path) -> None:
-    """The library makes a list, a table or modules of so many, before weights are compared with them."""
-    if isinstance(value, list):
-        for part in value:
-            _refuse_counts(part, file)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            most = next((most for word, most in _MOST.items() if key.endswith(word)), None)
-            if most is not None and isinstance(part, int | float) and abs(part) > most:
-                raise UserError(f"{file} has {key} {part:.0f}, at most {most:,} are made; fetch or save it again")
-            _refuse_counts(part, file)
 
 
 def _named(value: Any) -> Iterator[tuple[str, Any]]:

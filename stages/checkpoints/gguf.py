@@ -27,6 +27,8 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Kind of a value -> its format in `struct`."""
 _TEXT, _LIST = 8, 9
+_VISION = "clip"
+"""How llama.cpp names the architecture of vision towers."""
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
 Value = int | float | bool | str
@@ -45,6 +47,12 @@ class GgufHead:
     fields: Mapping[str, Value]
     shapes: Mapping[str, tuple[int, ...]]
     spans: Mapping[str, tuple[int, int]]
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of the decoder, if the file says how many."""
+        found = self.fields.get(f"{self.fields.get('general.architecture')}.block_count")
+        return found if isinstance(found, int) and found > 0 else None
 
     @property
     def num_weights(self) -> int:
@@ -72,6 +80,25 @@ def gguf_file(path: Path) -> Path | None:
 def _begin(path: Path) -> bytes:
     with open_regular(path) as file:
         return file.read(len(_MAGIC))
+
+
+def read_decoder_head(path: Path) -> GgufHead:
+    """The head of a GGUF file that is to be a decoder, as `read_head`.
+
+    Raises:
+        UserError: As `read_head`; if the `gguf` package is missing, or the file holds a vision tower alone.
+    """
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError as error:
+        raise UserError(
+            f"a GGUF file is read with the gguf package, which is missing here ({error}): "
+            "pip install 'compodistill[gguf]'"
+        ) from error
+    head = read_head(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+    if head.fields.get("general.architecture") == _VISION:
+        raise UserError(f"{path} holds a vision tower (mmproj); name the GGUF file of the decoder that lies beside it")
+    return head
 
 
 def read_head(path: Path, blocks: Mapping[int, tuple[int, int]]) -> GgufHead:

@@ -1,7 +1,9 @@
 """A GGUF file as a decoder: converted once into a checkpoint of safetensors in this machine's cache."""
 
 import io
+import logging
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from hashlib import file_digest
@@ -23,13 +25,15 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stages.checkpoints.configs import unfit_named
-from stages.checkpoints.gguf import GgufHead, read_floats, read_head
+from stages.checkpoints.gguf import GgufHead, read_decoder_head, read_floats
 from stages.checkpoints.tokenizer_rules import panics_raised
 from stages.checkpoints.weights import check_complete
 from storage.digests import digest_of
 from storage.errors import CorruptData, UserError, first_line
 from storage.regular_files import open_regular
-from storage.stores.cache import cached
+from storage.stores.cache import cache_dir, cached
+
+logger = logging.getLogger(__name__)
 
 _CONVERSION = 2
 """Raised when this file makes something else of the same bytes."""
@@ -64,28 +68,21 @@ def converted(file: Path) -> Path:
         UserError: If the `gguf` package is missing, or the file is damaged, or it holds no causal language model or a
             tokenizer that the library would read wrongly.
     """
-    head = read_head(file, _blocks())
+    head = read_decoder_head(file)
     _check_kept(file, head)
     seen, digest = file.stat(), gguf_digest(file)
 
     def fill(folder: Path) -> None:
+        # The library says nothing for as long as it takes.
+        logger.warning("%s: its %.3g weights become a checkpoint, once; this may take minutes", file, head.num_weights)
+        started = time.perf_counter()
         _convert(file, head, folder)
         if (now := file.stat()) != seen and (now.st_mtime_ns, now.st_size) != (seen.st_mtime_ns, seen.st_size):
             raise CorruptData(f"{file} changed while it was read; start again when it is whole")
+        logger.warning("%s: read in %.1f s, kept in %s", file, time.perf_counter() - started, cache_dir())
 
     key = digest_of([digest, transformers.__version__, _CONVERSION])[:32]
     return cached(key, 4 * head.num_weights, fill, None)
-
-
-def _blocks() -> dict[int, tuple[int, int]]:
-    try:
-        from gguf import GGML_QUANT_SIZES
-    except ImportError as error:
-        raise UserError(
-            f"a GGUF file is read with the gguf package, which is missing here ({error}): "
-            "pip install 'compodistill[gguf]'"
-        ) from error
-    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
 def _check_kept(file: Path, head: GgufHead) -> None:

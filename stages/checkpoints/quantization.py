@@ -12,11 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from stages.checkpoints.configs import unfit_named
+from stages.checkpoints.quantization_scheme import BITSANDBYTES, KEY, method_of, scheme_of, scheme_settings
 from storage.digests import parse_object
 from storage.errors import UserError, first_line
 
-_KEY = "quantization_config"
-_BITSANDBYTES = "bitsandbytes"
 _DEQUANTIZED = ("compressed-tensors", "fp8", "mxfp8", "mxfp4")
 """Methods whose weights the library can unpack while it loads them. It is asked to: results are then the same on every
 device, and no kernels are fetched from a hub."""
@@ -24,30 +23,6 @@ _MOST_PER_BYTE = 8
 """Weights that a byte of a checkpoint stands for at most: those of one bit."""
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 2**16
-
-
-def scheme_of(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
-    """How a checkpoint's weights are quantized, such as `bitsandbytes, 4 bits (nf4)`; None if they are not."""
-    settings = _settings(config)
-    if settings is None:
-        return None
-    width = settings.get("bits") or settings.get("w_bit")
-    width = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else width
-    kind = settings.get("bnb_4bit_quant_type") if width == 4 else None
-    kind = kind or settings.get("format") or settings.get("fmt") or settings.get("quant_type")
-    named = f"{_method(settings)}, {width} bits" if isinstance(width, int) else _method(settings)
-    return named + (f" ({kind:.50})" if isinstance(kind, str) else "")
-
-
-def refuse_quantized(config: PreTrainedConfig | Mapping[str, Any], folder: Path, role: str, todo: str = "") -> None:
-    """Refuses a checkpoint that is to be trained, or to be part of what is trained, if its weights are quantized.
-
-    Raises:
-        UserError: If they are; names the scheme, and says what to do.
-    """
-    if (scheme := scheme_of(config)) is not None:
-        todo = todo or "name the checkpoint that it was quantized from (quantized ones are welcome as teachers)"
-        raise UserError(f"{folder} is quantized ({scheme}), and {role} needs weights of 16 or 32 bits: {todo}")
 
 
 def check_packages(config: PreTrainedConfig, folder: Path) -> None:
@@ -58,12 +33,12 @@ def check_packages(config: PreTrainedConfig, folder: Path) -> None:
     Raises:
         UserError: If one is missing, which is named, or the library does not know the scheme.
     """
-    settings = _settings(config)
+    settings = scheme_settings(config)
     if settings is None:
         return
     if (known := _known(settings)) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise UserError(
-            f"{folder} is quantized with {_method(settings)}, which this version of transformers does not load; "
+            f"{folder} is quantized with {method_of(settings)}, which this version of transformers does not load; "
             f"it loads {', '.join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))}"
         )
     with _loading_named(config, folder):
@@ -91,8 +66,8 @@ def load_quantized(load: Any, folder: Path, files: list[Path], config: PreTraine
         expected: PreTrainedModel = dense()
     check_sizes(expected, folder, files)
     settings: dict[str, Any] = {"device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}}
-    if _method(found := _settings(config) or {}) in _DEQUANTIZED:
-        settings["config"] = type(config).from_dict(config.to_dict() | {_KEY: {**found, "dequantize": True}})
+    if method_of(found := scheme_settings(config) or {}) in _DEQUANTIZED:
+        settings["config"] = type(config).from_dict(config.to_dict() | {KEY: {**found, "dequantize": True}})
     with _loading_named(config, folder):
         model: PreTrainedModel = load(settings)
     return model
@@ -109,7 +84,7 @@ def without_scheme(config: PreTrainedConfig) -> PreTrainedConfig:
     fields = config.to_dict()
     for part in (fields, fields.get("text_config")):
         if isinstance(part, dict):
-            part.pop(_KEY, None)
+            part.pop(KEY, None)
     plain: PreTrainedConfig = type(config).from_dict(fields)
     return plain
 
@@ -123,25 +98,9 @@ def is_packed(tensors: Mapping[str, torch.Tensor]) -> bool:
     )
 
 
-def _settings(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Those of the whole model or of its decoder; the library reads both places."""
-    if isinstance(config, PreTrainedConfig):
-        config = config.to_dict()
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and (settings := part.get(_KEY)):
-            # What is no object names no method that there is, and so is refused.
-            return dict(settings) if isinstance(settings, Mapping) else {"quant_method": f"{settings!r:.50}"}
-    return None
-
-
-def _method(settings: Mapping[str, Any]) -> str:
-    in_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
-    return str(settings.get("quant_method") or (_BITSANDBYTES if in_bits else "an unnamed method"))[:50]
-
-
 def _known(settings: Mapping[str, Any]) -> str:
     """The name by which the library has the method."""
-    if (method := _method(settings)) != _BITSANDBYTES:
+    if (method := method_of(settings)) != BITSANDBYTES:
         return method
     return f"{method}_{4 if settings.get('load_in_4bit') else 8}bit"
 

@@ -5,7 +5,10 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from stages.checkpoints.config_files import CONFIG, read_config
 from stages.checkpoints.gguf import gguf_file
+from stages.checkpoints.quantization_scheme import refuse_quantized
+from stages.checkpoints.weight_files import check_files
 from storage.errors import UserError, first_line
 from storage.regular_files import refuse_special_files, refuse_unusable
 from storage.stores import LocalStore
@@ -27,12 +30,10 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
             "folder with safetensors weights"
         )
     folder = local_folder(name, with_weights=with_weights)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         found = what_lies_at(LocalStore(folder))
         raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder, found {found}")
     if with_weights:
-        from stages.checkpoints.weights import check_files  # loads torch: a wrong name is an error at once
-
         check_files(folder)
     return folder
 
@@ -43,13 +44,11 @@ def resolve_student(name: str | Path) -> Path:
     Raises:
         UserError: As `resolve_checkpoint` and `converted`; if its weights are quantized in another way.
     """
-    from stages.checkpoints.configs import read_config
-    from stages.checkpoints.gguf_decoder import converted
-    from stages.checkpoints.quantization import refuse_quantized
+    from stages.checkpoints.gguf_decoder import converted  # loads torch
 
     file = gguf_file(Path(name))
     folder = resolve_checkpoint(name) if file is None else converted(file)
-    refuse_quantized(read_config(folder / "config.json"), folder, "a student")
+    refuse_quantized(read_config(folder / CONFIG), folder, "a student")
     return folder
 
 

@@ -47,6 +47,11 @@ _MAX_BYTES = 2**20
 """Largest template; real ones have kilobytes."""
 
 
+def checkpoint_of(processor: Any) -> str:
+    """The folder that a processor was loaded from; its class, if it was made here."""
+    return getattr(processor.tokenizer, "name_or_path", "") or type(processor).__name__
+
+
 def chat_template(processor: Any) -> str:
     """The template that `processor.apply_chat_template` uses when none is named.
 
@@ -57,8 +62,8 @@ def chat_template(processor: Any) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        name = type(processor).__name__
-        raise UserError(f"{name} has no (default) chat template; save one with the checkpoint (chat_template.jinja)")
+        found = f"{checkpoint_of(processor)} has no (default) chat template"
+        raise UserError(f"{found}; save one with the checkpoint (chat_template.jinja)")
     return str(template)
 
 
@@ -91,6 +96,8 @@ def read_template(name: str, placeholder: str = "<image>\n") -> str:
 class ChatTemplate:
     """The chat template of a processor; several threads may use it.
 
+    A refusal calls it by `name`, such as the file it was read from; None is the checkpoint's own one.
+
     Attributes:
         text: The template as it renders turns made of parts.
         trials: What it makes of a question about an image, or without one, and its answer; and of longer conversations
@@ -101,13 +108,14 @@ class ChatTemplate:
         UserError: If there is none, or it renders no conversation.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, name: str | None = None) -> None:
         self._special_tokens = processor.tokenizer.special_tokens_map
         own, image = chat_template(processor), getattr(processor, "image_token", None)
         found = image and with_image_parts(own, self._special_tokens, image, image_text(processor))
         if not found:
             # It may still do for samples without images; those with one are refused by their number of placeholders.
-            found = _without_images(own, self._special_tokens, image_text(processor))
+            name = name or f"that of {checkpoint_of(processor)}"
+            found = _without_images(own, self._special_tokens, image_text(processor), name)
         self.text, trial = found
         self.trials = [trial, *_longer_trials(self.text, self._special_tokens)]
         self.after_answer = trial.partition(_TRIAL["assistant"])[2]
@@ -159,8 +167,8 @@ def _for_strings(template: str, placeholder: str) -> str:
     return _FLATTEN.replace("PLACEHOLDER", repr(placeholder)) + template
 
 
-def _without_images(template: str, special_tokens: Mapping[str, Any], placeholder: str) -> tuple[str, str]:
-    """As `with_image_parts`, for conversations without images.
+def _without_images(template: str, special_tokens: Mapping[str, Any], placeholder: str, name: str) -> tuple[str, str]:
+    """As `with_image_parts`, for conversations without images; `name` says which template it is.
 
     Raises:
         UserError: If neither way renders one, with what each was refused for.
@@ -173,7 +181,7 @@ def _without_images(template: str, special_tokens: Mapping[str, Any], placeholde
             refused[str(error)] = None
     of_strings, *of_parts = reversed(refused)
     found = f"{of_strings}; with turns made of parts: {of_parts[0]}" if of_parts else of_strings
-    raise UserError(f"the chat template cannot render a question and its answer: {found}")
+    raise UserError(f"the chat template ({name}) cannot render a question and its answer: {found}")
 
 
 def _longer_trials(template: str, special_tokens: Mapping[str, Any]) -> Iterator[str]:

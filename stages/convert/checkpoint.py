@@ -18,9 +18,10 @@ from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from stages.checkpoints.configs import unfit_named
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.checkpoints.weights import INDEX, SINGLE, some, weight_files
-from stages.convert.layout import converted_config, converted_name, read_released_config
+from stages.checkpoints.weight_files import INDEX, SINGLE, some, weight_files
+from stages.convert.layout import converted_config, converted_name
 from stages.convert.processor import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_processor, named_tokenizer
+from stages.convert.released_config import read_released_config
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,

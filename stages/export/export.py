@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from stages.checkpoints.configs import read_config
+from stages.checkpoints.config_files import read_config
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
-from stages.checkpoints.quantization import refuse_quantized
-from stages.checkpoints.weights import weight_files
+from stages.checkpoints.quantization_scheme import refuse_quantized
+from stages.checkpoints.weight_files import weight_files
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
 from stages.evaluation.report import EvaluationReport
 from stages.export.model_card import ExportReport, ModelNames, PostConnector, model_card, read_history

@@ -1,6 +1,7 @@
 """What lies where in the folder of a training run: a folder a stage, with its student, checkpoints and report."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,14 @@ class RunFolder:
         if not (finished := self.finished()):
             raise UserError(f"{self.path} holds no finished stage; run `cdp train-student --output {self.path}`")
         return self.stage(finished[-1]).student
+
+    def refuse_existing(self, stages: Sequence[StageName]) -> None:
+        """Refuses a folder that holds one of these stages already, for a run that is to begin anew."""
+        for name in stages:
+            if self.stage(name).path.exists():
+                raise UserError(
+                    f"{self.path} holds {name} already; name a new --output, or leave out --no-resume to go on"
+                )
 
     def write_summary(self) -> None:
         """Writes `summary.json`: the reports of all finished stages, also of earlier commands.

@@ -17,7 +17,7 @@ FIRST_SAMPLES: Final = 16
 
 
 def check_first_samples(settings: TeacherConfig, samples: SampleSet) -> None:
-    """Refuses a teacher whose processor takes no picture, or whose template takes none of the first samples.
+    """Refuses a teacher whose processor takes no picture though samples have some, or whose template takes no sample.
 
     Of the samples only the text is rendered, in the process of templates: their images and tokens may end a process,
     and are left to the workers. Samples that cannot be used for another reason are left to the ledger.
@@ -28,10 +28,11 @@ def check_first_samples(settings: TeacherConfig, samples: SampleSet) -> None:
     identity = identify_teacher(settings, on_gpu=False, with_weights=False)
     template = settings.chat_template or f"that of {settings.checkpoint}"
     encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, NO_LIMIT)
-    try:
-        encoder.encode_pair("What is in the picture?", "All is grey.", [Image.new("RGB", (64, 48), "grey")])
-    except UnusableSample as error:
-        raise _refusal(template, f"a question about a grey picture: {error}") from error
+    if _hold_images(samples):
+        try:
+            encoder.encode_pair("What is in the picture?", "All is grey.", [Image.new("RGB", (64, 48), "grey")])
+        except UnusableSample as error:
+            raise _refusal(template, f"a question about a grey picture: {error}") from error
     if not samples.index.shards:
         return
     refusals: list[tuple[str, UnusableSample]] = []
@@ -48,6 +49,15 @@ def check_first_samples(settings: TeacherConfig, samples: SampleSet) -> None:
     if refusals and all(error.reason in get_args(ReasonOfText) for _, error in refusals):
         key, first = refusals[0]
         raise _refusal(template, f"any of the first {len(refusals)} samples; of {key}: {first}") from first
+
+
+def _hold_images(samples: SampleSet) -> bool:
+    """Whether any sample has an image; what is wrong with a table is said where its shard is read."""
+    for number in range(len(samples.index.shards)):
+        with suppress(CorruptData, OSError):
+            if any(len(members.spans) > 1 for members in samples.members(number)):
+                return True
+    return False
 
 
 def _refusal(template: str, found: str) -> UserError:

@@ -12,7 +12,8 @@ from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import CAPTURE_VERSION
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
-from stages.checkpoints.quantization import check_packages, scheme_of
+from stages.checkpoints.quantization import check_packages
+from stages.checkpoints.quantization_scheme import scheme_of
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.checkpoints.weights import weights_digest
 from stages.conversations.answer_ends import notes_of_ends
@@ -140,7 +141,7 @@ def identify_teacher(
     if settings.chat_template is not None:
         processor.chat_template = read_template(settings.chat_template, image_text(processor))
     # One for plain strings is stored, and saved with students, as it is used here: behind what makes strings of parts.
-    if (used := ChatTemplate(processor).text) != chat_template(processor):
+    if (used := ChatTemplate(processor, settings.chat_template).text) != chat_template(processor):
         processor.chat_template = used
     return TeacherIdentity(
         folder=folder,

@@ -8,21 +8,15 @@ from typing import Any
 import numpy as np
 
 from storage.digests import digest_of
-from storage.errors import FingerprintMismatch, UserError
-from storage.regular_files import read_regular
+from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.streaming.order import Ints, StreamConfig, epoch_order, permutation, raw_bits, shard_rows
-from storage.targets.manifest import OTHER_SAMPLES
+from storage.streaming.source_checks import check_mixable, check_same_samples, incomplete, read_keys
 from storage.targets.store import TargetStore
-
-MAY_DIFFER = frozenset({"samples", "max_length", "dtype"})
-"""Of two stores in one mixture; all else that a fingerprint holds decides what a student is or how targets are read."""
 
 _FOR_PASSES, _FOR_BUDGET = 1, 2
 """Last numbers of the addresses of random bits; those of an epoch's order end with the epoch."""
 _NAMED = 5
-MAX_SUBSET_BYTES = 256 * 2**20
-"""Largest list of keys: some ten million of them."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +57,13 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Source], config: StreamConfig) -> None:
         self.sources, self.config = tuple(sources), config
-        check_mixable([source.targets for source in self.sources])
+        check_mixable([(one.targets.store.url, one.targets.manifest.fingerprint) for one in self.sources])
         self._firsts = np.cumsum([0, *(source.targets.manifest.num_shards for source in self.sources)])
         rows = []
         for source, first in zip(self.sources, self._firsts.tolist(), strict=False):
-            check_same_samples(source.samples, source.targets)
+            samples, targets = source.samples, source.targets
+            fingerprint = targets.manifest.fingerprint
+            check_same_samples(samples.store.url, samples.index.digest, targets.store.url, fingerprint)
             rows.append(_usable_rows(source, shard_sizes(source.targets, config.allow_incomplete), first))
         self._rows = _within_budget(rows, config)
 
@@ -124,53 +120,16 @@ def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[in
         UserError: If shards are not committed yet and that is not allowed, or nothing is committed.
     """
     sizes = {shard: record.num_samples for shard, record in targets.commits.items()}
-    planned, num_samples = targets.manifest.num_shards, sum(sizes.values())
+    planned = targets.manifest.num_shards
     missing = sorted(set(range(planned)) - set(sizes))
-    if (missing and not allow_incomplete) or not num_samples:
+    if missing and not allow_incomplete:
+        raise incomplete(targets.store.url, planned, missing)
+    if not any(sizes.values()):
         raise UserError(
-            f"{targets.store.url} has {planned - len(missing)} of {planned} shards committed with {num_samples} "
-            f"samples (missing: {missing[:5]}); run `cdp extract-teacher` to finish it"
-            + (", or train on these with train.data.allow_incomplete" if num_samples else "")
+            f"{targets.store.url} has no sample in {len(sizes)} of {planned} shards committed: nothing can be read; "
+            "run `cdp extract-teacher` to finish it, or extract from other samples"
         )
     return sizes
-
-
-def check_same_samples(samples: SampleSet, targets: TargetStore) -> None:
-    """Raises FingerprintMismatch unless the targets were made from these samples."""
-    wanted, found = targets.manifest.fingerprint.samples, samples.index.digest
-    if found != wanted:
-        raise FingerprintMismatch(
-            f"targets at {targets.store.url} were made from samples {wanted[:12]}, {samples.store.url} holds "
-            f"{found[:12]} (differs in: samples); give the right sample set, or extract again. {OTHER_SAMPLES}"
-        )
-
-
-def check_mixable(stores: Sequence[TargetStore]) -> None:
-    """Raises FingerprintMismatch unless a student can learn from all these stores at once; names what differs."""
-    first, *others = stores
-    for other in others:
-        names = first.manifest.fingerprint.differences(other.manifest.fingerprint)
-        if differing := [name for name in names if name.split(".")[0] not in MAY_DIFFER]:
-            raise FingerprintMismatch(
-                f"targets at {first.store.url} and {other.store.url} cannot be mixed (differs in: "
-                f"{', '.join(differing)}); extract both with the same teacher and settings"
-            )
-
-
-def read_keys(path: Path) -> frozenset[str]:
-    """Sample keys of a text file, one a line; empty lines do not count.
-
-    Raises:
-        UserError: If it cannot be read or names nothing.
-    """
-    try:
-        # With the byte-order mark that some editors write, which would become a part of the first key.
-        keys = frozenset(read_regular(path, MAX_SUBSET_BYTES).decode("utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"subset {path} cannot be read: {error}; expected a text file of keys, one a line") from error
-    if not keys:
-        raise UserError(f"subset {path} names no sample; give a text file of sample keys, one a line")
-    return keys
 
 
 def _usable_rows(source: Source, sizes: Mapping[int, int], first: int) -> Ints:

@@ -153,15 +153,25 @@ def create_or_check(store: Store, manifest: Manifest) -> None:
     """
     if store.create(MANIFEST_PATH, manifest.to_bytes()):
         return
-    stored = Manifest.load(store)
+    check_same(store.url, Manifest.load(store), manifest)
+
+
+def check_same(url: str, stored: Manifest, manifest: Manifest) -> None:
+    """Make sure that the store at `url`, which has the manifest `stored`, is what `manifest` says.
+
+    Raises:
+        FingerprintMismatch: Naming each differing field with both values.
+    """
     differing = _differences(stored.model_dump(mode="json"), manifest.model_dump(mode="json"))
+    if not differing:
+        return
     lines = [
         f"  {name.removeprefix('fingerprint.')}: stored {_shown(theirs)}, this run {_shown(ours)}"
         for name, (theirs, ours) in sorted(differing.items())
     ]
     hint = f"\n{OTHER_SAMPLES}" if "fingerprint.samples" in differing else ""
     raise FingerprintMismatch(
-        f"targets at {store.url} were made from something else than this run names; it differs in:\n"
+        f"targets at {url} were made from something else than this run names; it differs in:\n"
         + "\n".join(lines)
         + hint
         + "\nUse the settings they were made with, or extract into a new folder; nothing was changed"

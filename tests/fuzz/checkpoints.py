@@ -19,7 +19,7 @@ from stages.checkpoints.resolve import resolve_checkpoint, resolve_student
 from stages.checkpoints.weights import load_weights, weights_digest
 from stages.convert.checkpoint import convert_checkpoint
 from stages.student.model.loading import check_weights
-from stages.student.model.student import is_student
+from stages.student.student_kind import is_student
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
 from tests.fuzz.attempt import Mutant, Target
 from tests.fuzz.mutants import spoiled, spoiled_bytes

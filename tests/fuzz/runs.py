@@ -29,7 +29,7 @@ from stages.unusable_sample import UnusableSample
 from storage.digests import digest_of, file_sha256
 from storage.errors import UserError
 from storage.stores import open_store
-from storage.streaming.mixture import read_keys
+from storage.streaming.source_checks import read_keys
 from tests.fuzz.attempt import Mutant, Target
 from tests.fuzz.mutants import HOSTILE, spoiled, spoiled_bytes, spoiled_json
 from tests.fuzz.safetensors_files import spoiled_safetensors

@@ -19,11 +19,12 @@ from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
-from stages.families.registry import FAMILIES, LLAVA, family_of
+from stages.families.registry import LLAVA
 from stages.images import decode_image
 from stages.student.data.tokenizer_compatibility import other_tokenizer, student_processor, tokenizer_differences
 from stages.student.model.build import check_decoder, teacher_family
-from stages.student.model.student import is_student, register_students
+from stages.student.model.student import register_students
+from stages.student.student_kind import is_student, vision_family
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
@@ -212,27 +213,12 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
 
 def _family(folder: Path, config: PreTrainedConfig, teacher: PreTrainedConfig, *, own_vision: bool) -> Family:
     """Family of the vision tower; refuses a checkpoint that is not of the kind that `own_vision` says."""
-    model_type = config.model_type
+    family = vision_family(folder, config.model_type, teacher.model_type, own_vision=own_vision)
     if not own_vision:
-        if model_type in FAMILIES:
-            raise UserError(
-                f"{folder} is a whole multimodal model ({model_type}); give --vision own to keep its vision tower "
-                "and projector, or name a causal language model as the student's decoder"
-            )
-        family = teacher_family(teacher)
+        teacher_family(teacher)
         if not is_student(folder):
             check_decoder(folder, config)
-        return family
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"{folder} is of type {model_type}, which has no vision tower of its own; name a multimodal "
-            f"checkpoint ({', '.join(sorted(FAMILIES))}), or give it the teacher's vision tower (--vision teacher)"
-        )
-    for role, name in (("student", model_type), ("teacher", teacher.model_type)):
-        if (reason := family_of(name).why_not_with_own_vision()) is not None:
-            wrong = f"a student with its own vision tower cannot be trained with a {role} of type {name}"
-            raise UserError(f"{wrong}: {reason}")
-    return FAMILIES[model_type]
+    return family
 
 
 def check_first_samples(source: Source, reader: SampleReader) -> None:

@@ -9,6 +9,7 @@ from transformers import AddedToken, AutoTokenizer, ProcessorMixin
 
 from stages.checkpoints.processors import load_processor, load_tokenizer
 from stages.conversations.chat_templates import chat_template, with_image_parts
+from stages.student.student_kind import without_tokenizer
 from storage.errors import UserError
 
 
@@ -27,10 +28,7 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
     """
     file = student_folder / "tokenizer.json"
     if not file.is_file():
-        raise UserError(
-            f"{student_folder} has no tokenizer.json, so nothing says whether its token ids are the teacher's; "
-            "save the fast tokenizer of that model into it"
-        )
+        raise without_tokenizer(student_folder)
     try:
         student = Tokenizer.from_file(str(file))
     # The library raises a bare Exception for a file that it cannot read.

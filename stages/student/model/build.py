@@ -11,17 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from stages.attention.capturable_layers import check_sdpa
 from stages.checkpoints.configs import load_config, unfit_named
-from stages.checkpoints.quantization import refuse_quantized
+from stages.checkpoints.quantization_scheme import refuse_quantized
 from stages.checkpoints.resolve import resolve_student
-from stages.checkpoints.weights import check_files, load_weights, some, weight_files
+from stages.checkpoints.weight_files import check_files, some, weight_files
+from stages.checkpoints.weights import load_weights
 from stages.families.family import Family
-from stages.families.registry import FAMILIES, family_of
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
-from stages.student.model.student import VISION_PREFIXES, Student
+from stages.student.model.student import Student
+from stages.student.student_kind import VISION_PREFIXES, no_decoder, teaching_family
 from storage.errors import FingerprintMismatch, UserError
 
 
@@ -74,14 +75,7 @@ def teacher_family(teacher: PreTrainedConfig) -> Family:
     Raises:
         UserError: If no student can have it; says why.
     """
-    model_type = teacher.model_type
-    family = family_of(model_type)
-    if (reason := family.why_no_student()) is not None:
-        able = sorted(name for name, known in FAMILIES.items() if known.why_no_student() is None)
-        raise UserError(
-            f"no student can be built for a teacher of type {model_type}: {reason}. Its targets can be extracted; "
-            f"students can be built for {', '.join(able)}"
-        )
+    family = teaching_family(teacher.model_type)
     # `Teacher.save_vision` takes the note of it away where only other parts are.
     todo = "give it one of its own (--vision own), or extract with a teacher whose vision tower is not quantized"
     refuse_quantized(teacher, Path(teacher.name_or_path), "a student with the teacher's vision tower", todo)
@@ -96,10 +90,7 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
             has them, or it has no sdpa attention.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(
-            f"{folder} is of type {config.model_type}, which is no causal language model; name one such as Qwen or "
-            "Llama as the student's decoder"
-        )
+        raise no_decoder(folder, config.model_type)
     with torch.device("meta"), unfit_named(folder):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = getattr(model, "lm_head", None)

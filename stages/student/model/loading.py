@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.weights import load_weights
-from stages.student.model.student import Student, is_student, register_students
-from storage.errors import UserError
+from stages.student.model.student import Student, register_students
+from stages.student.student_kind import is_student, takes_no_images
 
 
 def load_student(folder: Path, dtype: "torch.dtype | str" = torch.float32) -> Student:
@@ -40,7 +40,7 @@ def multimodal_config(folder: Path) -> PreTrainedConfig:
     register_students()
     config = load_config(folder)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise UserError(f"{folder} is of type {config.model_type}, which takes no images; give a multimodal model")
+        raise takes_no_images(folder, config.model_type)
     return config
 
 

@@ -1,16 +1,13 @@
 """What a student is: its classes, and where its parts are."""
 
-from pathlib import Path
 from typing import TypeAlias
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from stages.checkpoints.configs import read_config
 from stages.families.registry import FAMILIES
-from stages.student.model.modeling_any_teacher import AnyTeacherStudentConfig, AnyTeacherStudentForConditionalGeneration
+from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.student.model.modeling_compodistill import (
-    CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
 
@@ -22,9 +19,6 @@ Student: TypeAlias = (
 )
 """One of the first two with the teacher's vision tower, a class of transformers with its own."""
 
-VISION_PREFIXES = {CompoDistillStudentConfig.model_type: "model.", AnyTeacherStudentConfig.model_type: "model.eyes."}
-"""What `model.` in the names of the teacher's vision tensors becomes in a student."""
-
 
 def register_students() -> None:
     """Makes the Auto classes of transformers know students; safe to call again."""
@@ -32,11 +26,6 @@ def register_students() -> None:
         config_class = model_class.config_class
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
-
-
-def is_student(folder: Path) -> bool:
-    """Whether a checkpoint is a student with a teacher's vision tower, not a bare decoder or another model."""
-    return read_config(folder / "config.json").get("model_type") in VISION_PREFIXES
 
 
 def projector_parameters(student: Student) -> list[nn.Parameter]:

@@ -8,7 +8,8 @@ from typing import Any
 from stages.checkpoints.gguf import gguf_file
 from stages.checkpoints.gguf_decoder import gguf_digest
 from stages.checkpoints.resolve import resolve_student
-from stages.checkpoints.weights import weight_files, weights_digest
+from stages.checkpoints.weight_files import weight_files
+from stages.checkpoints.weights import weights_digest
 from stages.settings import lasting, refuse_other_settings
 from stages.student.run_folder import StageDescription, StageFolder
 from stages.student.stage_config import STAGES, StageName

@@ -18,11 +18,12 @@ from stages.student.data.sample_reader import (
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_layers
 from stages.student.model.build import build_student, check_vision_tower
 from stages.student.model.loading import check_weights, load_student
-from stages.student.model.student import Student, is_student
+from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
+from stages.student.store_check import check_temperature
+from stages.student.student_kind import is_student
 from stages.student.training.stage_run import StageRun
 from stages.tempered_noise import noise_notes
-from storage.errors import UserError
 from storage.streaming.stream import Mixture
 
 
@@ -59,13 +60,7 @@ class StageSetup:
         if self._saved and not self._own_vision:
             check_vision_tower(self._folder, spec.teacher_folder)
         check_weights(self._folder, bare=not (self._saved or self._own_vision))
-        codec, wanted = run.targets.manifest.fingerprint.logit_codec, run.stage.kd_temperature
-        if kd_weight > 0 and not codec.serves(wanted):
-            raise UserError(
-                f"kd_temperature of {run.name} is {wanted}, but {run.targets.store.url} holds what a student needs at "
-                f"{[1.0, *codec.temperatures]} only; choose one of them, or extract again with it in "
-                "teacher.temperatures"
-            )
+        check_temperature(run.name, run.stage, run.targets.store.url, run.targets.manifest.fingerprint)
         self.notes = [*spec.notes, *_notes_of_ends(run, spec), *notes_of_noise(run)]
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import PreTrainedConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from stages.checkpoints.configs import read_config
+from stages.checkpoints.config_files import read_config
 from stages.checkpoints.processor_sizes import check_picture
 from stages.checkpoints.processors import load_processor
 from stages.convert.checkpoint import convert_checkpoint

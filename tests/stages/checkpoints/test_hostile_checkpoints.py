@@ -12,7 +12,8 @@ import torch
 from stages.checkpoints.configs import check_configs, load_config
 from stages.checkpoints.processors import load_processor, load_tokenizer
 from stages.checkpoints.resolve import resolve_checkpoint
-from stages.checkpoints.weights import weight_files, weights_digest
+from stages.checkpoints.weight_files import weight_files
+from stages.checkpoints.weights import weights_digest
 from stages.convert.checkpoint import convert_checkpoint
 from stages.student.model.build import build_student
 from stages.student.model.loading import check_weights, load_multimodal, load_student

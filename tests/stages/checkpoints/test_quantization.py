@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from stages.checkpoints.configs import load_config
-from stages.checkpoints.quantization import check_sizes, scheme_of
+from stages.checkpoints.quantization import check_sizes
+from stages.checkpoints.quantization_scheme import scheme_of
 from stages.checkpoints.resolve import resolve_student
 from stages.checkpoints.weights import load_weights
 from stages.export.export import export_student

@@ -10,8 +10,9 @@ from storage.codecs.codec_settings import MapCodecConfig
 from storage.errors import FingerprintMismatch, UserError
 from storage.samples.sample_set import SampleSet
 from storage.stores import open_store
-from storage.streaming.mixture import Mixture, Source, read_keys
+from storage.streaming.mixture import Mixture, Source
 from storage.streaming.order import StreamConfig
+from storage.streaming.source_checks import read_keys
 from storage.streaming.stream import mixture_stream
 from storage.targets.store import TargetStore
 from tests.storage.builders import extract, pack

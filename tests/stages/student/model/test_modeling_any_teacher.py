@@ -25,8 +25,9 @@ from stages.student.losses.attention import attention_alignment_loss
 from stages.student.model.build import build_student
 from stages.student.model.loading import load_student
 from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
-from stages.student.model.student import Student, is_student
+from stages.student.model.student import Student
 from stages.student.stage_config import DistilledFinetuning
+from stages.student.student_kind import is_student
 from stages.student.training.loop import train_stage
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from stages.student.training.stage_run import StageRun
