@@ -1,6 +1,5 @@
 """Which checkpoint can become a student of which teacher, known from both configs without a library."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from storage.errors import UserError
 VISION_PREFIXES = {"compodistill_student": "model.", "compodistill_any_teacher_student": "model.eyes."}
 """Model types of students with the teacher's vision tower -> what `model.` in the names of its tensors becomes."""
 
-_OTHER_TASK = re.compile("For(MaskedLM|ConditionalGeneration|ImageClassification|ImageTextToText)$")
-"""How class names end of models that are no causal language models, though the library may have one of their type."""
+_ENCODERS = ("ForMaskedLM", "ForImageClassification")
+"""How class names end of models that are encoders alone, though the library may have decoders of their type."""
 
 
 def is_student(folder: Path) -> bool:
@@ -35,8 +34,7 @@ def check_student(folder: Path, teacher_type: str, *, own_vision: bool) -> dict[
     refuse_quantized(config, folder, "a student")
     model_type = config.get("model_type", "")
     vision_family(folder, model_type, teacher_type, own_vision=own_vision)
-    classes = _classes(config)
-    if not own_vision and model_type not in VISION_PREFIXES and classes and all(map(_OTHER_TASK.search, classes)):
+    if not own_vision and model_type not in VISION_PREFIXES and _has_encoder(config):
         raise no_decoder(folder, model_type)
     if own_vision:
         check_processor_files(folder)
@@ -123,6 +121,12 @@ def takes_no_images(folder: Path, model_type: str) -> UserError:
 
 def _mentions_images(config: Mapping[str, Any]) -> bool:
     return any(word in key for key in config for word in ("vis", "image", "mm_"))
+
+
+def _has_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether it is an encoder, alone or with a decoder behind it. Of other kinds the library knows more."""
+    classes = _classes(config)
+    return config.get("is_encoder_decoder") is True or (bool(classes) and all(c.endswith(_ENCODERS) for c in classes))
 
 
 def _classes(config: Mapping[str, Any]) -> list[str]:

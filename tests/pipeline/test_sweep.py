@@ -130,6 +130,8 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(
     arguments = ("--sweep", sweep, "--output", output, "--stage", "dpt", "--set", "train.dpt.max_steps=1")
     done = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 1
+    # Within seconds, and again beside the results.
+    assert "warning: student broken will fail, the others are trained: no checkpoint at no-such-folder" in done.err
     assert "student broken failed: no checkpoint at no-such-folder" in done.err
     report = SweepReport.model_validate_json((output / "sweep.json").read_text())
     assert list(report.failures) == ["broken"]

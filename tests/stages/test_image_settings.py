@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from PIL import Image, ImageOps
 
 from pipeline.chat import open_chat
+from pipeline.evaluation import attention_pictures
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
+from stages.evaluation.attention_pictures import enlarged
 from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.evaluate_pairs import evaluate_pairs
@@ -31,6 +34,7 @@ from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source, StreamConfig, StreamedSample
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image, load_tiny_llava, make_foreign_lm, make_tiny_llava, make_tiny_lm
+from tests.pipeline.processes import run_here
 from tests.stages.distilled import TinyData, extract_here
 from tests.storage.builders import target_stream
 
@@ -111,6 +115,21 @@ def test_the_picture_stands_where_the_text_has_it_or_at_the_front(
         "USER: What #\n color?",
         "USER: #\nWhat  color?",
     ]
+
+
+def test_attention_is_compared_on_pictures_read_as_the_teacher_read_them(
+    data: TinyData, store: TargetStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--samples", data.samples, "--targets", store.store.url)
+    done = run_here("compare-attention", data.teacher, *words, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    # The teacher against its own maps: of a picture turned otherwise they would be others.
+    (average,) = re.findall(r"average\W+([01]\.\d+)", done.out)
+    assert average == "1.000"
+    turned, _ = attention_pictures({"teacher": str(data.teacher)}, str(data.samples), store.store.url, count=2)
+    with Image.open(picture(data)) as image:
+        assert image.width != image.height
+        assert dict(turned.pictures)["image"].tobytes() == enlarged(ImageOps.exif_transpose(image)).tobytes()
 
 
 @pytest.mark.parametrize("own_tokenizer", [False, True])

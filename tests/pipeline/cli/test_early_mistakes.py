@@ -129,6 +129,7 @@ MISTAKES = {
     "estimate --teacher {teacher} --samples {samples} --report /proc/none/x.json": "nothing can be written in /proc",
     "evaluate {teacher} --pairs {pairs} --report /proc/x.json": "nothing can be written in /proc",
     "compare-attention {lm} --samples s --targets t --html {data}/data.json/x.html": "leads through a file",
+    "compare-attention {lm} --samples s --targets t --report /proc/none/x.json": "nothing can be written in /proc",
     "export {lm} /proc/none": "nothing can be written in /proc",
     "pack-samples https://host/data.json {data} {new}": "https://host/data.json is a URL",
     "pack-samples {data}/data.json {data}/images /proc/none": "nothing can be written in /proc",
@@ -227,12 +228,18 @@ def test_a_place_that_can_be_written_is_left_as_it_was(folder: str, tmp_path: Pa
     [
         ("estimate --teacher {teacher} --config-only --set estimate.samples=665000", "computed from configs alone"),
         ("evaluate {teacher} --pairs {pairs} --limit 1", "accuracy in percent"),
+        ("compare-attention {teacher} --samples {samples} --targets {targets} --limit 2", "attention similarity over"),
     ],
 )
 def test_the_table_is_printed_before_the_report_is_saved(
-    command: str, table: str, tiny: TinyWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    table: str,
+    tiny: TinyWorld,
+    targets: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [word.format(**vars(tiny)) for word in command.split()]
+    words = [word.format(**vars(tiny), targets=targets) for word in command.split()]
     ended = run_here(*words, "--report", "/dev/full", monkeypatch=monkeypatch, capsys=capsys)
     assert ended.code == 2
     assert table in " ".join(ended.out.split())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyWorld
+from tests.gguf_files import make_gguf
 from tests.pipeline.processes import cdp
 from tests.pipeline.runs import SETTINGS
 
@@ -60,6 +61,22 @@ def test_a_hub_id_and_a_bucket_are_asked_for(requests: list[bytes], tmp_path: Pa
     requests.clear()
     assert cdp("inspect", "s3://nobodys-bucket/targets").code == 2
     assert requests
+
+
+def test_a_student_of_a_gguf_file_asks_nothing_of_anyone(
+    requests: list[bytes], tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CDP_CACHE_DIR", str(tmp_path / "cache"))
+    file = make_gguf(tmp_path / "decoder.gguf", tiny.student_lm)
+    # Files that the library would obey, and ask the hub for what they name.
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model", "peft_type": "LORA"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["some/model--code.Class", null]}}')
+    places = ("--samples", tiny.samples, "--targets", targets, "--student", file, "--output", tmp_path / "run")
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    ended = cdp("train-student", "--stage", "dpt", *places, *settings)
+    assert ended.code == 0, ended.err
+    assert "weights become a checkpoint" in ended.err
+    assert requests == []
 
 
 def test_commands_on_folders_ask_nothing_of_anyone(

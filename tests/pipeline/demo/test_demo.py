@@ -16,7 +16,7 @@ PUBLISHED = ROOT / "docs" / "demo" / "report.json"
 
 
 @pytest.mark.slow
-def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
+def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = DemoConfig(num_images=40, num_pairs=5, steps=3)
     report = run_demo(tmp_path / "demo", config)
     assert set(report.students) == {"sft", "logits", "compodistill"}
@@ -33,6 +33,14 @@ def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path) -> Non
     }
     with pytest.raises(UserError, match="num_images"):
         run_demo(tmp_path / "demo", DemoConfig(num_images=41, num_pairs=5, steps=3))
+
+    # The table does not go with a report that cannot be saved.
+    (tmp_path / "demo" / "report.json").unlink()
+    (tmp_path / "demo" / "report.json").mkdir()
+    capsys.readouterr()
+    with pytest.raises(IsADirectoryError):
+        run_demo(tmp_path / "demo", config)
+    assert accuracy_table(report).rows[0][0] in capsys.readouterr().out
 
 
 def test_a_disk_that_fills_is_one_error_that_names_it(small_disk: Path) -> None:

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import pipeline.extraction.extract
 from pipeline.cli.extract_teacher import print_report
-from pipeline.cli.inspect import inspect
 from pipeline.cluster.worker import ProgressMarker
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
-from pipeline.extraction.report import ExtractionReport
+from pipeline.extraction.report import REPORT, ExtractionReport
 from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.config import TeacherConfig
@@ -32,7 +31,7 @@ from storage.targets.store import TargetStore
 from tests.checkpoints import CHAT_TEMPLATE_OF_LLAVA_1_5, make_llava_data, make_tiny_llava
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.in_process import without_ray
-from tests.pipeline.processes import start_cdp, tree
+from tests.pipeline.processes import run_here, start_cdp, tree
 from tests.processes import descendants, kill_when, runs_until, wait_until_dead
 from tests.recorded_progress import RecordedProgress
 
@@ -371,7 +370,7 @@ def test_resuming_with_another_teacher_or_other_samples_is_refused_by_name_and_c
 
 @pytest.mark.usefixtures("shards_made_here")
 def test_what_is_cut_is_counted_over_the_whole_store_by_every_run_and_by_inspect(
-    tiny: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, images = make_llava_data(tmp_path / "data", 6)
     records = json.loads(data.read_text())
@@ -388,15 +387,19 @@ def test_what_is_cut_is_counted_over_the_whole_store_by_every_run_and_by_inspect
         first = run(tiny, store, samples=tmp_path / "samples", max_length=128, cut=cut)
         assert (first.samples, first.skipped, first.cut_samples) == (6, {}, 2)
         (store / "commits/000001.json").unlink()
-        second = run(tiny, store, samples=tmp_path / "samples", max_length=128, cut=cut)
+        places = ("--teacher", tiny.teacher, "--samples", tmp_path / "samples", "--targets", store, "--workers", 1)
+        asked = [f"--set=teacher.{setting}" for setting in ("batch_size=4", "max_length=128", f"cut={cut}")]
+        extracted = run_here("extract-teacher", *places, *asked, monkeypatch=monkeypatch, capsys=capsys)
+        assert extracted.code == 0, extracted.err
+        second = ExtractionReport.model_validate_json((store / REPORT).read_text())
         assert second.shards_made_now == 1
         assert (second.cut_samples, second.cut_answer_tokens) == (2, first.cut_answer_tokens)
         assert verify(store, tmp_path / "samples").ok
-        print_report(second, "store")
-        inspect(str(store))
-        shown = capsys.readouterr().out
-        assert shown.count("2 (33.3%), which lost") == 2
-        assert shown.count(f" {first.cut_answer_tokens:,} ") == 2
+        inspected = run_here("inspect", store, monkeypatch=monkeypatch, capsys=capsys)
+        lost = f"2 (33.3%), which lost {first.cut_answer_tokens:,} answer tokens ("
+        for shown, name in ((extracted.out, "cut at teacher.max_length"), (inspected.out, "cut at max_length")):
+            (line,) = (line for line in shown.splitlines() if name in line)
+            assert lost in line
         kept[cut] = first.answer_tokens, first.answer_tokens + first.cut_answer_tokens
     assert kept["whole_turns"][0] < kept["tokens"][0]
     assert kept["whole_turns"][1] == kept["tokens"][1]

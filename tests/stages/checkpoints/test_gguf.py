@@ -107,10 +107,18 @@ def test_a_run_records_which_file_it_was(file: Path, decoder: Path) -> None:
     assert decoder_digest(str(file)) == weights_digest(resolve_student(file))
 
 
-def test_it_is_converted_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_converted_once_and_the_log_says_so(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CDP_CACHE_DIR", str(tmp_path))
     first = resolve_student(file)
+    begun, ended = caplog.messages
+    assert begun.startswith(f"{file}: its ")
+    assert begun.endswith(" weights become a checkpoint, once; this may take minutes")
+    assert ended.endswith(f" s, kept in {tmp_path}")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     assert resolve_student(file) == first
+    assert caplog.messages == [begun, ended]
 
 
 def test_digits_stand_alone_where_the_file_says_so(decoder: Path, tmp_path: Path) -> None:
