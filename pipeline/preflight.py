@@ -11,10 +11,11 @@ from pipeline.sweep_file import Sweep
 from pipeline.ui.console import is_main_process
 from stages.checkpoints.config_files import CONFIG, num_decoder_layers, read_config
 from stages.checkpoints.gguf import gguf_file, read_decoder_head
-from stages.checkpoints.processor_files import check_own_template, check_processor_files
+from stages.checkpoints.processor_files import TOKENIZER, check_own_template, check_processor_files
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.chat_templates import read_template
 from stages.families.registry import family_of
+from stages.student.data.vocabularies import refuse_other_vocabulary
 from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import DataSource
 from stages.student.store_check import check_one_teacher, check_served
@@ -30,6 +31,7 @@ from storage.stores.recognize import CHECKPOINT, RUN, SAMPLE_SET, TARGET_STORE, 
 from storage.streaming.source_checks import check_mixable, check_same_samples, incomplete, read_keys
 from storage.targets.commits import COMMITS, committed_shards
 from storage.targets.manifest import MANIFEST_PATH, MAX_LAYERS, Manifest, check_same
+from storage.targets.teacher_assets import teacher_record
 from storage.writable import check_writable
 
 
@@ -178,15 +180,17 @@ def check_training(run: RunFile, *, resume: bool = True) -> None:
         check_mixable([(open_store(one.targets).url, manifests[one.targets].fingerprint) for one in many])
     first = {stage: manifests[many[0].targets] for stage, many in sources.items()}
     own_vision = run.train.vision == "own"
+    # A finished stage is not trained again, whatever its targets are by now.
+    to_train = [stage for stage in run.train.stages if not RunFolder(output).stage(stage).is_finished]
     num_layers = _student_layers(student, first[run.train.stages[0]], own_vision=own_vision)
+    if any(run.train.stage(stage).kd_weight > 0 for stage in to_train):
+        _check_vocabulary(student, open_store(sources[to_train[0]][0].targets))
     if not own_vision:
         check_one_teacher({stage: manifest.fingerprint.teacher_weights for stage, manifest in first.items()})
-    for stage, many in sources.items():
-        # A finished stage is not trained again, whatever its targets are by now.
-        if not RunFolder(output).stage(stage).is_finished:
-            url, settings = open_store(many[0].targets).url, run.train.stage(stage)
-            check_served(stage, settings, run.train.matching, url, first[stage], num_layers)
-            _check_data(run, many, manifests)
+    for stage in to_train:
+        url, settings = open_store(sources[stage][0].targets).url, run.train.stage(stage)
+        check_served(stage, settings, run.train.matching, url, first[stage], num_layers)
+        _check_data(run, sources[stage], manifests)
 
 
 def check_sweep(sweep: Sweep, *, resume: bool) -> list[str]:
@@ -222,6 +226,15 @@ def _student_layers(student: str, manifest: Manifest, *, own_vision: bool) -> in
             "whole multimodal model: name one, or leave the vision tower to the teacher (--vision teacher)"
         )
     return read_decoder_head(file).num_layers
+
+
+def _check_vocabulary(student: str, targets: Store) -> None:
+    """Refuses a student with another vocabulary that is to learn from logits, where both lie on this machine."""
+    if isinstance(targets, LocalStore) and Path(student).is_dir() and gguf_file(Path(student)) is None:
+        teacher = targets.root / teacher_record(targets).path
+        # What was lost of a store is said where all of it is checked.
+        if (teacher / TOKENIZER).is_file():
+            refuse_other_vocabulary(teacher, Path(student))
 
 
 def _check_data(run: RunFile, sources: Sequence[DataSource], manifests: Mapping[str, Manifest]) -> None:

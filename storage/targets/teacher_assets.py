@@ -30,6 +30,19 @@ def save_teacher(store: Store, manifest: Manifest, staged: Path) -> TeacherRecor
     return publish(store, staged, TeacherRecord.build(files=measure_files(staged), manifest=manifest.digest))
 
 
+def teacher_record(store: Store) -> TeacherRecord:
+    """The record of the teacher's files.
+
+    Raises:
+        UserError: If none is committed.
+    """
+    try:
+        return TeacherRecord.load(store, TEACHER_RECORD)
+    except FileNotFoundError:
+        missing = f"{store.url}/{TEACHER_RECORD} does not exist"
+        raise UserError(f"{store.url}/{TEACHER} is not committed: {missing}; run `cdp extract-teacher`") from None
+
+
 def teacher_folder(store: Store, manifest: Manifest) -> Path:
     """A local folder of the teacher's files, every byte of which is what was committed.
 
@@ -37,12 +50,7 @@ def teacher_folder(store: Store, manifest: Manifest) -> Path:
         UserError: If none is committed.
         CorruptData: If a file is missing, damaged or not ours, naming it.
     """
-    where = f"{store.url}/{TEACHER}"
-    try:
-        record = TeacherRecord.load(store, TEACHER_RECORD)
-    except FileNotFoundError:
-        missing = f"{store.url}/{TEACHER_RECORD} does not exist"
-        raise UserError(f"{where} is not committed: {missing}; run `cdp extract-teacher`") from None
+    where, record = f"{store.url}/{TEACHER}", teacher_record(store)
     todo = "run `cdp verify --repair` on the store, then `cdp extract-teacher`"
     if record.manifest != manifest.digest:
         raise CorruptData(

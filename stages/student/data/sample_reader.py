@@ -21,7 +21,8 @@ from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
 from stages.families.registry import LLAVA
 from stages.images import decode_image
-from stages.student.data.tokenizer_compatibility import other_tokenizer, student_processor, tokenizer_differences
+from stages.student.data.tokenizer_compatibility import student_processor, tokenizer_differences
+from stages.student.data.vocabularies import other_tokenizer
 from stages.student.model.build import check_decoder, teacher_family
 from stages.student.model.student import register_students
 from stages.student.student_kind import is_student, vision_family

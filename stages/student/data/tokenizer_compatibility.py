@@ -4,12 +4,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, ProcessorMixin
 
 from stages.checkpoints.processors import load_processor, load_tokenizer
 from stages.conversations.chat_templates import chat_template, with_image_parts
-from stages.student.student_kind import without_tokenizer
+from stages.student.data.vocabularies import read_vocabulary, summary, vocabulary_differences
 from storage.errors import UserError
 
 
@@ -26,46 +25,11 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
     Raises:
         UserError: If there is no `tokenizer.json` to compare with, or it is damaged.
     """
-    file = student_folder / "tokenizer.json"
-    if not file.is_file():
-        raise without_tokenizer(student_folder)
-    try:
-        student = Tokenizer.from_file(str(file))
-    # The library raises a bare Exception for a file that it cannot read.
-    except Exception as error:
-        raise UserError(f"{file} cannot be read as a fast tokenizer ({error}); fetch or save it again") from error
-    teacher = processor.tokenizer
+    student, tokenizer = read_vocabulary(student_folder), processor.tokenizer
     # Features replace the image token and padding is masked: no student reads these ids.
-    unread = {getattr(processor, "image_token_id", None), teacher.pad_token_id} - {teacher.eos_token_id}
-    teacher_ids, student_ids = teacher.backend_tokenizer.get_vocab(), student.get_vocab()
-    student_tokens = {number: token for token, number in student_ids.items()}
-    tokenizers = (teacher.backend_tokenizer, student)
-    added = {str(token.content) for one in tokenizers for token in one.get_added_tokens_decoder().values()}
-    found: dict[str, list[str]] = {"vocabulary entries": [], "added tokens": []}
-    for token, number in sorted(teacher_ids.items(), key=lambda item: item[1]):
-        there = student_tokens.get(number)
-        if number in unread or there == token or (there is None and token not in student_ids):
-            continue
-        meant = f"is {there!r} to the student" if there is not None else f"the student has at {student_ids[token]}"
-        kind = "added tokens" if {token, there} & added else "vocabulary entries"
-        found[kind].append(f"id {number} is {token!r} to the teacher, {meant}")
-    return [
-        f"{kind}: {len(lines)} of {len(teacher_ids)} ids differ, such as {lines[0]}"
-        for kind, lines in found.items()
-        if lines
-    ]
-
-
-def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:
-    """The refusal of a student with these differences that is to learn the teacher's answer distributions."""
-    return UserError(
-        f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
-        + "\n".join(f"  {line}" for line in differences)
-        + "\nThe teacher's answer distributions are over its own tokens: choose a student of the teacher's family, "
-        "extract with a teacher of the student's, or set kd_weight to 0 in every stage that is trained "
-        "(--set train.dpt.kd_weight=0 and so on): the student then reads its own tokens, and learns from the answers "
-        "and the teacher's attention"
-    )
+    unread = {getattr(processor, "image_token_id", None), tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    teacher = tokenizer.backend_tokenizer
+    return summary(vocabulary_differences(teacher, student, unread), teacher)
 
 
 def student_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin:

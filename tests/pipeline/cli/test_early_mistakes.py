@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.samples.pack import PackConfig, pack_samples
+from tests.checkpoints import make_foreign_lm
 from tests.conftest import TinyWorld
 from tests.gguf_files import make_gguf
 from tests.pipeline.processes import run_here
@@ -57,6 +58,7 @@ MISTAKES = {
     f"{STUDENT} {{odd}}/mmproj.gguf": "holds a vision tower (mmproj)",
     f"{STUDENT} {{odd}}/encoder": "is of type bert, which is no causal language model",
     f"{STUDENT} {{odd}}/wordless": "has no tokenizer.json",
+    f"{STUDENT} {{odd}}/foreign": "foreign is not the teacher's; it differs in:",
     f"{STUDENT} {{odd}}/weightless": "has neither model.safetensors nor",
     f"{STUDENT} {{odd}}/broken": "config.json is not JSON",
     # Teachers of another kind, or that lack a file.
@@ -169,6 +171,7 @@ def odd(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFactory
     copied(tiny.student_lm, "wordless", "tokenizer.json")
     copied(tiny.student_lm, "weightless", "*.safetensors")
     (copied(tiny.student_lm, "broken") / "config.json").write_text("{")
+    make_foreign_lm(folder / "foreign")
     copied(tiny.teacher, "mute", "chat_template.jinja")
     copied(tiny.teacher, "blind", "processor_config.json")
     copied(tiny.teacher, "unread", "tokenizer.json")

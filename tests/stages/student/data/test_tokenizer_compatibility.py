@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoProcessor, ProcessorMixin
 
-from stages.student.data.tokenizer_compatibility import other_tokenizer, tokenizer_differences
+from stages.student.data.tokenizer_compatibility import tokenizer_differences
+from stages.student.data.vocabularies import other_tokenizer, refuse_other_vocabulary
 from storage.errors import UserError
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
 
@@ -70,6 +72,19 @@ def test_swapped_vocabulary_entries_are_refused_with_an_example(
     assert "added tokens" not in message
     assert f"the tokenizer of {folder} is not the teacher's" in message
     assert "set kd_weight to 0 in every stage that is trained (--set train.dpt.kd_weight=0" in message
+
+
+@pytest.mark.parametrize(("letters", "refused"), [("ab", False), ("abc", True)])
+def test_without_knowing_which_ids_are_unread_two_may_differ(
+    letters: str, refused: bool, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def turn(rules: dict[str, Any]) -> None:
+        vocab = rules["model"]["vocab"]
+        vocab.update(zip(letters, [vocab[letter] for letter in letters[1:] + letters[0]], strict=True))
+
+    other = changed(folders, tmp_path / "lm", turn)
+    with pytest.raises(UserError, match="3 of .* ids differ") if refused else nullcontext():
+        refuse_other_vocabulary(folders[0], other)
 
 
 def test_another_added_token_at_an_id_is_refused_as_such(
