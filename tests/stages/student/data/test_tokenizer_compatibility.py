@@ -83,7 +83,7 @@ def test_without_knowing_which_ids_are_unread_two_may_differ(
         vocab.update(zip(letters, [vocab[letter] for letter in letters[1:] + letters[0]], strict=True))
 
     other = changed(folders, tmp_path / "lm", turn)
-    with pytest.raises(UserError, match="3 of .* ids differ") if refused else nullcontext():
+    with pytest.raises(UserError, match=r"3 of .* ids differ") if refused else nullcontext():
         refuse_other_vocabulary(folders[0], other)
 
 
