@@ -118,12 +118,13 @@ def test_the_picture_stands_where_the_text_has_it_or_at_the_front(
 
 
 def test_attention_is_compared_on_pictures_read_as_the_teacher_read_them(
-    data: TinyData, store: TargetStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    store = extract_here(data, tmp_path / "t", UPRIGHT, map_codec="float16", layers=(1,), num_matched=1)
     words = ("--samples", data.samples, "--targets", store.store.url)
     done = run_here("compare-attention", data.teacher, *words, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
-    # The teacher against its own maps: of a picture turned otherwise they would be others.
+    # The teacher against its own maps of the layer that is matched: of a picture turned otherwise they are others.
     (average,) = re.findall(r"average\W+([01]\.\d+)", done.out)
     assert average == "1.000"
     turned, _ = attention_pictures({"teacher": str(data.teacher)}, str(data.samples), store.store.url, count=2)
