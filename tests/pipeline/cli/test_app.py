@@ -308,7 +308,7 @@ MISTAKES = {
     "evaluate: no pair at all": ("evaluate {teacher} --pairs {pairs} --limit 0", "--limit"),
     "compare: model is a bare decoder": (
         "compare-attention {lm} --samples {samples} --targets {targets}",
-        "has no vision tower of its own",
+        "takes no images",
     ),
     "compare: no such model": ("compare-attention {new} --samples {samples} --targets {targets}", "{new}"),
     "compare: no samples": ("compare-attention {new} --targets {targets}", "--samples is missing"),
