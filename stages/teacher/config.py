@@ -46,8 +46,8 @@ class TeacherConfig(StrictModel):
     tail_samples: NumTailSamples = 30
     """Tokens sampled from the others, so that the logit loss is right in expectation; more make it less noisy."""
     temperatures: Temperatures = ()
-    """Temperatures besides 1 that a student may ask for. Records grow several times, and the loss is noisier than at 1,
-    as far more of the mass is sampled; `cdp estimate` says both."""
+    """Temperatures besides 1 that a student may ask for. Records grow several times. Above 1 the loss is noisier than
+    at 1 unless the whole vocabulary is kept (`top_k`): far more of the mass is sampled. `cdp estimate` says both."""
     tempered_samples: NumTailSamples = 256
     """Tokens sampled for each of `temperatures`, in proportion to their probability at it; about 2 bytes each."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False

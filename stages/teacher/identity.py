@@ -25,6 +25,7 @@ from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import (
     LogitCodecConfig,
     MapCodecConfig,
+    default_num_levels,
     default_top_k,
 )
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
@@ -71,13 +72,15 @@ class TeacherIdentity:
     def logit_codec(self) -> LogitCodecConfig:
         """How answer rows are coded."""
         settings, vocab_size = self.settings, self.config.get_text_config().vocab_size
+        top_k = settings.top_k or default_top_k(vocab_size, settings.temperatures)
         return LogitCodecConfig(
             name=settings.logit_codec,
             vocab_size=vocab_size,
-            top_k=settings.top_k or default_top_k(vocab_size, settings.temperatures),
+            top_k=top_k,
             num_tail_samples=settings.tail_samples,
             temperatures=settings.temperatures,
             num_tempered_samples=settings.tempered_samples,
+            num_levels=default_num_levels(vocab_size, top_k, settings.temperatures),
         )
 
     def encoder(self) -> ConversationEncoder:

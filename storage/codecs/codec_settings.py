@@ -83,6 +83,7 @@ DEFAULT_TOP_K, TEMPERED_TOP_K, SMALL_VOCABULARY = 48, 256, 1024
 """Tokens kept of each row where nothing else is asked for: at temperature 1 alone, and at others too; for these a small
 vocabulary is kept whole."""
 MAX_TOP_K = 10_000_000
+DEFAULT_NUM_LEVELS, WHOLE_NUM_LEVELS = 128, 4096
 
 
 def default_top_k(vocab_size: int, temperatures: tuple[float, ...]) -> int:
@@ -90,6 +91,15 @@ def default_top_k(vocab_size: int, temperatures: tuple[float, ...]) -> int:
     if not temperatures:
         return DEFAULT_TOP_K
     return vocab_size if vocab_size <= SMALL_VOCABULARY else TEMPERED_TOP_K
+
+
+def default_num_levels(vocab_size: int, top_k: int, temperatures: tuple[float, ...]) -> int:
+    """Steps between the kept log-probabilities of a row, more for a whole vocabulary at other temperatures.
+
+    Its rare tokens weigh there, and 128 steps from the likeliest to the rarest are coarse
+    (`benchmarks/tempered_logits.py`).
+    """
+    return WHOLE_NUM_LEVELS if temperatures and top_k >= vocab_size else DEFAULT_NUM_LEVELS
 
 
 NumTailSamples = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -116,7 +126,7 @@ class LogitCodecConfig(StrictModel):
     """Tokens sampled for each of `temperatures`, from the others as likely as they are at that temperature."""
     num_exact: int = Field(default=8, ge=1, le=MAX_TOP_K)
     """levels only: log-probabilities in float16 before the coded ones."""
-    num_levels: int = Field(default=128, ge=64, le=4096)
+    num_levels: int = Field(default=DEFAULT_NUM_LEVELS, ge=64, le=4096)
     """levels only: steps between the last exact log-probability and the lowest kept one."""
 
     @property
