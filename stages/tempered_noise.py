@@ -40,6 +40,5 @@ def _remedy(codec: LogitCodecConfig, noise: float, usual: float) -> str:
         sampled = codec.model_copy(update={"num_tempered_samples": more})
         if sampled.row_bytes < smallest.row_bytes:
             setting, smallest = f"teacher.tempered_samples={more}", sampled
-    return (
-        f"No noisier than there: extract with {setting} ({smallest.row_bytes:,} bytes a row, now {codec.row_bytes:,})"
-    )
+    sizes = f"{smallest.row_bytes:,} bytes a row, now {codec.row_bytes:,}"
+    return f"For no more than that, extract with {setting} ({sizes})"
