@@ -152,7 +152,7 @@ def identify_teacher(
         config=config,
         processor=processor,
         family=family,
-        codec=MapCodecConfig(name=settings.map_codec, causal=family.causal_image_tokens),
+        codec=MapCodecConfig.of_windows(settings.map_codec, windows, causal=family.causal_image_tokens),
         layers=layers,
         windows=windows,
         dtype=getattr(torch, dtype),

@@ -1,6 +1,7 @@
 """The settings of the codecs, which the manifest keeps; reading them needs no torch."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -11,8 +12,9 @@ MapCodecName = Literal["auto", EntryCodecName]
 _BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
 _CAP_FACTORS = {"auto": 3.0, "float16": 3.0, "sqrt8": 6.0, "sqrt4": 3.0, "sqrt2": 2.0}
 
-SQRT8_BELOW = 400
-"""Image tokens from which 4 bits keep the bounds of `docs/codecs.md`; `auto` takes 8 bits below."""
+SQRT8_BELOW, WIDE_WINDOW = 700, 5
+"""Image tokens, and layers of a window, from which 4 bits keep the bounds of `docs/codecs.md`; `auto` takes 8 bits
+below."""
 
 MAX_CAP_FACTOR = 1000.0
 TAIL_BLOCK_SHARE = 32
@@ -44,6 +46,12 @@ class MapCodecConfig(StrictModel):
     3, but 2 for `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a
     window averages several layers, and one of them may lie above its threshold where the mean does not. Of `auto` it is
     that of large maps; small ones are cut at twice as much."""
+
+    @classmethod
+    def of_windows(cls, name: MapCodecName, windows: Sequence[Sequence[int]], *, causal: bool) -> Self:
+        """The codec of a new store with these windows: the named one, but `sqrt8` for `auto` and narrow windows."""
+        narrow = min(map(len, windows)) < WIDE_WINDOW
+        return cls(name="sqrt8" if name == "auto" and narrow else name, causal=causal)
 
     def of_size(self, num_tokens: int) -> "MapCodecConfig":
         """The codec of a map of so many image tokens: the same one, unless this is `auto`."""
