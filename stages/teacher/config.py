@@ -36,8 +36,8 @@ class TeacherConfig(StrictModel):
     """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
     map_codec: MapCodecName = "auto"
     """How attention maps are stored: `float16` is exact to rounding; `sqrt8`, `sqrt4`, `sqrt2` take 8, 4 and 2 bits an
-    entry; `auto` 8 bits for maps of fewer than 700 image tokens and windows of fewer than 5 layers, which need them,
-    and 4 for others (docs/codecs.md#map-codecs). Sink masks and the mean of each key are exact in all of them."""
+    entry; `auto` 8 bits for maps of fewer than 700 image tokens and for windows of fewer than 5 layers, which need
+    them, and 4 for others (docs/codecs.md#map-codecs). Sink masks and the mean of each key are exact in all."""
     logit_codec: Literal["float16", "levels"] = "levels"
     """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
     top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
