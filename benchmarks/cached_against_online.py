@@ -42,9 +42,12 @@ from storage.targets.manifest import create_or_check
 
 STORES: dict[str, dict[str, Any]] = {
     "16 bits": {"map_codec": "float16", "logit_codec": "float16", "top_k": 10_000},
+    "default": {},
     "4 bits": {"map_codec": "sqrt4"},
 }
-"""Codes of the stores: float16 and the whole vocabulary, or maps as those of many image tokens are stored."""
+"""Codes of the stores: float16 and the whole vocabulary, the default (maps of 36 image tokens in 8 bits), and maps as
+those of many image tokens are stored."""
+CODED = ("default", "4 bits")
 LAYERS, NUM_MATCHED = (2, 3, 4, 5, 6), 2
 LEARNING_RATE = 1e-3
 """Five times the published one."""
@@ -197,7 +200,7 @@ def measure(stage: StageName, steps: int, bench: Bench) -> dict[str, Any]:
             "last": {name: online.steps[-1][name] for name in online.terms},
         },
         "16 bits against online": exact.against(online),
-        "4 bits against online": bench.train(stage, steps, "4 bits", Kept).against(online),
+        **{f"{name} against online": bench.train(stage, steps, name, Kept).against(online) for name in CODED},
         "16 bits in microbatches of 4 against 16": bench.train(stage, steps, "16 bits", Kept, 4).against(exact),
     }
 

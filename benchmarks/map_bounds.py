@@ -1,6 +1,6 @@
 """How far loss and gradient from coded maps are from those of uncoded ones: by bits, tokens, layers, student, scale.
 
-Teachers are synthetic (`attention_maps.py`): one window of 5 layers, with sinks, scores times 1, 2.5 or 5. A
+Teachers are synthetic (`attention_maps.py`): one window of 1, 3 or 5 layers, with sinks, scores times 1, 2.5 or 5. A
 student's map has the teacher's rows, with normal noise of some deviation added to the logarithm of each entry, or is
 another sample's. Its loss and its gradient with respect to these logarithms are taken in float64, written out here.
 Errors are relative: of the loss summed over the samples (`batch_loss`), of the root of the summed squares of their
@@ -31,8 +31,6 @@ from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 
 CODECS: tuple[MapCodecName, ...] = ("float16", "sqrt8", "sqrt4")
-WINDOW_LAYERS = 5
-"""Of the window for which bounds are stated."""
 Measured = tuple[float, float, float, float, float]
 LEAST_LOSS = 1e-12
 """Samples with less are left out: all their kept entries are in columns of one entry."""
@@ -48,15 +46,18 @@ class Sizes:
         (9, 64),
         (16, 64),
         (36, 64),
-        (64, 48),
-        (144, 24),
-        (256, 12),
-        (400, 8),
-        (728, 4),
+        (64, 64),
+        (144, 64),
+        (256, 32),
+        (400, 32),
+        (576, 32),
+        (728, 24),
+        (1152, 8),
+        (1600, 6),
     )
     deviations: tuple[float | None, ...] = (None, 1.0, 0.3, 0.1)
     scales: tuple[float, ...] = (1.0, 2.5, 5.0)
-    window_layers: tuple[int, ...] = (WINDOW_LAYERS,)
+    window_layers: tuple[int, ...] = (1, 3, 5)
 
 
 def student_loss(
@@ -82,7 +83,7 @@ def measure_size(
     seeds: Sequence[int],
     scale: float,
     deviations: Sequence[float | None],
-    window_layers: int = WINDOW_LAYERS,
+    window_layers: int,
 ) -> dict[float | None, dict[MapCodecName, dict[str, float]]]:
     """For each student every codec, on the same samples."""
     found: dict[float | None, dict[MapCodecName, list[Measured]]]
@@ -129,20 +130,18 @@ def compared(exact: tuple[float, Tensor, Tensor], coded: tuple[float, Tensor, Te
 
 
 def summary(samples: Sequence[Measured]) -> dict[str, float]:
-    """Of what `compared` says of each sample."""
+    """Of what `compared` says of each sample, to three digits."""
     loss, coded, gradient, size, angle = zip(*samples, strict=True)
-    each = [abs(b - a) / a for a, b in zip(loss, coded, strict=True)]
-    return {
+    found = {
         "loss_median": statistics.median(loss),
         "batch_loss": abs(sum(coded) - sum(loss)) / sum(loss),
         "batch_gradient": math.hypot(*(a * b for a, b in zip(gradient, size, strict=True))) / math.hypot(*size),
-        "sample_median": statistics.median(each),
-        "sample_worst": max(each),
+        "sample_worst": max(abs(b - a) / a for a, b in zip(loss, coded, strict=True)),
         "gradient_median": statistics.median(gradient),
         "gradient_worst": max(gradient),
-        "angle_median": statistics.median(angle),
         "angle_worst": max(angle),
     }
+    return {name: float(f"{value:.3g}") for name, value in found.items()}
 
 
 def measure(sizes: Sizes) -> list[dict[str, Any]]:
@@ -158,7 +157,7 @@ def measure(sizes: Sizes) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "map_bounds.json")
-    parser.add_argument("--window-layers", type=int, nargs="+", default=Sizes.window_layers)
+    parser.add_argument("--window-layers", type=int, nargs="+", default=Sizes.window_layers, help="layers of a window")
     flags = parser.parse_args()
     sizes = Sizes(window_layers=tuple(flags.window_layers))
     result = {"sizes": asdict(sizes), "rows": measure(sizes)}

@@ -1,5 +1,6 @@
 """An extraction's bytes and seconds from configs alone, for a teacher whose weights are not here; much less exact."""
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -77,7 +78,7 @@ def estimate_from_configs(
             metadata_bytes=len(ARRAYS) * METADATA_BYTES_PER_ARRAY,
             num_files=2 * len(ARRAYS) + 1,
         )
-        for name, entry_bytes in bytes_per_entry(held.per_sample).items()
+        for name, entry_bytes in bytes_per_entry(held.per_sample, identity.windows).items()
     }
     speed = f"{config.gpu_tflops:g} TFLOP/s at"
     teacher = TeacherCost(
@@ -96,10 +97,11 @@ def estimate_from_configs(
     return extrapolate(settings, identity, held, costs, teacher, workers=workers, notes=notes)
 
 
-def bytes_per_entry(per_sample: Counts) -> dict[MapCodecName, float]:
+def bytes_per_entry(per_sample: Counts, windows: Sequence[Sequence[int]]) -> dict[MapCodecName, float]:
     """As `BYTES_PER_ENTRY`; of `auto` those of a map of average size."""
     size = round(per_sample["image_tokens"] / per_sample["maps"]) if per_sample["maps"] else 0
-    return {name: BYTES_PER_ENTRY[MapCodecConfig(name=name).of_size(size).name] for name in get_args(MapCodecName)}
+    codecs = {name: MapCodecConfig.of_windows(name, windows, causal=True) for name in get_args(MapCodecName)}
+    return {name: BYTES_PER_ENTRY[codec.of_size(size).name] for name, codec in codecs.items()}
 
 
 def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, float]:

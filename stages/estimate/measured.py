@@ -151,7 +151,8 @@ def _measure_codecs(
     costs: dict[MapCodecName, CodecCost] = {}
     for name in (chosen, *(name for name in CODECS if name != chosen)):
         # Made anew, as extraction makes it: the default of `cap_factor` depends on the name.
-        identity = replace(teacher.identity, codec=MapCodecConfig(name=name, causal=causal))
+        codec = MapCodecConfig.of_windows(name, teacher.identity.windows, causal=causal)
+        identity = replace(teacher.identity, codec=codec)
         manifest = identity.manifest(index.digest, len(index.shards))
         stored, other = teacher.identity.map_codec, identity.map_codec
         started = time.perf_counter()

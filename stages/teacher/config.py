@@ -36,8 +36,8 @@ class TeacherConfig(StrictModel):
     """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
     map_codec: MapCodecName = "auto"
     """How attention maps are stored: `float16` is exact to rounding; `sqrt8`, `sqrt4`, `sqrt2` take 8, 4 and 2 bits an
-    entry; `auto` 8 bits for small maps, which need them, and 4 for others (docs/codecs.md#map-codecs). Sink masks and
-    the mean of each key are exact in all of them."""
+    entry; `auto` 8 bits for maps of fewer than 700 image tokens and for windows of fewer than 5 layers, which need
+    them, and 4 for others (docs/codecs.md#map-codecs). Sink masks and the mean of each key are exact in all."""
     logit_codec: Literal["float16", "levels"] = "levels"
     """How log-probabilities are stored: 2 bytes each, or that for 9 of them and about 4 bits for each other."""
     top_k: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
@@ -46,8 +46,8 @@ class TeacherConfig(StrictModel):
     tail_samples: NumTailSamples = 30
     """Tokens sampled from the others, so that the logit loss is right in expectation; more make it less noisy."""
     temperatures: Temperatures = ()
-    """Temperatures besides 1 that a student may ask for. Records grow several times, and the loss is noisier than at 1,
-    as far more of the mass is sampled; `cdp estimate` says both."""
+    """Temperatures besides 1 that a student may ask for. Records grow several times. Above 1 the loss is noisier than
+    at 1 unless the whole vocabulary is kept (`top_k`): far more of the mass is sampled. `cdp estimate` says both."""
     tempered_samples: NumTailSamples = 256
     """Tokens sampled for each of `temperatures`, in proportion to their probability at it; about 2 bytes each."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False

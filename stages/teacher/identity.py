@@ -26,6 +26,7 @@ from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import (
     LogitCodecConfig,
     MapCodecConfig,
+    default_num_levels,
     default_top_k,
 )
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
@@ -72,13 +73,15 @@ class TeacherIdentity:
     def logit_codec(self) -> LogitCodecConfig:
         """How answer rows are coded."""
         settings, vocab_size = self.settings, self.config.get_text_config().vocab_size
+        top_k = settings.top_k or default_top_k(vocab_size, settings.temperatures)
         return LogitCodecConfig(
             name=settings.logit_codec,
             vocab_size=vocab_size,
-            top_k=settings.top_k or default_top_k(vocab_size, settings.temperatures),
+            top_k=top_k,
             num_tail_samples=settings.tail_samples,
             temperatures=settings.temperatures,
             num_tempered_samples=settings.tempered_samples,
+            num_levels=default_num_levels(vocab_size, top_k, settings.temperatures),
         )
 
     def encoder(self) -> ConversationEncoder:
@@ -150,7 +153,7 @@ def identify_teacher(
         config=config,
         processor=processor,
         family=family,
-        codec=MapCodecConfig(name=settings.map_codec, causal=family.causal_image_tokens),
+        codec=MapCodecConfig.of_windows(settings.map_codec, windows, causal=family.causal_image_tokens),
         layers=layers,
         windows=windows,
         dtype=getattr(torch, dtype),

@@ -1,6 +1,7 @@
 """The settings of the codecs, which the manifest keeps; reading them needs no torch."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -11,8 +12,9 @@ MapCodecName = Literal["auto", EntryCodecName]
 _BITS = {"float16": 16, "sqrt8": 8, "sqrt4": 4, "sqrt2": 2}
 _CAP_FACTORS = {"auto": 3.0, "float16": 3.0, "sqrt8": 6.0, "sqrt4": 3.0, "sqrt2": 2.0}
 
-SQRT8_BELOW = 400
-"""Image tokens from which 4 bits keep the bounds of `docs/codecs.md`; `auto` takes 8 bits below."""
+SQRT8_BELOW, WIDE_WINDOW = 700, 5
+"""Image tokens, and layers of a window, from which 4 bits keep the bounds of `docs/codecs.md`; `auto` takes 8 bits
+below."""
 
 MAX_CAP_FACTOR = 1000.0
 TAIL_BLOCK_SHARE = 32
@@ -44,6 +46,12 @@ class MapCodecConfig(StrictModel):
     3, but 2 for `sqrt2`, whose steps are wide, and 6 for `sqrt8`, which has codes to spare. 1 would be too low: a
     window averages several layers, and one of them may lie above its threshold where the mean does not. Of `auto` it is
     that of large maps; small ones are cut at twice as much."""
+
+    @classmethod
+    def of_windows(cls, name: MapCodecName, windows: Sequence[Sequence[int]], *, causal: bool) -> Self:
+        """The codec of a new store with these windows: the named one, but `sqrt8` for `auto` and narrow windows."""
+        narrow = min(map(len, windows)) < WIDE_WINDOW
+        return cls(name="sqrt8" if name == "auto" and narrow else name, causal=causal)
 
     def of_size(self, num_tokens: int) -> "MapCodecConfig":
         """The codec of a map of so many image tokens: the same one, unless this is `auto`."""
@@ -83,6 +91,7 @@ DEFAULT_TOP_K, TEMPERED_TOP_K, SMALL_VOCABULARY = 48, 256, 1024
 """Tokens kept of each row where nothing else is asked for: at temperature 1 alone, and at others too; for these a small
 vocabulary is kept whole."""
 MAX_TOP_K = 10_000_000
+DEFAULT_NUM_LEVELS, WHOLE_NUM_LEVELS = 128, 4096
 
 
 def default_top_k(vocab_size: int, temperatures: tuple[float, ...]) -> int:
@@ -90,6 +99,15 @@ def default_top_k(vocab_size: int, temperatures: tuple[float, ...]) -> int:
     if not temperatures:
         return DEFAULT_TOP_K
     return vocab_size if vocab_size <= SMALL_VOCABULARY else TEMPERED_TOP_K
+
+
+def default_num_levels(vocab_size: int, top_k: int, temperatures: tuple[float, ...]) -> int:
+    """Steps between the kept log-probabilities of a row, more for a whole vocabulary at other temperatures.
+
+    Its rare tokens weigh there, and 128 steps from the likeliest to the rarest are coarse
+    (`benchmarks/tempered_logits.py`).
+    """
+    return WHOLE_NUM_LEVELS if temperatures and top_k >= vocab_size else DEFAULT_NUM_LEVELS
 
 
 NumTailSamples = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -116,7 +134,7 @@ class LogitCodecConfig(StrictModel):
     """Tokens sampled for each of `temperatures`, from the others as likely as they are at that temperature."""
     num_exact: int = Field(default=8, ge=1, le=MAX_TOP_K)
     """levels only: log-probabilities in float16 before the coded ones."""
-    num_levels: int = Field(default=128, ge=64, le=4096)
+    num_levels: int = Field(default=DEFAULT_NUM_LEVELS, ge=64, le=4096)
     """levels only: steps between the last exact log-probability and the lowest kept one."""
 
     @property

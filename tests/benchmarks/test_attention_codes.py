@@ -1,6 +1,8 @@
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from benchmarks.attention_alternatives import measure_alternatives
 from benchmarks.attention_codes import CODECS, main, measure, query_gradients
 from benchmarks.attention_maps import bundled_teacher_maps, synthetic_maps
+from benchmarks.attention_variants import VARIANTS
 from benchmarks.results import RESULTS
 
 
@@ -66,6 +69,51 @@ def test_the_saved_results_reach_the_targets_in_every_sample(codec: str) -> None
     most_bytes, least_cosine = TARGETS[codec]
     assert saved["codecs"][codec]["bytes_a_sample"] <= most_bytes
     assert saved["codecs"][codec]["gradient_cosine"]["layers_least"] >= least_cosine
+
+
+def size_row(name: str, saved: dict[str, Any]) -> str:
+    """Of the document's first table."""
+    large, small = (saved[case]["codecs"][name] for case in ("synthetic", "scenes"))
+    cells = [
+        f"{large['bytes_a_sample'] / 1e6:.2f}",
+        angle(large["gradient_cosine"]["layers_least"]),
+        f"{small['bytes_a_sample']:,}",
+        *(angle(small["gradient_cosine"][key]) for key in ("layers_median", "layers_least")),
+        f"{large['encode_over_float16']:.2f}, {large['decode_over_float16']:.2f}",
+    ]
+    return f"| `{name}` | {' | '.join(cells)} |"
+
+
+def unstored_row(name: str, saved: dict[str, Any]) -> str:
+    """Of the table of windows that are not stored."""
+    large, small = (
+        saved[case]["codecs"][name]["gradient_cosine_of_unforeseen_windows"] for case in ("synthetic", "scenes")
+    )
+    cosines = (large["layers_least"], small["layers_median"], small["layers_least"])
+    return f"| `{name}` | {' | '.join(f'{math.floor(1e4 * cosine) / 1e4:g}' for cosine in cosines)} |"
+
+
+def angle(cosine: float) -> str:
+    return f"{1 - cosine:.0e}".replace("e-0", "e-")
+
+
+def variant_row(name: str, saved: dict[str, Any]) -> str:
+    """Least of the synthetic samples and median of the scenes, of each variant of the loss."""
+    cells = [
+        f"{saved['synthetic'][name][variant]['least']:.4f}, {saved['scenes'][name][variant]['median']:.4f}"
+        for variant in VARIANTS
+    ]
+    return f"| `{name}` | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_tables_of_the_document_are_those_of_the_saved_results(codec: str) -> None:
+    codes, variants = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("attention_codes", "attention_variants")
+    )
+    page = (RESULTS.parents[1] / "docs" / "codecs.md").read_text().splitlines()
+    for row in (size_row(codec, codes), unstored_row(codec, codes), variant_row(codec, variants)):
+        assert row in page
 
 
 def test_the_saved_results_have_every_coder_that_the_documents_name() -> None:

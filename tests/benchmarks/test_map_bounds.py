@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,22 @@ import pytest
 import torch
 
 from benchmarks.attention_maps import synthetic_layers
-from benchmarks.map_bounds import CODECS, WINDOW_LAYERS, Sizes, measure_size, student_logs, student_loss
+from benchmarks.map_bounds import CODECS, Sizes, measure_size, student_logs, student_loss
 from benchmarks.results import RESULTS
 from stages.student.losses.attention import attention_alignment_loss
 from storage.codecs.attention_maps import MapCodec
-from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
+from storage.codecs.codec_settings import SQRT8_BELOW, MapCodecConfig, MapCodecName
 
-LARGEST_ANGLE = 4e-3
-"""Of `auto`, as `docs/codecs.md` says."""
+LARGEST_ANGLE = 7e-3
+"""Of `auto`."""
 CODECS_PAGE = Path(__file__).parents[2] / "docs/codecs.md"
 DEVIATIONS = (None, 1.0, 0.3, 0.1)
+WIDTHS = Sizes().window_layers
 
 
-def chosen(num_tokens: int) -> MapCodecName:
-    return MapCodecConfig(name="auto").of_size(num_tokens).name
+def chosen(num_tokens: int, window_layers: int) -> MapCodecName:
+    """By `auto`."""
+    return MapCodecConfig.of_windows("auto", (range(window_layers),), causal=True).of_size(num_tokens).name
 
 
 def test_the_loss_written_out_is_the_one_that_students_learn_from() -> None:
@@ -37,13 +40,20 @@ def test_the_loss_written_out_is_the_one_that_students_learn_from() -> None:
     torch.testing.assert_close(gradient_NN, expected_NN, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_samples"), [(9, 40), (16, 24), (36, 16), (100, 6), (400, 1)])
-def test_stored_maps_turn_the_pooled_vector_by_no_more_than_stated(num_tokens: int, num_samples: int) -> None:
+SMALL = product([(9, 40), (16, 24), (36, 16), (100, 6)], WIDTHS)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_samples", "window_layers"), [*((*size, layers) for size, layers in SMALL), (700, 3, 5)]
+)
+def test_stored_maps_keep_the_bounds_of_the_default_codec(
+    num_tokens: int, num_samples: int, window_layers: int
+) -> None:
     """Windows with sinks; students of other maps, and ever nearer to their teacher, down to cosines of 0.9999."""
     # Seeds that the benchmark does not use.
-    found = measure_size(num_tokens, range(500, 500 + num_samples), 2.5, DEVIATIONS)
+    found = measure_size(num_tokens, range(500, 500 + num_samples), 2.5, DEVIATIONS, window_layers)
     for deviation, codecs in found.items():
-        errors = codecs[chosen(num_tokens)]
+        errors = codecs[chosen(num_tokens, window_layers)]
         assert errors["angle_worst"] <= LARGEST_ANGLE
         assert errors["angle_worst"] > 1e-5, "there is something to bound"
         if deviation != 0.1:
@@ -51,19 +61,21 @@ def test_stored_maps_turn_the_pooled_vector_by_no_more_than_stated(num_tokens: i
             assert errors["batch_gradient"] <= 5e-2
 
 
-def test_4_bits_break_the_bound_where_maps_are_small() -> None:
-    found = measure_size(16, range(40), 2.5, (0.3,))[0.3]
-    assert found["sqrt4"]["angle_worst"] > 2 * LARGEST_ANGLE
-    assert found["sqrt4"]["sample_worst"] > 5e-2
+@pytest.mark.parametrize(("num_tokens", "num_samples", "window_layers"), [(16, 40, 5), (400, 8, 3)])
+def test_4_bits_break_the_bounds_where_maps_are_small_or_windows_narrow(
+    num_tokens: int, num_samples: int, window_layers: int
+) -> None:
+    found = measure_size(num_tokens, range(num_samples), 2.5, (0.3,), window_layers)[0.3]["sqrt4"]
+    assert found["batch_loss"] > 5e-3 or found["batch_gradient"] > 5e-2
 
 
 @pytest.mark.parametrize("name", CODECS[1:])
 def test_loss_and_gradient_of_the_pooled_vector_err_by_the_angle_as_stated(name: MapCodecName) -> None:
     """|L' - L| <= e (theta + e), and the gradient by at most e / sin(theta) of its size, whatever the student."""
     for seed in range(6):
-        maps_LNN = synthetic_layers(16, WINDOW_LAYERS, seed)
+        maps_LNN = synthetic_layers(16, 5, seed)
         exact_NN = maps_LNN.double().mean(0)
-        codec = MapCodec(MapCodecConfig(name=name), (tuple(range(WINDOW_LAYERS)),))
+        codec = MapCodec(MapCodecConfig(name=name), (tuple(range(5)),))
         (coded_NN,), (keep_NN,) = codec.decode_windows(codec.encode(maps_LNN))
         for deviation in (1.0, 0.1):
             logs_NN = student_logs(exact_NN, deviation, seed, 2.5)
@@ -86,42 +98,73 @@ def pooled_student(logs_NN: torch.Tensor, masses_NN: torch.Tensor, keep_NN: torc
     return (student_NN * kept_NN).sum(0) / kept_NN.sum(0).clamp(min=1)
 
 
-def test_the_saved_results_hold_what_the_documents_claim() -> None:
+def saved_rows() -> list[dict[str, Any]]:
     saved = json.loads((RESULTS / "map_bounds.json").read_text())
-    for row in saved["rows"]:
-        errors = row[chosen(row["image_tokens"])]
-        assert errors["angle_worst"] <= LARGEST_ANGLE
-        if row["deviation"] != 0.1:
-            assert errors["batch_loss"] <= 5e-3, row
-            assert errors["batch_gradient"] <= 5e-2, row
     assert {"hardware", "date", "command"} <= saved.keys()
+    return list(saved["rows"])
 
 
-def errors_of(rows: Sequence[dict[str, Any]], key: str, codec: MapCodecName | None = None) -> float:
-    """The largest of these rows, by default with the codec that `auto` takes."""
-    return max(float(row[codec or chosen(row["image_tokens"])][key]) for row in rows)
+def test_the_saved_results_hold_what_the_documents_claim() -> None:
+    for row in saved_rows():
+        tokens, layers, near = row["image_tokens"], row["window_layers"], row["deviation"] == 0.1
+        auto, fine, exact = (row[name] for name in (chosen(tokens, layers), "sqrt8", "float16"))
+        assert auto["angle_worst"] <= LARGEST_ANGLE
+        assert exact["angle_worst"] <= 2e-4
+        assert auto["batch_loss"] <= (1e-2 if near else 5e-3)
+        assert auto["batch_gradient"] <= (1e-1 if near else 5e-2)
+        assert fine["batch_loss"] <= (3e-3 if near else 2e-3)
+        assert fine["batch_gradient"] <= (3e-2 if near else 1e-2)
+        assert row["float16"]["loss_median"] >= (3e-5 if near else 3e-4)
+        if tokens >= 400 and not near:
+            assert row["sqrt4"]["batch_loss"] <= 1.05e-2
+            assert row["sqrt4"]["batch_gradient"] <= 1e-1
+
+
+def worst(rows: Sequence[dict[str, Any]], codec: MapCodecName, key: str) -> float:
+    return max(float(row[codec][key]) for row in rows)
 
 
 def figures(*values: float) -> list[str]:
     """As the tables show them."""
-    return [f"{value:.1e}".replace("e-0", "e-") for value in values]
+    return [f"{value:.1e}".replace("e-0", "e-").replace("e+00", "") for value in values]
+
+
+def angle_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of the first table."""
+    lines = []
+    for tokens, count in Sizes().samples:
+        angles = [
+            worst(
+                [row for row in rows if (row["image_tokens"], row["window_layers"]) == (tokens, layers)],
+                codec,
+                "angle_worst",
+            )
+            for codec in CODECS[1:]
+            for layers in WIDTHS
+        ]
+        lines.append(f"| {tokens:,} | {count} | {' | '.join(figures(*angles))} |")
+    return lines
+
+
+def error_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of the second table."""
+    lines = []
+    for name, deviation in zip(("another sample's map", "noise 1", "noise 0.3", "noise 0.1"), DEVIATIONS, strict=True):
+        for layers in WIDTHS:
+            these = [row for row in rows if (row["deviation"], row["window_layers"]) == (deviation, layers)]
+            large = [row for row in these if row["image_tokens"] >= SQRT8_BELOW]
+            medians = [row["float16"]["loss_median"] for row in these]
+            keys = ("batch_loss", "batch_gradient", "gradient_worst")
+            cells = [
+                " to ".join(figures(min(medians), max(medians))),
+                ", ".join(figures(*(worst(these, "sqrt8", key) for key in keys))),
+                ", ".join(figures(*(worst(large, "sqrt4", key) for key in keys))),
+            ]
+            lines.append(f"| {name} | {layers} | {' | '.join(cells)} |")
+    return lines
 
 
 def test_the_tables_of_the_document_are_those_of_the_saved_results() -> None:
-    stated = json.loads((RESULTS / "map_bounds.json").read_text())["rows"]
-    page = CODECS_PAGE.read_text().splitlines()
-    for num_tokens, count in Sizes().samples:
-        rows = [row for row in stated if row["image_tokens"] == num_tokens]
-        angles = [errors_of(rows, "angle_worst", name) for name in (*CODECS, chosen(num_tokens))]
-        assert f"| {' | '.join([str(num_tokens), str(count), *figures(*angles)])} |" in page
-    names = ("another sample's map", "noise 1", "noise 0.3", "noise 0.1")
-    for name, deviation in zip(names, DEVIATIONS, strict=True):
-        rows = [row for row in stated if row["deviation"] == deviation]
-        medians = [row["float16"]["loss_median"] for row in rows]
-        cells = [
-            " to ".join(figures(min(medians), max(medians))),
-            *figures(errors_of(rows, "batch_loss"), errors_of(rows, "batch_gradient")),
-            ", ".join(figures(errors_of(rows, "gradient_median"), errors_of(rows, "gradient_worst"))),
-            ", ".join(figures(errors_of(rows, "batch_loss", "sqrt4"), errors_of(rows, "batch_gradient", "sqrt4"))),
-        ]
-        assert f"| {name} | {' | '.join(cells)} |" in page
+    rows, page = saved_rows(), CODECS_PAGE.read_text().splitlines()
+    for line in (*angle_rows(rows), *error_rows(rows)):
+        assert line in page

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from stages.student.stage_config import DistilledFinetuning
 from stages.student.training.setup import notes_of_noise
+from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import TeacherIdentity
 from stages.tempered_noise import noise_notes
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.codec_settings import LogitCodecConfig
@@ -36,6 +38,25 @@ def test_a_temperature_noisier_than_1_is_named_with_both_numbers() -> None:
     expected = [10 * stored.gradient_noise(temperature) for temperature in (2.0, 1.0)]
     assert [float(number) for number in said.groups()] == pytest.approx(expected, rel=0.05)
     assert expected[0] > 2 * expected[1]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "setting"), [(1.02, "tempered_samples"), (2.0, "top_k")], ids=["more samples", "all tokens"]
+)
+def test_the_setting_that_is_named_makes_it_no_noisier_than_temperature_1(temperature: float, setting: str) -> None:
+    codec = CODEC.model_copy(update={"temperatures": (temperature,), "num_tempered_samples": 10})
+    (note,) = noise_notes(codec, [records(codec)], codec.temperatures)
+    said = re.search(r"extract with teacher\.(\w+)=(\d+) \(([\d,]+) bytes a row, now ([\d,]+)\)", note)
+    assert said
+    name, value, *sizes = said.groups()
+    assert name == setting
+    identity: Any = SimpleNamespace(
+        settings=TeacherConfig(checkpoint="", temperatures=codec.temperatures, **{"top_k": 40, name: int(value)}),
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=codec.vocab_size)),
+    )
+    again = TeacherIdentity.logit_codec.fget(identity)
+    assert [int(size.replace(",", "")) for size in sizes] == [again.row_bytes, codec.row_bytes]
+    assert noise_notes(again, [records(again)], again.temperatures) == ()
 
 
 def test_nothing_is_said_of_whole_vocabularies_and_of_no_rows() -> None:

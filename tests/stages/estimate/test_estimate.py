@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from benchmarks.results import RESULTS
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
-from stages.estimate.analytic import BYTES_PER_ENTRY, METADATA_BYTES_PER_ARRAY, estimate_from_configs
+from stages.estimate.analytic import BYTES_PER_ENTRY, METADATA_BYTES_PER_ARRAY, bytes_per_entry, estimate_from_configs
 from stages.estimate.extrapolate import longest_share, student_t
 from stages.estimate.measured import CODECS, estimate_by_measurement
 from stages.estimate.report import Estimate, EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
-from storage.codecs.codec_settings import num_entries
+from storage.codecs.codec_settings import EntryCodecName, num_entries
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store
@@ -168,6 +168,16 @@ def test_bytes_of_an_entry_are_those_of_the_benchmark() -> None:
     assert BYTES_PER_ENTRY.keys() == measured["codecs"].keys()
     for codec, per_entry in BYTES_PER_ENTRY.items():
         assert per_entry == pytest.approx(measured["codecs"][codec]["bytes_a_sample"] / entries, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_tokens", "codec"), [(5, 728, "sqrt4"), (3, 728, "sqrt8"), (5, 64, "sqrt8")]
+)
+def test_auto_is_computed_for_the_size_of_maps_and_the_layers_of_windows(
+    num_layers: int, num_tokens: int, codec: EntryCodecName
+) -> None:
+    found = bytes_per_entry({"image_tokens": 2 * num_tokens, "maps": 2}, [range(num_layers)])
+    assert found == BYTES_PER_ENTRY | {"auto": BYTES_PER_ENTRY[codec]}
 
 
 def test_metadata_of_an_array_is_about_as_large_as_assumed(scenes: TinyData, estimate: Estimate) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.bits import pack_integers, unpack_integers
-from storage.codecs.codec_settings import LogitCodecConfig, default_top_k
+from storage.codecs.codec_settings import LogitCodecConfig, default_num_levels, default_top_k
 from storage.codecs.levels import LOWEST_LOGPROB
 from storage.codecs.tail_samples import row_addresses
 
@@ -99,6 +99,19 @@ def test_a_temperature_that_was_not_stored_is_refused_unless_nothing_is_left_out
     assert whole.codec.serves(3.0)
     exact = (logits_RV / 3).softmax(-1).gather(1, whole.ids_RK)
     torch.testing.assert_close(whole.probabilities(3.0)[0], exact, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.5, 2.0, 4.0])
+def test_rare_words_of_a_whole_vocabulary_are_fine_enough_for_high_temperatures(temperature):
+    logits_RV = normal_logits(20, 1000, 3.0)
+    exact_RV = (logits_RV.double() / temperature).softmax(-1)
+    errors = []
+    for num_levels in (128, default_num_levels(1000, 1000, (temperature,))):
+        found = stored(logits_RV, top_k=1000, num_levels=num_levels)
+        probs_RK = found.probabilities(temperature)[0].double()
+        errors.append(float((probs_RK - exact_RV.gather(1, found.ids_RK)).norm() / exact_RV.norm()))
+    assert errors[1] < 1.5e-3
+    assert errors[0] > 8 * errors[1]
 
 
 def test_a_tail_below_the_rounding_of_the_kept_values_is_exact():

@@ -140,6 +140,21 @@ def test_the_keep_mask_is_the_textbook_one_in_float64(num_tokens):
     assert torch.equal(sink_keep_mask(maps[2]), sink_keep_mask(maps)[2])
 
 
+@pytest.mark.parametrize(
+    ("name", "num_layers", "num_tokens", "expected"),
+    [
+        ("auto", 5, 699, "sqrt8"),
+        ("auto", 5, 700, "sqrt4"),
+        ("auto", 4, 700, "sqrt8"),
+        ("auto", 1, 10_000, "sqrt8"),
+        ("sqrt4", 1, 10, "sqrt4"),
+    ],
+)
+def test_auto_takes_4_bits_for_large_maps_in_wide_windows_alone(name, num_layers, num_tokens, expected):
+    windows = [range(start, start + num_layers) for start in range(3)]
+    assert MapCodecConfig.of_windows(name, windows, causal=True).of_size(num_tokens).name == expected
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("num_tokens", "name"), [(9, "sqrt8"), (10, "sqrt4")])
 def test_auto_codes_a_small_map_in_8_bits_and_any_other_in_4(num_tokens, name, causal):
