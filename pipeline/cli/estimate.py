@@ -70,6 +70,7 @@ def _show_samples(teacher: "TeacherConfig", samples: str, run: "RunFile", num_sa
             print_facts(f"sample {found.key}", [("unusable", f"{found.reason}: {found.detail}")])
             continue
         lost = f"{found.num_cut_tokens:,} tokens after these, {found.num_cut_answer_tokens:,} of them of answers"
+        lost += f", and {found.num_cut_images:,} of its images" if found.num_cut_images else ""
         facts = [("tokens", tokens_text(found.runs)), ("cut", lost if found.num_cut_tokens else "no")]
         print_facts(f"sample {found.key}", facts)
         print_tokens(found.runs)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import torch
-
+from stages.conversations.cuts import answer_runs
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.unusable_sample import UnusableSample
 
@@ -21,9 +20,7 @@ def notes_of_ends(processor: Any, image_token_id: int, whose: str, way_out: str)
     except UnusableSample:
         # Then no sample gets through either, each with its reason.
         return ()
-    mask_T = encoded.answer_mask
-    is_last_T = mask_T & ~torch.cat([mask_T[1:], mask_T.new_zeros(1)])
-    last_ids = encoded.token_ids[is_last_T].tolist()
+    last_ids = [int(encoded.token_ids[end - 1]) for _, end in answer_runs(encoded.answer_mask)]
     ends = {*processor.tokenizer.added_tokens_decoder, processor.tokenizer.eos_token_id}
     num_ended = sum(token in ends for token in last_ids)
     if num_ended == len(last_ids):

@@ -12,6 +12,14 @@ from stages.checkpoints.processor_sizes import check_picture
 from stages.checkpoints.tokenizer_rules import panics_raised
 from stages.conversations.answer_spans import expand_placeholders, mask_of_spans, render_with_answers, untrimmed
 from stages.conversations.chat_templates import ChatTemplate
+from stages.conversations.cuts import (
+    StoredTurns,
+    answer_runs,
+    kept_length,
+    num_placeholders,
+    part_with_images,
+    turns_until,
+)
 from stages.conversations.messages import Message, to_messages, with_placeholders
 from stages.conversations.special_tokens import SpecialTokens
 from stages.conversations.template_process import Span
@@ -48,6 +56,10 @@ class EncodedConversation:
     """The image processor's outputs: `pixel_values`, for some families sizes too. Empty without images."""
     image_positions: Tensor
     """`[N]` int64, increasing: where `token_ids` holds the image token."""
+    num_images: int = 0
+    """Of the sample's images; these are the first."""
+    num_cut_images: int = 0
+    """Images after these, of turns that were cut off."""
     num_cut_tokens: int = 0
     """Tokens after these that were cut off."""
     num_cut_answer_tokens: int = 0
@@ -104,20 +116,27 @@ class ConversationEncoder:
         # Undoes truncation and padding saved in tokenizer.json: a change of them while threads encode raises.
         processor.tokenizer("")
 
-    def encode(self, conversations: Sequence[Mapping[str, str]], images: Sequence[Image.Image]) -> EncodedConversation:
+    def encode(self, conversations: StoredTurns, images: Sequence[Image.Image]) -> EncodedConversation:
         """The turns (`from`, `value`) of one sample as tokens, cut to `max_length` of them.
 
         `whole_turns` cuts behind the last answer that fits whole. `tokens` cuts anywhere behind the first answer
-        token, as the reference trainer does. Neither cuts before or inside the image tokens.
+        token, as the reference trainer does. Neither cuts inside an image: a turn whose images do not fit is left out
+        with all after it, and the conversation then ends with the last answer before that turn, or what fits of it.
 
         Special tokens written in a turn's text are read as text; an end token that ends an answer is not said twice.
 
         Raises:
             UnusableSample: If the conversation cannot be used; with the reason.
         """
-        return self._truncate(self._tokenize(self.render(conversations, len(images)), images))
+        whole = self._tokenize(self.render(conversations, len(images)), images)
+        length = kept_length(whole.answer_mask, whole.image_positions, self.max_length, self.cut)
+        if length == len(whole.token_ids):
+            return whole
+        if bool((whole.image_positions >= length).any()):
+            return self._without_later_turns(conversations, images, whole, length)
+        return _first_tokens(whole, length)
 
-    def render(self, conversations: Sequence[Mapping[str, str]], num_images: int) -> RenderedConversation:
+    def render(self, conversations: StoredTurns, num_images: int) -> RenderedConversation:
         """The text of the turns; neither images nor the tokenizer are needed for it.
 
         Raises:
@@ -137,7 +156,7 @@ class ConversationEncoder:
         return self.encode([asked, {"from": "gpt", "value": answer}], images)
 
     def encode_prompt(
-        self, question: str, images: Sequence[Image.Image], earlier: Sequence[Mapping[str, str]] = ()
+        self, question: str, images: Sequence[Image.Image], earlier: StoredTurns = ()
     ) -> EncodedConversation:
         """A question up to where the model's answer begins; `answer_mask` is all False.
 
@@ -194,7 +213,7 @@ class ConversationEncoder:
             raise UnusableSample("image_count_mismatch", found)
         answer_mask = mask_of_spans(spans, replacements, offsets_T2)
         pixels = {key: value for key, value in outputs.items() if key not in _TEXT_KEYS and isinstance(value, Tensor)}
-        return EncodedConversation(token_ids, answer_mask, pixels, image_positions)
+        return EncodedConversation(token_ids, answer_mask, pixels, image_positions, num_images)
 
     def _replacements(self, outputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         try:
@@ -211,40 +230,41 @@ class ConversationEncoder:
             found = f"the rendered conversation holds {self._placeholder!r} {count} times for {num_images} images"
             raise UnusableSample("image_count_mismatch", f"{found}; the chat template must write it once for each")
 
-    def _truncate(self, encoded: EncodedConversation) -> EncodedConversation:
-        num_tokens, limit, mask_T = len(encoded.token_ids), self.max_length, encoded.answer_mask
-        last_image = int(encoded.image_positions[-1]) if len(encoded.image_positions) else -1
-        if last_image >= limit:
-            found = f"the last image token is number {last_image} from 0, max_length is {limit}"
-            raise UnusableSample("image_beyond_max_length", found)
-        if not bool(mask_T[:limit].any()) and (self.cut == "tokens" or num_tokens <= limit):
-            found = f"no answer token among the first {limit} of {num_tokens} tokens"
-            raise UnusableSample("no_answer_within_max_length", found)
-        if num_tokens <= limit:
-            return encoded
-        if self.cut == "whole_turns":
-            limit = _last_answer_end(mask_T, last_image + 1, limit)
-        return replace(
-            encoded,
-            token_ids=encoded.token_ids[:limit].clone(),
-            answer_mask=mask_T[:limit].clone(),
-            num_cut_tokens=num_tokens - limit,
-            num_cut_answer_tokens=int(mask_T[limit:].sum()),
-        )
+    def _without_later_turns(
+        self, turns: StoredTurns, images: Sequence[Image.Image], whole: EncodedConversation, length: int
+    ) -> EncodedConversation:
+        """The turns up to the last answer that begins among the first `length` tokens, with the images of these only.
+
+        They are encoded anew as a conversation that ends there: processors choose the pixels and tokens of an image by
+        how many there are.
+        """
+        answers = [(start, end) for start, end in answer_runs(whole.answer_mask) if start < length]
+        part = turns_until(turns, len(answers))
+        if len(part) < len(turns):
+            read = self.encode(part, images[: num_placeholders(part)])
+            kept = _first_tokens(read, answer_runs(read.answer_mask)[-1][1])
+            lost = read.num_cut_answer_tokens + int(whole.answer_mask[answers[-1][1] :].sum())
+            # Whoever reads the sample later finds out its images in this way.
+            if part_with_images(turns, len(images), kept.answer_mask, lost)[1] == kept.num_images:
+                return replace(
+                    kept,
+                    num_cut_images=len(images) - kept.num_images,
+                    num_cut_tokens=len(whole.token_ids) - len(kept.token_ids),
+                    num_cut_answer_tokens=lost,
+                )
+        last = int(whole.image_positions[-1])
+        found = f"the last image token is number {last} from 0, max_length is {self.max_length}"
+        why = "its turn cannot be left out, because not every turn has an answer in the rendered conversation"
+        raise UnusableSample("image_beyond_max_length", f"{found}; {why}")
 
 
-def _last_answer_end(mask_T: Tensor, first: int, limit: int) -> int:
-    """Number of tokens up to the end of the last answer that ends at `first` or later and fits into `limit`.
-
-    Answers are runs of True: between two of them there is always a question.
-
-    Raises:
-        UnusableSample: If no answer fits.
-    """
-    is_last_T = mask_T & ~torch.cat([mask_T[1:], mask_T.new_zeros(1)])
-    ends = (is_last_T.nonzero()[:, 0] + 1).tolist()
-    if fitting := [end for end in ends if first <= end <= limit]:
-        return int(fitting[-1])
-    behind = f" behind the last image, {first} tokens from the start," if first else ""
-    found = f"no answer{behind} ends within max_length, {limit} tokens; answers end after {ends[:3]} tokens"
-    raise UnusableSample("too_long", found)
+def _first_tokens(encoded: EncodedConversation, length: int) -> EncodedConversation:
+    """As many tokens; all images must be among them."""
+    lost_T = encoded.answer_mask[length:]
+    return replace(
+        encoded,
+        token_ids=encoded.token_ids[:length].clone(),
+        answer_mask=encoded.answer_mask[:length].clone(),
+        num_cut_tokens=len(lost_T),
+        num_cut_answer_tokens=int(lost_T.sum()),
+    )

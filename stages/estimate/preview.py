@@ -23,6 +23,7 @@ class SamplePreview:
     runs: tuple[TokenRun, ...]
     num_cut_tokens: int
     num_cut_answer_tokens: int
+    num_cut_images: int
 
 
 def preview_samples(
@@ -51,4 +52,5 @@ def preview_samples(
                     runs = token_runs(
                         identity.processor.tokenizer, read.token_ids, read.answer_mask, encoder.image_token_id
                     )
-                    yield SamplePreview(found.key, tuple(runs), read.num_cut_tokens, read.num_cut_answer_tokens)
+                    cuts = (read.num_cut_tokens, read.num_cut_answer_tokens, read.num_cut_images)
+                    yield SamplePreview(found.key, tuple(runs), *cuts)

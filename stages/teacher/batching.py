@@ -52,7 +52,7 @@ class PreparedSample:
     map_key: str | None
     """Digest of all that its maps depend on; None without an image."""
     is_turned: bool = False
-    """Whether EXIF data ask for a turn of one of its pictures."""
+    """Whether EXIF data ask for a turn of one of the pictures that it was read with."""
     logits_RQ: Tensor | None = None
     """Records of its answer rows, once the teacher has run; None where a row is not finite."""
     fault: Reason | None = None
@@ -85,7 +85,7 @@ class SamplePreparer:
                 encoded = self._encoder.encode(sample.record["conversations"], images)
             except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
-            is_turned = any(picture.is_turned for picture in pictures)
+            is_turned = any(picture.is_turned for picture in pictures[: encoded.num_images])
             return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded), is_turned)
 
 
@@ -94,7 +94,7 @@ def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:
         return None
     last = int(encoded.image_positions[-1])
     tokens = encoded.token_ids[: last + 1].to(torch.int64).numpy().tobytes()
-    images = b"".join(hashlib.sha256(data).digest() for data in sample.images)
+    images = b"".join(hashlib.sha256(data).digest() for data in sample.images[: encoded.num_images])
     return hashlib.sha256(images + tokens).hexdigest()
 
 

@@ -26,7 +26,8 @@ class TeacherConfig(StrictModel):
     """Tokens of a conversation, image tokens included; longer ones are cut, and counted."""
     cut: Cut = "whole_turns"
     """Where a longer conversation ends: behind the last answer that fits whole (none: the sample is in the ledger as
-    too_long), or at the last token that fits, inside an answer too, as the reference trainer does."""
+    too_long), or at the last token that fits, inside an answer too, as the reference trainer does. A turn whose images
+    do not fit is left out with all after it."""
     batch_size: Annotated[int | None, AtResume.MAY_CHANGE] = Field(default=None, ge=1)
     """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
     roundings on a GPU."""

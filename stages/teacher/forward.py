@@ -11,6 +11,7 @@ from stages.attention.capture import AttentionCapture
 from stages.conversations.answer_rows import answer_rows
 from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
+from stages.teacher.num_threads import adopt_num_threads
 from stages.teacher.teacher import Teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.tail_samples import row_addresses
@@ -37,6 +38,7 @@ def run_teacher(
     Raises:
         torch.OutOfMemoryError: If the batch does not fit; nothing of it is kept then.
     """
+    adopt_num_threads()
     device, layers = teacher.model.device, teacher.identity.layers
     no_positions = torch.zeros(0, dtype=torch.long)
     capture = AttentionCapture(

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from stages.teacher.num_threads import adopt_num_threads
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from storage.codecs.attention_maps import EncodedMaps
@@ -21,7 +22,7 @@ class MapCoder:
     def __init__(self, teacher: Teacher, timings: Timings, *, overlap: bool) -> None:
         self._teacher, self._timings = teacher, timings
         device = teacher.model.device
-        self._thread = ThreadPoolExecutor(1, "code") if overlap else None
+        self._thread = ThreadPoolExecutor(1, "code", adopt_num_threads) if overlap else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._uncoded: deque[list[Future[EncodedMaps | None]]] = deque()
 

@@ -18,6 +18,7 @@ import torch
 from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, SamplePreparer, prefetch
 from stages.teacher.forward import ForwardOutput, run_teacher
 from stages.teacher.map_coder import MapCoder
+from stages.teacher.num_threads import adopt_num_threads
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
@@ -58,7 +59,7 @@ class Observer:
         self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
         self.coder = MapCoder(teacher, self.timings, overlap=overlap)
         self._turn = threading.Lock()
-        self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare") if overlap else None
+        self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare", adopt_num_threads) if overlap else None
 
     def __enter__(self) -> Self:
         return self

@@ -180,6 +180,5 @@ class TargetChecks(Checks):
 
 def _ends_as_cut(sample: SampleTargets, made_from: Fingerprint) -> bool:
     """Whether a sample ends where one that lost answer tokens does: with an answer, or at the limit."""
-    if made_from.cut == "whole_turns":
-        return bool(sample.answer_mask[-1:].any())
-    return len(sample.token_ids) == made_from.max_length
+    at_limit = made_from.cut == "tokens" and len(sample.token_ids) == made_from.max_length
+    return at_limit or bool(sample.answer_mask[-1:].any())

@@ -22,4 +22,4 @@ class SampleTargets:
     num_cut_answer_tokens: int = 0
     """Answer tokens of the conversation that did not fit into `max_length`."""
     is_turned: bool = False
-    """Whether EXIF data ask for a turn of one of its pictures."""
+    """Whether EXIF data ask for a turn of one of the pictures that the teacher read."""

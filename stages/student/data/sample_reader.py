@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import load_processor
+from stages.conversations.cuts import StoredTurns, part_with_images
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
@@ -77,8 +78,8 @@ class SampleReader:
     def encoders(self) -> dict[Cut, ConversationEncoder]:
         """Encode conversations with the student's own tokenizer; empty for a student that reads stored ids.
 
-        The first cuts as the store does. Where no answer is whole in the student's tokens, though one is in the
-        teacher's, the second takes what fits of the first answer: the sample is the store's and cannot be left out.
+        The first cuts as the store does. Where in the student's tokens no answer is whole or not all images are left,
+        the second takes what fits, inside an answer too: the sample is the store's and cannot be left out.
         """
         if self.max_length is None:
             return {}
@@ -94,12 +95,17 @@ class SampleReader:
         Raises:
             UserError: If the student makes another number of image tokens than is stored, or cannot embed a token.
         """
-        images = [decode_image(data, exif=self.images.exif) for data in sample.images]
-        stored_T = sample.targets.token_ids.long()
+        targets = sample.targets
+        # A cut may have taken images of later turns, which the teacher has not seen.
+        turns, num_images = part_with_images(
+            sample.record["conversations"], len(sample.images), targets.answer_mask, targets.num_cut_answer_tokens
+        )
+        images = [decode_image(data, exif=self.images.exif) for data in sample.images[:num_images]]
+        stored_T = targets.token_ids.long()
         is_image_T = stored_T == self.stored_id
         num_found = num_stored = int(is_image_T.sum())
         if self.encoders:
-            read = _encoded(self.encoders, sample, images)
+            read = _encoded(self.encoders, sample.key, turns, images)
             num_found = len(read.image_positions)
         else:
             # Before the image token gets the student's id, so that no word becomes an image token.
@@ -115,9 +121,10 @@ class SampleReader:
                 pixels = pixels_of(self.family, self.processor, images)
             read = EncodedConversation(
                 token_ids=stored_T.masked_fill(is_image_T, self.image_token_id),
-                answer_mask=sample.targets.answer_mask,
+                answer_mask=targets.answer_mask,
                 pixel_inputs=pixels,
                 image_positions=is_image_T.nonzero()[:, 0],
+                num_images=num_images,
             )
         if num_found != num_stored:
             raise UserError(
@@ -136,19 +143,26 @@ class SampleReader:
 
 
 def _encoded(
-    encoders: Mapping[Cut, ConversationEncoder], sample: StreamedSample, images: Sequence[Image.Image]
+    encoders: Mapping[Cut, ConversationEncoder], key: str, turns: StoredTurns, images: Sequence[Image.Image]
 ) -> EncodedConversation:
-    first, *others = encoders.values()
-    try:
-        return first.encode(sample.record["conversations"], images)
-    except UnusableSample as error:
-        if error.reason == "too_long" and others:
-            return _encoded({"tokens": encoders["tokens"]}, sample, images)
-        raise UserError(
-            f"sample {sample.key} cannot be read by the student's own tokenizer: {error}. The targets hold it, so it "
-            "cannot be left out in silence: take a student with the teacher's tokenizer, or extract from samples "
-            "without it"
-        ) from error
+    """The turns with all of the images: maps are over the tokens of them all."""
+    refusals = []
+    for encoder in encoders.values():
+        try:
+            read = encoder.encode(turns, images)
+        except UnusableSample as error:
+            refusals.append(str(error))
+            if error.reason != "too_long":
+                break
+        else:
+            if read.num_images == len(images):
+                return read
+            fitting = f"{read.num_images} of the teacher's {len(images)} images fit into {encoder.max_length} tokens"
+            refusals.append(f"image_beyond_max_length: {fitting}")
+    raise UserError(
+        f"sample {key} cannot be read by the student's own tokenizer: {refusals[-1]}. The targets hold it, so it "
+        "cannot be left out in silence: take a student with the teacher's tokenizer, or extract from samples without it"
+    )
 
 
 @dataclass(frozen=True)

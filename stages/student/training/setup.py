@@ -61,7 +61,7 @@ class StageSetup:
             check_vision_tower(self._folder, spec.teacher_folder)
         check_weights(self._folder, bare=not (self._saved or self._own_vision))
         check_temperature(run.name, run.stage, run.targets.store.url, run.targets.manifest.fingerprint)
-        self.notes = [*spec.notes, *_notes_of_ends(run, spec), *notes_of_noise(run)]
+        self.notes = [*spec.notes, *_notes_of_ends(run, spec), *notes_of_cuts(run), *notes_of_noise(run)]
         self.matching: LayerMatching | None = None
         if run.stage.attention_weight > 0:
             depth, sink_mask = spec.decoder.num_hidden_layers, run.stage.attention_sink_mask
@@ -97,6 +97,19 @@ def _notes_of_ends(run: StageRun, spec: ReaderSpec) -> tuple[str, ...]:
     template = f"the chat template that {run.targets.store.url} was made with"
     remedy = "Extract again with teacher.chat_template set to one that does"
     return notes_of_ends(spec.teacher_processor, spec.reader.stored_id, template, remedy)
+
+
+def notes_of_cuts(run: StageRun) -> tuple[str, ...]:
+    """What the samples of the stage's stores lost to `max_length`, from the commit records; nothing if none was cut."""
+    stores = {source.targets.store.url: source.targets for source in run.sources}
+    records = [record for targets in stores.values() for record in targets.commits.values()]
+    if not (num_cut := sum(record.num_cut_samples for record in records)):
+        return ()
+    num_samples = sum(record.num_samples for record in records)
+    num_lost = sum(record.num_cut_answer_tokens for record in records)
+    num_tokens = num_lost + sum(record.num_answer_rows for record in records)
+    found = f"{num_cut:,} of the {num_samples:,} samples with targets ({num_cut / num_samples:.1%}) were cut"
+    return (f"{found} at teacher.max_length and lost {num_lost:,} answer tokens ({num_lost / num_tokens:.1%} of all)",)
 
 
 def notes_of_noise(run: StageRun) -> tuple[str, ...]:

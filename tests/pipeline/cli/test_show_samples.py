@@ -53,22 +53,28 @@ def test_inspect_says_which_samples_it_has_and_why_one_has_no_targets(
 def test_estimate_shows_samples_before_extraction_and_says_what_is_cut(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = json.loads(tiny.data.read_text())[:3]
+    records = json.loads(tiny.data.read_text())[:4]
     long_answer = {"from": "gpt", "value": f"A red square. {HOSTILE}" * 9}
     records[0]["conversations"] += [{"from": "human", "value": "And?"}, long_answer]
     records[1]["conversations"][1] = long_answer
+    greeting = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]
+    records[3] |= {
+        "image": records[0]["image"],
+        "conversations": [*greeting, *records[0]["conversations"][:1], long_answer],
+    }
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
     pack_samples(data, tiny.images, tmp_path / "samples", PackConfig())
     words = ["estimate", "--teacher", tiny.teacher, "--samples", tmp_path / "samples", "--config-only"]
-    words += ["--show", 3, "--set", "teacher.max_length=100"]
+    words += ["--show", 4, "--set", "teacher.max_length=100"]
     ended = run_here(*words, monkeypatch=monkeypatch, capsys=capsys)
     assert ended.code == 0, ended.err
     assert not re.search("[\x1b\u202e]", ended.out)
-    (cut,) = re.findall(r"([\d,]+) tokens after these, ([\d,]+) of them of answers", ended.out)
-    assert 0 < int(cut[1]) < int(cut[0])
+    cuts = re.findall(r"([\d,]+) tokens after these, ([\d,]+) of them of answers(, and 1 of its images)?", ended.out)
+    assert [bool(images) for *_, images in cuts] == [False, True]
+    assert all(0 < int(answers) < int(tokens) for tokens, answers, _ in cuts)
     assert "too_long: no answer behind the last image" in ended.out
-    assert re.search(rf"1 \(33.3%\), which lost {cut[1]} answer", ended.out)
+    assert re.search(rf"2 \(50.0%\), which lost {sum(int(cut[1]) for cut in cuts)} answer", ended.out)
     assert ended.out.index("ANSWER") < ended.out.index("a whole extraction")
 
 

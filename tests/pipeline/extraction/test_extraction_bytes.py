@@ -80,7 +80,8 @@ ShardExtractor(settings, samples, out, manifest, threads=int(threads))(0, lambda
 
 @pytest.mark.slow
 def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
-    # Large enough that matrix products are shared among threads.
+    # Large enough that matrix products are shared among threads. On processors that are not Intel's each run takes one
+    # thread (`reproducible_threads`), so that there three equal runs are compared.
     teacher = make_tiny_llava(tmp_path / "teacher", num_layers=4, hidden=512, heads=8, image_size=64, patch_size=4)
     data, images = make_llava_data(tmp_path / "data", 6)
     pack_samples(data, images, tmp_path / "samples", PackConfig())

@@ -218,18 +218,6 @@ def test_by_default_a_long_conversation_ends_with_the_last_answer_that_fits_whol
         assert read.num_cut_answer_tokens == int(whole.answer_mask.sum() - read.answer_mask.sum())
 
 
-def test_a_cut_at_an_answers_end_never_takes_an_image(encoder: ConversationEncoder, processor: Any) -> None:
-    conversation = turns("<image>\nWhat?", "Red.", "And <image>?", "A long answer about it.")
-    whole = encoder.encode(conversation, images(2))
-    last_image = int(whole.image_positions[-1])
-    for length in range(last_image + 1, len(whole.token_ids) - 1):
-        cut = ConversationEncoder(processor, processor.image_token_id, length)
-        if bool(whole.answer_mask[length:].any()):
-            assert _reason(cut, conversation, images(2)) == "too_long"
-        else:
-            assert cut.encode(conversation, images(2)).num_cut_answer_tokens == 0
-
-
 @pytest.mark.parametrize(
     ("max_length", "reason"),
     [

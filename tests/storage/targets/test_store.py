@@ -31,7 +31,7 @@ def test_verify_finds_a_cut_sample_that_does_not_end_as_a_cut_leaves_it(tmp_path
     create_or_check(store, made_for)
     for shard, size in enumerate((fitting, 7)):
         sample = replace(sample_targets(made_for, f"k{shard}", size, 2, None, 0), num_cut_answer_tokens=3)
-        if cut == "whole_turns" and shard:
+        if shard:
             sample = replace(sample, answer_mask=sample.answer_mask.roll(-1))
         write_shard(store, shard, made_for, f"samples-{shard:06d}.tar", [sample], [], [])
     (finding,) = verify(tmp_path).findings
