@@ -14,12 +14,19 @@ from tests.pipeline.runs import SETTINGS
 from tests.pipeline.test_sweep import finished
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_job_log_has_a_line_for_each_measurement_and_the_command_ends_with_a_table(
-    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    precision: str,
+    tiny: TinyWorld,
+    targets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.set_num_threads(1)
     places = ("--samples", tiny.samples, "--targets", targets, "--student", tiny.student_lm, "--output", tmp_path)
     settings = [*SETTINGS, "train.validation={share: 0.3, every: 2}", "train.dpt={batch_size: 4, max_steps: 3}"]
+    settings.append(f"train.parallel.precision={precision}")
     words = (word for setting in settings for word in ("--set", setting))
     done = run_here("train-student", "--stage", "dpt", *places, *words, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
