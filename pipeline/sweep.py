@@ -191,19 +191,26 @@ def _read(store: Store) -> _Compared | None:
 
 
 def sweep_table(report: SweepReport) -> ReportTable:
-    """A line a student: its last stage's losses, time, and what was compared."""
-    terms = sorted({term for student in report.students.values() for term in _last_losses(student)} - {"loss"})
-    names = ["lm", "kd", "attention"]
-    terms.sort(key=lambda term: names.index(term) if term in names else len(names))
-    header = ["student", "last stage", *terms, "seconds", "samples/s", "accuracy", "similarity"]
+    """A line a student: its last stage's losses, also on held-out samples, time, and what was compared."""
+    of_steps = {name: _last_stage(student).losses for name, student in report.students.items()}
+    of_held_out = {
+        name: {} if (found := _last_stage(student).validation) is None else found.losses
+        for name, student in report.students.items()
+    }
+    terms = sorted({term for found in of_steps.values() for term in found} - {"loss"}, key=_place_of_term)
+    header = ["student", "last stage", *terms, *(f"validation {term}" for term in terms)]
+    header += ["seconds", "samples/s", "accuracy", "similarity"]
     rows = []
     for name, student in report.students.items():
-        losses = _last_losses(student)
         rows.append(
             [
                 name,
-                next(reversed(student.stages)),
-                *(f"{losses[term]:.3f}" if term in losses else "" for term in terms),
+                _last_stage(student).stage,
+                *(
+                    f"{found[term]:.3f}" if term in found else ""
+                    for found in (of_steps[name], of_held_out[name])
+                    for term in terms
+                ),
                 f"{student.seconds:.0f}",
                 f"{student.samples_per_s:.1f}",
                 f"{100 * student.evaluation.average:.1f}" if student.evaluation is not None else "",
@@ -214,8 +221,14 @@ def sweep_table(report: SweepReport) -> ReportTable:
     # What was not asked for would only make the rest too narrow to read.
     columns = [(head, *cells) for head, *cells in zip(header, *rows, strict=True) if any(cells)]
     header, *rows = map(list, zip(*columns, strict=True))
-    return ReportTable(f"students side by side; {OF_LOSSES}", header, rows)
+    about = f"{OF_LOSSES}, validation losses those at its end" if any(of_held_out.values()) else OF_LOSSES
+    return ReportTable(f"students side by side; {about}", header, rows)
 
 
-def _last_losses(student: SweptStudent) -> dict[str, float]:
-    return student.stages[next(reversed(student.stages))].losses
+def _place_of_term(term: str) -> tuple[int, str]:
+    names = ("lm", "kd", "attention")
+    return names.index(term) if term in names else len(names), term
+
+
+def _last_stage(student: SweptStudent) -> StageReport:
+    return student.stages[next(reversed(student.stages))]

@@ -22,7 +22,7 @@ from storage.progress import SILENT, Progress, ProgressTask
 from storage.stores import open_store
 from storage.stores.folder_owner import owned
 
-LOCATIONS = ("samples", "targets", "student", "output", "subset")
+LOCATIONS = ("samples", "targets", "student", "output", "subset", "validation_subset")
 """Settings, of the run or of its parts, that may name a folder or file."""
 
 
@@ -69,6 +69,8 @@ def _train(
             tasks[name] = progress.task(name, *said)
         elif kind == "update":
             tasks[name].update(**said[0])
+        elif kind == "message":
+            progress.message(name)
 
     # Connecting takes the signals for Ray, so that they are remembered anew after it.
     signals = remembered(signal.SIGTERM, signal.SIGINT)
@@ -124,7 +126,7 @@ class _SentProgress:
         pass
 
     def message(self, text: str) -> None:
-        pass
+        self.send("message", text)
 
 
 def _train_in_group(

@@ -11,6 +11,7 @@ from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, 
 
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
+    from pipeline.ui.tables import ReportTable
     from stages.student.run_folder import StageReport
     from storage.progress import Progress
 
@@ -129,9 +130,33 @@ def _print_reports(reports: "list[StageReport]", folder: str) -> None:
             f"{report.trained_parameters:,}",
             f"{report.samples_per_s:.1f}/s",
             f"{report.wait_share:.1%}",
-            *(f"{report.losses[name]:.3f}" if name in report.losses else "-" for name in ("lm", "kd", "attention")),
+            *_loss_cells(report.losses),
         ]
         for report in reports
     ]
     print_table(ReportTable(f"student in {folder}; {OF_LOSSES}", header, rows))
+    if any(report.validation for report in reports):
+        print_table(_validation_table(reports))
     print_notes(dict.fromkeys(note for report in reports for note in report.notes))
+
+
+def _validation_table(reports: "list[StageReport]") -> "ReportTable":
+    from pipeline.ui.tables import ReportTable
+
+    header = ["stage", "held out", "LM", "KD", "attention", "in all", "share of time"]
+    rows = [
+        [
+            report.stage,
+            f"{found.samples:,}",
+            *_loss_cells(found.losses),
+            f"{found.losses['loss']:.3f}",
+            f"{found.time_share:.1%}",
+        ]
+        for report in reports
+        if (found := report.validation) is not None
+    ]
+    return ReportTable("validation losses at the end of each stage, on samples held out of training", header, rows)
+
+
+def _loss_cells(losses: dict[str, float]) -> list[str]:
+    return [f"{losses[name]:.3f}" if name in losses else "-" for name in ("lm", "kd", "attention")]

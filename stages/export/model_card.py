@@ -177,15 +177,28 @@ def _public(model: str) -> str:
 
 def _losses(history: Sequence[StageRecord]) -> str:
     reports = [stage.report for stage in history]
-    terms = list(dict.fromkeys(term for report in reports for term in report.losses))
-    header = ["stage", "samples", "steps", "trained parameters", "hours"]
-    header += ["loss" if term == "loss" else f"{term} loss" for term in terms]
+    found = [_named(report.losses) for report in reports]
+    about = "Losses are means over the last tenth of a stage's steps."
+    if held_out := [report.validation.samples for report in reports if report.validation]:
+        validation = [_named(report.validation.losses) if report.validation else {} for report in reports]
+        found = [
+            trained | {f"validation {name}": value for name, value in held.items()}
+            for trained, held in zip(found, validation, strict=True)
+        ]
+        counts = " and ".join(f"{count:,}" for count in dict.fromkeys(held_out))
+        about += f" Validation losses are those at its end, on {counts} samples that were held out of training."
+    names = list(dict.fromkeys(name for losses in found for name in losses))
+    header = ["stage", "samples", "steps", "trained parameters", "hours", *names]
     rows = []
-    for report in reports:
-        counts = (report.samples, report.steps, report.trained_parameters)
-        losses = [f"{report.losses[term]:.4f}" if term in report.losses else "" for term in terms]
-        rows.append([report.stage, *(f"{count:,}" for count in counts), f"{report.seconds / 3600:,.3g}", *losses])
-    return f"{_table(header, rows)}\n\nLosses are means over the last tenth of a stage's steps."
+    for report, losses in zip(reports, found, strict=True):
+        numbers = [f"{count:,}" for count in (report.samples, report.steps, report.trained_parameters)]
+        numbers.append(f"{report.seconds / 3600:,.3g}")
+        rows.append([report.stage, *numbers, *(f"{losses[name]:.4f}" if name in losses else "" for name in names)])
+    return f"{_table(header, rows)}\n\n{about}"
+
+
+def _named(losses: dict[str, float]) -> dict[str, float]:
+    return {"loss" if term == "loss" else f"{term} loss": value for term, value in losses.items()}
 
 
 def _digests(history: Sequence[StageRecord]) -> str:

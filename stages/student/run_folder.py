@@ -21,6 +21,17 @@ STAGE_FILE, REPORT_FILE, STUDENT = "stage.json", "report.json", "student"
 _RESTORE = "restore it, or train into a new folder"
 
 
+class ValidationReport(StrictModel):
+    """The losses of a stage's student on the samples that it was not trained on."""
+
+    samples: int
+    """How many were held out."""
+    losses: dict[str, float]
+    """Each term at the end of the stage, as if these samples were one batch."""
+    time_share: float
+    """Share of the stage's seconds in which losses on them were measured."""
+
+
 class StageReport(StrictModel):
     """What a finished stage did; saved as `report.json` beside its student."""
 
@@ -37,6 +48,8 @@ class StageReport(StrictModel):
     """Share of the time since then that the loop waited for data."""
     losses: dict[str, float]
     """Each term, mean over the last tenth of the steps."""
+    validation: ValidationReport | None = None
+    """None for a stage that held out no samples."""
     notes: tuple[str, ...] = ()
 
 

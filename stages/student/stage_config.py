@@ -79,6 +79,8 @@ class StageConfig(StrictModel):
     """Text file with the keys of the samples to use in this stage, one a line, when not that of the run."""
     max_samples: int | None = Field(default=None, ge=1)
     """Sample budget of this stage, when not that of the run."""
+    validation_subset: Annotated[str | None, AtResume.SAME_DATA] = None
+    """Text file with the keys of the samples that this stage holds out, one a line, when not those of the run."""
 
 
 class DistilledPretraining(StageConfig):

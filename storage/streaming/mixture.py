@@ -1,7 +1,8 @@
 """Which samples an epoch has, out of one target store or several."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from storage.digests import digest_of
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
+from storage.streaming.held_out import HeldOut
 from storage.streaming.order import Ints, StreamConfig, epoch_order, permutation, raw_bits, shard_rows
 from storage.streaming.source_checks import check_mixable, check_same_samples, incomplete, read_keys
 from storage.targets.store import TargetStore
@@ -48,24 +50,45 @@ class Mixture:
     """All epochs of one or several sources. May be sent to workers.
 
     Rows are (shard, row) as in `epoch_order`; shards of all sources are counted in one row, source after source.
+    Samples that are `held_out` are in no epoch, whichever source has them, and do not count in a budget.
 
     Raises:
         FingerprintMismatch: If targets were made from other samples than those beside them, or targets of two sources
             differ in what a student needs of them.
-        UserError: If extraction did not finish (see `StreamConfig.allow_incomplete`), or a subset cannot be used.
+        UserError: If extraction did not finish (see `StreamConfig.allow_incomplete`), or a subset or what is held out
+            cannot be used.
     """
 
-    def __init__(self, sources: Sequence[Source], config: StreamConfig) -> None:
+    def __init__(self, sources: Sequence[Source], config: StreamConfig, held_out: HeldOut | None = None) -> None:
         self.sources, self.config = tuple(sources), config
         check_mixable([(one.targets.store.url, one.targets.manifest.fingerprint) for one in self.sources])
         self._firsts = np.cumsum([0, *(source.targets.manifest.num_shards for source in self.sources)])
-        rows = []
+        rows: list[Ints] = []
+        self._held_out: list[Ints] = []
+        held: set[tuple[str, str]] = set()
         for source, first in zip(self.sources, self._firsts.tolist(), strict=False):
             samples, targets = source.samples, source.targets
             fingerprint = targets.manifest.fingerprint
             check_same_samples(samples.store.url, samples.index.digest, targets.store.url, fingerprint)
-            rows.append(_usable_rows(source, shard_sizes(source.targets, config.allow_incomplete), first))
+            sizes = shard_sizes(source.targets, config.allow_incomplete)
+            trained, apart, keys = _usable_rows(source, sizes, first, held_out)
+            rows.append(trained)
+            # Two sources may have the same samples, which count once.
+            named = [(source.samples.index.digest, key) for key in keys]
+            self._held_out.append(apart[[name not in held for name in named]])
+            held.update(named)
+        if held_out is not None:
+            stores = [source.targets for source in self.sources]
+            held_out.check({key for _, key in held}, sum(map(len, rows)), stores)
         self._rows = _within_budget(rows, config)
+
+    def held_out(self) -> "Mixture":
+        """The samples that are held out, each once, in the stored order."""
+        other = copy(self)
+        other.sources = tuple(replace(source, weight=1.0) for source in self.sources)
+        other.config = self.config.model_copy(update={"shuffle_shards": 0})
+        other._rows = self._held_out
+        return other
 
     @property
     def num_samples(self) -> int:
@@ -132,25 +155,43 @@ def shard_sizes(targets: TargetStore, allow_incomplete: bool = False) -> dict[in
     return sizes
 
 
-def _usable_rows(source: Source, sizes: Mapping[int, int], first: int) -> Ints:
-    """All rows of a source, or those of its subset, by shard and row."""
+def _usable_rows(
+    source: Source, sizes: Mapping[int, int], first: int, held_out: HeldOut | None
+) -> tuple[Ints, Ints, list[str]]:
+    """Rows of a source that are trained on, rows that are held out, both by shard and row, and the keys of these.
+
+    A share is held out of the source's subset. Listed keys are held out of its whole store: they may be others than
+    those of the subset.
+    """
     rows = [shard_rows(first + shard, size) for shard, size in sorted(sizes.items())]
-    if source.subset is None:
-        return np.concatenate(rows)
-    wanted = read_keys(source.subset)
-    found: set[str] = set()
+    apart, held_keys = [rows[0][:0]], list[str]()
+    if source.subset is None and held_out is None:
+        return np.concatenate(rows), apart[0], held_keys
+    wanted, found = None if source.subset is None else read_keys(source.subset), set[str]()
     for number, shard in enumerate(sorted(sizes)):
         skipped = {sample.key for sample in source.targets.commits[shard].skipped}
         keys = [members.key for members in source.samples.members(shard) if members.key not in skipped]
-        rows[number] = rows[number][[row for row, key in enumerate(keys) if key in wanted]]
-        found.update(wanted.intersection(keys))
+        used = np.array([wanted is None or key in wanted for key in keys], dtype=bool)
+        held = np.array([held_out is not None and key in held_out for key in keys], dtype=bool)
+        if held_out is not None and held_out.share:
+            held &= used
+        held_keys += [keys[row] for row in np.flatnonzero(held)]
+        apart.append(rows[number][held])
+        rows[number] = rows[number][used & ~held]
+        if wanted is not None:
+            found.update(wanted.intersection(keys))
+    if wanted is not None:
+        _check_found(source, wanted, found)
+    return np.concatenate(rows), np.concatenate(apart), held_keys
+
+
+def _check_found(source: Source, wanted: Set[str], found: Set[str]) -> None:
     if unknown := sorted(wanted - found):
         names = ", ".join(unknown[:_NAMED]) + (", ..." if len(unknown) > _NAMED else "")
         raise UserError(
             f"subset {source.subset} names {len(wanted)} samples, {source.targets.store.url} has no targets for "
             f"{len(unknown)} of them: {names}; correct the list, or leave them out"
         )
-    return np.concatenate(rows)
 
 
 def _within_budget(rows: list[Ints], config: StreamConfig) -> list[Ints]:

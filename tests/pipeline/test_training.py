@@ -327,6 +327,10 @@ def test_going_on_with_other_settings_is_refused_by_name_and_changes_nothing(
         ),
         ("train.matching.num_matched=9", "the student has 4 layers but 9 are to be matched"),
         ("train.dft.subset={subset}", "unknown-key"),
+        (
+            "train.dft.validation_subset={subset}",
+            r"train.dft.validation_subset \(.*\) names 1 samples, .*: unknown-key;",
+        ),
     ],
 )
 def test_a_mistake_in_a_later_stage_is_said_before_the_first_is_trained_and_nothing_is_written(

@@ -1,6 +1,7 @@
 """What a group of processes on a Ray cluster tries again, and the folder that all must see."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pipeline.cluster import ray_train_group
 from stages.student.data.loader import LoaderDied
 from storage.errors import CorruptData, StoreUnavailable, UserError
 from tests.conftest import TinyWorld
+from tests.pipeline.processes import cdp
 from tests.pipeline.runs import SETTINGS
+from tests.pipeline.test_training_data import keys_of
 
 pytest.importorskip("pandas", reason="the extra ray-train is not installed")
 PATIENCE_S = 500
@@ -79,3 +82,18 @@ def test_a_run_folder_that_the_processes_of_a_cluster_do_not_see_is_refused_befo
     assert f"{tmp_path}/runs/run on " in done.stderr
     assert "is another folder than where the command was given" in done.stderr
     assert not list(tmp_path.glob("runs/run/dpt"))
+
+
+def test_losses_on_held_out_samples_are_said_where_the_command_was_given(
+    tiny: TinyWorld, targets: Path, ray_address: str, tmp_path: Path
+) -> None:
+    (tmp_path / "held.txt").write_text("\n".join(keys_of(tiny.samples)[:5]))
+    # Named as seen from here, which is not where Ray's processes run.
+    listed = f"train.validation.subset={os.path.relpath(tmp_path / 'held.txt')}"
+    places = ("--samples", tiny.samples, "--targets", targets, "--student", tiny.student_lm)
+    where = ("--output", tmp_path / "run", "--ray-address", ray_address, "--workers", 2, "--stage", "dpt")
+    settings = [word for setting in (*SETTINGS, listed) for word in ("--set", setting)]
+    done = cdp("train-student", *places, *where, *settings)
+    assert done.code == 0, done.err[-4000:]
+    assert re.search(r"^dpt: validation after step 5: lm .*\(5 held-out samples, ", done.err, re.MULTILINE)
+    assert "validation losses at the end of each stage" in done.out

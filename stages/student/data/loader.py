@@ -157,6 +157,23 @@ class StepLoader:
             return batch
 
 
+def next_group(groups: Iterator[list[Batch]], should_stop: Callable[[], bool]) -> list[Batch]:
+    """The microbatches of the next step; none if the run was asked to stop.
+
+    Raises:
+        LoaderDied: As `StepLoader.steps`, unless the run was asked to stop.
+    """
+    try:
+        return next(groups)
+    except StoppedWaiting:
+        return []
+    except LoaderDied:
+        if not should_stop():
+            raise
+        # A launcher that stops the job may stop its loader processes first.
+        return []
+
+
 def spare_workers(device: torch.device) -> int:
     """Loader processes for the machine's spare cores, for each training process, at most `MOST_WORKERS`.
 

@@ -49,6 +49,9 @@ class Position:
         samples, seconds: samples used, over all ranks and epochs, and training time so far.
         loss_sums, num_summed: each loss term summed over the finished ones of the last steps, which the stage's report
             is about, and how many these are.
+        validation, validated_step: each loss term on the held-out samples when it was last measured, and after which
+            step; 0 is not yet.
+        validation_seconds: the part of `seconds` in which it was measured.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -60,6 +63,9 @@ class Position:
     seconds: float = 0.0
     loss_sums: dict[str, float] = field(default_factory=dict)
     num_summed: _Count = 0
+    validation: dict[str, float] = field(default_factory=dict)
+    validated_step: _Count = 0
+    validation_seconds: float = 0.0
 
 
 _POSITION = TypeAdapter(Position)

@@ -1,36 +1,36 @@
 """The training loop of one stage: stream, step, log, checkpoint, resume."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from stages.attention.capture import enable_capture
 from stages.student.data.batch import Batch
-from stages.student.data.loader import LoaderDied, StepLoader, StoppedWaiting
+from stages.student.data.loader import StepLoader, StoppedWaiting, next_group
 from stages.student.model.student import decoder_of
 from stages.student.model.trainable import keep_frozen_in
-from stages.student.run_folder import STUDENT, StageReport
+from stages.student.run_folder import STUDENT, StageReport, ValidationReport
 from stages.student.training.checkpoint import Checkpoints, TrainerState, load_trained, trained_parameters
-from stages.student.training.metrics import metrics_log
-from stages.student.training.objective import BatchTotals, DistillationObjective
+from stages.student.training.metrics import Write, metrics_log
+from stages.student.training.objective import BatchTotals, DistillationObjective, refuse_not_finite
 from stages.student.training.parallel import clip_gradients, gathered, gradients_stay, spread
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
 from stages.student.training.resume_guard import check_resumable, record_stage
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun, TrainingStopped
-from storage.errors import UserError, disk_errors_named
-from storage.progress import SILENT, Progress
+from stages.student.training.validation import Validation
+from storage.errors import disk_errors_named
+from storage.progress import SILENT, Progress, ProgressTask
 from storage.stores import open_store
+from storage.streaming.stream import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +84,7 @@ class _StageLoop:
         self.run, self.setup, self.accelerator, self.should_stop = run, setup, accelerator, should_stop
         config, stage = run.config, run.stage
         # Before the student is loaded, so that loader processes start meanwhile.
-        self.loader = StepLoader(
-            setup.mixture,
-            setup.collator,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            device=accelerator.device,
-            config=config.loader,
-            with_maps=stage.attention_weight > 0,
-        )
+        self.loader = self._loader(setup.mixture)
         self.student, self.peft = setup.load()
         enable_capture(self.student)
         if config.parallel.activation_checkpointing:
@@ -109,6 +101,9 @@ class _StageLoop:
 
         logits = run.targets.manifest.fingerprint.logit_codec
         objective = DistillationObjective(self.student, stage, logits, setup.matching)
+        self.validation: Validation | None = None
+        if setup.held_out is not None:
+            self.validation = Validation(objective, self._loader(setup.held_out), accelerator, should_stop)
         self.objective = spread(objective, decoder_of(self.student), accelerator, config.parallel.strategy)
         self.trained = trained_parameters(self.student)
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=stage.learning_rate, weight_decay=0.0)
@@ -134,9 +129,11 @@ class _StageLoop:
         settings = config.model_dump(mode="json") | {"stage": run.name, "decoder": run.decoder}
         trackers, main = config.logging.trackers, self.accelerator.is_main_process
         with metrics_log(run.output, trackers, self.position.step, settings, enabled=main) as write, closing(groups):
+            # Here where the stage was stopped while it measured.
+            self._validate(write, task, progress)
             while self.position.step < self.num_steps:
                 before = time.perf_counter()
-                group = self._next_group(groups)
+                group = next_group(groups, self.should_stop)
                 waiting.append(time.perf_counter() - before)
                 totals = self._totals(group)
                 losses = self._step(group, totals)
@@ -144,10 +141,8 @@ class _StageLoop:
                 step, samples, seconds = self.position.step, self.position.samples, self.position.seconds
                 if step % config.logging.every == 0 or step == self.num_steps:
                     write(step, {**losses, "samples": samples, "seconds": seconds})
-                terms = [f"{name} {losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in losses]
-                speed = f"on average {samples / max(seconds, 1e-9):,.1f} samples/s"
-                rate = f"learning rate {losses['learning_rate']:.2g}"
-                task.update(done=step, note=", ".join([f"in step {step} {terms[0]}", *terms[1:], rate, speed]))
+                self._validate(write, task, progress)
+                task.update(done=step, note=self._note(losses))
                 # Also after the last step, so that no step is repeated if saving the student fails.
                 if step % config.checkpoint.every == 0 or step == self.num_steps:
                     self.checkpoints.save(self.position, self.state)
@@ -155,17 +150,57 @@ class _StageLoop:
         since = time.perf_counter() - begun - first_batch_s
         return self._finish(first_batch_s, sum(later) / max(since, 1e-9))
 
-    def _next_group(self, groups: Iterator[list[Batch]]) -> list[Batch]:
-        """The microbatches of one optimizer step; fewer at an epoch's end."""
+    def _loader(self, mixture: Mixture) -> StepLoader:
+        """The parts of a mixture's steps that this process gets."""
+        return StepLoader(
+            mixture,
+            self.setup.collator,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            device=self.accelerator.device,
+            config=self.run.config.loader,
+            with_maps=self.run.stage.attention_weight > 0,
+        )
+
+    def _note(self, losses: dict[str, float]) -> str:
+        """What is shown beside the number of steps."""
+        now = self.position
+        parts = [f"in step {now.step} {_terms_text(losses)}", f"learning rate {losses['learning_rate']:.2g}"]
+        if now.validated_step:
+            parts.insert(1, f"validation after step {now.validated_step} {_terms_text(now.validation)}")
+        return ", ".join([*parts, f"on average {now.samples / max(now.seconds, 1e-9):,.1f} samples/s"])
+
+    def _validate(self, write: Write, task: ProgressTask, progress: Progress) -> None:
+        """Measures the losses on the held-out samples if that is due after this step and was not done.
+
+        Raises:
+            TrainingStopped: In all processes, after a checkpoint; the stage measures when it goes on.
+        """
+        validation, step = self.validation, self.position.step
+        due = step and (step % self.run.config.validation.every == 0 or step == self.num_steps)
+        if validation is None or not due or self.position.validated_step == step:
+            return
+        begun, total = time.perf_counter(), f"{validation.num_samples:,} held-out samples"
         try:
-            return next(groups)
+            losses = validation.losses(step, lambda done: task.update(note=f"validation: {done:,} of {total}"))
         except StoppedWaiting:
-            return []
-        except LoaderDied:
-            if not self.should_stop():
-                raise
-            # A launcher that stops the job may stop its loader processes first.
-            return []
+            raise self._stopped() from None
+        seconds, before = time.perf_counter() - begun, self.position
+        self.position = replace(
+            before,
+            validation=losses,
+            validated_step=step,
+            validation_seconds=before.validation_seconds + seconds,
+            seconds=before.seconds + seconds,
+        )
+        write(step, {f"validation/{name}": value for name, value in {**losses, "seconds": seconds}.items()})
+        said = f"validation after step {step:,}: {_terms_text(losses)}, in all {losses['loss']:.3f}"
+        progress.message(f"{self.run.name}: {said} ({total}, {seconds:.1f} s)")
+
+    def _stopped(self) -> TrainingStopped:
+        """Saves a checkpoint in all processes; gives what says so."""
+        self.checkpoints.save(self.position, self.state)
+        return TrainingStopped(self.run.name, self.position.step)
 
     def _step(self, group: list[Batch], totals: BatchTotals) -> dict[str, float]:
         """One optimizer step; returns each loss term of the global batch, and the rate and norm it was taken with."""
@@ -189,13 +224,7 @@ class _StageLoop:
         norm = float(clip_gradients(self.trained.values(), self.run.config.max_grad_norm))
         # Summed over all processes: one whose own loss is finite must stop here too.
         summed = self.accelerator.reduce(torch.stack([total_loss, *terms.values()]), reduction="sum").tolist()
-        for name, value in (("loss", summed[0]), ("gradient", norm)):
-            if not math.isfinite(value):
-                keys = ", ".join(gather_object([key for batch in group for key in batch.keys]))
-                raise UserError(
-                    f"the {name} is {value} at step {self.position.step + 1}; the batch holds samples {keys}. "
-                    "Lower the learning rate, or look at these samples"
-                )
+        refuse_not_finite({"loss": summed[0], "gradient": norm}, self.position.step + 1, group)
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -213,8 +242,7 @@ class _StageLoop:
         counts = torch.tensor([rows, images, samples, self.should_stop()], device=self.accelerator.device)
         rows, images, self.samples_in_step, stop = self.accelerator.reduce(counts, reduction="sum").tolist()
         if stop:
-            self.checkpoints.save(self.position, self.state)
-            raise TrainingStopped(self.run.name, self.position.step)
+            raise self._stopped()
         return BatchTotals(rows, images)
 
     def _advance(self, losses: dict[str, float], seconds: float) -> None:
@@ -239,6 +267,7 @@ class _StageLoop:
             first_batch_s=first_batch_s,
             wait_share=wait_share,
             losses={name: value / self.position.num_summed for name, value in self.position.loss_sums.items()},
+            validation=self._validation_report(),
             notes=tuple(self.setup.notes),
         )
         trained = gathered(trained_parameters(self.student), wanted=self.accelerator.is_main_process)
@@ -253,3 +282,15 @@ class _StageLoop:
             run.folder.finish(report)
         self.accelerator.wait_for_everyone()
         return report
+
+    def _validation_report(self) -> ValidationReport | None:
+        if self.validation is None:
+            return None
+        now = self.position
+        share = now.validation_seconds / max(now.seconds, 1e-9)
+        return ValidationReport(samples=self.validation.num_samples, losses=now.validation, time_share=share)
+
+
+def _terms_text(losses: dict[str, float]) -> str:
+    """The loss terms for people, those that the stage has."""
+    return ", ".join(f"{name} {losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in losses)

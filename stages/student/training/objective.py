@@ -1,8 +1,11 @@
 """The training objective of a batch: LM + logit distillation + attention alignment, from stored targets."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from stages.student.data.batch import Batch
@@ -15,6 +18,7 @@ from stages.student.stage_config import StageConfig
 from stages.student.training.forward import run_student
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.codec_settings import LogitCodecConfig
+from storage.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,18 @@ class DistillationObjective(nn.Module):
         """
         learning = [parameter for parameter in projector_parameters(self.student) if parameter.requires_grad]
         return sum((parameter.sum() * 0 for parameter in learning), torch.zeros((), device=self.student.device))
+
+
+def refuse_not_finite(values: Mapping[str, float], step: int, group: Sequence[Batch]) -> None:
+    """Ends all processes where a value that they share is not a number; `group` has this process's microbatches.
+
+    Raises:
+        UserError: If one is infinite or NaN; names the samples of all processes.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            keys = ", ".join(gather_object([key for batch in group for key in batch.keys]))
+            raise UserError(
+                f"the {name} is {value} at step {step}; the batch holds samples {keys}. Lower the learning rate, or "
+                "look at these samples"
+            )

@@ -51,6 +51,21 @@ def gradients_stay(objective: nn.Module, accelerator: Accelerator) -> Iterator[N
         yield
 
 
+@contextmanager
+def evaluation_mode(objective: nn.Module) -> Iterator[None]:
+    """Forward passes inside are without dropout and gradients; after it the objective is trained as before."""
+    objective.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        objective.train()
+        if isinstance(objective, FSDPModule):
+            # A forward pass leaves the outermost parameters whole until a backward pass. The optimizer's state and the
+            # checkpoint know their parts only.
+            objective.reshard()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales the gradients of all processes down to that norm together; the norm before, the same in each."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)

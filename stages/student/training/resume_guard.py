@@ -15,7 +15,9 @@ from stages.student.run_folder import StageDescription, StageFolder
 from stages.student.stage_config import STAGES, StageName
 from stages.student.training.stage_run import StageRun
 from stages.student.training.train_config import TrainConfig
+from storage.digests import digest_of
 from storage.errors import FingerprintMismatch
+from storage.streaming.mixture import read_keys
 
 
 def check_resumable(run: StageRun) -> None:
@@ -96,9 +98,11 @@ def start_weights(run: StageRun) -> str | None:
 def _data(run: StageRun) -> dict[str, Any]:
     """What the stage trains, and on which samples and targets."""
     sources = [source.description() for source in run.sources]
+    listed = run.validation_subset
     return {
         "stage": run.name,
         "decoder": decoder_digest(run.decoder),
+        "validation_subset": None if listed is None else digest_of(sorted(read_keys(listed))),
         # One list for each, so that a refusal names what differs.
         **{name: [source.get(name) for source in sources] for name in chain.from_iterable(sources)},
     }

@@ -31,7 +31,8 @@ class StageSetup:
     """A stage's student and what it trains on, known before any weights are loaded and anything is written.
 
     Attributes:
-        mixture: the stage's samples.
+        mixture: the samples that the stage is trained on.
+        held_out: those that it is not trained on, to measure the loss; None without any.
         collator: reads them as this student does.
         processor: what is saved with the student.
         matching: layers that learn from the teacher's maps; None without the attention loss.
@@ -69,7 +70,9 @@ class StageSetup:
             self.matching = found
             check_maps(str(self._folder), spec.decoder, found.student_layers, WITHOUT_MAPS)
             self.notes += notes
-        self.mixture = Mixture(run.sources, run.stream)
+        held_out = run.held_out
+        self.mixture = Mixture(run.sources, run.stream, held_out)
+        self.held_out = None if held_out is None else self.mixture.held_out()
         if reader.own_vision or reader.max_length is not None:
             for source in run.sources:
                 check_first_samples(source, reader)

@@ -6,6 +6,8 @@ from pathlib import Path
 from stages.student.run_folder import StageFolder
 from stages.student.stage_config import StageConfig, StageName
 from stages.student.training.train_config import TrainConfig
+from storage.streaming.held_out import HeldOut
+from storage.streaming.mixture import read_keys
 from storage.streaming.stream import Source, StreamConfig
 from storage.targets.store import TargetStore
 
@@ -58,6 +60,27 @@ class StageRun:
             max_samples=self.stage.max_samples or config.data.max_samples,
             allow_incomplete=config.data.allow_incomplete,
         )
+
+    @property
+    def validation_subset(self) -> Path | None:
+        """The list of samples to hold out, where it is a file."""
+        path = self.stage.validation_subset or self.config.validation.subset
+        return None if path is None else Path(path)
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """Which samples are held out of training; None trains on all.
+
+        Raises:
+            UserError: If they are listed in a file that cannot be read.
+        """
+        config, own = self.config.validation, self.stage.validation_subset
+        if (path := self.validation_subset) is not None:
+            section = "train.validation.subset" if own is None else f"train.{self.name}.validation_subset"
+            return HeldOut(f"{section} ({path})", keys=read_keys(path))
+        if config.share is not None:
+            return HeldOut(f"train.validation.share {config.share:g}", config.share, config.share_seed)
+        return HeldOut("train.validation.keys", keys=frozenset(config.keys)) if config.keys else None
 
 
 class TrainingStopped(Exception):

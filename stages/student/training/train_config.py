@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.settings import AtResume
 from stages.student.data.config import LoaderConfig
@@ -38,6 +38,31 @@ class DataConfig(StrictModel):
     """Train on the shards committed so far of a store whose extraction did not finish; without it such a store is
     refused. A stage that was begun so refuses to go on once the store holds other shards: its order of samples would be
     another."""
+
+
+class ValidationConfig(StrictModel):
+    """Samples that are held out of training, and when the loss on them is measured.
+
+    Give one of share, keys and subset; without one, all samples are trained on.
+    """
+
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """About this share of the samples of each store; a sample's key alone decides, with `share_seed`."""
+    share_seed: int = Field(default=0, ge=0)
+    """Another one holds out other samples of that share; `train.seed` does not."""
+    keys: tuple[str, ...] = ()
+    """The keys of the samples to hold out, from any of the stores."""
+    subset: Annotated[str | None, AtResume.SAME_DATA] = None
+    """Text file with the keys of the samples to hold out, one a line."""
+    every: Annotated[int, AtResume.MAY_CHANGE] = Field(default=500, ge=1)
+    """Steps between two measurements; there is one more at the end of a stage."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "ValidationConfig":
+        named = {name: getattr(self, name) for name in ("share", "keys", "subset")}
+        if len(given := [name for name, value in named.items() if value]) > 1:
+            raise ValueError(f"expected one of {', '.join(named)}; leave out {' or '.join(given)}")
+        return self
 
 
 class ClusterConfig(StrictModel):
@@ -108,6 +133,8 @@ class TrainConfig(StrictModel):
     """Supervised fine-tuning."""
     data: DataConfig = DataConfig()
     """What is trained on, and in which order."""
+    validation: ValidationConfig = ValidationConfig()
+    """Samples that are held out of training, and when the loss on them is measured."""
     matching: Annotated[MatchingConfig, AtResume.IF_UNMATCHED] = MatchingConfig()
     """Which student layers learn from which teacher layers."""
     loader: Annotated[LoaderConfig, AtResume.MAY_CHANGE] = LoaderConfig()

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from stages.export.model_card import ExportReport, ModelNames, StageRecord, model_card
-from stages.student.run_folder import StageDescription, StageReport
+from stages.student.run_folder import StageDescription, StageReport, ValidationReport
 from stages.student.stage_config import STAGES
 
 EXPORT = ExportReport(
@@ -27,7 +27,9 @@ EXPORT = ExportReport(
 NAMES = ModelNames("some-org/decoder", "models/teacher-4b", frozenset({"some-org/decoder"}))
 
 
-def card_of(*terms: set[str], vision: str = "teacher") -> tuple[dict[str, Any], str]:
+def card_of(
+    *terms: set[str], vision: str = "teacher", validation: ValidationReport | None = None
+) -> tuple[dict[str, Any], str]:
     """Front matter and text of the card of a student whose stages had these losses."""
     history = [
         StageRecord(
@@ -40,6 +42,7 @@ def card_of(*terms: set[str], vision: str = "teacher") -> tuple[dict[str, Any], 
                 samples_per_s=4.0,
                 wait_share=0.0,
                 losses=dict.fromkeys(sorted(losses), 1.0),
+                validation=validation if name == "dft" else None,
             ),
             StageDescription({"targets": ["ab"], "decoder": "cd"}, {"vision": vision}),
         )
@@ -70,3 +73,13 @@ def test_a_folder_with_a_name_like_an_id_is_no_base_model() -> None:
     front, text = card_of({"lm", "kd"})
     assert front["base_model"] == ["some-org/decoder"]
     assert "`models/teacher-4b`" in text
+
+
+def test_losses_on_held_out_samples_stand_beside_those_of_training() -> None:
+    held_out = ValidationReport(samples=1200, losses={"loss": 3.5, "lm": 2.5}, time_share=0.1)
+    _, text = card_of({"lm", "loss"}, {"lm", "loss"}, validation=held_out)
+    assert "| lm loss | loss | validation loss | validation lm loss |" in text
+    assert "| 1.0000 | 1.0000 | 3.5000 | 2.5000 |" in text
+    assert "on 1,200 samples that were held out of training" in text
+    _, text = card_of({"lm"})
+    assert "validation" not in text.lower()
