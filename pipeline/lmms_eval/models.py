@@ -1,4 +1,4 @@
-"""The models that lmms-eval runs: thin classes over `Answerer`."""
+"""The models that lmms-eval runs: thin classes over `PromptedModel`."""
 
 import inspect
 import os
@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from pipeline.lmms_eval.requests import decoding_of, prompt_of_text
 from pipeline.models import default_device, load_model
-from stages.evaluation.answering import Answerer, DecodingConfig
-from stages.evaluation.prompts import Prompt, to_prompt
+from stages.evaluation.harness.prompted_model import DecodingConfig, PromptedModel
+from stages.evaluation.harness.prompts import Prompt, to_prompt
 from storage.errors import UserError
 
 
@@ -38,7 +38,7 @@ class _Model(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size!r}; expected a number of prompts, such as --batch_size 8")
         self.device = _device(device)
-        self._answerer = Answerer(*load_model(str(pretrained), self.device), int(batch_size))
+        self._model = PromptedModel(*load_model(str(pretrained), self.device), int(batch_size))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "_Model":
@@ -50,7 +50,7 @@ class _Model(lmms):
     @property
     def batch_size(self) -> int:
         """Prompts that go through the model together."""
-        return self._answerer.batch_size
+        return self._model.batch_size
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers to the prompts of the requests, in their order."""
@@ -58,7 +58,7 @@ class _Model(lmms):
         answers: list[str] = []
         with tqdm(total=len(requests), desc="cdp", disable=self.rank != 0) as bar:
             for decoding, alike in groupby(requests, key=self._decoding):
-                for answer in self._answerer.generate(map(self._prompt, alike), decoding):
+                for answer in self._model.generate(map(self._prompt, alike), decoding):
                     answers.append(answer)
                     bar.update()
         return answers
@@ -73,7 +73,7 @@ class _Model(lmms):
 
     def clean(self) -> None:
         """Frees the model, before a judge may be loaded."""
-        del self._answerer
+        del self._model
         super().clean()
 
     def _decoding(self, request: Any) -> DecodingConfig:
@@ -119,14 +119,14 @@ class SimpleModel(_Model):
         _check_likelihoods_are_read()
         scores: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), desc="cdp", disable=self.rank != 0) as bar:
-            for answers in self._answerer.scores(self._questions(requests)):
+            for answers in self._model.scores(self._questions(requests)):
                 scores += answers
                 bar.update(len(answers))
         signs = (_sign_of_choice() if isinstance(request.args[1], str) else 1 for request in requests)
         return [(sign * log_prob, is_greedy) for sign, (log_prob, is_greedy) in zip(signs, scores, strict=True)]
 
     def _questions(self, requests: Sequence[Any]) -> Iterator[tuple[Prompt, list[str]]]:
-        """Prompts with all their answers, so that the image of several is seen once."""
+        """Prompts with all their answers, so that a picture is decoded once for several."""
         for _, alike in groupby(requests, key=lambda request: (request.args[0], *request.args[3:])):
             together = list(alike)
             yield self._prompt(together[0]), [self._answer(request) for request in together]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from stages.evaluation.answering import DecodingConfig
-from stages.evaluation.prompts import Prompt, to_prompt
+from stages.evaluation.harness.prompted_model import DecodingConfig
+from stages.evaluation.harness.prompts import Prompt, to_prompt
 
 DEFAULT_STOP: Final = "\n\n"
 """What lmms-eval ends answers with where a task names nothing; its own models leave it out, and so does this one."""

@@ -58,25 +58,20 @@ class RowReader:
         """`[R, d]` last hidden states of a batch at chosen int64 `rows` of each sequence, group after group."""
         rows_left = iter(rows)
         parts: list[Tensor] = []
-        for _, alike in groupby(groups, key=lambda group: pixel_shapes(group[0])):
+        for _, alike in groupby(groups, key=_pixel_shapes):
             outputs = self.model.base_model(**self._inputs(list(alike)), use_cache=False)
             parts += [hidden_Td[next(rows_left).to(hidden_Td.device)] for hidden_Td in outputs.last_hidden_state]
         return torch.cat(parts)
 
     def log_probs(self, hidden_Rd: Tensor, token_ids_RK: Tensor) -> Tensor:
         """`[R, K]` float32 on the CPU: the log-probabilities of K tokens at each row."""
-        return self.log_probs_and_best(hidden_Rd, token_ids_RK)[0]
-
-    def log_probs_and_best(self, hidden_Rd: Tensor, token_ids_RK: Tensor) -> tuple[Tensor, Tensor]:
-        """`log_probs`, and `[R, K]` bool: whether no token of the vocabulary is more likely."""
-        log_probs, are_best = [], []
+        parts = []
         blocks = (torch.split(tensor, ROWS_AT_ONCE) for tensor in (hidden_Rd, token_ids_RK))
         for hidden_rd, ids in zip(*blocks, strict=True):
             logits_RV = self.head(hidden_rd).float()
             chosen_RK = logits_RV.gather(1, ids.to(logits_RV.device))
-            log_probs.append((chosen_RK - logits_RV.logsumexp(-1, keepdim=True)).cpu())
-            are_best.append((chosen_RK >= logits_RV.amax(-1, keepdim=True)).cpu())
-        return torch.cat(log_probs), torch.cat(are_best)
+            parts.append((chosen_RK - logits_RV.logsumexp(-1, keepdim=True)).cpu())
+        return torch.cat(parts)
 
     def _inputs(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """What both the model and its base model take; embeddings where the sequences of a group share an image."""
@@ -98,6 +93,6 @@ class RowReader:
         return {"attention_mask": inputs["attention_mask"], "inputs_embeds": embeddings}
 
 
-def pixel_shapes(item: EncodedConversation) -> list[tuple[str, tuple[int, ...]]]:
-    """Equal for sequences whose images join in one batch without padding; families that cut images in tiles differ."""
-    return [(name, tuple(values.shape[1:])) for name, values in item.pixel_inputs.items()]
+def _pixel_shapes(group: Group) -> list[tuple[str, tuple[int, ...]]]:
+    """Equal for groups whose images join in one batch without padding; families that cut images in tiles differ."""
+    return [(name, tuple(values.shape[1:])) for name, values in group[0].pixel_inputs.items()]

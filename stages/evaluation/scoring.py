@@ -12,8 +12,11 @@ Scores are `[pairs, 2]`, for letters `[pairs, 2, 2]`; the last axis is (fitting 
 """
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +28,6 @@ from stages.conversations.encoder import ConversationEncoder, EncodedConversatio
 from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.logprobs import RowReader
-from stages.evaluation.prefetch import batches_ahead
 from stages.images import decode_image
 from storage.errors import UserError
 from storage.progress import SILENT, ProgressTask
@@ -170,9 +172,15 @@ def _encoded_batches(
             raise UserError(f"{where}: {longest} tokens, max_length is {config.max_length}; raise it")
         return encoded
 
-    for batch in batches_ahead(pairs, encode_or_name, config.batch_size, config.num_threads):
-        yield batch
-        task.advance(len(batch))
+    pending: deque[Future[list[EncodedConversation]]] = deque()
+    waiting = iter(pairs)
+    with ThreadPoolExecutor(config.num_threads) as pool:
+        for first in range(0, len(pairs), config.batch_size):
+            room = 2 * config.batch_size - len(pending)
+            pending += [pool.submit(encode_or_name, pair) for pair in islice(waiting, room)]
+            num_ready = min(config.batch_size, len(pairs) - first)
+            yield [pending.popleft().result() for _ in range(num_ready)]
+            task.advance(num_ready)
 
 
 def _finite(scores: Tensor, pairs: Sequence[CaptionPair]) -> Tensor:

@@ -3,7 +3,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.lmms_eval.requests import decoding_of, prompt_of_text
-from stages.evaluation.answering import DecodingConfig
+from stages.evaluation.harness.prompted_model import DecodingConfig
 
 RED = Image.new("RGB", (8, 8), "red")
 

@@ -1,9 +1,9 @@
-"""A model's answers to prompts in batches: generated texts, and the log-probabilities of given ones."""
+"""A model that is prompted in batches: answers are generated, or given ones get log-probabilities."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from stages.checkpoints.image_settings import image_settings
 from stages.conversations.answer_rows import answer_rows
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
-from stages.evaluation.logprobs import RowReader, pixel_shapes
-from stages.evaluation.prefetch import batches_ahead
-from stages.evaluation.prompts import Prompt, load_image
+from stages.evaluation.harness.prefetch import batches_ahead
+from stages.evaluation.harness.prompts import Prompt, load_image
 from stages.images import MAX_PIXELS
 from stages.student.model.generation import generation_settings
 from stages.student.model.inputs import model_inputs
@@ -57,7 +56,7 @@ class AnswerScore(NamedTuple):
     is_greedy: bool
 
 
-class Answerer:
+class PromptedModel:
     """Answers prompts with one model, `batch_size` prompts at a time.
 
     Pictures are read as the model's config says, or as `images` where it says nothing. Threads encode one batch ahead.
@@ -99,11 +98,11 @@ class Answerer:
 
         Raises:
             UserError: If an answer cannot be encoded with its prompt, or both are longer than the model reads; the
-                prompt is named. Also if the model's head cannot be read row by row.
+                prompt is named.
         """
-        reader = self._checked_reader()
-        for groups in batches_ahead(questions, self._encode_answers, self.batch_size, self._num_threads):
-            yield from _scores(reader, groups)
+        for (group,) in batches_ahead(questions, self._encode_answers, 1, self._num_threads):
+            parts = (group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size))
+            yield [score for part in parts for score in self._scores(part)]
 
     def _encode_prompt(self, prompt: Prompt) -> EncodedConversation:
         with _named(prompt):
@@ -137,8 +136,8 @@ class Answerer:
     def _generate(self, prompts: Sequence[EncodedConversation], decoding: DecodingConfig) -> list[str]:
         texts = [""] * len(prompts)
         # Pixels of one shape join without padding, which some families would take for a part of the image.
-        numbers = sorted(range(len(prompts)), key=lambda number: pixel_shapes(prompts[number]))
-        for _, alike in groupby(numbers, key=lambda number: pixel_shapes(prompts[number])):
+        numbers = sorted(range(len(prompts)), key=lambda number: _pixel_shapes(prompts[number]))
+        for _, alike in groupby(numbers, key=lambda number: _pixel_shapes(prompts[number])):
             together = list(alike)
             answers = self._generate_alike([prompts[number] for number in together], decoding)
             for number, answer in zip(together, answers, strict=True):
@@ -174,25 +173,24 @@ class Answerer:
         text: str = self.tokenizer.decode(token_ids[:end], skip_special_tokens=True)
         return text[: min((at for word in stop if (at := text.find(word)) >= 0), default=None)].strip()
 
-    def _checked_reader(self) -> RowReader:
-        reader = RowReader(self.model)
-        with torch.inference_mode():
-            reader.check_head(self._encoder.encode_prompt("What is this?", []))
-        return reader
+    @torch.inference_mode()
+    def _scores(self, answers: Sequence[EncodedConversation]) -> list[AnswerScore]:
+        """Of answers to one prompt: logits exist only from the first row on that predicts one of their tokens."""
+        rows = answer_rows([answer.token_ids for answer in answers], [answer.answer_mask for answer in answers])
+        inputs, first = model_inputs(self.model, answers), int(rows.position_R.min())
+        num_rows = inputs["input_ids"].shape[1] - first
+        logits_BTV = self.model(**inputs, logits_to_keep=num_rows, use_cache=False).logits
+        logits_RV = logits_BTV[rows.sequence_R, rows.position_R - first].float().cpu()
+        chosen_R = logits_RV.gather(1, rows.token_R[:, None])[:, 0]
+        log_probs_R = (chosen_R - logits_RV.logsumexp(-1)).double()
+        are_best_R = chosen_R >= logits_RV.amax(-1)
+        counts = [int(answer.answer_mask.sum()) for answer in answers]
+        parts = (torch.split(tensor_R, counts) for tensor_R in (log_probs_R, are_best_R))
+        return [AnswerScore(float(part.sum()), bool(best.all())) for part, best in zip(*parts, strict=True)]
 
 
-@torch.inference_mode()
-def _scores(reader: RowReader, groups: Sequence[Sequence[EncodedConversation]]) -> list[list[AnswerScore]]:
-    items = [item for group in groups for item in group]
-    rows = answer_rows([item.token_ids for item in items], [item.answer_mask for item in items])
-    counts = [int(item.answer_mask.sum()) for item in items]
-    hidden_Rd = reader.hidden(groups, torch.split(rows.position_R, counts))
-    log_probs_R1, are_best_R1 = reader.log_probs_and_best(hidden_Rd, rows.token_R[:, None])
-    parts = (torch.split(tensor_R1, counts) for tensor_R1 in (log_probs_R1.double(), are_best_R1))
-    scores = (
-        AnswerScore(float(log_probs.sum()), bool(are_best.all())) for log_probs, are_best in zip(*parts, strict=True)
-    )
-    return [list(islice(scores, len(group))) for group in groups]
+def _pixel_shapes(prompt: EncodedConversation) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(values.shape[1:])) for name, values in prompt.pixel_inputs.items()]
 
 
 @contextmanager

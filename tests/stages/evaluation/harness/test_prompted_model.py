@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -11,8 +12,8 @@ from transformers import AutoModelForImageTextToText
 
 from stages.checkpoints.image_settings import note_image_settings
 from stages.checkpoints.processors import load_processor
-from stages.evaluation.answering import Answerer, DecodingConfig
-from stages.evaluation.prompts import Prompt
+from stages.evaluation.harness.prompted_model import DecodingConfig, PromptedModel
+from stages.evaluation.harness.prompts import Prompt
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
@@ -50,6 +51,7 @@ TEXTS = [
 """What the template of the tiny checkpoint makes of `ALL`."""
 
 SHORT = DecodingConfig(max_new_tokens=8)
+ANSWERS = ["A red square.", "Yes", "A blue circle is left of a green triangle."]
 
 
 def likeliest(model: Any, processor: Any, text: str, images: Sequence[object], num_tokens: int) -> str:
@@ -72,55 +74,55 @@ def test_answers_are_the_most_likely_tokens_one_prompt_at_a_time_and_in_batches(
 ) -> None:
     expected = [likeliest(model, processor, text, prompt.images, 8) for text, prompt in zip(TEXTS, ALL, strict=True)]
     assert len(set(expected)) > 3
-    assert list(Answerer(model, processor, batch_size).generate(ALL, SHORT)) == expected
+    assert list(PromptedModel(model, processor, batch_size).generate(ALL, SHORT)) == expected
 
 
 def test_an_answer_ends_with_its_end_token_in_a_batch_whose_others_go_on(model: Any, processor: Any) -> None:
-    answerer, longer = Answerer(model, processor, 4), DecodingConfig(max_new_tokens=24)
-    long = list(answerer.generate(PROMPTS, longer))
+    prompted, longer = PromptedModel(model, processor, 4), DecodingConfig(max_new_tokens=24)
+    long = list(prompted.generate(PROMPTS, longer))
     first = processor.tokenizer.encode(long[0], add_special_tokens=False)
     # A token of the first answer that the others lack becomes an end token.
     others = {token for text in long[1:] for token in processor.tokenizer.encode(text, add_special_tokens=False)}
     end = next(token for token in first[2:] if token not in others)
     model.generation_config.eos_token_id = end
-    short = list(Answerer(model, processor, 4).generate(PROMPTS, longer))
+    short = list(PromptedModel(model, processor, 4).generate(PROMPTS, longer))
     assert len(short[0]) < len(long[0])
     assert long[0].startswith(short[0])
     assert short[1:] == long[1:]
 
 
 def test_a_stop_text_ends_an_answer_before_it(model: Any, processor: Any) -> None:
-    answerer = Answerer(model, processor, 4)
-    whole = list(answerer.generate(PROMPTS, DecodingConfig(max_new_tokens=16)))
+    prompted = PromptedModel(model, processor, 4)
+    whole = list(prompted.generate(PROMPTS, DecodingConfig(max_new_tokens=16)))
     word = whole[0][3:5]
-    stopped = list(answerer.generate(PROMPTS, DecodingConfig(max_new_tokens=16, stop=("never said", word))))
+    stopped = list(prompted.generate(PROMPTS, DecodingConfig(max_new_tokens=16, stop=("never said", word))))
     assert stopped == [text.partition(word)[0].strip() for text in whole]
     assert stopped[0] != whole[0]
 
 
 def test_a_temperature_draws_answers_by_the_seed_of_the_process(model: Any, processor: Any) -> None:
-    answerer = Answerer(model, processor, 2)
+    prompted = PromptedModel(model, processor, 2)
     drawn = []
     for seed in (0, 0, 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            drawn.append(list(answerer.generate(PROMPTS, DecodingConfig(max_new_tokens=8, temperature=2.0))))
+            drawn.append(list(prompted.generate(PROMPTS, DecodingConfig(max_new_tokens=8, temperature=2.0))))
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
 
 
 def test_sampling_settings_of_a_checkpoint_do_not_make_an_answer_random(model: Any, processor: Any) -> None:
-    expected = list(Answerer(model, processor, 2).generate(PROMPTS, SHORT))
+    expected = list(PromptedModel(model, processor, 2).generate(PROMPTS, SHORT))
     model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9)
-    assert list(Answerer(model, processor, 2).generate(PROMPTS, SHORT)) == expected
+    assert list(PromptedModel(model, processor, 2).generate(PROMPTS, SHORT)) == expected
 
 
 def test_an_answer_ends_where_the_models_length_does(model: Any, processor: Any) -> None:
     long = DecodingConfig(max_new_tokens=24)
-    expected = list(Answerer(model, processor, 1).generate(PROMPTS[:2], long))
+    expected = list(PromptedModel(model, processor, 1).generate(PROMPTS[:2], long))
     lengths = [len(processor(text=[t], images=[[PICTURES[0]]])["input_ids"][0]) for t in TEXTS[:2]]
     model.config.text_config.max_position_embeddings = max(lengths) + 3
-    answers = list(Answerer(model, processor, 2).generate(PROMPTS[:2], long))
+    answers = list(PromptedModel(model, processor, 2).generate(PROMPTS[:2], long))
     assert answers[0] == expected[0]
     assert answers[1] != expected[1]
     assert expected[1].startswith(answers[1])
@@ -129,14 +131,14 @@ def test_an_answer_ends_where_the_models_length_does(model: Any, processor: Any)
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(model: Any, processor: Any) -> None:
     model.config.text_config.max_position_embeddings = 40
     with pytest.raises(UserError, match=r"prompt 1: prompt_beyond_max_length: \d+ tokens, and the model reads 40"):
-        list(Answerer(model, processor, 2).generate(PROMPTS, SHORT))
+        list(PromptedModel(model, processor, 2).generate(PROMPTS, SHORT))
 
 
 def test_a_prompt_whose_picture_cannot_be_read_is_named(model: Any, processor: Any) -> None:
     for broken, reason in ((b"\x89PNG\r\n\x1a\n", "broken_image"), ("nowhere.png", "missing_image")):
         prompt = dataclasses.replace(PROMPTS[1], images=(broken,))
         with pytest.raises(UserError, match=f"prompt 1: {reason}"):
-            list(Answerer(model, processor, 2).generate([PROMPTS[0], prompt], SHORT))
+            list(PromptedModel(model, processor, 2).generate([PROMPTS[0], prompt], SHORT))
 
 
 def test_pictures_are_turned_and_placed_as_the_model_was_trained(model: Any, processor: Any, tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_pictures_are_turned_and_placed_as_the_model_was_trained(model: Any, pro
     asked = Prompt("late", ({"from": "user", "value": "What is <image>?"},), (tmp_path / "turned.png",))
 
     def answer() -> str:
-        return next(Answerer(model, processor).generate([asked], SHORT))
+        return next(PromptedModel(model, processor).generate([asked], SHORT))
 
     turned = picture.transpose(Image.Transpose.ROTATE_270)
     expected = likeliest(model, processor, "USER: <image>\nWhat is ? ASSISTANT:", [picture], 8)
@@ -162,9 +164,12 @@ def test_answers_in_batches_are_those_one_by_one_in_every_family(model_type: str
     processor = load_processor(checkpoint)
     wide = Image.effect_noise((90, 30), 60).convert("RGB")
     prompts = [*PROMPTS[:3], dataclasses.replace(PROMPTS[3], images=(wide,)), TEXT_ONLY]
-    alone = list(Answerer(model, processor, 1).generate(prompts, SHORT))
+    alone = list(PromptedModel(model, processor, 1).generate(prompts, SHORT))
     assert len(set(alone)) > 2
-    assert list(Answerer(model, processor, 5).generate(prompts, SHORT)) == alone
+    assert list(PromptedModel(model, processor, 5).generate(prompts, SHORT)) == alone
+    asked = [(prompt, ANSWERS) for prompt in prompts]
+    single, batched = (list(PromptedModel(model, processor, size).scores(asked)) for size in (1, 3))
+    np.testing.assert_allclose(single, batched, rtol=1e-4)
 
 
 def make_student(model: Any) -> Any:
@@ -186,12 +191,9 @@ def make_student(model: Any) -> Any:
 def test_a_student_that_was_not_exported_answers_in_batches(model: Any, processor: Any) -> None:
     student = make_student(model)
     student.config.text_config.eos_token_id = processor.tokenizer.eos_token_id
-    alone = list(Answerer(student, processor, 1).generate(PROMPTS, SHORT))
+    alone = list(PromptedModel(student, processor, 1).generate(PROMPTS, SHORT))
     assert len(set(alone)) > 1
-    assert list(Answerer(student, processor, 4).generate(PROMPTS, SHORT)) == alone
-
-
-ANSWERS = ["A red square.", "Yes", "A blue circle is left of a green triangle."]
+    assert list(PromptedModel(student, processor, 4).generate(PROMPTS, SHORT)) == alone
 
 
 def by_hand(model: Any, processor: Any, text: str, images: Sequence[object], answer: str) -> tuple[float, bool]:
@@ -216,7 +218,7 @@ def by_hand(model: Any, processor: Any, text: str, images: Sequence[object], ans
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_log_probabilities_of_answers_are_sums_over_their_tokens(batch_size: int, model: Any, processor: Any) -> None:
     asked = [(prompt, text) for prompt, text in zip(ALL, TEXTS, strict=True) if prompt is not TALK]
-    scores = Answerer(model, processor, batch_size).scores((prompt, ANSWERS) for prompt, _ in asked)
+    scores = PromptedModel(model, processor, batch_size).scores((prompt, ANSWERS) for prompt, _ in asked)
     for (prompt, text), found in zip(asked, scores, strict=True):
         for (log_prob, is_greedy), answer in zip(found, ANSWERS, strict=True):
             expected = by_hand(model, processor, text, prompt.images, answer)
@@ -225,8 +227,8 @@ def test_log_probabilities_of_answers_are_sums_over_their_tokens(batch_size: int
 
 
 def test_an_answer_is_greedy_if_it_is_what_would_be_generated(model: Any, processor: Any) -> None:
-    answerer, tokenizer = Answerer(model, processor), processor.tokenizer
-    text = next(answerer.generate(PROMPTS[:1], DecodingConfig(max_new_tokens=1)))
+    prompted, tokenizer = PromptedModel(model, processor), processor.tokenizer
+    text = next(prompted.generate(PROMPTS[:1], DecodingConfig(max_new_tokens=1)))
     # A head that always ends the answer after this token.
     with torch.no_grad():
         likely = tokenizer.encode(f" {text}", add_special_tokens=False)
@@ -234,16 +236,16 @@ def test_an_answer_is_greedy_if_it_is_what_would_be_generated(model: Any, proces
         bias = torch.zeros(model.lm_head.weight.shape[0])
         bias[likely[0]] = 1.0
     model.lm_head.bias = torch.nn.Parameter(bias)
-    ((good, bad),) = answerer.scores([(PROMPTS[0], [text, text * 3])])
+    ((good, bad),) = prompted.scores([(PROMPTS[0], [text, text * 3])])
     # The end token is not the likeliest, so neither is the whole answer.
     assert not good.is_greedy
     assert not bad.is_greedy
     model.lm_head.bias.data[tokenizer.eos_token_id] = 1.0
-    ((both,),) = answerer.scores([(PROMPTS[0], [text])])
+    ((both,),) = prompted.scores([(PROMPTS[0], [text])])
     assert both.is_greedy == (len(likely) == 1)
 
 
 def test_an_answer_that_does_not_fit_is_named(model: Any, processor: Any) -> None:
     model.config.text_config.max_position_embeddings = 60
     with pytest.raises(UserError, match=r"prompt 0: prompt_beyond_max_length: \d+ tokens"):
-        list(Answerer(model, processor).scores([(PROMPTS[0], ["square " * 60])]))
+        list(PromptedModel(model, processor).scores([(PROMPTS[0], ["square " * 60])]))

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stages.evaluation.prompts import load_image, to_prompt
+from stages.evaluation.harness.prompts import load_image, to_prompt
 from stages.unusable_sample import UnusableSample
 
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
