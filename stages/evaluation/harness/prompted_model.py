@@ -135,7 +135,7 @@ class PromptedModel:
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[EncodedConversation], decoding: DecodingConfig) -> list[str]:
         texts = [""] * len(prompts)
-        # Pixels of one shape join without padding, which some families would take for a part of the image.
+        # Pixels of one shape join in any family, also in one that is not known here.
         numbers = sorted(range(len(prompts)), key=lambda number: _pixel_shapes(prompts[number]))
         for _, alike in groupby(numbers, key=lambda number: _pixel_shapes(prompts[number])):
             together = list(alike)

@@ -14,6 +14,7 @@ from stages.checkpoints.image_settings import note_image_settings
 from stages.checkpoints.processors import load_processor
 from stages.evaluation.harness.prompted_model import DecodingConfig, PromptedModel
 from stages.evaluation.harness.prompts import Prompt
+from stages.families.registry import FAMILIES
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
@@ -80,14 +81,12 @@ def test_answers_are_the_most_likely_tokens_one_prompt_at_a_time_and_in_batches(
 def test_an_answer_ends_with_its_end_token_in_a_batch_whose_others_go_on(model: Any, processor: Any) -> None:
     prompted, longer = PromptedModel(model, processor, 4), DecodingConfig(max_new_tokens=24)
     long = list(prompted.generate(PROMPTS, longer))
-    first = processor.tokenizer.encode(long[0], add_special_tokens=False)
     # A token of the first answer that the others lack becomes an end token.
-    others = {token for text in long[1:] for token in processor.tokenizer.encode(text, add_special_tokens=False)}
-    end = next(token for token in first[2:] if token not in others)
+    ids = processor.tokenizer.encode(long[0], add_special_tokens=False)
+    end = next(one for one in ids[2:] if all(processor.tokenizer.decode([one]) not in text for text in long[1:]))
     model.generation_config.eos_token_id = end
     short = list(PromptedModel(model, processor, 4).generate(PROMPTS, longer))
-    assert len(short[0]) < len(long[0])
-    assert long[0].startswith(short[0])
+    assert short[0] == long[0].partition(processor.tokenizer.decode([end]))[0].strip() != ""
     assert short[1:] == long[1:]
 
 
@@ -172,6 +171,18 @@ def test_answers_in_batches_are_those_one_by_one_in_every_family(model_type: str
     np.testing.assert_allclose(single, batched, rtol=1e-4)
 
 
+def test_a_family_that_is_not_known_is_not_joined_where_its_pictures_differ_in_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_tiny_family(tmp_path, "llava_next")
+    monkeypatch.delitem(FAMILIES, "llava_next")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    wide = Image.effect_noise((90, 30), 60).convert("RGB")
+    prompts = [PROMPTS[0], dataclasses.replace(PROMPTS[1], images=(wide,)), PROMPTS[2]]
+    one_by_one, together = (PromptedModel(model, load_processor(checkpoint), size) for size in (1, 3))
+    assert list(together.generate(prompts, SHORT)) == list(one_by_one.generate(prompts, SHORT))
+
+
 def make_student(model: Any) -> Any:
     """A student of half the width, with a post-connector."""
     text = {**model.config.text_config.to_dict(), "hidden_size": 24}
@@ -226,23 +237,18 @@ def test_log_probabilities_of_answers_are_sums_over_their_tokens(batch_size: int
             assert is_greedy == expected[1]
 
 
-def test_an_answer_is_greedy_if_it_is_what_would_be_generated(model: Any, processor: Any) -> None:
-    prompted, tokenizer = PromptedModel(model, processor), processor.tokenizer
-    text = next(prompted.generate(PROMPTS[:1], DecodingConfig(max_new_tokens=1)))
-    # A head that always ends the answer after this token.
+def test_an_answer_is_greedy_if_no_token_is_likelier_than_one_of_its_own(model: Any, processor: Any) -> None:
+    encode = processor.tokenizer.encode
+    likely = [*encode(" A red square.", add_special_tokens=False), processor.tokenizer.eos_token_id]
     with torch.no_grad():
-        likely = tokenizer.encode(f" {text}", add_special_tokens=False)
         model.lm_head.weight.zero_()
-        bias = torch.zeros(model.lm_head.weight.shape[0])
-        bias[likely[0]] = 1.0
-    model.lm_head.bias = torch.nn.Parameter(bias)
-    ((good, bad),) = prompted.scores([(PROMPTS[0], [text, text * 3])])
-    # The end token is not the likeliest, so neither is the whole answer.
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)))
+    model.lm_head.bias.data[likely] = 1.0
+    ((good, other),) = PromptedModel(model, processor).scores([(PROMPTS[0], ["A red square.", "A blue square."])])
+    assert (good.is_greedy, other.is_greedy) == (True, False)
+    model.lm_head.bias.data[processor.tokenizer.eos_token_id] = 0.9
+    ((good,),) = PromptedModel(model, processor).scores([(PROMPTS[0], ["A red square."])])
     assert not good.is_greedy
-    assert not bad.is_greedy
-    model.lm_head.bias.data[tokenizer.eos_token_id] = 1.0
-    ((both,),) = prompted.scores([(PROMPTS[0], [text])])
-    assert both.is_greedy == (len(likely) == 1)
 
 
 def test_an_answer_that_does_not_fit_is_named(model: Any, processor: Any) -> None:
