@@ -13,8 +13,8 @@ from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.student.model.loading import load_multimodal, multimodal_config
 
 
-def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A teacher or a student with its processor, on the GPU when there is one.
+def load_model(model: str, device: torch.device | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A teacher or a student with its processor, on a device; by default on the GPU when there is one.
 
     A picture and a question go through the processor and its chat template first: weights may take minutes to load.
 
@@ -22,7 +22,7 @@ def load_model(model: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         UserError: If there is no such checkpoint, its processor or template cannot be used, or as `load_multimodal`.
     """
     hide_loading_bars()
-    folder, device = find_checkpoint(model), default_device()
+    folder, device = find_checkpoint(model), device or default_device()
     config, processor = multimodal_config(folder), load_processor(folder)
     encoder = ConversationEncoder(processor, config.image_token_id, max_length=NO_LIMIT)
     encoder.encode_pair("What is in the picture?", "All is grey.", [Image.new("RGB", (64, 48), "grey")])

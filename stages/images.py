@@ -120,9 +120,7 @@ def read_picture(data: bytes, max_pixels: int = MAX_PIXELS, exif: ExifTurn = "ig
                 raise UnusableSample("image_too_large", f"{found}; save the image again")
             if suffix == "tif":
                 _check_strips(image)
-            image.load()
-            turn = None if suffix == "tif" else _TURNS.get(_orientation(image))
-            rgb = _to_rgb(image)
+            return _picture(image, exif)
     except UnidentifiedImageError as error:  # its own text has a memory address
         found = f"{len(data)} bytes that begin as {FORMATS[suffix]} does; what follows is damaged or not supported"
         raise UnusableSample("broken_image", found) from error
@@ -131,6 +129,28 @@ def read_picture(data: bytes, max_pixels: int = MAX_PIXELS, exif: ExifTurn = "ig
         raise UnusableSample("image_too_large", str(error)) from error
     except _DECODER_ERRORS as error:
         raise UnusableSample("broken_image", f"{len(data)} bytes could not be decoded: {error}") from error
+
+
+def convert_image(image: Image.Image, max_pixels: int = MAX_PIXELS, exif: ExifTurn = "ignore") -> Image.Image:
+    """An image that another library opened, as `decode_image` would give it; the image itself stays as it is.
+
+    Raises:
+        UnusableSample: If it is too large, truncated, damaged or of colours that are not read.
+    """
+    _check_size(image, max_pixels)
+    info = dict(image.info)
+    try:
+        return _picture(image, exif).image
+    except _DECODER_ERRORS as error:
+        raise UnusableSample("broken_image", f"an image that could not be decoded: {error}") from error
+    finally:
+        image.info = info
+
+
+def _picture(image: Image.Image, exif: ExifTurn) -> Picture:
+    image.load()
+    turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image)
     if turn is not None and exif == "apply":
         rgb = rgb.transpose(turn)
     rgb.info = {}

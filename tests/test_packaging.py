@@ -24,6 +24,15 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """Folder -> the extras that its files may import from, where a user asks for what they are for."""
 
+PLUGIN = ROOT / "pipeline" / "lmms_eval"
+
+HOSTS = {
+    "lmms-eval": "loads our plug-in, which runs only there; it is installed in an environment of its own",
+    "loguru": "lmms-eval prints with it",
+    "tqdm": "lmms-eval shows its progress with it",
+}
+"""What `pipeline/lmms_eval/` may import, and why nothing of ours asks for it."""
+
 NOT_IMPORTED = {
     "num2words": "transformers' SmolVLM processor imports it",
     "tensorboard": "accelerate's tracker and `tensorboard --logdir` use it",
@@ -42,7 +51,7 @@ def undeclared(root: Path, folder: str) -> list[str]:
         for path in python_files(root, folder)
         for line, name in imported_modules(path, root)
         if (package := name.split(".")[0]) not in OWN | sys.stdlib_module_names
-        and distribution_of(package) not in declared
+        and distribution_of(package) not in declared | (HOSTS.keys() if path.parent == PLUGIN else set())
     ]
 
 

@@ -19,8 +19,9 @@ def batch_inputs(
     pixel_inputs: Sequence[Mapping[str, Tensor]],
     *,
     multiple: int = 1,
+    pad_left: bool = False,
 ) -> dict[str, Tensor]:
-    """The model's inputs: tokens padded right, pixels of the samples that have any.
+    """The model's inputs: tokens padded right, or left as generation needs it; pixels of the samples that have any.
 
     T is rounded up to a multiple of `multiple`. The pixel inputs of a sample without an image are empty.
 
@@ -38,8 +39,9 @@ def batch_inputs(
     input_ids = torch.full((len(token_ids), width), padding, dtype=torch.long)
     attention_mask = torch.zeros(len(token_ids), width, dtype=torch.long)
     for row, ids in enumerate(token_ids):
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
+        start = width - len(ids) if pad_left else 0
+        input_ids[row, start : start + len(ids)] = ids
+        attention_mask[row, start : start + len(ids)] = 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if family.modality_input is not None:
         inputs[family.modality_input] = (input_ids == image_token_id).long()

@@ -9,11 +9,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from transformers.image_transforms import convert_to_rgb
 
-from stages.images import decode_image, read_picture
+from stages.images import convert_image, decode_image, read_picture
 from stages.unusable_sample import UnusableSample
+from storage.samples.image_settings import ExifTurn
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -383,3 +384,27 @@ def test_no_memory_address_of_a_librarys_message_reaches_a_ledger() -> None:
 def test_a_bad_image_survives_pickling_between_processes() -> None:
     error = pickle.loads(pickle.dumps(UnusableSample("broken_image", "why")))
     assert (error.reason, error.detail, str(error)) == ("broken_image", "why", "broken_image: why")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*((kind, mode) for kind, modes in MODES.items() for mode in modes), ("PNG", "I;16")]
+)
+@pytest.mark.parametrize("turn", ["ignore", "apply"])
+def test_an_image_that_pillow_opened_is_converted_as_its_file_is_decoded(kind: str, mode: str, turn: ExifTurn) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = encoded(gradient().convert(mode), kind, **({"exif": exif} if kind not in ("GIF", "BMP") else {}))
+    with Image.open(io.BytesIO(data)) as opened:
+        info = dict(opened.info)
+        converted = convert_image(opened, exif=turn)
+        np.testing.assert_array_equal(np.asarray(converted), np.asarray(decode_image(data, exif=turn)))
+        assert opened.info == info
+    assert (converted.mode, converted.info) == ("RGB", {})
+
+
+def test_an_opened_image_that_is_truncated_or_too_large_is_refused_with_the_reason() -> None:
+    data = encoded(gradient(), "PNG")
+    with Image.open(io.BytesIO(data[: len(data) // 2])) as opened, pytest.raises(UnusableSample, match="broken_image"):
+        convert_image(opened)
+    with pytest.raises(UnusableSample, match="image_too_large: 40x30"):
+        convert_image(gradient(), max_pixels=1000)

@@ -15,8 +15,10 @@ from stages.student.model.modeling_any_teacher import AnyTeacherStudentForCondit
 from stages.student.model.student import OWN_CLASSES
 
 
-def model_inputs(model: PreTrainedModel, conversations: Sequence[EncodedConversation]) -> dict[str, Tensor]:
-    """The inputs of `model` on its device, padded on the right, pixels in its dtype.
+def model_inputs(
+    model: PreTrainedModel, conversations: Sequence[EncodedConversation], *, pad_left: bool = False
+) -> dict[str, Tensor]:
+    """The inputs of `model` on its device, pixels in its dtype; tokens padded right, or left as generation needs it.
 
     Raises:
         UserError: If a conversation has an input that the model's family does not name.
@@ -24,7 +26,8 @@ def model_inputs(model: PreTrainedModel, conversations: Sequence[EncodedConversa
     family = family_of_model(model, conversations)
     token_ids = [conversation.token_ids for conversation in conversations]
     pixels = [conversation.pixel_inputs for conversation in conversations]
-    return move_inputs(batch_inputs(family, model.config.image_token_id, token_ids, pixels), model.device, model.dtype)
+    inputs = batch_inputs(family, model.config.image_token_id, token_ids, pixels, pad_left=pad_left)
+    return move_inputs(inputs, model.device, model.dtype)
 
 
 def family_of_model(model: PreTrainedModel, conversations: Sequence[EncodedConversation] = ()) -> Family:

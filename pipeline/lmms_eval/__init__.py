@@ -1,0 +1,1 @@
+"""The plug-in of lmms-eval, which loads it; nothing else here imports that package."""
