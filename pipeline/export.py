@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from stages.evaluation.report import read_evaluation
+
 from pipeline.checkpoints import find_checkpoint
 from pipeline.run_file import read_document
 from stages.checkpoints.processors import hide_loading_bars
 from stages.checkpoints.resolve import in_hub_cache
-from stages.evaluation.report import read_evaluation
 from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport, ModelNames
 from stages.student.run_folder import RunFolder, StageFolder

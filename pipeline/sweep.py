@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from stages.evaluation.caption_pairs import load_pairs
+from stages.evaluation.report import EvaluationReport
 
 from pipeline.checkpoints import find_checkpoint
 from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
@@ -18,9 +20,7 @@ from pipeline.ui.console import is_main_process
 from pipeline.ui.tables import OF_LOSSES, ReportTable
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention_similarity import AttentionSimilarity
-from stages.evaluation.caption_pairs import load_pairs
 from stages.evaluation.config import EvaluationConfig
-from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageReport
 from stages.student.stage_config import StageName
 from storage.digests import digest_of

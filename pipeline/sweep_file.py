@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from stages.evaluation.caption_pairs import load_pairs
 
 from pipeline.recipes import find_config
 from pipeline.run_file import RunFile, lay_over, read_document, resolve
-from stages.evaluation.caption_pairs import load_pairs
 from stages.settings import validated
 from storage.errors import UserError
 from storage.stores import PARTIAL

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stages.evaluation.caption_pairs import load_pairs
 
 from pipeline.demo import run as demo
 from pipeline.demo.report import DemoConfig
@@ -13,7 +14,6 @@ from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
 from stages.checkpoints.configs import check_configs, load_config
 from stages.convert.layout import read_released_config
-from stages.evaluation.caption_pairs import load_pairs
 from stages.export.model_card import read_history
 from stages.student.model.student import is_student
 from stages.student.run_folder import RunFolder, StageFolder

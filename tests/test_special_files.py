@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stages.evaluation.caption_pairs import CaptionPair, load_pairs
+from stages.evaluation.report import read_evaluation
+from stages.evaluation.scoring import _encoded_batches
 from torch import nn
 
 from pipeline.chat import open_chat
@@ -27,10 +30,7 @@ from stages.checkpoints.configs import check_configs
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.chat_templates import read_template
 from stages.convert.layout import read_released_config
-from stages.evaluation.caption_pairs import CaptionPair, load_pairs
 from stages.evaluation.config import EvaluationConfig
-from stages.evaluation.report import read_evaluation
-from stages.evaluation.scoring import _encoded_batches
 from stages.samples.first_look import check_layout
 from stages.samples.image_files import ImageFolder
 from stages.samples.staged_folder import StagedFolder

@@ -25,8 +25,9 @@ def export(
     ] = None,
 ) -> None:
     """Writes a student as a Hugging Face folder. It has a model card and needs transformers only."""
-    from stages.checkpoints.new_folder import check_new
     from stages.evaluation.report import read_evaluation
+
+    from stages.checkpoints.new_folder import check_new
 
     check_new(output)
     check_and_say_which(model)

@@ -1,8 +1,9 @@
 """Settings of the demo, what it measured, and how that is shown."""
 
+from stages.evaluation.report import EvaluationReport
+
 from pipeline.demo.scenes.world import Variant
 from pipeline.ui.tables import ReportTable
-from stages.evaluation.report import EvaluationReport
 from storage.strict_model import StrictModel
 from storage.targets.summary import StoreSummary
 

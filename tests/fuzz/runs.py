@@ -9,14 +9,14 @@ from pathlib import Path
 import pyarrow
 from hypothesis import strategies as st
 from pyarrow import parquet
+from stages.evaluation.caption_pairs import load_pairs
+from stages.evaluation.report import EvaluationReport, KindResult, read_evaluation
 
 from pipeline import sweep
 from pipeline.demo import run as demo
 from pipeline.demo.report import DemoConfig
 from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
-from stages.evaluation.caption_pairs import load_pairs
-from stages.evaluation.report import EvaluationReport, KindResult, read_evaluation
 from stages.export import model_card
 from stages.samples.llava_record import parse_record
 from stages.samples.sources.data_file import open_source

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from stages.evaluation.report import EvaluationReport, KindResult
 
 from pipeline.chat import open_chat
 from pipeline.export import _names_of, export
 from pipeline.models import load_model
-from stages.evaluation.report import EvaluationReport, KindResult
 from stages.student.stage_config import STAGES
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image

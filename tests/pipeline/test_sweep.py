@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from stages.evaluation.report import EvaluationReport
 
 from pipeline.evaluation import evaluate_checkpoint
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.runtime.interruption import Interrupted
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
-from stages.evaluation.report import EvaluationReport
 from stages.student.run_folder import StageReport
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld

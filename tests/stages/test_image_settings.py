@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageOps
+from stages.evaluation.caption_pairs import CaptionPair
+from stages.evaluation.evaluate_pairs import evaluate_pairs
 
 from pipeline.chat import open_chat
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
-from stages.evaluation.caption_pairs import CaptionPair
 from stages.evaluation.config import EvaluationConfig
-from stages.evaluation.evaluate_pairs import evaluate_pairs
 from stages.export.export import export_student
 from stages.samples.pack import pack_samples
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec

@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stages.evaluation.caption_pairs import CaptionPair
 
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
-from stages.evaluation.caption_pairs import CaptionPair
 from tests.checkpoints import draw_random_image, load_tiny_llava, make_tiny_llava
 
 CAPTIONS = [

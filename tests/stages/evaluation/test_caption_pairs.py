@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-
 from stages.evaluation.caption_pairs import load_pairs
+
 from storage.errors import UserError
 
 

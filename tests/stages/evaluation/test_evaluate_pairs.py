@@ -2,11 +2,11 @@ import math
 from typing import Any
 
 import pytest
-
 from stages.evaluation.caption_pairs import CaptionPair
-from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.evaluate_pairs import evaluate_pairs
 from stages.evaluation.report import EvaluationReport
+
+from stages.evaluation.config import EvaluationConfig
 from storage.errors import UserError
 from tests.stages.evaluation.advances import Advances
 

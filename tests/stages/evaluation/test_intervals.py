@@ -1,5 +1,4 @@
 import pytest
-
 from stages.evaluation.evaluate_pairs import wilson_interval
 
 

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from stages.evaluation.caption_pairs import CaptionPair
+from stages.evaluation.logprobs import RowReader
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation import logprobs as rows_module
-from stages.evaluation.caption_pairs import CaptionPair
-from stages.evaluation.logprobs import RowReader
 from stages.families.registry import family_of
 from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,

@@ -4,11 +4,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-
-from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation.caption_pairs import CaptionPair
-from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.scoring import (
     count_pairs,
     letter_scores,
@@ -16,6 +12,10 @@ from stages.evaluation.scoring import (
     likelihood_scores,
     share_of_first_letter,
 )
+from torch import Tensor
+
+from stages.conversations.encoder import ConversationEncoder
+from stages.evaluation.config import EvaluationConfig
 from storage.errors import UserError
 from tests.checkpoints import CHAT_TEMPLATE_WITHOUT_GENERATION
 from tests.stages.evaluation.advances import Advances
