@@ -58,7 +58,7 @@ def evaluate(
     suites = _suites(suite, run, {name: value for name, value in flags.items() if value is not None})
     check_and_say_which(model)
 
-    from stages.evaluation.run_suite import load_suite
+    from stages.evaluation.loaded_suite import load_suite
 
     for name, suite_config in suites.items():
         load_suite(name, suite_config)
