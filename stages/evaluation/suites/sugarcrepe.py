@@ -28,12 +28,12 @@ class SugarCrepe(Suite):
     main = ("average", "accuracy")
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        for name, path in files.find("data/*.json", "*.json").items():
+        for path in files.find("data/*.json", "*.json"):
             kind, entries = path.stem, files.json(path)
             if not isinstance(entries, dict) or not entries:
                 raise UserError(f"{path}: expected an object of pairs, key to pair, with at least one")
             for key, entry in entries.items():
-                where = f"{name}, pair {key!r}"
+                where = f"{path}, pair {key!r}"
                 filename, caption, negative = fields(entry, where, filename=str, caption=str, negative_caption=str)
                 picture = files.picture(f"val2017/{filename}", f"images/{filename}")
                 questions = (

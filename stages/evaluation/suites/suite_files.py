@@ -33,18 +33,18 @@ class SuiteFiles:
     images: Path | None
     fetch: str
 
-    def find(self, *patterns: str) -> dict[str, Path]:
-        """Files that match any pattern, by their path within the folder, in order of the patterns and then by name.
+    def find(self, *patterns: str) -> list[Path]:
+        """Files that match any pattern, in order of the patterns and then by name.
 
         Raises:
             UserError: If there is none.
         """
         if not is_folder(self.folder):
             raise UserError(f"{self.folder} is not a folder; expected {self._expected(patterns)}")
-        found = [path for pattern in patterns for path in sorted(self.folder.glob(pattern)) if is_regular(path)]
+        found = [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
         if not found:
             raise UserError(f"{self.folder} holds no {' or '.join(patterns)}; expected {self._expected(patterns)}")
-        return {path.relative_to(self.folder).as_posix(): path for path in found}
+        return found
 
     def has(self, name: str) -> bool:
         """Whether the folder has this file."""

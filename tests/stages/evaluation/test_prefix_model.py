@@ -56,9 +56,9 @@ def test_states_behind_a_shared_front_equal_those_of_the_whole_model_without_pad
 ) -> None:
     fronts = fronts_of(encoder, load(pictures))
     running = PrefixModel(model).read(fronts)
-    for hidden_Cd, (sequence, start) in zip(running.hidden_SCd, sequences_of(fronts), strict=True):
+    for hidden_Td, (sequence, start) in zip(running.hidden_BTd, sequences_of(fronts), strict=True):
         expected_TV = whole_logits(model, sequence)[start:]
-        found_TV = model.lm_head(hidden_Cd[: len(expected_TV)])
+        found_TV = model.lm_head(hidden_Td[: len(expected_TV)])
         torch.testing.assert_close(found_TV, expected_TV, rtol=1e-4, atol=1e-4)
 
 
@@ -157,9 +157,9 @@ def test_a_student_whose_vocabulary_ends_before_the_image_token_is_read_as_well(
     prefix = PrefixModel(student)
     prefix.check_head(fronts[0].sequences[0])
     running = prefix.read(fronts)
-    for hidden_Cd, (sequence, start) in zip(running.hidden_SCd, sequences_of(fronts), strict=True):
+    for hidden_Td, (sequence, start) in zip(running.hidden_BTd, sequences_of(fronts), strict=True):
         expected_TV = whole_logits(student, sequence)[start:]
-        torch.testing.assert_close(student.lm_head(hidden_Cd[: len(expected_TV)]), expected_TV, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(student.lm_head(hidden_Td[: len(expected_TV)]), expected_TV, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", RECIPES)
@@ -177,8 +177,8 @@ def test_models_of_every_family_are_read_from_shared_fronts(model_type: str, tmp
     prefix.check_head(fronts[0].sequences[0])
     assert prefix.reads_fronts_once(fronts)
     running = prefix.read(fronts)
-    for hidden_Cd, (sequence, start) in zip(running.hidden_SCd, sequences_of(fronts), strict=True):
+    for hidden_Td, (sequence, start) in zip(running.hidden_BTd, sequences_of(fronts), strict=True):
         types = {modality: (sequence.token_ids == image_token_id).long()[None]} if modality else {}
         expected_TV = whole_logits(family_model, sequence, **types)[start:]
-        found_TV = family_model.lm_head(hidden_Cd[: len(expected_TV)])
+        found_TV = family_model.lm_head(hidden_Td[: len(expected_TV)])
         torch.testing.assert_close(found_TV, expected_TV, rtol=1e-3, atol=1e-4)
