@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from pipeline.attention_comparison import compare_with_targets
 from pipeline.checkpoints import find_checkpoint
-from pipeline.evaluation import compare_with_targets, evaluate_suites
 from pipeline.run_file import RunFile
+from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_data
 from pipeline.ui.console import is_main_process
 from pipeline.ui.tables import OF_LOSSES, ReportTable
@@ -150,7 +151,7 @@ def _compared(
         return SweptStudent(stages=stages, suites=found.suites, similarity=found.similarity)
     suites, similarity = dict[str, SuiteResult](), None
     if compare.suites:
-        suites = evaluate_suites(model, compare.suites, run.evaluate, Path(model) / "suites", progress)
+        suites = evaluate_suites(model, compare.suites, run.evaluate, Path(model) / "suites", progress, replace=True)
     if compare.similarity_samples is not None:
         similarity = compare_with_targets(model, *compared_data(run), compare.similarity_samples, progress)
     made = _Compared(measured=measured, suites=suites, similarity=similarity)

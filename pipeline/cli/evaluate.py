@@ -40,6 +40,9 @@ def evaluate(
     allow_missing_images: Annotated[
         bool, typer.Option("--allow-missing-images", help="Count items without their images as missing.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Answer in so many workers of a Ray cluster; default: in this process.")
+    ] = None,
     report: ReportOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -47,7 +50,7 @@ def evaluate(
     """Asks a model suites by their makers' rules. Gives their metrics with 95 % intervals; goes on after a kill."""
     from pipeline.run_file import load_run_file
 
-    run = load_run_file(config, settings or [], {})
+    run = load_run_file(config, settings or [], {"evaluate.num_workers": workers})
     flags = {
         "data": data,
         "images": images,
@@ -64,7 +67,7 @@ def evaluate(
     for name, suite_config in suites.items():
         load_suite(name, suite_config)
 
-    from pipeline.evaluation import evaluate_suites
+    from pipeline.suite_evaluation import evaluate_suites
     from pipeline.ui.progress import progress_display
     from pipeline.ui.tables import print_table
 

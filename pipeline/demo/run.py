@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.attention_comparison import attention_pictures
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.report import DemoConfig, DemoReport, StudentResult, accuracy_table, summary_lines
 from pipeline.demo.scenes.dataset import write_dataset
-from pipeline.evaluation import attention_pictures, evaluate_suites
 from pipeline.extraction.extract import extract
 from pipeline.run_file import load_run_file
+from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train

@@ -33,3 +33,7 @@ class EvaluationConfig(AnsweringConfig):
     """The suites of `--suite all`, by name."""
     num_resamples: int = Field(default=1000, ge=100)
     """Resampled sets of items that an interval is made of."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Workers of a Ray cluster that answer side by side; None answers in this process, or in those of torchrun."""
+    ray_address: str | None = None
+    """Address of that cluster; None starts one on this machine."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from storage.digests import digest_of, parse_object
 from storage.errors import CorruptData, UserError, disk_errors_named
 from storage.regular_files import open_regular, read_regular
 from storage.samples.image_settings import ImageConfig
-from storage.stores import open_store
+from storage.stores import Store, open_store
 from storage.stores.folder_owner import owned
 from storage.strict_model import StrictModel
 
 RESULT_FILE: Final = "result.json"
 IDENTITY_FILE: Final = "run.json"
+PATIENCE_S: Final = 1800.0
+POLL_S: Final = 0.2
 _ITEMS: Final = "items*.jsonl"
 
 
@@ -122,8 +125,10 @@ class ItemsFile:
 
 
 @contextmanager
-def begun_items(folder: Path, run: SuiteRun, rank: int = 0) -> Iterator[ItemsFile]:
+def begun_items(folder: Path, run: SuiteRun, rank: int = 0, *, replace: bool = False) -> Iterator[ItemsFile]:
     """The folder of a suite's answers, made or gone on with, for the process with this rank.
+
+    Answers of another run are removed if `replace` says so.
 
     Raises:
         UserError: If it holds answers of another run; says what differs.
@@ -131,9 +136,16 @@ def begun_items(folder: Path, run: SuiteRun, rank: int = 0) -> Iterator[ItemsFil
     """
     store = open_store(folder)
     with owned(folder) if rank == 0 else nullcontext():
-        if store.exists(IDENTITY_FILE):
-            _check_same(SuiteRun.model_validate_json(store.read(IDENTITY_FILE)), run, folder)
-        elif rank == 0:
+        if rank > 0:
+            _wait_for_first(store)
+        differing = _difference(store, run)
+        if differing and rank == 0 and replace:
+            for path in (folder / IDENTITY_FILE, folder / RESULT_FILE, *folder.glob(_ITEMS)):
+                path.unlink(missing_ok=True)
+        elif differing:
+            found = f"{folder} holds answers of another run: {differing}"
+            raise UserError(f"{found}; name another --output, or remove the folder")
+        if not store.exists(IDENTITY_FILE):
             store.write(IDENTITY_FILE, run.to_json().encode())
         path = folder / ("items.jsonl" if rank == 0 else f"items-{rank}.jsonl")
         if path.exists():
@@ -144,13 +156,27 @@ def begun_items(folder: Path, run: SuiteRun, rank: int = 0) -> Iterator[ItemsFil
         yield ItemsFile(path, read_items(folder))
 
 
-def _check_same(begun: SuiteRun, run: SuiteRun, folder: Path) -> None:
+def _difference(store: Store, run: SuiteRun) -> str:
+    """What the run that began a folder has other than this one; empty if nothing, or where none began."""
+    if not store.exists(IDENTITY_FILE):
+        return ""
+    try:
+        begun = SuiteRun.model_validate_json(store.read(IDENTITY_FILE))
+    except ValidationError:
+        return f"its {IDENTITY_FILE} is of another version"
     for name in SuiteRun.model_fields:
         if name != "model" and (was := getattr(begun, name)) != (now := getattr(run, name)):
-            raise UserError(
-                f"{folder} holds answers of another run: its {name} is {was}, this command's is {now}; "
-                "name another --output, or remove the folder"
-            )
+            return f"its {name} is {was}, this command's is {now}"
+    return ""
+
+
+def _wait_for_first(store: Store) -> None:
+    """Waits until the first process has begun or gone on with the folder."""
+    patience = PATIENCE_S
+    while not store.exists(IDENTITY_FILE):
+        if (patience := patience - POLL_S) < 0:
+            raise UserError(f"{store.url}: the first process did not begin within {PATIENCE_S:.0f} s; see its error")
+        time.sleep(POLL_S)
 
 
 def read_items(folder: Path) -> dict[str, AnsweredItem]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pipeline.evaluation import compare_with_targets, evaluate_suites
+from pipeline.attention_comparison import compare_with_targets
 from pipeline.run_file import RunFile
+from pipeline.suite_evaluation import evaluate_suites
 from pipeline.training import train
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.student.stage_config import STAGES

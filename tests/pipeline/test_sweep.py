@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.evaluation import evaluate_suites
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.runtime.interruption import Interrupted
+from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
 from stages.evaluation.result import SuiteResult
@@ -93,9 +93,9 @@ def test_figures_of_a_student_are_measured_again_once_it_or_what_it_is_compared_
     measured: list[str] = []
     as_ever = evaluate_suites
 
-    def counted(*arguments: Any) -> dict[str, SuiteResult]:
+    def counted(*arguments: Any, **options: Any) -> dict[str, SuiteResult]:
         measured.append(str(arguments[0]))
-        return as_ever(*arguments)
+        return as_ever(*arguments, **options)
 
     monkeypatch.setattr("pipeline.sweep.evaluate_suites", counted)
 

@@ -27,6 +27,7 @@ COMMANDS = (
     "train-student",
     "convert-checkpoint",
     "evaluate",
+    "compare",
     "export",
     "chat",
     "compare-attention",
@@ -319,13 +320,14 @@ MISTAKES = {
         "evaluate {teacher} " + PAIRS + " --limit 0",
         "--limit",
     ),
-    "compare: model is a bare decoder": (
+    "compare: no result": ("compare {images} {images}", "holds no result of `cdp evaluate`"),
+    "compare-attention: model is a bare decoder": (
         "compare-attention {lm} --samples {samples} --targets {targets}",
         "has no vision tower of its own",
     ),
-    "compare: no such model": ("compare-attention {new} --samples {samples} --targets {targets}", "{new}"),
-    "compare: no samples": ("compare-attention {new} --targets {targets}", "--samples is missing"),
-    "compare: nothing to compare": (
+    "compare-attention: no such model": ("compare-attention {new} --samples {samples} --targets {targets}", "{new}"),
+    "compare-attention: no samples": ("compare-attention {new} --targets {targets}", "--samples is missing"),
+    "compare-attention: nothing to compare": (
         "compare-attention {new} --samples {samples} --targets {targets} --limit 0",
         "--limit",
     ),

@@ -1,6 +1,5 @@
-"""Evaluates checkpoints: answers to suites, and visual attention against cached targets."""
+"""Compares a student's visual attention with the cached targets, in numbers and pictures."""
 
-import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,27 +10,13 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoints import find_checkpoint
-from pipeline.models import default_device, load_model
+from pipeline.models import default_device
 from pipeline.ui.html_report import ReportSample
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import enable_capture
-from stages.checkpoints.processors import hide_loading_bars, image_processor_backend
-from stages.checkpoints.weights import weights_digest
-from stages.evaluation.answering.answerer import Answerer
+from stages.checkpoints.processors import hide_loading_bars
 from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
 from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
-from stages.evaluation.config import EvaluationConfig, SuiteConfig
-from stages.evaluation.loaded_suite import LoadedSuite, load_suite
-from stages.evaluation.result import (
-    RESULT_FILE,
-    SuiteResult,
-    SuiteRun,
-    begun_items,
-    items_digest,
-    make_result,
-    read_items,
-)
-from stages.evaluation.run_suite import ask_items
 from stages.images import decode_image
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
@@ -40,71 +25,13 @@ from stages.student.model.loading import load_student
 from stages.student.model.student import Student, is_student
 from stages.student.run_folder import StageFolder
 from storage.progress import SILENT, Progress
-from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
-from storage.stores import open_store
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
 
 BATCH_SIZE = 16
 SAMPLES_A_PICTURE = 8
 """Samples read for each picture, because several may share an image."""
-
-
-def evaluate_suites(
-    model: str,
-    suites: Mapping[str, SuiteConfig],
-    config: EvaluationConfig,
-    output: Path,
-    progress: Progress = SILENT,
-    reading: ImageConfig = DEFAULT_IMAGES,
-) -> dict[str, SuiteResult]:
-    """Asks a checkpoint all suites, each into its folder of `output`; goes on where an earlier command stopped.
-
-    `reading` is for a checkpoint that does not say how it reads pictures.
-
-    Raises:
-        UserError: If a suite's folder or the checkpoint cannot be used, or the folder holds answers of another run.
-    """
-    loaded = {name: load_suite(name, suite) for name, suite in suites.items()}
-    weights, (network, processor) = weights_digest(find_checkpoint(model)), load_model(model)
-    results = {}
-    for name, suite in loaded.items():
-        answerer = Answerer(network, processor, config, reading, blank=suite.blind)
-        for note in answerer.notes:
-            progress.message(f"note: {note}")
-        run = SuiteRun(
-            suite=name,
-            protocol=suite.protocol,
-            blind=suite.blind,
-            items=items_digest([*suite.items, *suite.missing]),
-            model=network.name_or_path,
-            weights=weights,
-            dtype=str(network.dtype).removeprefix("torch."),
-            image_backend=image_processor_backend(processor),
-            images=answerer.images,
-        )
-        results[name] = _answered(suite, run, answerer, output / name, config.num_resamples, progress)
-    return results
-
-
-def _answered(
-    suite: LoadedSuite, run: SuiteRun, answerer: Answerer, folder: Path, num_resamples: int, progress: Progress
-) -> SuiteResult:
-    """Asks what was not asked yet, and sums up."""
-    with begun_items(folder, run) as items:
-        left = [item for item in suite.items if item.id not in items.answered]
-        task = progress.task(f"{suite.suite.name} {Path(run.model).name}", len(suite.items), unit="items")
-        task.advance(len(suite.items) - len(left))
-        start = time.perf_counter()
-        ask_items(answerer, suite, left, items.append, task)
-        seconds = time.perf_counter() - start
-    answered = read_items(folder)
-    result = make_result(
-        run, [answered[item.id] for item in suite.items], suite.missing, num_resamples, seconds, len(left)
-    )
-    open_store(folder).write(RESULT_FILE, result.to_json().encode())
-    return result
 
 
 @dataclass(frozen=True)
