@@ -23,7 +23,7 @@ def compare(
         Path | None, typer.Option(callback=can_be_saved, help="File to save the tables in, as Markdown.")
     ] = None,
 ) -> None:
-    """Compares results of the same suites. Gives each metric with its interval, and its difference with a paired test."""
+    """Compares results of the same suites. Gives metrics with intervals, and differences with a paired test."""
     from pipeline.ui.tables import markdown_table, print_table
     from stages.evaluation.comparison import compare_results
 

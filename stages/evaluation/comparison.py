@@ -130,4 +130,4 @@ def _bootstrap_p(values: NDArray[np.float64]) -> float:
     """Twice the share of differences on the other side of zero or at it, the observed one counted as such."""
     resampled = values[1:]
     num_opposite = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
-    return min(1.0, 2 * (num_opposite + 1) / (len(resampled) + 1))
+    return float(min(1.0, 2 * (num_opposite + 1) / (len(resampled) + 1)))
