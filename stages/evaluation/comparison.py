@@ -123,7 +123,8 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     lost = sum(before > after for before, after in zip(first, second, strict=True))
     changed = gained + lost
     tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    p_value: float = 2 * tail / 2**changed
+    return min(1.0, p_value)
 
 
 def _bootstrap_p(values: NDArray[np.float64]) -> float:
