@@ -1,5 +1,6 @@
 """Loads the model that a name stands for, on the device of this machine."""
 
+import os
 from typing import Any
 
 import torch
@@ -26,10 +27,17 @@ def load_model(model: str, device: torch.device | None = None) -> tuple[PreTrain
     config, processor = multimodal_config(folder), load_processor(folder)
     encoder = ConversationEncoder(processor, config.image_token_id, max_length=NO_LIMIT)
     encoder.encode_pair("What is in the picture?", "All is grey.", [Image.new("RGB", (64, 48), "grey")])
-    loaded: Any = load_multimodal(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    loaded: Any = load_multimodal(folder, computing_dtype())
     return place(loaded, device), processor
 
 
 def default_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process, if there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def computing_dtype() -> torch.dtype:
+    """Of the weights that are loaded: bfloat16 on a GPU, else float32."""
+    return torch.bfloat16 if default_device().type == "cuda" else torch.float32

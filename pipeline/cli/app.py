@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli.chat import chat
+from pipeline.cli.compare import compare
 from pipeline.cli.compare_attention import compare_attention
 from pipeline.cli.config import config
 from pipeline.cli.convert_checkpoint import convert_checkpoint
@@ -40,6 +41,7 @@ COMMANDS = (
     train_student,
     convert_checkpoint,
     evaluate,
+    compare,
     export,
     chat,
     compare_attention,

@@ -39,7 +39,7 @@ def compare_attention(
     check_and_say_which(model, with_template=False)
     check_pairing(samples, targets)
 
-    from pipeline.evaluation import attention_pictures, compare_with_targets
+    from pipeline.attention_comparison import attention_pictures, compare_with_targets
     from pipeline.ui.html_report import render_report
     from pipeline.ui.progress import progress_display
     from pipeline.ui.tables import print_table

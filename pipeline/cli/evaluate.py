@@ -1,55 +1,126 @@
 """`cdp evaluate`."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ConfigOption, ReportOption, SetOption, check_and_say_which, input_path, save
+from pipeline.cli.options import (
+    ConfigOption,
+    ReportOption,
+    SetOption,
+    check_and_say_which,
+    input_path,
+    output_folder,
+    save,
+)
+from storage.errors import UserError
 
 if TYPE_CHECKING:
-    from stages.evaluation.report import EvaluationReport
+    from pipeline.run_file import RunFile
+    from pipeline.ui.tables import ReportTable
+    from stages.evaluation.config import SuiteConfig
+    from stages.evaluation.result import SuiteResult
+
+ALL = "all"
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint: a folder, a training run, or a hub id.")],
-    pairs: Annotated[Path, typer.Option(callback=input_path, help="Folder of KIND.json files in SugarCrepe's layout.")],
+    suite: Annotated[str, typer.Option(help="Name of a suite; all: those of the run file's `evaluate.suites`.")],
+    output: Annotated[Path, typer.Option(callback=output_folder, help="Folder of the answers and results.")],
+    data: Annotated[Path | None, typer.Option(callback=input_path, help="Folder of the suite's files.")] = None,
     images: Annotated[
-        Path | None, typer.Option(callback=input_path, help="Folder of the pairs' images; default: PAIRS/images.")
+        Path | None, typer.Option(callback=input_path, help="Folder of its images, if they lie elsewhere.")
     ] = None,
-    scoring: Annotated[
-        Literal["likelihood", "letters"] | None, typer.Option(help="By likelihood, or by the letter answered.")
+    protocol: Annotated[str | None, typer.Option(help="How it is asked; default: its makers' way.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Show a grey picture in place of each.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Items of each kind.", min=1)] = None,
+    allow_missing_images: Annotated[
+        bool, typer.Option("--allow-missing-images", help="Count items without their images as missing.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Answer in so many workers of a Ray cluster; default: in this process.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Pairs of each kind.", min=1)] = None,
     report: ReportOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Scores a model on compositional suites. Gives the accuracy of each kind with its 95 % interval."""
+    """Asks a model suites by their makers' rules. Gives their metrics with 95 % intervals; goes on after a kill."""
     from pipeline.run_file import load_run_file
-    from stages.evaluation.caption_pairs import load_pairs
 
-    run = load_run_file(config, settings or [], {"evaluate.scoring": scoring})
+    run = load_run_file(config, settings or [], {"evaluate.num_workers": workers})
+    flags = {
+        "data": data,
+        "images": images,
+        "protocol": protocol,
+        "blind": blind or None,
+        "limit": limit,
+        "allow_missing_images": allow_missing_images or None,
+    }
+    suites = _suites(suite, run, {name: value for name, value in flags.items() if value is not None})
     check_and_say_which(model)
-    load_pairs(pairs, images, limit=limit)
 
-    from pipeline.evaluation import evaluate_checkpoint
+    from stages.evaluation.loaded_suite import load_suite
+
+    for name, suite_config in suites.items():
+        load_suite(name, suite_config)
+
+    from pipeline.suite_evaluation import evaluate_suites
     from pipeline.ui.progress import progress_display
+    from pipeline.ui.tables import print_table
 
     with progress_display() as progress:
-        result = evaluate_checkpoint(model, pairs, images, run.evaluate, limit, progress, run.images)
-    _print_report(Path(model).name, result)
-    save(report, result.to_json())
+        results = evaluate_suites(model, suites, run.evaluate, output, progress, run.images)
+    for result in results.values():
+        print_table(result_table(result, Path(model).name))
+    save(report, json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=1))
 
 
-def _print_report(model: str, report: "EvaluationReport") -> None:
-    """Prints accuracy in percent and its interval."""
-    from pipeline.ui.tables import ReportTable, print_table
+def _suites(name: str, run: "RunFile", flags: dict[str, Any]) -> dict[str, "SuiteConfig"]:
+    """What is asked: the suite of the flags, or all of the run file with the flags over each."""
+    from stages.evaluation.config import SuiteConfig
+    from stages.settings import validated
 
+    told = run.evaluate.suites
+    if name == ALL:
+        if not told:
+            raise UserError("--suite all asks the suites of the run file; set evaluate.suites in it and give --config")
+        names = list(told)
+    else:
+        names = [name]
+    return {
+        name: validated(
+            SuiteConfig, (told[name].model_dump(mode="json") if name in told else {}) | flags, f"suite {name}"
+        )
+        for name in names
+    }
+
+
+def result_table(result: "SuiteResult", model: str) -> "ReportTable":
+    """Makes a line for each kind and a column for each metric; intervals behind the values."""
+    from pipeline.ui.tables import ReportTable
+
+    names = list(dict.fromkeys(name for of_kind in result.metrics.values() for name in of_kind))
     rows = []
-    for name, kind in report.kinds.items():
-        low, high = (f"{100 * end:.0f}" for end in kind.interval_95)
-        rows.append([name, str(kind.num_pairs), f"{100 * kind.accuracy:.1f} [{low}, {high}]"])
-    rows.append(["average", str(report.num_pairs), f"{100 * report.average:.1f}"])
-    title = f"accuracy in percent ({report.scoring}, 95 % interval)"
-    print_table(ReportTable(title, ["kind", "pairs", model], rows))
+    for kind, metrics in result.metrics.items():
+        cells = []
+        for name in names:
+            if (metric := metrics.get(name)) is None:
+                cells.append("")
+            else:
+                low, high = metric.interval_95
+                cells.append(f"{metric.value:.1f} [{low:.1f}, {high:.1f}]")
+        rows.append([kind, str(result.num_items.get(kind, "")), *cells])
+    chance = [f"{result_chance:.1f}" if (result_chance := _chance(result, name)) is not None else "" for name in names]
+    if any(chance):
+        rows.append(["guessing", "", *chance])
+    blind = ", grey pictures" if result.run.blind else ""
+    missing = f", {result.num_missing} items without their images left out" if result.num_missing else ""
+    title = f"{model} on {result.run.suite} ({result.run.protocol}{blind}; 95 % intervals{missing})"
+    return ReportTable(title, ["kind", "items", *names], rows)
+
+
+def _chance(result: "SuiteResult", name: str) -> float | None:
+    return next((metrics[name].chance for metrics in result.metrics.values() if name in metrics), None)

@@ -33,6 +33,13 @@ def print_table(content: ReportTable) -> None:
     results.print(table)
 
 
+def markdown_table(content: ReportTable) -> str:
+    """Gives the table in Markdown, its title above it."""
+    lines = [content.header, ["---", *["---:"] * (len(content.header) - 1)], *content.rows]
+    escaped = ([printable(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join([f"**{printable(content.title)}**", "", *(f"| {' | '.join(line)} |" for line in escaped)])
+
+
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
     """Prints a table of what is told, and its value."""
     table = Table("", "", title=printable(title), show_header=False)

@@ -1,35 +1,39 @@
-"""Settings of how caption pairs are scored."""
+"""Settings of how suites are put to a model."""
 
-from string import Formatter
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from stages.images import MAX_PIXELS
+from stages.evaluation.answering.config import AnsweringConfig
 from storage.strict_model import StrictModel
 
 
-class EvaluationConfig(StrictModel):
-    """How pairs are scored."""
+class SuiteConfig(StrictModel):
+    """A suite that is asked for."""
 
-    scoring: Literal["likelihood", "letters"] = "likelihood"
-    """`likelihood` compares the captions as answers, `letters` lets the model choose A or B."""
-    prompt: str = "Describe the image."
-    """The question whose answer a caption is; only for `likelihood`."""
-    letter_prompt: str = "Which caption fits the image?\nA: {a}\nB: {b}\nAnswer with A or B."
-    """The question that shows both captions, in place of `{a}` and `{b}`; only for `letters`."""
-    batch_size: int = Field(default=8, ge=1)
-    """Pairs that go through the model together; each makes two sequences."""
-    max_length: int = Field(default=2048, ge=1)
-    """Tokens of the longest sequence the model takes; a longer one is an error, never cut."""
-    num_threads: int = Field(default=2, ge=1)
-    """Threads that decode images and tokenize while the model works."""
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Width times height above which an image is refused."""
+    data: Path
+    """Folder with the suite's files, as its makers publish them."""
+    images: Path | None = None
+    """Folder of the pictures, where they lie elsewhere."""
+    protocol: Literal["likelihood", "mean_likelihood", "yes_probability", "compodistill", "generate"] | None = None
+    """How it is asked; None is its makers' way."""
+    blind: bool = False
+    """Whether a grey picture is shown in place of each: what is right then needs no eyes."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items of each kind, the first of them; None takes all."""
+    allow_missing_images: bool = False
+    """Whether items without their images are counted as missing; otherwise they are an error."""
 
-    @field_validator("letter_prompt")
-    @classmethod
-    def _shows_both_captions(cls, value: str) -> str:
-        if sorted(name for _, name, _, _ in Formatter().parse(value) if name is not None) != ["a", "b"]:
-            raise ValueError(f"expected {{a}} and {{b}}, each once, in {value!r}; write other braces twice")
-        return value
+
+class EvaluationConfig(AnsweringConfig):
+    """How suites are put to a model."""
+
+    suites: dict[str, SuiteConfig] = Field(default_factory=dict)
+    """The suites of `--suite all`, by name."""
+    num_resamples: int = Field(default=1000, ge=100)
+    """Resampled sets of items that an interval is made of."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Workers of a Ray cluster that answer side by side; None answers in this process, or in those of torchrun."""
+    ray_address: str | None = None
+    """Address of that cluster; None starts one on this machine."""

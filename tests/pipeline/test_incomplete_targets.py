@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.evaluation import compare_with_targets
+from pipeline.attention_comparison import compare_with_targets
 from pipeline.run_file import RunFile
 from pipeline.training import train
 from storage.errors import FingerprintMismatch, UserError

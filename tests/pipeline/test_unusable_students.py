@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM, StableLmConfig, StableLmForCausalLM
 
-from pipeline.evaluation import compare_with_targets
+from pipeline.attention_comparison import compare_with_targets
 from pipeline.export import export
 from pipeline.run_file import RunFile
 from pipeline.training import train

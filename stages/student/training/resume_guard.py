@@ -17,7 +17,7 @@ from stages.student.training.stage_run import StageRun
 from stages.student.training.train_config import TrainConfig
 from storage.digests import digest_of
 from storage.errors import FingerprintMismatch
-from storage.streaming.mixture import read_keys
+from storage.streaming.source_checks import read_keys
 
 
 def check_resumable(run: StageRun) -> None:

@@ -7,7 +7,7 @@ from stages.student.run_folder import StageFolder
 from stages.student.stage_config import StageConfig, StageName
 from stages.student.training.train_config import TrainConfig
 from storage.streaming.held_out import HeldOut
-from storage.streaming.mixture import read_keys
+from storage.streaming.source_checks import read_keys
 from storage.streaming.stream import Source, StreamConfig
 from storage.targets.store import TargetStore
 

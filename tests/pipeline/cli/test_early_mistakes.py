@@ -16,6 +16,7 @@ from tests.conftest import TinyWorld
 from tests.gguf_files import make_gguf
 from tests.pipeline.processes import run_here
 
+PAIRS = "--suite sugarcrepe --data {pairs} --output {new}"
 TRAIN = "train-student --samples {samples} --targets {targets} --student {lm} --output"
 ASKED = f"{TRAIN} {{new}} --set"
 STUDENT = "train-student --samples {samples} --targets {targets} --output {new} --student"
@@ -119,9 +120,9 @@ MISTAKES = {
     f"{TRAIN} {{targets}}": "is a target store, expected a training run or a new folder",
     "export {samples} {new}": "found a sample set",
     "export {lm} {lm}": "holds something already",
-    "export {teacher} {new} --evaluation {data}/data.json": "is no report of `cdp evaluate --report`",
+    "export {teacher} {new} --evaluation {data}/data.json": "is no result of `cdp evaluate`",
     "convert-checkpoint {targets} {new}": "found a target store",
-    "evaluate {teacher} --pairs {data}/data.json": "is not a folder",
+    "evaluate {teacher} --suite sugarcrepe --data {data}/data.json --output {new}": "is not a folder",
     "chat {teacher} {new}/none.png question": "no image at",
     "demo --output {data}/data.json": "is a file; name a folder",
     "demo --output {targets}": "is a target store, expected a new folder",
@@ -129,7 +130,7 @@ MISTAKES = {
     f"{TRAIN} /proc/none": "nothing can be written in /proc",
     f"{TRAIN} s3://bucket/run": "s3://bucket/run is a URL, expected a path of this machine",
     "estimate --teacher {teacher} --samples {samples} --report /proc/none/x.json": "nothing can be written in /proc",
-    "evaluate {teacher} --pairs {pairs} --report /proc/x.json": "nothing can be written in /proc",
+    "evaluate {teacher} " + PAIRS + " --report /proc/x.json": "nothing can be written in /proc",
     "compare-attention {lm} --samples s --targets t --html {data}/data.json/x.html": "leads through a file",
     "compare-attention {lm} --samples s --targets t --report /proc/none/x.json": "nothing can be written in /proc",
     "export {lm} /proc/none": "nothing can be written in /proc",
@@ -230,7 +231,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(folder: str, tmp_path: Pa
     ("command", "table"),
     [
         ("estimate --teacher {teacher} --config-only --set estimate.samples=665000", "computed from configs alone"),
-        ("evaluate {teacher} --pairs {pairs} --limit 1", "accuracy in percent"),
+        ("evaluate {teacher} --suite sugarcrepe --data {pairs} --limit 1 --output out", "on sugarcrepe"),
         ("compare-attention {teacher} --samples {samples} --targets {targets} --limit 2", "attention similarity over"),
     ],
 )

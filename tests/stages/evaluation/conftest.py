@@ -5,16 +5,8 @@ from typing import Any
 import pytest
 
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
-from stages.evaluation.caption_pairs import CaptionPair
+from stages.evaluation.suites.pictures import PictureFile, SuitePicture
 from tests.checkpoints import draw_random_image, load_tiny_llava, make_tiny_llava
-
-CAPTIONS = [
-    ("A red square.", "A blue square."),
-    ("A red circle is left of a green triangle in the image.", "A green circle."),
-    ("Square", "A very small blue circle above a red square above a green triangle above a blue square."),
-    ("The {braces} stay.", "The {a} stay."),
-    ("A red square is left of a circle.", "A circle is left of a red square."),
-]
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +35,10 @@ def encoder(processor: Any) -> ConversationEncoder:
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> list[CaptionPair]:
-    rng = random.Random(0)
-    made = []
-    for number, (caption, negative) in enumerate(CAPTIONS):
+def pictures(tmp_path: Path) -> list[SuitePicture]:
+    rng, made = random.Random(0), []
+    for number in range(4):
         path = tmp_path / f"{number}.png"
         draw_random_image(rng).save(path)
-        made.append(CaptionPair("swap_obj", str(number), path, caption, negative))
+        made.append(SuitePicture(PictureFile(path)))
     return made

@@ -1,4 +1,4 @@
-"""Evaluates checkpoints: scores on caption pairs, and visual attention against cached targets."""
+"""Compares a student's visual attention with the cached targets, in numbers and pictures."""
 
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -10,17 +10,13 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoints import find_checkpoint
-from pipeline.models import default_device, load_model
+from pipeline.models import default_device
 from pipeline.ui.html_report import ReportSample
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import hide_loading_bars
 from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
 from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
-from stages.evaluation.caption_pairs import load_pairs
-from stages.evaluation.config import EvaluationConfig
-from stages.evaluation.evaluate_pairs import evaluate_pairs
-from stages.evaluation.report import EvaluationReport
 from stages.images import decode_image
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
@@ -30,7 +26,6 @@ from stages.student.model.student import Student
 from stages.student.run_folder import StageFolder
 from stages.student.student_kind import is_student
 from storage.progress import SILENT, Progress
-from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
@@ -38,23 +33,6 @@ from storage.targets.store import TargetStore
 BATCH_SIZE = 16
 SAMPLES_A_PICTURE = 8
 """Samples read for each picture, because several may share an image."""
-
-
-def evaluate_checkpoint(
-    model: str,
-    pairs: Path,
-    images: Path | None,
-    config: EvaluationConfig,
-    limit: int | None,
-    progress: Progress = SILENT,
-    reading: ImageConfig = DEFAULT_IMAGES,
-) -> EvaluationReport:
-    """Scores a checkpoint on a folder of pairs in SugarCrepe's layout; `reading` is for one that does not say it."""
-    suite = load_pairs(pairs, images, limit=limit)
-    loaded, processor = load_model(model)
-    return evaluate_pairs(
-        loaded, processor, suite, config, progress, title=f"evaluate {Path(model).name}", images=reading
-    )
 
 
 @dataclass(frozen=True)

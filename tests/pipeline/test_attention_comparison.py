@@ -1,17 +1,15 @@
 """Commands that look at a finished run: how it is scored, which layers are compared, on what, and where."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.attention_comparison import attention_pictures, compare_with_targets
 from pipeline.cli.compare_attention import similarity_table
-from pipeline.evaluation import attention_pictures, compare_with_targets
 from pipeline.training import train
 from tests.conftest import NUM_SAMPLES, TinyWorld
-from tests.pipeline.processes import run_here
 from tests.pipeline.runs import run_file
 from tests.recorded_progress import RecordedProgress
 
@@ -19,32 +17,6 @@ from tests.recorded_progress import RecordedProgress
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize(
-    ("words", "scoring"),
-    [
-        ((), "likelihood"),
-        (("--set", "evaluate.scoring=letters"), "letters"),
-        (("--config", "run.yaml"), "letters"),
-        (("--config", "run.yaml", "--scoring", "likelihood"), "likelihood"),
-    ],
-)
-def test_the_run_file_says_how_to_score_unless_a_flag_does(
-    words: tuple[str, ...],
-    scoring: str,
-    tiny: TinyWorld,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text("evaluate: {scoring: letters}\n")
-    command = ("evaluate", tiny.teacher, "--pairs", tiny.pairs, "--limit", 1, "--report", "report.json", *words)
-    done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
-    assert done.code == 0, done.err
-    assert json.loads(Path("report.json").read_text())["scoring"] == scoring
-    assert f"evaluate {tiny.teacher.name}: 2 of 2 pairs" in done.err
 
 
 def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_default_ones(
@@ -85,7 +57,7 @@ def test_the_comparison_runs_where_models_are_put(
         devices.append(student.device.type)
 
     # Stands for a GPU, which tests do not have.
-    monkeypatch.setattr("pipeline.evaluation.default_device", lambda: torch.device("meta"))
-    monkeypatch.setattr("pipeline.evaluation.attention_similarity", note)
+    monkeypatch.setattr("pipeline.attention_comparison.default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("pipeline.attention_comparison.attention_similarity", note)
     compare_with_targets(str(undisturbed), str(tiny.samples), str(targets), 1)
     assert devices == ["meta"]

@@ -1,0 +1,80 @@
+"""`cdp compare`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import ReportOption, can_be_saved, input_path, save
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.ui.tables import ReportTable
+    from stages.evaluation.comparison import ComparedMetric, SuiteComparison
+
+
+def compare(
+    results: Annotated[
+        list[Path], typer.Argument(help="Folders of `cdp evaluate`; the others are compared with the first.")
+    ],
+    report: ReportOption = None,
+    markdown: Annotated[
+        Path | None, typer.Option(callback=can_be_saved, help="File to save the tables in, as Markdown.")
+    ] = None,
+) -> None:
+    """Compares results of the same suites. Gives metrics with intervals, and differences with a paired test."""
+    from pipeline.ui.tables import markdown_table, print_table
+    from stages.evaluation.comparison import compare_results
+
+    for path in results:
+        input_path(path)
+    compared = [compare_results(folders) for folders in _by_suite(results).values()]
+    tables = [comparison_table(one) for one in compared]
+    for table in tables:
+        print_table(table)
+    save(report, json.dumps([one.model_dump(mode="json") for one in compared], indent=1))
+    save(markdown, "\n\n".join(map(markdown_table, tables)) + "\n")
+
+
+def _by_suite(paths: list[Path]) -> dict[str, dict[str, Path]]:
+    """Folders of results by suite and then by name: the folder that was named, or the one around a suite's."""
+    from stages.evaluation.result import RESULT_FILE, read_result
+
+    found: dict[str, dict[str, Path]] = {}
+    for path in paths:
+        folders = (
+            [path] if (path / RESULT_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{RESULT_FILE}"))
+        )
+        if not folders:
+            raise UserError(f"{path} holds no result of `cdp evaluate`; name its --output, or a suite's folder in it")
+        for folder in folders:
+            run = read_result(folder).run
+            name = folder.resolve().parent.name + (" (grey)" if run.blind else "")
+            named = found.setdefault(run.suite, {})
+            named[name if name not in named else str(folder)] = folder
+    if alone := [suite for suite, named in found.items() if len(named) < 2]:
+        raise UserError(f"only one result of {', '.join(alone)}; name results of the same suite from two runs at least")
+    return found
+
+
+def comparison_table(compared: "SuiteComparison") -> "ReportTable":
+    """Makes a line for each metric of each kind; values with intervals, then differences to the first result."""
+    from pipeline.ui.tables import ReportTable
+
+    first, *others = compared.results
+    rows = [
+        [f"{kind}: {name}", *_cells(metric)]
+        for kind, of_kind in compared.metrics.items()
+        for name, metric in of_kind.items()
+    ]
+    title = f"{compared.suite} ({compared.protocol}), 95 % intervals; differences to {first} on the same items"
+    return ReportTable(title, ["", *compared.results, *(f"{name} - {first}" for name in others)], rows)
+
+
+def _cells(metric: "ComparedMetric") -> list[str]:
+    cells = [f"{one.value:.1f} [{one.interval_95[0]:.1f}, {one.interval_95[1]:.1f}]" for one in metric.values.values()]
+    for one in metric.differences.values():
+        low, high = one.interval_95
+        cells.append(f"{one.value:+.1f} [{low:+.1f}, {high:+.1f}], p={one.p_value:.2g}")
+    return cells

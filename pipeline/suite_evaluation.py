@@ -1,0 +1,169 @@
+"""Asks a checkpoint suites: in this process, in those of torchrun, or in workers of a Ray cluster."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from pipeline.checkpoints import find_checkpoint
+from pipeline.models import computing_dtype, load_model
+from stages.checkpoints.image_settings import image_settings
+from stages.checkpoints.processors import hide_loading_bars, image_processor_backend, load_processor
+from stages.checkpoints.weights import weights_digest
+from stages.evaluation.answering.answerer import Answerer
+from stages.evaluation.config import EvaluationConfig, SuiteConfig
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
+from stages.evaluation.result import (
+    RESULT_FILE,
+    AnsweredItem,
+    ItemsFile,
+    SuiteResult,
+    SuiteRun,
+    begun_items,
+    items_digest,
+    make_result,
+    read_items,
+)
+from stages.evaluation.run_suite import ask_chunk, chunks_of
+from stages.evaluation.suites.suite import Item
+from stages.student.model.loading import multimodal_config
+from storage.errors import UserError
+from storage.progress import SILENT, Progress, ProgressTask
+from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
+from storage.stores import open_store
+
+POLL_S: Final = 1.0
+
+
+class ProcessGroup(NamedTuple):
+    """This process among those that torchrun started."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def from_environment(cls) -> "ProcessGroup":
+        """Alone where there is no torchrun."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def evaluate_suites(
+    model: str,
+    suites: Mapping[str, SuiteConfig],
+    config: EvaluationConfig,
+    output: Path,
+    progress: Progress = SILENT,
+    reading: ImageConfig = DEFAULT_IMAGES,
+    *,
+    replace: bool = False,
+) -> dict[str, SuiteResult]:
+    """Asks a checkpoint all suites, each into its folder of `output`; goes on where an earlier command stopped.
+
+    What was answered is not asked again, so that a finished suite is only summed up. `reading` is for a checkpoint that
+    does not say how it reads pictures. With `replace`, answers of another run are removed, else they are an error.
+    Under torchrun each process answers its share; only the first gets results.
+
+    Raises:
+        UserError: If a suite's folder or the checkpoint cannot be used, or the folder holds answers of another run.
+    """
+    loaded = {name: load_suite(name, suite) for name, suite in suites.items()}
+    asker = _Asker(model, suites, config, reading, progress)
+    results = {}
+    for name, suite in loaded.items():
+        if (result := asker.result(name, suite, output / name, replace=replace)) is not None:
+            results[name] = result
+    return results
+
+
+class _Asker:
+    """Asks one checkpoint; its weights are loaded when the first item is asked."""
+
+    def __init__(
+        self,
+        model: str,
+        suites: Mapping[str, SuiteConfig],
+        config: EvaluationConfig,
+        reading: ImageConfig,
+        progress: Progress,
+    ) -> None:
+        hide_loading_bars()
+        self.model, self.suites, self.config, self.reading, self.progress = model, suites, config, reading, progress
+        self.folder, self.group = find_checkpoint(model), ProcessGroup.from_environment()
+        self._weights = weights_digest(self.folder)
+
+    def result(self, name: str, suite: LoadedSuite, folder: Path, *, replace: bool) -> SuiteResult | None:
+        """The result of a suite once all its items are answered; None in processes other than the first."""
+        run = self._run(name, suite)
+        rank, size = self.group
+        with begun_items(folder, run, rank, replace=replace) as items:
+            chunks = [(number, _unanswered(chunk, items)) for number, chunk in enumerate(chunks_of(suite.items))]
+            left = sum(len(chunk) for _, chunk in chunks)
+            task = self.progress.task(f"{name} {Path(self.model).name}", len(suite.items), unit="items")
+            task.update(done=len(suite.items) - left)
+            start = time.perf_counter()
+            own = [chunk for number, chunk in chunks if chunk and number % size == rank]
+            if own and self.config.num_workers is not None:
+                self._ask_on_ray(name, run, [number for number, chunk in chunks if chunk], items, task)
+            elif own:
+                self._ask_here(suite, own, items, task)
+            if rank > 0:
+                return None
+            answered = _wait_for_all(suite, folder, task)
+            seconds = time.perf_counter() - start
+        result = make_result(run, answered, suite.missing, self.config.num_resamples, seconds, left)
+        open_store(folder).write(RESULT_FILE, result.to_json().encode())
+        return result
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, ProcessorMixin]:
+        return load_model(self.model)
+
+    def _run(self, name: str, suite: LoadedSuite) -> SuiteRun:
+        config = multimodal_config(self.folder)
+        return SuiteRun(
+            suite=name,
+            protocol=suite.protocol,
+            blind=suite.blind,
+            items=items_digest([*suite.items, *suite.missing]),
+            model=self.model,
+            weights=self._weights,
+            dtype=str(computing_dtype()).removeprefix("torch."),
+            image_backend=image_processor_backend(load_processor(self.folder)),
+            images=image_settings(config) or self.reading,
+        )
+
+    def _ask_here(
+        self, suite: LoadedSuite, chunks: Sequence[Sequence[Item]], items: ItemsFile, task: ProgressTask
+    ) -> None:
+        network, processor = self._loaded
+        answerer = Answerer(network, processor, self.config, self.reading, blank=suite.blind)
+        for note in answerer.notes:
+            self.progress.message(f"note: {note}")
+        for chunk in chunks:
+            items.append(ask_chunk(answerer, suite, chunk))
+            task.advance(len(chunk))
+
+    def _ask_on_ray(self, name: str, run: SuiteRun, chunks: list[int], items: ItemsFile, task: ProgressTask) -> None:
+        from pipeline.suites_on_ray import ask_on_ray
+
+        if self.group.size > 1:
+            raise UserError("evaluate.num_workers starts workers of Ray, and torchrun started processes; take one")
+        ask_on_ray(self.model, name, self.suites[name], run, self.config, self.reading, chunks, items, task)
+
+
+def _unanswered(chunk: Sequence[Item], items: ItemsFile) -> list[Item]:
+    return [item for item in chunk if item.id not in items.answered]
+
+
+def _wait_for_all(suite: LoadedSuite, folder: Path, task: ProgressTask) -> list[AnsweredItem]:
+    """All answers, in the suite's order; those of other processes are waited for, which torchrun ends if one fails."""
+    while True:
+        answered = read_items(folder)
+        if all(item.id in answered for item in suite.items):
+            return [answered[item.id] for item in suite.items]
+        task.update(done=len(answered))
+        time.sleep(POLL_S)

@@ -1,0 +1,111 @@
+"""Questions about the same pictures as token sequences; threads decode and tokenize while the model works."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from stages.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.evaluation.suites.suite import Question
+
+
+@dataclass(frozen=True)
+class AskedSequence:
+    """A prompt, alone or with one candidate answer behind it.
+
+    Attributes:
+        question: number of the question it belongs to.
+        encoded: its tokens; `answer_mask` marks the candidate, its end token included.
+        num_end_tokens: those of the candidate's tokens that end it.
+        max_new_tokens: tokens to write at most where there is no candidate.
+    """
+
+    question: int
+    encoded: EncodedConversation
+    num_end_tokens: int = 0
+    max_new_tokens: int = 0
+
+    @property
+    def first_row(self) -> int:
+        """The position that predicts the answer's first token."""
+        mask_T = self.encoded.answer_mask
+        return (int(mask_T.nonzero()[0]) if bool(mask_T.any()) else len(mask_T)) - 1
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """Sequences about the same pictures; all have candidates, or none has."""
+
+    sequences: tuple[AskedSequence, ...]
+
+    def num_shared(self) -> int | None:
+        """How many tokens at the front all have in common, image tokens among them, each answer's first row behind.
+
+        None if an image token is not among them, as where the template puts pictures behind the question.
+        """
+        first, *others = (sequence.encoded.token_ids for sequence in self.sequences)
+        count = min(sequence.first_row for sequence in self.sequences)
+        for token_ids in others:
+            differs = (token_ids[:count] != first[:count]).nonzero()
+            count = int(differs[0]) if len(differs) else count
+        positions = self.sequences[0].encoded.image_positions
+        return count if count and (not len(positions) or int(positions[-1]) < count) else None
+
+    def pixel_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Equal for groups whose images join in one batch without padding; families that cut images in tiles differ."""
+        pixels = self.sequences[0].encoded.pixel_inputs
+        return [(name, tuple(values.shape[1:])) for name, values in pixels.items()]
+
+
+def encode_group(
+    encoder: ConversationEncoder,
+    questions: Sequence[tuple[int, Question]],
+    images: Sequence[Image.Image],
+    ends: frozenset[int],
+) -> SequenceGroup:
+    """The sequences of numbered questions about the same images.
+
+    `ends` are the tokens that end an answer.
+
+    Raises:
+        UnusableSample: If a question cannot be encoded.
+    """
+    sequences: list[AskedSequence] = []
+    for number, question in questions:
+        if not question.candidates:
+            prompt = encoder.encode_prompt(question.prompt, images)
+            sequences.append(AskedSequence(number, prompt, max_new_tokens=question.max_new_tokens))
+        for candidate in question.candidates:
+            encoded = encoder.encode_pair(question.prompt, candidate, images)
+            if question.first_token_only:
+                sequences.append(AskedSequence(number, _up_to_first_answer_token(encoded)))
+            else:
+                sequences.append(AskedSequence(number, encoded, _num_end_tokens(encoded, ends)))
+    return SequenceGroup(tuple(sequences))
+
+
+def _up_to_first_answer_token(encoded: EncodedConversation) -> EncodedConversation:
+    length = int(encoded.answer_mask.nonzero()[0]) + 1
+    return replace(encoded, token_ids=encoded.token_ids[:length], answer_mask=encoded.answer_mask[:length])
+
+
+def _num_end_tokens(encoded: EncodedConversation, ends: frozenset[int]) -> int:
+    answer = encoded.token_ids[encoded.answer_mask].tolist()
+    count = 0
+    while count < len(answer) - 1 and answer[-1 - count] in ends:
+        count += 1
+    return count
+
+
+def end_tokens(processor: Any) -> frozenset[int]:
+    """Tokens that can end an answer: the tokenizer's special ones."""
+    tokenizer = processor.tokenizer
+    return frozenset({*tokenizer.added_tokens_decoder, tokenizer.eos_token_id} - {None})
+
+
+def rows_of(sequence: AskedSequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that predict the candidate's tokens, and these tokens; int64, of equal length."""
+    at = sequence.encoded.answer_mask.nonzero()[:, 0]
+    return at - 1, sequence.encoded.token_ids[at].long()

@@ -1,0 +1,127 @@
+"""Reads a suite's files from the folder that holds them; what is missing is named with where to get it."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from stages.evaluation.suites.pictures import PictureFile, SuitePicture
+from stages.samples.sources.data_file import open_source
+from stages.unusable_sample import UnusableSample
+from storage.digests import parse_json
+from storage.errors import UserError
+from storage.printable import printable
+from storage.regular_files import is_folder, is_regular, read_regular
+
+MAX_SUITE_BYTES: Final = 2**30
+"""Largest file of items that is read whole; VQAv2's answers are the largest known, 0.6 GB for the training half."""
+
+
+@dataclass(frozen=True)
+class SuiteFiles:
+    """The folder of a suite.
+
+    Attributes:
+        folder: holds the suite's files.
+        images: holds the pictures, where they are not where the suite's makers put them; None is there.
+        fetch: what to fetch from where, for errors.
+    """
+
+    folder: Path
+    images: Path | None
+    fetch: str
+
+    def find(self, *patterns: str) -> list[Path]:
+        """Files that match any pattern, in order of the patterns and then by name.
+
+        Raises:
+            UserError: If there is none.
+        """
+        if not is_folder(self.folder):
+            raise UserError(f"{self.folder} is not a folder; expected {self._expected(patterns)}")
+        found = [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
+        if not found:
+            raise UserError(f"{self.folder} holds no {' or '.join(patterns)}; expected {self._expected(patterns)}")
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has this file."""
+        return is_regular(self.folder / name)
+
+    def need(self, *names: str) -> list[Path]:
+        """These files.
+
+        Raises:
+            UserError: If any is missing; lists all that are.
+        """
+        if missing := [name for name in names if not self.has(name)]:
+            raise UserError(f"{self.folder} lacks {', '.join(missing)}; expected {self._expected(names)}")
+        return [self.folder / name for name in names]
+
+    def json(self, path: Path) -> Any:
+        """The content of a JSON file."""
+        return parse_json(read_regular(path, MAX_SUITE_BYTES), str(path), f"fetch it again: {self.fetch}")
+
+    def rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The records of JSON lines, a JSON list, Parquet files or a saved data set, whatever the file's name.
+
+        Raises:
+            UserError: If the file cannot be read, or a record is no object.
+        """
+        with open_source(path) as source:
+            for position, record in source.scan():
+                if isinstance(record, UnusableSample):
+                    raise UserError(f"{path}, record {position}: {record}; fetch it again: {self.fetch}")
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}, record {position}: {record!r:.100}; expected an object")
+                yield record
+
+    def csv(self, path: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
+        """The rows of a table with a header."""
+        text = read_regular(path, MAX_SUITE_BYTES).decode("utf-8-sig", errors="replace")
+        yield from csv.DictReader(io.StringIO(text), delimiter=delimiter)
+
+    def picture(self, *places: str) -> SuitePicture:
+        """The first of these files that exists, or the first, within the folder of images if one was named.
+
+        A suite gives each place as its makers have it, such as `val2017/000000085329.jpg`. In a folder of images that
+        was named, also the bare file name is looked for.
+
+        Raises:
+            UserError: If a path leaves the folder.
+        """
+        root = self.folder if self.images is None else self.images
+        names = places if self.images is None else [*places, *(place.rsplit("/", 1)[-1] for place in places)]
+        paths = [self._inside(root, name) for name in names]
+        return SuitePicture(PictureFile(next((path for path in paths if is_regular(path)), paths[-1])))
+
+    def _inside(self, root: Path, name: str) -> Path:
+        path = root / name
+        try:
+            inside = path.resolve().is_relative_to(root.resolve())
+        except (RuntimeError, OSError, ValueError):  # a loop of links, or what cannot be a path
+            inside = True
+        if not inside:
+            raise UserError(f"{self.folder}: file name {printable(name)!r:.200} leaves the folder {root}")
+        return path
+
+    def _expected(self, names: Sequence[str]) -> str:
+        return f"{', '.join(names)}. {self.fetch}"
+
+
+def fields(record: Any, where: str, **types: type | tuple[type, ...]) -> list[Any]:
+    """The fields of a record in the order asked for, each of its type.
+
+    Raises:
+        UserError: If it is no object or a field is missing or of another type; names it.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: {record!r:.200}; expected an object with {', '.join(types)}")
+    for name, kind in types.items():
+        if not isinstance(record.get(name), kind):
+            found = repr(record[name])[:100] if name in record else f"only {', '.join(map(str, record))[:200]}"
+            names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UserError(f"{where}: expected {name} of type {names}, found {found}")
+    return [record[name] for name in types]

@@ -1,0 +1,44 @@
+"""Questions that are answered by yes or no: the parser of POPE and R-Bench, and their metrics."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.evaluation.suites.suite import Answer, Counts, ratio
+
+
+def says_yes(answer: Answer) -> bool:
+    """Whether an answer is taken for a yes: unless "No", "not" or "no" is a word of its first sentence.
+
+    Letters count as they are: "NO" is a yes. Source: `eval_pope.py` of LLaVA, `eval.py` of R-Bench.
+    """
+    assert isinstance(answer, str)
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def yes_no_counts(said_yes: bool, is_yes: bool) -> Counts:
+    """What one answer adds to the table of hits and misses."""
+    return {
+        "true_positives": said_yes and is_yes,
+        "false_positives": said_yes and not is_yes,
+        "true_negatives": not said_yes and not is_yes,
+        "false_negatives": not said_yes and is_yes,
+    }
+
+
+def yes_no_metrics(sums: Mapping[str, NDArray[np.float64]], epsilon: float = 0.0) -> dict[str, NDArray[np.float64]]:
+    """In percent; "yes" is the positive class. `epsilon` is what the makers add to denominators."""
+    names = ("true_positives", "false_positives", "true_negatives", "false_negatives")
+    hits, false_alarms, rejections, misses = (sums.get(name, np.zeros_like(sums["items"])) for name in names)
+    precision = ratio(hits, hits + false_alarms + epsilon)
+    recall = ratio(hits, hits + misses + epsilon)
+    shares = {
+        "f1": ratio(2 * precision * recall, precision + recall + epsilon),
+        "accuracy": ratio(hits + rejections, sums["items"]),
+        "precision": precision,
+        "recall": recall,
+        "yes_share": ratio(hits + false_alarms, sums["items"]),
+    }
+    return {name: 100 * share for name, share in shares.items()}

@@ -1,0 +1,48 @@
+"""`cdp compare`: the folders that are named, and the tables that come of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.processes import run_here
+from tests.stages.evaluation.test_comparison import save_result
+
+
+def test_runs_stand_side_by_side_with_their_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_result(tmp_path / "base/sugarcrepe", [1.0, 0.0, 0.0, 0.0])
+    save_result(tmp_path / "tuned/sugarcrepe", [1.0, 1.0, 1.0, 0.0])
+    save_result(tmp_path / "tuned-blind/sugarcrepe", [0.0, 1.0, 0.0, 0.0], blind=True)
+    folders = [tmp_path / name for name in ("base", "tuned", "tuned-blind")]
+    saved = ("--report", tmp_path / "report.json", "--markdown", tmp_path / "table.md")
+    done = run_here("compare", *folders, *saved, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    for text in ("tuned - base", "tuned-blind (grey)", "+50.0"):
+        assert text in done.out
+    (compared,) = json.loads((tmp_path / "report.json").read_text())
+    assert list(compared["results"]) == ["base", "tuned", "tuned-blind (grey)"]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2].startswith("|  | base | tuned | tuned-blind (grey) | tuned - base |")
+    assert lines[4].startswith("| swap_obj: accuracy | 25.0 [")
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("a",), "only one result of sugarcrepe"),
+        (("a", "nowhere"), "nowhere holds no result"),
+        (("a", "a/sugarcrepe/items.jsonl"), "holds no result"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(
+    folders: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_result(tmp_path / "a/sugarcrepe", [1.0, 0.0])
+    done = run_here("compare", *(tmp_path / name for name in folders), monkeypatch=monkeypatch, capsys=capsys)
+    assert (done.code, message in done.err) == (2, True)

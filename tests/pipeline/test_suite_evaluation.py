@@ -1,0 +1,130 @@
+"""`cdp evaluate` on a suite: who says how it is asked, what a finished run costs, several processes, a cluster."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.suite_evaluation import evaluate_suites
+from stages.evaluation.config import EvaluationConfig, SuiteConfig
+from stages.evaluation.result import SuiteResult, read_items
+from storage.errors import UserError
+from tests.conftest import TinyWorld
+from tests.pipeline.processes import run_here
+from tests.processes import PATIENCE_S
+
+SUITE = "sugarcrepe"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def evaluate(tiny: TinyWorld, output: Path, **config: Any) -> SuiteResult:
+    suites = {SUITE: SuiteConfig(data=tiny.pairs)}
+    return evaluate_suites(str(tiny.teacher), suites, EvaluationConfig(**config), output)[SUITE]
+
+
+def lasting(result: SuiteResult) -> dict[str, Any]:
+    return result.model_dump(exclude={"seconds", "items_per_s"})
+
+
+@pytest.mark.parametrize(
+    ("words", "protocol"),
+    [
+        ((), "likelihood"),
+        (("--set", "evaluate.suites.sugarcrepe.protocol=compodistill"), "compodistill"),
+        (("--config", "run.yaml"), "compodistill"),
+        (("--config", "run.yaml", "--protocol", "mean_likelihood"), "mean_likelihood"),
+    ],
+)
+def test_the_run_file_says_how_a_suite_is_asked_unless_a_flag_does(
+    words: tuple[str, ...],
+    protocol: str,
+    tiny: TinyWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(f"evaluate: {{suites: {{sugarcrepe: {{data: {tiny.pairs}, protocol: compodistill}}}}}}")
+    words = (*words, "--set", f"evaluate.suites.sugarcrepe.data={tiny.pairs}")
+    command = (
+        "evaluate",
+        tiny.teacher,
+        "--suite",
+        "all",
+        "--limit",
+        1,
+        "--output",
+        "out",
+        "--report",
+        "r.json",
+        *words,
+    )
+    done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    (result,) = json.loads(Path("r.json").read_text()).values()
+    assert result["run"]["protocol"] == protocol
+    assert json.loads(Path("out/sugarcrepe/result.json").read_text()) == result
+    assert f"sugarcrepe {tiny.teacher.name}: 2 of 2 items" in done.err
+
+
+def test_a_finished_suite_is_summed_up_again_without_its_model(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(tiny, tmp_path)
+    monkeypatch.setattr("pipeline.suite_evaluation.load_model", None)
+    again = evaluate(tiny, tmp_path)
+    assert lasting(again) == lasting(first)
+    assert again.items_per_s == 0
+
+
+def test_answers_of_another_model_are_refused(tiny: TinyWorld, tmp_path: Path) -> None:
+    evaluate(tiny, tmp_path)
+    run = tmp_path / SUITE / "run.json"
+    run.write_text(run.read_text().replace('"weights": "', '"weights": "0'))
+    with pytest.raises(UserError, match="answers of another run: its weights is 0"):
+        evaluate(tiny, tmp_path)
+
+
+def test_grey_pictures_are_another_run(tiny: TinyWorld, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    words = ("evaluate", tiny.teacher, "--suite", SUITE, "--data", tiny.pairs, "--output", tmp_path)
+    assert run_here(*words, monkeypatch=monkeypatch, capsys=capsys).code == 0
+    done = run_here(*words, "--blind", monkeypatch=monkeypatch, capsys=capsys)
+    assert (done.code, "its blind is False, this command's is True" in done.err) == (2, True)
+    done = run_here(*words[:-1], tmp_path / "blind", "--blind", monkeypatch=monkeypatch, capsys=capsys)
+    assert (done.code, "grey pictures" in " ".join(done.out.split())) == (0, True)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_what_one_does(tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = evaluate(tiny, tmp_path / "alone")
+    # So that both have something to do.
+    script = tmp_path / "cdp.py"
+    script.write_text(
+        "import stages.evaluation.run_suite as module\nmodule.ITEMS_AT_ONCE = 2\n"
+        "from pipeline.cli.app import main\nmain()\n"
+    )
+    words = ["evaluate", tiny.teacher, "--suite", SUITE, "--data", tiny.pairs, "--output", tmp_path / "two"]
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script, *words]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in (tmp_path / "two" / SUITE).glob("items*"))
+    assert files == ["items-1.jsonl", "items.jsonl"]
+    together = SuiteResult.model_validate_json((tmp_path / "two" / SUITE / "result.json").read_text())
+    assert lasting(together) == lasting(alone)
+    assert done.stdout.count("guessing") == 1
+
+
+def test_workers_of_a_cluster_answer_what_one_process_does(tiny: TinyWorld, tmp_path: Path) -> None:
+    alone = evaluate(tiny, tmp_path / "alone")
+    spread = evaluate(tiny, tmp_path / "spread", num_workers=2)
+    assert lasting(spread) == lasting(alone)
+    assert read_items(tmp_path / "spread" / SUITE).keys() == read_items(tmp_path / "alone" / SUITE).keys()
