@@ -21,6 +21,7 @@ from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
 from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
 from stages.evaluation.result import (
     RESULT_FILE,
     SuiteResult,
@@ -30,7 +31,7 @@ from stages.evaluation.result import (
     make_result,
     read_items,
 )
-from stages.evaluation.run_suite import LoadedSuite, ask_items, load_suite
+from stages.evaluation.run_suite import ask_items
 from stages.images import decode_image
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec

@@ -1,14 +1,14 @@
 """Exports a training run's student: finds it, and the names of its models for the card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from stages.evaluation.report import read_evaluation
 
 from pipeline.checkpoints import find_checkpoint
 from pipeline.run_file import read_document
 from stages.checkpoints.processors import hide_loading_bars
 from stages.checkpoints.resolve import in_hub_cache
+from stages.evaluation.result import read_result
 from stages.export.export import Dtype, export_student
 from stages.export.model_card import ExportReport, ModelNames
 from stages.student.run_folder import RunFolder, StageFolder
@@ -23,7 +23,7 @@ def export(
     fold: bool = True,
     dtype: Dtype | None = None,
     teacher: str | None = None,
-    evaluation: Path | None = None,
+    evaluations: Sequence[Path] = (),
     progress: Progress = SILENT,
 ) -> ExportReport:
     """A self-contained Hugging Face folder of a training run's last student, or of a checkpoint.
@@ -34,7 +34,7 @@ def export(
         fold: As of `export_student`.
         dtype: As of `export_student`.
         teacher: The teacher's name on the card; None takes the name in the run's own run file.
-        evaluation: Report of `cdp evaluate`, for the card.
+        evaluations: Results of `cdp evaluate`, for the card.
         progress: Shows the steps.
 
     Raises:
@@ -42,9 +42,9 @@ def export(
     """
     hide_loading_bars()
     folder = find_checkpoint(model)
-    report = None if evaluation is None else read_evaluation(evaluation)
+    results = [read_result(path) for path in evaluations]
     names = _names_of(folder, teacher)
-    return export_student(folder, output, fold=fold, dtype=dtype, names=names, evaluation=report, progress=progress)
+    return export_student(folder, output, fold=fold, dtype=dtype, names=names, evaluations=results, progress=progress)
 
 
 def _names_of(student: Path, teacher: str | None) -> ModelNames:

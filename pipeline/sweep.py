@@ -4,16 +4,13 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from stages.evaluation.caption_pairs import load_pairs
-from stages.evaluation.report import EvaluationReport
+from pydantic import Field, ValidationError
 
 from pipeline.checkpoints import find_checkpoint
-from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
+from pipeline.evaluation import compare_with_targets, evaluate_suites
 from pipeline.run_file import RunFile
 from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_data
 from pipeline.ui.console import is_main_process
@@ -21,9 +18,10 @@ from pipeline.ui.tables import OF_LOSSES, ReportTable
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention_similarity import AttentionSimilarity
 from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.loaded_suite import load_suite
+from stages.evaluation.result import SuiteResult, items_digest
 from stages.student.run_folder import StageReport
 from stages.student.stage_config import StageName
-from storage.digests import digest_of
 from storage.errors import StoreUnavailable, UserError
 from storage.progress import SILENT, Progress
 from storage.samples.sample_set import SampleSet
@@ -47,8 +45,8 @@ class SweptStudent(StrictModel):
 
     stages: dict[StageName, StageReport]
     """Each stage's report, its final losses among it."""
-    evaluation: EvaluationReport | None = None
-    """Accuracy on the pairs, where they were asked for."""
+    suites: dict[str, SuiteResult] = Field(default_factory=dict)
+    """Of the suites that were asked for."""
     similarity: AttentionSimilarity | None = None
     """Of its attention to the teacher's, where it was asked for."""
 
@@ -80,8 +78,8 @@ class _Measured(StrictModel):
     """The student's last one."""
     weights: str
     """sha256 of the student's."""
-    pairs: str | None
-    """Digest of the pairs."""
+    suites: dict[str, str]
+    """Digest of each suite's items."""
     targets: dict[str, Any] | None
     """The store whose maps the student is compared with, as `Source.description` says it."""
 
@@ -90,7 +88,7 @@ class _Compared(StrictModel):
     """Figures of a finished student, so that they need not be measured again."""
 
     measured: _Measured
-    evaluation: EvaluationReport | None
+    suites: dict[str, SuiteResult]
     similarity: AttentionSimilarity | None
 
 
@@ -145,30 +143,26 @@ def _compared(
 ) -> SweptStudent:
     model = run.output
     assert model is not None
-    if compare.pairs is None and compare.similarity_samples is None:
+    if not compare.suites and compare.similarity_samples is None:
         return SweptStudent(stages=stages)
     store, measured = open_store(Path(model)), _measured(run, compare)
     if (found := _read(store)) is not None and found.measured == measured:
-        return SweptStudent(stages=stages, evaluation=found.evaluation, similarity=found.similarity)
-    evaluation = similarity = None
-    if compare.pairs is not None:
-        evaluation = evaluate_checkpoint(
-            model, compare.pairs, compare.images, run.evaluate, compare.pairs_limit, progress
-        )
+        return SweptStudent(stages=stages, suites=found.suites, similarity=found.similarity)
+    suites, similarity = dict[str, SuiteResult](), None
+    if compare.suites:
+        suites = evaluate_suites(model, compare.suites, run.evaluate, Path(model) / "suites", progress)
     if compare.similarity_samples is not None:
         similarity = compare_with_targets(model, *compared_data(run), compare.similarity_samples, progress)
-    made = _Compared(measured=measured, evaluation=evaluation, similarity=similarity)
+    made = _Compared(measured=measured, suites=suites, similarity=similarity)
     if is_main_process:
         store.write(_COMPARED, made.to_json().encode())
-    return SweptStudent(stages=stages, evaluation=evaluation, similarity=similarity)
+    return SweptStudent(stages=stages, suites=suites, similarity=similarity)
 
 
 def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
     student = find_checkpoint(str(run.output))
-    pairs = targets = None
-    if compare.pairs is not None:
-        kinds = load_pairs(compare.pairs, compare.images, limit=compare.pairs_limit)
-        pairs = digest_of([[str(value) for value in astuple(pair)] for kind in kinds.values() for pair in kind])
+    targets = None
+    loaded = {name: load_suite(name, suite) for name, suite in compare.suites.items()}
     if compare.similarity_samples is not None:
         samples, store = compared_data(run)
         targets = Source(SampleSet.open(samples), TargetStore.open(store)).description()
@@ -177,7 +171,7 @@ def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
         evaluate=run.evaluate,
         stage=student.parent.name,
         weights=weights_digest(student),
-        pairs=pairs,
+        suites={name: items_digest([*suite.items, *suite.missing]) for name, suite in loaded.items()},
         targets=targets,
     )
 
@@ -195,7 +189,8 @@ def sweep_table(report: SweepReport) -> ReportTable:
     terms = sorted({term for student in report.students.values() for term in _last_losses(student)} - {"loss"})
     names = ["lm", "kd", "attention"]
     terms.sort(key=lambda term: names.index(term) if term in names else len(names))
-    header = ["student", "last stage", *terms, "seconds", "samples/s", "accuracy", "similarity"]
+    suites = list(dict.fromkeys(name for student in report.students.values() for name in student.suites))
+    header = ["student", "last stage", *terms, "seconds", "samples/s", *suites, "similarity"]
     rows = []
     for name, student in report.students.items():
         losses = _last_losses(student)
@@ -206,7 +201,7 @@ def sweep_table(report: SweepReport) -> ReportTable:
                 *(f"{losses[term]:.3f}" if term in losses else "" for term in terms),
                 f"{student.seconds:.0f}",
                 f"{student.samples_per_s:.1f}",
-                f"{100 * student.evaluation.average:.1f}" if student.evaluation is not None else "",
+                *(f"{student.suites[name].main.value:.1f}" if name in student.suites else "" for name in suites),
                 f"{student.similarity.mean:.3f}" if student.similarity is not None else "",
             ]
         )

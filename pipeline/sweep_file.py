@@ -4,7 +4,7 @@
 #
 #   config: qwen1.5-4b-to-1.8b      # optional: a run file or recipe for what is not said here
 #   train: {seed: 1}                # settings that all share, as in a run file
-#   compare: {pairs: sugarcrepe, similarity_samples: 256}
+#   compare: {suites: {sugarcrepe: {data: sugar-crepe}}, similarity_samples: 256}
 #   students:                       # what differs, dotted or nested
 #     compodistill: {}
 #     logits: {train.dft.attention_weight: 0}
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from stages.evaluation.caption_pairs import load_pairs
 
 from pipeline.recipes import find_config
 from pipeline.run_file import RunFile, lay_over, read_document, resolve
+from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import load_suite
 from stages.settings import validated
 from storage.errors import UserError
 from storage.stores import PARTIAL
@@ -34,12 +35,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class CompareConfig(StrictModel):
     """What is measured of each student once it is trained; nothing unless asked for."""
 
-    pairs: Path | None = None
-    """Folder of caption pairs in SugarCrepe's layout, for the accuracy; the run file's `evaluate` says how."""
-    images: Path | None = None
-    """Folder of the pairs' images; None is `images` beside them."""
-    pairs_limit: int | None = Field(default=None, ge=1)
-    """Pairs of each kind; None takes all."""
+    suites: dict[str, SuiteConfig] = Field(default_factory=dict)
+    """Suites by name, as in the run file's `evaluate.suites`."""
     similarity_samples: int | None = Field(default=None, ge=1)
     """Samples over which the student's attention is compared with the cached maps."""
 
@@ -95,8 +92,8 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
                 compared_data(runs[name])
             except UserError as error:
                 raise UserError(f"{path}: student {name}: {error}") from None
-    if compare.pairs is not None:
-        load_pairs(compare.pairs, compare.images, limit=compare.pairs_limit)
+    for suite, of_suite in compare.suites.items():
+        load_suite(suite, of_suite)
     return Sweep(Path(output), runs, compare)
 
 

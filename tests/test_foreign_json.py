@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stages.evaluation.caption_pairs import load_pairs
 
 from pipeline.demo import run as demo
 from pipeline.demo.report import DemoConfig
@@ -14,6 +13,8 @@ from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
 from stages.checkpoints.configs import check_configs, load_config
 from stages.convert.layout import read_released_config
+from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import load_suite
 from stages.export.model_card import read_history
 from stages.student.model.student import is_student
 from stages.student.run_folder import RunFolder, StageFolder
@@ -60,7 +61,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "config of a student": ("config.json", lambda file: is_student(file.parent)),
     "released config": ("config.json", lambda file: read_released_config(file.parent)),
     "config": ("config.json", lambda file: load_config(file.parent)),
-    "pairs": ("kind.json", lambda file: load_pairs(file.parent, file.parent)),
+    "pairs": ("kind.json", lambda file: load_suite("sugarcrepe", SuiteConfig(data=file.parent))),
 }
 
 

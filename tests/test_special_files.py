@@ -18,9 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stages.evaluation.caption_pairs import CaptionPair, load_pairs
-from stages.evaluation.report import read_evaluation
-from stages.evaluation.scoring import _encoded_batches
 from torch import nn
 
 from pipeline.chat import open_chat
@@ -30,7 +27,10 @@ from stages.checkpoints.configs import check_configs
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.conversations.chat_templates import read_template
 from stages.convert.layout import read_released_config
-from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import load_suite
+from stages.evaluation.result import read_result
+from stages.evaluation.suites.pictures import PictureFile, SuitePicture
 from stages.samples.first_look import check_layout
 from stages.samples.image_files import ImageFolder
 from stages.samples.staged_folder import StagedFolder
@@ -116,8 +116,7 @@ def read_chunk(file: Path) -> None:
 
 
 def read_suite_image(file: Path) -> None:
-    pairs = [CaptionPair("kind", "key", file, "a", "b")]
-    list(_encoded_batches(pairs, lambda *_: [], EvaluationConfig(), SILENT.task(""), "ignore"))
+    SuitePicture(PictureFile(file)).load(10**6, "ignore")
 
 
 def read_metrics(file: Path) -> None:
@@ -154,10 +153,10 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "sweep": ("sweep.yaml", lambda file: load_sweep(file, None, [], {})),
     "subset": ("keys.txt", read_keys),
     "chat template": ("a.jinja", lambda file: read_template(str(file))),
-    "suite": ("kind.json", lambda file: load_pairs(file.parent, file.parent)),
+    "suite": ("kind.json", lambda file: load_suite("sugarcrepe", SuiteConfig(data=file.parent))),
     "suite image": ("a.png", read_suite_image),
     "image of a chat": ("a.png", lambda file: open_chat("no model", file, 1)),
-    "evaluation": ("report.json", read_evaluation),
+    "evaluation": ("result.json", read_result),
     "stage report": ("report.json", lambda file: StageFolder(file.parent).report()),
     "metrics": ("metrics.jsonl", read_metrics),
     "config": ("config.json", lambda file: check_configs(file.parent)),

@@ -1,5 +1,6 @@
 """`cdp evaluate`."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +59,7 @@ def evaluate(
     suites = _suites(suite, run, {name: value for name, value in flags.items() if value is not None})
     check_and_say_which(model)
 
-    from stages.evaluation.run_suite import load_suite
+    from stages.evaluation.loaded_suite import load_suite
 
     for name, suite_config in suites.items():
         load_suite(name, suite_config)
@@ -71,7 +72,7 @@ def evaluate(
         results = evaluate_suites(model, suites, run.evaluate, output, progress, run.images)
     for result in results.values():
         print_table(result_table(result, Path(model).name))
-    save(report, _as_json(results))
+    save(report, json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=1))
 
 
 def _suites(name: str, run: "RunFile", flags: dict[str, Any]) -> dict[str, "SuiteConfig"]:
@@ -120,9 +121,3 @@ def result_table(result: "SuiteResult", model: str) -> "ReportTable":
 
 def _chance(result: "SuiteResult", name: str) -> float | None:
     return next((metrics[name].chance for metrics in result.metrics.values() if name in metrics), None)
-
-
-def _as_json(results: dict[str, "SuiteResult"]) -> str:
-    import json
-
-    return json.dumps({name: json.loads(result.to_json()) for name, result in results.items()}, indent=1)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import check_and_say_which, input_path, output_folder
+from pipeline.cli.options import check_and_say_which, output_folder
+from storage.regular_files import refuse_unusable
 
 if TYPE_CHECKING:
     from stages.export.model_card import ExportReport
@@ -21,25 +22,26 @@ def export(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="How the model card names the teacher.")] = None,
     evaluation: Annotated[
-        Path | None, typer.Option(callback=input_path, help="Report of `cdp evaluate`, for the card.")
+        list[Path] | None, typer.Option(help="Result of `cdp evaluate`, for the card; may be given several times.")
     ] = None,
 ) -> None:
     """Writes a student as a Hugging Face folder. It has a model card and needs transformers only."""
-    from stages.evaluation.report import read_evaluation
-
     from stages.checkpoints.new_folder import check_new
+    from stages.evaluation.result import read_result
 
     check_new(output)
     check_and_say_which(model)
-    if evaluation is not None:
-        read_evaluation(evaluation)
+    evaluations = evaluation or []
+    for path in evaluations:
+        refuse_unusable(path)
+        read_result(path)
 
     from pipeline.export import export as export_folder
     from pipeline.ui.progress import progress_display
 
     with progress_display() as progress:
         report = export_folder(
-            model, output, fold=fold, dtype=dtype, teacher=teacher, evaluation=evaluation, progress=progress
+            model, output, fold=fold, dtype=dtype, teacher=teacher, evaluations=evaluations, progress=progress
         )
     _print_report(report, output)
 

@@ -71,7 +71,13 @@ ReportOption = Annotated[
     Path | None, typer.Option("--report", callback=can_be_saved, help="File to save the report in, as JSON.")
 ]
 
-RENAMED = {"--adapter": "--vision", "--json": "--report", "--page": "--html"}
+RENAMED = {
+    "--adapter": "--vision",
+    "--json": "--report",
+    "--page": "--html",
+    "--pairs": "--data, with --suite sugarcrepe,",
+    "--scoring": "--protocol",
+}
 """Options of earlier versions -> what they are called now."""
 
 

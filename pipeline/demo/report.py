@@ -1,9 +1,8 @@
 """Settings of the demo, what it measured, and how that is shown."""
 
-from stages.evaluation.report import EvaluationReport
-
 from pipeline.demo.scenes.world import Variant
 from pipeline.ui.tables import ReportTable
+from stages.evaluation.result import SuiteResult
 from storage.strict_model import StrictModel
 from storage.targets.summary import StoreSummary
 
@@ -29,7 +28,7 @@ class DemoConfig(StrictModel):
 class StudentResult(StrictModel):
     """One student of the demo."""
 
-    evaluation: EvaluationReport
+    evaluation: SuiteResult
     similarity: float
     """Mean attention similarity to the teacher over the matched layers."""
     seconds: float
@@ -45,7 +44,7 @@ class DemoReport(StrictModel):
     target_bytes: int
     raw_bytes: int
     """The same maps and logits uncoded in fp16."""
-    teacher: EvaluationReport
+    teacher: SuiteResult
     students: dict[str, StudentResult]
 
 
@@ -54,11 +53,10 @@ def accuracy_table(report: DemoReport) -> ReportTable:
     models = {"teacher": report.teacher} | {name: s.evaluation for name, s in report.students.items()}
     students = report.students.values()
     rows = [
-        [kind, *(f"{100 * model.kinds[kind].accuracy:.1f}" for model in models.values())]
-        for kind in report.teacher.kinds
+        [kind, *(f"{model.metrics[kind]['accuracy'].value:.1f}" for model in models.values())]
+        for kind in report.teacher.metrics
     ]
     rows += [
-        ["average", *(f"{100 * model.average:.1f}" for model in models.values())],
         ["attention similarity", "1.000", *(f"{student.similarity:.3f}" for student in students)],
         ["training, seconds", "", *(f"{student.seconds:.0f}" for student in students)],
     ]

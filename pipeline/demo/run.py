@@ -15,7 +15,7 @@ from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.report import DemoConfig, DemoReport, StudentResult, accuracy_table, summary_lines
 from pipeline.demo.scenes.dataset import write_dataset
-from pipeline.evaluation import attention_pictures, evaluate_checkpoint
+from pipeline.evaluation import attention_pictures, evaluate_suites
 from pipeline.extraction.extract import extract
 from pipeline.run_file import load_run_file
 from pipeline.sweep import SweepReport, run_sweep
@@ -25,6 +25,7 @@ from pipeline.ui.console import results
 from pipeline.ui.html_report import render_report
 from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.tables import print_table
+from stages.evaluation.config import SuiteConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.settings import refuse_other_settings
 from storage.digests import parse_object
@@ -37,6 +38,8 @@ from storage.targets.summary import summarize
 RECIPE = Path("demo")
 COMPARED_SAMPLES = 256
 PICTURES = 8
+SUITE = "sugarcrepe"
+"""Whose layout the held-out pairs have."""
 
 
 def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
@@ -83,7 +86,7 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
         assert run.teacher is not None
         extract(run.teacher, str(samples), str(targets), run.extract, progress, images=run.images)
     with clock.part("evaluate teacher"):
-        teacher = evaluate_checkpoint(str(TEACHER), scenes / "pairs", None, run.evaluate, None, progress)
+        teacher = evaluate_suites(str(TEACHER), _suites(folder), run.evaluate, folder / "teacher", progress)[SUITE]
     with clock.part("train and evaluate students"):
         swept = run_sweep(
             _sweep_of(folder, config),
@@ -134,8 +137,12 @@ def _sweep_of(folder: Path, config: DemoConfig) -> Sweep:
         "train.dft.max_steps": config.steps,
     }
     sweep = load_sweep(STUDENTS_FILE, None, [], flags)
-    compare = CompareConfig(pairs=folder / "scenes" / "pairs", similarity_samples=COMPARED_SAMPLES)
+    compare = CompareConfig(suites=_suites(folder), similarity_samples=COMPARED_SAMPLES)
     return Sweep(sweep.output, {name: sweep.runs[name] for name in config.students}, compare)
+
+
+def _suites(folder: Path) -> dict[str, SuiteConfig]:
+    return {SUITE: SuiteConfig(data=folder / "scenes" / "pairs")}
 
 
 def _results(swept: SweepReport) -> dict[str, StudentResult]:
@@ -143,9 +150,8 @@ def _results(swept: SweepReport) -> dict[str, StudentResult]:
         raise UserError("\n".join(f"student {name} failed: {reason}" for name, reason in swept.failures.items()))
     results = {}
     for name, student in swept.students.items():
-        assert student.evaluation is not None
         assert student.similarity is not None
         results[name] = StudentResult(
-            evaluation=student.evaluation, similarity=student.similarity.mean, seconds=student.seconds
+            evaluation=student.suites[SUITE], similarity=student.similarity.mean, seconds=student.seconds
         )
     return results

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.images import MAX_PIXELS
+from stages.evaluation.answering.config import AnsweringConfig
 from storage.strict_model import StrictModel
 
 
@@ -26,18 +26,10 @@ class SuiteConfig(StrictModel):
     """Whether items without their images are counted as missing; otherwise they are an error."""
 
 
-class EvaluationConfig(StrictModel):
+class EvaluationConfig(AnsweringConfig):
     """How suites are put to a model."""
 
     suites: dict[str, SuiteConfig] = Field(default_factory=dict)
     """The suites of `--suite all`, by name."""
-    batch_size: int = Field(default=16, ge=1)
-    """Sequences that go through the model together; those about one picture stay together."""
-    max_length: int = Field(default=4096, ge=1)
-    """Tokens of the longest sequence the model takes; a longer one is an error, never cut."""
-    num_threads: int = Field(default=2, ge=1)
-    """Threads that decode images and tokenize while the model works."""
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Width times height above which an image is refused."""
     num_resamples: int = Field(default=1000, ge=100)
     """Resampled sets of items that an interval is made of."""

@@ -52,23 +52,23 @@ def _summed(items: Sequence[ScoredItem], num_resamples: int) -> KindCounts:
                 column = columns.setdefault((kind, name), len(columns))
                 entries.append((units[item.unit], column, float(value)))
     rows, cols, values = map(np.asarray, zip(*entries, strict=True))
-    table_UC = np.zeros((len(units), len(columns)))
-    np.add.at(table_UC, (rows.astype(int), cols.astype(int)), values)
-    sums_RC = np.concatenate([table_UC.sum(0, keepdims=True), _resampled(table_UC, num_resamples)])
+    counts = np.zeros((len(units), len(columns)))
+    np.add.at(counts, (rows.astype(int), cols.astype(int)), values)
+    sums = np.concatenate([counts.sum(0, keepdims=True), _resampled(counts, num_resamples)])
     by_kind: dict[str, dict[str, NDArray[np.float64]]] = {}
     for (kind, name), column in columns.items():
-        by_kind.setdefault(kind, {})[name] = sums_RC[:, column]
+        by_kind.setdefault(kind, {})[name] = sums[:, column]
     return by_kind
 
 
-def _resampled(table_UC: NDArray[np.float64], num_resamples: int) -> NDArray[np.float64]:
+def _resampled(counts: NDArray[np.float64], num_resamples: int) -> NDArray[np.float64]:
     """Sums over units that are drawn with replacement, as many as there are."""
-    num_units, generator = len(table_UC), np.random.default_rng(SEED)
-    sums_RC = np.empty((num_resamples, table_UC.shape[1]))
+    num_units, generator = len(counts), np.random.default_rng(SEED)
+    sums = np.empty((num_resamples, counts.shape[1]))
     for resample in range(num_resamples):
-        drawn_U = np.bincount(generator.integers(num_units, size=num_units), minlength=num_units)
-        sums_RC[resample] = drawn_U @ table_UC
-    return sums_RC
+        times_drawn = np.bincount(generator.integers(num_units, size=num_units), minlength=num_units)
+        sums[resample] = times_drawn @ counts
+    return sums
 
 
 def differences(first: Metrics, second: Metrics) -> Mapping[str, Mapping[str, NDArray[np.float64]]]:

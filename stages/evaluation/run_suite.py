@@ -1,79 +1,17 @@
-"""Asks a model a suite's items, those about the same pictures side by side, and keeps each answer as it comes."""
+"""Asks a model a suite's items, those about the same pictures side by side, and saves each answer as it comes."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from stages.evaluation.answering.answerer import Answerer
-from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import LoadedSuite
 from stages.evaluation.result import item_line
-from stages.evaluation.suites.pictures import SuitePicture
-from stages.evaluation.suites.registry import find_suite
-from stages.evaluation.suites.suite import Item, Protocol, Question, Suite
-from stages.evaluation.suites.suite_files import SuiteFiles
-from storage.errors import UserError
+from stages.evaluation.suites.suite import Item, Question
 from storage.progress import SILENT, ProgressTask
 
 ITEMS_AT_ONCE: Final = 32
 """Items whose answers are saved together."""
-_SHOWN: Final = 5
 _NOT_SHOWN = SILENT.task("ask")
-
-
-@dataclass(frozen=True)
-class LoadedSuite:
-    """A suite's items, as they are asked.
-
-    Attributes:
-        items: those that have their pictures.
-        missing: those that have not.
-    """
-
-    suite: Suite
-    protocol: Protocol
-    blind: bool
-    items: list[Item]
-    missing: list[Item]
-
-    @property
-    def notes(self) -> list[str]:
-        """What users should know of these items."""
-        kinds = {kind for item in self.items for kind in item.kinds}
-        if not (lacking := [kind for kind in self.suite.all_kinds if kind not in kinds]):
-            return []
-        found = f"{self.suite.name}: {len(lacking)} of {len(self.suite.all_kinds)} kinds are lacking"
-        return [f"{found} ({', '.join(lacking)}); the average is over the others, and no published number is like it"]
-
-
-def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
-    """Reads a suite's folder and looks for its pictures.
-
-    Raises:
-        UserError: If files are missing or have another layout, or pictures are missing that may not be; names what to
-            fetch.
-    """
-    suite, protocol = find_suite(name, config.protocol)
-    files = SuiteFiles(config.data, config.images, suite.fetch)
-    items = _first_of_each_kind(suite.load(files, protocol), config.limit)
-    if not items:
-        raise UserError(f"{config.data} has no items of {name}; {suite.fetch}")
-    if twice := [key for key, count in Counter(item.id for item in items).items() if count > 1]:
-        raise UserError(f"{config.data}: {len(twice)} items of {name} stand there twice, the first {twice[0]}")
-    pictures = dict.fromkeys(
-        picture.source for item in items for question in item.questions for picture in question.pictures
-    )
-    absent = {source for source in pictures if not source.exists()}
-    missing = [item for item in items if any(picture.source in absent for picture in _pictures(item))]
-    if missing and (not config.allow_missing_images or len(missing) == len(items)):
-        shown = ", ".join(str(source) for source in pictures if source in absent)[: _SHOWN * 100]
-        raise UserError(
-            f"{len(absent)} of {len(pictures)} images of {name} are missing, so {len(missing)} of {len(items)} items "
-            f"cannot be asked: {shown}. {suite.fetch}; or name the folder of images with --images, or count such "
-            "items as missing with --allow-missing-images"
-        )
-    gone = {item.id for item in missing}
-    return LoadedSuite(suite, protocol, config.blind, [item for item in items if item.id not in gone], missing)
 
 
 def ask_items(
@@ -102,20 +40,6 @@ def ask_items(
             lines.append(item_line(item, answers, loaded.suite.count(item, answers, loaded.protocol)))
         save("".join(f"{line}\n" for line in lines))
         task.advance(len(chunk))
-
-
-def _first_of_each_kind(items: Iterable[Item], limit: int | None) -> list[Item]:
-    counts: Counter[str] = Counter()
-    chosen = []
-    for item in items:
-        counts[item.kinds[0]] += 1
-        if limit is None or counts[item.kinds[0]] <= limit:
-            chosen.append(item)
-    return chosen
-
-
-def _pictures(item: Item) -> list[SuitePicture]:
-    return [picture for question in item.questions for picture in question.pictures]
 
 
 def _sharing(question: Question) -> tuple[str, bool]:

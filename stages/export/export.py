@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from inspect import getfile
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from stages.checkpoints.processors import load_processor
 from stages.checkpoints.quantization import refuse_quantized
 from stages.checkpoints.weights import weight_files
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
-from stages.evaluation.report import EvaluationReport
+from stages.evaluation.result import SuiteResult
 from stages.export.model_card import ExportReport, ModelNames, PostConnector, model_card, read_history
 from stages.student.model.generation import (
     generation_settings,
@@ -51,7 +52,7 @@ def export_student(
     fold: bool = True,
     dtype: Dtype | None = None,
     names: ModelNames = ModelNames(),  # noqa: B008 a frozen value
-    evaluation: EvaluationReport | None = None,
+    evaluations: Sequence[SuiteResult] = (),
     progress: Progress = SILENT,
 ) -> ExportReport:
     """Writes `output`: weights, config, processor with chat template, generation settings, a model card.
@@ -65,7 +66,7 @@ def export_student(
         fold: Whether the post-connector becomes part of the projector, where that is exact.
         dtype: What the weights are rounded to, after folding; None keeps the checkpoint's, float32 of a run.
         names: Of the models that it was made from, for the card.
-        evaluation: For the card.
+        evaluations: For the card.
         progress: Counts three steps.
 
     Raises:
@@ -118,7 +119,7 @@ def export_student(
             seconds=round(time.perf_counter() - started, 3),
         )
         (staging / REPORT).write_text(report.to_json())
-        card = model_card(output.name, report, read_history(source), names, evaluation)
+        card = model_card(output.name, report, read_history(source), names, evaluations)
         (staging / CARD).write_text(card, encoding="utf-8")
     task.update(done=3, note="")
     return report

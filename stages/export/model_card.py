@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.evaluation.report import EvaluationReport
+from stages.evaluation.result import SuiteResult
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from stages.student.stage_config import STAGES
 from storage.printable import printable
@@ -113,7 +113,7 @@ def model_card(
     export: ExportReport,
     history: Sequence[StageRecord],
     names: ModelNames,
-    evaluation: EvaluationReport | None,
+    evaluations: Sequence[SuiteResult],
 ) -> str:
     """The card in Markdown, with the front matter that the hub reads; `history` is from `read_history`."""
     parts = [_front_matter(names, history), f"# {name}", _about(names, history), "## Use"]
@@ -124,8 +124,8 @@ def model_card(
         parts.append(_reading(export.images))
     if history:
         parts += ["## Training", _losses(history), _digests(history), "### Settings", *_settings(history)]
-    if evaluation is not None:
-        parts += ["## Evaluation", _evaluation(evaluation)]
+    if evaluations:
+        parts += ["## Evaluation", *map(_evaluation, evaluations)]
     return printable("\n\n".join([*parts, "## Export", _export(export)]) + "\n", keep="\n")
 
 
@@ -211,14 +211,18 @@ def _settings(history: Sequence[StageRecord]) -> list[str]:
     return [_table(["", *(stage.report.stage for stage in history)], rows), "\n".join(shared)]
 
 
-def _evaluation(report: EvaluationReport) -> str:
-    rows = [
-        [kind, f"{result.num_pairs:,}", f"{result.accuracy:.3f}", "{:.3f} to {:.3f}".format(*result.interval_95)]
-        for kind, result in report.kinds.items()
-    ]
-    rows.append(["average", f"{report.num_pairs:,}", f"{report.average:.3f}", ""])
-    table = _table(["kind", "pairs", "accuracy", "95 % interval"], rows)
-    return f"Caption pairs, scored by {report.scoring}, in {report.dtype}; guessing gives 0.5.\n\n{table}"
+def _evaluation(result: SuiteResult) -> str:
+    rows = []
+    for kind, metrics in result.metrics.items():
+        for name, metric in metrics.items():
+            interval = "{:.1f} to {:.1f}".format(*metric.interval_95)
+            chance = "" if metric.chance is None else f"{metric.chance:.1f}"
+            rows.append([kind, str(result.num_items.get(kind, "")), name, f"{metric.value:.1f}", interval, chance])
+    table = _table(["kind", "items", "metric", "value", "95 % interval", "guessing"], rows)
+    run = result.run
+    shown = ", with grey pictures in place of its own" if run.blind else ""
+    left_out = f" {result.num_missing} items without their images were left out." if result.num_missing else ""
+    return f"Suite `{run.suite}`, asked by `{run.protocol}`{shown}, in {run.dtype}.{left_out}\n\n{table}"
 
 
 def _export(export: ExportReport) -> str:

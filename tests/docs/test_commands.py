@@ -73,10 +73,10 @@ def exists(kind: Any, path: list[str]) -> bool:
 @pages
 def test_every_yaml_block_is_a_run_file_or_a_sweep(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("sugarcrepe", "val2017"):
+    for folder in ("sugar-crepe", "val2017"):
         (tmp_path / folder).mkdir()
     pair = {"filename": "0.jpg", "caption": "a", "negative_caption": "b"}
-    (tmp_path / "sugarcrepe" / "swap_obj.json").write_text(json.dumps({"0": pair}))
+    (tmp_path / "sugar-crepe" / "swap_obj.json").write_text(json.dumps({"0": pair}))
     (tmp_path / "val2017" / "0.jpg").touch()
     for block in page.blocks("yaml"):
         if "students:" in block:

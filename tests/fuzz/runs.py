@@ -9,14 +9,15 @@ from pathlib import Path
 import pyarrow
 from hypothesis import strategies as st
 from pyarrow import parquet
-from stages.evaluation.caption_pairs import load_pairs
-from stages.evaluation.report import EvaluationReport, KindResult, read_evaluation
 
 from pipeline import sweep
 from pipeline.demo import run as demo
 from pipeline.demo.report import DemoConfig
 from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
+from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import load_suite
+from stages.evaluation.result import Metric, SuiteResult, SuiteRun, read_result
 from stages.export import model_card
 from stages.samples.llava_record import parse_record
 from stages.samples.sources.data_file import open_source
@@ -28,6 +29,7 @@ from stages.student.training.train_config import TrainConfig
 from stages.unusable_sample import UnusableSample
 from storage.digests import digest_of, file_sha256
 from storage.errors import UserError
+from storage.samples.image_settings import DEFAULT_IMAGES
 from storage.stores import open_store
 from storage.streaming.mixture import read_keys
 from tests.fuzz.attempt import Mutant, Target
@@ -155,18 +157,23 @@ def make_run_folder(root: Path) -> None:
         losses={"lm": 1.0},
     )
     stage.finish(report)
-    kind = KindResult(num_pairs=1, accuracy=1.0, interval_95=(0.0, 1.0), first_letter_share=None)
-    evaluation = EvaluationReport(
-        model="m",
-        dtype="float32",
-        image_backend="pil",
-        scoring="likelihood",
-        prompt="p",
-        kinds={"a": kind},
-        average=1.0,
-        num_pairs=1,
+    evaluation = SuiteResult(
+        run=SuiteRun(
+            suite="sugarcrepe",
+            protocol="likelihood",
+            blind=False,
+            items="d",
+            model="m",
+            weights="w",
+            dtype="float32",
+            image_backend="pil",
+            images=DEFAULT_IMAGES,
+        ),
+        metrics={"a": {"accuracy": Metric(value=1.0, interval_95=(0.0, 2.0), chance=None)}},
+        num_items={"a": 1},
+        num_missing=0,
         seconds=1.0,
-        pairs_per_s=1.0,
+        items_per_s=1.0,
     )
     (root / "evaluation.json").write_text(evaluation.to_json())
     (root / "demo.json").write_text(DemoConfig().model_dump_json())
@@ -175,10 +182,10 @@ def make_run_folder(root: Path) -> None:
         "evaluate": {},
         "stage": "dpt",
         "weights": "w",
-        "pairs": None,
+        "suites": {},
         "targets": {"fingerprint": "f", "shards": None},
     }
-    (root / "compared.json").write_text(json.dumps({"measured": measured, "evaluation": None, "similarity": None}))
+    (root / "compared.json").write_text(json.dumps({"measured": measured, "suites": {}, "similarity": None}))
     (root / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5}\n')
 
 
@@ -194,7 +201,7 @@ def read_run_folder(root: Path) -> None:
     for section in (model_card._losses, model_card._digests, model_card._settings):
         section(history)
     sweep._read(open_store(root))
-    read_evaluation(root / "evaluation.json")
+    read_result(root / "evaluation.json")
     demo._check_settings(root, DemoConfig())
     with metrics_log(root, (), 1, {}, enabled=True):
         pass
@@ -272,7 +279,7 @@ def make_data(root: Path) -> None:
 
 def read_data(root: Path) -> None:
     """All of it; a record that cannot be used is named, as packing does."""
-    load_pairs(root / "pairs")
+    load_suite("sugarcrepe", SuiteConfig(data=root / "pairs"))
     read_keys(root / "keys.txt")
     for name in ("data.json", "data.jsonl", "data.jsonl.gz", "data.parquet", "saved"):
         with open_source(root / name, root) as source:

@@ -22,29 +22,44 @@ def _one_thread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "scoring"),
+    ("words", "protocol"),
     [
         ((), "likelihood"),
-        (("--set", "evaluate.scoring=letters"), "letters"),
-        (("--config", "run.yaml"), "letters"),
-        (("--config", "run.yaml", "--scoring", "likelihood"), "likelihood"),
+        (("--set", "evaluate.suites.sugarcrepe.protocol=compodistill"), "compodistill"),
+        (("--config", "run.yaml"), "compodistill"),
+        (("--config", "run.yaml", "--protocol", "mean_likelihood"), "mean_likelihood"),
     ],
 )
-def test_the_run_file_says_how_to_score_unless_a_flag_does(
+def test_the_run_file_says_how_a_suite_is_asked_unless_a_flag_does(
     words: tuple[str, ...],
-    scoring: str,
+    protocol: str,
     tiny: TinyWorld,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("run.yaml").write_text("evaluate: {scoring: letters}\n")
-    command = ("evaluate", tiny.teacher, "--pairs", tiny.pairs, "--limit", 1, "--report", "report.json", *words)
+    Path("run.yaml").write_text(f"evaluate: {{suites: {{sugarcrepe: {{data: {tiny.pairs}, protocol: compodistill}}}}}}")
+    words = (*words, "--set", f"evaluate.suites.sugarcrepe.data={tiny.pairs}")
+    command = (
+        "evaluate",
+        tiny.teacher,
+        "--suite",
+        "all",
+        "--limit",
+        1,
+        "--output",
+        "out",
+        "--report",
+        "r.json",
+        *words,
+    )
     done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
-    assert json.loads(Path("report.json").read_text())["scoring"] == scoring
-    assert f"evaluate {tiny.teacher.name}: 2 of 2 pairs" in done.err
+    (result,) = json.loads(Path("r.json").read_text()).values()
+    assert result["run"]["protocol"] == protocol
+    assert json.loads(Path("out/sugarcrepe/result.json").read_text()) == result
+    assert f"sugarcrepe {tiny.teacher.name}: 2 of 2 items" in done.err
 
 
 def test_attention_is_compared_at_the_layers_that_the_run_matched_else_at_the_default_ones(

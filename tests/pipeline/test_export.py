@@ -11,28 +11,35 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from stages.evaluation.report import EvaluationReport, KindResult
 
 from pipeline.chat import open_chat
 from pipeline.export import _names_of, export
 from pipeline.models import load_model
+from stages.evaluation.result import Metric, SuiteResult, SuiteRun
 from stages.student.stage_config import STAGES
+from storage.samples.image_settings import DEFAULT_IMAGES
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here
 
-EVALUATION = EvaluationReport(
-    model="student",
-    dtype="float32",
-    image_backend="SiglipImageProcessorPil",
-    scoring="likelihood",
-    prompt="Describe.",
-    kinds={"swap_obj": KindResult(num_pairs=40, accuracy=0.625, interval_95=(0.47, 0.76), first_letter_share=None)},
-    average=0.625,
-    num_pairs=40,
+EVALUATION = SuiteResult(
+    run=SuiteRun(
+        suite="sugarcrepe",
+        protocol="likelihood",
+        blind=False,
+        items="d",
+        model="student",
+        weights="w",
+        dtype="float32",
+        image_backend="SiglipImageProcessorPil",
+        images=DEFAULT_IMAGES,
+    ),
+    metrics={"swap_obj": {"accuracy": Metric(value=62.5, interval_95=(47.2, 76.1), chance=50.0)}},
+    num_items={"swap_obj": 40},
+    num_missing=2,
     seconds=1.0,
-    pairs_per_s=40.0,
+    items_per_s=40.0,
 )
 
 
@@ -73,7 +80,7 @@ def test_a_run_is_exported_with_a_card_of_its_figures(
     assert f"its teacher `some-org/teacher-4b`, begun from `{tiny.student_lm.name}`" in card
     assert "| `learning_rate` | 0.0002 | 0.001 | 0.0002 |" in card
     assert "- `lora.rank`: 4\n- `lora.alpha`: 8\n- `lora.dropout`: 0.1\n" in card
-    assert "| swap_obj | 40 | 0.625 | 0.470 to 0.760 |" in card
+    assert "| swap_obj | 40 | accuracy | 62.5 | 47.2 to 76.1 | 50.0 |" in card
     assert "trust_remote_code=True" in card
     exported = json.loads((tmp_path / "out" / "export.json").read_text())
     assert f"{exported['logit_error']:.2g} at most" in card
@@ -165,10 +172,11 @@ def test_of_a_run_whose_last_stage_is_half_trained_the_command_says_which_studen
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = shutil.copytree(undisturbed, tmp_path / "run")
+    suite = ("--suite", "sugarcrepe", "--data", tiny.pairs, "--limit", 1)
     commands: list[tuple[object, ...]] = [
         ("export", run, tmp_path / "out", "--no-fold"),
         ("chat", run, picture, "What?", "--max-new-tokens", 2),
-        ("evaluate", run, "--pairs", tiny.pairs, "--limit", 1),
+        ("evaluate", run, *suite, "--output", tmp_path / "evaluated"),
     ]
     for finished in (True, False):
         for command in commands:
@@ -179,6 +187,7 @@ def test_of_a_run_whose_last_stage_is_half_trained_the_command_says_which_studen
             assert ("warning: sft of" in done.err) == (not finished)
         # As after a kill: begun, with checkpoints, without report and student.
         shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "evaluated")
         (run / "sft" / "report.json").unlink(missing_ok=True)
         shutil.rmtree(run / "sft" / "student", ignore_errors=True)
     done = run_here(
@@ -244,7 +253,7 @@ def test_mistakes_are_messages(
             tmp_path / "out",
             "--evaluation",
             tmp_path / "wrong.json",
-        ): "no report of `cdp evaluate",
+        ): "is no result of `cdp evaluate`",
     }
     for command, message in cases.items():
         done = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)

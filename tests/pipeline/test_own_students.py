@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pipeline.evaluation import compare_with_targets, evaluate_checkpoint
+from pipeline.evaluation import compare_with_targets, evaluate_suites
 from pipeline.run_file import RunFile
 from pipeline.training import train
-from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.student.stage_config import STAGES
 from storage.errors import UserError
 from tests.checkpoints import CHATML, make_foreign_lm, make_tiny_llava
@@ -62,9 +62,10 @@ def test_a_student_with_another_tokenizer_goes_through_all_stages_and_is_evaluat
     assert [set(report.losses) - {"loss"} for report in reports] == [{"lm"}, {"lm", "attention"}, {"lm"}]
     saved = json.loads((tmp_path / "run/sft/student/tokenizer.json").read_text())
     assert "<|im_start|>" in saved["model"]["vocab"]
-    result = evaluate_checkpoint(str(tmp_path / "run"), tiny.pairs, None, EvaluationConfig(), 2)
+    suites = {"sugarcrepe": SuiteConfig(data=tiny.pairs, limit=2)}
+    results = evaluate_suites(str(tmp_path / "run"), suites, EvaluationConfig(), tmp_path / "evaluated")
     compared = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4)
-    assert result.num_pairs == 4
+    assert results["sugarcrepe"].num_items == {"replace_att": 2, "swap_obj": 2}
     assert compared.num_samples > 0
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from stages.evaluation.report import EvaluationReport
 
-from pipeline.evaluation import evaluate_checkpoint
+from pipeline.evaluation import evaluate_suites
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.runtime.interruption import Interrupted
 from pipeline.sweep import SweepReport, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
+from stages.evaluation.result import SuiteResult
 from stages.student.run_folder import StageReport
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
@@ -49,7 +49,7 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {tiny.student_lm}\n"
-    compare = f"compare: {{pairs: {tiny.pairs}, pairs_limit: 2, similarity_samples: 4}}\n"
+    compare = f"compare: {{suites: {{sugarcrepe: {{data: {tiny.pairs}, limit: 2}}}}, similarity_samples: 4}}\n"
     base = write(tmp_path / "base.yaml", places + SHARED)
     sweep = write(tmp_path / "sweep.yaml", compare + STUDENTS)
     output = tmp_path / "out"
@@ -62,20 +62,19 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     losses = {name: set(student.stages["dft"].losses) - {"loss"} for name, student in report.students.items()}
     assert losses == {"compodistill": {"lm", "kd", "attention"}, "logits": {"lm", "kd"}, "sft": {"lm"}}
     for name, student in report.students.items():
-        assert student.evaluation is not None
-        assert student.evaluation.num_pairs == 4
+        assert student.suites["sugarcrepe"].num_items == {"replace_att": 2, "swap_obj": 2}
         assert student.similarity is not None
         assert student.samples_per_s > 0
         assert (output / name / "dft" / "student" / "config.json").is_file()
         assert name in done.out
-    header = ["student", "last stage", "lm", "kd", "attention", "seconds", "samples/s", "accuracy", "similarity"]
+    header = ["student", "last stage", "lm", "kd", "attention", "seconds", "samples/s", "sugarcrepe", "similarity"]
     table = sweep_table(report)
     assert table.header == header
     assert table.rows[2][3:5] == ["", ""]
     assert [row[0] for row in table.rows] == list(report.students)
 
     before = {name: tree(output / name / "dft") for name in report.students}
-    monkeypatch.setattr("pipeline.sweep.evaluate_checkpoint", None)
+    monkeypatch.setattr("pipeline.sweep.evaluate_suites", None)
     again = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert again.code == 0, again.err
     assert {name: tree(output / name / "dft") for name in report.students} == before
@@ -89,16 +88,16 @@ def test_figures_of_a_student_are_measured_again_once_it_or_what_it_is_compared_
     pairs = tmp_path / "pairs"
     shutil.copytree(tiny.pairs, pairs)
     text = f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {tiny.student_lm}\ntrain.stages: [dft]\n{SHARED}"
-    compare = f"compare: {{pairs: {pairs}, similarity_samples: 2}}\nstudents: {{a: {{}}}}\n"
+    compare = f"compare: {{suites: {{sugarcrepe: {{data: {pairs}}}}}, similarity_samples: 2}}\nstudents: {{a: {{}}}}\n"
     sweep, output = write(tmp_path / "s.yaml", text + compare), tmp_path / "out"
     measured: list[str] = []
-    as_ever = evaluate_checkpoint
+    as_ever = evaluate_suites
 
-    def counted(*arguments: Any) -> EvaluationReport:
+    def counted(*arguments: Any) -> dict[str, SuiteResult]:
         measured.append(str(arguments[0]))
         return as_ever(*arguments)
 
-    monkeypatch.setattr("pipeline.sweep.evaluate_checkpoint", counted)
+    monkeypatch.setattr("pipeline.sweep.evaluate_suites", counted)
 
     def times_measured(*settings: str) -> int:
         done = run_here(
@@ -134,7 +133,7 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(
     report = SweepReport.model_validate_json((output / "sweep.json").read_text())
     assert list(report.failures) == ["broken"]
     assert report.students["whole"].stages["dpt"].steps == 1
-    assert report.students["whole"].evaluation is None
+    assert not report.students["whole"].suites
     assert sweep_table(report).rows[1][:2] == ["broken", "failed"]
 
     sweep.write_text(sweep.read_text().replace("no-such-folder", str(tiny.student_lm)))
@@ -170,8 +169,8 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
         ("students: {../a: {}}\n", "student '../a' cannot name a folder"),
         ("students: {a: 3}\n", "student a is 3, expected settings"),
         (
-            "students: {a: {}}\ncompare: {pears: x}\n",
-            r"compare:\n  pears: there is no such setting .*did you mean pairs\?",
+            "students: {a: {}}\ncompare: {suits: x}\n",
+            r"compare:\n  suits: there is no such setting .*did you mean suites\?",
         ),
         (
             "students: {a: {}}\nconfig: {train: {seed: 1}}\n",
@@ -186,7 +185,10 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
         ("students: {a.partial: {}}\n", "student a.partial: the sweep's folder has files of such names"),
         ("students: {a: &own {train: *own}}\n", "nests too deep for settings; does a YAML anchor hold"),
         ("students: {a: {}}\ncompare: {similarity_samples: 4}\n", "student a: .* needs samples and targets"),
-        ("students: {a: {}}\ncompare: {pairs: nowhere}\n", "nowhere is not a folder; expected KIND.json files"),
+        (
+            "students: {a: {}}\ncompare: {suites: {sugarcrepe: {data: nowhere}}}\n",
+            "nowhere is not a folder; expected data/",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_found_before_anything_trains(text: str, message: str, tmp_path: Path) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageOps
-from stages.evaluation.caption_pairs import CaptionPair
-from stages.evaluation.evaluate_pairs import evaluate_pairs
 
 from pipeline.chat import open_chat
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
+from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig
 from stages.export.export import export_student
 from stages.samples.pack import pack_samples
@@ -145,14 +144,12 @@ def test_a_students_checkpoint_and_its_export_say_it_and_chat_and_evaluation_fol
 
 
 def test_an_evaluation_reads_pictures_as_the_checkpoint_says_or_as_it_is_told(data: TinyData) -> None:
-    pairs = {"swap": [CaptionPair("swap", "0", picture(data), "A red square.", "A blue circle.")]}
     scored = []
     for said, told in ((None, DEFAULT_IMAGES), (None, UPRIGHT), (UPRIGHT, DEFAULT_IMAGES)):
         model, processor = load_tiny_llava(data.teacher)
         if said is not None:
             model.config.image_settings = said.model_dump()
-        report = evaluate_pairs(model, processor, pairs, EvaluationConfig(), images=told)
-        scored.append(report.images)
+        scored.append(Answerer(model, processor, EvaluationConfig(), images=told).images)
     assert scored == [DEFAULT_IMAGES, UPRIGHT, UPRIGHT]
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from stages.checkpoints.image_settings import image_settings
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
+from stages.evaluation.answering.config import AnsweringConfig
 from stages.evaluation.answering.encoding import AskedSequence, SequenceGroup, encode_group, end_tokens, rows_of
 from stages.evaluation.answering.prefix_model import PrefixModel, RunningSequences, SharedFront
-from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Likelihood, Question
 from stages.student.model.generation import generation_settings
@@ -43,7 +43,7 @@ class Answerer:
         self,
         model: Any,
         processor: Any,
-        config: EvaluationConfig,
+        config: AnsweringConfig,
         images: ImageConfig = DEFAULT_IMAGES,
         *,
         blank: bool = False,
@@ -100,7 +100,7 @@ class Answerer:
         sequences = [sequence for group in groups for sequence in group.sequences]
         if self.shares_prefixes:
             fronts = [front for group in groups for front in _fronts(group)]
-            hidden = list(self._prefix_model.read(fronts).hidden_SCd)
+            hidden = list(self._prefix_model.read(fronts).hidden_BTd)
             starts = [front.num_shared for front in fronts for _ in front.sequences]
         else:
             hidden = self._prefix_model.whole([sequence.encoded for sequence in sequences])
@@ -139,25 +139,25 @@ class Answerer:
     def _greedy(self, running: RunningSequences, lengths: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
         """The most likely token after the other, up to an end token or each sequence's limit."""
         ends, written = set(self._settings.eos_token_id), [list[int]() for _ in lengths]
-        last_Sd = torch.stack([one[length - 1] for one, length in zip(running.hidden_SCd, lengths, strict=True)])
+        last_Bd = torch.stack([one[length - 1] for one, length in zip(running.hidden_BTd, lengths, strict=True)])
         open_ = [limit > 0 for limit in limits]
         while any(open_):
-            next_S = self._most_likely(last_Sd)
-            for number, token in enumerate(next_S.tolist()):
+            next_B = self._most_likely(last_Bd)
+            for number, token in enumerate(next_B.tolist()):
                 if open_[number]:
                     written[number].append(token)
                     open_[number] = token not in ends and len(written[number]) < limits[number]
             if any(open_):
-                self._prefix_model.go_on(running, next_S[:, None], torch.ones_like(next_S)[:, None])
-                last_Sd = running.hidden_SCd[:, 0]
+                self._prefix_model.go_on(running, next_B[:, None], torch.ones_like(next_B)[:, None])
+                last_Bd = running.hidden_BTd[:, 0]
         return written
 
-    def _most_likely(self, hidden_Sd: Tensor) -> Tensor:
-        logits_SV: Tensor = self._prefix_model.head(hidden_Sd)
-        if not bool(logits_SV.isfinite().all()):
+    def _most_likely(self, hidden_Bd: Tensor) -> Tensor:
+        logits_BV: Tensor = self._prefix_model.head(hidden_Bd)
+        if not bool(logits_BV.isfinite().all()):
             raise UserError("the model gives scores that are not finite; is it damaged, or its dtype too narrow?")
-        logits_SV[:, self._settings.suppress_tokens] = -torch.inf
-        return logits_SV.argmax(-1)
+        logits_BV[:, self._settings.suppress_tokens] = -torch.inf
+        return logits_BV.argmax(-1)
 
     def _generated(self, sequence: AskedSequence) -> list[int]:
         inputs = model_inputs(self.model, [sequence.encoded])

@@ -3,7 +3,7 @@
 Under causal attention the tokens up to the end of the pictures are the same for all questions about them. Their keys
 and values are computed once, and every sequence goes on from them.
 
-Shape letters: G groups, S sequences, T tokens, C tokens behind the shared ones, d hidden size, R rows, V vocabulary.
+Shape letters: B sequences, T tokens (of a whole sequence, or those read last), d hidden size, R rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -37,17 +37,17 @@ class RunningSequences:
     """Sequences that a model has read, and goes on with.
 
     Attributes:
-        hidden_SCd: last hidden states behind the shared tokens, right-padded.
+        hidden_BTd: last hidden states behind the shared tokens, right-padded.
         cache: keys and values of all tokens.
-        mask_ST: which of the tokens in the cache are no padding.
-        positions_S: where the next token of each sequence stands, as the model counts.
+        mask_BT: which of the tokens in the cache are no padding.
+        positions_B: where the next token of each sequence stands, as the model counts.
         is_3d: whether the model counts positions in three axes.
     """
 
-    hidden_SCd: Tensor
+    hidden_BTd: Tensor
     cache: Any
-    mask_ST: Tensor
-    positions_S: Tensor
+    mask_BT: Tensor
+    positions_B: Tensor
     is_3d: bool
 
 
@@ -92,14 +92,14 @@ class PrefixModel:
             return False
         lengths = [len(sequence.token_ids) - front.num_shared for front in fronts for sequence in front.sequences]
         found = torch.stack(
-            [self.head(hidden[end - 1]) for hidden, end in zip(running.hidden_SCd, lengths, strict=True)]
+            [self.head(hidden[end - 1]) for hidden, end in zip(running.hidden_BTd, lengths, strict=True)]
         )
         return _relative_difference(found, expected) <= _TOLERANCE[self.model.dtype]
 
     def whole(self, sequences: Sequence[EncodedConversation]) -> list[Tensor]:
         """`[T, d]` last hidden states of each sequence on its own, without anything shared."""
-        hidden_STd = self.model.base_model(**model_inputs(self.model, sequences), use_cache=False).last_hidden_state
-        return [hidden_Td[: len(one.token_ids)] for hidden_Td, one in zip(hidden_STd, sequences, strict=True)]
+        hidden_BTd = self.model.base_model(**model_inputs(self.model, sequences), use_cache=False).last_hidden_state
+        return [hidden_Td[: len(one.token_ids)] for hidden_Td, one in zip(hidden_BTd, sequences, strict=True)]
 
     def read(self, fronts: Sequence[SharedFront]) -> RunningSequences:
         """Reads fronts once each, then what is behind them; sequences in the order of the fronts."""
@@ -107,20 +107,20 @@ class PrefixModel:
         inputs = model_inputs(self.model, shared)
         outputs = self.model.base_model(**inputs, use_cache=True)
         device = inputs["input_ids"].device
-        front_of_S = torch.tensor(
+        front_of_B = torch.tensor(
             [number for number, front in enumerate(fronts) for _ in front.sequences], device=device
         )
-        outputs.past_key_values.batch_select_indices(front_of_S)
+        outputs.past_key_values.batch_select_indices(front_of_B)
         behind = [sequence.token_ids[front.num_shared :] for front in fronts for sequence in front.sequences]
         deltas = getattr(self.model.base_model, "rope_deltas", None)
-        positions_G = inputs["attention_mask"].sum(1)
+        front_positions = inputs["attention_mask"].sum(1)
         if deltas is not None:
-            positions_G = positions_G + deltas.reshape(-1).to(device)
+            front_positions = front_positions + deltas.reshape(-1).to(device)
         running = RunningSequences(
-            hidden_SCd=torch.empty(0),
+            hidden_BTd=torch.empty(0),
             cache=outputs.past_key_values,
-            mask_ST=inputs["attention_mask"][front_of_S],
-            positions_S=positions_G[front_of_S],
+            mask_BT=inputs["attention_mask"][front_of_B],
+            positions_B=front_positions[front_of_B],
             is_3d=deltas is not None,
         )
         self.go_on(
@@ -130,22 +130,22 @@ class PrefixModel:
         )
         return running
 
-    def go_on(self, running: RunningSequences, token_ids_SC: Tensor, mask_SC: Tensor) -> None:
-        """Reads further tokens of all sequences, right-padded where `mask_SC` is 0."""
-        positions_SC = running.positions_S[:, None] + torch.arange(token_ids_SC.shape[1], device=token_ids_SC.device)
-        running.mask_ST = torch.cat([running.mask_ST, mask_SC.to(running.mask_ST.dtype)], dim=1)
-        inputs = {"input_ids": token_ids_SC, "attention_mask": running.mask_ST}
+    def go_on(self, running: RunningSequences, token_ids_BT: Tensor, new_mask_BT: Tensor) -> None:
+        """Reads further tokens of all sequences, right-padded where `new_mask_BT` is 0."""
+        positions_BT = running.positions_B[:, None] + torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+        running.mask_BT = torch.cat([running.mask_BT, new_mask_BT.to(running.mask_BT.dtype)], dim=1)
+        inputs = {"input_ids": token_ids_BT, "attention_mask": running.mask_BT}
         modality = family_of_model(self.model).modality_input
         if modality is not None:
-            inputs[modality] = torch.zeros_like(token_ids_SC)
+            inputs[modality] = torch.zeros_like(token_ids_BT)
         outputs = self.model.base_model(
             **inputs,
-            position_ids=positions_SC.expand(3, -1, -1) if running.is_3d else positions_SC,
+            position_ids=positions_BT.expand(3, -1, -1) if running.is_3d else positions_BT,
             past_key_values=running.cache,
             use_cache=True,
         )
-        running.hidden_SCd, running.cache = outputs.last_hidden_state, outputs.past_key_values
-        running.positions_S = running.positions_S + mask_SC.sum(1)
+        running.hidden_BTd, running.cache = outputs.last_hidden_state, outputs.past_key_values
+        running.positions_B = running.positions_B + new_mask_BT.sum(1)
 
     def log_probs(self, hidden_Rd: Tensor, token_ids_R: Tensor) -> Tensor:
         """`[R]` float32 on the CPU: the log-probability of one token at each row."""

@@ -73,10 +73,11 @@ class Aro(Suite):
     all_kinds = tuple(_TASKS)
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        found = files.find(*_TASKS.values())
-        for task, name in _TASKS.items():
-            for number, record in enumerate(files.rows(found[name]) if name in found else ()):
-                where = f"{name}, record {number}"
+        tasks = {name: task for task, name in _TASKS.items()}
+        for path in files.find(*tasks):
+            task = tasks[path.name]
+            for number, record in enumerate(files.rows(path)):
+                where = f"{path}, record {number}"
                 types = {"image_path": str, "true_caption": str, "false_caption": str}
                 image, caption, negative = fields(record, where, **types)
                 left, top, width, height = fields(record, where, bbox_x=int, bbox_y=int, bbox_w=int, bbox_h=int)

@@ -33,10 +33,10 @@ class BiVLC(Suite):
         if not (tables := files.tables()):
             raise UserError(f"{files.folder} holds no data/*.parquet; expected {self.fetch}")
         number = 0
-        for name, path in tables.items():
+        for path in tables:
             for row, record in enumerate(files.rows(path)):
-                texts = fields(record, f"{name}, row {row}", caption=str, negative_caption=str, type=str, subtype=str)
-                pictures = fields(record, f"{name}, row {row}", image=SuitePicture, negative_image=SuitePicture)
+                texts = fields(record, f"{path}, row {row}", caption=str, negative_caption=str, type=str, subtype=str)
+                pictures = fields(record, f"{path}, row {row}", image=SuitePicture, negative_image=SuitePicture)
                 kinds = (f"{texts[2]}_{texts[3]}", texts[2], "all")
                 questions = two_by_two_questions(texts[:2], pictures, protocol)
                 yield Item(str(number), kinds, questions, None, unit=str(pictures[0].source))

@@ -35,10 +35,10 @@ class Pope(Suite):
     main = ("average", "f1")
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        for name, path in files.find("coco_pope_*.json", "output/coco/coco_pope_*.json").items():
+        for path in files.find("coco_pope_*.json", "output/coco/coco_pope_*.json"):
             kind = path.stem.removeprefix("coco_pope_")
             for record in files.rows(path):
-                where = f"{name}, question {record.get('question_id')}"
+                where = f"{path}, question {record.get('question_id')}"
                 number, image, text, label = fields(record, where, question_id=int, image=str, text=str, label=str)
                 question = Question(text + SHORT_ANSWER, (files.picture(f"val2014/{image}"),))
                 yield Item(f"{kind}/{number}", (kind,), (question,), label, unit=image)

@@ -38,9 +38,9 @@ class Sade(Suite):
     all_kinds = ("Relation", "Attribute", "Atomic", "Negate", "Content")
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        for name, path in files.find("*.jsonl", "data/*.jsonl").items():
+        for path in files.find("*.jsonl", "data/*.jsonl"):
             for number, record in enumerate(files.rows(path)):
-                where = f"{name}, record {number}"
+                where = f"{path}, record {number}"
                 key, branch, source, image = fields(record, where, id=str, branch=str, source=str, image=str)
                 references, answer = fields(record, where, references=list, answer_index=int)
                 if len(references) < 2 or any(type(one) is not str for one in references):

@@ -30,29 +30,29 @@ class SugarCrepe(Suite):
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
         tables = files.tables()
-        for name, path in (files.find_any if tables else files.find)("data/*.json", "*.json").items():
+        for path in (files.find_any if tables else files.find)("data/*.json", "*.json"):
             if tables and path.stem not in self.all_kinds:
                 continue  # it describes the table
             kind, entries = path.stem, files.json(path)
             if not isinstance(entries, dict) or not entries:
                 raise UserError(f"{path}: expected an object of pairs, key to pair, with at least one")
             for key, entry in entries.items():
-                where = f"{name}, pair {key!r}"
+                where = f"{path}, pair {key!r}"
                 filename, caption, negative = fields(entry, where, filename=str, caption=str, negative_caption=str)
                 picture = files.picture(f"val2017/{filename}", f"images/{filename}")
                 questions = pair_questions(caption, negative, picture, protocol)
                 yield Item(f"{kind}/{key}", (kind,), questions, None, unit=filename)
-        for name, path in tables.items():
-            yield from _swap_obj(files, name, path, protocol)
+        for path in tables:
+            yield from _swap_obj(files, path, protocol)
 
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
         return pair_counts(answers, protocol)
 
 
-def _swap_obj(files: SuiteFiles, name: str, path: Path, protocol: Protocol) -> Iterator[Item]:
+def _swap_obj(files: SuiteFiles, path: Path, protocol: Protocol) -> Iterator[Item]:
     """The copy of this kind with 246 pairs that CompoDistill's authors used; the fitting caption is the first."""
     for number, record in enumerate(files.rows(path)):
-        where = f"{name}, row {number}"
+        where = f"{path}, row {number}"
         picture, captions = fields(record, where, image=SuitePicture, tested_labels=list)
         if [type(caption) for caption in captions] != [str, str]:
             raise UserError(f"{where}: tested_labels {captions!r:.200}; expected the fitting caption and the other")

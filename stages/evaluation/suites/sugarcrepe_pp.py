@@ -33,9 +33,9 @@ class SugarCrepePlusPlus(Suite):
     all_kinds = ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        for name, path in files.find("data/*.json", "*.json").items():
+        for path in files.find("data/*.json", "*.json"):
             for number, record in enumerate(files.rows(path)):
-                where = f"{name}, record {number}"
+                where = f"{path}, record {number}"
                 types = {"filename": str, "caption": str, "caption2": str, "negative_caption": str}
                 filename, caption, caption2, negative = fields(record, where, **types)
                 picture = files.picture(f"val2017/{filename}", f"images/{filename}")

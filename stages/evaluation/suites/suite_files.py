@@ -35,8 +35,8 @@ class SuiteFiles:
     fetch: str
     _spool: PictureSpool = field(default_factory=PictureSpool, init=False, repr=False, compare=False)
 
-    def find(self, *patterns: str) -> dict[str, Path]:
-        """Files that match any pattern, by their path within the folder, in order of the patterns and then by name.
+    def find(self, *patterns: str) -> list[Path]:
+        """Files that match any pattern, in order of the patterns and then by name.
 
         Raises:
             UserError: If there is none.
@@ -48,14 +48,13 @@ class SuiteFiles:
             raise UserError(f"{self.folder} holds no {' or '.join(patterns)}; expected {self._expected(patterns)}")
         return found
 
-    def find_any(self, *patterns: str) -> dict[str, Path]:
+    def find_any(self, *patterns: str) -> list[Path]:
         """As `find`, where there need be none."""
-        found = [path for pattern in patterns for path in sorted(self.folder.glob(pattern)) if is_regular(path)]
-        return {path.relative_to(self.folder).as_posix(): path for path in found}
+        return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
 
-    def tables(self) -> dict[str, Path]:
+    def tables(self) -> list[Path]:
         """A data set of the Hub: its Parquet files in `data/` or the folder, or the folder if it was saved there."""
-        return {"state.json": self.folder} if self.has("state.json") else self.find_any("data/*.parquet", "*.parquet")
+        return [self.folder] if self.has("state.json") else self.find_any("data/*.parquet", "*.parquet")
 
     def has(self, name: str) -> bool:
         """Whether the folder has this file."""

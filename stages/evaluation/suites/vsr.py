@@ -30,12 +30,12 @@ class Vsr(Suite):
     main = ("average", "accuracy")
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        for name, path in files.find("data/splits/*/test.jsonl", "splits/*/test.jsonl", "*/test.jsonl").items():
+        for path in files.find("data/splits/*/test.jsonl", "splits/*/test.jsonl", "*/test.jsonl"):
             kind = path.parent.name
             for number, record in enumerate(files.rows(path)):
-                image, caption, label = fields(record, f"{name}, record {number}", image=str, caption=str, label=int)
+                image, caption, label = fields(record, f"{path}, record {number}", image=str, caption=str, label=int)
                 if label not in (0, 1):
-                    raise UserError(f"{name}, record {number}: label {label}; expected 0 or 1")
+                    raise UserError(f"{path}, record {number}: label {label}; expected 0 or 1")
                 places = [f"{folder}/{image}" for folder in ("images", "data/images", "train2017", "val2017")]
                 question = Question(STATEMENT_QUESTION.format(caption=caption), (files.picture(*places),))
                 yield Item(f"{kind}/{number}", (kind,), (question,), label, unit=image)

@@ -19,17 +19,16 @@ from stages.evaluation.suites.suite import (
 from stages.evaluation.suites.suite_files import SuiteFiles, fields
 from storage.errors import UserError
 
-_CONTROLLED: Final = {
-    "A": ("controlled_images_dataset.json", "controlled_images"),
-    "B": ("controlled_clevr_dataset.json", "controlled_clevr"),
-}
-_PAIRS: Final = (("left", "right"), ("on", "under"), ("in-front", "behind"))
-_QA: Final = {
+_FILES: Final = {
+    "A": "controlled_images_dataset.json",
+    "B": "controlled_clevr_dataset.json",
     "coco_one": "coco_qa_one_obj.json",
     "coco_two": "coco_qa_two_obj.json",
     "vg_one": "vg_qa_one_obj.json",
     "vg_two": "vg_qa_two_obj.json",
 }
+_CONTROLLED: Final = {"A": "controlled_images", "B": "controlled_clevr"}
+_PAIRS: Final = (("left", "right"), ("on", "under"), ("in-front", "behind"))
 
 
 class WhatsUp(Suite):
@@ -42,21 +41,18 @@ class WhatsUp(Suite):
     name = "whatsup"
     source = "amitakamath/whatsup_vlms, dataset_zoo/aro_datasets.py"
     fetch = (
-        f"any of {', '.join([file for file, _ in _CONTROLLED.values()] + list(_QA.values()))} with controlled_images/, "
+        f"any of {', '.join(_FILES.values())} with controlled_images/, "
         "controlled_clevr/, COCO's val2017/ and vg_images/; their addresses are in github.com/amitakamath/whatsup_vlms"
     )
     protocols = CAPTION_PROTOCOLS
     main = ("average", "accuracy")
-    all_kinds = (*_CONTROLLED, *_QA)
+    all_kinds = tuple(_FILES)
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        found = files.find(*(name for name, _ in _CONTROLLED.values()), *_QA.values())
-        for kind, (name, folder) in _CONTROLLED.items():
-            if name in found:
-                yield from _sets(files, kind, found[name], folder, protocol)
-        for kind, name in _QA.items():
-            if name in found:
-                yield from _pictures(files, kind, found[name], protocol)
+        kinds = {name: kind for kind, name in _FILES.items()}
+        for path in files.find(*kinds):
+            kind = kinds[path.name]
+            yield from (_sets if kind in _CONTROLLED else _pictures)(files, kind, path, protocol)
 
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
         kind, places = item.kinds[0], item.expected
@@ -81,16 +77,16 @@ class WhatsUp(Suite):
         return with_average(found)
 
     def chance_of(self, kind: str, metric: str, protocol: Protocol) -> float | None:
-        if kind in _QA:
-            return 50.0
-        return {"accuracy": 25.0, "pair": 100 / 16, "set": 100 / 256}[metric] if kind in _CONTROLLED else None
+        if kind in _CONTROLLED:
+            return {"accuracy": 25.0, "pair": 100 / 16, "set": 100 / 256}[metric]
+        return 50.0 if kind in _FILES else None
 
 
-def _sets(files: SuiteFiles, kind: str, path: Path, folder: str, protocol: Protocol) -> Iterator[Item]:
+def _sets(files: SuiteFiles, kind: str, path: Path, protocol: Protocol) -> Iterator[Item]:
     """An item is the pictures of two objects; the file's name says which, and where: `mug_left_of_chair.jpeg`."""
     sets: dict[tuple[str, str], list[tuple[str, str, list[str]]]] = {}
     for number, record in enumerate(files.rows(path)):
-        where = f"{path.name}, record {number}"
+        where = f"{path}, record {number}"
         image, captions = fields(record, where, image_path=str, caption_options=list)
         if len(words := PurePosixPath(image).stem.split("_")) < 3:
             raise UserError(f"{where}: image_path {image!r:.200}; expected a name as mug_left_of_chair.jpeg")
@@ -101,7 +97,9 @@ def _sets(files: SuiteFiles, kind: str, path: Path, folder: str, protocol: Proto
         questions = [
             question
             for _, image, captions in members
-            for picture in [files.picture(image, image.removeprefix("data/"), f"{folder}/{PurePosixPath(image).name}")]
+            for picture in [
+                files.picture(image, image.removeprefix("data/"), f"{_CONTROLLED[kind]}/{PurePosixPath(image).name}")
+            ]
             for question in caption_questions(captions, [picture], protocol)
         ]
         yield Item(f"{kind}/{first}/{second}", (kind,), tuple(questions), [place for place, *_ in members])
@@ -114,7 +112,7 @@ def _pictures(files: SuiteFiles, kind: str, path: Path, protocol: Protocol) -> I
         raise UserError(f"{path}: expected a list of [image id, right caption, wrong caption]")
     for number, entry in enumerate(entries):
         if not isinstance(entry, list) or len(entry) != 3 or {type(one) for one in entry[1:]} != {str}:
-            raise UserError(f"{path.name}, entry {number}: {entry!r:.200}; expected [image id, right, wrong caption]")
+            raise UserError(f"{path}, entry {number}: {entry!r:.200}; expected [image id, right, wrong caption]")
         place = f"val2017/{str(entry[0]).zfill(12)}.jpg" if kind.startswith("coco") else f"vg_images/{entry[0]}.jpg"
         questions = caption_questions(entry[1:], [files.picture(place)], protocol)
         yield Item(f"{kind}/{number}", (kind,), questions, [], unit=place)

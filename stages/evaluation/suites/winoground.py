@@ -8,9 +8,10 @@ from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Counts, Item, KindCounts, Metrics, Protocol, Suite, percent_of_items
 from stages.evaluation.suites.suite_files import SuiteFiles, fields
 from stages.evaluation.suites.two_by_two import TWO_BY_TWO_PROTOCOLS, comparisons, two_by_two_questions
+from storage.errors import UserError
 
 HARD_TAGS = "why_winoground_hard.json"
-"""Diwan et al., 2022: object of tags by id; the 171 items without one, `No Tag`, are the compositional ones."""
+"""Diwan et al., 2022: tags by id; items without one (`No Tag`) are hard for their composition alone."""
 
 
 class Winoground(Suite):
@@ -36,10 +37,12 @@ class Winoground(Suite):
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
         tables = files.tables() or files.find("data/examples.jsonl", "examples.jsonl", "data.json")
         zipped = files.zipped("data/images.zip", "images.zip")
-        hard = next((files.json(path) for path in files.find_any(HARD_TAGS, f"data/{HARD_TAGS}").values()), None)
-        for name, path in tables.items():
+        hard = next((files.json(path) for path in files.find_any(HARD_TAGS, f"data/{HARD_TAGS}")), None)
+        if not (hard is None or isinstance(hard, dict)):
+            raise UserError(f"{files.folder}: {HARD_TAGS} holds a {type(hard).__name__}; expected an object of tags")
+        for path in tables:
             for row, record in enumerate(files.rows(path)):
-                number, *captions = fields(record, f"{name}, record {row}", id=int, caption_0=str, caption_1=str)
+                number, *captions = fields(record, f"{path}, record {row}", id=int, caption_0=str, caption_1=str)
                 pictures = [_picture(files, zipped, record, number, place) for place in (0, 1)]
                 questions = two_by_two_questions(captions, pictures, protocol)
                 yield Item(str(number), _kinds(record, number, hard), questions, None)
@@ -66,10 +69,10 @@ def _picture(
     return zipped.get(name) or files.picture(f"images/{name}", f"data/images/{name}")
 
 
-def _kinds(record: Mapping[str, Any], number: int, hard: Any) -> tuple[str, ...]:
-    kinds = [record[name] for name in ("collapsed_tag",) if isinstance(record.get(name), str)]
-    if isinstance(record.get("num_main_preds"), int):
-        kinds.append(f"{record['num_main_preds']} Main Pred")
-    if isinstance(hard, dict):
+def _kinds(record: Mapping[str, Any], number: int, hard: Mapping[str, Any] | None) -> tuple[str, ...]:
+    tag, preds = record.get("collapsed_tag"), record.get("num_main_preds")
+    kinds = [tag] if isinstance(tag, str) else []
+    kinds += [f"{preds} Main Pred"] if isinstance(preds, int) else []
+    if hard is not None:
         kinds += [str(tag) for tag in hard.get(str(number)) or ["No Tag"]]
     return (*kinds, "all")

@@ -129,11 +129,11 @@ def test_the_whole_pipeline_runs_by_commands_and_trains_without_the_teacher(
     assert all(stage in run(*train) for stage in STAGES)
     assert json.loads((student / "summary.json").read_text()).keys() == set(STAGES)
 
-    for scoring in ("likelihood", "letters"):
-        report = tmp_path / f"{scoring}.json"
-        run("evaluate", student, "--pairs", tiny.pairs, "--scoring", scoring, "--report", report)
-        kinds = json.loads(report.read_text())["kinds"]
-        assert {name: kind["num_pairs"] for name, kind in kinds.items()} == {"replace_att": 4, "swap_obj": 4}
+    suite = ("--suite", "sugarcrepe", "--data", tiny.pairs)
+    for protocol in ("likelihood", "compodistill"):
+        run("evaluate", student, *suite, "--protocol", protocol, "--output", tmp_path / protocol)
+        result = json.loads((tmp_path / protocol / "sugarcrepe/result.json").read_text())
+        assert result["num_items"] == {"replace_att": 4, "swap_obj": 4}
     similarity = tmp_path / "similarity.json"
     run("compare-attention", student, *places, "--limit", 6, "--report", similarity)
     found = json.loads(similarity.read_text())
@@ -210,6 +210,7 @@ def test_verify_with_repair_and_the_teacher_makes_the_broken_shard_again(
     assert (store / "quarantine/0000/findings.json").exists()
 
 
+PAIRS = "--suite sugarcrepe --data {pairs} --output {new}"
 TRAIN = "train-student --samples {samples} --targets {targets} --student {lm} --output {new}"
 
 MISTAKES = {
@@ -300,12 +301,24 @@ MISTAKES = {
     ),
     "train: negative seed": ("train-student --set train.seed=-1", "train.seed"),
     "train: unknown stage": ("train-student --stage xyz", "xyz"),
-    "evaluate: no such model": ("evaluate {new}/model --pairs {pairs}", "{new}/model"),
-    "evaluate: no checkpoint": ("evaluate {images} --pairs {pairs}", "{images}"),
-    "evaluate: model is a bare decoder": ("evaluate {lm} --pairs {pairs}", "of type qwen2, which takes no images"),
-    "evaluate: training without a finished stage": ("evaluate {begun} --pairs {pairs}", "holds no finished stage"),
-    "evaluate: no pairs": ("evaluate {teacher} --pairs {new}/pairs", "is not a folder"),
-    "evaluate: no pair at all": ("evaluate {teacher} --pairs {pairs} --limit 0", "--limit"),
+    "evaluate: no such model": ("evaluate {new}/model " + PAIRS, "{new}/model"),
+    "evaluate: no checkpoint": ("evaluate {images} " + PAIRS, "{images}"),
+    "evaluate: model is a bare decoder": (
+        "evaluate {lm} " + PAIRS,
+        "of type qwen2, which takes no images",
+    ),
+    "evaluate: training without a finished stage": (
+        "evaluate {begun} " + PAIRS,
+        "holds no finished stage",
+    ),
+    "evaluate: no pairs": (
+        "evaluate {teacher} --suite sugarcrepe --data {new}/pairs --output {new}",
+        "is not a folder",
+    ),
+    "evaluate: no pair at all": (
+        "evaluate {teacher} " + PAIRS + " --limit 0",
+        "--limit",
+    ),
     "compare: model is a bare decoder": (
         "compare-attention {lm} --samples {samples} --targets {targets}",
         "has no vision tower of its own",
@@ -321,6 +334,12 @@ MISTAKES = {
     "verify: no store": ("verify {images}", "is no target store"),
     "no such command": ("frobnicate", "frobnicate"),
     "the old name of --vision": ("train-student --adapter own", "--adapter is called --vision now"),
+    "evaluate: no such suite": (
+        "evaluate {teacher} --suite sugar --data {pairs} --output {new}",
+        "there are sugarcrepe",
+    ),
+    "evaluate: no folder named": ("evaluate {teacher} --suite sugarcrepe --output {new}", "data"),
+    "evaluate: no suites named": ("evaluate {teacher} --suite all --output {new}", "set evaluate.suites"),
     "an option's old name": ("compare-attention x --page=y", "--page is called --html now"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here
 
+PAIRS = "--suite sugarcrepe --data {pairs} --output {new}"
 TRAIN = "train-student --samples {samples} --targets {targets} --student {lm} --output"
 EXTRACT = "extract-teacher --teacher {teacher} --samples {samples} --targets {new}"
 
@@ -41,16 +42,16 @@ MISTAKES = {
     f"{TRAIN} {{targets}}": "is a target store, expected a training run or a new folder",
     "export {samples} {new}": "found a sample set",
     "export {lm} {lm}": "holds something already",
-    "export {lm} {new} --evaluation {data}/data.json": "is no report of `cdp evaluate --report`",
+    "export {lm} {new} --evaluation {data}/data.json": "is no result of `cdp evaluate`",
     "convert-checkpoint {targets} {new}": "found a target store",
-    "evaluate {lm} --pairs {data}/data.json": "is not a folder",
+    "evaluate {lm} --suite sugarcrepe --data {data}/data.json --output {new}": "is not a folder",
     "chat {teacher} {new}/none.png question": "no image at",
     "demo --output {data}/data.json": "is a file; name a folder",
     # Where nothing can be written, or what lies on another machine.
     f"{TRAIN} /proc/none": "nothing can be written in /proc",
     f"{TRAIN} s3://bucket/run": "s3://bucket/run is a URL, expected a path of this machine",
     "estimate --teacher {teacher} --samples {samples} --report /proc/none/x.json": "nothing can be written in /proc",
-    "evaluate {lm} --pairs {pairs} --report /proc/x.json": "nothing can be written in /proc",
+    "evaluate {lm} " + PAIRS + " --report /proc/x.json": "nothing can be written in /proc",
     "compare-attention {lm} --samples s --targets t --html {data}/data.json/x.html": "leads through a file",
     "export {lm} /proc/none": "nothing can be written in /proc",
     "pack-samples https://host/data.json {data} {new}": "https://host/data.json is a URL",
@@ -111,7 +112,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(folder: str, tmp_path: Pa
     ("command", "table"),
     [
         ("estimate --teacher {teacher} --config-only --set estimate.samples=665000", "computed from configs alone"),
-        ("evaluate {teacher} --pairs {pairs} --limit 1", "accuracy in percent"),
+        ("evaluate {teacher} --suite sugarcrepe --data {pairs} --limit 1 --output out", "on sugarcrepe"),
     ],
 )
 def test_the_table_is_printed_before_the_report_is_saved(

@@ -83,7 +83,7 @@ def test_commands_on_folders_ask_nothing_of_anyone(
             tmp_path / "run",
             *settings,
         ),
-        ("evaluate", student, "--pairs", tiny.pairs),
+        ("evaluate", student, "--suite", "sugarcrepe", "--data", tiny.pairs, "--output", tmp_path / "evaluated"),
         ("export", student, tmp_path / "exported"),
     ):
         ended = cdp(*words)

@@ -22,14 +22,14 @@ def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path) -> Non
     assert set(report.students) == {"sft", "logits", "compodistill"}
     assert report.target_bytes > 0
     for student in report.students.values():
-        assert set(student.evaluation.kinds) == set(report.teacher.kinds)
+        assert set(student.evaluation.metrics) == set(report.teacher.metrics)
         assert 0 < student.similarity <= 1
     assert json.loads((tmp_path / "demo" / "report.json").read_text())["config"]["num_images"] == 40
     assert "data:image/png;base64" in (tmp_path / "demo" / "report.html").read_text()
 
     again = run_demo(tmp_path / "demo", config)
-    assert {name: s.evaluation.average for name, s in again.students.items()} == {
-        name: s.evaluation.average for name, s in report.students.items()
+    assert {name: s.evaluation.main for name, s in again.students.items()} == {
+        name: s.evaluation.main for name, s in report.students.items()
     }
     with pytest.raises(UserError, match="num_images"):
         run_demo(tmp_path / "demo", DemoConfig(num_images=41, num_pairs=5, steps=3))

@@ -1,10 +1,12 @@
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
-from tests.checkpoints import load_tiny_llava, make_tiny_llava
+from stages.evaluation.suites.pictures import PictureFile, SuitePicture
+from tests.checkpoints import draw_random_image, load_tiny_llava, make_tiny_llava
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,13 @@ def processor(model_and_processor: tuple[Any, Any]) -> Any:
 @pytest.fixture
 def encoder(processor: Any) -> ConversationEncoder:
     return ConversationEncoder(processor, processor.image_token_id, NO_LIMIT)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[SuitePicture]:
+    rng, made = random.Random(0), []
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        draw_random_image(rng).save(path)
+        made.append(SuitePicture(PictureFile(path)))
+    return made

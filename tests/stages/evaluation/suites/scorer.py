@@ -10,8 +10,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
 from stages.evaluation.metrics import scored, suite_metrics
-from stages.evaluation.run_suite import LoadedSuite, load_suite
 from stages.evaluation.suites.captions import LETTER_QUESTION, YES_QUESTION
 from stages.evaluation.suites.suite import Answer, Likelihood, Question
 

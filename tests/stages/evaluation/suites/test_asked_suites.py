@@ -8,7 +8,8 @@ import pytest
 
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
-from stages.evaluation.run_suite import ask_items, load_suite
+from stages.evaluation.loaded_suite import load_suite
+from stages.evaluation.result import item_line
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Likelihood, Protocol
 from tests.stages.evaluation.suites.scorer import draw, write_parquet
@@ -28,20 +29,19 @@ def test_answers_about_pictures_of_a_table_are_saved_so_that_they_can_be_scored_
     protocol: Protocol, bivlc: Path, model: Any, processor: Any
 ) -> None:
     loaded = load_suite("bivlc", SuiteConfig(data=bivlc, protocol=protocol))
-    saved: list[str] = []
-    ask_items(Answerer(model, processor, EvaluationConfig()), loaded, loaded.items, saved.append)
-    lines = {line["id"]: line for line in map(json.loads, "".join(saved).splitlines())}
-    assert set(lines) == {"0", "1"}
+    answerer = Answerer(model, processor, EvaluationConfig())
+    given = iter(answerer.answers([question for item in loaded.items for question in item.questions]))
+    lines = []
     for item in loaded.items:
-        answers = [
-            answer if isinstance(answer, str) else tuple(Likelihood(*one) for one in answer)
-            for answer in lines[item.id]["answers"]
-        ]
-        assert len(answers) == len(item.questions)
-        assert loaded.suite.count(item, answers, protocol) == lines[item.id]["counts"]
+        answers = [next(given) for _ in item.questions]
+        line = json.loads(item_line(item, answers, loaded.suite.count(item, answers, protocol)))
+        saved = [one if isinstance(one, str) else tuple(Likelihood(*each) for each in one) for one in line["answers"]]
+        assert saved == answers
+        assert loaded.suite.count(item, saved, protocol) == line["counts"]
+        lines.append(line)
     # The second row's two pictures are the same, so all of its comparisons across pictures are ties.
     if protocol != "compodistill":
-        assert lines["1"]["counts"]["T2I"] == lines["1"]["counts"]["Tpos2I"] == 0
+        assert lines[1]["counts"]["T2I"] == lines[1]["counts"]["Tpos2I"] == 0
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
