@@ -1,4 +1,6 @@
 import gc
+import os
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,20 @@ def test_a_record_keeps_no_bytes_and_equal_pictures_are_one(tmp_path: Path) -> N
     assert isinstance(first["image"], SuitePicture)
     assert first["image"] == second["image"]
     assert str(second["image"].source) == f"{tmp_path / 'test.parquet'}: record 0, image"
+
+
+def test_memory_holds_the_pictures_of_a_few_records(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": os.urandom(2**20), "path": None}} for _ in range(40)]
+    write_parquet(tmp_path / "test.parquet", rows)
+    rows.clear()
+    tracemalloc.start()
+    try:
+        records = list(SuiteFiles(tmp_path, None, "").rows(tmp_path / "test.parquet"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(records) == 40
+    assert peak < 10 * 2**20
 
 
 def test_the_temporary_file_is_closed_with_its_last_picture() -> None:
