@@ -31,6 +31,15 @@ class LoadedSuite:
     items: list[Item]
     missing: list[Item]
 
+    @property
+    def notes(self) -> list[str]:
+        """What users should know of these items."""
+        kinds = {kind for item in self.items for kind in item.kinds}
+        if not (lacking := [kind for kind in self.suite.all_kinds if kind not in kinds]):
+            return []
+        found = f"{self.suite.name}: {len(lacking)} of {len(self.suite.all_kinds)} kinds are lacking"
+        return [f"{found} ({', '.join(lacking)}); the average is over the others, and no published number is like it"]
+
 
 def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
     """Reads a suite's folder and looks for its pictures.

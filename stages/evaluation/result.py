@@ -241,7 +241,11 @@ def make_result(
         run=run,
         metrics={
             kind: {
-                name: Metric(value=float(value_R[0]), interval_95=interval_95(value_R), chance=suite.chance.get(name))
+                name: Metric(
+                    value=float(value_R[0]),
+                    interval_95=interval_95(value_R),
+                    chance=suite.chance_of(kind, name, run.protocol),
+                )
                 for name, value_R in of_kind.items()
             }
             for kind, of_kind in values.items()

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from stages.evaluation.suites.pictures import SuitePicture
-from stages.evaluation.suites.suite import Answer, Likelihood, Protocol, Question
+from stages.evaluation.suites.suite import Answer, Counts, Likelihood, Protocol, Question
 
 CAPTION_PROTOCOLS: Final[tuple[Protocol, ...]] = ("likelihood", "mean_likelihood", "yes_probability")
 """Those that give every caption of every picture a score."""
+PAIR_PROTOCOLS: Final[tuple[Protocol, ...]] = (*CAPTION_PROTOCOLS, "compodistill")
+"""Those for captions that are compared in pairs."""
 CAPTION_PROMPT: Final = "Describe the image."
 """The question whose answer a caption is."""
 YES_QUESTION: Final = 'Does this figure show "{caption}"? Please answer Yes or No.'
@@ -40,6 +42,31 @@ def caption_scores(answers: Sequence[Answer], num_captions: int, protocol: Proto
     found = [likelihood for answer in answers for likelihood in cast("tuple[Likelihood, ...]", answer)]
     scores = [one.mean if protocol == "mean_likelihood" else one.total for one in found]
     return [scores[start : start + num_captions] for start in range(0, len(scores), num_captions)]
+
+
+def is_best(scores: Sequence[float], number: int) -> bool:
+    """Whether this score is above all others; a tie is a miss."""
+    return all(scores[number] > other for at, other in enumerate(scores) if at != number)
+
+
+def pair_questions(fitting: str, other: str, picture: SuitePicture, protocol: Protocol) -> tuple[Question, ...]:
+    """What asks by one of `PAIR_PROTOCOLS` which of two captions fits."""
+    if protocol == "compodistill":
+        return letter_questions(fitting, other, picture)
+    return caption_questions([fitting, other], [picture], protocol)
+
+
+def pair_counts(answers: Sequence[Answer], protocol: Protocol) -> Counts:
+    """What the answers to `pair_questions` count; both orders are also reported apart."""
+    if protocol == "compodistill":
+        first, second = letters_right(answers)
+        return {"accuracy": (first + second) / 2, "accuracy_first_order": first, "accuracy_second_order": second}
+    (scores,) = caption_scores(answers, 2, protocol)
+    return {"accuracy": is_best(scores, 0)}
+
+
+PAIR_CHANCE: Final = {"accuracy": 50.0, "accuracy_first_order": 50.0, "accuracy_second_order": 50.0}
+"""What guessing gets of `pair_counts`, in percent."""
 
 
 def letter_questions(fitting: str, other: str, picture: SuitePicture) -> tuple[Question, Question]:

@@ -1,13 +1,20 @@
 """Pictures of suites: where their bytes are, and what the suite's makers do to them before they are shown."""
 
-from dataclasses import dataclass
+import hashlib
+import os
+import tempfile
+import weakref
+import zlib
+from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Literal, Protocol
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 
 from PIL import Image, ImageDraw
 
 from stages.images import decode_image
+from storage.errors import UserError, disk_errors_named
 from storage.regular_files import is_regular, read_regular
 from storage.samples.image_settings import ExifTurn
 from storage.samples.members import MAX_MEMBER_BYTES
@@ -54,25 +61,66 @@ class PictureInZip:
             return self.member in archive.NameToInfo
 
     def read(self) -> bytes:
-        with ZipFile(self.archive) as archive, archive.open(self.member) as file:
-            return file.read(MAX_MEMBER_BYTES + 1)[:MAX_MEMBER_BYTES]
+        try:
+            with ZipFile(self.archive) as archive, archive.open(self.member) as file:
+                return file.read(MAX_MEMBER_BYTES)
+        except (BadZipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{self} is damaged ({error}); fetch the archive again") from error
+
+
+class PictureSpool:
+    """Pictures that stand in the rows of data sets, in a temporary file without a name, each once.
+
+    They are asked for in another order than that of the rows, and a compressed table is read from its front only.
+    Threads may read at the same time. The file goes with the last picture of it.
+    """
+
+    def __init__(self) -> None:
+        self._file: FileIO | None = None
+        self._pictures: dict[bytes, PictureInTable] = {}
+
+    def add(self, data: bytes, name: str) -> "PictureInTable":
+        """The picture with these bytes; an earlier one if it has the same.
+
+        Raises:
+            StoreUnavailable: If the temporary folder is full.
+        """
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._pictures:
+            with disk_errors_named(Path(tempfile.gettempdir())):
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 closed with this object
+                    weakref.finalize(self, self._file.close)
+                start = self._file.seek(0, os.SEEK_END)
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            self._pictures[digest] = PictureInTable(name, start, len(data), self)
+        return self._pictures[digest]
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Bytes of the file."""
+        assert self._file is not None
+        return os.pread(self._file.fileno(), num_bytes, start)
 
 
 @dataclass(frozen=True)
 class PictureInTable:
-    """A cell of a data set's row, whose bytes are in memory."""
+    """A cell of a data set's row, named after the first row that has these bytes."""
 
     name: str
-    data: bytes
+    start: int
+    num_bytes: int
+    spool: PictureSpool = field(compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name
 
     def exists(self) -> bool:
-        return bool(self.data)
+        return self.num_bytes > 0
 
     def read(self) -> bytes:
-        return self.data
+        return self.spool.read(self.start, self.num_bytes)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,30 @@
 
 from typing import Final
 
+from stages.evaluation.suites.aro import Aro
+from stages.evaluation.suites.bivlc import BiVLC
 from stages.evaluation.suites.pope import Pope
+from stages.evaluation.suites.sade import Sade
 from stages.evaluation.suites.sugarcrepe import SugarCrepe
+from stages.evaluation.suites.sugarcrepe_pp import SugarCrepePlusPlus
 from stages.evaluation.suites.suite import Protocol, Suite
+from stages.evaluation.suites.vsr import Vsr
+from stages.evaluation.suites.whatsup import WhatsUp
+from stages.evaluation.suites.winoground import Winoground
 from storage.errors import UserError
 
-SUITES: Final[dict[str, Suite]] = {suite.name: suite for suite in (SugarCrepe(), Pope())}
+_COMPOSITIONAL: Final = (
+    SugarCrepe(),
+    SugarCrepePlusPlus(),
+    BiVLC(),
+    Winoground(),
+    Sade(),
+    Aro(),
+    WhatsUp(),
+    Vsr(),
+)
+
+SUITES: Final[dict[str, Suite]] = {suite.name: suite for suite in (*_COMPOSITIONAL, Pope())}
 
 
 def find_suite(name: str, protocol: Protocol | None) -> tuple[Suite, Protocol]:

@@ -97,6 +97,7 @@ class Suite(ABC):
         protocols: how it can be asked; the first is its makers' way.
         chance: by metric, what guessing gets, in the metric's unit.
         main: kind and metric of the number that stands for the suite.
+        all_kinds: those of the whole suite; a folder that lacks some is told, for its average is another number.
     """
 
     name: ClassVar[str]
@@ -105,6 +106,7 @@ class Suite(ABC):
     protocols: ClassVar[tuple[Protocol, ...]]
     chance: ClassVar[Mapping[str, float]] = {}
     main: ClassVar[tuple[str, str]]
+    all_kinds: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterable[Item]:
@@ -117,6 +119,10 @@ class Suite(ABC):
     @abstractmethod
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
         """What the answers to an item's questions count, by the makers' parser."""
+
+    def chance_of(self, kind: str, metric: str, protocol: Protocol) -> float | None:
+        """What guessing gets of a metric of a kind, in the metric's unit; None where that is not known."""
+        return self.chance.get(metric)
 
     def metrics(self, counts: KindCounts) -> Metrics:
         """The makers' metrics, in their units; by default each count in percent of a kind's items, and `average`."""

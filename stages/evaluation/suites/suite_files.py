@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from zipfile import BadZipFile, ZipFile
 
-from stages.evaluation.suites.pictures import PictureFile, SuitePicture
+from stages.evaluation.suites.pictures import PictureFile, PictureInZip, PictureSpool, SuitePicture
 from stages.samples.sources.data_file import open_source
 from stages.unusable_sample import UnusableSample
 from storage.digests import parse_json
@@ -32,6 +33,7 @@ class SuiteFiles:
     folder: Path
     images: Path | None
     fetch: str
+    _spool: PictureSpool = field(default_factory=PictureSpool, init=False, repr=False, compare=False)
 
     def find(self, *patterns: str) -> list[Path]:
         """Files that match any pattern, in order of the patterns and then by name.
@@ -41,10 +43,18 @@ class SuiteFiles:
         """
         if not is_folder(self.folder):
             raise UserError(f"{self.folder} is not a folder; expected {self._expected(patterns)}")
-        found = [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
+        found = self.find_any(*patterns)
         if not found:
             raise UserError(f"{self.folder} holds no {' or '.join(patterns)}; expected {self._expected(patterns)}")
         return found
+
+    def find_any(self, *patterns: str) -> list[Path]:
+        """As `find`, where there need be none."""
+        return [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]
+
+    def tables(self) -> list[Path]:
+        """A data set of the Hub: its Parquet files in `data/` or the folder, or the folder if it was saved there."""
+        return [self.folder] if self.has("state.json") else self.find_any("data/*.parquet", "*.parquet")
 
     def has(self, name: str) -> bool:
         """Whether the folder has this file."""
@@ -67,16 +77,26 @@ class SuiteFiles:
     def rows(self, path: Path) -> Iterator[dict[str, Any]]:
         """The records of JSON lines, a JSON list, Parquet files or a saved data set, whatever the file's name.
 
+        Images that a record holds, as bytes or as the Hub's `{"bytes", "path"}`, become pictures. Their bytes are
+        copied into a temporary file, so that memory holds those of a few records.
+
         Raises:
             UserError: If the file cannot be read, or a record is no object.
         """
         with open_source(path) as source:
-            for position, record in source.scan():
+            for position, (_, record) in enumerate(source.scan()):
                 if isinstance(record, UnusableSample):
                     raise UserError(f"{path}, record {position}: {record}; fetch it again: {self.fetch}")
                 if not isinstance(record, dict):
                     raise UserError(f"{path}, record {position}: {record!r:.100}; expected an object")
-                yield record
+                yield {name: self._cell(value, f"{path}: record {position}, {name}") for name, value in record.items()}
+
+    def _cell(self, value: Any, name: str) -> Any:
+        if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+            if value["bytes"] is None:
+                return value["path"] and self.picture(value["path"])
+            value = value["bytes"]
+        return SuitePicture(self._spool.add(value, name)) if isinstance(value, bytes) else value
 
     def csv(self, path: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
         """The rows of a table with a header."""
@@ -96,6 +116,24 @@ class SuiteFiles:
         names = places if self.images is None else [*places, *(place.rsplit("/", 1)[-1] for place in places)]
         paths = [self._inside(root, name) for name in names]
         return SuitePicture(PictureFile(next((path for path in paths if is_regular(path)), paths[-1])))
+
+    def zipped(self, *archives: str) -> dict[str, SuitePicture]:
+        """The members of the first of these archives that exists, by their bare file names.
+
+        None where a folder of images was named, or there is no such archive.
+
+        Raises:
+            UserError: If the archive is damaged.
+        """
+        found = [self.folder / name for name in archives if self.has(name)]
+        if self.images is not None or not found:
+            return {}
+        try:
+            with ZipFile(found[0]) as archive:
+                members = archive.namelist()
+        except BadZipFile as error:
+            raise UserError(f"{found[0]} is no whole zip archive ({error}); fetch it again: {self.fetch}") from error
+        return {member.rsplit("/", 1)[-1]: SuitePicture(PictureInZip(found[0], member)) for member in members}
 
     def _inside(self, root: Path, name: str) -> Path:
         path = root / name
