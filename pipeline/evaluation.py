@@ -29,6 +29,7 @@ from stages.evaluation.result import (
     items_digest,
     make_result,
     read_items,
+    write_server_files,
 )
 from stages.evaluation.run_suite import LoadedSuite, ask_items, load_suite
 from stages.images import decode_image
@@ -103,6 +104,8 @@ def _answered(
         run, [answered[item.id] for item in suite.items], suite.missing, num_resamples, seconds, len(left)
     )
     open_store(folder).write(RESULT_FILE, result.to_json().encode())
+    for path in write_server_files(folder, run.suite, [answered[item.id] for item in suite.items]):
+        progress.message(f"wrote {path} for the server of {run.suite}'s makers, which alone has the labels")
     return result
 
 

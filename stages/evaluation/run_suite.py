@@ -1,14 +1,14 @@
 """Asks a model a suite's items, those about the same pictures side by side, and keeps each answer as it comes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import SuiteConfig
 from stages.evaluation.result import item_line
-from stages.evaluation.suites.pictures import SuitePicture
+from stages.evaluation.suites.pictures import PictureSource
 from stages.evaluation.suites.registry import find_suite
 from stages.evaluation.suites.suite import Item, Protocol, Question, Suite
 from stages.evaluation.suites.suite_files import SuiteFiles
@@ -51,11 +51,9 @@ def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
         raise UserError(f"{config.data} has no items of {name}; {suite.fetch}")
     if twice := [key for key, count in Counter(item.id for item in items).items() if count > 1]:
         raise UserError(f"{config.data}: {len(twice)} items of {name} stand there twice, the first {twice[0]}")
-    pictures = dict.fromkeys(
-        picture.source for item in items for question in item.questions for picture in question.pictures
-    )
+    pictures = dict.fromkeys(source for item in items for source in _sources(item))
     absent = {source for source in pictures if not source.exists()}
-    missing = [item for item in items if any(picture.source in absent for picture in _pictures(item))]
+    missing = [item for item in items if any(source in absent for source in _sources(item))]
     if missing and (not config.allow_missing_images or len(missing) == len(items)):
         shown = ", ".join(str(source) for source in pictures if source in absent)[: _SHOWN * 100]
         raise UserError(
@@ -105,8 +103,8 @@ def _first_of_each_kind(items: Iterable[Item], limit: int | None) -> list[Item]:
     return chosen
 
 
-def _pictures(item: Item) -> list[SuitePicture]:
-    return [picture for question in item.questions for picture in question.pictures]
+def _sources(item: Item) -> Iterator[PictureSource]:
+    return (source for question in item.questions for picture in question.pictures for source in picture.sources)
 
 
 def _sharing(question: Question) -> tuple[str, bool]:

@@ -2,12 +2,28 @@
 
 from typing import Final
 
+from stages.evaluation.suites.gqa import Gqa
+from stages.evaluation.suites.mme import Mme
+from stages.evaluation.suites.mmvp import Mmvp
+from stages.evaluation.suites.natural_bench import NaturalBench
 from stages.evaluation.suites.pope import Pope
+from stages.evaluation.suites.r_bench import RBenchBoxes, RBenchImage, RBenchMasks
+from stages.evaluation.suites.reefknot import Reefknot
 from stages.evaluation.suites.sugarcrepe import SugarCrepe
 from stages.evaluation.suites.suite import Protocol, Suite
+from stages.evaluation.suites.text_vqa import TextVqa, TextVqaOcr
+from stages.evaluation.suites.viz_wiz import VizWiz, VizWizTest
+from stages.evaluation.suites.vqa_v2 import VqaV2, VqaV2TestDev
 from storage.errors import UserError
 
-SUITES: Final[dict[str, Suite]] = {suite.name: suite for suite in (SugarCrepe(), Pope())}
+_COMPOSITION: Final[tuple[Suite, ...]] = (SugarCrepe(),)
+_HALLUCINATION: Final[tuple[Suite, ...]] = (Pope(), RBenchBoxes(), RBenchImage(), RBenchMasks(), Reefknot())
+_QUESTIONS: Final[tuple[Suite, ...]] = (
+    *(Gqa(), Mme(), Mmvp(), NaturalBench()),
+    *(TextVqa(), TextVqaOcr(), VizWiz(), VizWizTest(), VqaV2(), VqaV2TestDev()),
+)
+
+SUITES: Final[dict[str, Suite]] = {suite.name: suite for suite in (*_COMPOSITION, *_HALLUCINATION, *_QUESTIONS)}
 
 
 def find_suite(name: str, protocol: Protocol | None) -> tuple[Suite, Protocol]:
