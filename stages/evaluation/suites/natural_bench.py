@@ -1,6 +1,7 @@
 """NaturalBench: two questions of two images, each answered otherwise by the other image. Li et al., 2024."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Final
 
 from stages.evaluation.suites.letters import first_word_of
@@ -75,7 +76,7 @@ def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, list[_Asked]]
             kind = row.get("Question_Type", row.get("Question Type"))
             yield str(kind), [(text, picture) for text in texts for picture in pictures]
             continue
-        four = [row, *(other for other, _ in zip(rows, range(3), strict=False))]
+        four = [row, *islice(rows, 3)]
         if len(four) != 4:
             raise UserError(f"group {number} has {len(four)} rows of questions; expected four")
         asked = []

@@ -55,7 +55,7 @@ class Pope(Suite):
 def _records(files: SuiteFiles) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Where each record stands, its sampling, and the record."""
     names = [f"{folder}coco_pope_*.json" for folder in _FOLDERS]
-    if not files.has(LLAVA_QUESTIONS) or any(files.folder.glob(name) for name in names):
+    if not files.has(LLAVA_QUESTIONS) or any(path for name in names for path in files.folder.glob(name)):
         for name, path in files.find(*names).items():
             for record in files.rows(path):
                 yield f"{name}, question {record.get('question_id')}", path.stem.removeprefix("coco_pope_"), record
