@@ -57,7 +57,7 @@ class Mme(Suite):
                     expected = "expected two lines, each a question, a tab and Yes or No"
                     raise UserError(f"{files.folder / name}: {expected}; fetch it again: {self.fetch}")
                 stems = [f"{root}{task}/{folder}{path.stem}" for folder in ("images/", "")]
-                picture = files.picture(*(f"{stem}.{ending}" for stem in stems for ending in ("jpg", "png", "jpeg")))
+                picture = files.picture(*(f"{stem}.{ending}" for stem in stems for ending in ("png", "jpeg", "jpg")))
                 prompts = [text.strip().replace(_ENDING, "") + SHORT_ANSWER for text, _ in asked]
                 questions = tuple(two_way_question(prompt, picture, protocol) for prompt in prompts)
                 yield Item(f"{task}/{path.stem}", (task,), questions, labels)

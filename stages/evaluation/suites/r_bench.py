@@ -43,18 +43,18 @@ class RBench(Suite):
         folder = path.parent.relative_to(files.folder)
         numbers = range(1, NUM_SUBSETS + 1)
         subsets = files.need(*((folder / self.subset_files.format(number)).as_posix() for number in numbers))
-        kinds: dict[object, tuple[str, ...]] = {}
+        kinds: dict[int, tuple[str, ...]] = {}
         for number, ids in zip(numbers, subsets, strict=True):
-            for key in dict.fromkeys(map(str, files.records(ids))):
+            for key in dict.fromkeys(files.records(ids)):
                 kinds[key] = (*kinds.get(key, ()), f"subset_{number}")
         for position, record in enumerate(files.records(path)):
             where = f"{path.name}, question {position}"
-            number, image, text, label = fields(record, where, question_id=(int, str), image=str, text=str, label=str)
-            if str(number) in kinds:
+            key, image, text, label = fields(record, where, question_id=int, image=str, text=str, label=str)
+            if key in kinds:
                 picture = files.picture(f"images/{image}", f"validation/{image}")
                 prompt, shown = self.shown(text, picture, record, where, path.parent)
                 question = two_way_question(prompt, shown, protocol, max_new_tokens=_TOKENS)
-                yield Item(str(number), kinds[str(number)], (question,), label, unit=image)
+                yield Item(str(key), kinds[key], (question,), label, unit=image)
 
     @abstractmethod
     def shown(

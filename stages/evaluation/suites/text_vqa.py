@@ -37,7 +37,7 @@ class TextVqaOcr(TextVqa):
     """
 
     name = "textvqa-ocr"
-    fetch = f"{_WITH_OCR} of LLaVA's eval.zip (github.com/haotian-liu/LLaVA, docs/Evaluation.md); {TextVqa.fetch}"
+    fetch = f"{_WITH_OCR} of LLaVA's eval.zip (github.com/haotian-liu/LLaVA, its page on evaluation); {TextVqa.fetch}"
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
         path, _ = files.need(_WITH_OCR, _ANSWERS)
