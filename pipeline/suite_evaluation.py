@@ -27,6 +27,7 @@ from stages.evaluation.result import (
     items_digest,
     make_result,
     read_items,
+    write_server_files,
 )
 from stages.evaluation.run_suite import ask_chunk, chunks_of
 from stages.evaluation.suites.suite import Item
@@ -74,6 +75,8 @@ def evaluate_suites(
     asker = _Asker(model, suites, config, reading, progress)
     results = {}
     for name, suite in loaded.items():
+        for note in suite.notes:
+            progress.message(f"note: {note}")
         if (result := asker.result(name, suite, output / name, replace=replace)) is not None:
             results[name] = result
     return results
@@ -116,6 +119,8 @@ class _Asker:
             seconds = time.perf_counter() - start
         result = make_result(run, answered, suite.missing, self.config.num_resamples, seconds, left)
         open_store(folder).write(RESULT_FILE, result.to_json().encode())
+        for path in write_server_files(folder, run.suite, answered):
+            self.progress.message(f"wrote {path} for the server of {name}'s makers, which alone has the labels")
         return result
 
     @cached_property

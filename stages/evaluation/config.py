@@ -1,11 +1,11 @@
 """Settings of how suites are put to a model."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from stages.evaluation.answering.config import AnsweringConfig
+from stages.evaluation.suites.suite import Protocol
 from storage.strict_model import StrictModel
 
 
@@ -16,7 +16,7 @@ class SuiteConfig(StrictModel):
     """Folder with the suite's files, as its makers publish them."""
     images: Path | None = None
     """Folder of the pictures, where they lie elsewhere."""
-    protocol: Literal["likelihood", "mean_likelihood", "yes_probability", "compodistill", "generate"] | None = None
+    protocol: Protocol | None = None
     """How it is asked; None is its makers' way."""
     blind: bool = False
     """Whether a grey picture is shown in place of each: what is right then needs no eyes."""

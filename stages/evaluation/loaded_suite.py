@@ -1,12 +1,12 @@
 """A suite's folder, read and checked before a model is loaded: its items, and those whose pictures are missing."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from stages.evaluation.config import SuiteConfig
-from stages.evaluation.suites.pictures import SuitePicture
+from stages.evaluation.suites.pictures import PictureSource
 from stages.evaluation.suites.registry import find_suite
 from stages.evaluation.suites.suite import Item, Protocol, Suite
 from stages.evaluation.suites.suite_files import SuiteFiles
@@ -55,11 +55,9 @@ def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
         raise UserError(f"{config.data} has no items of {name}; {suite.fetch}")
     if twice := [key for key, count in Counter(item.id for item in items).items() if count > 1]:
         raise UserError(f"{config.data}: {len(twice)} items of {name} stand there twice, the first {twice[0]}")
-    pictures = dict.fromkeys(
-        picture.source for item in items for question in item.questions for picture in question.pictures
-    )
+    pictures = dict.fromkeys(source for item in items for source in _sources(item))
     absent = {source for source in pictures if not source.exists()}
-    missing = [item for item in items if any(picture.source in absent for picture in _pictures(item))]
+    missing = [item for item in items if any(source in absent for source in _sources(item))]
     if missing and (not config.allow_missing_images or len(missing) == len(items)):
         named = [str(source) for source in pictures if source in absent]
         shown = ", ".join(named[:_SHOWN]) + ", ..." * (len(named) > _SHOWN)
@@ -82,5 +80,5 @@ def _first_of_each_kind(items: Iterable[Item], limit: int | None) -> list[Item]:
     return chosen
 
 
-def _pictures(item: Item) -> list[SuitePicture]:
-    return [picture for question in item.questions for picture in question.pictures]
+def _sources(item: Item) -> Iterator[PictureSource]:
+    return (source for question in item.questions for picture in question.pictures for source in picture.sources)

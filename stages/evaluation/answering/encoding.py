@@ -9,6 +9,7 @@ from PIL import Image
 
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.evaluation.suites.suite import Question
+from storage.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def encode_group(
 
     Raises:
         UnusableSample: If a question cannot be encoded.
+        UserError: If first tokens are to be compared that are the same.
     """
     sequences: list[AskedSequence] = []
     for number, question in questions:
@@ -83,7 +85,18 @@ def encode_group(
                 sequences.append(AskedSequence(number, _up_to_first_answer_token(encoded)))
             else:
                 sequences.append(AskedSequence(number, encoded, _num_end_tokens(encoded, ends)))
+        if question.first_token_only:
+            _check_told_apart(question, sequences[-len(question.candidates) :])
     return SequenceGroup(tuple(sequences))
+
+
+def _check_told_apart(question: Question, sequences: Sequence[AskedSequence]) -> None:
+    if len({int(sequence.encoded.token_ids[-1]) for sequence in sequences}) < len(sequences):
+        names = " and ".join(map(repr, question.candidates))
+        raise UserError(
+            f"the tokenizer begins {names} with the same token, so the first token does not tell them apart; "
+            "ask by --protocol generate"
+        )
 
 
 def _up_to_first_answer_token(encoded: EncodedConversation) -> EncodedConversation:

@@ -1,6 +1,7 @@
 """Pictures of suites: where their bytes are, and what the suite's makers do to them before they are shown."""
 
 import hashlib
+import io
 import os
 import tempfile
 import weakref
@@ -8,7 +9,7 @@ import zlib
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from zipfile import BadZipFile, ZipFile
 
 from PIL import Image, ImageDraw
@@ -130,6 +131,47 @@ class Mark:
     box: tuple[float, float, float, float]
     color: Literal["red", "green"]
 
+    def draw(self, image: Image.Image, max_pixels: int) -> None:
+        """Draws its edges into the image."""
+        left, top, right, bottom = self.box
+        edges = (left * image.width, top * image.height, right * image.width, bottom * image.height)
+        ImageDraw.Draw(image).rectangle(edges, outline=self.color, width=4)
+
+
+@dataclass(frozen=True)
+class MaskMark:
+    """Pixels of a picture that are tinted: those where a PNG beside it, of any size, has this value."""
+
+    mask: PictureSource
+    value: int
+    rgba: tuple[int, int, int, int]
+
+    def __repr__(self) -> str:
+        return f"{self.rgba} where {str(self.mask).rsplit('/', 1)[-1]} is {self.value}"
+
+    def draw(self, image: Image.Image, max_pixels: int) -> None:
+        """Tints them in the image.
+
+        Raises:
+            UserError: If the mask is no PNG of one channel with at most `max_pixels`.
+        """
+        *rgb, alpha = self.rgba
+        tinted = [alpha * (value == self.value) for value in range(256)]
+        mask = _one_channel(self.mask, max_pixels).resize(image.size, Image.Resampling.NEAREST)
+        image.paste(tuple(rgb), (0, 0), mask.point(tinted))
+
+
+def _one_channel(source: PictureSource, max_pixels: int) -> Image.Image:
+    """The numbers of a grey PNG, or the places in the palette of a coloured one, as grey."""
+    try:
+        with Image.open(io.BytesIO(source.read()), formats=("PNG",)) as mask:
+            if mask.mode not in {"L", "P"} or mask.width * mask.height > max_pixels:
+                found = f"{mask.width}x{mask.height} pixels of mode {mask.mode}"
+                raise UserError(f"{source}: {found}; expected a mask of one channel, at most {max_pixels} pixels")
+            return Image.frombytes("L", mask.size, mask.tobytes())
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source} is no mask in PNG format ({error}); fetch it again") from error
+
 
 @dataclass(frozen=True)
 class SuitePicture:
@@ -138,7 +180,12 @@ class SuitePicture:
     source: PictureSource
     crop: tuple[int, int, int, int] | None = None
     """Left, top, right, bottom in pixels: only this part is shown."""
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[Mark | MaskMark, ...] = ()
+
+    @property
+    def sources(self) -> tuple[PictureSource, ...]:
+        """All that must be there to show it."""
+        return self.source, *(mark.mask for mark in self.marks if isinstance(mark, MaskMark))
 
     def load(self, max_pixels: int, exif: ExifTurn, *, blank: bool = False) -> Image.Image:
         """The picture in RGB; `blank` is mid-grey of the same size.
@@ -153,7 +200,16 @@ class SuitePicture:
         if blank:
             return Image.new("RGB", image.size, (127, 127, 127))
         for mark in self.marks:
-            left, top, right, bottom = mark.box
-            edges = (left * image.width, top * image.height, right * image.width, bottom * image.height)
-            ImageDraw.Draw(image).rectangle(edges, outline=mark.color, width=4)
+            mark.draw(image, max_pixels)
         return image
+
+
+def picture_of_cell(name: str, cell: Any) -> SuitePicture:
+    """The picture that a row of a data set holds, as `SuiteFiles.rows` hands it out.
+
+    Raises:
+        UserError: If the cell holds none; `name` says which one.
+    """
+    if not isinstance(cell, SuitePicture):
+        raise UserError(f"{name}: expected the bytes of an image file, found {cell!r:.100}")
+    return cell

@@ -4,28 +4,36 @@ from typing import Final
 
 from stages.evaluation.suites.aro import Aro
 from stages.evaluation.suites.bivlc import BiVLC
+from stages.evaluation.suites.gqa import Gqa
+from stages.evaluation.suites.mme import Mme
+from stages.evaluation.suites.mmvp import Mmvp
+from stages.evaluation.suites.natural_bench import NaturalBench
 from stages.evaluation.suites.pope import Pope
+from stages.evaluation.suites.r_bench import RBenchBoxes, RBenchImage, RBenchMasks
+from stages.evaluation.suites.reefknot import Reefknot
 from stages.evaluation.suites.sade import Sade
 from stages.evaluation.suites.sugarcrepe import SugarCrepe
 from stages.evaluation.suites.sugarcrepe_pp import SugarCrepePlusPlus
 from stages.evaluation.suites.suite import Protocol, Suite
+from stages.evaluation.suites.text_vqa import TextVqa, TextVqaOcr
+from stages.evaluation.suites.viz_wiz import VizWiz, VizWizTest
+from stages.evaluation.suites.vqa_v2 import VqaV2, VqaV2TestDev
 from stages.evaluation.suites.vsr import Vsr
 from stages.evaluation.suites.whatsup import WhatsUp
 from stages.evaluation.suites.winoground import Winoground
 from storage.errors import UserError
 
-_COMPOSITIONAL: Final = (
-    SugarCrepe(),
-    SugarCrepePlusPlus(),
-    BiVLC(),
-    Winoground(),
-    Sade(),
-    Aro(),
-    WhatsUp(),
-    Vsr(),
+_COMPOSITION: Final[tuple[Suite, ...]] = (
+    *(SugarCrepe(), SugarCrepePlusPlus(), BiVLC(), Winoground()),
+    *(Sade(), Aro(), WhatsUp(), Vsr()),
+)
+_HALLUCINATION: Final[tuple[Suite, ...]] = (Pope(), RBenchBoxes(), RBenchImage(), RBenchMasks(), Reefknot())
+_QUESTIONS: Final[tuple[Suite, ...]] = (
+    *(Gqa(), Mme(), Mmvp(), NaturalBench()),
+    *(TextVqa(), TextVqaOcr(), VizWiz(), VizWizTest(), VqaV2(), VqaV2TestDev()),
 )
 
-SUITES: Final[dict[str, Suite]] = {suite.name: suite for suite in (*_COMPOSITIONAL, Pope())}
+SUITES: Final[dict[str, Suite]] = {suite.name: suite for suite in (*_COMPOSITION, *_HALLUCINATION, *_QUESTIONS)}
 
 
 def find_suite(name: str, protocol: Protocol | None) -> tuple[Suite, Protocol]:

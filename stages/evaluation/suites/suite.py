@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite_files import SuiteFiles
 
-Protocol = Literal["likelihood", "mean_likelihood", "yes_probability", "compodistill", "generate"]
+Protocol = Literal["likelihood", "mean_likelihood", "yes_probability", "compodistill", "generate", "yes_over_no"]
 """How a suite is put to a model.
 
 - `likelihood`: captions are compared as answers, by the sum of their tokens' log-probabilities, the end token included.
@@ -22,6 +22,8 @@ Protocol = Literal["likelihood", "mean_likelihood", "yes_probability", "compodis
 - `yes_probability`: by P("Yes") after a question whether the picture shows the caption (VQAScore).
 - `compodistill`: two captions are shown as (A) and (B) in both orders, a letter is generated (the authors' script).
 - `generate`: the makers' own question, a generated answer and the makers' parser.
+- `yes_over_no`: the makers' own question; the answer is yes where the first token of "Yes" is likelier than that of
+  "No", or the one of two option letters that is likelier.
 """
 
 
@@ -126,7 +128,20 @@ class Suite(ABC):
 
     def metrics(self, counts: KindCounts) -> Metrics:
         """The makers' metrics, in their units; by default each count in percent of a kind's items, and `average`."""
-        return with_average({kind: percent_of_items(sums) for kind, sums in counts.items()})
+        return with_average(percent_by_kind(counts))
+
+    def server_files(self, answers: Mapping[str, Sequence[Answer]]) -> Mapping[str, object]:
+        """Files for the makers' server, where it alone has the labels: by name, as JSON has them; by default none.
+
+        Args:
+            answers: By the item's id.
+        """
+        return {}
+
+
+def percent_by_kind(counts: KindCounts) -> Metrics:
+    """Every count of every kind in percent of its items."""
+    return {kind: percent_of_items(sums) for kind, sums in counts.items()}
 
 
 def percent_of_items(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:

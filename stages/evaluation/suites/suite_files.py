@@ -70,6 +70,18 @@ class SuiteFiles:
             raise UserError(f"{self.folder} lacks {', '.join(missing)}; expected {self._expected(names)}")
         return [self.folder / name for name in names]
 
+    def first(self, *names: str) -> Path:
+        """The first of these files that the folder has.
+
+        Raises:
+            UserError: If it has none.
+        """
+        return self.find(*names)[0]
+
+    def text(self, path: Path) -> str:
+        """The content of a text file; what is not UTF-8 is replaced."""
+        return read_regular(path, MAX_SUITE_BYTES).decode("utf-8-sig", errors="replace")
+
     def json(self, path: Path) -> Any:
         """The content of a JSON file."""
         return parse_json(read_regular(path, MAX_SUITE_BYTES), str(path), f"fetch it again: {self.fetch}")
@@ -100,8 +112,20 @@ class SuiteFiles:
 
     def csv(self, path: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
         """The rows of a table with a header."""
-        text = read_regular(path, MAX_SUITE_BYTES).decode("utf-8-sig", errors="replace")
-        yield from csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        yield from csv.DictReader(io.StringIO(self.text(path)), delimiter=delimiter)
+
+    def records(self, path: Path, *, key: str = "") -> list[Any]:
+        """The list in a JSON file, or under a key of its object.
+
+        Raises:
+            UserError: If it is none, or empty.
+        """
+        found = self.json(path)
+        listed = found.get(key) if key and isinstance(found, dict) else found
+        if not isinstance(listed, list) or not listed:
+            where = f"an object with a list {key!r}" if key else "a list"
+            raise UserError(f"{path}: expected {where} that is not empty; fetch it again: {self.fetch}")
+        return listed
 
     def picture(self, *places: str) -> SuitePicture:
         """The first of these files that exists, or the first, within the folder of images if one was named.

@@ -1,11 +1,43 @@
-"""Questions that are answered by yes or no: the parser of POPE and R-Bench, and their metrics."""
+"""Questions that are answered by yes or no: how they are put, the parser of POPE and R-Bench, and their metrics."""
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.evaluation.suites.suite import Answer, Counts, ratio
+from stages.evaluation.suites.pictures import SuitePicture
+from stages.evaluation.suites.suite import Answer, Counts, Protocol, Question, ratio
+
+YES_NO_PROTOCOLS: Final[tuple[Protocol, ...]] = ("generate", "yes_over_no")
+
+
+def two_way_question(
+    prompt: str,
+    picture: SuitePicture,
+    protocol: Protocol,
+    answers: tuple[str, str] = ("Yes", "No"),
+    max_new_tokens: int = 16,
+) -> Question:
+    """A question that one of two answers is written to, or whose first tokens are compared, as the protocol says."""
+    if protocol == "yes_over_no":
+        return Question(prompt, (picture,), answers, first_token_only=True)
+    return Question(prompt, (picture,), max_new_tokens=max_new_tokens)
+
+
+def first_is_likelier(answer: Answer) -> bool | None:
+    """Whether the first of two candidates is likelier than the second; None if both are as likely."""
+    assert not isinstance(answer, str)
+    first, second = answer
+    return None if first.log_prob == second.log_prob else first.log_prob > second.log_prob
+
+
+def answered_yes(answer: Answer, is_yes: bool) -> bool:
+    """Whether an answer to `two_way_question` is taken for a yes, where `is_yes` says what is right; a tie is wrong."""
+    if isinstance(answer, str):
+        return says_yes(answer)
+    found = first_is_likelier(answer)
+    return not is_yes if found is None else found
 
 
 def says_yes(answer: Answer) -> bool:
