@@ -19,7 +19,7 @@ def check_layout(path: Path) -> None:
         UserError: If the file holds no records, or the first ones have no layout that is read; says what they have.
     """
     with open_source(path) as source:
-        first = [record for _, record in islice(source.scan(), _LOOKED_AT)]
+        first = list(islice(source.scan(), _LOOKED_AT))
     if not first:
         raise UserError(f"{path} holds no records; expected LLaVA records")
     objects = [record for record in first if isinstance(record, dict)]

@@ -275,8 +275,8 @@ def read_data(root: Path) -> None:
     load_pairs(root / "pairs")
     read_keys(root / "keys.txt")
     for name in ("data.json", "data.jsonl", "data.jsonl.gz", "data.parquet", "saved"):
-        with open_source(root / name, root) as source:
-            for ordinal, (_, record) in enumerate(source.scan()):
+        with open_source(root / name) as source:
+            for ordinal, record in enumerate(source.scan()):
                 try:
                     parse_record(record, ordinal, root)
                 except UnusableSample as error:

@@ -462,13 +462,19 @@ def test_progress_ends_with_every_sample_and_its_image_bytes(
 
 
 def test_a_data_file_that_changes_between_the_passes_is_noticed(llava: LlavaFolder, tmp_path: Path) -> None:
-    source = llava.write_lines([json.dumps(record("x", "a.jpg")).encode(), json.dumps(record("t")).encode()])
+    # More than a reader holds in its buffer.
+    lines = [json.dumps(record("x" * 50_000, name)).encode() for name in ("a.jpg", "b.png", None)]
 
-    def spoil(name: str, done: float) -> None:
-        source.write_bytes(b"{" * source.stat().st_size)
-
-    with pytest.raises(UserError, match="changed while it was packed"):
-        pack_samples(source, llava.images, tmp_path / "out", progress=RecordedProgress(spoil))
+    changes = {
+        "bad_json_line": [lines[0], b"{" * 50_000],
+        "it has other images": [lines[0], lines[2], lines[1]],
+        "it is no more there": lines[:2],
+    }
+    for how, spoiled in changes.items():
+        source = llava.write_lines(lines)
+        progress = RecordedProgress(lambda _, done, spoiled=spoiled: done == 1 and llava.write_lines(spoiled))
+        with pytest.raises(UserError, match=f"{how}.*changed while it was packed"):
+            pack_samples(source, llava.images, tmp_path / "out", progress=progress)
 
 
 def test_paths_that_start_at_the_folder_above_say_so(llava: LlavaFolder, tmp_path: Path) -> None:
