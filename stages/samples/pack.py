@@ -59,6 +59,9 @@ class PackReport(StrictModel):
     num_shards: int
     num_bytes: int
     """Of all tar files."""
+    max_samples_per_shard: int
+    max_shard_bytes: int
+    """The limits that they were packed with."""
     seconds: float
 
 
@@ -86,6 +89,7 @@ def pack_samples(
         open_source(source) as records,
         tempfile.TemporaryFile(dir=staged.path) as texts,
     ):
+        staged.refuse_other_limits(config.max_samples_per_shard, config.max_shard_bytes)
         ledger, counter = Ledger(), RecordCounter()
         groups = _group_records(records, images, RecordGroups(texts), ledger, counter, progress)
         packed = _Packer(records, images, folder, ledger, config)
@@ -101,6 +105,8 @@ def pack_samples(
             records=counter.counts(),
             num_shards=len(shards),
             num_bytes=sum(shard.stat().st_size for shard in shards),
+            max_samples_per_shard=config.max_samples_per_shard,
+            max_shard_bytes=config.max_shard_bytes,
             seconds=round(time.monotonic() - started, 3),
         )
         (staged.path / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
