@@ -263,7 +263,8 @@ def make_data(root: Path) -> None:
     (root / "data.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
     table = pyarrow.Table.from_pylist([{**record, "image": {"bytes": b"123", "path": None}}] * 3)
     parquet.write_table(table, root / "data.parquet", row_group_size=2)
-    save_rows(table, root / "saved")
+    kinds = pyarrow.array(["é", "b", "é"]).dictionary_encode()
+    save_rows(table.append_column("kind", kinds), root / "saved")
     pair = {"filename": "a.png", "caption": "a", "negative_caption": "b"}
     (root / "pairs/kind.json").write_text(json.dumps({"0": pair}))
     (root / "pairs/images/a.png").write_bytes(b"")
