@@ -158,10 +158,7 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "a call of a tool": ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "tool_calls of turn 0"),
     "a part of another type": (messages([part("video", video="a.mp4")]), "video of part of turn 0"),
     "a part of a type of its own": (messages([part("box", box=[1])]), "'box'"),
-    "pixels of an image": (
-        messages([part("image_url", image_url={"url": "a.png", "max_pixels": 9})]),
-        "max_pixels of image of turn 0",
-    ),
+    "pixels of an image": (messages([part("image", image={"url": "a.png", "min_pixels": 9})]), "of image of turn 0"),
     "pixels of a record's image": (messages("q", image={"path": "a.png", "max_pixels": 9}), "max_pixels of image"),
     "pixels of a part": (messages([part("image", image="a.png", max_pixels=9)]), "max_pixels of part of turn 0"),
     "an image of a further name": (messages("q", image_1="a.png"), "image_1"),
