@@ -172,6 +172,7 @@ OTHER_PARSERS = {
     "stages/checkpoints/processors.py": "inside the error for a processor; what the library has just written",
     "stages/conversations/render_templates.py": "what the process that started it wrote",
     "stages/conversations/template_process.py": "what the process that it started wrote",
+    "stages/samples/record_groups.py": "of records that it has just written",
     "stages/samples/sources/json_files.py": "a record that cannot be used has a reason and a place in the ledger",
     "stages/teacher/identity.py": "of settings that it has just written",
     "storage/stores/folder_owner.py": "any error is an unknown owner",

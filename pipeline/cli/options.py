@@ -9,7 +9,7 @@ import typer
 
 from pipeline.recipes import recipe_names
 from storage.errors import UserError, disk_errors_named
-from storage.regular_files import refuse_unusable
+from storage.regular_files import is_regular, refuse_unusable
 from storage.writable import check_writable
 
 
@@ -38,10 +38,12 @@ def can_be_saved(path: Path | None) -> Path | None:
     """A file to save a report in, as the command line has it; refused before the work is done that it reports.
 
     Raises:
-        UserError: If it is a folder, or nothing can be written there.
+        UserError: If it is a folder, lies below a file, or nothing can be written there.
     """
     if path is None:
         return None
+    if above := next((each for each in path.parents if is_regular(each)), None):
+        raise UserError(f"{path} leads through {above}, which is a file; name a file in a folder")
     with suppress(FileNotFoundError):
         if S_ISDIR(path.stat().st_mode):
             raise UserError(f"{path} is a folder, expected a file to save a report in; name a file")

@@ -145,6 +145,9 @@ class ConversationEncoder:
         turns = parse_turns(conversations)
         if all(turn.role != "gpt" for turn in turns):
             raise UnusableSample("answer_missing", "no turn is from 'gpt'")
+        for index, (role, text) in enumerate(turns):
+            if role == "gpt" and self._special_tokens.is_end(text):
+                raise UnusableSample("answer_missing", f"turn {index} (gpt) is nothing but an end token")
         messages, any_broken = self._messages(turns, num_images)
         text, spans = render_with_answers(self._template, messages)
         self._check_placeholders(text, num_images)

@@ -66,6 +66,10 @@ class SpecialTokens:
         ends = {tokenizer.eos_token, written[0] if written else None} - {None}
         self._ends = re.compile(rf"(?:(?:{'|'.join(map(re.escape, ends)) or '(?!)'})\s*)+\Z")
 
+    def is_end(self, text: str) -> bool:
+        """Whether the text of an answer is nothing but end tokens, which the template writes itself."""
+        return self._ends.fullmatch(text.lstrip()) is not None
+
     def guarded(self, messages: list[Message]) -> tuple[list[Message], bool]:
         """The messages with each special token of their texts broken, and whether there was one or a text becomes one.
 

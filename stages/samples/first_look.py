@@ -3,8 +3,7 @@
 from itertools import islice
 from pathlib import Path
 
-from stages.conversations.turns import shorten
-from stages.samples.layouts.fields import CONVERSATION_KEYS, MAX_NAMES, READ_KEYS
+from stages.samples.layouts.fields import CONVERSATION_KEYS, MAX_NAMES, READ_KEYS, shown_keys
 from stages.samples.sources.data_file import EXPECTED, open_source
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
@@ -19,7 +18,7 @@ def check_layout(path: Path) -> None:
         UserError: If the file holds no records, or the first ones have no layout that is read; says what they have.
     """
     with open_source(path) as source:
-        first = [record for _, record in islice(source.scan(), _LOOKED_AT)]
+        first = list(islice(source.scan(), _LOOKED_AT))
     if not first:
         raise UserError(f"{path} holds no records; expected LLaVA records")
     objects = [record for record in first if isinstance(record, dict)]
@@ -30,7 +29,7 @@ def check_layout(path: Path) -> None:
     if any(key in record for record in objects for key in CONVERSATION_KEYS):
         return
     keys = list(dict.fromkeys(str(key) for record in objects for key in record))
-    found = ", ".join(shorten(key)[1:-1] for key in keys[:MAX_NAMES]) or "none"
+    found = ", ".join(map(shown_keys, keys[:MAX_NAMES])) or "none"
     raise UserError(
         f"the records of {path} have a layout that is not read. Keys found: {found}. Keys that are read: "
         f"{', '.join(READ_KEYS)}; one of {', '.join(CONVERSATION_KEYS)} must hold the turns. docs/data.md has an "

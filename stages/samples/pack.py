@@ -1,8 +1,11 @@
 """Packs records and their images into sample shards; conversations about one image lie side by side."""
 
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -11,6 +14,7 @@ from stages.samples.image_files import ImageFolder
 from stages.samples.ledger import Ledger
 from stages.samples.llava_record import LlavaRecord, parse_record, record_id
 from stages.samples.record_counts import RecordCounter, RecordCounts
+from stages.samples.record_groups import RecordGroup, RecordGroups
 from stages.samples.sources.data_file import Source, open_source
 from stages.samples.staged_folder import LEDGER, REPORT, SHARDS, StagedFolder
 from stages.unusable_sample import UnusableSample
@@ -21,6 +25,9 @@ from storage.samples.shard_writer import SampleShardWriter
 from storage.strict_model import StrictModel
 
 _RECORDS_BETWEEN_REPORTS = 1000
+
+_Row = tuple[int, dict[str, Any]]
+"""A record: its ordinal and its stored form."""
 
 
 class PackConfig(StrictModel):
@@ -52,11 +59,10 @@ class PackReport(StrictModel):
     num_shards: int
     num_bytes: int
     """Of all tar files."""
+    max_samples_per_shard: int
+    max_shard_bytes: int
+    """The limits that they were packed with."""
     seconds: float
-
-
-_Row = tuple[int, tuple[int, ...]]
-"""A record: its ordinal, and its position in the source."""
 
 
 def pack_samples(
@@ -64,9 +70,10 @@ def pack_samples(
 ) -> PackReport:
     """Pack the data file or folder `source`, whose image paths are relative to `images`, into shards in `out`.
 
-    Reads `source` twice, once to validate and group and once to pack. Holds a record, one group's images and a few
-    hundred bytes a record in memory. The same records and images give the same shards and index byte for byte,
-    whatever file they come in; packing again into a finished folder changes nothing.
+    Reads `source` twice in its order, once to validate and group and once to pack. Holds a record, one group's images
+    and a few hundred bytes a record in memory, and on disk the text of further records about the same images. The same
+    records and images give the same shards and index byte for byte, whatever file they come in; packing again into a
+    finished folder changes nothing.
 
     Raises:
         TooManySkipped: If more samples are unusable than allowed; `out` then holds the ledger and nothing else.
@@ -76,9 +83,15 @@ def pack_samples(
     config = config or PackConfig()
     folder = ImageFolder(images, config.max_image_pixels, config.max_shard_bytes)
     check_layout(source)
-    with disk_errors_named(out), StagedFolder(out) as staged, open_source(source, staged.path) as records:
+    with (
+        disk_errors_named(out),
+        StagedFolder(out) as staged,
+        open_source(source) as records,
+        tempfile.TemporaryFile(dir=staged.path) as texts,
+    ):
+        staged.refuse_other_limits(config.max_samples_per_shard, config.max_shard_bytes)
         ledger, counter = Ledger(), RecordCounter()
-        groups = _group_records(records, images, ledger, counter, progress)
+        groups = _group_records(records, images, RecordGroups(texts), ledger, counter, progress)
         packed = _Packer(records, images, folder, ledger, config)
         packed.pack(groups, staged, progress)
         ledger.write(staged.path / LEDGER)
@@ -92,6 +105,8 @@ def pack_samples(
             records=counter.counts(),
             num_shards=len(shards),
             num_bytes=sum(shard.stat().st_size for shard in shards),
+            max_samples_per_shard=config.max_samples_per_shard,
+            max_shard_bytes=config.max_shard_bytes,
             seconds=round(time.monotonic() - started, 3),
         )
         (staged.path / REPORT).write_text(report.to_json() + "\n", encoding="utf-8")
@@ -100,23 +115,22 @@ def pack_samples(
 
 
 def _group_records(
-    records: Source, root: Path | None, ledger: Ledger, counter: RecordCounter, progress: Progress
-) -> list[list[_Row]]:
-    """Records about the same images, in the order their first appears; a text-only record is a group of its own."""
-    groups: dict[tuple[str, ...] | int, list[_Row]] = {}
+    records: Source, root: Path | None, groups: RecordGroups, ledger: Ledger, counter: RecordCounter, progress: Progress
+) -> RecordGroups:
+    """The first pass: what can be used goes into `groups`, the rest into the ledger."""
     task = progress.task("read records", unit="records")
-    for ordinal, (position, value) in enumerate(records.scan()):
+    for ordinal, value in enumerate(records.scan()):
         try:
             record = parse_record(value, ordinal, root)
         except UnusableSample as why:
             ledger.skip(ordinal, record_id(value, ordinal), why)
         else:
             counter.add(record)
-            groups.setdefault(record.image_names or ordinal, []).append((ordinal, position))
+            groups.add(ordinal, record)
         if (ordinal + 1) % _RECORDS_BETWEEN_REPORTS == 0:
             task.update(done=ordinal + 1)
     task.remove()
-    return list(groups.values())
+    return groups
 
 
 class _Packer:
@@ -129,56 +143,66 @@ class _Packer:
         self.images: set[str] = set()
         self.num_samples = self.num_text_only = 0
 
-    def pack(self, groups: Sequence[list[_Row]], staged: StagedFolder, progress: Progress) -> None:
+    def pack(self, groups: RecordGroups, staged: StagedFolder, progress: Progress) -> None:
         """Write the shards of `groups` into the staging folder, or raise TooManySkipped."""
-        total = sum(map(len, groups))
-        num_records = total + len(self._ledger)
+        num_records = groups.num_records + len(self._ledger)
         num_bytes = 0
-        task = progress.task("pack", total)
+        task = progress.task("pack", groups.num_records)
         with SampleShardWriter(staged.path, self._config.max_samples_per_shard, self._config.max_shard_bytes) as writer:
-            for rows in groups:
-                first = self._reload(*rows[0])
-                names, images = first.image_names, self._read_images(first, rows)
+            for group, first in self._first_records(groups):
+                rows = chain([(group.first, first.as_json())], groups.others(group))
+                images = self._read_images(first, rows)
                 # Past the limit nothing more is written; the rest is still read, for the ledger.
                 if images is not None and not self._over_limit(num_records):
-                    self.images.update(names)
-                    self.num_samples += len(rows)
-                    self.num_text_only += 0 if names else len(rows)
-                    for samples in self._samples(rows, images):
+                    self.images.update(group.image_names)
+                    self.num_samples += len(group)
+                    self.num_text_only += 0 if group.image_names else len(group)
+                    while samples := self._next_samples(rows, images):
                         writer.add_group(samples)
                     num_bytes += sum(map(len, images))
                 task.update(note=f"{num_bytes / 1e6:,.1f} MB")
-                task.advance(len(rows))
+                task.advance(len(group))
             if self._over_limit(num_records) or not self.num_samples:
                 self._ledger.write(staged.ledger_of_refusal)
                 raise self._ledger.refusal(num_records, self._config.max_skipped_fraction, staged.ledger_of_refusal)
 
+    def _first_records(self, groups: RecordGroups) -> Iterator[tuple[RecordGroup, LlavaRecord]]:
+        """Each group with its first record, which is read once more for its images."""
+        numbered = enumerate(self._records.scan())
+        for group in groups:
+            value = next((value for ordinal, value in numbered if ordinal == group.first), None)
+            if value is None:
+                raise _changed(group.first, "it is no more there")
+            try:
+                first = parse_record(value, group.first, self._root)
+            except UnusableSample as why:
+                raise _changed(group.first, str(why)) from why
+            if first.image_names != group.image_names:
+                raise _changed(group.first, "it has other images")
+            yield group, first
+
     def _over_limit(self, num_records: int) -> bool:
         return self._ledger.exceeds(num_records, self._config.max_skipped_fraction)
 
-    def _read_images(self, first: LlavaRecord, rows: list[_Row]) -> tuple[bytes, ...] | None:
+    def _read_images(self, first: LlavaRecord, rows: Iterator[_Row]) -> tuple[bytes, ...] | None:
         """The images of a group, of which `first` is the first record; None if one cannot be used."""
         try:
             return tuple(self._folder.read(image.name, image.data) for image in first.images)
         except UnusableSample as why:
-            for ordinal, position in rows:
-                self._ledger.skip(ordinal, self._reload(ordinal, position).id, why)
+            for ordinal, record in rows:
+                self._ledger.skip(ordinal, record["id"], why)
             return None
 
-    def _samples(self, rows: list[_Row], images: tuple[bytes, ...]) -> Iterator[list[StoredSample]]:
-        """A group's samples, at most as many at a time as fit into one shard."""
-        step = self._config.max_samples_per_shard
-        for start in range(0, len(rows), step):
-            yield [
-                StoredSample(f"{ordinal:09d}", self._reload(ordinal, position).as_json(), images)
-                for ordinal, position in rows[start : start + step]
-            ]
+    def _next_samples(self, rows: Iterator[_Row], images: tuple[bytes, ...]) -> list[StoredSample]:
+        """The group's next samples, at most as many as fit into one shard."""
+        return [
+            StoredSample(f"{ordinal:09d}", record, images)
+            for ordinal, record in islice(rows, self._config.max_samples_per_shard)
+        ]
 
-    def _reload(self, ordinal: int, position: tuple[int, ...]) -> LlavaRecord:
-        try:
-            return parse_record(self._records.load(position), ordinal, self._root)
-        except UnusableSample as why:
-            raise UserError(
-                f"record {ordinal} was fine when first read and now is not ({why}): "
-                "the data file changed while it was packed; run again"
-            ) from why
+
+def _changed(ordinal: int, how: str) -> UserError:
+    return UserError(
+        f"record {ordinal} was fine when first read and now is not ({how}): "
+        "the data file changed while it was packed; run again"
+    )

@@ -17,7 +17,8 @@ class RecordCounts(StrictModel):
     """Of all records whose JSON can be used, also of those whose images cannot."""
 
     num_unread: dict[str, int] = Field(default_factory=dict)
-    """Records that have a key which is not read, by key; `turn.` and `part.` are keys inside a conversation."""
+    """Records that have a key which is not read, by key; before it stands what has it, as in `turn.`, `part.` and
+    `image.`, if that is not the record itself."""
     num_repeated_records: int = 0
     """Records whose images and conversation are those of an earlier one."""
     num_repeated_ids: int = 0

@@ -1,14 +1,14 @@
 """An output folder that appears complete or not at all, and is never mixed from two data sets."""
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from storage.errors import CorruptData, UserError
+from storage.digests import parse_object
+from storage.errors import UserError
 from storage.regular_files import read_regular, refuse_unusable
 from storage.samples.index import MAX_INDEX_BYTES
-from storage.samples.sample_set import SampleSet
 from storage.stores.folder_owner import LOCK_FILE, owned
 
 INDEX = "index.json"
@@ -58,6 +58,25 @@ class StagedFolder:
         """Where a refused run leaves its ledger: it never replaces the one of a finished data set."""
         return self.out / ("skipped.refused.jsonl" if self.holds_index else LEDGER)
 
+    def refuse_other_limits(self, max_samples_per_shard: int, max_shard_bytes: int) -> None:
+        """Refuses shards of another size than those of a finished data set, if its report has their limits.
+
+        Raises:
+            UserError: If they have others; says how to pack the same shards again.
+        """
+        limits = {"max_samples_per_shard": max_samples_per_shard, "max_shard_bytes": max_shard_bytes}
+        report: dict[str, Any] = {}
+        # Without it the shards are compared when all are there.
+        with suppress(FileNotFoundError, UserError):
+            report = parse_object(read_regular(self.out / REPORT), str(self.out / REPORT), "pack again")
+        former = {name: report.get(name, limit) for name, limit in limits.items()}
+        if self.holds_index and former != limits:
+            raise UserError(
+                f"{self.out} already holds shards of at most {former['max_samples_per_shard']} samples and "
+                f"{former['max_shard_bytes']} bytes, now {max_samples_per_shard} and {max_shard_bytes}, and targets "
+                "belong to shards; pack into a new folder, or with the former --samples-per-shard and --shard-bytes"
+            )
+
     def publish(self) -> None:
         """Move everything to `out`.
 
@@ -66,23 +85,10 @@ class StagedFolder:
         """
         # The index has every shard's sha256: equal indices, equal data. Moving then also mends lost shards.
         if self.holds_index and _index_of(self.out) != _index_of(self.path):
-            raise UserError(f"{self.out} already holds {self._difference()}; pack into a new folder, or remove it")
+            found = f"{self.out} already holds another data set, or this one in other shards ({INDEX} differs)"
+            raise UserError(f"{found}; pack into a new folder, or remove it")
         for path in sorted(self.path.iterdir(), key=lambda path: (path.name == INDEX, path.name)):
             path.replace(self.out / path.name)
-
-    def _difference(self) -> str:
-        """What the finished data set in `out` is, beside the one that was packed now."""
-        there, here = SampleSet.open(self.out), SampleSet.open(self.path)
-        try:
-            same = _contents(there) == _contents(here)
-        except CorruptData:
-            same = False
-        if not same:
-            return f"another data set ({INDEX} differs)"
-        return (
-            f"these samples in shards of another size ({len(there.index.shards)}, now {len(here.index.shards)}), and "
-            "targets belong to shards: to keep those, pack with the former --samples-per-shard and --shard-bytes"
-        )
 
     def _clear_leftovers(self) -> None:
         leftovers = [*self.out.glob(SHARDS), *self.out.glob(TABLES)] if self.path.exists() else []
@@ -94,12 +100,6 @@ class StagedFolder:
             path.unlink()
         if self.path.exists():
             shutil.rmtree(self.path)
-
-
-def _contents(samples: SampleSet) -> list[tuple[str, list[int], int]]:
-    """Each sample's key, bytes of its members and checksum, whichever shard it is in."""
-    members = (one for shard in range(len(samples.index.shards)) for one in samples.members(shard))
-    return sorted((one.key, [size for _, size in one.spans], one.crc32) for one in members)
 
 
 def _index_of(folder: Path) -> bytes:

@@ -270,7 +270,8 @@ def make_data(root: Path) -> None:
     (root / "data.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
     table = pyarrow.Table.from_pylist([{**record, "image": {"bytes": b"123", "path": None}}] * 3)
     parquet.write_table(table, root / "data.parquet", row_group_size=2)
-    save_rows(table, root / "saved")
+    kinds = pyarrow.array(["é", "b", "é"]).dictionary_encode()
+    save_rows(table.append_column("kind", kinds), root / "saved")
     pair = {"filename": "a.png", "caption": "a", "negative_caption": "b"}
     (root / "pairs/kind.json").write_text(json.dumps({"0": pair}))
     (root / "pairs/images/a.png").write_bytes(b"")
@@ -282,8 +283,8 @@ def read_data(root: Path) -> None:
     load_suite("sugarcrepe", SuiteConfig(data=root / "pairs"))
     read_keys(root / "keys.txt")
     for name in ("data.json", "data.jsonl", "data.jsonl.gz", "data.parquet", "saved"):
-        with open_source(root / name, root) as source:
-            for ordinal, (_, record) in enumerate(source.scan()):
+        with open_source(root / name) as source:
+            for ordinal, record in enumerate(source.scan()):
                 try:
                     parse_record(record, ordinal, root)
                 except UnusableSample as error:

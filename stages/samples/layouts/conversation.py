@@ -14,8 +14,8 @@ from stages.conversations.turns import (
     role_of,
     shorten,
 )
-from stages.samples.layouts.fields import CONVERSATION_KEYS, READ_KEYS, UnreadKeys, is_empty
-from stages.samples.layouts.images import ImageRef, parse_image, parse_images
+from stages.samples.layouts.fields import CONVERSATION_KEYS, MAX_NAMES, READ_KEYS, UnreadKeys, is_empty, shown_keys
+from stages.samples.layouts.images import SOURCE_KEYS, ImageRef, parse_image
 from stages.unusable_sample import UnusableSample
 
 _TURN_KEYS: Final = ("from", "role", "value", "content")
@@ -34,7 +34,7 @@ def layout_of(record: Mapping[str, object]) -> str:
     """
     there = [key for key in CONVERSATION_KEYS if key in record]
     if not there:
-        found, known = shorten(list(record)), ", ".join(CONVERSATION_KEYS)
+        found, known = shown_keys(*list(record)[:MAX_NAMES]), ", ".join(CONVERSATION_KEYS)
         raise UnusableSample("unknown_layout", f"it has the keys {found}; turns are read from one of {known}")
     filled = [key for key in there if not is_empty(record[key])]
     if len(filled) > 1:
@@ -80,10 +80,21 @@ class RecordReader:
         return self._with_all_images(checked)
 
     def _images_of_record(self) -> tuple[ImageRef, ...]:
-        one, several = (parse_images(self._record.get(key), self._root) for key in ("image", "images"))
+        one, several = (self._images_of(self._record.get(key)) for key in ("image", "images"))
         if one and several and one != several:
             raise UnusableSample("unread_field", "images beside image: they differ")
         return one or several
+
+    def _images_of(self, found: object) -> tuple[ImageRef, ...]:
+        """One image, a list, or nothing."""
+        if found is False or is_empty(found):
+            return ()
+        return tuple(self._image(each, "image") for each in (found if isinstance(found, list | tuple) else (found,)))
+
+    def _image(self, found: object, where: str) -> ImageRef:
+        if isinstance(found, Mapping):
+            self._unread.leave(found, SOURCE_KEYS, where, learned=True)
+        return parse_image(found, self._root)
 
     def _entries(self) -> list[Mapping[object, object]]:
         found = self._record[self._layout]
@@ -99,10 +110,12 @@ class RecordReader:
 
     def _turns_of_roles(self) -> list[Turn]:
         """`conversations` with from and value, `messages` with role and content."""
-        turns = []
+        turns: list[Turn] = []
         for index, entry in enumerate(self._entries()):
             role = role_of(_only(entry, "from", "role"), index)
-            self._unread.leave(entry, _TURN_KEYS, f"turn {index}", learned=role == "gpt")
+            # An answer before the first question is left out, whatever its weight.
+            is_left_out = role == "gpt" and all(turn.role == "system" for turn in turns)
+            self._unread.leave(entry, _TURN_KEYS, f"turn {index}", learned=None if is_left_out else role == "gpt")
             turns.append(Turn(role, self._text(_only(entry, "value", "content"), index, is_question=role == "human")))
         return turns
 
@@ -173,15 +186,15 @@ class RecordReader:
             raise UnusableSample("unread_field", f"a part of turn {index} of type {shorten(kind)} is not read")
         if filled == ["text"]:
             raise UnusableSample("unread_field", f"an image part of turn {index} has text beside it")
-        self._place(part)
+        self._place(part, index)
         return f"{PLACEHOLDER}\n"
 
-    def _place(self, part: Mapping[object, object]) -> None:
-        """The image of a part: its own, the one of the list that it gives the index of, or the next of the list."""
+    def _place(self, part: Mapping[object, object], turn: int) -> None:
+        """The image of a turn's part: its own, the one of the list that its index names, or the next of the list."""
         own = [part[key] for key in _IMAGE_KEYS if not is_empty(part.get(key))]
         index = part.get("index")
         if own:
-            self.images.append(parse_image(own[0], self._root))
+            self.images.append(self._image(own[0], f"image of turn {turn}"))
         elif index is not None and index != self._next:
             raise UnusableSample(
                 "bad_image_field", f"an image part has index {shorten(index)}, expected {self._next}, the next"

@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from stages.conversations.turns import shorten
 from stages.unusable_sample import UnusableSample
+from storage.printable import printable
 
 CONVERSATION_KEYS: Final = ("conversations", "messages", "texts")
 """Each holds the turns, in a layout of its own."""
@@ -46,9 +46,30 @@ MAX_NAMES: Final = 100
 """Names of unread keys that are counted each by itself: a stranger's file may have a million."""
 
 
+_SWITCHES: Final = frozenset({"chosen", "enable_thinking", "kto_tag", "reasoning", "rejected", "thinking"})
+"""Input keys under which `false` says something. Under the others, such as `tools`, it says that there are none."""
+
+_MAX_SHOWN: Final = 80
+
+
 def is_empty(value: object) -> bool:
-    """Whether a value says nothing: tables have a column for what only some of their rows have."""
-    return value is None or (isinstance(value, str | list | tuple | dict | bytes) and not value)
+    """Whether a value holds nothing, at any depth: tables have a column for what only some of their rows have."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, Mapping):
+            left.extend(each.values())
+        elif isinstance(each, list | tuple):
+            left.extend(each)
+        elif each is not None and each not in ("", b""):
+            return False
+    return True
+
+
+def shown_keys(*keys: object) -> str:
+    """Names of keys as a message has them: at most 80 characters, with escapes for what would not be seen."""
+    text = printable(", ".join(map(str, keys)))
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 class UnreadKeys:
@@ -57,8 +78,12 @@ class UnreadKeys:
     def __init__(self) -> None:
         self.names: set[str] = set()
 
-    def leave(self, fields: Mapping[Any, object], read: Collection[str], where: str = "", *, learned: bool) -> None:
+    def leave(
+        self, fields: Mapping[Any, object], read: Collection[str], where: str = "", *, learned: bool | None
+    ) -> None:
         """Leaves all keys of `fields` but those that are `read`; `where` names the part of the record.
+
+        Whether it is `learned` is what keys of the loss are compared with; None if it is not used at all.
 
         Raises:
             UnusableSample: If a key that is left may not be ignored; names it.
@@ -66,9 +91,10 @@ class UnreadKeys:
         for key, value in fields.items():
             if key in read or is_empty(value):
                 continue
-            name = str(key).lower()
-            shown = shorten(key)[1:-1]
-            of_loss = name in LOSS_KEYS and value != int(learned != (name == "ignore_loss"))
+            name, shown = str(key).lower(), shown_keys(key)
+            if value is False and name in INPUT_KEYS - _SWITCHES:
+                continue
+            of_loss = learned is not None and name in LOSS_KEYS and value != int(learned != (name == "ignore_loss"))
             if _is_input(name, value) or name in read or of_loss or _holds_bytes(value):
                 inside = f" of {where}" if where else ""
                 raise UnusableSample("unread_field", f"{shown}{inside} is not read, and changes what is learned")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from stages.conversations.turns import is_unicode, shorten
 from stages.samples.layouts.fields import is_empty
@@ -14,7 +15,10 @@ from stages.unusable_sample import UnusableSample
 
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w=.-]+)*;base64,(?P<data>.*)", re.DOTALL | re.IGNORECASE)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_SOURCE_KEYS = ("bytes", "path", "url")
+_FILE_URL = re.compile(r"file:(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
+"""What stands before the path in a URL of a file here: `file://`, `file://localhost` or `file:`."""
+SOURCE_KEYS = ("bytes", "path", "url")
+"""Keys of an object that is an image; the first that is filled counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +31,24 @@ class ImageRef:
     """The encoded image, if the record holds it."""
 
 
-def parse_images(found: object, root: Path | None) -> tuple[ImageRef, ...]:
-    """The images of `image` or `images`: one, a list, or nothing; absolute paths must lie in the folder `root`.
+def parse_image(found: object, root: Path | None) -> ImageRef:
+    """One image: a path, a `file://` or data URL, bytes, or an object that has one of them.
 
     Raises:
-        UnusableSample: If one is no path, no bytes and no data URL, or a path that leads out of the image folder.
+        UnusableSample: If it is none of these, or a path that is not in the folder `root`.
     """
-    if is_empty(found):
-        return ()
-    return tuple(parse_image(each, root) for each in (found if isinstance(found, list | tuple) else (found,)))
-
-
-def parse_image(found: object, root: Path | None) -> ImageRef:
-    """As `parse_images`, of one image: a path, a data URL, bytes, or an object that has one of them."""
     if isinstance(found, Mapping):
-        found = next((found[key] for key in _SOURCE_KEYS if not is_empty(found.get(key))), found)
+        found = next((found[key] for key in SOURCE_KEYS if not is_empty(found.get(key))), found)
     if isinstance(found, bytes):
         return ImageRef(f"sha256:{sha256(found).hexdigest()}", found)
     if not isinstance(found, str) or not found.strip():
         raise UnusableSample("bad_image_field", f"image is {shorten(found)}, expected a path or a list of paths")
     if found[:5].lower() == "data:":
         return parse_image(_decoded(found), root)
-    return ImageRef(_relative(found.removeprefix("file://"), root))
+    if url := _FILE_URL.match(found):
+        # Bytes that are no UTF-8 become what no file can be named, so that it is said.
+        found = unquote(found[url.end() :], errors="surrogateescape")
+    return ImageRef(_relative(found, root))
 
 
 def _decoded(url: str) -> bytes:

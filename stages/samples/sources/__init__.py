@@ -1,1 +1,1 @@
-"""Data files: their records in order, and each of them once more."""
+"""Data files: their records in order."""

@@ -1,7 +1,7 @@
 """Opens what the user names as data, by its content: JSON list or lines, packed with gzip or not, Parquet, Arrow."""
 
 import gzip
-import tempfile
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,10 @@ from storage.errors import UserError
 from storage.regular_files import is_folder, open_regular
 
 EXPECTED = "a JSON list, JSON lines, either of them as .gz, Parquet, or a folder of a saved data set"
-MAX_UNPACKED_BYTES = 2**40
-"""Most bytes that a .gz may become."""
+MAX_UNPACK_RATIO = 200
+"""Times its own size that a .gz may become: conversations shrink to a tenth, nothing but blanks to a thousandth."""
+MIN_UNPACK_BYTES = 2**30
+"""What a .gz may become however small it is."""
 
 _HEAD_BYTES = 64 * 2**10
 _OTHERS = {
@@ -31,32 +33,22 @@ _OTHERS = {
 
 
 class Source(Protocol):
-    """A data file that is read twice: once through to learn what is in it, then record by record in another order."""
+    """The records of a data file, which can be read any number of times."""
 
-    def scan(self) -> Iterator[tuple[tuple[int, ...], object]]:
-        """Each record with its position; in place of one that cannot be read, the UnusableSample that says why."""
-
-    def load(self, position: tuple[int, ...], /) -> object:
-        """The record at a position once more.
-
-        Raises:
-            UnusableSample: If it cannot be read any more.
-        """
+    def scan(self) -> Iterator[object]:
+        """Each record in order; in place of one that cannot be read, the UnusableSample that says why."""
 
 
 @contextmanager
-def open_source(path: Path, scratch: Path | None = None) -> Iterator[Source]:
+def open_source(path: Path) -> Iterator[Source]:
     """The records of a data file or of a folder of a saved data set.
-
-    A gzip file is unpacked into a file without a name in the folder `scratch`, since its records are read in another
-    order later; without a `scratch` its records can only be scanned.
 
     Raises:
         UserError: If there is no such file, or it is none that is read.
     """
     if is_folder(path):
         streams = saved_streams(path)
-        yield from _closing(ArrowStreams(streams) if streams is not None else ParquetFiles(parquet_files(path)))
+        yield ArrowStreams(streams) if streams is not None else ParquetFiles(parquet_files(path))
         return
     try:
         file = open_regular(path)
@@ -65,39 +57,43 @@ def open_source(path: Path, scratch: Path | None = None) -> Iterator[Source]:
     with file:
         head = file.peek(8)[:8]
         if head.startswith(b"PAR1"):
-            yield from _closing(ParquetFiles([path]))
+            yield ParquetFiles([path])
         elif head.startswith(b"\xff\xff\xff\xff"):
-            yield from _closing(ArrowStreams([path]))
+            yield ArrowStreams([path])
         elif head.startswith(b"\x1f\x8b"):
-            with _unpacked(file, path, scratch) as unpacked:
-                yield _json_source(unpacked, path)
+            with _damage_named(path), _Unpacking(file, path) as unpacking:
+                yield _json_source(cast("BinaryIO", unpacking), path)
         else:
             yield _json_source(file, path)
 
 
-def _closing(tables: ArrowStreams | ParquetFiles) -> Iterator[Source]:
-    try:
-        yield tables
-    finally:
-        tables.close()
-
-
 @contextmanager
-def _unpacked(file: BinaryIO, path: Path, scratch: Path | None) -> Iterator[BinaryIO]:
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        with gzip.GzipFile(fileobj=file) as unpacking:
-            if scratch is None:
-                yield cast("BinaryIO", unpacking)
-                return
-            with tempfile.TemporaryFile(dir=scratch) as unpacked:
-                while piece := unpacking.read(2**20):
-                    if unpacked.tell() + len(piece) > MAX_UNPACKED_BYTES:
-                        raise UserError(f"{path} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes; split it")
-                    unpacked.write(piece)
-                unpacked.flush()
-                yield unpacked
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file, or cut short ({error}); fetch it again") from error
+
+
+class _Unpacking(gzip.GzipFile):
+    """What is in a gzip file, unpacked as it is read; refused once it is far larger than the file."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        super().__init__(fileobj=file)
+        self._path, self._packed_bytes = path, os.fstat(file.fileno()).st_size
+        self._max_bytes = max(MIN_UNPACK_BYTES, MAX_UNPACK_RATIO * self._packed_bytes)
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._bounded(super().read(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._bounded(super().readline(size))
+
+    def _bounded(self, data: bytes) -> bytes:
+        if self.tell() > self._max_bytes:
+            found = f"{self._path} has {self._packed_bytes:,} bytes and unpacks to more than {self._max_bytes:,}"
+            raise UserError(f"{found}, which conversations do not; if yours do, unpack it and name what comes out")
+        return data
 
 
 def _json_source(file: BinaryIO, path: Path) -> Source:

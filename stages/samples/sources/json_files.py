@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -21,9 +20,6 @@ _READ_AT_ONCE = 2**20
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
-Span = tuple[int, ...]
-"""First byte and number of bytes of a record in its file."""
-
 
 class _JsonFile:
     """A file of JSON records from byte `start` on; `name` is for messages."""
@@ -31,21 +27,12 @@ class _JsonFile:
     def __init__(self, file: BinaryIO, name: str, start: int = 0) -> None:
         self._file, self._name, self._start = file, name, start
 
-    def load(self, position: Span) -> object:
-        """The record at `position` once more, not validated.
-
-        Raises:
-            UnusableSample: If it is not JSON in UTF-8.
-        """
-        offset, num_bytes = position
-        return _parsed(os.pread(self._file.fileno(), num_bytes, offset), offset)
-
 
 class JsonLines(_JsonFile):
     """One JSON record a line. Blank lines are no records."""
 
-    def scan(self) -> Iterator[tuple[Span, object]]:
-        """Each record with its position; in place of one that cannot be read, the UnusableSample that says why."""
+    def scan(self) -> Iterator[object]:
+        """Each record; in place of one that cannot be read, the UnusableSample that says why."""
         offset = self._start
         self._file.seek(offset)
         while line := self._file.readline(MAX_RECORD_BYTES + 1):
@@ -56,14 +43,14 @@ class JsonLines(_JsonFile):
                 offset += len(line)
                 is_blank = is_blank and not line.strip()
             if not is_blank:
-                yield (start, offset - start), _parsed_or_why(record, start)
+                yield _parsed(record, start)
 
 
 class JsonList(_JsonFile):
     """One JSON list of records; as much of it is in memory as its largest record takes."""
 
-    def scan(self) -> Iterator[tuple[Span, object]]:
-        """Each record with its position.
+    def scan(self) -> Iterator[object]:
+        """Each record; one that is too long comes as `UnusableSample`.
 
         Raises:
             UserError: If the file is not one JSON list in UTF-8, at the first place where it is not.
@@ -75,9 +62,7 @@ class JsonList(_JsonFile):
             ended = text.next_char() == "]"
             while not ended:
                 text.next_char()
-                start = text.offset
-                value = text.take_value()
-                yield (start, text.offset - start), value
+                yield text.take_value()
                 if not (ended := text.next_char() == "]"):
                     text.take(",")
             text.take("]")
@@ -166,22 +151,15 @@ def _too_long(offset: int) -> UnusableSample:
     return UnusableSample("line_too_long", f"over {MAX_RECORD_BYTES:,} bytes at byte {offset}")
 
 
-def _parsed_or_why(line: bytes, offset: int) -> object:
-    try:
-        return _parsed(line, offset)
-    except UnusableSample as why:
-        return why
-
-
 def _parsed(line: bytes, offset: int) -> object:
     if len(line) > MAX_RECORD_BYTES:
-        raise _too_long(offset)
+        return _too_long(offset)
     try:
         value: object = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UnusableSample("not_utf8", f"at byte {offset + error.start}") from error
+        return UnusableSample("not_utf8", f"at byte {offset + error.start}")
     except json.JSONDecodeError as error:
-        raise UnusableSample("bad_json_line", f"{error.msg} at byte {offset}, column {error.colno}") from error
+        return UnusableSample("bad_json_line", f"{error.msg} at byte {offset}, column {error.colno}")
     except (ValueError, RecursionError) as error:
-        raise UnusableSample("bad_json_line", f"{error} at byte {offset}") from error
+        return UnusableSample("bad_json_line", f"{error} at byte {offset}")
     return value

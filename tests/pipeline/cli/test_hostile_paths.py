@@ -64,14 +64,28 @@ def test_a_path_that_cannot_be_is_one_message(
 
 
 @pytest.mark.parametrize("option", ["--report", "--html"])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("images", "images is a folder, expected a file to save a report in"),
+        ("file/x", "file/x leads through file, which is a file; name a file in a folder"),
+        ("file/y/x", "file/y/x leads through file, which is a file; name a file in a folder"),
+    ],
+)
 def test_a_report_that_cannot_be_saved_is_refused_before_the_work(
-    option: str, places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str,
+    path: str,
+    message: str,
+    places: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(places)
-    command = ("compare-attention", "nowhere", "--samples", "s", "--targets", "t", option, "images")
+    Path("file").touch()
+    command = ("compare-attention", "nowhere", "--samples", "s", "--targets", "t", option, path)
     ended = run_here(*command, monkeypatch=monkeypatch, capsys=capsys)
     assert (ended.code, ended.out) == (2, "")
-    assert "images is a folder, expected a file to save a report in" in ended.err
+    assert message in ended.err
 
 
 def test_a_path_that_is_not_utf8_is_refused_before_the_work(

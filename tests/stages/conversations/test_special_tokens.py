@@ -151,6 +151,18 @@ def test_the_end_that_the_template_writes_is_known_beside_that_of_the_tokenizer(
     assert processor.tokenizer.decode(marked(inside)) == "A <|im_end|> b.<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE_OF_LLAVA_1_5])
+def test_an_answer_that_is_only_an_end_is_none(template: str, processor: Any) -> None:
+    processor.chat_template = template
+    encoder = encoder_of(processor)
+    for answer in (END, f" {END}\n{END} "):
+        with pytest.raises(UnusableSample, match=r"answer_missing: turn 3 \(gpt\) is nothing but an end token"):
+            encoder.encode(turns("<image>\nWhat?", "Red.", "Why?", answer), pictures(1))
+    # Of a question it is the text, and earlier answers of a prompt are as the model gave them.
+    assert encoder.encode(turns(f"<image>\n{END}", "Red."), pictures(1)).answer_mask.any()
+    encoder.encode_prompt("And?", [], turns("What?", END))
+
+
 def test_an_end_is_kept_where_the_template_writes_none(processor: Any) -> None:
     processor.chat_template = CHAT_TEMPLATE_OF_LLAVA_1_5
     encoded = encoder_of(processor).encode(turns("<image>\nWhat?", f"A {PAD}.{END}", "Why?", "So."), pictures(1))

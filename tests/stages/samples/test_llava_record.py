@@ -14,6 +14,7 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     "null": (None, "not_an_object"),
     "an id that is a list": ({**GOOD, "id": ["x"]}, "bad_id"),
     "an id that is true": ({**GOOD, "id": True}, "bad_id"),
+    "an id that is a fraction": ({**GOOD, "id": 1.5}, "bad_id"),
     "half a surrogate pair in the id": ({**GOOD, "id": "\ud800"}, "bad_id"),
     "no conversation": ({"id": "x"}, "unknown_layout"),
     "an empty conversation beside none": ({"id": "x", "messages": None}, "empty_conversation"),

@@ -339,17 +339,26 @@ def test_another_data_set_is_never_mixed_in(llava: LlavaFolder, tmp_path: Path) 
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_the_same_samples_in_shards_of_another_size_are_called_that(llava: LlavaFolder, tmp_path: Path) -> None:
+def test_shards_of_another_size_are_refused_before_a_record_is_packed(llava: LlavaFolder, tmp_path: Path) -> None:
     source, out = llava.write_json([record("x", "a.jpg"), record("y", "b.png"), record("t")]), tmp_path / "out"
     pack_samples(source, llava.images, out)
     before = data_bytes(out)
-    with pytest.raises(UserError, match=r"already holds these samples in shards of another size \(1, now 3\)"):
-        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1))
+    for other in ({"max_samples_per_shard": 1}, {"max_shard_bytes": 9999}):
+        progress = RecordedProgress()
+        limits = {"max_samples_per_shard": 512, "max_shard_bytes": 268435456}
+        had, has = ("{max_samples_per_shard} .*{max_shard_bytes}".format_map(each) for each in (limits, limits | other))
+        with pytest.raises(
+            UserError, match=f"already holds shards of at most {had} bytes, now {has}, .* former --samp"
+        ):
+            pack_samples(source, llava.images, out, PackConfig(**other), progress)
+        assert progress.tasks == []
     assert data_bytes(out) == before
-    # What the difference is cannot be told of samples that are damaged.
-    (out / "samples-000000.json").unlink()
-    with pytest.raises(UserError, match="already holds another data set"):
-        pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1))
+    # Without the report the limits cannot be told, and shards are compared when they are there.
+    for damage in ("{", "[]", "{}", None):
+        (out / "pack-report.json").write_text(damage) if damage else (out / "pack-report.json").unlink()
+        with pytest.raises(UserError, match="already holds another data set, or this one in other shards"):
+            pack_samples(source, llava.images, out, PackConfig(max_samples_per_shard=1))
+    assert pack_samples(source, llava.images, out).num_shards == 1
 
 
 def test_a_refused_run_over_a_finished_folder_leaves_its_ledger_beside_the_good_one(
@@ -462,13 +471,19 @@ def test_progress_ends_with_every_sample_and_its_image_bytes(
 
 
 def test_a_data_file_that_changes_between_the_passes_is_noticed(llava: LlavaFolder, tmp_path: Path) -> None:
-    source = llava.write_lines([json.dumps(record("x", "a.jpg")).encode(), json.dumps(record("t")).encode()])
+    # More than a reader holds in its buffer.
+    lines = [json.dumps(record("x" * 50_000, name)).encode() for name in ("a.jpg", "b.png", None)]
 
-    def spoil(name: str, done: float) -> None:
-        source.write_bytes(b"{" * source.stat().st_size)
-
-    with pytest.raises(UserError, match="changed while it was packed"):
-        pack_samples(source, llava.images, tmp_path / "out", progress=RecordedProgress(spoil))
+    changes = {
+        "bad_json_line": [lines[0], b"{" * 50_000],
+        "it has other images": [lines[0], lines[2], lines[1]],
+        "it is no more there": lines[:2],
+    }
+    for how, spoiled in changes.items():
+        source = llava.write_lines(lines)
+        progress = RecordedProgress(lambda _, done, spoiled=spoiled: done == 1 and llava.write_lines(spoiled))
+        with pytest.raises(UserError, match=f"{how}.*changed while it was packed"):
+            pack_samples(source, llava.images, tmp_path / "out", progress=progress)
 
 
 def test_paths_that_start_at_the_folder_above_say_so(llava: LlavaFolder, tmp_path: Path) -> None:

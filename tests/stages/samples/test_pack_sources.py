@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 from pyarrow import parquet
 
 from stages.samples.layouts.fields import MAX_NAMES
+from stages.samples.llava_record import LlavaRecord
 from stages.samples.pack import PackConfig, pack_samples
 from stages.samples.record_counts import RecordCounts
+from stages.samples.record_groups import RecordGroups
 from storage.errors import UserError
 from tests.stages.samples.llava_data import LlavaFolder, bomb_png, image_bytes, record, turns
 from tests.stages.samples.saved_rows import save_rows
@@ -97,6 +100,64 @@ def test_rows_that_hold_their_images_are_packed_without_a_folder_and_equal_image
         "conversations": turns("<image>\n<image>\nq1", "a", "q1", "a"),
     }
     assert (report.num_images, report.num_text_only) == (3, 1)
+
+
+def write_rows_with_images_far_apart(llava: LlavaFolder, num_rows: int) -> Path:
+    """One row group in which each image comes twice, half of the rows apart."""
+    pictures = [{"bytes": image_bytes(n, size=4 + n // 256), "path": None} for n in range(num_rows // 2)]
+    rows = [
+        {"images": [image], "texts": [{"user": f"q{turn}", "assistant": "a"}]}
+        for turn in range(2)
+        for image in pictures
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), llava.root / "far.parquet")
+    return llava.root / "far.parquet"
+
+
+def test_rows_of_a_table_are_decoded_at_most_twice_however_far_apart_an_image_comes_again(
+    llava: LlavaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def counted(table: parquet.ParquetFile, *args: Any, **more: Any) -> Iterator[pyarrow.RecordBatch]:
+        for batch in iter_batches(table, *args, **more):
+            decoded.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    for num_rows in (64, 256):
+        decoded.clear()
+        source = write_rows_with_images_far_apart(llava, num_rows)
+        assert pack_samples(source, None, tmp_path / f"out {num_rows}").num_images == num_rows // 2
+        # The first look takes 20 rows, the first pass all, the second those up to the last image that is new.
+        assert sum(decoded) == 32 + num_rows + num_rows // 2
+    (samples,) = read_shards(tmp_path / "out 256")
+    assert [int(sample.key) for sample in samples[:4]] == [0, 128, 1, 129]
+    assert [sample.record["conversations"][0]["value"] for sample in samples[:2]] == ["<image>\nq0", "<image>\nq1"]
+
+
+def test_disk_holds_the_text_of_further_records_about_an_image_and_no_image_while_packing(
+    llava: LlavaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    add = RecordGroups.add
+
+    def recorded(self: RecordGroups, ordinal: int, record: LlavaRecord) -> None:
+        add(self, ordinal, record)
+        self._file.seek(0)
+        written.append(self._file.read())
+
+    monkeypatch.setattr(RecordGroups, "add", recorded)
+    large = image_bytes(1, "BMP", 64)
+    rows = [{"image": large, "messages": [{**CHAT[0], "content": f"q{n}"}, CHAT[1]]} for n in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), llava.root / "rows")
+    pack_samples(llava.root / "rows", None, tmp_path / "out")
+    assert written[0] == b""
+    assert b"q0" not in written[2]
+    assert b"q1" in written[2]
+    assert b"q2" in written[2]
+    assert len(written[2]) < 500 < len(large)
 
 
 def test_the_same_records_give_the_same_shards_whatever_file_they_come_in(llava: LlavaFolder, tmp_path: Path) -> None:

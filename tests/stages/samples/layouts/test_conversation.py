@@ -35,7 +35,15 @@ OF_ONE_IMAGE: dict[str, dict[str, Any]] = {
     "images": {"images": ["a.png"], "conversations": turns("<image>\nWhat?", "red")},
     "images that no turn names": {"images": ["a.png"], "conversations": turns("What?", "red")},
     "an absolute path": {"image": "/data/images/a.png", "conversations": turns("<image>\nWhat?", "red")},
-    "a file URL": {"image": "file:///data/images/a.png", "conversations": turns("<image>\nWhat?", "red")},
+    **{
+        f"the file URL {url}": {"image": url, "conversations": turns("<image>\nWhat?", "red")}
+        for url in (
+            "file:///data/images/a.png",
+            "file://localhost/data/images/a.png",
+            "FILE:/data/images/%61.png",
+            "file://a.png",
+        )
+    },
     "a path in a table's image": {
         "image": {"bytes": None, "path": "a.png"},
         "conversations": turns("<image>\nWhat?", "red"),
@@ -56,6 +64,13 @@ OF_ONE_IMAGE: dict[str, dict[str, Any]] = {
     "texts": {"images": ["a.png"], "texts": [{"user": "What?", "assistant": "red", "source": "s"}]},
     "texts as an object of lists": {"images": ["a.png"], "texts": {"user": ["What?"], "assistant": ["red"]}},
 }
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
 
 
 def stored(value: dict[str, Any]) -> dict[str, object]:
@@ -140,9 +155,11 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "no loss on an answer": ({"conversations": [LEARNED[0], {**LEARNED[1], "loss": False}]}, "loss of turn 1"),
     "loss on a question": ({"conversations": [{**LEARNED[0], "loss": True}, LEARNED[1]]}, "loss of turn 0"),
     "images of a turn": ({"messages": [{"role": "user", "content": "q", "images": ["a"]}]}, "images of turn 0"),
-    "a call of a tool": ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls of turn 0"),
+    "a call of a tool": ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "tool_calls of turn 0"),
     "a part of another type": (messages([part("video", video="a.mp4")]), "video of part of turn 0"),
     "a part of a type of its own": (messages([part("box", box=[1])]), "'box'"),
+    "pixels of an image": (messages([part("image", image={"url": "a.png", "min_pixels": 9})]), "of image of turn 0"),
+    "pixels of a record's image": (messages("q", image={"path": "a.png", "max_pixels": 9}), "max_pixels of image"),
     "pixels of a part": (messages([part("image", image="a.png", max_pixels=9)]), "max_pixels of part of turn 0"),
     "an image of a further name": (messages("q", image_1="a.png"), "image_1"),
     "a video of a further name": (messages("q", video_file="a.mp4"), "video_file"),
@@ -180,10 +197,62 @@ def unread(value: dict[str, Any]) -> frozenset[str]:
 def test_other_keys_are_collected() -> None:
     value: dict[str, Any] = {"source": "s", "empty": [], "width": 3, "weight": 1.0, "é": 1, "conversations": LEARNED}
     value["conversations"] = [{**LEARNED[0], "loss": 0, "time": 5}, {**LEARNED[1], "loss": True, "weight": 1}]
-    assert unread(value) == {"source", "width", "turn.time", "\\xe9"}
+    assert unread(value) == {"source", "width", "turn.time", "é"}
     assert unread(messages([part("text", text="q", cache=1)])) == {"part.cache"}
+    of_images = {"path": "a.png", "detail": "low", "note": None}
+    assert unread(messages([part("image_url", image_url=of_images)])) == {"image.detail"}
+    assert unread(messages("q", images=[of_images])) == {"image.detail"}
     rated = {"image_1": 0.5, "image_correspondence_ratings": [4, 5], "image_id": "17", "video_length": 3.5}
     assert unread(messages("q", **rated)) == set(rated)
+
+
+def test_keys_are_shown_in_their_own_letters_and_with_escapes_for_what_is_not_seen() -> None:
+    keys = {
+        "题目": "题目",
+        "a\x1b[2J": r"a\x1b[2J",
+        "\u202eb": r"\u202eb",
+        "\ud800": r"\ud800",
+        "猫" * 99: "猫" * 77 + "...",
+    }
+    assert unread(messages("q", **dict.fromkeys(keys, 1))) == set(keys.values())
+    assert reason(messages("q", **{"\x1bÜ": PNG}))[1].startswith(r"\x1bÜ is not read")
+    assert "the keys 题目, b\\n;" in reason({"题目": 1, "b\n": 2})[1]
+
+
+NOTHING: dict[str, Any] = {
+    "an image of a table": {"image": {"bytes": None, "path": None}},
+    "images of nothing": {"images": [None]},
+    "images of a table": {"images": [{"bytes": None, "path": ""}, None]},
+    "no image": {"image": False},
+    "no tools": {"tools": False},
+    "tools of nothing": {"tools": [{"function": None}]},
+    "a video of a table": {"video": {"bytes": None, "path": None}},
+    "no system text": {"system": [None]},
+    "preferences of a table": {"chosen": [{"role": None, "content": None}]},
+    "another conversation of nothing": {"conversations": [None]},
+    "values nested deep": {"audio": nested(100_000)},
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_what_holds_nothing_is_absent_and_is_not_counted(case: str) -> None:
+    found = parse_record(messages("q", **NOTHING[case]), 0)
+    assert found.as_json() == {"id": "0", "conversations": turns("q", "red")}
+    assert not found.unread
+
+
+@pytest.mark.parametrize("key", ["chosen", "enable_thinking", "kto_tag", "rejected", "train", "loss"])
+def test_false_is_not_nothing_under_a_key_that_switches_or_judges(key: str) -> None:
+    assert reason(messages("q", **{key: False}))[0] == "unread_field"
+
+
+@pytest.mark.parametrize("loss", [{"weight": 0}, {"weight": 1}, {"loss": False}, {"ignore_loss": True}, {"train": 0.5}])
+def test_an_answer_before_the_first_question_is_left_out_whatever_its_weight(loss: dict[str, Any]) -> None:
+    hello = {"role": "assistant", "content": "Hello", **loss}
+    for before in ([], [{"role": "system", "content": "Be brief."}]):
+        found = parse_record({"messages": [*before, hello, *messages("q")["messages"]]}, 0)
+        assert found.dropped_answer
+        assert [role for role, _ in found.turns][-2:] == ["human", "gpt"]
 
 
 def test_an_index_of_an_image_part_is_a_number_and_the_next() -> None:
@@ -192,13 +261,6 @@ def test_an_index_of_an_image_part_is_a_number_and_the_next() -> None:
         found, detail = reason(value)
         assert found == "bad_image_field"
         assert "expected 0, the next" in detail
-
-
-def nested(depth: int) -> list[Any]:
-    found: list[Any] = []
-    for _ in range(depth):
-        found = [found]
-    return found
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -213,6 +275,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an index out of order": (messages([part("image", index=1)], images=["a.png", "b.png"]), "bad_image_field"),
     "an image in an answer": (messages("q", [part("image", image="a.png")]), "placeholder_misplaced"),
     "an absolute path elsewhere": (messages([part("image", image="/data/other/a.png")]), "path_leaves_folder"),
+    "a file URL elsewhere": (messages("q", image="file:///data/a.png"), "path_leaves_folder"),
+    "a file URL upwards": (messages("q", image="file:///data/images/%2e%2e/a.png"), "path_leaves_folder"),
+    "a file URL with a zero byte": (messages("q", image="file://a%00.png"), "bad_image_field"),
+    "a file URL that is not UTF-8": (messages("q", image="file://a%ff.png"), "bad_image_field"),
     "an absolute path upwards": (messages([part("image", image="/data/images/../a.png")]), "path_leaves_folder"),
     "a text that is a number": (messages([part("text", text=3)]), "bad_turn"),
     "content that is a number": (messages(3), "bad_turn"),
@@ -223,7 +289,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "columns of other lengths": ({"texts": {"user": ["q", "q"], "assistant": ["a"]}}, "bad_turn"),
     "half a surrogate pair in a part": (messages([part("text", text="\ud800")]), "not_utf8"),
     "half a surrogate pair in the system text": (messages("q", system="\ud800"), "bad_turn"),
-    "turns nested too deep": ({"conversations": nested(100_000)}, "bad_turn"),
+    "turns nested too deep": ({"conversations": [nested(100_000)]}, "bad_turn"),
     "a tool's turn": ({"messages": [{"role": "tool", "content": "a"}]}, "unknown_role"),
 }
 

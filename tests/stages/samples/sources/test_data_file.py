@@ -38,19 +38,6 @@ def test_rows_of_parquet_files_and_saved_data_sets_are_read_in_order_and_in_any_
     assert records_of(tmp_path / "parts") == ROWS
 
 
-def test_rows_asked_for_in_order_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parquet.write_table(TABLE, tmp_path / "rows", row_group_size=40)
-    started: list[int] = []
-    begin = tables.ParquetFiles._batches_of
-    monkeypatch.setattr(
-        tables.ParquetFiles, "_batches_of", lambda self, group: started.append(group) or begin(self, group)
-    )
-    with open_source(tmp_path / "rows") as source:
-        positions = [position for position, _ in source.scan()]
-        assert [source.load(position) for position in positions] == ROWS
-    assert started == [0, 1, 0, 1]
-
-
 def test_few_rows_are_in_memory_at_a_time(tmp_path: Path) -> None:
     rows = pyarrow.table({"image": [number.to_bytes(4) * 25_000 for number in range(400)]})
     parquet.write_table(rows, tmp_path / "rows", row_group_size=20, use_dictionary=False)
@@ -89,21 +76,46 @@ def test_a_file_cut_short_anywhere_is_refused_by_name(name: str, share: float, t
 
 
 def test_a_stream_cut_between_two_batches_is_not_taken_for_whole(tmp_path: Path) -> None:
-    file = save_rows(TABLE, tmp_path / "saved") / "data-00000-of-00001.arrow"
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="cut short"):
-        records_of(file)
+    table = pyarrow.table({"animal": CODED})
+    file = save_rows(table, tmp_path / "saved", rows_at_once=4) / "data-00000-of-00001.arrow"
+    data, ends = file.read_bytes(), []
+    with file.open("rb") as messages:
+        while pyarrow.ipc.read_message(messages).type != "record batch":
+            ends.append(messages.tell())
+    for end in (*ends, len(data) - 8, len(data) - 4):
+        file.write_bytes(data[:end])
+        with pytest.raises(UserError, match="cut short"):
+            records_of(file)
+    assert len(ends) == 2
 
 
-def test_dictionary_encoded_columns_are_read_of_parquet_and_refused_by_name_of_a_stream(tmp_path: Path) -> None:
-    kinds = pyarrow.array(["cat", "dog", "cat"]).dictionary_encode()
-    nested = pyarrow.StructArray.from_arrays([kinds], ["kind"])
-    plain = pyarrow.array([1, 2, 3])
-    table = pyarrow.table({"id": plain, "animal": kinds, "more": nested})
+CODED = pyarrow.array(["cat", "dog", "cat", None]).dictionary_encode()
+
+
+def test_dictionary_encoded_columns_are_read_as_their_values(tmp_path: Path) -> None:
+    nested = pyarrow.StructArray.from_arrays([CODED], ["kind"])
+    table = pyarrow.table({"id": [1, 2, 3, 4], "animal": CODED, "more": nested})
     parquet.write_table(table, tmp_path / "rows")
     assert records_of(tmp_path / "rows") == table.to_pylist()
-    with pytest.raises(UserError, match=r"00001.arrow has dictionary-encoded columns \(animal, more\)"):
-        records_of(save_rows(table, tmp_path / "saved"))
+    assert records_of(save_rows(table, tmp_path / "saved", num_files=2)) == table.to_pylist()
+
+
+@pytest.mark.parametrize("deltas", [False, True])
+def test_dictionaries_that_change_within_a_stream_are_followed(deltas: bool, tmp_path: Path) -> None:
+    longer = pyarrow.DictionaryArray.from_arrays(pyarrow.array([2, 0], pyarrow.int32()), ["cat", "dog", "cow"])
+    batches = [pyarrow.record_batch({"animal": each}) for each in (CODED, longer)]
+    options = pyarrow.ipc.IpcWriteOptions(emit_dictionary_deltas=deltas)
+    with pyarrow.ipc.new_stream(str(tmp_path / "rows"), batches[0].schema, options=options) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    assert records_of(tmp_path / "rows") == [row for batch in batches for row in batch.to_pylist()]
+
+
+def test_a_dictionary_that_lacks_a_value_is_a_damaged_file(tmp_path: Path) -> None:
+    unknown = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 9], pyarrow.int32()), ["cat"], safe=False)
+    save_rows(pyarrow.table({"animal": unknown}), tmp_path / "saved")
+    with pytest.raises(UserError, match=r"00001.arrow cannot be read .* damaged"):
+        records_of(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
@@ -195,11 +207,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_what_a_gzip_file_may_become_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_file, "MAX_UNPACKED_BYTES", 1000)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b" " * 1001))
-    with pytest.raises(UserError, match="unpacks to more than 1,000 bytes"):
-        records_of(tmp_path / "a.gz")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.gz"]
+    monkeypatch.setattr(data_file, "MIN_UNPACK_BYTES", 10_000)
+    (tmp_path / "few.gz").write_bytes(gzip.compress(b" " * 9_999))
+    assert records_of(tmp_path / "few.gz") == []
+    usual = [{"text": f"{number} " * 9} for number in range(2000)]
+    (tmp_path / "usual.gz").write_bytes(gzip.compress(json.dumps(usual).encode()))
+    assert records_of(tmp_path / "usual.gz") == usual
+    for many in (b" " * 1_000_000, b"{}\n" * 400_000, b"[" + b"1," * 500_000 + b"1]"):
+        (tmp_path / "many.gz").write_bytes(gzip.compress(many))
+        with pytest.raises(UserError, match=r"many.gz has [\d,]+ bytes and unpacks to more than [\d,]+, .* unpack it"):
+            records_of(tmp_path / "many.gz")
 
 
 def test_without_pyarrow_json_is_read_and_parquet_names_the_extra(

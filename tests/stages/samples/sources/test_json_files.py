@@ -12,12 +12,12 @@ from storage.errors import UserError
 
 
 def records_of(path: Path) -> list[object]:
-    """What is read in order, after each was read once more by its position."""
-    with open_source(path, path.parent) as source:
-        found = list(source.scan())
-        for position, record in reversed(found):
-            assert isinstance(record, UnusableSample) or source.load(position) == record
-    return [record for _, record in found]
+    """What is read, after a pass that was given up in the middle and a whole one that read the same."""
+    with open_source(path) as source:
+        next(source.scan(), None)
+        first, found = list(source.scan()), list(source.scan())
+    assert [str(record) for record in first] == [str(record) for record in found]
+    return found
 
 
 def test_a_list_and_lines_give_the_same_records(tmp_path: Path) -> None:
