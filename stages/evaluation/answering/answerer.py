@@ -13,7 +13,14 @@ from torch import Tensor
 from stages.checkpoints.image_settings import image_settings
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
 from stages.evaluation.answering.config import AnsweringConfig
-from stages.evaluation.answering.encoding import AskedSequence, SequenceGroup, encode_group, end_tokens, rows_of
+from stages.evaluation.answering.encoding import (
+    AskedSequence,
+    SequenceGroup,
+    encode_group,
+    end_tokens,
+    num_lead_tokens,
+    rows_of,
+)
 from stages.evaluation.answering.prefix_model import PrefixModel, RunningSequences, SharedFront
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Likelihood, Question
@@ -52,7 +59,7 @@ class Answerer:
         self.images, self.blank = image_settings(model.config) or images, blank
         self.encoder = ConversationEncoder(processor, model.config.image_token_id, NO_LIMIT, images=self.images)
         self.notes: list[str] = []
-        self._ends = end_tokens(processor)
+        self._ends, self._num_lead = end_tokens(processor), num_lead_tokens(self.encoder)
         self._prefix_model = PrefixModel(model)
         self._check_model()
 
@@ -64,7 +71,7 @@ class Answerer:
             [(1, Question("Is it grey? Answer by yes or no.", (), ("Yes",)))],
         ]
         groups = [
-            encode_group(self.encoder, asked, [image], self._ends)
+            encode_group(self.encoder, asked, [image], self._ends, self._num_lead)
             for asked, image in zip(trial, (small, wide), strict=True)
         ]
         answered = groups[0].sequences[0].encoded
@@ -195,7 +202,7 @@ class Answerer:
         first = questions[0][1]
         try:
             images = [self._load(picture) for picture in first.pictures]
-            group = encode_group(self.encoder, questions, images, self._ends)
+            group = encode_group(self.encoder, questions, images, self._ends, self._num_lead)
         except (UserError, OSError) as error:
             shown = ", ".join(str(picture.source) for picture in first.pictures)
             raise UserError(f"question {first.prompt!r:.100} about {shown}: {error}") from error

@@ -65,10 +65,11 @@ def encode_group(
     questions: Sequence[tuple[int, Question]],
     images: Sequence[Image.Image],
     ends: frozenset[int],
+    num_lead: int,
 ) -> SequenceGroup:
     """The sequences of numbered questions about the same images.
 
-    `ends` are the tokens that end an answer.
+    `ends` are the tokens that end an answer, and `num_lead` says how many tokens every answer begins with.
 
     Raises:
         UnusableSample: If a question cannot be encoded.
@@ -82,7 +83,7 @@ def encode_group(
         for candidate in question.candidates:
             encoded = encoder.encode_pair(question.prompt, candidate, images)
             if question.first_token_only:
-                sequences.append(AskedSequence(number, _up_to_first_answer_token(encoded)))
+                sequences.append(AskedSequence(number, _up_to_first_own_token(encoded, num_lead)))
             else:
                 sequences.append(AskedSequence(number, encoded, _num_end_tokens(encoded, ends)))
         if question.first_token_only:
@@ -99,9 +100,19 @@ def _check_told_apart(question: Question, sequences: Sequence[AskedSequence]) ->
         )
 
 
-def _up_to_first_answer_token(encoded: EncodedConversation) -> EncodedConversation:
-    length = int(encoded.answer_mask.nonzero()[0]) + 1
-    return replace(encoded, token_ids=encoded.token_ids[:length], answer_mask=encoded.answer_mask[:length])
+def _up_to_first_own_token(encoded: EncodedConversation, num_lead: int) -> EncodedConversation:
+    """Ends with the answer's first token behind the lead, which alone counts as answer."""
+    last = int(encoded.answer_mask.nonzero()[0]) + num_lead
+    mask_T = torch.zeros(last + 1, dtype=torch.bool)
+    mask_T[last] = True
+    return replace(encoded, token_ids=encoded.token_ids[: last + 1], answer_mask=mask_T)
+
+
+def num_lead_tokens(encoder: ConversationEncoder) -> int:
+    """How many tokens every answer begins with, such as one for the blank before it; mostly 0."""
+    answers = [encoder.encode_pair("Is it?", answer, []) for answer in ("Yes", "No")]
+    yes, no = (encoded.token_ids[encoded.answer_mask].tolist() for encoded in answers)
+    return next((at for at, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), 0)
 
 
 def _num_end_tokens(encoded: EncodedConversation, ends: frozenset[int]) -> int:

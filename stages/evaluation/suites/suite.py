@@ -36,7 +36,7 @@ class Question:
     candidates: tuple[str, ...] = ()
     """Answers whose log-probability is wanted; without any the model writes one."""
     first_token_only: bool = False
-    """Of each candidate only its first token counts."""
+    """Of each candidate only its first token counts, behind those that every answer begins with."""
     max_new_tokens: int = 16
     """Tokens of a written answer at most."""
 

@@ -96,7 +96,7 @@ class SuiteFiles:
             UserError: If the file cannot be read, or a record is no object.
         """
         with open_source(path) as source:
-            for position, (_, record) in enumerate(source.scan()):
+            for position, record in enumerate(source.scan()):
                 if isinstance(record, UnusableSample):
                     raise UserError(f"{path}, record {position}: {record}; fetch it again: {self.fetch}")
                 if not isinstance(record, dict):

@@ -71,9 +71,10 @@ def reference(model: Any, processor: Any, question: Question) -> Answer:
     found = tuple(reference_likelihood(model, processor, picture, question.prompt, one) for one in question.candidates)
     if not question.first_token_only:
         return found
-    text = f"USER: <image>\n{question.prompt} ASSISTANT:"
+    # Every answer begins with a token for the blank before it.
+    text = f"USER: <image>\n{question.prompt} ASSISTANT: "
     _, log_probs_TV = reference_log_probs(model, processor, text, picture)
-    first = [processor.tokenizer(f" {one}").input_ids[0] for one in question.candidates]
+    first = [processor.tokenizer(f" {one}").input_ids[1] for one in question.candidates]
     return tuple(Likelihood(float(log_probs_TV[-1, token]), 1, 0.0) for token in first)
 
 

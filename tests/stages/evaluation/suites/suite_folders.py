@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 
 from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
 from stages.evaluation.metrics import scored, suite_metrics
-from stages.evaluation.run_suite import LoadedSuite, load_suite
 from stages.evaluation.suites.suite import Answer, Likelihood
 
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.loaded_suite import LoadedSuite
 from stages.evaluation.result import items_digest
-from stages.evaluation.run_suite import LoadedSuite, ask_items
+from stages.evaluation.run_suite import ask_chunk, chunks_of
 from stages.evaluation.suites.pictures import PictureFile, SuitePicture
 from stages.evaluation.suites.suite import Question
 from storage.errors import UserError
@@ -20,9 +21,9 @@ from tests.stages.evaluation.suites.suite_folders import draw, load, write_json,
 
 
 def asked(model: Any, processor: Any, loaded: LoadedSuite) -> list[dict[str, Any]]:
-    saved: list[str] = []
-    ask_items(Answerer(model, processor, EvaluationConfig(batch_size=4)), loaded, loaded.items, saved.append)
-    return [json.loads(line) for line in "".join(saved).splitlines()]
+    answerer = Answerer(model, processor, EvaluationConfig(batch_size=4))
+    saved = "".join(ask_chunk(answerer, loaded, chunk) for chunk in chunks_of(loaded.items))
+    return [json.loads(line) for line in saved.splitlines()]
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from stages.evaluation.suites.pictures import PictureSpool, SuitePicture
 from stages.evaluation.suites.suite_files import SuiteFiles
@@ -37,9 +39,9 @@ def test_a_record_keeps_no_bytes_and_equal_pictures_are_one(tmp_path: Path) -> N
 
 
 def test_memory_holds_the_pictures_of_a_few_records(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": os.urandom(2**20), "path": None}} for _ in range(40)]
-    write_parquet(tmp_path / "test.parquet", rows)
-    rows.clear()
+    table = pyarrow.table({"image": [os.urandom(2**20) for _ in range(40)]})
+    parquet.write_table(table, tmp_path / "test.parquet", row_group_size=2)
+    del table
     tracemalloc.start()
     try:
         records = list(SuiteFiles(tmp_path, None, "").rows(tmp_path / "test.parquet"))

@@ -41,9 +41,8 @@ def test_accuracies_are_those_of_the_makers_script(tmp_path: Path) -> None:
         "Q1? Please answer Yes or No.",
     ]
     assert prompts(loaded)[-1] == "Q1? Please output the letter corresponding to the correct option."
-    assert [str(one.pictures[0].source) for one in loaded.items[0].questions] == [
-        f"row 0, Image_{number}" for number in (0, 1, 0, 1)
-    ]
+    shown = [str(one.pictures[0].source).rsplit(": ")[-1] for one in loaded.items[0].questions]
+    assert shown == [f"record 0, Image_{number}" for number in (0, 1, 0, 1)]
     words = [YES_NO] * 4 + [LETTERS]
     answers = {str(number): [words[number][one] for one in four] for number, four in enumerate(GOLDEN)}
     found = metrics_of(loaded, answers)
