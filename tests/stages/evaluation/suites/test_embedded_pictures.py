@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from stages.evaluation.suites.pictures import PictureSpool, SuitePicture
 from stages.evaluation.suites.suite_files import SuiteFiles
@@ -36,9 +38,9 @@ def test_a_record_keeps_no_bytes_and_equal_pictures_are_one(tmp_path: Path) -> N
     assert str(second["image"].source) == f"{tmp_path / 'test.parquet'}: record 0, image"
 
 
-def test_memory_holds_the_pictures_of_a_few_records(tmp_path: Path) -> None:
+def test_memory_holds_the_pictures_of_one_row_group(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": os.urandom(2**20), "path": None}} for _ in range(40)]
-    write_parquet(tmp_path / "test.parquet", rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet", row_group_size=4)
     rows.clear()
     tracemalloc.start()
     try:
