@@ -90,7 +90,7 @@ class SuiteFiles:
         """The records of JSON lines, a JSON list, Parquet files or a saved data set, whatever the file's name.
 
         Images that a record holds, as bytes or as the Hub's `{"bytes", "path"}`, become pictures. Their bytes are
-        copied into a temporary file, so that memory holds those of a few records.
+        copied into a temporary file, so that memory holds at most those of a row group.
 
         Raises:
             UserError: If the file cannot be read, or a record is no object.
