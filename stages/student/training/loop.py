@@ -20,7 +20,7 @@ from stages.student.model.trainable import keep_frozen_in
 from stages.student.run_folder import STUDENT, StageReport, ValidationReport
 from stages.student.training.checkpoint import Checkpoints, TrainerState, load_trained, trained_parameters
 from stages.student.training.metrics import Write, metrics_log
-from stages.student.training.objective import BatchTotals, DistillationObjective, refuse_not_finite
+from stages.student.training.objective import BatchTotals, DistillationObjective, GlobalStep, refuse_not_finite
 from stages.student.training.parallel import clip_gradients, gathered, gradients_stay, spread
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
 from stages.student.training.resume_guard import check_resumable, record_stage
@@ -135,9 +135,9 @@ class _StageLoop:
                 before = time.perf_counter()
                 group = next_group(groups, self.should_stop)
                 waiting.append(time.perf_counter() - before)
-                totals = self._totals(group)
-                losses = self._step(group, totals)
-                self._advance(losses, time.perf_counter() - began_stage)
+                counted = self._counted(group)
+                losses = self._step(group, counted.totals)
+                self._advance(losses, counted.num_samples, time.perf_counter() - began_stage)
                 step, samples, seconds = self.position.step, self.position.samples, self.position.seconds
                 if step % config.logging.every == 0 or step == self.num_steps:
                     write(step, {**losses, "samples": samples, "seconds": seconds})
@@ -231,21 +231,18 @@ class _StageLoop:
         self.optimizer.zero_grad()
         return {**dict(zip(["loss", *terms], summed, strict=True)), "learning_rate": rate, "grad_norm": norm}
 
-    def _totals(self, group: list[Batch]) -> BatchTotals:
-        """Counts of the global batch. The request to stop is summed with them, so that all processes stop at one step.
+    def _counted(self, group: list[Batch]) -> GlobalStep:
+        """Counts of the global batch.
 
         Raises:
-            TrainingStopped: In all processes, after a checkpoint.
+            TrainingStopped: In all processes, after a checkpoint, if one of them was asked to stop.
         """
-        rows, images = sum(len(b.answers) for b in group), sum(b.num_with_image for b in group)
-        samples = sum(len(b.keys) for b in group)
-        counts = torch.tensor([rows, images, samples, self.should_stop()], device=self.accelerator.device)
-        rows, images, self.samples_in_step, stop = self.accelerator.reduce(counts, reduction="sum").tolist()
-        if stop:
+        found = GlobalStep.of(group, self.accelerator, stop=self.should_stop())
+        if found.is_stopped:
             raise self._stopped()
-        return BatchTotals(rows, images)
+        return found
 
-    def _advance(self, losses: dict[str, float], seconds: float) -> None:
+    def _advance(self, losses: dict[str, float], num_samples: int, seconds: float) -> None:
         now = self.position
         if now.step >= self.num_steps - max(1, self.num_steps // 10):
             terms = {name: value for name, value in losses.items() if name not in ("learning_rate", "grad_norm")}
@@ -253,7 +250,7 @@ class _StageLoop:
             now = replace(now, loss_sums=sums, num_summed=now.num_summed + 1)
         ended, epoch_step = divmod(now.epoch_step + 1, self.steps_per_epoch)
         now = replace(now, epoch=now.epoch + ended, epoch_step=epoch_step, seconds=seconds)
-        self.position = replace(now, step=now.step + 1, samples=now.samples + self.samples_in_step)
+        self.position = replace(now, step=now.step + 1, samples=now.samples + num_samples)
 
     def _finish(self, first_batch_s: float, wait_share: float) -> StageReport:
         run = self.run

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -27,6 +28,24 @@ class BatchTotals:
 
     answer_rows: int
     samples_with_image: int
+
+
+@dataclass(frozen=True)
+class GlobalStep:
+    """What all processes know of a step before they take it."""
+
+    totals: BatchTotals
+    num_samples: int
+    is_stopped: bool
+    """Whether one of them was asked to stop, so that all of them stop at the same step."""
+
+    @classmethod
+    def of(cls, group: Sequence[Batch], accelerator: Accelerator, *, stop: bool) -> "GlobalStep":
+        """Sums up the microbatches of all processes; all must call this."""
+        rows, images = sum(len(b.answers) for b in group), sum(b.num_with_image for b in group)
+        counts = torch.tensor([rows, images, sum(len(b.keys) for b in group), stop], device=accelerator.device)
+        rows, images, num_samples, num_stopped = accelerator.reduce(counts, reduction="sum").tolist()
+        return cls(BatchTotals(rows, images), num_samples, num_stopped > 0)
 
 
 class DistillationObjective(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.student.data.batch import Batch
 from stages.student.data.loader import StepLoader, StoppedWaiting, next_group
-from stages.student.training.objective import BatchTotals, DistillationObjective, refuse_not_finite
+from stages.student.training.objective import BatchTotals, DistillationObjective, GlobalStep, refuse_not_finite
 from stages.student.training.parallel import evaluation_mode
 
 _SUMS = BatchTotals(answer_rows=1, samples_with_image=1)
@@ -61,24 +61,17 @@ class Validation:
         with evaluation_mode(self.objective), closing(steps) as groups:
             for _ in range(self.loader.mixture.num_steps):
                 group = next_group(groups, self.should_stop)
-                rows, images, samples, stop = self._counts(group)
-                if stop:
+                found = GlobalStep.of(group, self.accelerator, stop=self.should_stop())
+                if found.is_stopped:
                     raise StoppedWaiting
-                num_rows, num_images, num_done = num_rows + rows, num_images + images, num_done + samples
+                num_rows += found.totals.answer_rows
+                num_images += found.totals.samples_with_image
+                num_done += found.num_samples
                 for name, value in self._sums(group, step).items():
                     sums[name] = sums.get(name, 0.0) + value
                 show(num_done)
         terms = {name: value / max(num_images if name == "attention" else num_rows, 1) for name, value in sums.items()}
         return {"loss": sum(self.objective.weights[name] * value for name, value in terms.items()), **terms}
-
-    def _counts(self, group: list[Batch]) -> list[int]:
-        """Answer rows, samples with an image, samples, and processes that were asked to stop, over all processes."""
-        rows, images = sum(len(b.answers) for b in group), sum(b.num_with_image for b in group)
-        counts = [rows, images, sum(len(b.keys) for b in group), self.should_stop()]
-        found: list[int] = self.accelerator.reduce(
-            torch.tensor(counts, device=self.accelerator.device), reduction="sum"
-        ).tolist()
-        return found
 
     def _sums(self, group: list[Batch], step: int) -> dict[str, float]:
         """Each term, summed over a step of the loader in all processes."""
