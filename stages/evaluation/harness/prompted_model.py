@@ -90,8 +90,8 @@ class PromptedModel:
         Raises:
             UserError: If a prompt cannot be asked, or is longer than the model reads; it is named.
         """
-        for groups in batches_ahead(prompts, self._encode_prompt, self.batch_size, self._num_threads):
-            yield from self._generate(groups, decoding)
+        for batch in batches_ahead(prompts, self._encode_prompt, self.batch_size, self._num_threads):
+            yield from self._generate(batch, decoding)
 
     def scores(self, questions: Iterable[tuple[Prompt, Sequence[str]]]) -> Iterator[list[AnswerScore]]:
         """How likely each answer to each prompt is, in their order; a prompt holds no earlier answer.
