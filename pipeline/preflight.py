@@ -97,7 +97,9 @@ def _asked_for(stored: Manifest, teacher: TeacherConfig, index: SampleIndex, ima
         "samples": index.digest,
         "layers": teacher.layers or fingerprint.layers,
         "logit_codec": fingerprint.logit_codec.model_copy(update=codec),
-        "map_codec": MapCodecConfig(name=teacher.map_codec, causal=fingerprint.map_codec.causal),
+        "map_codec": MapCodecConfig.of_windows(
+            teacher.map_codec, fingerprint.windows, causal=fingerprint.map_codec.causal
+        ),
     }
     asked = fingerprint.model_copy(update=decided)
     return stored.model_copy(update={"fingerprint": asked, "num_shards": len(index.shards)})

@@ -15,8 +15,8 @@ from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import hide_loading_bars, image_processor_backend, load_processor
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.answering.answerer import Answerer
-from stages.evaluation.config import EvaluationConfig, SuiteConfig
-from stages.evaluation.loaded_suite import LoadedSuite, load_suite
+from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.loaded_suite import LoadedSuite
 from stages.evaluation.result import (
     RESULT_FILE,
     AnsweredItem,
@@ -54,7 +54,7 @@ class ProcessGroup(NamedTuple):
 
 def evaluate_suites(
     model: str,
-    suites: Mapping[str, SuiteConfig],
+    suites: Mapping[str, LoadedSuite],
     config: EvaluationConfig,
     output: Path,
     progress: Progress = SILENT,
@@ -71,10 +71,9 @@ def evaluate_suites(
     Raises:
         UserError: If a suite's folder or the checkpoint cannot be used, or the folder holds answers of another run.
     """
-    loaded = {name: load_suite(name, suite) for name, suite in suites.items()}
-    asker = _Asker(model, suites, config, reading, progress)
+    asker = _Asker(model, config, reading, progress)
     results = {}
-    for name, suite in loaded.items():
+    for name, suite in suites.items():
         for note in suite.notes:
             progress.message(f"note: {note}")
         if (result := asker.result(name, suite, output / name, replace=replace)) is not None:
@@ -88,13 +87,12 @@ class _Asker:
     def __init__(
         self,
         model: str,
-        suites: Mapping[str, SuiteConfig],
         config: EvaluationConfig,
         reading: ImageConfig,
         progress: Progress,
     ) -> None:
         hide_loading_bars()
-        self.model, self.suites, self.config, self.reading, self.progress = model, suites, config, reading, progress
+        self.model, self.config, self.reading, self.progress = model, config, reading, progress
         self.folder, self.group = find_checkpoint(model), ProcessGroup.from_environment()
         self._weights = weights_digest(self.folder)
 
@@ -110,7 +108,7 @@ class _Asker:
             start = time.perf_counter()
             own = [chunk for number, chunk in chunks if chunk and number % size == rank]
             if own and self.config.num_workers is not None:
-                self._ask_on_ray(name, run, [number for number, chunk in chunks if chunk], items, task)
+                self._ask_on_ray(suite, run, [number for number, chunk in chunks if chunk], items, task)
             elif own:
                 self._ask_here(suite, own, items, task)
             if rank > 0:
@@ -132,7 +130,7 @@ class _Asker:
         return SuiteRun(
             suite=name,
             protocol=suite.protocol,
-            blind=suite.blind,
+            blind=suite.config.blind,
             items=items_digest([*suite.items, *suite.missing]),
             model=self.model,
             weights=self._weights,
@@ -145,19 +143,21 @@ class _Asker:
         self, suite: LoadedSuite, chunks: Sequence[Sequence[Item]], items: ItemsFile, task: ProgressTask
     ) -> None:
         network, processor = self._loaded
-        answerer = Answerer(network, processor, self.config, self.reading, blank=suite.blind)
+        answerer = Answerer(network, processor, self.config, self.reading, blank=suite.config.blind)
         for note in answerer.notes:
             self.progress.message(f"note: {note}")
         for chunk in chunks:
             items.append(ask_chunk(answerer, suite, chunk))
             task.advance(len(chunk))
 
-    def _ask_on_ray(self, name: str, run: SuiteRun, chunks: list[int], items: ItemsFile, task: ProgressTask) -> None:
+    def _ask_on_ray(
+        self, suite: LoadedSuite, run: SuiteRun, chunks: list[int], items: ItemsFile, task: ProgressTask
+    ) -> None:
         from pipeline.suites_on_ray import ask_on_ray
 
         if self.group.size > 1:
             raise UserError("evaluate.num_workers starts workers of Ray, and torchrun started processes; take one")
-        ask_on_ray(self.model, name, self.suites[name], run, self.config, self.reading, chunks, items, task)
+        ask_on_ray(self.model, suite.config, run, self.config, self.reading, chunks, items, task)
 
 
 def _unanswered(chunk: Sequence[Item], items: ItemsFile) -> list[Item]:

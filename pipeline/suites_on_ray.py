@@ -20,7 +20,6 @@ MAX_ATTEMPTS = 3
 
 def ask_on_ray(
     model: str,
-    name: str,
     suite: SuiteConfig,
     run: SuiteRun,
     config: EvaluationConfig,
@@ -36,7 +35,7 @@ def ask_on_ray(
     """
     with connection.connect(config.ray_address) as cluster:
         outcome = ray_backend.run_tasks(
-            partial(SuiteWorker, model, name, suite, run, config, reading),
+            partial(SuiteWorker, model, suite, run, config, reading),
             chunks,
             ray_backend.TaskLimits(
                 num_workers=config.num_workers, gpus_per_worker=1 if cluster.gpus else 0, max_attempts=MAX_ATTEMPTS
@@ -45,10 +44,8 @@ def ask_on_ray(
             on_result=lambda _, lines: items.append(lines),
         )
     if outcome.failures:
-        raise UserError(
-            f"{len(outcome.failures)} of {len(chunks)} parts of {name} were given up after {MAX_ATTEMPTS} attempts: "
-            f"{next(iter(outcome.failures.values()))}; run the command again for the rest"
-        )
+        found = f"{len(outcome.failures)} of {len(chunks)} parts of {run.suite} were given up"
+        raise UserError(f"{found}: {next(iter(outcome.failures.values()))}; run the command again for the rest")
 
 
 class SuiteWorker:
@@ -59,11 +56,13 @@ class SuiteWorker:
     """
 
     def __init__(
-        self, model: str, name: str, suite: SuiteConfig, run: SuiteRun, config: AnsweringConfig, reading: ImageConfig
+        self, model: str, suite: SuiteConfig, run: SuiteRun, config: AnsweringConfig, reading: ImageConfig
     ) -> None:
-        self._suite = load_suite(name, suite)
+        self._suite = load_suite(run.suite, suite)
         if items_digest([*self._suite.items, *self._suite.missing]) != run.items:
-            raise UserError(f"a worker sees other items of {name} in {suite.data} than the command; give all the same")
+            raise UserError(
+                f"a worker sees other items of {run.suite} in {suite.data} than the command; give all the same"
+            )
         self._chunks = chunks_of(self._suite.items)
         self._answerer = Answerer(*load_model(model), config, reading, blank=suite.blind)
 

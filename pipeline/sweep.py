@@ -151,7 +151,8 @@ def _compared(
         return SweptStudent(stages=stages, suites=found.suites, similarity=found.similarity)
     suites, similarity = dict[str, SuiteResult](), None
     if compare.suites:
-        suites = evaluate_suites(model, compare.suites, run.evaluate, Path(model) / "suites", progress, replace=True)
+        loaded = {name: load_suite(name, suite) for name, suite in compare.suites.items()}
+        suites = evaluate_suites(model, loaded, run.evaluate, Path(model) / "suites", progress, replace=True)
     if compare.similarity_samples is not None:
         similarity = compare_with_targets(model, *compared_data(run), compare.similarity_samples, progress)
     made = _Compared(measured=measured, suites=suites, similarity=similarity)

@@ -64,15 +64,14 @@ def evaluate(
 
     from stages.evaluation.loaded_suite import load_suite
 
-    for name, suite_config in suites.items():
-        load_suite(name, suite_config)
+    loaded = {name: load_suite(name, suite_config) for name, suite_config in suites.items()}
 
     from pipeline.suite_evaluation import evaluate_suites
     from pipeline.ui.progress import progress_display
     from pipeline.ui.tables import print_table
 
     with progress_display() as progress:
-        results = evaluate_suites(model, suites, run.evaluate, output, progress, run.images)
+        results = evaluate_suites(model, loaded, run.evaluate, output, progress, run.images)
     for result in results.values():
         print_table(result_table(result, Path(model).name))
     save(report, json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=1))
@@ -113,8 +112,7 @@ def result_table(result: "SuiteResult", model: str) -> "ReportTable":
                 low, high = metric.interval_95
                 cells.append(f"{metric.value:.1f} [{low:.1f}, {high:.1f}]")
         rows.append([kind, str(result.num_items.get(kind, "")), *cells])
-    chance = [f"{result_chance:.1f}" if (result_chance := _chance(result, name)) is not None else "" for name in names]
-    if any(chance):
+    if any(chance := [_chance(result, name) for name in names]):
         rows.append(["guessing", "", *chance])
     blind = ", grey pictures" if result.run.blind else ""
     missing = f", {result.num_missing} items without their images left out" if result.num_missing else ""
@@ -122,5 +120,8 @@ def result_table(result: "SuiteResult", model: str) -> "ReportTable":
     return ReportTable(title, ["kind", "items", *names], rows)
 
 
-def _chance(result: "SuiteResult", name: str) -> float | None:
-    return next((metrics[name].chance for metrics in result.metrics.values() if name in metrics), None)
+def _chance(result: "SuiteResult", name: str) -> str:
+    """What guessing gets in a metric; from the least to the most where kinds differ."""
+    found = (one[name].chance for one in result.metrics.values() if name in one)
+    of_kinds = sorted({chance for chance in found if chance is not None})
+    return " to ".join(f"{chance:.1f}" for chance in dict.fromkeys([*of_kinds[:1], *of_kinds[-1:]]))

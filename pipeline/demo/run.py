@@ -27,6 +27,7 @@ from pipeline.ui.html_report import render_report
 from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.tables import print_table
 from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import load_suite
 from stages.samples.pack import PackConfig, pack_samples
 from stages.settings import refuse_other_settings
 from storage.digests import parse_object
@@ -87,7 +88,8 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
         assert run.teacher is not None
         extract(run.teacher, str(samples), str(targets), run.extract, progress, images=run.images)
     with clock.part("evaluate teacher"):
-        teacher = evaluate_suites(str(TEACHER), _suites(folder), run.evaluate, folder / "teacher", progress)[SUITE]
+        loaded = {name: load_suite(name, suite) for name, suite in _suites(folder).items()}
+        teacher = evaluate_suites(str(TEACHER), loaded, run.evaluate, folder / "teacher", progress)[SUITE]
     with clock.part("train and evaluate students"):
         swept = run_sweep(
             _sweep_of(folder, config),

@@ -21,13 +21,14 @@ class LoadedSuite:
     """A suite's items, as they are asked.
 
     Attributes:
+        config: what it was read by.
         items: those that have their pictures.
         missing: those that have not.
     """
 
     suite: Suite
     protocol: Protocol
-    blind: bool
+    config: SuiteConfig
     items: list[Item]
     missing: list[Item]
 
@@ -67,7 +68,7 @@ def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
             "items as missing with --allow-missing-images"
         )
     gone = {item.id for item in missing}
-    return LoadedSuite(suite, protocol, config.blind, [item for item in items if item.id not in gone], missing)
+    return LoadedSuite(suite, protocol, config, [item for item in items if item.id not in gone], missing)
 
 
 def _first_of_each_kind(items: Iterable[Item], limit: int | None) -> list[Item]:

@@ -1,5 +1,6 @@
 """What came of a suite: the identity of the run, each item's answers as they come, and the metrics."""
 
+import hashlib
 import json
 import os
 import time
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from stages.evaluation.metrics import ScoredItem, interval_95, suite_metrics
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer, Counts, Item, Likelihood, Protocol
-from storage.digests import digest_of, parse_object
+from storage.digests import parse_object
 from storage.errors import CorruptData, UserError, disk_errors_named
 from storage.regular_files import open_regular, read_regular
 from storage.samples.image_settings import ImageConfig
@@ -146,7 +147,7 @@ def begun_items(folder: Path, run: SuiteRun, rank: int = 0, *, replace: bool = F
             _wait_for_first(store)
         differing = _difference(store, run)
         if differing and rank == 0 and replace:
-            for path in (folder / IDENTITY_FILE, folder / RESULT_FILE, *folder.glob(_ITEMS)):
+            for path in (folder / IDENTITY_FILE, folder / RESULT_FILE, folder / "answers.json", *folder.glob(_ITEMS)):
                 path.unlink(missing_ok=True)
         elif differing:
             found = f"{folder} holds answers of another run: {differing}"
@@ -216,20 +217,17 @@ def _answer(saved: Any) -> Answer:
 
 def items_digest(items: Iterable[Item]) -> str:
     """A digest of what is asked; the same wherever the suite's folder lies."""
-    return digest_of(
-        [
-            [item.id, item.kinds, item.unit, item.expected]
-            + [
-                [one.prompt, one.candidates, one.first_token_only, one.max_new_tokens]
-                + [
-                    [str(picture.source).rsplit("/", 1)[-1], picture.crop, str(picture.marks)]
-                    for picture in one.pictures
-                ]
-                for one in item.questions
-            ]
-            for item in items
+    asked = [
+        [item.id, item.kinds, item.unit, item.expected]
+        + [
+            [one.prompt, one.candidates, one.first_token_only, one.max_new_tokens]
+            + [[str(picture.source).rsplit("/", 1)[-1], picture.crop, str(picture.marks)] for picture in one.pictures]
+            for one in item.questions
         ]
-    )
+        for item in items
+    ]
+    # In ASCII: a stranger's text may be no Unicode.
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def make_result(

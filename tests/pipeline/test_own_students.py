@@ -13,6 +13,7 @@ from pipeline.run_file import RunFile
 from pipeline.suite_evaluation import evaluate_suites
 from pipeline.training import train
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
+from stages.evaluation.loaded_suite import load_suite
 from stages.student.stage_config import STAGES
 from storage.errors import UserError
 from tests.checkpoints import CHATML, make_foreign_lm, make_tiny_llava
@@ -63,7 +64,7 @@ def test_a_student_with_another_tokenizer_goes_through_all_stages_and_is_evaluat
     assert [set(report.losses) - {"loss"} for report in reports] == [{"lm"}, {"lm", "attention"}, {"lm"}]
     saved = json.loads((tmp_path / "run/sft/student/tokenizer.json").read_text())
     assert "<|im_start|>" in saved["model"]["vocab"]
-    suites = {"sugarcrepe": SuiteConfig(data=tiny.pairs, limit=2)}
+    suites = {"sugarcrepe": load_suite("sugarcrepe", SuiteConfig(data=tiny.pairs, limit=2))}
     results = evaluate_suites(str(tmp_path / "run"), suites, EvaluationConfig(), tmp_path / "evaluated")
     compared = compare_with_targets(str(tmp_path / "run"), str(tiny.samples), str(targets), 4)
     assert results["sugarcrepe"].num_items == {"replace_att": 2, "swap_obj": 2}

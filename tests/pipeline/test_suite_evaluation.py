@@ -11,6 +11,7 @@ import torch
 
 from pipeline.suite_evaluation import evaluate_suites
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
+from stages.evaluation.loaded_suite import load_suite
 from stages.evaluation.result import SuiteResult, read_items
 from storage.errors import UserError
 from tests.conftest import TinyWorld
@@ -26,7 +27,7 @@ def _one_thread() -> None:
 
 
 def evaluate(tiny: TinyWorld, output: Path, **config: Any) -> SuiteResult:
-    suites = {SUITE: SuiteConfig(data=tiny.pairs)}
+    suites = {SUITE: load_suite(SUITE, SuiteConfig(data=tiny.pairs))}
     return evaluate_suites(str(tiny.teacher), suites, EvaluationConfig(**config), output)[SUITE]
 
 

@@ -20,7 +20,7 @@ def test_runs_stand_side_by_side_with_their_differences(
     done = run_here("compare", *folders, *saved, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
     for text in ("tuned - base", "tuned-blind (grey)", "+50.0"):
-        assert text in done.out
+        assert text in " ".join(done.out.replace("│", " ").split())
     (compared,) = json.loads((tmp_path / "report.json").read_text())
     assert list(compared["results"]) == ["base", "tuned", "tuned-blind (grey)"]
     lines = (tmp_path / "table.md").read_text().splitlines()

@@ -73,11 +73,11 @@ MISTAKES = {
     "estimate --samples {samples} --teacher {lm}": "model type 'qwen2' is not a known teacher family",
     # Models without images or templates, for commands that put questions to them.
     "export {lm} {new}": "is of type qwen2, which takes no images",
-    "evaluate {lm} --pairs {pairs}": "is of type qwen2, which takes no images",
+    "evaluate {lm} " + PAIRS: "is of type qwen2, which takes no images",
     f"chat {{lm}} {PICTURE}": "is of type qwen2, which takes no images",
     "compare-attention {lm} --samples {samples} --targets {targets}": "is of type qwen2, which takes no images",
     "export {odd}/blind {new}": "has no processor",
-    "evaluate {odd}/mute --pairs {pairs}": "has no chat template",
+    "evaluate {odd}/mute " + PAIRS: "has no chat template",
     f"chat {{odd}}/mute {PICTURE}": "has no chat template",
     "export {odd}/short {new}": "is not whole",
     "convert-checkpoint {teacher} {new}": "has model type 'llava'; the layouts known to convert are compodistill, tiny",
@@ -131,7 +131,7 @@ MISTAKES = {
     f"{TRAIN} s3://bucket/run": "s3://bucket/run is a URL, expected a path of this machine",
     "estimate --teacher {teacher} --samples {samples} --report /proc/none/x.json": "nothing can be written in /proc",
     "evaluate {teacher} " + PAIRS + " --report /proc/x.json": "nothing can be written in /proc",
-    "compare-attention {lm} --samples s --targets t --html {data}/data.json/x.html": "leads through a file",
+    "compare-attention {lm} --samples s --targets t --html {data}/data.json/x.html": "which is a file",
     "compare-attention {lm} --samples s --targets t --report /proc/none/x.json": "nothing can be written in /proc",
     "export {lm} /proc/none": "nothing can be written in /proc",
     "pack-samples https://host/data.json {data} {new}": "https://host/data.json is a URL",
@@ -231,7 +231,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(folder: str, tmp_path: Pa
     ("command", "table"),
     [
         ("estimate --teacher {teacher} --config-only --set estimate.samples=665000", "computed from configs alone"),
-        ("evaluate {teacher} --suite sugarcrepe --data {pairs} --limit 1 --output out", "on sugarcrepe"),
+        ("evaluate {teacher} --suite sugarcrepe --data {pairs} --limit 1 --output {new}", "on sugarcrepe"),
         ("compare-attention {teacher} --samples {samples} --targets {targets} --limit 2", "attention similarity over"),
     ],
 )
@@ -240,10 +240,11 @@ def test_the_table_is_printed_before_the_report_is_saved(
     table: str,
     tiny: TinyWorld,
     targets: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [word.format(**vars(tiny), targets=targets) for word in command.split()]
+    words = [word.format(**vars(tiny), targets=targets, new=tmp_path / "new") for word in command.split()]
     ended = run_here(*words, "--report", "/dev/full", monkeypatch=monkeypatch, capsys=capsys)
     assert ended.code == 2
     assert table in " ".join(ended.out.split())

@@ -116,19 +116,22 @@ def test_estimate_shows_hostile_samples_as_text(capsys: pytest.CaptureFixture[st
 def test_evaluate_shows_hostile_kinds_as_text_and_saves_them(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    suite, report = tmp_path / "suite", tmp_path / "report.json"
+    suite, output = tmp_path / "suite", tmp_path / "output"
     suite.mkdir()
     pairs = (tiny.pairs / "swap_obj.json").read_bytes()
     for name in (HOSTILE.replace("/", "|").replace("\0", ""), os.fsdecode(b"\xff")):
         (suite / f"{name}.json").write_bytes(pairs)
-    places = ("--pairs", suite, "--images", tiny.pairs / "images", "--report", report, "--limit", 1)
-    ended = run_here("evaluate", tiny.teacher, *places, monkeypatch=monkeypatch, capsys=capsys)
+    places = ("--data", suite, "--images", tiny.pairs / "images", "--output", output, "--limit", 1)
+    words = ("evaluate", tiny.teacher, "--suite", "sugarcrepe", *places)
+    ended = run_here(*words, monkeypatch=monkeypatch, capsys=capsys)
     assert ended.code == 0, ended.err
     assert_harmless(ended.out)
     assert_harmless(ended.err)
     assert r"[|x] [red]é:bomb:\x1b]0;title\x07\x1b[2J\r\x9b1A\u202e" in ended.out
-    assert_harmless(report.read_text())
-    assert len(json.loads(report.read_text())["kinds"]) == 2
+    result, items = ((output / "sugarcrepe" / name).read_text() for name in ("result.json", "items.jsonl"))
+    assert_harmless(result)
+    assert_harmless(items)
+    assert len(json.loads(result)["num_items"]) == 2
 
 
 def test_an_error_names_a_hostile_place_in_lines_of_its_own(

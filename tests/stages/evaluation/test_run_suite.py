@@ -49,7 +49,7 @@ def run_of(loaded: LoadedSuite, **other: Any) -> SuiteRun:
     values = {
         "suite": "sugarcrepe",
         "protocol": loaded.protocol,
-        "blind": loaded.blind,
+        "blind": loaded.config.blind,
         "items": items_digest(loaded.items),
         "model": "m",
         "weights": "w",
