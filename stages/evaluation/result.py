@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from stages.evaluation.metrics import ScoredItem, interval_95, suite_metrics
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer, Counts, Item, Likelihood, Protocol
-from storage.digests import parse_object
+from storage.digests import parse_json
 from storage.errors import CorruptData, UserError, disk_errors_named
 from storage.regular_files import open_regular, read_regular
 from storage.samples.image_settings import ImageConfig
@@ -196,7 +196,7 @@ def read_items(folder: Path) -> dict[str, AnsweredItem]:
     for path in sorted(folder.glob(_ITEMS)):
         for line in whole_lines(path):
             try:
-                record = parse_object(line, str(path), "remove the folder's items")
+                record = parse_json(line, str(path), "remove the folder's items")
                 answers = tuple(_answer(answer) for answer in record["answers"])
                 scored = ScoredItem(tuple(record["kinds"]), record["unit"], record["counts"])
                 found[record["id"]] = AnsweredItem(record["id"], answers, scored)
