@@ -74,8 +74,6 @@ def evaluate_suites(
     asker = _Asker(model, config, reading, progress)
     results = {}
     for name, suite in suites.items():
-        for note in suite.notes:
-            progress.message(f"note: {note}")
         if (result := asker.result(name, suite, output / name, replace=replace)) is not None:
             results[name] = result
     return results

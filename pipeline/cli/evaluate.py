@@ -71,6 +71,8 @@ def evaluate(
     from pipeline.ui.tables import print_table
 
     with progress_display() as progress:
+        for note in (note for one in loaded.values() for note in one.notes):
+            progress.message(f"note: {note}")
         results = evaluate_suites(model, loaded, run.evaluate, output, progress, run.images)
     for result in results.values():
         print_table(result_table(result, Path(model).name))
