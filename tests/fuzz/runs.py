@@ -17,7 +17,7 @@ from pipeline.run_file import load_run_file
 from pipeline.sweep_file import load_sweep
 from stages.evaluation.config import SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
-from stages.evaluation.result import Metric, SuiteResult, SuiteRun, read_result
+from stages.evaluation.result import Metric, SuiteResult, read_result
 from stages.export import model_card
 from stages.samples.llava_record import parse_record
 from stages.samples.sources.data_file import open_source
@@ -29,7 +29,6 @@ from stages.student.training.train_config import TrainConfig
 from stages.unusable_sample import UnusableSample
 from storage.digests import digest_of, file_sha256
 from storage.errors import UserError
-from storage.samples.image_settings import DEFAULT_IMAGES
 from storage.stores import open_store
 from storage.streaming.source_checks import read_keys
 from tests.fuzz.attempt import Mutant, Target
@@ -37,6 +36,7 @@ from tests.fuzz.mutants import HOSTILE, spoiled, spoiled_bytes, spoiled_json
 from tests.fuzz.safetensors_files import spoiled_safetensors
 from tests.stages.samples.saved_rows import save_rows
 from tests.stages.student.training.test_checkpoint import trainer
+from tests.suite_runs import suite_run
 
 YAML = {
     "an anchor that holds itself": "&a [*a]",
@@ -158,17 +158,7 @@ def make_run_folder(root: Path) -> None:
     )
     stage.finish(report)
     evaluation = SuiteResult(
-        run=SuiteRun(
-            suite="sugarcrepe",
-            protocol="likelihood",
-            blind=False,
-            items="d",
-            model="m",
-            weights="w",
-            dtype="float32",
-            image_backend="pil",
-            images=DEFAULT_IMAGES,
-        ),
+        run=suite_run(),
         metrics={"a": {"accuracy": Metric(value=1.0, interval_95=(0.0, 2.0), chance=None)}},
         num_items={"a": 1},
         num_missing=0,

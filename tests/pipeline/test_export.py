@@ -15,26 +15,16 @@ from safetensors.torch import load_file
 from pipeline.chat import open_chat
 from pipeline.export import _names_of, export
 from pipeline.models import load_model
-from stages.evaluation.result import Metric, SuiteResult, SuiteRun
+from stages.evaluation.result import Metric, SuiteResult
 from stages.student.stage_config import STAGES
-from storage.samples.image_settings import DEFAULT_IMAGES
 from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here
+from tests.suite_runs import suite_run
 
 EVALUATION = SuiteResult(
-    run=SuiteRun(
-        suite="sugarcrepe",
-        protocol="likelihood",
-        blind=False,
-        items="d",
-        model="student",
-        weights="w",
-        dtype="float32",
-        image_backend="SiglipImageProcessorPil",
-        images=DEFAULT_IMAGES,
-    ),
+    run=suite_run(),
     metrics={"swap_obj": {"accuracy": Metric(value=62.5, interval_95=(47.2, 76.1), chance=50.0)}},
     num_items={"swap_obj": 40},
     num_missing=2,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from stages.evaluation.comparison import SuiteComparison, compare_results, mcnemar
-from stages.evaluation.result import SuiteRun, item_line, make_result, read_items
+from stages.evaluation.result import item_line, make_result, read_items
 from stages.evaluation.suites.suite import Item
 from storage.errors import UserError
-from storage.samples.image_settings import DEFAULT_IMAGES
+from tests.suite_runs import suite_run
 
 
 def save_result(folder: Path, right: Sequence[float], **run: Any) -> Path:
@@ -21,18 +21,7 @@ def save_result(folder: Path, right: Sequence[float], **run: Any) -> Path:
     items = [Item(f"swap_obj/{number}", ("swap_obj",), (), None) for number in range(len(right))]
     lines = [item_line(item, [], {"accuracy": value}) for item, value in zip(items, right, strict=True)]
     (folder / "items.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    values = {
-        "suite": "sugarcrepe",
-        "protocol": "likelihood",
-        "blind": False,
-        "items": "d",
-        "model": str(folder),
-        "weights": "w",
-        "dtype": "float32",
-        "image_backend": "B",
-        "images": DEFAULT_IMAGES,
-    }
-    result = make_result(SuiteRun(**values | run), read_items(folder).values(), [], 200, 1.0, len(right))
+    result = make_result(suite_run(model=str(folder), **run), read_items(folder).values(), [], 200, 1.0, len(right))
     (folder / "result.json").write_text(result.to_json())
     return folder
 

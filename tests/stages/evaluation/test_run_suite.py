@@ -21,7 +21,7 @@ from stages.evaluation.result import (
 )
 from stages.evaluation.run_suite import ask_chunk, chunks_of
 from storage.errors import UserError
-from storage.samples.image_settings import DEFAULT_IMAGES
+from tests.suite_runs import suite_run
 
 
 @pytest.fixture
@@ -46,18 +46,8 @@ def answerer(model: Any, processor: Any) -> Answerer:
 
 
 def run_of(loaded: LoadedSuite, **other: Any) -> SuiteRun:
-    values = {
-        "suite": "sugarcrepe",
-        "protocol": loaded.protocol,
-        "blind": loaded.config.blind,
-        "items": items_digest(loaded.items),
-        "model": "m",
-        "weights": "w",
-        "dtype": "float32",
-        "image_backend": "B",
-        "images": DEFAULT_IMAGES,
-    }
-    return SuiteRun(**values | other)
+    asked = {"protocol": loaded.protocol, "blind": loaded.config.blind, "items": items_digest(loaded.items)}
+    return suite_run(**asked | other)
 
 
 def ask(answerer: Answerer, loaded: LoadedSuite, output: Path, limit: int | None = None) -> ItemsFile:
