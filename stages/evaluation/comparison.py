@@ -28,7 +28,7 @@ class Difference(StrictModel):
     p_value: float
     """Two-sided, for no difference."""
     test: Literal["mcnemar", "bootstrap"]
-    """McNemar's exact test where each item is right or wrong, else the paired bootstrap."""
+    """McNemar's exact test where each item is right or wrong and drawn alone, else the paired bootstrap."""
 
 
 class ComparedMetric(StrictModel):
@@ -105,12 +105,15 @@ def _difference(
     values: NDArray[np.float64], first: Sequence[ScoredItem], second: Sequence[ScoredItem], kind: str, metric: str
 ) -> Difference:
     outcomes = [[one.counts.get(metric) for one in items if kind in one.kinds] for items in (first, second)]
+    units = [one.unit for one in first if kind in one.kinds]
     is_right_or_wrong = bool(outcomes[0]) and all(value in (0, 1) for of_result in outcomes for value in of_result)
+    # Items about one image are not independent, as the test takes them to be.
+    is_exact = is_right_or_wrong and len(set(units)) == len(units)
     return Difference(
         value=float(values[0]),
         interval_95=interval_95(values),
-        p_value=mcnemar(*outcomes) if is_right_or_wrong else _bootstrap_p(values),  # type: ignore[arg-type]
-        test="mcnemar" if is_right_or_wrong else "bootstrap",
+        p_value=mcnemar(*outcomes) if is_exact else _bootstrap_p(values),  # type: ignore[arg-type]
+        test="mcnemar" if is_exact else "bootstrap",
     )
 
 

@@ -224,7 +224,7 @@ def items_digest(items: Iterable[Item]) -> str:
             + [[str(picture.source).rsplit("/", 1)[-1], picture.crop, str(picture.marks)] for picture in one.pictures]
             for one in item.questions
         ]
-        for item in items
+        for item in sorted(items, key=lambda item: item.id)
     ]
     # In ASCII: a stranger's text may be no Unicode.
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -17,8 +17,7 @@ from stages.evaluation.answering.encoding import (
     AskedSequence,
     SequenceGroup,
     encode_group,
-    end_tokens,
-    num_lead_tokens,
+    frame_of_answers,
     rows_of,
 )
 from stages.evaluation.answering.prefix_model import PrefixModel, RunningSequences, SharedFront
@@ -59,7 +58,7 @@ class Answerer:
         self.images, self.blank = image_settings(model.config) or images, blank
         self.encoder = ConversationEncoder(processor, model.config.image_token_id, NO_LIMIT, images=self.images)
         self.notes: list[str] = []
-        self._ends, self._num_lead = end_tokens(processor), num_lead_tokens(self.encoder)
+        self._num_lead, self._num_end = frame_of_answers(self.encoder)
         self._prefix_model = PrefixModel(model)
         self._check_model()
 
@@ -71,7 +70,7 @@ class Answerer:
             [(1, Question("Is it grey? Answer by yes or no.", (), ("Yes",)))],
         ]
         groups = [
-            encode_group(self.encoder, asked, [image], self._ends, self._num_lead)
+            encode_group(self.encoder, asked, [image], self._num_lead, self._num_end)
             for asked, image in zip(trial, (small, wide), strict=True)
         ]
         answered = groups[0].sequences[0].encoded
@@ -202,7 +201,7 @@ class Answerer:
         first = questions[0][1]
         try:
             images = [self._load(picture) for picture in first.pictures]
-            group = encode_group(self.encoder, questions, images, self._ends, self._num_lead)
+            group = encode_group(self.encoder, questions, images, self._num_lead, self._num_end)
         except (UserError, OSError) as error:
             shown = ", ".join(str(picture.source) for picture in first.pictures)
             raise UserError(f"question {first.prompt!r:.100} about {shown}: {error}") from error

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from PIL import Image
@@ -64,12 +63,12 @@ def encode_group(
     encoder: ConversationEncoder,
     questions: Sequence[tuple[int, Question]],
     images: Sequence[Image.Image],
-    ends: frozenset[int],
     num_lead: int,
+    num_end: int,
 ) -> SequenceGroup:
     """The sequences of numbered questions about the same images.
 
-    `ends` are the tokens that end an answer, and `num_lead` says how many tokens every answer begins with.
+    `num_lead` and `num_end` are those of `frame_of_answers`.
 
     Raises:
         UnusableSample: If a question cannot be encoded.
@@ -85,7 +84,7 @@ def encode_group(
             if question.first_token_only:
                 sequences.append(AskedSequence(number, _up_to_first_own_token(encoded, num_lead)))
             else:
-                sequences.append(AskedSequence(number, encoded, _num_end_tokens(encoded, ends)))
+                sequences.append(AskedSequence(number, encoded, num_end))
         if question.first_token_only:
             _check_told_apart(question, sequences[-len(question.candidates) :])
     return SequenceGroup(tuple(sequences))
@@ -108,25 +107,15 @@ def _up_to_first_own_token(encoded: EncodedConversation, num_lead: int) -> Encod
     return replace(encoded, token_ids=encoded.token_ids[: last + 1], answer_mask=mask_T)
 
 
-def num_lead_tokens(encoder: ConversationEncoder) -> int:
-    """How many tokens every answer begins with, such as one for the blank before it; mostly 0."""
+def frame_of_answers(encoder: ConversationEncoder) -> tuple[int, int]:
+    """How many tokens every answer begins and ends with: mostly none for a blank, and one for the end."""
     answers = [encoder.encode_pair("Is it?", answer, []) for answer in ("Yes", "No")]
     yes, no = (encoded.token_ids[encoded.answer_mask].tolist() for encoded in answers)
-    return next((at for at, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), 0)
+    return _num_alike(yes, no), _num_alike(yes[::-1], no[::-1])
 
 
-def _num_end_tokens(encoded: EncodedConversation, ends: frozenset[int]) -> int:
-    answer = encoded.token_ids[encoded.answer_mask].tolist()
-    count = 0
-    while count < len(answer) - 1 and answer[-1 - count] in ends:
-        count += 1
-    return count
-
-
-def end_tokens(processor: Any) -> frozenset[int]:
-    """Tokens that can end an answer: the tokenizer's special ones."""
-    tokenizer = processor.tokenizer
-    return frozenset({*tokenizer.added_tokens_decoder, tokenizer.eos_token_id} - {None})
+def _num_alike(first: Sequence[int], second: Sequence[int]) -> int:
+    return next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
 
 
 def rows_of(sequence: AskedSequence) -> tuple[torch.Tensor, torch.Tensor]:

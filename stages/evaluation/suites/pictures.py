@@ -65,8 +65,8 @@ class PictureInZip:
         try:
             with ZipFile(self.archive) as archive, archive.open(self.member) as file:
                 return file.read(MAX_MEMBER_BYTES)
-        except (BadZipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self} is damaged ({error}); fetch the archive again") from error
+        except (BadZipFile, EOFError, zlib.error, RuntimeError, NotImplementedError) as error:
+            raise UserError(f"{self} cannot be unpacked ({error}); fetch the archive again") from error
 
 
 class PictureSpool:
@@ -196,12 +196,22 @@ class SuitePicture:
         """
         image = decode_image(self.source.read(), max_pixels, exif)
         if self.crop is not None:
-            image = image.crop(self.crop)
+            image = _cropped(image, self.crop, max_pixels)
         if blank:
             return Image.new("RGB", image.size, (127, 127, 127))
         for mark in self.marks:
             mark.draw(image, max_pixels)
         return image
+
+
+def _cropped(image: Image.Image, box: tuple[int, int, int, int], max_pixels: int) -> Image.Image:
+    """The part within a box; black where the box leaves the picture, as in Pillow."""
+    left, top, right, bottom = box
+    if not (left < right and top < bottom and left < image.width and top < image.height and right > 0 and bottom > 0):
+        raise UserError(f"the box {box} shows nothing of the picture, which has {image.width}x{image.height} pixels")
+    if (right - left) * (bottom - top) > max_pixels:
+        raise UserError(f"the box {box} has more than {max_pixels} pixels, the most that a picture may have")
+    return image.crop(box)
 
 
 def picture_of_cell(name: str, cell: Any) -> SuitePicture:

@@ -63,7 +63,7 @@ class Reefknot(Suite):
             right = found[kind]["accuracy"] if found[kind] else 100 * ratio(sums["right"], sums["items"])
             found[kind]["hallucination_rate"] = 100 - right
         rights = {task: 100 - found[task]["hallucination_rate"] for task in _TASKS if task in found}
-        if "multichoice" in rights:
+        if {"yesno", "multichoice"} <= rights.keys():
             two = (rights["yesno"] + rights["multichoice"]) / 2
             found["all"] = {"r_score_without_vqa": two}
             if "vqa" in rights:

@@ -128,7 +128,7 @@ class SuiteFiles:
         return listed
 
     def picture(self, *places: str) -> SuitePicture:
-        """The first of these files that exists, or the first, within the folder of images if one was named.
+        """The first of these files that exists, within the folder of images if one was named; else one for the error.
 
         A suite gives each place as its makers have it, such as `val2017/000000085329.jpg`. In a folder of images that
         was named, also the bare file name is looked for.
@@ -139,7 +139,8 @@ class SuiteFiles:
         root = self.folder if self.images is None else self.images
         names = places if self.images is None else [*places, *(place.rsplit("/", 1)[-1] for place in places)]
         paths = [self._inside(root, name) for name in names]
-        return SuitePicture(PictureFile(next((path for path in paths if is_regular(path)), paths[-1])))
+        absent = paths[0] if self.images is None else paths[-1]
+        return SuitePicture(PictureFile(next((path for path in paths if is_regular(path)), absent)))
 
     def zipped(self, *archives: str) -> dict[str, SuitePicture]:
         """The members of the first of these archives that exists, by their bare file names.

@@ -80,11 +80,6 @@ def evalai_accuracy(answer: str, given: Sequence[str]) -> float:
 
 
 def vqa_v2_accuracy(answer: str, given: Sequence[str]) -> float:
-    """The soft accuracy of VQAv2: the people's answers are processed only where they are not all the same.
-
-    The model's answer is what a server would get, that is after `evalai_answer`.
-    """
-    answer, given = evalai_answer(answer), [one.replace("\n", " ").replace("\t", " ").strip() for one in given]
-    if len(set(given)) > 1:
-        answer, given = vqa_answer(answer), [vqa_answer(one) for one in given]
+    """The soft accuracy of VQAv2: of both sides punctuation, digits and articles are processed, and no more."""
+    answer, *given = (vqa_answer(one.replace("\n", " ").replace("\t", " ").strip()) for one in (answer, *given))
     return soft_accuracy(answer, given)

@@ -28,11 +28,20 @@ def kill_one_of_ray(process: "subprocess.Popen[bytes]", name: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def actors(process: "subprocess.Popen[bytes]") -> list[int]:
+    """Workers of an extraction; there are none in training."""
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)}
+    return [pid for pid, name in names.items() if name.startswith(b"ray::_Actor")]
+
+
 def ended_without(name: str, arguments: list[object], begun: Callable[[], bool], scratch: Path) -> str:
     """What the command says when it lost that process of its cluster."""
     process = start_cdp(*arguments, err=scratch / "err")
     try:
         assert runs_until(process, begun)
+        # Else a fast machine ends the work before the loss is noticed.
+        for worker in actors(process):
+            os.kill(worker, signal.SIGSTOP)
         kill_one_of_ray(process, name)
         assert process.wait(PATIENCE_S) == 2
     finally:

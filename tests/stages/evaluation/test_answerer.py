@@ -199,3 +199,10 @@ def test_pictures_are_cropped_and_marked_before_they_are_shown(tmp_path: Path) -
     shown = SuitePicture(PictureFile(tmp_path / "x.png"), marks=marks).load(10**6, "ignore")
     assert shown.getpixel((10, 10)) == (255, 0, 0)
     assert shown.getpixel((20, 10)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("crop", [(50, 0, 60, 10), (0, 0, 0, 5), (-9, -9, 0, 0), (0, 0, 10**5, 10**5)])
+def test_a_box_that_shows_nothing_or_too_much_is_refused(crop: tuple[int, int, int, int], tmp_path: Path) -> None:
+    Image.new("RGB", (40, 20), "white").save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"the box \(.*\) (shows nothing|has more than)"):
+        SuitePicture(PictureFile(tmp_path / "x.png"), crop=crop).load(10**6, "ignore")

@@ -15,10 +15,11 @@ from storage.errors import UserError
 from tests.suite_runs import suite_run
 
 
-def save_result(folder: Path, right: Sequence[float], **run: Any) -> Path:
-    """A result of SugarCrepe with one kind; `right` says what each pair counts."""
+def save_result(folder: Path, right: Sequence[float], *, num_images: int | None = None, **run: Any) -> Path:
+    """A result of SugarCrepe with one kind; `right` says what each pair counts, about images in turn."""
     folder.mkdir(parents=True)
-    items = [Item(f"swap_obj/{number}", ("swap_obj",), (), None) for number in range(len(right))]
+    units = [str(number % (num_images or len(right))) for number in range(len(right))]
+    items = [Item(f"swap_obj/{number}", ("swap_obj",), (), None, unit) for number, unit in enumerate(units)]
     lines = [item_line(item, [], {"accuracy": value}) for item, value in zip(items, right, strict=True)]
     (folder / "items.jsonl").write_text("".join(f"{line}\n" for line in lines))
     result = make_result(suite_run(model=str(folder), **run), read_items(folder).values(), [], 200, 1.0, len(right))
@@ -53,6 +54,13 @@ def test_the_paired_interval_is_narrower_than_that_of_either_result(tmp_path: Pa
     found = compare(tmp_path, first, second).metrics["swap_obj"]["accuracy"]
     low, high = found.differences["b"].interval_95
     assert high - low < 3 < found.values["a"].interval_95[1] - found.values["a"].interval_95[0]
+
+
+def test_items_that_share_images_are_tested_by_bootstrap_over_images(tmp_path: Path) -> None:
+    first = save_result(tmp_path / "a", [1.0, 0.0] * 20, num_images=4)
+    second = save_result(tmp_path / "b", [1.0, 1.0] * 20, num_images=4)
+    found = compare_results({"a": first, "b": second}).metrics["swap_obj"]["accuracy"].differences["b"]
+    assert found.test == "bootstrap"
 
 
 def test_shares_of_items_are_tested_by_bootstrap(tmp_path: Path) -> None:
