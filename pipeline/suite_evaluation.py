@@ -17,6 +17,7 @@ from stages.checkpoints.weights import weights_digest
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.loaded_suite import LoadedSuite
+from stages.evaluation.metrics import scored
 from stages.evaluation.result import (
     RESULT_FILE,
     AnsweredItem,
@@ -30,7 +31,7 @@ from stages.evaluation.result import (
     write_server_files,
 )
 from stages.evaluation.run_suite import ask_chunk, chunks_of
-from stages.evaluation.suites.suite import Item
+from stages.evaluation.suites.suite import Answer, Item
 from stages.student.model.loading import multimodal_config
 from storage.errors import UserError
 from storage.progress import SILENT, Progress, ProgressTask
@@ -158,15 +159,22 @@ class _Asker:
         ask_on_ray(self.model, suite.config, run, self.config, self.reading, chunks, items, task)
 
 
+def _counted(suite: LoadedSuite, item: Item, answers: tuple[Answer, ...]) -> AnsweredItem:
+    return AnsweredItem(item.id, answers, scored(item, suite.suite.count(item, answers, suite.protocol)))
+
+
 def _unanswered(chunk: Sequence[Item], items: ItemsFile) -> list[Item]:
     return [item for item in chunk if item.id not in items.answered]
 
 
 def _wait_for_all(suite: LoadedSuite, folder: Path, task: ProgressTask) -> list[AnsweredItem]:
-    """All answers, in the suite's order; those of other processes are waited for, which torchrun ends if one fails."""
+    """All answers in the suite's order, counted anew; those of other processes are waited for.
+
+    torchrun ends all processes if one fails.
+    """
     while True:
         answered = read_items(folder)
         if all(item.id in answered for item in suite.items):
-            return [answered[item.id] for item in suite.items]
+            return [_counted(suite, item, answered[item.id].answers) for item in suite.items]
         task.update(done=len(answered))
         time.sleep(POLL_S)

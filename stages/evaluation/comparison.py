@@ -125,9 +125,10 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     gained = sum(before < after for before, after in zip(first, second, strict=True))
     lost = sum(before > after for before, after in zip(first, second, strict=True))
     changed = gained + lost
-    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    p_value: float = 2 * tail / 2**changed
-    return min(1.0, p_value)
+    # Logarithms of the binomial probabilities of 0, 1, ... changes for the rarer direction.
+    counts = np.arange(1, min(gained, lost) + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log((changed - counts + 1) / counts))]) - changed * math.log(2)
+    return float(min(1.0, 2 * np.exp(logs).sum()))
 
 
 def _bootstrap_p(values: NDArray[np.float64]) -> float:

@@ -1,6 +1,7 @@
 """`cdp evaluate` on a suite: who says how it is asked, what a finished run costs, several processes, a cluster."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,13 @@ def test_a_finished_suite_is_summed_up_again_without_its_model(
     again = evaluate(tiny, tmp_path)
     assert lasting(again) == lasting(first)
     assert again.items_per_s == 0
+
+
+def test_a_finished_suite_is_counted_again_from_its_answers(tiny: TinyWorld, tmp_path: Path) -> None:
+    first = evaluate(tiny, tmp_path)
+    items = tmp_path / SUITE / "items.jsonl"
+    items.write_text(re.sub(r'"counts": {[^}]*}', '"counts": {"accuracy": 0.25}', items.read_text()))
+    assert lasting(evaluate(tiny, tmp_path)) == lasting(first)
 
 
 def test_answers_of_another_model_are_refused(tiny: TinyWorld, tmp_path: Path) -> None:

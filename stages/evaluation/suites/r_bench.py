@@ -45,7 +45,10 @@ class RBench(Suite):
         subsets = files.need(*((folder / self.subset_files.format(number)).as_posix() for number in numbers))
         kinds: dict[int, tuple[str, ...]] = {}
         for number, ids in zip(numbers, subsets, strict=True):
-            for key in dict.fromkeys(files.records(ids)):
+            listed = files.records(ids)
+            if odd := [key for key in listed if not isinstance(key, int)]:
+                raise UserError(f"{ids}: {odd[0]!r:.100} is no question's id; expected a list of integers")
+            for key in dict.fromkeys(listed):
                 kinds[key] = (*kinds.get(key, ()), f"subset_{number}")
         for position, record in enumerate(files.records(path)):
             where = f"{path.name}, question {position}"
@@ -133,7 +136,8 @@ def _named(text: str, record: dict[str, Any], where: str, mark: str) -> str:
 
 def _box(record: dict[str, Any], where: str, name: str) -> tuple[float, float, float, float]:
     (box,) = fields(record, where, **{name: list})
-    if len(box) != 4 or not all(isinstance(edge, int | float) for edge in box) or box[0] > box[2] or box[1] > box[3]:
+    are_parts = all(isinstance(edge, int | float) and 0 <= edge <= 1 for edge in box)
+    if len(box) != 4 or not are_parts or box[0] > box[2] or box[1] > box[3]:
         raise UserError(f"{where}: {name} is {box!r:.100}; expected left, top, right, bottom as parts of the image")
     left, top, right, bottom = map(float, box)
     return left, top, right, bottom

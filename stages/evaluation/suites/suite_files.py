@@ -112,7 +112,10 @@ class SuiteFiles:
 
     def csv(self, path: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
         """The rows of a table with a header."""
-        yield from csv.DictReader(io.StringIO(self.text(path)), delimiter=delimiter)
+        try:
+            yield from csv.DictReader(io.StringIO(self.text(path)), delimiter=delimiter, restval="")
+        except csv.Error as error:
+            raise UserError(f"{path} is no table ({error}); fetch it again: {self.fetch}") from error
 
     def records(self, path: Path, *, key: str = "") -> list[Any]:
         """The list in a JSON file, or under a key of its object.

@@ -74,5 +74,8 @@ def _kinds(record: Mapping[str, Any], number: int, hard: Mapping[str, Any] | Non
     kinds = [tag] if isinstance(tag, str) else []
     kinds += [f"{preds} Main Pred"] if isinstance(preds, int) else []
     if hard is not None:
-        kinds += [str(tag) for tag in hard.get(str(number)) or ["No Tag"]]
-    return (*kinds, "all")
+        tags = hard.get(str(number)) or ["No Tag"]
+        if not isinstance(tags, list):
+            raise UserError(f"{HARD_TAGS}: item {number} has the tags {tags!r:.100}; expected a list")
+        kinds += map(str, tags)
+    return (*dict.fromkeys(kind for kind in kinds if kind != "all"), "all")

@@ -106,3 +106,20 @@ def test_missing_subsets_and_damaged_boxes_are_named(tmp_path: Path) -> None:
         load("r-bench-boxes", tmp_path)
     with pytest.raises(UserError, match=r"holds no data_filterd/image-level_filterd\.json.*mrwu-mac/R-Bench"):
         load("r-bench-image", tmp_path)
+
+
+@pytest.mark.parametrize("edge", [1.5, -0.1, 10**400, "1"])
+def test_a_box_beyond_the_picture_is_named(edge: object, tmp_path: Path) -> None:
+    questions = instances()
+    questions[0]["sub_box"] = [0, 0, 1, edge]
+    write_suite(tmp_path, "instance-level", "instance-level_ids", questions)
+    with pytest.raises(UserError, match=r"question 0: sub_box is .*expected left, top"):
+        load("r-bench-boxes", tmp_path)
+
+
+@pytest.mark.parametrize("ids", [[[1]], [{"a": 1}], ["1"], [None]])
+def test_ids_of_a_subset_that_are_no_numbers_are_named(ids: list[object], tmp_path: Path) -> None:
+    write_suite(tmp_path, "image-level", "nocaps_image-level_rel_ids", records())
+    write_json(tmp_path / "data_filterd/nocaps_image-level_rel_ids_3.json", ids)
+    with pytest.raises(UserError, match=r"rel_ids_3\.json: .* is no question's id; expected a list of integers"):
+        load("r-bench-image", tmp_path)
