@@ -11,6 +11,8 @@ from stages.evaluation.suites.suite import Counts, Item, KindCounts, Metrics, Su
 
 SEED: Final = 0
 """Two runs of a suite are resampled alike, so that they can be compared in pairs."""
+_WEIGHTS_AT_ONCE: Final = 2**22
+"""How often units were drawn, of several draws: 32 MB."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,16 @@ def _summed(items: Sequence[ScoredItem], num_resamples: int) -> KindCounts:
 def _resampled(counts: NDArray[np.float64], num_resamples: int) -> NDArray[np.float64]:
     """Sums over units that are drawn with replacement, as many as there are."""
     num_units, generator = len(counts), np.random.default_rng(SEED)
-    sums = np.empty((num_resamples, counts.shape[1]))
-    for resample in range(num_resamples):
-        times_drawn = np.bincount(generator.integers(num_units, size=num_units), minlength=num_units)
-        sums[resample] = times_drawn @ counts
-    return sums
+    parts = [np.empty((0, counts.shape[1]))]
+    # In blocks: a product for each draw alone would wait for its threads a thousand times.
+    for size in _block_sizes(num_resamples, max(1, _WEIGHTS_AT_ONCE // num_units)):
+        drawn = [np.bincount(generator.integers(num_units, size=num_units), minlength=num_units) for _ in range(size)]
+        parts.append(np.stack(drawn).astype(np.float64) @ counts)
+    return np.concatenate(parts)
+
+
+def _block_sizes(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def differences(first: Metrics, second: Metrics) -> Mapping[str, Mapping[str, NDArray[np.float64]]]:

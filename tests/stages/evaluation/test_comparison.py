@@ -74,7 +74,8 @@ def test_equal_results_do_not_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gained", "lost", "p_value"), [(0, 0, 1.0), (1, 1, 1.0), (5, 0, 2 / 32), (8, 1, 20 / 512), (6000, 6200, 0.0715943516)]
+    ("gained", "lost", "p_value"),
+    [(0, 0, 1.0), (1, 1, 1.0), (5, 0, 2 / 32), (8, 1, 20 / 512), (6000, 6200, 0.0715943516)],
 )
 def test_mcnemars_p_value_is_that_of_a_fair_coin(gained: int, lost: int, p_value: float) -> None:
     before = [0.0] * gained + [1.0] * lost + [1.0, 0.0]
