@@ -144,7 +144,7 @@ def begun_items(folder: Path, run: SuiteRun, rank: int = 0, *, replace: bool = F
     store = open_store(folder)
     with owned(folder) if rank == 0 else nullcontext():
         if rank > 0:
-            _wait_for_first(store)
+            _wait_for_first(store, run, replace=replace)
         differing = _difference(store, run)
         if differing and rank == 0 and replace:
             for path in (folder / IDENTITY_FILE, folder / RESULT_FILE, folder / "answers.json", *folder.glob(_ITEMS)):
@@ -177,10 +177,10 @@ def _difference(store: Store, run: SuiteRun) -> str:
     return ""
 
 
-def _wait_for_first(store: Store) -> None:
-    """Waits until the first process has begun or gone on with the folder."""
+def _wait_for_first(store: Store, run: SuiteRun, *, replace: bool) -> None:
+    """Waits until the first process has begun or gone on with the folder, and has made room in it if it is to."""
     patience = PATIENCE_S
-    while not store.exists(IDENTITY_FILE):
+    while not store.exists(IDENTITY_FILE) or (replace and _difference(store, run)):
         if (patience := patience - POLL_S) < 0:
             raise UserError(f"{store.url}: the first process did not begin within {PATIENCE_S:.0f} s; see its error")
         time.sleep(POLL_S)

@@ -1,6 +1,7 @@
 """A suite from its folder to its result, with a real model."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,26 @@ def test_answers_of_another_run_are_not_gone_on_with(folder: Path, answerer: Ans
             pass
     with begun_items(tmp_path / "out", run_of(loaded, model="elsewhere")) as items:
         assert len(items.answered) == 6
+
+
+def test_another_process_waits_until_the_first_has_made_room_for_the_answers(
+    folder: Path, answerer: Answerer, tmp_path: Path
+) -> None:
+    loaded = load_suite("sugarcrepe", SuiteConfig(data=folder))
+    ask(answerer, loaded, tmp_path / "out")
+    run = run_of(loaded, weights="another student")
+
+    def second() -> int:
+        with begun_items(tmp_path / "out", run, rank=1, replace=True) as items:
+            return len(items.answered)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.5)
+        with begun_items(tmp_path / "out", run, replace=True) as items:
+            assert not items.answered
+        assert waiting.result(10) == 0
 
 
 def test_the_digest_of_items_is_the_same_wherever_the_folder_lies(folder: Path, tmp_path: Path) -> None:
