@@ -93,7 +93,10 @@ class _Asker:
         hide_loading_bars()
         self.model, self.config, self.reading, self.progress = model, config, reading, progress
         self.folder, self.group = find_checkpoint(model), ProcessGroup.from_environment()
+        # What every suite's answers are of, read once.
         self._weights = weights_digest(self.folder)
+        self._image_backend = image_processor_backend(load_processor(self.folder))
+        self._images = image_settings(multimodal_config(self.folder)) or reading
 
     def result(self, name: str, suite: LoadedSuite, folder: Path, *, replace: bool) -> SuiteResult | None:
         """The result of a suite once all its items are answered; None in processes other than the first."""
@@ -125,17 +128,16 @@ class _Asker:
         return load_model(self.model)
 
     def _run(self, name: str, suite: LoadedSuite) -> SuiteRun:
-        config = multimodal_config(self.folder)
         return SuiteRun(
             suite=name,
             protocol=suite.protocol,
             blind=suite.config.blind,
-            items=items_digest([*suite.items, *suite.missing]),
+            items=items_digest(suite.all_items),
             model=self.model,
             weights=self._weights,
             dtype=str(computing_dtype()).removeprefix("torch."),
-            image_backend=image_processor_backend(load_processor(self.folder)),
-            images=image_settings(config) or self.reading,
+            image_backend=self._image_backend,
+            images=self._images,
         )
 
     def _ask_here(

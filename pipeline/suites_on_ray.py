@@ -59,7 +59,7 @@ class SuiteWorker:
         self, model: str, suite: SuiteConfig, run: SuiteRun, config: AnsweringConfig, reading: ImageConfig
     ) -> None:
         self._suite = load_suite(run.suite, suite)
-        if items_digest([*self._suite.items, *self._suite.missing]) != run.items:
+        if items_digest(self._suite.all_items) != run.items:
             raise UserError(
                 f"a worker sees other items of {run.suite} in {suite.data} than the command; give all the same"
             )

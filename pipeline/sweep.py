@@ -173,7 +173,7 @@ def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
         evaluate=run.evaluate,
         stage=student.parent.name,
         weights=weights_digest(student),
-        suites={name: items_digest([*suite.items, *suite.missing]) for name, suite in loaded.items()},
+        suites={name: items_digest(suite.all_items) for name, suite in loaded.items()},
         targets=targets,
     )
 

@@ -33,6 +33,11 @@ class LoadedSuite:
     missing: list[Item]
 
     @property
+    def all_items(self) -> list[Item]:
+        """Those with their pictures, then those without."""
+        return [*self.items, *self.missing]
+
+    @property
     def notes(self) -> list[str]:
         """What users should know of these items."""
         kinds = {kind for item in self.items for kind in item.kinds}
