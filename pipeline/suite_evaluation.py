@@ -14,20 +14,19 @@ from pipeline.models import computing_dtype, load_model
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import hide_loading_bars, image_processor_backend, load_processor
 from stages.checkpoints.weights import weights_digest
+from stages.evaluation.answered_items import AnsweredItem, read_items
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.loaded_suite import LoadedSuite
 from stages.evaluation.metrics import scored
 from stages.evaluation.result import (
     RESULT_FILE,
-    AnsweredItem,
     ItemsFile,
     SuiteResult,
     SuiteRun,
     begun_items,
     items_digest,
     make_result,
-    read_items,
     write_server_files,
 )
 from stages.evaluation.run_suite import ask_chunk, chunks_of

@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.evaluation.answered_items import ITEMS, read_items
 from stages.evaluation.metrics import ScoredItem, differences, interval_95, suite_metrics
-from stages.evaluation.result import Metric, SuiteResult, SuiteRun, read_items, read_result
+from stages.evaluation.result import RESULT_FILE, Metric, SuiteResult, SuiteRun, read_result
 from stages.evaluation.suites.registry import SUITES
+from stages.evaluation.suites.suite import Metrics
 from storage.errors import UserError
 from storage.strict_model import StrictModel
 
 NUM_RESAMPLES: Final = 2000
 _SAME: Final = ("suite", "protocol", "items")
 """What results must share to be compared."""
+_AGAIN: Final = "run the same `cdp evaluate` again, which sums up its saved answers anew"
 
 
 class Difference(StrictModel):
@@ -49,6 +53,17 @@ class SuiteComparison(StrictModel):
     metrics: dict[str, dict[str, ComparedMetric]]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A result whose metrics are those of its items; items by id, in the order of ids."""
+
+    name: str
+    folder: Path
+    result: SuiteResult
+    items: Mapping[str, ScoredItem]
+    values: Metrics
+
+
 def compare_results(folders: Mapping[str, Path]) -> SuiteComparison:
     """Compares results of one suite on the same items.
 
@@ -56,56 +71,83 @@ def compare_results(folders: Mapping[str, Path]) -> SuiteComparison:
         folders: name to the folder of a suite that `cdp evaluate` saved; the first is what others are compared with.
 
     Raises:
-        UserError: If a folder holds no result, or results are of other items, another suite or protocol.
+        UserError: If a folder holds no result, its metrics are not those of its items, or results are of other items,
+            another suite or protocol.
     """
     results = {name: read_result(folder) for name, folder in folders.items()}
+    _check_same(results)
+    first, *others = [_read(name, folders[name], result) for name, result in results.items()]
+    for other in others:
+        _check_items(first, other)
+    minus = {other.name: differences(first.values, other.values) for other in others}
+    return SuiteComparison(
+        suite=first.result.run.suite,
+        protocol=first.result.run.protocol,
+        results={one.name: one.result.run for one in (first, *others)},
+        metrics={
+            kind: {
+                metric: ComparedMetric(
+                    values={one.name: one.result.metrics[kind][metric] for one in (first, *others)},
+                    differences={
+                        other.name: _difference(minus[other.name][kind][metric], first, other, kind, metric)
+                        for other in others
+                    },
+                )
+                for metric in of_kind
+            }
+            for kind, of_kind in first.result.metrics.items()
+        },
+    )
+
+
+def _check_same(results: Mapping[str, SuiteResult]) -> None:
     (first_name, first), *others = results.items()
     for name, result in others:
         for what in _SAME:
             if (was := getattr(first.run, what)) != (now := getattr(result.run, what)):
                 raise UserError(f"{name} cannot be compared with {first_name}: its {what} is {now}, not {was}")
-    scored = {
-        name: {one.id: one.scored for _, one in sorted(read_items(folder).items())} for name, folder in folders.items()
-    }
-    for name, items in scored.items():
-        if items.keys() != scored[first_name].keys():
-            found = f"{len(items)} items of {name} were answered, {len(scored[first_name])} of {first_name}"
-            raise UserError(f"{found}; finish both with `cdp evaluate`, with the same images")
-    return SuiteComparison(
-        suite=first.run.suite,
-        protocol=first.run.protocol,
-        results={name: result.run for name, result in results.items()},
-        metrics=_compared(results, {name: list(items.values()) for name, items in scored.items()}),
-    )
 
 
-def _compared(
-    results: Mapping[str, SuiteResult], scored: Mapping[str, Sequence[ScoredItem]]
-) -> dict[str, dict[str, ComparedMetric]]:
-    (first_name, first), *others = results.items()
-    suite = SUITES[first.run.suite]
-    values = {name: suite_metrics(suite, items, NUM_RESAMPLES) for name, items in scored.items()}
-    minus = {name: differences(values[first_name], values[name]) for name, _ in others}
-    return {
-        kind: {
-            metric: ComparedMetric(
-                values={name: result.metrics[kind][metric] for name, result in results.items()},
-                differences={
-                    name: _difference(of_result[kind][metric], scored[first_name], scored[name], kind, metric)
-                    for name, of_result in minus.items()
-                },
-            )
-            for metric in of_kind
-        }
-        for kind, of_kind in first.metrics.items()
-    }
+def _read(name: str, folder: Path, result: SuiteResult) -> _Read:
+    items = {one.id: one.scored for _, one in sorted(read_items(folder).items())}
+    if not items:
+        raise UserError(f"{folder} holds no answered items; expected {ITEMS} beside its {RESULT_FILE}; {_AGAIN}")
+    try:
+        values = suite_metrics(SUITES[result.run.suite], list(items.values()), NUM_RESAMPLES)
+    except LookupError as error:
+        # A suite's metrics count on what its items have; these lines may be anybody's.
+        found = f"{folder}: {ITEMS} lack a kind or count of {result.run.suite} ({error})"
+        raise UserError(f"{found}; restore them, or name the --output of another run") from error
+    _check_metrics(folder / RESULT_FILE, result, values)
+    return _Read(name, folder, result, items, values)
 
 
-def _difference(
-    values: NDArray[np.float64], first: Sequence[ScoredItem], second: Sequence[ScoredItem], kind: str, metric: str
-) -> Difference:
-    outcomes = [[one.counts.get(metric) for one in items if kind in one.kinds] for items in (first, second)]
-    units = [one.unit for one in first if kind in one.kinds]
+def _check_metrics(file: Path, result: SuiteResult, values: Metrics) -> None:
+    saved = {(kind, name): one.value for kind, found in result.metrics.items() for name, one in found.items()}
+    counted = {(kind, name): float(one[0]) for kind, found in values.items() for name, one in found.items()}
+    if not counted:
+        raise UserError(f"{file}: this suite has no metric; the server of {result.run.suite}'s makers has the labels")
+    for kind, name in {**saved, **counted}:
+        said, right = saved.get((kind, name)), counted.get((kind, name))
+        if said is None or right is None or not math.isclose(said, right, rel_tol=1e-9, abs_tol=1e-6):
+            what = f"{name} of {kind}"[:200]
+            raise UserError(f"{file}: {what} is {said}, and {right} by the items beside it; {_AGAIN}")
+
+
+def _check_items(first: _Read, other: _Read) -> None:
+    if other.items.keys() != first.items.keys():
+        found = f"{len(other.items)} items of {other.name} were answered, {len(first.items)} of {first.name}"
+        raise UserError(f"{found}; finish both with `cdp evaluate`, with the same images")
+    for key, item in first.items.items():
+        if (item.kinds, item.unit) != (other.items[key].kinds, other.items[key].unit):
+            found = f"{other.folder}: item {key!r:.100} has other kinds or another unit than in {first.folder}"
+            raise UserError(f"{found}; {_AGAIN}")
+
+
+def _difference(values: NDArray[np.float64], first: _Read, second: _Read, kind: str, metric: str) -> Difference:
+    items = [[one for one in read.items.values() if kind in one.kinds] for read in (first, second)]
+    outcomes = [[one.counts.get(metric) for one in of_result] for of_result in items]
+    units = [one.unit for one in items[0]]
     is_right_or_wrong = bool(outcomes[0]) and all(value in (0, 1) for of_result in outcomes for value in of_result)
     # Items about one image are not independent, as the test takes them to be.
     is_exact = is_right_or_wrong and len(set(units)) == len(units)

@@ -1,4 +1,4 @@
-"""What came of a suite: the identity of the run, each item's answers as they come, and the metrics."""
+"""What came of a suite: the identity of the run, the folder of its answers, and the metrics."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
-from pydantic import ValidationError
+from pydantic import FiniteFloat, ValidationError
 
-from stages.evaluation.metrics import ScoredItem, interval_95, suite_metrics
+from stages.evaluation.answered_items import ITEMS, AnsweredItem, read_items, whole_lines
+from stages.evaluation.metrics import interval_95, suite_metrics
 from stages.evaluation.suites.registry import SUITES
-from stages.evaluation.suites.suite import Answer, Counts, Item, Likelihood, Protocol
-from storage.digests import parse_json
+from stages.evaluation.suites.suite import Item, Protocol
 from storage.errors import CorruptData, UserError, disk_errors_named
-from storage.regular_files import open_regular, read_regular
+from storage.regular_files import read_regular
 from storage.samples.image_settings import ImageConfig
 from storage.stores import Store, open_store
 from storage.stores.folder_owner import owned
@@ -27,7 +27,6 @@ RESULT_FILE: Final = "result.json"
 IDENTITY_FILE: Final = "run.json"
 PATIENCE_S: Final = 1800.0
 POLL_S: Final = 0.2
-_ITEMS: Final = "items*.jsonl"
 
 
 class SuiteRun(StrictModel):
@@ -54,10 +53,10 @@ class SuiteRun(StrictModel):
 class Metric(StrictModel):
     """A number of a suite, in its makers' unit: percent, or points."""
 
-    value: float
-    interval_95: tuple[float, float]
+    value: FiniteFloat
+    interval_95: tuple[FiniteFloat, FiniteFloat]
     """By bootstrap over what the suite draws as a whole."""
-    chance: float | None
+    chance: FiniteFloat | None
     """What guessing gets, where that is known."""
 
 
@@ -91,32 +90,6 @@ class SuiteResult(StrictModel):
         return found
 
 
-class AnsweredItem(NamedTuple):
-    """A line of the items' file."""
-
-    id: str
-    answers: tuple[Answer, ...]
-    scored: ScoredItem
-
-
-def item_line(item: Item, answers: Iterable[Answer], counts: Counts) -> str:
-    """An item as a line of JSON, with what people want to see of it."""
-    shown = {
-        "id": item.id,
-        "kinds": item.kinds,
-        "unit": item.unit or item.id,
-        "questions": [
-            {"prompt": one.prompt, "pictures": [str(picture.source) for picture in one.pictures]}
-            | ({"candidates": one.candidates} if one.candidates else {})
-            for one in item.questions
-        ],
-        "expected": item.expected,
-        "answers": list(answers),
-        "counts": {name: float(value) for name, value in counts.items()},
-    }
-    return json.dumps(shown)
-
-
 @dataclass(frozen=True)
 class ItemsFile:
     """The file that a process appends answered items to."""
@@ -147,7 +120,7 @@ def begun_items(folder: Path, run: SuiteRun, rank: int = 0, *, replace: bool = F
             _wait_for_first(store, run, replace=replace)
         differing = _difference(store, run)
         if differing and rank == 0 and replace:
-            for path in (folder / IDENTITY_FILE, folder / RESULT_FILE, folder / "answers.json", *folder.glob(_ITEMS)):
+            for path in (folder / IDENTITY_FILE, folder / RESULT_FILE, folder / "answers.json", *folder.glob(ITEMS)):
                 path.unlink(missing_ok=True)
         elif differing:
             found = f"{folder} holds answers of another run: {differing}"
@@ -184,35 +157,6 @@ def _wait_for_first(store: Store, run: SuiteRun, *, replace: bool) -> None:
         if (patience := patience - POLL_S) < 0:
             raise UserError(f"{store.url}: the first process did not begin within {PATIENCE_S:.0f} s; see its error")
         time.sleep(POLL_S)
-
-
-def read_items(folder: Path) -> dict[str, AnsweredItem]:
-    """The items that were answered, of all processes, by id; a line that was cut short by a kill is left out.
-
-    Raises:
-        UserError: If a file is damaged elsewhere.
-    """
-    found = {}
-    for path in sorted(folder.glob(_ITEMS)):
-        for line in whole_lines(path):
-            try:
-                record = parse_json(line, str(path), "remove the folder's items")
-                answers = tuple(_answer(answer) for answer in record["answers"])
-                scored = ScoredItem(tuple(record["kinds"]), record["unit"], record["counts"])
-                found[record["id"]] = AnsweredItem(record["id"], answers, scored)
-            except (CorruptData, KeyError, TypeError) as error:
-                raise UserError(f"{path}: a line is no answered item ({error}); remove the folder's items") from error
-    return found
-
-
-def whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file that end."""
-    with open_regular(path) as file:
-        yield from (line for line in file if line.endswith(b"\n"))
-
-
-def _answer(saved: Any) -> Answer:
-    return saved if isinstance(saved, str) else tuple(Likelihood(*one) for one in saved)
 
 
 def items_digest(items: Iterable[Item]) -> str:
@@ -277,11 +221,11 @@ def read_result(path: Path) -> SuiteResult:
     """A result that `cdp evaluate` saved: its file, or the folder of a suite.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is none, or of a suite that this version does not have.
     """
     file = path / RESULT_FILE if path.is_dir() else path
     try:
-        return SuiteResult.model_validate_json(read_regular(file))
+        result = SuiteResult.model_validate_json(read_regular(file))
     except (OSError, CorruptData) as error:
         raise UserError(f"no result of `cdp evaluate` at {path}: {error}; name the folder of a suite") from error
     except ValidationError as error:
@@ -289,3 +233,7 @@ def read_result(path: Path) -> SuiteResult:
         where = ".".join(map(str, first["loc"])) or "the whole file"
         found = f"{file} is no result of `cdp evaluate`: {where}: {first['msg']} ({error.error_count()} faults)"
         raise UserError(f"{found}; name the {RESULT_FILE} that it saved") from error
+    if result.run.suite not in SUITES:
+        found = f"{file} is a result of a suite {result.run.suite!r:.100}"
+        raise UserError(f"{found}; this version has {', '.join(SUITES)}; upgrade compodistill, or mend the file")
+    return result

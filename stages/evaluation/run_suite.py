@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Final
 
+from stages.evaluation.answered_items import item_line
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.loaded_suite import LoadedSuite
-from stages.evaluation.result import item_line
 from stages.evaluation.suites.suite import Item, Question
 
 ITEMS_AT_ONCE: Final = 32

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from pipeline.suite_evaluation import evaluate_suites
+from stages.evaluation.answered_items import read_items
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
-from stages.evaluation.result import SuiteResult, read_items
+from stages.evaluation.result import SuiteResult
 from storage.errors import UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here

@@ -178,7 +178,7 @@ class SuiteFiles:
 
 
 def fields(record: Any, where: str, **types: type | tuple[type, ...]) -> list[Any]:
-    """The fields of a record in the order asked for, each of its type.
+    """The fields of a record in the order asked for, each of its type; a truth value is no number.
 
     Raises:
         UserError: If it is no object or a field is missing or of another type; names it.
@@ -186,7 +186,8 @@ def fields(record: Any, where: str, **types: type | tuple[type, ...]) -> list[An
     if not isinstance(record, dict):
         raise UserError(f"{where}: {record!r:.200}; expected an object with {', '.join(types)}")
     for name, kind in types.items():
-        if not isinstance(record.get(name), kind):
+        value = record.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
             found = repr(record[name])[:100] if name in record else f"only {', '.join(map(str, record))[:200]}"
             names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
             raise UserError(f"{where}: expected {name} of type {names}, found {found}")

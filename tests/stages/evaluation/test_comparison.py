@@ -1,15 +1,16 @@
 """Results side by side: differences on the same items, and what cannot be compared."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stages.evaluation.answered_items import item_line, read_items
 from stages.evaluation.comparison import SuiteComparison, compare_results, mcnemar
-from stages.evaluation.result import item_line, make_result, read_items
+from stages.evaluation.result import make_result
 from stages.evaluation.suites.suite import Item
 from storage.errors import UserError
 from tests.suite_runs import suite_run
@@ -96,6 +97,59 @@ def test_results_of_other_data_or_another_protocol_are_refused(what: str, value:
 def test_results_with_other_answered_items_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 items of b were answered, 2 of a"):
         compare(tmp_path, [1.0, 0.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["metrics"].pop("average"), "accuracy of average is None, and 50.0 by the items"),
+        (lambda saved: saved["metrics"]["swap_obj"].pop("accuracy"), "accuracy of swap_obj is None, and 50.0"),
+        (lambda saved: saved["metrics"]["swap_obj"]["accuracy"].update(value=90), "swap_obj is 90.0, and 50.0"),
+        (lambda saved: saved["metrics"].update(more=saved["metrics"]["average"]), "of more is 50.0, and None by"),
+    ],
+)
+def test_metrics_that_are_not_those_of_the_items_are_named(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    first, second = save_result(tmp_path / "a", [1.0, 0.0]), save_result(tmp_path / "b", [1.0, 0.0])
+    saved = json.loads((second / "result.json").read_text())
+    change(saved)
+    (second / "result.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=rf"b/result\.json: .*{message}.*run the same `cdp evaluate` again"):
+        compare_results({"a": first, "b": second})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("kinds", ["add_att"], "b/result.json: accuracy of swap_obj is 50.0, and 0.0 by the items"),
+        ("unit", "1", "b: item 'swap_obj/0' has other kinds or another unit than in .*a"),
+        ("counts", {}, "b/result.json: accuracy of swap_obj is 50.0, and 0.0 by the items"),
+        ("id", "swap_obj/9", "2 items of b were answered, 2 of a"),
+    ],
+)
+def test_edited_items_are_named(key: str, value: object, message: str, tmp_path: Path) -> None:
+    first, second = save_result(tmp_path / "a", [1.0, 0.0]), save_result(tmp_path / "b", [1.0, 0.0])
+    edited, other = (second / "items.jsonl").read_text().splitlines()
+    (second / "items.jsonl").write_text(f"{json.dumps(json.loads(edited) | {key: value})}\n{other}\n")
+    with pytest.raises(UserError, match=message):
+        compare_results({"a": first, "b": second})
+
+
+def test_items_without_the_kinds_that_their_suite_counts_on_are_named(tmp_path: Path) -> None:
+    folder = save_result(tmp_path / "a", [1.0, 0.0])
+    for file in ("items.jsonl", "result.json"):
+        text = (folder / file).read_text()
+        (folder / file).write_text(text.replace("sugarcrepe", "aro"))
+    with pytest.raises(UserError, match=r"a: items\*\.jsonl lack a kind or count of aro"):
+        compare_results({"a": folder, "b": folder})
+
+
+def test_a_folder_without_answered_items_is_named(tmp_path: Path) -> None:
+    first, second = save_result(tmp_path / "a", [1.0, 0.0]), save_result(tmp_path / "b", [1.0, 0.0])
+    (second / "items.jsonl").unlink()
+    with pytest.raises(UserError, match=r"b holds no answered items; expected items\*\.jsonl"):
+        compare_results({"a": first, "b": second})
 
 
 def test_a_result_with_grey_pictures_is_the_control_of_one_with_its_own(tmp_path: Path) -> None:

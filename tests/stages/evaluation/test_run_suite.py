@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from stages.evaluation.answered_items import AnsweredItem, read_items
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.evaluation.loaded_suite import LoadedSuite, load_suite
+from stages.evaluation.metrics import ScoredItem
 from stages.evaluation.result import (
     ItemsFile,
     SuiteRun,
     begun_items,
     items_digest,
     make_result,
-    read_items,
     read_result,
 )
 from stages.evaluation.run_suite import ask_chunk, chunks_of
@@ -154,15 +155,6 @@ def test_missing_images_are_an_error_or_counted_and_never_dropped(folder: Path) 
         load_suite("sugarcrepe", SuiteConfig(data=folder, allow_missing_images=True))
 
 
-def test_a_damaged_items_file_is_named(folder: Path, answerer: Answerer, tmp_path: Path) -> None:
-    loaded = load_suite("sugarcrepe", SuiteConfig(data=folder))
-    ask(answerer, loaded, tmp_path / "out")
-    path = tmp_path / "out/items.jsonl"
-    path.write_bytes(b'{"id": 1}\n' + path.read_bytes())
-    with pytest.raises(UserError, match=r"items\.jsonl: a line is no answered item"):
-        read_items(tmp_path / "out")
-
-
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b"\xff"])
 def test_what_is_no_result_is_named(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
@@ -170,3 +162,12 @@ def test_what_is_no_result_is_named(content: bytes | None, tmp_path: Path) -> No
         path.write_bytes(content)
     with pytest.raises(UserError, match="no result of `cdp evaluate`"):
         read_result(path)
+
+
+def test_a_result_of_a_suite_that_this_version_does_not_have_is_named(tmp_path: Path) -> None:
+    result = make_result(
+        suite_run(), [AnsweredItem("1", (), ScoredItem(("a",), "1", {"accuracy": 1}))], [], 100, 1.0, 1
+    )
+    (tmp_path / "result.json").write_text(result.to_json().replace('"sugarcrepe"', '"newer"'))
+    with pytest.raises(UserError, match=r"result\.json is a result of a suite 'newer'; this version has sugarcrepe"):
+        read_result(tmp_path)

@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import pytest
 
+from stages.evaluation.answered_items import item_line
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
-from stages.evaluation.result import item_line
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Likelihood, Protocol
 from tests.stages.evaluation.suites.scorer import draw, write_parquet

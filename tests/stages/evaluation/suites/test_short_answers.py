@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from stages.evaluation.answered_items import AnsweredItem
 from stages.evaluation.metrics import ScoredItem
-from stages.evaluation.result import AnsweredItem, write_server_files
+from stages.evaluation.result import write_server_files
 from storage.errors import UserError
 from tests.stages.evaluation.suites.suite_folders import (
     draw,
