@@ -98,6 +98,22 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def stays_inside(followed: Path, root: Path) -> bool:
+    """Whether a path, its links followed, is in a folder, or a file that a snapshot of the Hub's cache links to.
+
+    `huggingface_hub` stores files in `blobs` of a data set's folder; `snapshots/REVISION` beside it has links to them.
+    Any other link out of a folder may be a stranger's, to a file that is not his.
+
+    Args:
+        followed: what `Path.resolve` gave.
+        root: the folder, as `Path.resolve` gives it; in a snapshot, or a snapshot.
+    """
+    if followed.is_relative_to(root):
+        return True
+    snapshot = next((folder for folder in (root, *root.parents) if folder.parent.name == "snapshots"), None)
+    return snapshot is not None and followed.parent == snapshot.parent.parent / "blobs"
+
+
 def refuse_special_files(folder: Path) -> None:
     """Refuses a folder that a library is to read if it holds anything but folders and regular files.
 

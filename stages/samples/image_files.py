@@ -7,7 +7,7 @@ from stages.conversations.turns import shorten
 from stages.images import read_picture
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
-from storage.regular_files import read_regular
+from storage.regular_files import read_regular, stays_inside
 
 
 class ImageFolder:
@@ -58,7 +58,7 @@ class ImageFolder:
             raise UnusableSample("missing_image", f"{relative} is a path, and no image folder was given")
         try:
             path = (self._root / relative).resolve()
-            if not path.is_relative_to(self._root):
+            if not stays_inside(path, self._root):
                 raise UnusableSample("path_leaves_folder", f"{relative} is a link to something outside the folder")
             # Also keeps out pipes and devices, which would block or never end.
             if not path.is_file():

@@ -31,7 +31,7 @@ class Gqa(ShortAnswers):
         if not isinstance(records, dict) or not records:
             raise UserError(f"{path}: expected an object of questions by id, with at least one; {self.fetch}")
         for key, record in records.items():
-            image, text, answer = fields(record, f"{path.name}, question {key}", imageId=str, question=str, answer=str)
+            image, text, answer = fields(record, f"{path}, question {key}", imageId=str, question=str, answer=str)
             types = record.get("types")
             kinds = ("all", *([str(types["structural"])] if isinstance(types, dict) and "structural" in types else []))
             question = Question(text + SHORT_ANSWER, (files.picture(f"images/{image}.jpg"),))

@@ -52,7 +52,7 @@ class Mmvp(Suite):
         rows = list(files.csv(path))
         if len(rows) % 2 or not all(row.get(name) for row in rows for name in _COLUMNS):
             raise UserError(f"{path}: expected an even number of rows with {', '.join(_COLUMNS)}; {self.fetch}")
-        asked = [_asked(files, number, row) for number, row in enumerate(rows, 1)]
+        asked = [_asked(files, f"{path}, row {number}", number, row) for number, row in enumerate(rows, 1)]
         for start in range(0, len(asked), 2):
             questions, labels = zip(*asked[start : start + 2], strict=True)
             corrected = [CORRECTED.get(start + place, label) for place, label in enumerate(labels, 1)]
@@ -72,13 +72,11 @@ class Mmvp(Suite):
         return percent_by_kind(counts)
 
 
-def _asked(files: SuiteFiles, number: int, row: dict[str, str]) -> tuple[Question, str]:
+def _asked(files: SuiteFiles, where: str, number: int, row: dict[str, str]) -> tuple[Question, str]:
     """The question of the image with this number, and the letter of its answer."""
     options, label = _OPTIONS.match(row["Options"].strip()), _LABEL.match(row["Correct Answer"].strip())
     if options is None or label is None or row.get("Index", str(number)).strip() != str(number):
         found = {name: row.get(name) for name in ("Index", "Options", "Correct Answer")}
-        raise UserError(
-            f"Questions.csv, row {number}: found {found}; expected that number, (a) ... (b) ..., (a) or (b)"
-        )
+        raise UserError(f"{where}: found {found}; expected that number, (a) ... (b) ..., (a) or (b)")
     listed = "".join(f"\n{letter}. {option.strip()}" for letter, option in zip("AB", options.groups(), strict=True))
     return Question(row["Question"] + listed + _SUFFIX, (files.picture(f"MMVP Images/{number}.jpg"),)), label[1].upper()

@@ -41,10 +41,9 @@ class NaturalBench(Suite):
     main = ("all", "group_accuracy")
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
-        rows = (row for path in files.find("data/*.parquet", "*.parquet") for row in files.rows(path))
-        for number, (kind, asked) in enumerate(_groups(rows)):
+        for number, (where, kind, asked) in enumerate(_groups(_rows(files))):
             if kind not in _SUFFIXES:
-                raise UserError(f"group {number}: question type {kind!r:.100}; expected {' or '.join(_SUFFIXES)}")
+                raise UserError(f"{where}: question type {kind!r:.100}; expected {' or '.join(_SUFFIXES)}")
             questions = tuple(
                 two_way_question(text + _SUFFIXES[kind], picture, protocol, _OPTIONS[kind]) for text, picture in asked
             )
@@ -66,21 +65,27 @@ class NaturalBench(Suite):
         return percent_by_kind(counts)
 
 
-def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, list[_Asked]]]:
-    """The type of each group and its four questions."""
-    for number, row in enumerate(rows):
-        where = f"row {number}"
+def _rows(files: SuiteFiles) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and the row."""
+    for path in files.find("data/*.parquet", "*.parquet"):
+        for number, row in enumerate(files.rows(path)):
+            yield f"{path}, row {number}", row
+
+
+def _groups(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, str, list[_Asked]]]:
+    """Where each group begins, its type and its four questions."""
+    for where, row in rows:
         if "Question_0" in row:
             texts = fields(row, where, Question_0=str, Question_1=str)
             pictures = [picture_of_cell(f"{where}, {name}", row.get(name)) for name in ("Image_0", "Image_1")]
             kind = row.get("Question_Type", row.get("Question Type"))
-            yield str(kind), [(text, picture) for text in texts for picture in pictures]
+            yield where, str(kind), [(text, picture) for text in texts for picture in pictures]
             continue
-        four = [row, *islice(rows, 3)]
+        four = [(where, row), *islice(rows, 3)]
         if len(four) != 4:
-            raise UserError(f"group {number} has {len(four)} rows of questions; expected four")
+            raise UserError(f"{where}: the group has {len(four)} rows of questions; expected four")
         asked = []
-        for part, one in enumerate(four):
-            (text,) = fields(one, f"group {number}, row {part}", Question=str)
-            asked.append((text, picture_of_cell(f"group {number}, image {part % 2}", one.get("Image"))))
-        yield str(row.get("Question_Type")), asked
+        for at, one in four:
+            (text,) = fields(one, at, Question=str)
+            asked.append((text, picture_of_cell(f"{at}, Image", one.get("Image"))))
+        yield where, str(row.get("Question_Type")), asked

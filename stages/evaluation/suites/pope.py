@@ -14,6 +14,7 @@ from stages.evaluation.suites.yes_no import (
     two_way_question,
     yes_no_counts,
     yes_no_metrics,
+    yes_or_no_label,
 )
 from storage.errors import UserError
 
@@ -42,10 +43,10 @@ class Pope(Suite):
             number, image, text, label = fields(record, where, question_id=int, image=str, text=str, label=str)
             prompt = text.removesuffix(SHORT_ANSWER) + SHORT_ANSWER
             question = two_way_question(prompt, files.picture(f"val2014/{image}"), protocol)
-            yield Item(f"{kind}/{number}", (kind,), (question,), label, unit=image)
+            yield Item(f"{kind}/{number}", (kind,), (question,), yes_or_no_label(label, where), unit=image)
 
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
-        is_yes = item.expected != "no"
+        is_yes = item.expected == "yes"
         return yes_no_counts(answered_yes(answers[0], is_yes), is_yes)
 
     def metrics(self, counts: KindCounts) -> Metrics:

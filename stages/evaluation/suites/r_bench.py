@@ -14,6 +14,7 @@ from stages.evaluation.suites.yes_no import (
     two_way_question,
     yes_no_counts,
     yes_no_metrics,
+    yes_or_no_label,
 )
 from storage.errors import UserError
 
@@ -51,13 +52,13 @@ class RBench(Suite):
             for key in dict.fromkeys(listed):
                 kinds[key] = (*kinds.get(key, ()), f"subset_{number}")
         for position, record in enumerate(files.records(path)):
-            where = f"{path.name}, question {position}"
+            where = f"{path}, question {position}"
             key, image, text, label = fields(record, where, question_id=int, image=str, text=str, label=str)
             if key in kinds:
                 picture = files.picture(f"images/{image}", f"validation/{image}")
                 prompt, shown = self.shown(text, picture, record, where, path.parent)
                 question = two_way_question(prompt, shown, protocol, max_new_tokens=_TOKENS)
-                yield Item(str(key), kinds[key], (question,), label, unit=image)
+                yield Item(str(key), kinds[key], (question,), yes_or_no_label(label, where), unit=image)
 
     @abstractmethod
     def shown(
@@ -66,7 +67,7 @@ class RBench(Suite):
         """A question and its picture as the model gets them."""
 
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
-        is_yes = "no" not in str(item.expected).lower()
+        is_yes = item.expected == "yes"
         return yes_no_counts(answered_yes(answers[0], is_yes), is_yes)
 
     def metrics(self, counts: KindCounts) -> Metrics:
@@ -131,6 +132,11 @@ class RBenchMasks(RBench):
 def _named(text: str, record: dict[str, Any], where: str, mark: str) -> str:
     """The question with the mark behind the name of each object, wherever the name stands, as the makers replace it."""
     subject, other = (name.lower() for name in fields(record, where, subject=str, object=str))
+    if not (subject.strip() and other.strip()):
+        # The makers' replacement would put the words between all letters of the question.
+        raise UserError(
+            f"{where}: subject {subject!r:.100} and object {other!r:.100}; expected the names of two things"
+        )
     return text.replace(subject, f"{subject} in red {mark}").replace(other, f"{other} in green {mark}")
 
 

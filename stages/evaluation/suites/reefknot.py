@@ -13,10 +13,13 @@ from stages.evaluation.suites.yes_no import (
     two_way_question,
     yes_no_counts,
     yes_no_metrics,
+    yes_or_no_label,
 )
+from storage.errors import UserError
 
 _TASKS: Final = {"yesno": "YESNO", "multichoice": "Multichoice", "vqa": "VQA"}
 _TOKENS: Final = {"yesno": 2, "multichoice": 16, "vqa": 32}
+_LETTERS: Final = "ABCD"
 _FORMAT: Final = re.compile(r"following format:\s*(.*?)<relation>(.*)", re.DOTALL)
 
 
@@ -44,16 +47,16 @@ class Reefknot(Suite):
                 continue
             path = files.first(f"Dataset/{name}.jsonl", f"{name}.jsonl")
             for position, record in enumerate(files.rows(path)):
-                yield _item(files, task, position, record, f"{path.name}, record {position}", protocol)
+                yield _item(files, task, position, record, f"{path}, record {position}", protocol)
 
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
         (answer,), task, expected = answers, item.kinds[0], str(item.expected)
         if task == "yesno":
-            is_yes = expected.strip().lower() == "yes"
+            is_yes = expected == "yes"
             return yes_no_counts(answered_yes(answer, is_yes), is_yes)
         assert isinstance(answer, str)
         if task == "multichoice":
-            return {"right": leading_or_lone_letter(answer, "ABCD") == expected.strip().upper()}
+            return {"right": leading_or_lone_letter(answer, _LETTERS) == expected}
         return {"right": re.search(rf"\b{re.escape(expected)}\b", answer.lower()) is not None}
 
     def metrics(self, counts: KindCounts) -> Metrics:
@@ -81,8 +84,21 @@ def _item(files: SuiteFiles, task: str, position: int, record: dict[str, Any], w
         if task == "yesno"
         else Question(prompt, (picture,), max_new_tokens=_TOKENS[task])
     )
-    expected = _relation(prompt, label) if task == "vqa" else label
+    expected = _expected(task, prompt, label, where)
     return Item(f"{task}/{position}", (task, f"{task}_{relation}"), (question,), expected, unit=str(image))
+
+
+def _expected(task: str, prompt: str, label: str, where: str) -> str:
+    """What is right: yes or no, a letter, or the words of a relation."""
+    if task == "yesno":
+        return yes_or_no_label(label, where)
+    if task == "vqa":
+        if not (relation := _relation(prompt, label)):
+            raise UserError(f"{where}: label {label!r:.100} names no relation; expected a sentence as in the question")
+        return relation
+    if (letter := label.strip().rstrip(".").upper()) not in tuple(_LETTERS):
+        raise UserError(f"{where}: label {label!r:.100}; expected one of {', '.join(_LETTERS)}")
+    return letter
 
 
 def _relation(prompt: str, label: str) -> str:

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Final
 from zipfile import BadZipFile, ZipFile
 
@@ -14,7 +14,7 @@ from stages.unusable_sample import UnusableSample
 from storage.digests import parse_json
 from storage.errors import UserError
 from storage.printable import printable
-from storage.regular_files import is_folder, is_regular, read_regular
+from storage.regular_files import is_folder, is_regular, read_regular, stays_inside
 
 MAX_SUITE_BYTES: Final = 2**30
 """Largest file of items that is read whole; VQAv2's answers are the largest known, 0.6 GB for the training half."""
@@ -137,7 +137,7 @@ class SuiteFiles:
         was named, also the bare file name is looked for.
 
         Raises:
-            UserError: If a path leaves the folder.
+            UserError: If a path leaves the folder, by its name or by a link other than those of the Hub's cache.
         """
         root = self.folder if self.images is None else self.images
         names = places if self.images is None else [*places, *(place.rsplit("/", 1)[-1] for place in places)]
@@ -164,13 +164,17 @@ class SuiteFiles:
         return {member.rsplit("/", 1)[-1]: SuitePicture(PictureInZip(found[0], member)) for member in members}
 
     def _inside(self, root: Path, name: str) -> Path:
-        path = root / name
+        path, folder = root / name, root.resolve()
         try:
-            inside = path.resolve().is_relative_to(root.resolve())
+            followed = path.resolve()
         except (RuntimeError, OSError, ValueError):  # a loop of links, or what cannot be a path
-            inside = True
-        if not inside:
-            raise UserError(f"{self.folder}: file name {printable(name)!r:.200} leaves the folder {root}")
+            return path
+        if not stays_inside(followed, folder):
+            shown = f"{printable(name)!r:.200}"
+            if ".." in PurePath(name).parts or PurePath(name).is_absolute():
+                raise UserError(f"{self.folder}: file name {shown} leaves the folder {root}; {self.fetch}")
+            found = f"{self.folder}: {shown} is behind a link to {printable(str(followed))}, outside of {root}"
+            raise UserError(f"{found}; put the files themselves there, or name the folder that has them with --images")
         return path
 
     def _expected(self, names: Sequence[str]) -> str:

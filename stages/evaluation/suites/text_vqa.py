@@ -43,7 +43,7 @@ class TextVqaOcr(TextVqa):
         path, _ = files.need(_WITH_OCR, _ANSWERS)
         answers = {(image, text.lower()): given for image, text, given in _annotations(files)}
         for position, record in enumerate(files.rows(path)):
-            where = f"{path.name}, question {position}"
+            where = f"{path}, question {position}"
             image, prompt = fields(record, where, question_id=str, text=str)
             key = (image, _question_in(prompt).lower())
             if key not in answers:
@@ -55,7 +55,7 @@ def _annotations(files: SuiteFiles) -> Iterator[tuple[str, str, list[str]]]:
     """Image, question and the people's answers."""
     (path,) = files.need(_ANSWERS)
     for position, record in enumerate(files.records(path, key="data")):
-        where = f"{path.name}, question {position}"
+        where = f"{path}, question {position}"
         image, text, given = fields(record, where, image_id=str, question=str, answers=list)
         yield image, text, people_answers(files, given, where)
 

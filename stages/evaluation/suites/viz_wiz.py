@@ -25,7 +25,7 @@ class VizWiz(ShortAnswers):
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
         path = files.first(*(f"{folder}val.json" for folder in _FOLDERS))
         for position, record in enumerate(files.records(path)):
-            where = f"{path.name}, question {position}"
+            where = f"{path}, question {position}"
             image, text, answers = fields(record, where, image=str, question=str, answers=list)
             given = people_answers(files, answers, where)
             kinds = ("all", str(record.get("answer_type", "other")))
@@ -48,7 +48,7 @@ class VizWizTest(ServerScored):
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
         path = files.first(*(f"{folder}test.json" for folder in _FOLDERS))
         for position, record in enumerate(files.records(path)):
-            image, text = fields(record, f"{path.name}, question {position}", image=str, question=str)
+            image, text = fields(record, f"{path}, question {position}", image=str, question=str)
             yield Item(image, ("all",), (_question(files, "test", image, text),), None)
 
     def server_entry(self, item_id: str, answer: str) -> dict[str, object]:

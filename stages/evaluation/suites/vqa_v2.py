@@ -29,7 +29,7 @@ class VqaV2(ShortAnswers):
         path, labels = files.need(_QUESTIONS.format("val2014"), "v2_mscoco_val2014_annotations.json")
         given = {}
         for position, record in enumerate(files.records(labels, key="annotations")):
-            where = f"{labels.name}, annotation {position}"
+            where = f"{labels}, annotation {position}"
             number, answers = fields(record, where, question_id=int, answers=list)
             given[number] = people_answers(files, answers, where), str(record.get("answer_type", "other"))
         for number, image, text in _questions(files, path.name):
@@ -67,8 +67,9 @@ class VqaV2TestDev(ServerScored):
 
 def _questions(files: SuiteFiles, name: str) -> Iterator[Any]:
     """Number, number of the image, and text of each question."""
-    for position, record in enumerate(files.records(files.folder / name, key="questions")):
-        yield fields(record, f"{name}, question {position}", question_id=int, image_id=int, question=str)
+    path = files.folder / name
+    for position, record in enumerate(files.records(path, key="questions")):
+        yield fields(record, f"{path}, question {position}", question_id=int, image_id=int, question=str)
 
 
 def _item(

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Counts, Protocol, Question, ratio
+from storage.errors import UserError
 
 YES_NO_PROTOCOLS: Final[tuple[Protocol, ...]] = ("generate", "yes_over_no")
 
@@ -23,6 +24,18 @@ def two_way_question(
     if protocol == "yes_over_no":
         return Question(prompt, (picture,), answers, first_token_only=True)
     return Question(prompt, (picture,), max_new_tokens=max_new_tokens)
+
+
+def yes_or_no_label(label: str, where: str) -> str:
+    """The right answer of a question, "yes" or "no"; the makers write it in letters of any size.
+
+    Raises:
+        UserError: If it is something else, which a parser of answers would take for a yes.
+    """
+    found = label.strip().rstrip(".").lower()
+    if found not in ("yes", "no"):
+        raise UserError(f"{where}: label {label!r:.100}; expected yes or no")
+    return found
 
 
 def first_is_likelier(answer: Answer) -> bool | None:

@@ -92,7 +92,7 @@ def test_options_are_compared_by_their_first_tokens(tmp_path: Path) -> None:
 
 def test_tables_with_other_columns_or_a_cut_group_are_refused(tmp_path: Path) -> None:
     write_table(tmp_path / "cut", [{"Question": "Q?", "Image": cell("red"), "Question_Type": "yes_no"}] * 3)
-    with pytest.raises(UserError, match="group 0 has 3 rows of questions; expected four"):
+    with pytest.raises(UserError, match="row 0: the group has 3 rows of questions; expected four"):
         load("naturalbench", tmp_path / "cut")
     write_table(tmp_path / "type", [groups()[0] | {"Question_Type": "open"}])
     with pytest.raises(UserError, match="question type 'open'; expected yes_no or multiple_choice"):

@@ -102,3 +102,21 @@ def test_missing_images_are_named_with_what_to_fetch(folder: Path) -> None:
     ):
         load("pope", folder)
     assert len(load("pope", folder, allow_missing_images=True).missing) == 4
+
+
+@pytest.mark.parametrize("label", ["maybe", "", "nope", "yes or no"])
+def test_a_label_that_is_neither_yes_nor_no_is_named(label: str, folder: Path) -> None:
+    path = folder / "output/coco/coco_pope_random.json"
+    write_lines(path, [records()[0], records()[1] | {"label": label}])
+    with pytest.raises(UserError, match=rf"coco_pope_random\.json, question 2: label '{label}'; expected yes or no"):
+        load("pope", folder)
+
+
+def test_labels_of_any_size_mean_the_same(folder: Path) -> None:
+    for kind in ("random", "popular"):
+        asked = [records()[0] | {"label": "YES"}, records()[1] | {"label": "No"}]
+        write_lines(folder / f"output/coco/coco_pope_{kind}.json", asked)
+    loaded = load("pope", folder)
+    assert [item.expected for item in loaded.items] == ["yes", "no"] * 2
+    found = metrics_of(loaded, {item.id: ["no"] for item in loaded.items})
+    assert found["average"]["accuracy"] == 50

@@ -123,3 +123,23 @@ def test_ids_of_a_subset_that_are_no_numbers_are_named(ids: list[object], tmp_pa
     write_json(tmp_path / "data_filterd/nocaps_image-level_rel_ids_3.json", ids)
     with pytest.raises(UserError, match=r"rel_ids_3\.json: .* is no question's id; expected a list of integers"):
         load("r-bench-image", tmp_path)
+
+
+def test_a_label_that_is_neither_yes_nor_no_is_named(tmp_path: Path) -> None:
+    questions = records()
+    questions[3]["label"] = "unsure"
+    write_suite(tmp_path, "image-level", "nocaps_image-level_rel_ids", questions)
+    with pytest.raises(UserError, match=r"image-level_filterd\.json, question 3: label 'unsure'; expected yes or no"):
+        load("r-bench-image", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["subject", "object"])
+@pytest.mark.parametrize("suite", ["r-bench-boxes", "r-bench-masks"])
+def test_an_object_without_a_name_is_named_and_not_put_between_all_letters(
+    name: str, suite: str, tmp_path: Path
+) -> None:
+    questions = instances()
+    questions[1][name] = " "
+    write_suite(tmp_path, "instance-level", "instance-level_ids", questions)
+    with pytest.raises(UserError, match=r"question 1: subject .* and object .*; expected the names of two things"):
+        load(suite, tmp_path)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -86,4 +87,21 @@ def test_yes_over_no_asks_only_what_is_answered_so(folder: Path) -> None:
 def test_a_missing_task_is_named_with_what_to_fetch(folder: Path) -> None:
     (folder / "Dataset/Multichoice.jsonl").unlink()
     with pytest.raises(UserError, match=r"no Dataset/Multichoice\.jsonl.*github.com/JackChen-seu/Reefknot"):
+        load("reefknot", folder)
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "label", "message"),
+    [
+        ("YESNO", YES_NO, "maybe", "label 'maybe'; expected yes or no"),
+        ("Multichoice", CHOICE, "E", "label 'E'; expected one of A, B, C, D"),
+        ("Multichoice", CHOICE, "AB", "label 'AB'; expected one of A, B, C, D"),
+        ("VQA", FREE, "bag is ground.", "label 'bag is ground.' names no relation"),
+    ],
+)
+def test_a_label_that_is_none_is_named(task: str, prompt: str, label: str, message: str, folder: Path) -> None:
+    path = folder / f"Dataset/{task}.jsonl"
+    record = {"image_id": "2", "query_prompt": prompt, "label": label, "relation_type": "perception"}
+    write_lines(path, [*map(json.loads, path.read_text().splitlines()), record])
+    with pytest.raises(UserError, match=rf"{task}\.jsonl, record [24]: {message}"):
         load("reefknot", folder)

@@ -110,6 +110,32 @@ def test_another_layout_is_named(folder: Path, content: object, message: str) ->
         load("sugarcrepe", folder)
 
 
+def test_pictures_of_a_snapshot_of_the_hub_are_found_behind_its_links(tmp_path: Path) -> None:
+    hub = tmp_path / "datasets--a--b"
+    blob = draw(hub / "blobs/0.png").rename(hub / "blobs/0123")
+    picture, pairs = hub / "snapshots/abc/val2017/1.png", hub / "snapshots/abc/swap_obj.json"
+    picture.parent.mkdir(parents=True)
+    picture.symlink_to("../../../blobs/0123")
+    pairs.symlink_to("../../blobs/4567")
+    (hub / "blobs/4567").write_text(json.dumps({"0": pair("1.png")}))
+    (item,) = load("sugarcrepe", hub / "snapshots/abc").items
+    assert item.questions[0].pictures[0].source.read() == blob.read_bytes()
+
+
+@pytest.mark.parametrize("link", ["val2017/1.png", "val2017"])
+def test_a_link_out_of_the_folder_is_named_with_what_to_do(link: str, tmp_path: Path) -> None:
+    elsewhere, suite = tmp_path / "elsewhere", tmp_path / "suite"
+    draw(elsewhere / "1.png")
+    (suite / link).parent.mkdir(parents=True)
+    (suite / link).symlink_to(elsewhere / "1.png" if link.endswith(".png") else elsewhere)
+    write(suite, "swap_obj", {"0": pair("1.png")})
+    with pytest.raises(
+        UserError, match=r"'val2017/1.png' is behind a link to .*/elsewhere/1\.png, outside of .*suite;.*--images"
+    ):
+        load("sugarcrepe", suite)
+    assert len(load("sugarcrepe", suite, images=elsewhere).items) == 1
+
+
 def test_an_empty_folder_says_what_to_fetch(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"holds no data/\*\.json or \*\.json.*github\.com/RAIVNLab/sugar-crepe.*val2017"
