@@ -1,6 +1,6 @@
 """Counts of items to metrics with their 95 % intervals, by resampling what was drawn as a whole."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,46 +32,71 @@ def scored(item: Item, counts: Counts) -> ScoredItem:
 def suite_metrics(suite: Suite, items: Sequence[ScoredItem], num_resamples: int) -> Metrics:
     """The suite's metrics: of the items, then of `num_resamples` sets drawn with replacement.
 
-    Units are drawn, not items: items about one image are not independent.
+    Units are drawn, not items: items about one image are not independent. Where a set has no item of a kind, the kind's
+    metrics are NaN: that set says nothing of them.
     """
     return suite.metrics(_summed(items, num_resamples))
 
 
 def interval_95(values_R: NDArray[np.float64]) -> tuple[float, float]:
-    """Percentile interval of the resampled values behind the first."""
-    low, high = np.percentile(values_R[1:], [2.5, 97.5])
+    """Percentile interval of the resampled values behind the first, without those that are NaN."""
+    low, high = np.nanpercentile(values_R[1:], [2.5, 97.5])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class _KindTable:
+    """What the units with items of one kind count: thousands of kinds have few units each.
+
+    Attributes:
+        names: of the counts, `items` among them.
+        units: numbers of the units.
+        counts: `[unit, name]`.
+    """
+
+    names: tuple[str, ...]
+    units: NDArray[np.int64]
+    counts: NDArray[np.float64]
+
+
+def _tables(items: Sequence[ScoredItem], number_of: Mapping[str, int]) -> dict[str, _KindTable]:
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for item in items:
+        for kind in item.kinds:
+            of_unit = found.setdefault(kind, {}).setdefault(number_of[item.unit], {})
+            for name, value in ({"items": 1.0} | dict(item.counts)).items():
+                of_unit[name] = of_unit.get(name, 0.0) + float(value)
+    tables = {}
+    for kind, of_kind in found.items():
+        names = tuple(dict.fromkeys(name for counts in of_kind.values() for name in counts))
+        rows = [[counts.get(name, 0.0) for name in names] for counts in of_kind.values()]
+        tables[kind] = _KindTable(names, np.array(list(of_kind)), np.array(rows))
+    return tables
 
 
 def _summed(items: Sequence[ScoredItem], num_resamples: int) -> KindCounts:
     """`[1 + num_resamples]` sums of every count of every kind."""
-    units = {unit: number for number, unit in enumerate(sorted({item.unit for item in items}))}
-    columns: dict[tuple[str, str], int] = {}
-    entries: list[tuple[int, int, float]] = []
-    for item in items:
-        for kind in item.kinds:
-            for name, value in ({"items": 1.0} | dict(item.counts)).items():
-                column = columns.setdefault((kind, name), len(columns))
-                entries.append((units[item.unit], column, float(value)))
-    rows, cols, values = map(np.asarray, zip(*entries, strict=True))
-    counts = np.zeros((len(units), len(columns)))
-    np.add.at(counts, (rows.astype(int), cols.astype(int)), values)
-    sums = np.concatenate([counts.sum(0, keepdims=True), _resampled(counts, num_resamples)])
-    by_kind: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for (kind, name), column in columns.items():
-        by_kind.setdefault(kind, {})[name] = sums[:, column]
-    return by_kind
+    number_of = {unit: number for number, unit in enumerate(sorted({item.unit for item in items}))}
+    tables = _tables(items, number_of)
+    parts = {kind: [table.counts.sum(0, keepdims=True)] for kind, table in tables.items()}
+    for weights_RU in _drawn(len(number_of), num_resamples):
+        for kind, table in tables.items():
+            parts[kind].append(weights_RU[:, table.units] @ table.counts)
+    sums = {}
+    for kind, table in tables.items():
+        sums_RC = np.concatenate(parts.pop(kind))
+        sums_RC[sums_RC[:, table.names.index("items")] == 0] = np.nan
+        sums[kind] = {name: sums_RC[:, column] for column, name in enumerate(table.names)}
+    return sums
 
 
-def _resampled(counts: NDArray[np.float64], num_resamples: int) -> NDArray[np.float64]:
-    """Sums over units that are drawn with replacement, as many as there are."""
-    num_units, generator = len(counts), np.random.default_rng(SEED)
-    parts = [np.empty((0, counts.shape[1]))]
+def _drawn(num_units: int, num_resamples: int) -> Iterator[NDArray[np.float64]]:
+    """How often each unit is in each resampled set, which has as many units as there are."""
+    generator = np.random.default_rng(SEED)
     # In blocks: a product for each draw alone would wait for its threads a thousand times.
     for size in _block_sizes(num_resamples, max(1, _WEIGHTS_AT_ONCE // num_units)):
         drawn = [np.bincount(generator.integers(num_units, size=num_units), minlength=num_units) for _ in range(size)]
-        parts.append(np.stack(drawn).astype(np.float64) @ counts)
-    return np.concatenate(parts)
+        yield np.stack(drawn).astype(np.float64)
 
 
 def _block_sizes(total: int, size: int) -> list[int]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class SuiteResult(StrictModel):
     metrics: dict[str, dict[str, Metric]]
     """By kind and name."""
     num_items: dict[str, int]
-    """Scored, by kind."""
+    """Scored, by kind, of the kinds that have metrics: a suite may have thousands that it only averages."""
     num_missing: int
     """Items without their images, which were not asked."""
     missing: tuple[str, ...] = ()
@@ -185,6 +186,7 @@ def make_result(
     """Sums up all answered items of a suite."""
     suite, scored = SUITES[run.suite], [one.scored for one in answered]
     values = suite_metrics(suite, scored, num_resamples)
+    num_items = Counter(kind for one in scored for kind in one.kinds)
     return SuiteResult(
         run=run,
         metrics={
@@ -198,10 +200,7 @@ def make_result(
             }
             for kind, of_kind in values.items()
         },
-        num_items={
-            kind: sum(kind in one.kinds for one in scored)
-            for kind in dict.fromkeys(kind for one in scored for kind in one.kinds)
-        },
+        num_items={kind: num_items[kind] for kind in num_items if kind in values},
         num_missing=len(missing),
         missing=tuple(item.id for item in missing[:20]),
         seconds=seconds,

@@ -16,6 +16,7 @@ from stages.evaluation.suites.suite import (
     Metrics,
     Protocol,
     Suite,
+    mean_of_drawn,
     percent_of_items,
     ratio,
     with_average,
@@ -110,6 +111,4 @@ def _mean_over(task: str, groups: Mapping[str, Mapping[str, NDArray[np.float64]]
         for name, sums in groups.items()
         if (name not in SYMMETRIC if task == "relation" else sums["items"][0] >= MIN_ITEMS)
     ] or list(groups.values())
-    accuracies = [ratio(sums["accuracy"], sums["items"]) for sums in chosen]
-    drawn = [sums["items"] > 0 for sums in chosen]
-    return 100 * ratio(np.sum(accuracies, axis=0), np.sum(drawn, axis=0))
+    return 100 * mean_of_drawn([ratio(sums["accuracy"], sums["items"]) for sums in chosen])

@@ -7,7 +7,17 @@ from typing import Final
 
 import numpy as np
 
-from stages.evaluation.suites.suite import Answer, Counts, Item, KindCounts, Metrics, Protocol, Suite, percent_of_items
+from stages.evaluation.suites.suite import (
+    Answer,
+    Counts,
+    Item,
+    KindCounts,
+    Metrics,
+    Protocol,
+    Suite,
+    mean_of_drawn,
+    percent_of_items,
+)
 from stages.evaluation.suites.suite_files import SuiteFiles
 from stages.evaluation.suites.vqa_answers import SHORT_ANSWER
 from stages.evaluation.suites.yes_no import YES_NO_PROTOCOLS, first_is_likelier, two_way_question
@@ -77,9 +87,11 @@ class Mme(Suite):
         for of_task in found.values():
             of_task["score"] = of_task["accuracy"] + of_task["accuracy_plus"]
         zero = np.zeros_like(next(iter(found.values()))["score"])
-        total = {
-            name: sum((found[task]["score"] for task in tasks if task in found), zero) for name, tasks in TASKS.items()
-        }
+        total = {}
+        for name, tasks in TASKS.items():
+            scores = [found[task]["score"] for task in tasks if task in found]
+            # A task that a resampled set lacks has the mean of the others.
+            total[name] = len(scores) * mean_of_drawn(scores) if scores else zero
         total["sum"] = total["perception"] + total["cognition"]
         total["percent_of_2800"] = total["sum"] / 28
         return {**found, "total": total}

@@ -68,7 +68,8 @@ Counts = Mapping[str, float]
 """What one item adds to each count of its kinds; counts that are left out are 0. `items` is added by itself."""
 
 KindCounts = Mapping[str, Mapping[str, NDArray[np.float64]]]
-"""Sums of counts by kind, then by name: `[R]`, of the items as they are and of R-1 resampled sets of them."""
+"""Sums of counts by kind, then by name: `[R]`, of the items as they are and of R-1 resampled sets of them; NaN
+where a set has no item of the kind."""
 
 Metrics = Mapping[str, Mapping[str, NDArray[np.float64]]]
 """Values by kind, then by metric: `[R]` as the sums they were made of."""
@@ -150,10 +151,21 @@ def percent_of_items(sums: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArr
 
 
 def with_average(metrics: Metrics, kinds: Iterable[str] | None = None) -> Metrics:
-    """Adds the unweighted mean over kinds, as the kind `average`, for every metric that all of them have."""
+    """Adds the unweighted mean over kinds, as the kind `average`, for every metric that all of them have.
+
+    In a resampled set it is over the kinds that the set has.
+    """
     chosen = list(metrics if kinds is None else kinds)
     shared = [name for name in metrics[chosen[0]] if all(name in metrics[kind] for kind in chosen)]
-    return {**metrics, "average": {name: np.mean([metrics[kind][name] for kind in chosen], axis=0) for name in shared}}
+    return {**metrics, "average": {name: mean_of_drawn([metrics[kind][name] for kind in chosen]) for name in shared}}
+
+
+def mean_of_drawn(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Mean of metrics `[R]` without those that are NaN, whose kind was not drawn; NaN where all are."""
+    stacked = np.stack(values)
+    num_drawn = (~np.isnan(stacked)).sum(0)
+    sums = np.nansum(stacked, axis=0)
+    return np.divide(sums, num_drawn, out=np.full_like(sums, np.nan), where=num_drawn > 0)
 
 
 def ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:

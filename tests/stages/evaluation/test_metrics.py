@@ -1,9 +1,10 @@
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from stages.evaluation.metrics import ScoredItem, differences, interval_95, suite_metrics
+from stages.evaluation.metrics import SEED, ScoredItem, differences, interval_95, suite_metrics
 from stages.evaluation.suites.suite import Answer, Counts, Item, Protocol, Suite
 from stages.evaluation.suites.suite_files import SuiteFiles
 
@@ -61,3 +62,42 @@ def test_two_results_are_resampled_alike_so_that_equal_answers_never_differ() ->
     third = differences(first, suite_metrics(OneCount(), items(1, 1, 1, 1, 0), 200))["a"]["accuracy"]
     assert third[0] == pytest.approx(20)
     assert (third >= 0).all()
+
+
+def naive_interval(drawn: Sequence[ScoredItem], kinds: Sequence[str], num_resamples: int) -> tuple[float, float]:
+    """Of the mean over kinds of the share of right items: item by item, without a set that has none of them."""
+    names = sorted({item.unit for item in drawn})
+    generator, found = np.random.default_rng(SEED), []
+    for _ in range(num_resamples):
+        units = [names[number] for number in generator.integers(len(names), size=len(names))]
+        resampled = [item for unit in units for item in drawn if item.unit == unit]
+        right = [[item.counts["accuracy"] for item in resampled if kind in item.kinds] for kind in kinds]
+        if any(right):
+            found.append(100 * np.mean([np.mean(of_kind) for of_kind in right if of_kind]))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_set_that_lacks_a_kind_says_nothing_of_it(shared: bool) -> None:
+    drawn = [*items(1, 1, 0, 1, 1, 1, 1, 0, 1), *items(1, 1, kind="b"), *items(1, kind="c")]
+    if shared:
+        drawn = [ScoredItem(item.kinds, item.unit[1:], item.counts) for item in drawn]
+    metrics = suite_metrics(OneCount(), drawn, 400)
+    assert np.isnan(metrics["c"]["accuracy"]).sum() > 50
+    for kind in "abc":
+        assert interval_95(metrics[kind]["accuracy"]) == pytest.approx(naive_interval(drawn, [kind], 400))
+    assert interval_95(metrics["c"]["accuracy"]) == (100, 100)
+    assert interval_95(metrics["average"]["accuracy"]) == pytest.approx(naive_interval(drawn, "abc", 400))
+
+
+def test_thousands_of_kinds_need_memory_for_their_own_units_only() -> None:
+    drawn = [ScoredItem(("all", f"k{number % 3000}"), str(number), {"accuracy": number % 2}) for number in range(9000)]
+    tracemalloc.start()
+    metrics = suite_metrics(OneCount(), drawn, 100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A dense matrix of units and counts would have 432 MB.
+    assert peak < 100 * 2**20
+    assert metrics["all"]["accuracy"][0] == 50
+    assert len(metrics) == 3002

@@ -63,7 +63,7 @@ def test_relations_that_a_resample_lacks_do_not_count_as_wrong(tmp_path: Path) -
     counts = {
         "relation": {"items": np.array([2.0, 2.0]), "accuracy": np.array([2.0, 2.0])},
         "relation/on": {"items": np.array([1.0, 2.0]), "accuracy": np.array([1.0, 2.0])},
-        "relation/in": {"items": np.array([1.0, 0.0]), "accuracy": np.array([1.0, 0.0])},
+        "relation/in": {"items": np.array([1.0, np.nan]), "accuracy": np.array([1.0, np.nan])},
     }
     assert suite.metrics(counts)["relation"]["macro_accuracy"].tolist() == [100.0, 100.0]
 
