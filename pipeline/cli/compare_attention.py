@@ -16,7 +16,7 @@ from pipeline.cli.options import (
 
 if TYPE_CHECKING:
     from pipeline.ui.tables import ReportTable
-    from stages.evaluation.attention_similarity import AttentionSimilarity
+    from stages.evaluation.attention.similarity import AttentionSimilarity
 
 NUM_PICTURES = 8
 
