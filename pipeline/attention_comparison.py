@@ -15,8 +15,8 @@ from pipeline.ui.html_report import ReportSample
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import hide_loading_bars
+from stages.evaluation.attention.similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
-from stages.evaluation.attention_similarity import AttentionSimilarity, LayersFrom, attention_similarity
 from stages.images import decode_image
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
@@ -25,7 +25,7 @@ from stages.student.model.loading import load_student
 from stages.student.model.student import Student
 from stages.student.run_folder import StageFolder
 from stages.student.student_kind import is_student
-from storage.progress import SILENT, Progress
+from storage.progress import SILENT, Progress, ProgressTask
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
@@ -36,8 +36,16 @@ SAMPLES_A_PICTURE = 8
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """A student in float32 with capture enabled, and how it is compared with a store's maps."""
+class OpenedStudent:
+    """A student in float32 with capture enabled, and how it is compared with a store's maps.
+
+    Attributes:
+        student: On the GPU when there is one.
+        matching: Its layers, and the teacher's window of each.
+        layers_from: Whether these pairs are those that a run trained, or those matched by default.
+        collator: Makes its batches of streamed samples.
+        notes: For the user.
+    """
 
     student: Student
     matching: LayerMatching
@@ -51,17 +59,30 @@ def compare_with_targets(
 ) -> AttentionSimilarity:
     """Compares a student's attention with the cached maps of the first `limit` samples of a store."""
     store = TargetStore.open(targets)
-    compared = _open_student(model, store)
+    compared = open_student(model, store)
     for note in compared.notes:
         progress.message(f"note: {note}")
     task = progress.task(f"compare {Path(model).name}", limit)
-    with closing(_first_samples(samples, store, limit)) as batches:
+    return similarity_of(compared, samples, store, limit, task)
+
+
+def similarity_of(
+    compared: OpenedStudent,
+    samples: str,
+    store: TargetStore,
+    limit: int,
+    task: ProgressTask,
+    of_samples: dict[str, tuple[float, ...]] | None = None,
+) -> AttentionSimilarity:
+    """As `compare_with_targets`, of a loaded student; each sample's own go into `of_samples`, by its key."""
+    with closing(first_samples(samples, store, limit)) as batches:
         return attention_similarity(
             compared.student,
             map(compared.collator, batches),
             compared.matching,
             task,
             layers_from=compared.layers_from,
+            of_samples=of_samples,
         )
 
 
@@ -77,7 +98,7 @@ def attention_pictures(models: Mapping[str, str], samples: str, targets: str, co
         count: Images at most; those whose tokens form no square grid are left out.
     """
     store = TargetStore.open(targets)
-    with closing(_first_samples(samples, store, SAMPLES_A_PICTURE * count)) as batches:
+    with closing(first_samples(samples, store, SAMPLES_A_PICTURE * count)) as batches:
         shown = _distinct_images([sample for batch in batches for sample in batch], count)
     if not shown:
         return []
@@ -86,7 +107,7 @@ def attention_pictures(models: Mapping[str, str], samples: str, targets: str, co
     pictures: list[list[tuple[str, Image.Image | None]]] = [[("image", enlarged(image))] for image in images]
     windows: tuple[tuple[int, ...], ...] | None = None
     for name, model in models.items():
-        compared = _open_student(model, store)
+        compared = open_student(model, store)
         batch = compared.collator(shown).to(compared.student.device, torch.float32)
         seen = pooled_attention(compared.student, batch, compared.matching)
         title = "teacher" if windows is None else f"teacher, as {name} learned"
@@ -102,7 +123,12 @@ def attention_pictures(models: Mapping[str, str], samples: str, targets: str, co
     ]
 
 
-def _open_student(model: str, store: TargetStore) -> _Compared:
+def open_student(model: str, store: TargetStore) -> OpenedStudent:
+    """Loads a student, or another multimodal model with maps over the store's image tokens, such as the teacher.
+
+    Raises:
+        UserError: If it cannot be compared with the store's maps.
+    """
     folder = find_checkpoint(model)
     hide_loading_bars()
     spec = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
@@ -114,11 +140,11 @@ def _open_student(model: str, store: TargetStore) -> _Compared:
     student: Student = loaded.to(default_device())
     enable_capture(student)
     layers_from: LayersFrom = "default" if trained is None else "training"
-    return _Compared(student, matching, layers_from, Collator(spec.reader), [*spec.notes, *notes])
+    return OpenedStudent(student, matching, layers_from, Collator(spec.reader), [*spec.notes, *notes])
 
 
-def _first_samples(samples: str, store: TargetStore, limit: int) -> Generator[list[StreamedSample]]:
-    """The first `limit` samples of a store in its own order, in batches; it need not be complete for this."""
+def first_samples(samples: str, store: TargetStore, limit: int) -> Generator[list[StreamedSample]]:
+    """The first `limit` samples of a store in its own order, with all maps, in batches; it need not be complete."""
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=min(BATCH_SIZE, limit), allow_incomplete=True)
     mixture = Mixture([Source(SampleSet.open(samples), store)], config)
     stream = mixture_stream(mixture, rank=0, world_size=1, epochs=range(1))

@@ -30,7 +30,7 @@ from stages.evaluation.result import (
     write_server_files,
 )
 from stages.evaluation.run_suite import ask_chunk, chunks_of
-from stages.evaluation.suites.suite import Answer, Item
+from stages.evaluation.suites.suite import Item
 from stages.student.model.loading import multimodal_config
 from storage.errors import UserError
 from storage.progress import SILENT, Progress, ProgressTask
@@ -115,13 +115,14 @@ class _Asker:
             if rank > 0:
                 return None
             saved = _wait_for_all(suite, folder, task)
-            answered = [_counted(suite, item, saved[item.id].answers) for item in suite.items]
+            answered = [_counted(suite, item, saved[item.id]) for item in suite.items]
             if any(one.scored != saved[one.id].scored for one in answered):
                 # Another version counted them; `cdp compare` reads what is saved.
-                counted = zip(suite.items, answered, strict=True)
-                items.replace_all(
-                    "".join(f"{item_line(item, one.answers, one.scored.counts)}\n" for item, one in counted)
-                )
+                lines = [
+                    item_line(item, one.answers, one.scored.counts, one.pictures)
+                    for item, one in zip(suite.items, answered, strict=True)
+                ]
+                items.replace_all("".join(f"{line}\n" for line in lines))
             seconds = time.perf_counter() - start
         result = make_result(run, answered, suite.missing, self.config.num_resamples, seconds, left)
         open_store(folder).write(RESULT_FILE, result.to_json().encode())
@@ -169,8 +170,8 @@ class _Asker:
         ask_on_ray(self.model, suite.config, run, self.config, self.reading, chunks, items, task)
 
 
-def _counted(suite: LoadedSuite, item: Item, answers: tuple[Answer, ...]) -> AnsweredItem:
-    return AnsweredItem(item.id, answers, scored(item, suite.suite.count(item, answers, suite.protocol)))
+def _counted(suite: LoadedSuite, item: Item, saved: AnsweredItem) -> AnsweredItem:
+    return saved._replace(scored=scored(item, suite.suite.count(item, saved.answers, suite.protocol)))
 
 
 def _unanswered(chunk: Sequence[Item], items: ItemsFile) -> list[Item]:

@@ -17,7 +17,7 @@ from pipeline.sweep_file import SWEEP_REPORT, CompareConfig, Sweep, compared_dat
 from pipeline.ui.console import is_main_process
 from pipeline.ui.tables import OF_LOSSES, ReportTable
 from stages.checkpoints.weights import weights_digest
-from stages.evaluation.attention_similarity import AttentionSimilarity
+from stages.evaluation.attention.similarity import AttentionSimilarity
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.loaded_suite import load_suite
 from stages.evaluation.result import SuiteResult, items_digest

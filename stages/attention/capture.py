@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from stages.attention.text_rows import score_bias, text_rows
+
 CAPTURING_SDPA = "cdp_sdpa"
 CAPTURE_VERSION = 3  # part of the fingerprint: raised when the same model would give other maps
 
@@ -36,12 +38,18 @@ class AttentionCapture:
         layers: decoder layers to capture, counted from 0.
         positions: for each row of the batch the positions of its image tokens in the padded row, ascending,
             `[n]` integers; empty for a row without an image or whose maps are not wanted.
+        text_positions: for each row the positions of text tokens whose attention to its image tokens is wanted too;
+            None where none is.
         maps: filled by the forward pass: layer -> `[B, N, N]` float32, rows are queries; zero beyond a row's own n.
+        text_maps: filled if `text_positions` are given: layer -> for each row of the batch `[U, n]`, see `text_rows`.
     """
 
-    def __init__(self, layers: frozenset[int], positions: Sequence[Tensor]) -> None:
-        self.layers, self.positions = layers, positions
+    def __init__(
+        self, layers: frozenset[int], positions: Sequence[Tensor], text_positions: Sequence[Tensor] | None = None
+    ) -> None:
+        self.layers, self.positions, self.text_positions = layers, positions, text_positions
         self.maps: dict[int, Tensor] = {}
+        self.text_maps: dict[int, tuple[Tensor, ...]] = {}
         width = max(map(len, positions), default=0)
         self.positions_BN = torch.zeros(len(positions), width, dtype=torch.long)
         for row, of_row in enumerate(positions):
@@ -66,8 +74,8 @@ class AttentionCapture:
         if attention_mask is None:
             return None
         if self._bias_of is None or self._bias_of[0] is not attention_mask:
-            bias_BNk = _score_bias(attention_mask, self.positions_BN, self.num_keys, torch.float32)
-            causal_BNk = _score_bias(None, self.positions_BN, self.num_keys, torch.float32)
+            bias_BNk = score_bias(attention_mask, self.positions_BN, self.num_keys, torch.float32)
+            causal_BNk = score_bias(None, self.positions_BN, self.num_keys, torch.float32)
             differs_BNk = (bias_BNk != causal_BNk) & self.valid_BN[:, :, None]
             self._bias_of = attention_mask, bias_BNk if bool(differs_BNk.any()) else None
         return self._bias_of[1]
@@ -106,6 +114,9 @@ def _sdpa_with_capture(
         # Activation checkpointing runs a layer twice and must do the same work twice, but the maps that the loss
         # already holds are those of the first run.
         capture.maps.setdefault(layer, maps_BNN)
+        if capture.text_positions is not None:
+            texts = capture.text_positions
+            capture.text_maps[layer] = text_rows(query, key, attention_mask, texts, capture.positions, scaling)
     return output
 
 
@@ -224,7 +235,7 @@ def _differentiable_maps(
     batch, num_heads, _, width = query_BHTd.shape
     # No image token attends past the last one of its sample: causal models by order, Gemma 3 because an image block
     # attends within itself. So later keys have probability zero and are left out.
-    bias_BNk = _score_bias(attention_mask, positions_BN, num_keys, query_BHTd.dtype)
+    bias_BNk = score_bias(attention_mask, positions_BN, num_keys, query_BHTd.dtype)
     index_BNd = positions_BN[:, :, None].expand(-1, -1, width)
     columns_BNN = positions_BN[:, None, :].expand(-1, positions_BN.shape[1], -1)
     group = num_heads // key_BgTd.shape[1]
@@ -242,16 +253,3 @@ def _differentiable_maps(
         # Nothing inside is random: its state need be neither kept nor restored for every head.
         total_BNN = total_BNN + checkpoint(one_head, query_BTd, key_BTd, use_reentrant=False, preserve_rng_state=False)
     return total_BNN * (valid_BN[:, :, None] & valid_BN[:, None, :]) / num_heads
-
-
-def _score_bias(attention_mask: Tensor | None, positions_BN: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """`[B, N, k]` to add to the scores: 0 where a query may attend, the lowest float where not."""
-    if attention_mask is None:
-        allowed_BNk = torch.arange(num_keys, device=positions_BN.device) <= positions_BN[:, :, None]
-    else:
-        mask_BTk = attention_mask[:, 0, :, :num_keys].expand(positions_BN.shape[0], -1, -1)
-        allowed_BNk = mask_BTk.gather(1, positions_BN[:, :, None].expand(-1, -1, num_keys))
-        if allowed_BNk.dtype != torch.bool:
-            return allowed_BNk.to(dtype)
-    zeros_BNk = torch.zeros(allowed_BNk.shape, dtype=dtype, device=allowed_BNk.device)
-    return zeros_BNk.masked_fill(~allowed_BNk, torch.finfo(dtype).min)

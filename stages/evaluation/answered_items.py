@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -27,18 +27,27 @@ class AnsweredItem(NamedTuple):
     id: str
     answers: tuple[Answer, ...]
     scored: ScoredItem
+    pictures: tuple[tuple[str, ...], ...]
+    """sha256 of the files that each question shows; empty in lines of versions that did not say it."""
 
 
-def item_line(item: Item, answers: Iterable[Answer], counts: Counts) -> str:
-    """An item as a line of JSON, with what people want to see of it."""
+def item_line(item: Item, answers: Iterable[Answer], counts: Counts, pictures: Sequence[Sequence[str]]) -> str:
+    """An item as a line of JSON, with what people want to see of it.
+
+    `pictures` are the sha256 of the files that each question shows.
+    """
     shown = {
         "id": item.id,
         "kinds": item.kinds,
         "unit": item.unit or item.id,
         "questions": [
-            {"prompt": one.prompt, "pictures": [str(picture.source) for picture in one.pictures]}
+            {
+                "prompt": one.prompt,
+                "pictures": [str(picture.source) for picture in one.pictures],
+                "sha256": digests,
+            }
             | ({"candidates": one.candidates} if one.candidates else {})
-            for one in item.questions
+            for one, digests in zip(item.questions, pictures, strict=True)
         ],
         "expected": item.expected,
         "answers": list(answers),
@@ -72,15 +81,23 @@ def whole_lines(path: Path) -> Iterator[bytes]:
 
 def _answered(line: bytes, where: str) -> AnsweredItem:
     record = parse_json(line, where, "an answered item was expected")
-    types: dict[str, type] = {"id": str, "unit": str, "kinds": list, "answers": list, "counts": dict}
-    key, unit, kinds, answers, counts = fields(record, where, **types)
+    types: dict[str, type] = {"questions": list, "id": str, "unit": str, "kinds": list, "answers": list, "counts": dict}
+    questions, key, unit, kinds, answers, counts = fields(record, where, **types)
     if not kinds or any(type(kind) is not str for kind in kinds):
         raise UserError(f"{where}: kinds {kinds!r:.100}; expected one text or more")
     for name, count in counts.items():
         if not (_is_number(count) and 0 <= count <= MAX_COUNT):
             raise UserError(f"{where}: count {name!r:.100} is {count!r:.100}; expected 0 to {MAX_COUNT:,.0f}")
     scored = ScoredItem(tuple(kinds), unit, counts)
-    return AnsweredItem(key, tuple(_answer(answer, where) for answer in answers), scored)
+    pictures = tuple(_digests(question, where) for question in questions)
+    return AnsweredItem(key, tuple(_answer(answer, where) for answer in answers), scored, pictures)
+
+
+def _digests(question: Any, where: str) -> tuple[str, ...]:
+    digests = question.get("sha256", []) if isinstance(question, dict) else None
+    if not isinstance(digests, list) or any(type(one) is not str for one in digests):
+        raise UserError(f"{where}: question {question!r:.100}; expected an object whose sha256 is a list of texts")
+    return tuple(digests)
 
 
 def _answer(saved: Any, where: str) -> Answer:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.evaluation.answered_items import ITEMS, read_items
+from stages.evaluation.answered_items import ITEMS, AnsweredItem, read_items
 from stages.evaluation.metrics import ScoredItem, differences, interval_95, suite_metrics
 from stages.evaluation.result import RESULT_FILE, Metric, SuiteResult, SuiteRun, difference_of, read_result
 from stages.evaluation.suites.registry import SUITES
@@ -82,13 +82,13 @@ def compare_results(folders: Mapping[str, Path]) -> SuiteComparison:
             another suite or protocol.
     """
     results = {name: read_result(folder) for name, folder in folders.items()}
-    items = {
-        name: {one.id: one.scored for _, one in sorted(read_items(folder).items())} for name, folder in folders.items()
-    }
+    answered = {name: dict(sorted(read_items(folder).items())) for name, folder in folders.items()}
+    items = {name: {key: one.scored for key, one in found.items()} for name, found in answered.items()}
     _check_same(results, items)
     first, *others = [_read(name, folders[name], result, items[name]) for name, result in results.items()]
     for other in others:
         _check_items(first, other)
+        _check_pictures(answered[first.name], answered[other.name], first.name, other.name)
     minus = {other.name: differences(first.values, other.values) for other in others}
     return SuiteComparison(
         suite=first.result.run.suite,
@@ -159,6 +159,16 @@ def _check_items(first: _Read, other: _Read) -> None:
         if (item.kinds, item.unit) != (other.items[key].kinds, other.items[key].unit):
             found = f"{other.folder}: item {key!r:.100} has other kinds or another unit than in {first.folder}"
             raise UserError(f"{found}; {_AGAIN}")
+
+
+def _check_pictures(first: Mapping[str, AnsweredItem], other: Mapping[str, AnsweredItem], *names: str) -> None:
+    """Items of the same names may have been asked about other pictures."""
+    if differing := [key for key, one in first.items() if one.pictures != other[key].pictures]:
+        found = (
+            f"{names[1]} cannot be compared with {names[0]}: {len(differing):,} items were asked about other pictures"
+        )
+        shown = ", ".join(differing[:_SHOWN])
+        raise UserError(f"{found} of the same names, as {shown}; evaluate both with the same images")
 
 
 def _difference(values: NDArray[np.float64], first: _Read, second: _Read, kind: str, metric: str) -> Difference:

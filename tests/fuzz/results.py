@@ -23,7 +23,7 @@ def make(root: Path) -> None:
         folder.mkdir(parents=True)
         for number, file in enumerate(("items.jsonl", "items-1.jsonl")):
             item = Item(f"swap_obj/{number}", ("swap_obj",), (), None, unit="one")
-            line = item_line(item, ["A", LIKELIHOODS], {"accuracy": float(name == "a")})
+            line = item_line(item, ["A", LIKELIHOODS], {"accuracy": float(name == "a")}, ())
             (folder / file).write_text(f"{line}\n")
         answered = read_items(folder).values()
         (folder / RESULT_FILE).write_text(make_result(suite_run(), answered, [], 100, 1.0, 2).to_json())

@@ -16,7 +16,7 @@ ANSWERS = ("A", (Likelihood(-1.5, 2, -0.5), Likelihood(-3.0, 4, 0.0)))
 
 def line(number: int = 0, **other: Any) -> str:
     item = Item(f"a/{number}", ("a", "all"), (), {"label": "\ud800"}, unit="picture")
-    return json.dumps(json.loads(item_line(item, ANSWERS, {"accuracy": True})) | other) + "\n"
+    return json.dumps(json.loads(item_line(item, ANSWERS, {"accuracy": True}, ())) | other) + "\n"
 
 
 def test_an_item_is_read_as_it_was_written_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:

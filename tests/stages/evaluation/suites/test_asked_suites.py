@@ -1,5 +1,6 @@
 """A real model, asked through the frame: pictures out of tables and archives, answers saved and scored again."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -34,7 +35,12 @@ def test_answers_about_pictures_of_a_table_are_saved_so_that_they_can_be_scored_
     lines = []
     for item in loaded.items:
         answers = [next(given) for _ in item.questions]
-        line = json.loads(item_line(item, answers, loaded.suite.count(item, answers, protocol)))
+        digests = [
+            [hashlib.sha256(picture.source.read()).hexdigest() for picture in question.pictures]
+            for question in item.questions
+        ]
+        line = json.loads(item_line(item, answers, loaded.suite.count(item, answers, protocol), digests))
+        assert [asked["sha256"] for asked in line["questions"]] == digests
         saved = [one if isinstance(one, str) else tuple(Likelihood(*each) for each in one) for one in line["answers"]]
         assert saved == answers
         assert loaded.suite.count(item, saved, protocol) == line["counts"]

@@ -1,0 +1,1 @@
+"""Attention of students and teachers compared, and what it falls on."""
