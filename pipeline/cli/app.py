@@ -29,6 +29,7 @@ from pipeline.cli.pack_samples import pack_samples
 from pipeline.cli.train_student import train_student
 from pipeline.cli.verify import verify
 from pipeline.runtime.interruption import Interrupted, raised_on
+from pipeline.runtime.waiting_threads import let_waiting_threads_sleep
 from pipeline.ui.streams import guard_streams, say
 from storage.errors import UserError, disk_errors_named, first_line, path_errors_named
 from storage.safe_path import keep_children_safe
@@ -98,6 +99,7 @@ def cdp(
 def main() -> None:
     """Runs `cdp`: a user's mistake is one message and exit code 2, an interruption says how to go on."""
     keep_children_safe()
+    let_waiting_threads_sleep()
     guard_streams()
     try:
         _check_docstrings()

@@ -10,7 +10,7 @@ from stages.attention.capturable_layers import refuse_without_maps
 from stages.attention.capture import AttentionCapture
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
-from stages.student.model.student import Student
+from stages.student.model.student import OWN_CLASSES, Student
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.windows import window_rows
 
@@ -40,13 +40,25 @@ def run_student(
     """
     device = batch.answers.token_R.device
     if matching is None or not batch.num_with_image:
-        return student.model(**batch.inputs, use_cache=False).last_hidden_state, [], None
+        return student.model(**_inputs(student, batch), use_cache=False).last_hidden_state, [], None
     layers = matching.student_layers
     capture = AttentionCapture(layers=frozenset(layers), positions=batch.image_positions).to(device)
-    hidden_BTd = student.model(**batch.inputs, capture=capture, use_cache=False).last_hidden_state
+    hidden_BTd = student.model(**_inputs(student, batch), capture=capture, use_cache=False).last_hidden_state
     targets = decode_windows(batch.maps, matching, device, sink_mask=sink_mask)
     refuse_without_maps("the student", layers, capture.maps, WITHOUT_MAPS)
     return hidden_BTd, [capture.maps[layer] for layer in layers], targets
+
+
+def _inputs(student: Student, batch: Batch) -> dict[str, Tensor]:
+    """What the student is called with.
+
+    Batches are padded on the right, so in a causal decoder no token sees the padding, and what padded positions give is
+    never read. Without a mask the kernel leaves out all later keys, and a GPU can take its fastest one. A model of
+    transformers may derive more from the mask, such as positions, and gets it.
+    """
+    if not isinstance(student, OWN_CLASSES):
+        return batch.inputs
+    return {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
 
 
 def decode_windows(
