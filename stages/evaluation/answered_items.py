@@ -28,7 +28,7 @@ class AnsweredItem(NamedTuple):
     answers: tuple[Answer, ...]
     scored: ScoredItem
     pictures: tuple[tuple[str, ...], ...]
-    """sha256 of the files that each question shows; empty in lines of versions that did not say it."""
+    """sha256 of the files that each question shows."""
 
 
 def item_line(item: Item, answers: Iterable[Answer], counts: Counts, pictures: Sequence[Sequence[str]]) -> str:
@@ -94,7 +94,7 @@ def _answered(line: bytes, where: str) -> AnsweredItem:
 
 
 def _digests(question: Any, where: str) -> tuple[str, ...]:
-    digests = question.get("sha256", []) if isinstance(question, dict) else None
+    digests = question.get("sha256") if isinstance(question, dict) else None
     if not isinstance(digests, list) or any(type(one) is not str for one in digests):
         raise UserError(f"{where}: question {question!r:.100}; expected an object whose sha256 is a list of texts")
     return tuple(digests)

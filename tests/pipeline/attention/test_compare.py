@@ -1,7 +1,6 @@
 """Teacher and students on the same samples: the bundled teacher on its scenes, and tiny models on tiny data."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ from pipeline.attention_comparison import compare_with_targets
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from stages.checkpoints.weights import weights_digest
+from stages.evaluation.answered_items import item_line
 from stages.evaluation.attention.objects import ObjectFile, ObjectPlaces, read_objects
+from stages.evaluation.suites.suite import Item, Question
 from stages.samples.pack import PackConfig, pack_samples
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
@@ -113,10 +114,10 @@ def test_students_stand_beside_each_other_and_their_answers_are_linked_by_pictur
     digests = sorted({hashlib.sha256(picture).hexdigest() for picture in pictures})
     (tmp_path / "run.json").write_text(suite_run(weights=weights_digest(student)).to_json())
     lines = [
-        {"id": str(n), "questions": [{"sha256": [digest]}], "counts": {"accuracy": n % 2}, "kinds": ["a"]}
+        item_line(Item(str(n), ("a",), (Question("?", ()),), None), ["A"], {"accuracy": n % 2}, [[digest]])
         for n, digest in enumerate([*digests, "absent"])
     ]
-    (tmp_path / "items.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (tmp_path / "items.jsonl").write_text("".join(f"{line}\n" for line in lines))
     models = {"student": str(undisturbed), "teacher itself": str(tiny.teacher)}
     places = str(tiny.samples), str(targets)
     found = compare_models(AttentionRequest(models, *places, 16, answers={"student": [tmp_path]}))

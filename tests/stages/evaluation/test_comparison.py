@@ -65,6 +65,17 @@ def test_items_that_share_images_are_tested_by_bootstrap_over_images(tmp_path: P
     assert (found.test, found.num_units, found.units) == ("bootstrap", 4, "images")
 
 
+def test_runs_that_were_shown_other_pictures_of_the_same_names_are_not_compared(tmp_path: Path) -> None:
+    folders = {name: save_result(tmp_path / name, [1.0, 0.0, 1.0]) for name in ("a", "b")}
+    for name, digest in (("a", "11"), ("b", "22")):
+        file = folders[name] / "items.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines[1]["questions"] = [{"prompt": "", "pictures": ["dog.jpg"], "sha256": [digest]}]
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(UserError, match=r"^b cannot be compared with a: 1 items .*other pictures.* as swap_obj/1;"):
+        compare_results(folders)
+
+
 @pytest.mark.parametrize(("num_images", "test"), [(6, "mcnemar"), (3, "bootstrap")])
 @pytest.mark.parametrize(("suite", "metric"), [("pope", "accuracy"), ("reefknot", "hallucination_rate")])
 def test_answers_of_yes_and_no_are_right_or_wrong_items(

@@ -13,7 +13,8 @@ from tests.suite_runs import suite_run
 
 def line(number: int, digests: list[str], accuracy: float) -> dict[str, Any]:
     questions = [{"prompt": "?", "pictures": ["p"], "sha256": [digest]} for digest in digests]
-    return {"id": str(number), "questions": questions, "counts": {"accuracy": accuracy}}
+    rest = {"kinds": ["a"], "unit": str(number), "answers": ["A"]}
+    return {"id": str(number), "questions": questions, "counts": {"accuracy": accuracy}, **rest}
 
 
 def folder_of(folder: Path, lines: list[dict[str, Any]]) -> Path:
@@ -59,7 +60,7 @@ def test_whether_an_item_is_right_is_its_suites_own_count() -> None:
 def test_answers_of_an_earlier_version_and_folders_of_something_else_are_refused(tmp_path: Path) -> None:
     old = line(0, ["a"], 1)
     del old["questions"][0]["sha256"]
-    with pytest.raises(UserError, match=r"line 0 has no sha256.*evaluate again"):
+    with pytest.raises(UserError, match=r"line 1: question .*expected an object whose sha256 .*evaluate` again"):
         split_by_answers(folder_of(tmp_path / "s", [old]), "sugarcrepe", {})
     with pytest.raises(UserError, match="holds no answers"):
         suite_folders(tmp_path / "none")
