@@ -39,19 +39,20 @@ def compare_attention(
     check_and_say_which(model, with_template=False)
     check_pairing(samples, targets)
 
-    from pipeline.attention_comparison import attention_pictures, compare_with_targets
-    from pipeline.ui.html_report import render_report
+    from pipeline.attention_comparison import compare_with_targets
     from pipeline.ui.progress import progress_display
     from pipeline.ui.tables import print_table
 
     with progress_display() as progress:
         result = compare_with_targets(model, samples, targets, limit, progress)
-    table = similarity_table(result)
-    print_table(table)
+    print_table(similarity_table(result))
     save(report, result.to_json())
     if html is not None:
-        pictures = attention_pictures({Path(model).name: model}, samples, targets, NUM_PICTURES)
-        save(html, render_report(f"Attention of {model}", [table], pictures))
+        from pipeline.report.build import attention_page
+        from pipeline.ui.report.render import render_page
+
+        name = Path(model).name
+        save(html, render_page(attention_page({name: model}, (samples, targets), {name: result}, NUM_PICTURES)))
 
 
 def similarity_table(result: "AttentionSimilarity") -> "ReportTable":
