@@ -19,7 +19,7 @@ from stages.student.model.loading import load_student
 from stages.student.model.student import Student
 from stages.student.run_folder import StageFolder
 from stages.student.student_kind import is_student
-from storage.progress import SILENT, Progress
+from storage.progress import SILENT, Progress, ProgressTask
 from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.store import TargetStore
@@ -55,6 +55,18 @@ def compare_with_targets(
     for note in compared.notes:
         progress.message(f"note: {note}")
     task = progress.task(f"compare {Path(model).name}", limit)
+    return similarity_of(compared, samples, store, limit, task)
+
+
+def similarity_of(
+    compared: OpenedStudent,
+    samples: str,
+    store: TargetStore,
+    limit: int,
+    task: ProgressTask,
+    of_samples: dict[str, tuple[float, ...]] | None = None,
+) -> AttentionSimilarity:
+    """As `compare_with_targets`, of a loaded student; each sample's own go into `of_samples`, by its key."""
     with closing(first_samples(samples, store, limit)) as batches:
         return attention_similarity(
             compared.student,
@@ -62,6 +74,7 @@ def compare_with_targets(
             compared.matching,
             task,
             layers_from=compared.layers_from,
+            of_samples=of_samples,
         )
 
 

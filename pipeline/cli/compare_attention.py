@@ -9,64 +9,148 @@ from pipeline.cli.options import (
     ReportOption,
     SamplesOption,
     TargetsOption,
+    TeacherOption,
     can_be_saved,
     check_and_say_which,
+    input_path,
     save,
 )
+from storage.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.attention.compare import AttentionRequest
+    from pipeline.attention.report import AttentionReport
     from pipeline.ui.tables import ReportTable
-    from stages.evaluation.attention.similarity import AttentionSimilarity
+    from stages.evaluation.attention.objects import ObjectFile
 
 NUM_PICTURES = 8
 
 
 def compare_attention(
-    model: Annotated[str, typer.Argument(help="Student checkpoint or training run.")],
+    students: Annotated[list[str] | None, typer.Argument(help="Student checkpoints or training runs.")] = None,
     samples: SamplesOption = None,
     targets: TargetsOption = None,
     limit: Annotated[int, typer.Option(help="Samples to compare on.", min=1)] = 64,
+    teacher: TeacherOption = None,
+    answers: Annotated[
+        list[str] | None, typer.Option(help="Folder of `cdp evaluate` of a student; of several: NAME=FOLDER.")
+    ] = None,
+    word: Annotated[str | None, typer.Option(help="Attention from this word of answers to the image.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="answer: attention from whole answers to it.")] = None,
+    objects: Annotated[
+        Path | None, typer.Option(callback=input_path, help="File of boxes or masks, a line a picture.")
+    ] = None,
+    objects_suite: Annotated[str | None, typer.Option(help="Suite that marks objects, with --data.")] = None,
+    data: Annotated[Path | None, typer.Option(callback=input_path, help="Folder of that suite's files.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(callback=input_path, help="Folder of its images, if they lie elsewhere.")
+    ] = None,
     report: ReportOption = None,
     html: Annotated[
         Path | None, typer.Option(callback=can_be_saved, help="File to save an HTML report with pictures in.")
     ] = None,
 ) -> None:
-    """Compares a student's attention with the teacher's. Gives numbers and pictures, from the stored maps."""
-    from pipeline.preflight import check_pairing
+    """Compares attention of teacher and students on the same samples: alike, on objects, where answers are right.
+
+    Without students the teacher alone is looked at: its stored maps, or with --teacher itself.
+    """
     from pipeline.run_file import need
 
-    samples, targets = need(samples, "--samples"), need(targets, "--targets")
-    check_and_say_which(model, with_template=False)
-    check_pairing(samples, targets)
+    samples, named = need(samples, "--samples"), _named(students or [])
+    if targets is None and (named or teacher is None):
+        targets = need(targets, "--targets")
+    if from_ not in (None, "answer") or (from_ and word):
+        raise UserError(f"--from is {from_!r} and --word {word!r}; give --from answer, or one word with --word")
+    if html is not None and not named:
+        raise UserError("--html shows students beside the teacher; name a student")
+    _check(named, samples, targets, teacher)
 
-    from pipeline.attention_comparison import compare_with_targets
+    from pipeline.attention.compare import AttentionRequest, compare_models
+    from pipeline.attention.tables import attention_tables
     from pipeline.ui.progress import progress_display
     from pipeline.ui.tables import print_table
 
+    request = AttentionRequest(
+        named, samples, targets, limit, teacher, from_ or word, _objects(objects, objects_suite, data, images),
+        answers_by_student(answers or [], named),
+    )  # fmt: skip
     with progress_display() as progress:
-        result = compare_with_targets(model, samples, targets, limit, progress)
-    print_table(similarity_table(result))
+        result = compare_models(request, progress)
+    tables = attention_tables(result)
+    for table in tables:
+        print_table(table)
     save(report, result.to_json())
     if html is not None:
-        from pipeline.report.build import attention_page
-        from pipeline.ui.report.render import render_page
-
-        name = Path(model).name
-        save(html, render_page(attention_page({name: model}, (samples, targets), {name: result}, NUM_PICTURES)))
+        _save_page(html, request, result, tables)
 
 
-def similarity_table(result: "AttentionSimilarity") -> "ReportTable":
-    """Makes a line for each matched pair of layers, and their mean."""
-    from pipeline.ui.tables import ReportTable
+def _check(named: dict[str, str], samples: str, targets: str | None, teacher: str | None) -> None:
+    """Refuses what cannot be compared, before a library is loaded for it."""
+    from pipeline.preflight import check_pairing, check_samples, check_teacher
+    from stages.teacher.config import TeacherConfig
 
-    pairs = zip(result.student_layers, result.windows, result.similarity, result.alignment_loss, strict=True)
-    rows = [
-        [str(layer), ", ".join(map(str, window)), f"{similarity:.3f}", f"{loss:.4f}"]
-        for layer, window, similarity, loss in pairs
-    ]
-    which = "layers as trained" if result.layers_from == "training" else "layers matched by default"
-    return ReportTable(
-        f"attention similarity over {result.num_samples} samples, {which}",
-        ["student layer", "teacher layers", "similarity", "alignment loss"],
-        [*rows, ["average", "", f"{result.mean:.3f}", ""]],
+    for model in named.values():
+        check_and_say_which(model, with_template=False)
+    if targets is None:
+        check_samples(samples)
+    else:
+        check_pairing(samples, targets)
+    if teacher is not None:
+        check_teacher(TeacherConfig(checkpoint=teacher))
+
+
+def _named(students: list[str]) -> dict[str, str]:
+    """By the last part of the path, or all of it where two have the same."""
+    last = [Path(student).name for student in students]
+    return {name if last.count(name) == 1 else each: each for name, each in zip(last, students, strict=True)}
+
+
+def answers_by_student(answers: list[str], named: dict[str, str]) -> dict[str, list[Path]]:
+    """Folders of answers by student.
+
+    Raises:
+        UserError: If it is not clear whose they are.
+    """
+    found: dict[str, list[Path]] = {}
+    for each in answers:
+        name, equals, folder = each.partition("=")
+        if equals and name in named:
+            found.setdefault(name, []).append(Path(folder))
+        elif len(named) == 1:
+            found.setdefault(next(iter(named)), []).append(Path(each))
+        else:
+            shown = ", ".join(named) or "none is given"
+            raise UserError(f"--answers {each} does not say of which student; give NAME=FOLDER, NAME of: {shown}")
+    return found
+
+
+def _objects(file: Path | None, suite: str | None, data: Path | None, images: Path | None) -> "ObjectFile | None":
+    if file is not None and suite is not None:
+        raise UserError("--objects and --objects-suite both say where objects are; give one")
+    if suite is None:
+        if data is not None or images is not None:
+            raise UserError("--data and --images are of --objects-suite; name the suite")
+        if file is None:
+            return None
+        from stages.evaluation.attention.objects import read_objects
+
+        return read_objects(file)
+    if data is None:
+        raise UserError(f"--objects-suite {suite} needs --data, the folder of its files")
+    from stages.evaluation.attention.objects import objects_of_suite
+    from stages.evaluation.config import SuiteConfig
+    from stages.evaluation.loaded_suite import load_suite
+
+    return objects_of_suite(load_suite(suite, SuiteConfig(data=data, images=images, allow_missing_images=True)))
+
+
+def _save_page(html: Path, request: "AttentionRequest", result: "AttentionReport", tables: "list[ReportTable]") -> None:
+    from pipeline.report.build import attention_page
+    from pipeline.ui.report.render import render_page
+
+    assert request.targets is not None
+    similarity = {name: one.similarity for name, one in result.students.items()}
+    page = attention_page(
+        request.students, (request.samples, request.targets), similarity, tables, NUM_PICTURES, teacher=request.teacher
     )
+    save(html, render_page(page))

@@ -23,7 +23,7 @@ from pipeline.report.runs import RunView, loss_panels, open_runs, settings_table
 from pipeline.report.suites import ModelResult, named_results, questions_about, suite_sections
 from pipeline.report.targets import extraction_seconds, store_facts, target_sizes, teacher_name
 from pipeline.sweep_file import Sweep, compared_data
-from pipeline.ui.tables import size_text
+from pipeline.ui.tables import ReportTable, size_text
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention.similarity import AttentionSimilarity
 from storage.errors import UserError
@@ -100,8 +100,10 @@ def attention_page(
     models: Mapping[str, str],
     places: tuple[str, str],
     similarity: Mapping[str, AttentionSimilarity],
-    num_pictures: int = NUM_PICTURES,
-    progress: Progress = SILENT,
+    tables: Sequence[ReportTable],
+    num_pictures: int,
+    *,
+    teacher: str | None = None,
 ) -> Page:
     """The page of students alone, which need not be of runs: their attention, and the store.
 
@@ -109,10 +111,11 @@ def attention_page(
         models: name on the page to checkpoint or training run.
         places: sample shards and target store.
         similarity: as it was measured, by the same names.
+        tables: what else was measured of them.
         num_pictures: samples in the gallery at most.
-        progress: where the work is shown.
+        teacher: its checkpoint, to show its attention from words.
     """
-    gallery = make_gallery(models, places, num_pictures, measured=list(similarity), progress=progress)
+    gallery = make_gallery(models, places, num_pictures, teacher=teacher, measured=list(similarity))
     stored, notes = _summary(places[1])
     return Page(
         title=f"Attention of {', '.join(models)}",
@@ -121,7 +124,10 @@ def attention_page(
         samples=gallery.samples,
         similarity=_similarity_panel(similarity),
         amounts=_amounts((), stored),
-        facts=_facts((), similarity, stored),
+        facts=(
+            *(Facts(one.title, tuple(one.header), tuple(map(tuple, one.rows))) for one in tables),
+            *_facts((), {}, stored),
+        ),
         notes=(*notes, *gallery.notes),
     )
 

@@ -12,7 +12,6 @@ from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer
 from storage.digests import parse_json
 from storage.errors import UserError
-from storage.regular_files import read_regular
 
 MOST_QUESTIONS: Final = 6
 """Items about one picture that are shown."""
@@ -102,12 +101,11 @@ def _groups(results: Sequence[ModelResult]) -> dict[tuple[str, str], BarGroup]:
 def questions_about(images: Sequence[bytes], results: Sequence[ModelResult]) -> list[tuple[AnsweredQuestion, ...]]:
     """For each picture, the items of suites that show the same file, and what the models answered."""
     digests = {hashlib.sha256(image).hexdigest(): row for row, image in enumerate(images)}
-    sizes = {len(image) for image in images}
     found: list[dict[tuple[str, str], AnsweredQuestion]] = [{} for _ in images]
     for one in results:
         scored = read_items(one.folder)
         for record in _records(one.folder):
-            for row in _rows(record, digests, sizes):
+            for row in _rows(record, digests):
                 _add(found[row], one, record, scored[record["id"]].answers)
     return [tuple(each.values())[:MOST_QUESTIONS] for each in found]
 
@@ -117,12 +115,10 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
         yield from (parse_json(line, str(path), "remove the folder's items") for line in whole_lines(path))
 
 
-def _rows(record: dict[str, Any], digests: Mapping[str, int], sizes: set[int]) -> set[int]:
-    paths = {Path(name) for question in record["questions"] for name in question["pictures"]}
-    # Sizes are known without reading: of a suite's thousands of pictures hardly one is read for nothing.
-    same_size = [path for path in paths if path.is_file() and path.stat().st_size in sizes]
-    read = (hashlib.sha256(read_regular(path)).hexdigest() for path in same_size)
-    return {digests[digest] for digest in read if digest in digests}
+def _rows(record: dict[str, Any], digests: Mapping[str, int]) -> set[int]:
+    # Items of earlier versions do not say which files their pictures are.
+    shown = {digest for question in record["questions"] for digest in question.get("sha256", ())}
+    return {digests[digest] for digest in shown if digest in digests}
 
 
 def _add(

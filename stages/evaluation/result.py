@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import ValidationError
 
 from stages.evaluation.metrics import ScoredItem, interval_95, suite_metrics
+from stages.evaluation.suites.pictures import PictureSource
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer, Counts, Item, Likelihood, Protocol
 from storage.digests import parse_json
@@ -99,14 +100,18 @@ class AnsweredItem(NamedTuple):
     scored: ScoredItem
 
 
-def item_line(item: Item, answers: Iterable[Answer], counts: Counts) -> str:
-    """An item as a line of JSON, with what people want to see of it."""
+def item_line(item: Item, answers: Iterable[Answer], counts: Counts, digests: Mapping[PictureSource, str]) -> str:
+    """An item as a line of JSON, with what people want to see of it, and the sha256 of each picture's file."""
     shown = {
         "id": item.id,
         "kinds": item.kinds,
         "unit": item.unit or item.id,
         "questions": [
-            {"prompt": one.prompt, "pictures": [str(picture.source) for picture in one.pictures]}
+            {
+                "prompt": one.prompt,
+                "pictures": [str(picture.source) for picture in one.pictures],
+                "sha256": [digests[picture.source] for picture in one.pictures],
+            }
             | ({"candidates": one.candidates} if one.candidates else {})
             for one in item.questions
         ],

@@ -1,5 +1,6 @@
 """Asks a model a suite's items, those about the same pictures side by side."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -29,9 +30,12 @@ def ask_chunk(answerer: Answerer, loaded: LoadedSuite, items: Sequence[Item]) ->
     found = dict(zip(order, answerer.answers([questions[number] for number in order]), strict=True))
     in_order = iter([found[number] for number in range(len(questions))])
     lines = []
+    # Of the files as they are: they link an item to a stored sample with the same picture.
+    sources = {picture.source for question in questions for picture in question.pictures}
+    digests = {source: hashlib.sha256(source.read()).hexdigest() for source in sources}
     for item in items:
         answers = [next(in_order) for _ in item.questions]
-        lines.append(item_line(item, answers, loaded.suite.count(item, answers, loaded.protocol)))
+        lines.append(item_line(item, answers, loaded.suite.count(item, answers, loaded.protocol), digests))
     return "".join(f"{line}\n" for line in lines)
 
 

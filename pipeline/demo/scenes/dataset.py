@@ -1,8 +1,8 @@
 """Writes a scenes data set to disk: images, LLaVA conversations, captions, SugarCrepe caption pairs.
 
-OUT/images/*.png, OUT/train.json (instructions), OUT/captions.json (one caption an image), OUT/pairs/KIND.json
-and OUT/pairs/images/*.png. Equal arguments give equal bytes. Pairs come from a stream of their own: their
-scenes, and in the digits variant their drawings too, never appear in training.
+OUT/images/*.png, OUT/train.json (instructions), OUT/captions.json (one caption an image), OUT/objects.jsonl (the boxes
+of each image's objects), OUT/pairs/KIND.json and OUT/pairs/images/*.png. Equal arguments give equal bytes. Pairs come
+from a stream of their own: their scenes, and in the digits variant their drawings too, never appear in training.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def write_dataset(
     (out / "images").mkdir(parents=True, exist_ok=True)
     instructions: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
+    objects: list[str] = []
     for chunk in range(0, num_images, _CHUNK):
         rng = generator(seed, TRAIN_STREAM, _DATASET_STAGE, variant == "digits", chunk // _CHUNK)
         scenes = sample_scenes(rng, _CHUNK, variant, "train")
@@ -87,6 +88,7 @@ def write_dataset(
             name = f"images/{number:06d}.png"
             things = scenes.things(index)
             _write_image(out / name, pixels[index])
+            objects.append(json.dumps({"image": name, "boxes": scenes.boxes(index)}))
             captions.append(_sample(f"caption-{number:06d}", [ask_caption(rng, things, variant)], name))
             for part in range(1 + int(rng.integers(0, 3))):  # two conversations an image on average
                 num_turns = 1 + int(rng.integers(0, _MAX_TURNS))
@@ -99,6 +101,7 @@ def write_dataset(
         instructions.insert(int(rng.integers(0, len(instructions) + 1)), sample)
     _write_pairs(out / "pairs", num_pairs, seed, variant)
     # train.json comes last: where it stands, everything else does.
+    (out / "objects.jsonl").write_text("".join(f"{line}\n" for line in objects))
     _write_json(out / "captions.json", captions)
     _write_json(out / "train.json", instructions)
     return DatasetReport(

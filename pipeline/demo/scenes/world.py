@@ -75,6 +75,14 @@ class Scenes:
             for k in range(self.count_B[index])
         ]
 
+    def boxes(self, index: int) -> list[list[float]]:
+        """The boxes of the objects of scene `index`: left, top, right, bottom as parts of the image."""
+        count = self.count_B[index]
+        centre_K2, half_K1 = self.centre_BK2[index, :count], self.half_BK[index, :count, None]
+        corners_K4 = np.concatenate([centre_K2 - half_K1, centre_K2 + half_K1], axis=1) / IMAGE_SIZE
+        boxes: list[list[float]] = corners_K4.round(5).tolist()
+        return boxes
+
 
 NOUNS: dict[Variant, tuple[str, ...]] = {"shapes": SHAPES, "digits": DIGITS}
 

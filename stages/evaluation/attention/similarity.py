@@ -50,10 +50,12 @@ def attention_similarity(
     task: ProgressTask = _NOT_SHOWN,
     *,
     layers_from: LayersFrom = "default",
+    of_samples: dict[str, tuple[float, ...]] | None = None,
 ) -> AttentionSimilarity:
     """Runs the student over `batches` and compares its maps with the stored ones.
 
-    Samples without an image do not count. The student has capture enabled and is left in evaluation mode.
+    Samples without an image do not count. The student has capture enabled and is left in evaluation mode. The
+    similarities of each sample are put into `of_samples`, by its key.
     """
     student.eval()
     similarity_W = torch.zeros(len(matching.student_layers), dtype=torch.float64)
@@ -65,10 +67,15 @@ def attention_similarity(
             _, student_maps, windows = run_student(student, batch, matching)
             assert windows is not None
             num_tokens_B = windows.num_tokens_B
-            pairs = zip(student_maps, windows.maps_WBNN, windows.keep_WBNN, strict=True)
+            pairs = list(zip(student_maps, windows.maps_WBNN, windows.keep_WBNN, strict=True))
+            similarity_WB = torch.stack([map_similarity(*maps, num_tokens_B) for maps in pairs]).cpu().double()
+            counts = (num_tokens_B > 0).tolist()
+            similarity_W += similarity_WB[:, counts].sum(1)
             for w, maps in enumerate(pairs):
-                similarity_W[w] += float(map_similarity(*maps, num_tokens_B)[num_tokens_B > 0].sum())
                 loss_W[w] += float(matched_loss(*maps, num_tokens_B).sum())
+            if of_samples is not None:
+                found = zip(batch.keys, similarity_WB.T.tolist(), counts, strict=True)
+                of_samples |= {key: tuple(values) for key, values, is_counted in found if is_counted}
             count += batch.num_with_image
         task.advance(len(batch.keys))
     return AttentionSimilarity(

@@ -42,6 +42,18 @@ def answer_words(tokenizer: Any, batch: Batch) -> list[list[Word]]:
     return found
 
 
+def chosen_rows(tokenizer: Any, batch: Batch, word: str | None) -> list[Tensor]:
+    """Of each sample the answer rows of a word, in whatever case it is written; of all answers where none is named."""
+    if word is None:
+        sequence_R, position_R = batch.answers.sequence_R.cpu(), batch.answers.position_R.cpu()
+        return [position_R[sequence_R == row] for row in range(len(batch.keys))]
+    wanted = word.casefold()
+    return [
+        torch.unique(rows_of([one for one in words if one.text.casefold() == wanted]))
+        for words in answer_words(tokenizer, batch)
+    ]
+
+
 def rows_of(words: Sequence[Word]) -> Tensor:
     """The rows of all the words, one after the other."""
     return torch.cat([torch.zeros(0, dtype=torch.long), *(word.rows_U for word in words)])

@@ -138,8 +138,9 @@ def test_the_whole_pipeline_runs_by_commands_and_trains_without_the_teacher(
     similarity = tmp_path / "similarity.json"
     run("compare-attention", student, *places, "--limit", 6, "--report", similarity)
     found = json.loads(similarity.read_text())
-    assert len(found["similarity"]) == len(found["student_layers"]) > 0
-    assert all(-1 <= value <= 1 for value in found["similarity"])
+    (compared,) = (one["similarity"] for one in found["students"].values())
+    assert len(compared["similarity"]) == len(compared["student_layers"]) > 0
+    assert all(-1 <= value <= 1 for value in compared["similarity"])
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from pipeline.report.gallery import MOST_WORDS, SIMILARITY_SAMPLES, make_gallery
 from pipeline.report.page import TEACHER
 from pipeline.training import train
 from pipeline.ui.report.render import render_page
+from pipeline.ui.tables import ReportTable
 from stages.evaluation.attention.received import sample_attention
 from storage.targets.store import TargetStore
 from storage.targets.summary import summarize
@@ -128,11 +129,13 @@ def test_the_page_of_students_alone_has_their_attention_and_the_store(
 ) -> None:
     places = str(tiny.samples), str(targets)
     measured = compare_with_targets(str(undisturbed), *places, 4)
-    page = attention_page({"student": str(undisturbed)}, places, {"student": measured}, 2)
+    table = ReportTable("objects", ["layer", "AUC"], [["2", "0.61"]])
+    page = attention_page({"student": str(undisturbed)}, places, {"student": measured}, [table], 2)
     assert len(page.samples) == 2
     assert page.similarity is not None
     assert page.similarity.curves[0].y == measured.similarity
     assert [headline.value for headline in page.headlines if headline.label == "attention similarity"] == [
         f"{measured.mean:.3f}"
     ]
-    assert [len(table.rows) for table in page.facts if table.title == "Matched layers"] == [len(measured.similarity)]
+    assert [one.title for one in page.facts] == ["objects", "Target store"]
+    assert page.facts[0].rows == (("2", "0.61"),)

@@ -1,5 +1,6 @@
 """Results of suites on a page, and what models answered about a picture."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def make_result(folder: Path, value: float, answered: list[dict[str, Any]] | Non
 
 
 def item(picture: Path, answers: list[Any], counts: dict[str, float], **other: Any) -> dict[str, Any]:
-    question = {"prompt": "Is it red?", "pictures": [str(picture)]} | other.pop("question", {})
+    digest = hashlib.sha256(picture.read_bytes()).hexdigest()
+    question = {"prompt": "Is it red?", "pictures": [str(picture)], "sha256": [digest]} | other.pop("question", {})
     shown = {"id": "0", "kinds": ["swap_obj"], "unit": "0", "questions": [question], "expected": "yes"}
     return shown | {"answers": answers, "counts": counts} | other
 
@@ -89,7 +91,7 @@ def test_a_suites_item_about_a_samples_picture_is_shown_with_all_answers(tmp_pat
             make_result(tmp_path / "a" / "s", 1, [item(same, ["Yes."], {"accuracy": 1.0})], items="1"),
             make_result(tmp_path / "b" / "s", 1, [item(same, ["No."], {"accuracy": 0.0})], items="1"),
             make_result(tmp_path / "c" / "s", 1, [item(tmp_path / "other.png", ["No."], {})], items="1"),
-            make_result(tmp_path / "d" / "s", 1, [item(tmp_path / "absent.png", ["No."], {})], items="1"),
+            make_result(tmp_path / "d" / "s", 1, [item(same, ["No."], {}, question={"sha256": []})], items="1"),
         ],
         [],
         {},

@@ -20,7 +20,7 @@ def save_result(folder: Path, right: Sequence[float], *, num_images: int | None 
     folder.mkdir(parents=True)
     units = [str(number % (num_images or len(right))) for number in range(len(right))]
     items = [Item(f"swap_obj/{number}", ("swap_obj",), (), None, unit) for number, unit in enumerate(units)]
-    lines = [item_line(item, [], {"accuracy": value}) for item, value in zip(items, right, strict=True)]
+    lines = [item_line(item, [], {"accuracy": value}, {}) for item, value in zip(items, right, strict=True)]
     (folder / "items.jsonl").write_text("".join(f"{line}\n" for line in lines))
     result = make_result(suite_run(model=str(folder), **run), read_items(folder).values(), [], 200, 1.0, len(right))
     (folder / "result.json").write_text(result.to_json())

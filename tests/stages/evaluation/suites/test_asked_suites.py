@@ -1,5 +1,6 @@
 """A real model, asked through the frame: pictures out of tables and archives, answers saved and scored again."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -34,7 +35,13 @@ def test_answers_about_pictures_of_a_table_are_saved_so_that_they_can_be_scored_
     lines = []
     for item in loaded.items:
         answers = [next(given) for _ in item.questions]
-        line = json.loads(item_line(item, answers, loaded.suite.count(item, answers, protocol)))
+        digests = {
+            picture.source: hashlib.sha256(picture.source.read()).hexdigest()
+            for question in item.questions
+            for picture in question.pictures
+        }
+        line = json.loads(item_line(item, answers, loaded.suite.count(item, answers, protocol), digests))
+        assert {digest for asked in line["questions"] for digest in asked["sha256"]} == set(digests.values())
         saved = [one if isinstance(one, str) else tuple(Likelihood(*each) for each in one) for one in line["answers"]]
         assert saved == answers
         assert loaded.suite.count(item, saved, protocol) == line["counts"]

@@ -1,0 +1,1 @@
+"""`cdp compare-attention`: teacher and students on the same samples, in numbers."""

@@ -1,0 +1,143 @@
+"""Which items of suites a student answered right, and the pictures that link them to stored samples."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.evaluation.attention.measures import Estimate, correlation, mean_estimate
+from stages.evaluation.result import IDENTITY_FILE, SuiteRun, whole_lines
+from stages.evaluation.suites.registry import SUITES
+from storage.digests import parse_json
+from storage.errors import UserError
+from storage.regular_files import read_regular
+from storage.strict_model import StrictModel
+
+
+class AnsweredPicture(NamedTuple):
+    """An item about one picture."""
+
+    sha256: str
+    """Of the picture's file."""
+    right: float
+    """1 for right, 0 for wrong; some suites have numbers between."""
+
+
+class AnswersSplit(StrictModel):
+    """Similarity of a student's attention to the teacher's, by whether its answers about the same pictures are right.
+
+    Similarity of a picture is the mean over its samples and over the matched layers.
+    """
+
+    suite: str
+    num_items: int
+    num_without_sample: int
+    """Items whose picture is in no compared sample."""
+    num_other: int
+    """Items about no picture, or about several."""
+    right: Estimate | None
+    """Similarity over items that were answered right, at least by half."""
+    wrong: Estimate | None
+    correlation: Estimate | None
+    """Point-biserial, of similarity with right."""
+    by_layer: tuple[Estimate | None, ...]
+    """The correlation for each matched layer."""
+
+
+def suite_folders(folder: Path) -> list[Path]:
+    """The folders of suites' answers: the folder itself, or those in it.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = [path for path in (folder, *sorted(folder.glob("*"))) if (path / IDENTITY_FILE).is_file()]
+    if not found:
+        raise UserError(f"{folder} holds no answers of `cdp evaluate` ({IDENTITY_FILE}); name its --output")
+    return found
+
+
+def read_run(folder: Path) -> SuiteRun:
+    """The run whose answers a suite's folder holds.
+
+    Raises:
+        UserError: If it is none of this version.
+    """
+    try:
+        return SuiteRun.model_validate_json(read_regular(folder / IDENTITY_FILE))
+    except ValueError as error:
+        raise UserError(f"{folder / IDENTITY_FILE} is no run of `cdp evaluate`; evaluate again") from error
+
+
+def answered_pictures(folder: Path, suite: str) -> tuple[list[AnsweredPicture], int]:
+    """The items about one picture, and how many there are about none or several.
+
+    Raises:
+        UserError: If the answers hold no digests of pictures, or do not say what is right.
+    """
+    found, num_other = dict[str, AnsweredPicture](), set[str]()
+    for line, where in _lines(folder):
+        digests = {digest for question in line["questions"] for digest in question.get("sha256", [None])}
+        if None in digests:
+            raise UserError(f"{where} has no sha256 of its pictures: an earlier version wrote it; evaluate again")
+        if len(digests) == 1:
+            found[line["id"]] = AnsweredPicture(digests.pop(), how_right(line["counts"], suite))
+        else:
+            num_other.add(line["id"])
+    return list(found.values()), len(num_other)
+
+
+def how_right(counts: Mapping[str, float], suite: str) -> float:
+    """Whether an item was answered right, from 0 to 1: its count of the suite's main metric, or of its parts.
+
+    Raises:
+        UserError: If the suite's counts do not say it.
+    """
+    for name in (SUITES[suite].main[1], "accuracy", "question_accuracy"):
+        if name in counts:
+            return float(counts[name])
+    if "true_positives" in counts:
+        return float(counts["true_positives"] + counts["true_negatives"])
+    raise UserError(
+        f"items of {suite} count {sorted(counts)}, which does not say whether one is right; take another suite"
+    )
+
+
+def split_by_answers(folder: Path, suite: str, similarities: Mapping[str, Sequence[Sequence[float]]]) -> AnswersSplit:
+    """Similarity by right and wrong answers.
+
+    Args:
+        folder: Of the suite's answers.
+        suite: Its name.
+        similarities: By sha256 of a picture, of each of its samples the similarity of each matched layer.
+    """
+    items, num_other = answered_pictures(folder, suite)
+    linked = [item for item in items if item.sha256 in similarities]
+    by_layer = {sha: [sum(c) / len(c) for c in zip(*rows, strict=True)] for sha, rows in similarities.items()}
+    means = [sum(by_layer[item.sha256]) / len(by_layer[item.sha256]) for item in linked]
+    rights, images = [item.right for item in linked], [item.sha256 for item in linked]
+    parts = {
+        wanted: [
+            (mean, image) for mean, right, image in zip(means, rights, images, strict=True) if (right >= 0.5) == wanted
+        ]
+        for wanted in (True, False)
+    }
+    layers = zip(*(by_layer[item.sha256] for item in linked), strict=True)
+    return AnswersSplit(
+        suite=suite,
+        num_items=len(linked),
+        num_without_sample=len(items) - len(linked),
+        num_other=num_other,
+        right=mean_estimate([mean for mean, _ in parts[True]], [image for _, image in parts[True]]),
+        wrong=mean_estimate([mean for mean, _ in parts[False]], [image for _, image in parts[False]]),
+        correlation=correlation(means, rights, images),
+        by_layer=tuple(correlation(values, rights, images) for values in layers),
+    )
+
+
+def _lines(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    for path in sorted(folder.glob("items*.jsonl")):
+        for number, line in enumerate(whole_lines(path)):
+            where = f"{path}, line {number}"
+            record = parse_json(line, where, "evaluate again")
+            if not isinstance(record, dict) or not {"id", "questions", "counts"} <= set(record):
+                raise UserError(f"{where} is no answered item; evaluate again")
+            yield record, where
