@@ -23,14 +23,20 @@ def report(
     teacher: TeacherOption = None,
     pictures: Annotated[int, typer.Option(help="Samples whose attention is shown, at most.", min=1)] = 8,
 ) -> None:
-    """Writes one HTML page about training runs: accuracy, losses, attention on pictures, targets, settings.
+    """Writes one HTML page about training runs. Shows accuracy, losses, attention on pictures, targets and settings.
 
     Attention is shown with --samples and --targets; that of the teacher from words with --teacher, which then loads.
     """
+    from pipeline.checkpoints import find_runs
     from pipeline.preflight import check_pairing, check_teacher
+    from pipeline.report.suites import results_below
 
-    for path in (*runs, *(results or ()), *(teacher_results or ())):
+    for path in runs:
         input_path(path)
+        find_runs(path)
+    for path in (*(results or ()), *(teacher_results or ())):
+        input_path(path)
+        results_below(path)
     if (samples is None) != (targets is None):
         raise UserError("--samples and --targets belong together; give both for pictures, or neither")
     if samples is not None and targets is not None:

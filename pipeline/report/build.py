@@ -92,8 +92,12 @@ def build_page(inputs: ReportInputs, title: str = "", progress: Progress = SILEN
         losses=loss_panels(runs),
         amounts=_amounts(runs, stored),
         facts=_facts(runs, similarity, stored),
-        notes=(*notes, *gallery.notes),
+        notes=(*_unfinished(runs), *notes, *gallery.notes),
     )
+
+
+def _unfinished(runs: Sequence[RunView]) -> list[str]:
+    return [f"{run.name}: no stage is finished yet, so only its losses are shown" for run in runs if not run.reports]
 
 
 def attention_page(

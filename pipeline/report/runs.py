@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from pipeline.checkpoints import find_runs
 from pipeline.report.page import TEACHER, Curve, CurvePanel, Facts
 from pipeline.run_file import RunFile, load_run_file
 from stages.evaluation.attention.similarity import AttentionSimilarity
@@ -17,7 +18,6 @@ from stages.settings import flattened
 from stages.student.run_folder import RunFolder, StageReport
 from stages.student.stage_config import STAGES, StageName
 from storage.digests import parse_object
-from storage.errors import UserError
 from storage.regular_files import open_regular, read_regular
 
 METRICS_FILE: Final = "metrics.jsonl"
@@ -70,28 +70,12 @@ def open_runs(paths: Iterable[Path]) -> list[RunView]:
     Raises:
         UserError: If a place holds none.
     """
-    found: list[Path] = []
-    for path in paths:
-        below = [path] if _is_run(path) else sorted(one for one in _folders(path) if _is_run(one))
-        if not below:
-            raise UserError(
-                f"{path} holds no training run; name the --output of `cdp train-student`, or of one of its sweeps"
-            )
-        found += [one for one in below if one not in found]
+    found = list(dict.fromkeys(one for path in paths for one in find_runs(path)))
     names = [path.resolve().name for path in found]
     return [
         RunView(name if names.count(name) == 1 and name != TEACHER else str(path), RunFolder(path))
         for name, path in zip(names, found, strict=True)
     ]
-
-
-def _folders(path: Path) -> Iterator[Path]:
-    return (one for one in path.iterdir() if one.is_dir()) if path.is_dir() else iter(())
-
-
-def _is_run(path: Path) -> bool:
-    """Whether a stage began there: a sweep may have a student that is called as a stage is."""
-    return any(RunFolder(path).stage(name).is_begun for name in STAGES)
 
 
 def loss_panels(runs: Sequence[RunView]) -> tuple[CurvePanel, ...]:

@@ -3,7 +3,7 @@
   const samples = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   const pickers = { sample: at("sample"), layer: at("layer"), from: at("from"), sinks: at("sinks") };
-  const POOLED = "image tokens, mean of heads", ANSWER = "the whole answer", MEAN = "mean of layers";
+  const POOLED = "image tokens, head mean", ANSWER = "the whole answer", MEAN = "mean of layers";
   const DARK = 0.4, HEAT = [255, 122, 24];
 
   const made = (tag, text, name) => {

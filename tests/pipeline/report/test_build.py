@@ -91,6 +91,16 @@ def test_a_store_that_is_gone_is_said_and_the_rest_is_shown(undisturbed: Path, t
     assert page.notes[0].startswith("nothing is said of the target store: /nowhere/targets is no target store")
 
 
+def test_a_run_without_a_finished_stage_shows_its_losses(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for stage in ("dpt", "dft", "sft"):
+        (tmp_path / "run" / stage / "report.json").unlink()
+    page = build_page(ReportInputs([tmp_path / "run"]))
+    assert page.notes == ("run: no stage is finished yet, so only its losses are shown",)
+    assert page.losses
+    assert render_page(page)
+
+
 def test_the_command_writes_one_page_with_accuracy_pictures_and_its_size(
     undisturbed: Path, tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
