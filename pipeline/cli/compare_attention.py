@@ -50,9 +50,10 @@ def compare_attention(
         Path | None, typer.Option(callback=can_be_saved, help="File to save an HTML report with pictures in.")
     ] = None,
 ) -> None:
-    """Compares attention of teacher and students on the same samples: alike, on objects, where answers are right.
+    """Compares attention of teacher and students.
 
-    Without students the teacher alone is looked at: its stored maps, or with --teacher itself.
+    On the same samples: how alike it is, what it falls on, and whether answers are right where it is alike. Without
+    students the teacher alone is looked at: its stored maps, or with --teacher itself.
     """
     from pipeline.run_file import need
 

@@ -1,6 +1,6 @@
 """All that is fuzzed."""
 
-from tests.fuzz import checkpoints, images, runs, stores
+from tests.fuzz import attention, checkpoints, images, runs, stores
 from tests.fuzz.attempt import Target
 
-TARGETS: list[Target] = [*stores.TARGETS, *runs.TARGETS, *checkpoints.TARGETS, *images.TARGETS]
+TARGETS: list[Target] = [*stores.TARGETS, *runs.TARGETS, *checkpoints.TARGETS, *images.TARGETS, *attention.TARGETS]

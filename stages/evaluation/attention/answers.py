@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from stages.evaluation.attention.measures import Estimate, correlation, mean_estimate
 from stages.evaluation.result import IDENTITY_FILE, SuiteRun, whole_lines
-from stages.evaluation.suites.registry import SUITES
+from stages.evaluation.suites.registry import SUITES, find_suite
 from storage.digests import parse_json
-from storage.errors import UserError
+from storage.errors import UserError, first_line
 from storage.regular_files import read_regular
 from storage.strict_model import StrictModel
 
@@ -62,9 +62,12 @@ def read_run(folder: Path) -> SuiteRun:
         UserError: If it is none of this version.
     """
     try:
-        return SuiteRun.model_validate_json(read_regular(folder / IDENTITY_FILE))
-    except ValueError as error:
-        raise UserError(f"{folder / IDENTITY_FILE} is no run of `cdp evaluate`; evaluate again") from error
+        run = SuiteRun.model_validate_json(read_regular(folder / IDENTITY_FILE))
+        find_suite(run.suite, run.protocol)
+    except (ValueError, UserError) as error:
+        found = f"{folder / IDENTITY_FILE} is no run of `cdp evaluate` ({first_line(error)})"
+        raise UserError(f"{found}; evaluate again") from error
+    return run
 
 
 def answered_pictures(folder: Path, suite: str) -> tuple[list[AnsweredPicture], int]:
@@ -75,13 +78,18 @@ def answered_pictures(folder: Path, suite: str) -> tuple[list[AnsweredPicture], 
     """
     found, num_other = dict[str, AnsweredPicture](), set[str]()
     for line, where in _lines(folder):
-        digests = {digest for question in line["questions"] for digest in question.get("sha256", [None])}
-        if None in digests:
+        try:
+            key = str(line["id"])
+            digests = {digest for question in line["questions"] for digest in question.get("sha256", [None])}
+            counts = {str(name): float(value) for name, value in line["counts"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise UserError(f"{where} is no answered item; evaluate again") from error
+        if not all(isinstance(digest, str) for digest in digests):
             raise UserError(f"{where} has no sha256 of its pictures: an earlier version wrote it; evaluate again")
         if len(digests) == 1:
-            found[line["id"]] = AnsweredPicture(digests.pop(), how_right(line["counts"], suite))
+            found[key] = AnsweredPicture(digests.pop(), how_right(counts, suite))
         else:
-            num_other.add(line["id"])
+            num_other.add(key)
     return list(found.values()), len(num_other)
 
 
@@ -92,10 +100,10 @@ def how_right(counts: Mapping[str, float], suite: str) -> float:
         UserError: If the suite's counts do not say it.
     """
     for name in (SUITES[suite].main[1], "accuracy", "question_accuracy"):
-        if name in counts:
-            return float(counts[name])
-    if "true_positives" in counts:
-        return float(counts["true_positives"] + counts["true_negatives"])
+        if 0 <= counts.get(name, -1) <= 1:
+            return counts[name]
+    if 0 <= (hits := counts.get("true_positives", -1) + counts.get("true_negatives", 0)) <= 1:
+        return hits
     raise UserError(
         f"items of {suite} count {sorted(counts)}, which does not say whether one is right; take another suite"
     )
@@ -133,11 +141,8 @@ def split_by_answers(folder: Path, suite: str, similarities: Mapping[str, Sequen
     )
 
 
-def _lines(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _lines(folder: Path) -> Iterator[tuple[Any, str]]:
     for path in sorted(folder.glob("items*.jsonl")):
         for number, line in enumerate(whole_lines(path)):
             where = f"{path}, line {number}"
-            record = parse_json(line, where, "evaluate again")
-            if not isinstance(record, dict) or not {"id", "questions", "counts"} <= set(record):
-                raise UserError(f"{where} is no answered item; evaluate again")
-            yield record, where
+            yield parse_json(line, where, "evaluate again"), where
