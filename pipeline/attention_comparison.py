@@ -1,23 +1,17 @@
 """Compares a student's visual attention with the cached targets, in numbers and pictures."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
 from pipeline.checkpoints import find_checkpoint
 from pipeline.models import default_device
-from pipeline.ui.html_report import ReportSample
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import hide_loading_bars
 from stages.evaluation.attention.similarity import AttentionSimilarity, LayersFrom, attention_similarity
-from stages.evaluation.attention_pictures import enlarged, overlay, pooled_attention
-from stages.images import decode_image
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import LayerMatching, MatchingConfig, match_layers
@@ -31,8 +25,6 @@ from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSamp
 from storage.targets.store import TargetStore
 
 BATCH_SIZE = 16
-SAMPLES_A_PICTURE = 8
-"""Samples read for each picture, because several may share an image."""
 
 
 @dataclass(frozen=True)
@@ -86,43 +78,6 @@ def similarity_of(
         )
 
 
-def attention_pictures(models: Mapping[str, str], samples: str, targets: str, count: int) -> list[ReportSample]:
-    """Pictures of visual attention on the first `count` images of a store: the image, the teacher, each student.
-
-    The teacher is shown again for a student that learned from other teacher layers than the student before it.
-
-    Args:
-        models: Shown name to student checkpoint or training run.
-        samples: Sample shards.
-        targets: Target store.
-        count: Images at most; those whose tokens form no square grid are left out.
-    """
-    store = TargetStore.open(targets)
-    with closing(first_samples(samples, store, SAMPLES_A_PICTURE * count)) as batches:
-        shown = _distinct_images([sample for batch in batches for sample in batch], count)
-    if not shown:
-        return []
-    exif = store.manifest.fingerprint.images.exif
-    images = [decode_image(sample.images[0], exif=exif) for sample in shown]
-    pictures: list[list[tuple[str, Image.Image | None]]] = [[("image", enlarged(image))] for image in images]
-    windows: tuple[tuple[int, ...], ...] | None = None
-    for name, model in models.items():
-        compared = open_student(model, store)
-        batch = compared.collator(shown).to(compared.student.device, torch.float32)
-        seen = pooled_attention(compared.student, batch, compared.matching)
-        title = "teacher" if windows is None else f"teacher, as {name} learned"
-        for row, image in enumerate(images):
-            n = int(seen.num_tokens_B[row])
-            if compared.matching.windows != windows:
-                pictures[row].append((title, overlay(image, seen.teacher_BN[row, :n])))
-            pictures[row].append((name, overlay(image, seen.student_BN[row, :n])))
-        windows = compared.matching.windows
-    return [
-        ReportSample(_first_turns(sample), [(name, picture) for name, picture in row if picture is not None])
-        for sample, row in zip(shown, pictures, strict=True)
-    ]
-
-
 def open_student(model: str, store: TargetStore) -> OpenedStudent:
     """Loads a student, or another multimodal model with maps over the store's image tokens, such as the teacher.
 
@@ -154,17 +109,3 @@ def first_samples(samples: str, store: TargetStore, limit: int) -> Generator[lis
             limit -= len(batch)
             if limit <= 0:
                 return
-
-
-def _distinct_images(streamed: list[StreamedSample], count: int) -> list[StreamedSample]:
-    found: dict[bytes, StreamedSample] = {}
-    for sample in streamed:
-        if len(sample.images) == 1 and sample.maps is not None:
-            found.setdefault(sample.images[0], sample)
-    return list(found.values())[:count]
-
-
-def _first_turns(sample: StreamedSample) -> str:
-    turns = [turn["value"] for turn in sample.record["conversations"] if turn["from"] != "system"]
-    question, answer = turns[:2]
-    return f"{question.replace('<image>', '').strip()} {answer}"

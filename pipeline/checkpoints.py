@@ -5,6 +5,7 @@ from pathlib import Path
 from stages.checkpoints.resolve import resolve_checkpoint
 from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import STAGES
+from storage.errors import UserError
 
 
 def find_checkpoint(model: str) -> Path:
@@ -17,6 +18,25 @@ def find_checkpoint(model: str) -> Path:
     if run.holds_stages:
         return run.last_student()
     return stage.student if (stage.student / "config.json").is_file() else resolve_checkpoint(model)
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The training run at a place, or those of a sweep's folder, by name; also those that are not finished.
+
+    Raises:
+        UserError: If there is none.
+    """
+    below = sorted(one for one in path.iterdir() if one.is_dir()) if path.is_dir() else []
+    # A sweep may have a student that is called as a stage is.
+    if not (found := [path] if _is_begun(path) else [one for one in below if _is_begun(one)]):
+        raise UserError(
+            f"{path} holds no training run; name the --output of `cdp train-student`, or of one of its sweeps"
+        )
+    return found
+
+
+def _is_begun(run: Path) -> bool:
+    return any(RunFolder(run).stage(name).is_begun for name in STAGES)
 
 
 def which_student(model: str) -> list[str]:

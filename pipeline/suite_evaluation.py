@@ -119,7 +119,7 @@ class _Asker:
             if any(one.scored != saved[one.id].scored for one in answered):
                 # Another version counted them; `cdp compare` reads what is saved.
                 lines = [
-                    item_line(item, one.answers, one.scored.counts, one.pictures)
+                    item_line(item, one.answers, one.scored.counts, [asked.pictures for asked in one.questions])
                     for item, one in zip(suite.items, answered, strict=True)
                 ]
                 items.replace_all("".join(f"{line}\n" for line in lines))

@@ -169,7 +169,8 @@ def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
         samples, store = compared_data(run)
         targets = Source(SampleSet.open(samples), TargetStore.open(store)).description()
     return _Measured(
-        compare=compare,
+        # Of the page nothing is measured.
+        compare=compare.model_copy(update={"pictures": None}),
         evaluate=run.evaluate,
         stage=student.parent.name,
         weights=weights_digest(student),

@@ -29,6 +29,8 @@ from storage.strict_model import StrictModel
 
 SWEEP_REPORT = "sweep.json"
 """File of all results in a sweep's folder."""
+SWEEP_PAGE = "report.html"
+"""The same for people, with pictures."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -39,6 +41,8 @@ class CompareConfig(StrictModel):
     """Suites by name, as in the run file's `evaluate.suites`."""
     similarity_samples: int | None = Field(default=None, ge=1)
     """Samples over which the student's attention is compared with the cached maps."""
+    pictures: int | None = Field(default=None, ge=1)
+    """Samples whose attention the page of all students shows, `OUTPUT/report.html`; None writes no page."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
         run = copy.deepcopy(shared)
         lay_over(run, own or {}, f"{path}: student {name}")
         runs[name] = resolve(run, settings, {**flags, "output": str(Path(output) / name)}, f"{path}: student {name}")
-        if compare.similarity_samples is not None:
+        if compare.similarity_samples is not None or compare.pictures is not None:
             try:
                 compared_data(runs[name])
             except UserError as error:
@@ -103,7 +107,7 @@ def _check_names(students: dict[Any, Any], path: Path) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             found = f"{path}: student {name!r:.100} cannot name a folder"
             raise UserError(f"{found}; take up to 100 letters, digits, '-', '_' and '.'")
-        if name.lower() in (SWEEP_REPORT, LOCK_FILE) or name.lower().endswith(PARTIAL):
+        if name.lower() in (SWEEP_REPORT, SWEEP_PAGE, LOCK_FILE) or name.lower().endswith(PARTIAL):
             raise UserError(f"{path}: student {name}: the sweep's folder has files of such names; take another")
         if (twin := taken.setdefault(name.lower(), name)) != name:
             found = f"{path}: students {twin} and {name} differ in case alone"
@@ -121,5 +125,6 @@ def compared_data(run: RunFile) -> tuple[str, str]:
     if run.train.data.sources:
         return run.train.data.sources[0].samples, run.train.data.sources[0].targets
     raise UserError(
-        "compare.similarity_samples needs samples and targets, or train.data.sources; set them for all students"
+        "what compare.similarity_samples and compare.pictures ask for needs samples and targets, or "
+        "train.data.sources; set them for all students"
     )

@@ -275,7 +275,7 @@ def test_a_regular_file_is_read_whole_up_to_its_limit_also_through_a_link_and_wh
 
 OTHER_READERS = {
     "pipeline/runtime/cpu_determinism.py": "the kernel's",
-    "pipeline/ui/html_report.py": "the package's own",
+    "pipeline/ui/report/render.py": "the package's own",
     "stages/checkpoints/processors.py": "of a checkpoint without special files",
     "stages/checkpoints/weights.py": "of a checkpoint without special files",
     "storage/safe_path.py": "the project's own",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.attention_comparison import BATCH_SIZE, first_samples
+from pipeline.models import default_device
 from stages.attention.capturable_layers import layers_with_maps
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import hide_loading_bars, load_processor
@@ -69,7 +70,7 @@ class TeacherSide:
         matching = LayerMatching(
             self.layers, fingerprint.layers, self.windows, fingerprint.windows, fingerprint.map_codec
         )
-        return observe_stored(batch.maps, matching, torch.device("cpu"))
+        return observe_stored(batch.maps, matching, default_device())
 
 
 def open_teacher(store: TargetStore | None, checkpoint: str | None) -> TeacherSide:

@@ -26,6 +26,7 @@ from pipeline.cli.extract_teacher import extract_teacher
 from pipeline.cli.inspect import inspect
 from pipeline.cli.options import RENAMED
 from pipeline.cli.pack_samples import pack_samples
+from pipeline.cli.report import report
 from pipeline.cli.train_student import train_student
 from pipeline.cli.verify import verify
 from pipeline.runtime.interruption import Interrupted, raised_on
@@ -46,6 +47,7 @@ COMMANDS = (
     export,
     chat,
     compare_attention,
+    report,
     inspect,
     verify,
     config,

@@ -19,6 +19,7 @@ from storage.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.attention.compare import AttentionRequest
+    from pipeline.attention.report import AttentionReport
     from pipeline.ui.tables import ReportTable
     from stages.evaluation.attention.objects import ObjectFile
 
@@ -49,9 +50,10 @@ def compare_attention(
         Path | None, typer.Option(callback=can_be_saved, help="File to save an HTML report with pictures in.")
     ] = None,
 ) -> None:
-    """Compares attention of teacher and students on the same samples: alike, on objects, where answers are right.
+    """Compares attention of teacher and students.
 
-    Without students the teacher alone is looked at: its stored maps, or with --teacher itself.
+    On the same samples: how alike it is, what it falls on, and whether answers are right where it is alike. Without
+    students the teacher alone is looked at: its stored maps, or with --teacher itself.
     """
     from pipeline.run_file import need
 
@@ -80,7 +82,7 @@ def compare_attention(
         print_table(table)
     save(report, result.to_json())
     if html is not None:
-        _save_page(html, request, tables)
+        _save_page(html, request, result, tables)
 
 
 def _check(named: dict[str, str], samples: str, targets: str | None, teacher: str | None) -> None:
@@ -143,10 +145,13 @@ def _objects(file: Path | None, suite: str | None, data: Path | None, images: Pa
     return objects_of_suite(load_suite(suite, SuiteConfig(data=data, images=images, allow_missing_images=True)))
 
 
-def _save_page(html: Path, request: "AttentionRequest", tables: "list[ReportTable]") -> None:
-    from pipeline.attention_comparison import attention_pictures
-    from pipeline.ui.html_report import render_report
+def _save_page(html: Path, request: "AttentionRequest", result: "AttentionReport", tables: "list[ReportTable]") -> None:
+    from pipeline.report.build import attention_page
+    from pipeline.ui.report.render import render_page
 
     assert request.targets is not None
-    pictures = attention_pictures(request.students, request.samples, request.targets, NUM_PICTURES)
-    save(html, render_report("Attention of " + ", ".join(request.students.values()), tables, pictures))
+    similarity = {name: one.similarity for name, one in result.students.items()}
+    page = attention_page(
+        request.students, (request.samples, request.targets), similarity, tables, NUM_PICTURES, teacher=request.teacher
+    )
+    save(html, render_page(page))

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption, input_path
+from pipeline.cli.options import ConfigOption, SamplesOption, SetOption, TargetsOption, input_path, save
 from pipeline.runtime.interruption import RESUME, SAVED_EXIT_CODE, Interrupted, remembered
 
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
+    from pipeline.sweep_file import Sweep
     from pipeline.ui.tables import ReportTable
     from stages.student.run_folder import StageReport
     from storage.progress import Progress
@@ -112,10 +113,27 @@ def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: di
             progress,
         )
     print_table(sweep_table(report))
+    if sweep.compare.pictures is not None and report.students:
+        _save_page(sweep, list(report.students))
     for name, reason in report.failures.items():
         say(f"error: student {name} failed: {reason}")
     if report.failures:
         raise typer.Exit(1)
+
+
+def _save_page(sweep: "Sweep", students: list[str]) -> None:
+    """Writes the page of all students, in one process of those that trained together."""
+    from pipeline.report.build import sweep_page
+    from pipeline.sweep_file import SWEEP_PAGE
+    from pipeline.ui.console import is_main_process, results
+    from pipeline.ui.progress import progress_display
+    from pipeline.ui.report.render import render_page
+
+    if is_main_process:
+        with progress_display() as progress:
+            page = render_page(sweep_page(sweep, students, progress))
+        save(sweep.output / SWEEP_PAGE, page)
+        results.print(f"report: {sweep.output / SWEEP_PAGE}")
 
 
 def _print_reports(reports: "list[StageReport]", folder: str) -> None:

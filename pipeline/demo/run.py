@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.attention_comparison import attention_pictures
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
 from pipeline.demo.report import DemoConfig, DemoReport, StudentResult, accuracy_table, summary_lines
 from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction.extract import extract
+from pipeline.report.build import ReportInputs, build_page
 from pipeline.run_file import load_run_file
 from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
 from pipeline.ui.console import results
-from pipeline.ui.html_report import render_report
 from pipeline.ui.progress import NamedProgress, progress_display
+from pipeline.ui.report.render import render_page
 from pipeline.ui.tables import print_table
 from stages.evaluation.config import SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
@@ -60,16 +60,21 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
 def _run(folder: Path, config: DemoConfig) -> DemoReport:
     with progress_display() as progress:
         report = _measure(folder, config, progress)
-    table = accuracy_table(report)
-    print_table(table)
+    print_table(accuracy_table(report))
     for line in summary_lines(report, summarize(folder / "targets")):
         results.print(line)
     open_store(folder).write("report.json", report.to_json().encode())
-    models = {name: str(folder / "students" / name) for name in config.students}
-    pictures = attention_pictures(models, str(folder / "samples"), str(folder / "targets"), PICTURES)
-    html = render_report("cdp demo: what attention distillation did", [table], pictures)
+    inputs = ReportInputs(
+        runs=[folder / "students" / name for name in config.students],
+        teacher_results=[folder / "teacher"],
+        samples=str(folder / "samples"),
+        targets=str(folder / "targets"),
+        teacher=str(TEACHER),
+        num_pictures=PICTURES,
+    )
+    html = render_page(build_page(inputs, "cdp demo: what attention distillation did"))
     open_store(folder).write("report.html", html.encode())
-    results.print(f"pictures: {folder / 'report.html'}")
+    results.print(f"report with pictures: {folder / 'report.html'}")
     return report
 
 

@@ -21,14 +21,24 @@ MAX_COUNT: Final = 1e6
 _TO_DO: Final = "restore the file, or remove this line and run the same `cdp evaluate` again, which asks this item anew"
 
 
+class AskedQuestion(NamedTuple):
+    """A question as it was saved."""
+
+    prompt: str
+    candidates: tuple[str, ...]
+    pictures: tuple[str, ...]
+    """sha256 of the files that it shows."""
+
+
 class AnsweredItem(NamedTuple):
     """A line of an items file."""
 
     id: str
     answers: tuple[Answer, ...]
     scored: ScoredItem
-    pictures: tuple[tuple[str, ...], ...]
-    """sha256 of the files that each question shows."""
+    questions: tuple[AskedQuestion, ...]
+    expected: Any
+    """As the suite says it; any JSON."""
 
 
 def item_line(item: Item, answers: Iterable[Answer], counts: Counts, pictures: Sequence[Sequence[str]]) -> str:
@@ -89,15 +99,20 @@ def _answered(line: bytes, where: str) -> AnsweredItem:
         if not (_is_number(count) and 0 <= count <= MAX_COUNT):
             raise UserError(f"{where}: count {name!r:.100} is {count!r:.100}; expected 0 to {MAX_COUNT:,.0f}")
     scored = ScoredItem(tuple(kinds), unit, counts)
-    pictures = tuple(_digests(question, where) for question in questions)
-    return AnsweredItem(key, tuple(_answer(answer, where) for answer in answers), scored, pictures)
+    asked = tuple(_question(question, where) for question in questions)
+    item = AnsweredItem(key, tuple(_answer(one, where) for one in answers), scored, asked, record.get("expected"))
+    if len(item.answers) != len(item.questions):
+        raise UserError(f"{where}: {len(answers)} answers to {len(questions)} questions; expected as many")
+    return item
 
 
-def _digests(question: Any, where: str) -> tuple[str, ...]:
-    digests = question.get("sha256") if isinstance(question, dict) else None
-    if not isinstance(digests, list) or any(type(one) is not str for one in digests):
-        raise UserError(f"{where}: question {question!r:.100}; expected an object whose sha256 is a list of texts")
-    return tuple(digests)
+def _question(saved: Any, where: str) -> AskedQuestion:
+    prompt, digests = fields(saved, where, prompt=str, sha256=list)
+    candidates = saved.get("candidates", [])
+    for name, texts in (("candidates", candidates), ("sha256", digests)):
+        if not isinstance(texts, list) or any(type(one) is not str for one in texts):
+            raise UserError(f"{where}: {name} {texts!r:.100}; expected a list of texts")
+    return AskedQuestion(prompt, tuple(candidates), tuple(digests))
 
 
 def _answer(saved: Any, where: str) -> Answer:

@@ -161,12 +161,16 @@ def _check_items(first: _Read, other: _Read) -> None:
 
 def _check_pictures(first: Mapping[str, AnsweredItem], other: Mapping[str, AnsweredItem], *names: str) -> None:
     """Items of the same names may have been asked about other pictures."""
-    if differing := [key for key, one in first.items() if one.pictures != other[key].pictures]:
+    if differing := [key for key, one in first.items() if _pictures(one) != _pictures(other[key])]:
         found = (
             f"{names[1]} cannot be compared with {names[0]}: {len(differing):,} items were asked about other pictures"
         )
         shown = ", ".join(differing[:_SHOWN])
         raise UserError(f"{found} of the same names, as {shown}; evaluate both with the same images")
+
+
+def _pictures(item: AnsweredItem) -> list[tuple[str, ...]]:
+    return [question.pictures for question in item.questions]
 
 
 def _difference(values: NDArray[np.float64], first: _Read, second: _Read, kind: str, metric: str) -> Difference:

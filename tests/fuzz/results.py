@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from stages.evaluation.answered_items import item_line, read_items
 from stages.evaluation.comparison import compare_results
 from stages.evaluation.result import IDENTITY_FILE, RESULT_FILE, begun_items, make_result
-from stages.evaluation.suites.suite import Item, Likelihood
+from stages.evaluation.suites.suite import Item, Likelihood, Question
 from tests.fuzz.attempt import Mutant, Target
 from tests.fuzz.mutants import spoiled
 from tests.suite_runs import suite_run
@@ -22,8 +22,8 @@ def make(root: Path) -> None:
         folder = root / name
         folder.mkdir(parents=True)
         for number, file in enumerate(("items.jsonl", "items-1.jsonl")):
-            item = Item(f"swap_obj/{number}", ("swap_obj",), (), None, unit="one")
-            line = item_line(item, ["A", LIKELIHOODS], {"accuracy": float(name == "a")}, ())
+            item = Item(f"swap_obj/{number}", ("swap_obj",), (Question("?", ()),) * 2, None, unit="one")
+            line = item_line(item, ["A", LIKELIHOODS], {"accuracy": float(name == "a")}, [["0"], []])
             (folder / file).write_text(f"{line}\n")
         answered = read_items(folder).values()
         (folder / RESULT_FILE).write_text(make_result(suite_run(), answered, [], 100, 1.0, 2).to_json())

@@ -1,6 +1,13 @@
 """All that is fuzzed."""
 
-from tests.fuzz import checkpoints, images, results, runs, stores
+from tests.fuzz import attention, checkpoints, images, results, runs, stores
 from tests.fuzz.attempt import Target
 
-TARGETS: list[Target] = [*stores.TARGETS, *runs.TARGETS, *results.TARGETS, *checkpoints.TARGETS, *images.TARGETS]
+TARGETS: list[Target] = [
+    *stores.TARGETS,
+    *runs.TARGETS,
+    *results.TARGETS,
+    *checkpoints.TARGETS,
+    *images.TARGETS,
+    *attention.TARGETS,
+]

@@ -1,6 +1,7 @@
 """Several students against one store by one command: trained in turn, compared, finished ones left as they are."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {tiny.student_lm}\n"
-    compare = f"compare: {{suites: {{sugarcrepe: {{data: {tiny.pairs}, limit: 2}}}}, similarity_samples: 4}}\n"
+    suites = f"suites: {{sugarcrepe: {{data: {tiny.pairs}, limit: 2}}}}"
+    compare = f"compare: {{{suites}, similarity_samples: 4, pictures: 2}}\n"
     base = write(tmp_path / "base.yaml", places + SHARED)
     sweep = write(tmp_path / "sweep.yaml", compare + STUDENTS)
     output = tmp_path / "out"
@@ -72,6 +74,11 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     assert table.header == header
     assert table.rows[2][3:5] == ["", ""]
     assert [row[0] for row in table.rows] == list(report.students)
+    page = (output / "report.html").read_text()
+    (shown,) = re.findall(r'id="data">(.*?)</script>', page)
+    names = [panel["name"] for panel in json.loads(shown)[0]["panels"]]
+    assert names == ["teacher", "compodistill", "logits", "sft"]
+    assert all(f"{student.suites['sugarcrepe'].main.value:.1f} [" in page for student in report.students.values())
 
     before = {name: tree(output / name / "dft") for name in report.students}
     monkeypatch.setattr("pipeline.sweep.evaluate_suites", None)

@@ -10,14 +10,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.attention_comparison import attention_pictures
 from pipeline.chat import open_chat
+from pipeline.report.gallery import make_gallery
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import load_processor
 from stages.conversations.encoder import ConversationEncoder
 from stages.evaluation.answering.answerer import Answerer
-from stages.evaluation.attention_pictures import enlarged
 from stages.evaluation.config import EvaluationConfig
 from stages.export.export import export_student
 from stages.samples.pack import pack_samples
@@ -126,10 +125,10 @@ def test_attention_is_compared_on_pictures_read_as_the_teacher_read_them(
     # The teacher against its own maps of the layer that is matched: of a picture turned otherwise they are others.
     (average,) = re.findall(r"average\W+([01]\.\d+)", done.out)
     assert average == "1.000"
-    turned, _ = attention_pictures({"teacher": str(data.teacher)}, str(data.samples), store.store.url, count=2)
+    gallery = make_gallery({"itself": str(data.teacher)}, (str(data.samples), store.store.url), 2, measured=["itself"])
     with Image.open(picture(data)) as image:
         assert image.width != image.height
-        assert dict(turned.pictures)["image"].tobytes() == enlarged(ImageOps.exif_transpose(image)).tobytes()
+        assert gallery.samples[0].image.tobytes() == ImageOps.exif_transpose(image).convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("own_tokenizer", [False, True])

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from stages.evaluation.answered_items import read_items
 from stages.evaluation.attention.measures import Estimate, correlation, mean_estimate
 from stages.evaluation.result import IDENTITY_FILE, SuiteRun
-from stages.evaluation.suites.registry import SUITES
-from storage.errors import UserError
+from stages.evaluation.suites.registry import SUITES, find_suite
+from storage.errors import UserError, first_line
 from storage.regular_files import read_regular
 from storage.strict_model import StrictModel
 
@@ -62,9 +62,12 @@ def read_run(folder: Path) -> SuiteRun:
         UserError: If it is none of this version.
     """
     try:
-        return SuiteRun.model_validate_json(read_regular(folder / IDENTITY_FILE))
-    except ValueError as error:
-        raise UserError(f"{folder / IDENTITY_FILE} is no run of `cdp evaluate`; evaluate again") from error
+        run = SuiteRun.model_validate_json(read_regular(folder / IDENTITY_FILE))
+        find_suite(run.suite, run.protocol)
+    except (ValueError, UserError) as error:
+        found = f"{folder / IDENTITY_FILE} is no run of `cdp evaluate` ({first_line(error)})"
+        raise UserError(f"{found}; evaluate again") from error
+    return run
 
 
 def answered_pictures(folder: Path, suite: str) -> tuple[list[AnsweredPicture], int]:
@@ -75,7 +78,7 @@ def answered_pictures(folder: Path, suite: str) -> tuple[list[AnsweredPicture], 
     """
     found, num_other = dict[str, AnsweredPicture](), set[str]()
     for item in read_items(folder).values():
-        digests = {digest for digests in item.pictures for digest in digests}
+        digests = {digest for asked in item.questions for digest in asked.pictures}
         if len(digests) == 1:
             found[item.id] = AnsweredPicture(digests.pop(), how_right(item.scored.counts, suite))
         else:
@@ -90,10 +93,10 @@ def how_right(counts: Mapping[str, float], suite: str) -> float:
         UserError: If the suite's counts do not say it.
     """
     for name in (SUITES[suite].main[1], "accuracy", "question_accuracy"):
-        if name in counts:
-            return float(counts[name])
-    if "true_positives" in counts:
-        return float(counts["true_positives"] + counts["true_negatives"])
+        if 0 <= counts.get(name, -1) <= 1:
+            return counts[name]
+    if 0 <= (hits := counts.get("true_positives", -1) + counts.get("true_negatives", 0)) <= 1:
+        return hits
     raise UserError(
         f"items of {suite} count {sorted(counts)}, which does not say whether one is right; take another suite"
     )

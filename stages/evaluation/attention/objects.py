@@ -16,8 +16,8 @@ from torch import Tensor
 from stages.evaluation.loaded_suite import LoadedSuite
 from stages.evaluation.suites.pictures import Mark, MaskMark, PictureFile, PictureSource
 from stages.samples.sources.data_file import open_source
-from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
+from storage.printable import printable
 from storage.regular_files import read_regular
 
 Box = tuple[float, float, float, float]
@@ -46,11 +46,13 @@ class ObjectPlaces:
         found = np.zeros((RASTER, RASTER), dtype=bool)
         for mask in self.masks:
             found |= _mask(mask)
-        centers = (np.arange(RASTER) + 0.5) / RASTER
-        for left, top, right, bottom in self.boxes:
-            across, down = (centers >= left) & (centers < right), (centers >= top) & (centers < bottom)
-            found |= down[:, None] & across[None]
-        return found
+        # Each box adds 1 behind its left top corner and takes it away behind the others, however many there are.
+        changes = np.zeros((RASTER + 1, RASTER + 1), dtype=np.int64)
+        edges_J4 = np.ceil(np.array(self.boxes).reshape(-1, 4) * RASTER - 0.5).astype(np.int64)
+        left, top, right, bottom = edges_J4.T
+        for rows, columns, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+            np.add.at(changes, (rows, columns), sign)
+        return found | (changes.cumsum(0).cumsum(1)[:RASTER, :RASTER] > 0)
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,18 @@ def read_objects(path: Path) -> ObjectFile:
     with open_source(path) as source:
         for number, record in enumerate(source.scan()):
             where = f"{path}, line {number}"
-            if isinstance(record, UnusableSample) or not isinstance(record, dict):
-                raise UserError(f"{where}: expected an object, found {record!s:.100}")
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected an object, found {printable(str(record)):.100}")
             named = [name for name in _NAMES if isinstance(record.get(name), str)]
             if len(named) != 1:
                 raise UserError(f"{where} names its picture by {named or 'nothing'}; expected one of {list(_NAMES)}")
-            boxes = tuple(checked_box(box, where) for box in record.get("boxes") or ())
-            mask = record.get("mask")
-            if not boxes and not isinstance(mask, str):
+            listed, mask = record.get("boxes") or [], record.get("mask")
+            if not isinstance(listed, list | tuple) or not (mask is None or isinstance(mask, str)):
+                raise UserError(f"{where}: expected a list as boxes and the name of a file as mask")
+            boxes = tuple(checked_box(box, where) for box in listed)
+            if not boxes and not mask:
                 raise UserError(f"{where} has neither boxes nor a mask; leave pictures without objects out")
-            masks = (path.parent / mask,) if isinstance(mask, str) else ()
+            masks = (_inside(path.parent, mask, where),) if mask else ()
             places[named[0]][record[named[0]]] = ObjectPlaces(boxes, masks)
     if not any(places.values()):
         raise UserError(f"{path} names no objects; expected a line for each picture")
@@ -133,12 +137,12 @@ def checked_box(box: Any, where: str) -> Box:
     """
     is_list = isinstance(box, list | tuple) and len(box) == 4
     if not is_list or any(isinstance(edge, bool) or not isinstance(edge, int | float) for edge in box):
-        raise UserError(f"{where}: the box {box!r:.100} is not left, top, right, bottom")
-    left, top, right, bottom = map(float, box)
+        raise UserError(f"{where}: the box {printable(repr(box)):.100} is not left, top, right, bottom")
+    left, top, right, bottom = box
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        found = f"{where}: the box {[left, top, right, bottom]} is not within 0 to 1, or is empty"
+        found = f"{where}: the box {box!r:.100} is not within 0 to 1, or is empty"
         raise UserError(f"{found}; give fractions of the picture's width and height")
-    return left, top, right, bottom
+    return float(left), float(top), float(right), float(bottom)
 
 
 def token_kinds(boxes_N4: Tensor, places: ObjectPlaces) -> tuple[Tensor, Tensor]:
@@ -153,6 +157,15 @@ def token_kinds(boxes_N4: Tensor, places: ObjectPlaces) -> tuple[Tensor, Tensor]
     is_object = (area > 0) & (covered >= OBJECT_SHARE * area)
     is_background = (area > 0) & (covered == 0)
     return torch.from_numpy(is_object), torch.from_numpy(is_background)
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    try:
+        if (folder / name).resolve().is_relative_to(folder.resolve()):
+            return folder / name
+    except (RuntimeError, OSError, ValueError):  # a loop of links, or what cannot be a path
+        pass
+    raise UserError(f"{where}: the mask {printable(name)!r:.100} is no file below {folder}; put masks beside the file")
 
 
 def _mask(path: Path) -> NDArray[np.bool_]:

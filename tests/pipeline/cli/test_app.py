@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "chat",
     "compare-attention",
+    "report",
     "inspect",
     "verify",
     "config",

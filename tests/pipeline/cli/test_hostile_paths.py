@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.student.run_folder import StageDescription, StageFolder
 from storage.errors import MAX_MESSAGE_CHARS
 from tests.checkpoints import make_tiny_llava
 from tests.pipeline.processes import run_here
@@ -23,6 +24,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     make_tiny_llava(folder / "llava")
     shutil.copytree(GOLDEN, folder / "released")
+    StageFolder(folder / "run" / "dft").begin(StageDescription({}, {}))
     return folder
 
 
@@ -40,6 +42,8 @@ COMMANDS = [
     "estimate --config-only --teacher llava --report {bad}",
     "estimate --config {bad}",
     "compare-attention llava --samples s --targets t --html {bad}",
+    "report {bad} --html page.html",
+    "report run --html page.html --results {bad}",
     "chat llava {bad} question",
     "inspect {bad}",
     "verify {bad}",

@@ -25,7 +25,10 @@ def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path, capsys
         assert set(student.evaluation.metrics) == set(report.teacher.metrics)
         assert 0 < student.similarity <= 1
     assert json.loads((tmp_path / "demo" / "report.json").read_text())["config"]["num_images"] == 40
-    assert "data:image/png;base64" in (tmp_path / "demo" / "report.html").read_text()
+    (shown,) = re.findall(r'id="data">(.*?)</script>', (tmp_path / "demo" / "report.html").read_text())
+    for sample in json.loads(shown):
+        assert [panel["name"] for panel in sample["panels"]] == ["teacher", *report.students]
+        assert all(panel["words"] for panel in sample["panels"])
 
     again = run_demo(tmp_path / "demo", config)
     assert {name: s.evaluation.main for name, s in again.students.items()} == {

@@ -20,7 +20,6 @@ from pipeline.extraction.estimation import make_estimate
 from pipeline.run_file import load_run_file
 from pipeline.ui import console, progress
 from pipeline.ui.console import PlainConsole
-from pipeline.ui.html_report import ReportSample, render_report
 from pipeline.ui.streams import GuardedStream, guard_streams, say
 from pipeline.ui.tables import ReportTable, print_facts, print_notes, print_table
 from storage.safe_path import code_digest
@@ -165,13 +164,6 @@ def test_tables_facts_and_notes_show_every_cell_as_text(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert_harmless(out)
     assert out.count(r"[/x] [red]é:bomb:\x1b]0;title\x07\x1b[2J\r") == 8
-
-
-def test_a_page_shows_text_without_what_is_not_seen() -> None:
-    table = ReportTable(HOSTILE, ["name", HOSTILE], [[HOSTILE, HOSTILE]])
-    html = render_report(HOSTILE, [table], [ReportSample(HOSTILE, [])])
-    assert html.replace("\n", "").isprintable()
-    assert html.count(r"\u202e\u200b") == 7
 
 
 @pytest.mark.parametrize("terminal", [True, False])

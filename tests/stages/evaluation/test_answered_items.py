@@ -8,15 +8,15 @@ import pytest
 
 from stages.evaluation.answered_items import item_line, read_items
 from stages.evaluation.metrics import ScoredItem
-from stages.evaluation.suites.suite import Item, Likelihood
+from stages.evaluation.suites.suite import Item, Likelihood, Question
 from storage.errors import UserError
 
 ANSWERS = ("A", (Likelihood(-1.5, 2, -0.5), Likelihood(-3.0, 4, 0.0)))
 
 
 def line(number: int = 0, **other: Any) -> str:
-    item = Item(f"a/{number}", ("a", "all"), (), {"label": "\ud800"}, unit="picture")
-    return json.dumps(json.loads(item_line(item, ANSWERS, {"accuracy": True}, ())) | other) + "\n"
+    item = Item(f"a/{number}", ("a", "all"), (Question("?", ()),) * 2, {"label": "\ud800"}, unit="picture")
+    return json.dumps(json.loads(item_line(item, ANSWERS, {"accuracy": True}, [[], []])) | other) + "\n"
 
 
 def test_an_item_is_read_as_it_was_written_and_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
@@ -44,6 +44,11 @@ def test_an_item_is_read_as_it_was_written_and_a_line_cut_short_is_left_out(tmp_
         ({"counts": {"accuracy": float("nan")}}, "NaN is no finite number"),
         ({"counts": [1]}, r"expected counts of type dict, found \[1\]"),
         ({"answers": None}, "expected answers of type list, found None"),
+        ({"answers": ["A"]}, "1 answers to 2 questions"),
+        ({"questions": [1]}, "1; expected an object with prompt, sha256"),
+        ({"questions": [{"prompt": "?"}]}, "expected sha256 of type list"),
+        ({"questions": [{"prompt": "?", "sha256": [1]}]}, r"sha256 \[1\]; expected a list of texts"),
+        ({"questions": [{"prompt": "?", "sha256": [], "candidates": "A"}]}, "candidates 'A'; expected a list of texts"),
         ({"answers": [1]}, "answer 1; expected a text, or a list of"),
         ({"answers": [[[-1.0, 2]]]}, r"answer \[\[-1.0, 2\]\]; expected"),
         ({"answers": [[[-1.0, 0, 0.0]]]}, "answer .*; expected"),

@@ -71,6 +71,7 @@ def test_runs_that_were_shown_other_pictures_of_the_same_names_are_not_compared(
         file = folders[name] / "items.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         lines[1]["questions"] = [{"prompt": "", "pictures": ["dog.jpg"], "sha256": [digest]}]
+        lines[1]["answers"] = ["A"]
         file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     with pytest.raises(UserError, match=r"^b cannot be compared with a: 1 items .*other pictures.* as swap_obj/1;"):
         compare_results(folders)

@@ -13,7 +13,7 @@ from tests.suite_runs import suite_run
 
 def line(number: int, digests: list[str], accuracy: float) -> dict[str, Any]:
     questions = [{"prompt": "?", "pictures": ["p"], "sha256": [digest]} for digest in digests]
-    rest = {"kinds": ["a"], "unit": str(number), "answers": ["A"]}
+    rest = {"kinds": ["a"], "unit": str(number), "answers": ["A"] * len(questions)}
     return {"id": str(number), "questions": questions, "counts": {"accuracy": accuracy}, **rest}
 
 
@@ -60,7 +60,7 @@ def test_whether_an_item_is_right_is_its_suites_own_count() -> None:
 def test_answers_of_an_earlier_version_and_folders_of_something_else_are_refused(tmp_path: Path) -> None:
     old = line(0, ["a"], 1)
     del old["questions"][0]["sha256"]
-    with pytest.raises(UserError, match=r"line 1: question .*expected an object whose sha256 .*evaluate` again"):
+    with pytest.raises(UserError, match=r"line 1: expected sha256 of type list.*evaluate` again"):
         split_by_answers(folder_of(tmp_path / "s", [old]), "sugarcrepe", {})
     with pytest.raises(UserError, match="holds no answers"):
         suite_folders(tmp_path / "none")

@@ -69,6 +69,8 @@ MISTAKES = {
     "pixels": ({"sample": "a", "boxes": [[0, 0, 100, 50]]}, "give fractions"),
     "turned": ({"sample": "a", "boxes": [[0.5, 0, 0.2, 1]]}, "is empty"),
     "three numbers": ({"sample": "a", "boxes": [[0.5, 0, 0.2]]}, "is not left, top, right, bottom"),
+    "no list": ({"sample": "a", "boxes": 5}, "expected a list as boxes"),
+    "a mask elsewhere": ({"sample": "a", "mask": "../m.png"}, "put masks beside the file"),
     "no object": ("text", "expected an object"),
 }
 
