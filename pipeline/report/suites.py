@@ -105,8 +105,11 @@ def questions_about(images: Sequence[bytes], results: Sequence[ModelResult]) -> 
     for one in results:
         scored = read_items(one.folder)
         for record in _records(one.folder):
-            for row in _rows(record, digests):
-                _add(found[row], one, record, scored[record["id"]].answers)
+            try:
+                for row in _rows(record, digests):
+                    _add(found[row], one, record, scored[record["id"]].answers)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise UserError(f"{one.folder}: a line is no answered item ({error}); evaluate again") from error
     return [tuple(each.values())[:MOST_QUESTIONS] for each in found]
 
 

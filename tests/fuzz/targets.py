@@ -1,6 +1,13 @@
 """All that is fuzzed."""
 
-from tests.fuzz import attention, checkpoints, images, runs, stores
+from tests.fuzz import attention, checkpoints, images, report, runs, stores
 from tests.fuzz.attempt import Target
 
-TARGETS: list[Target] = [*stores.TARGETS, *runs.TARGETS, *checkpoints.TARGETS, *images.TARGETS, *attention.TARGETS]
+TARGETS: list[Target] = [
+    *stores.TARGETS,
+    *runs.TARGETS,
+    *checkpoints.TARGETS,
+    *images.TARGETS,
+    *attention.TARGETS,
+    *report.TARGETS,
+]
