@@ -77,22 +77,38 @@ def build_page(inputs: ReportInputs, title: str = "", progress: Progress = SILEN
             progress=progress,
         )
         similarity |= gallery.similarity
-    stored, notes = _summary(inputs.targets or _targets_of(runs))
+    page = unloaded_page(runs, results, similarity, inputs.targets or _targets_of(runs), inputs.teacher)
+    return replace(
+        page,
+        title=title or page.title,
+        samples=_with_questions(gallery, results),
+        notes=(*page.notes, *gallery.notes),
+    )
+
+
+def unloaded_page(
+    runs: Sequence[RunView],
+    results: Sequence[ModelResult],
+    similarity: Mapping[str, AttentionSimilarity],
+    targets: str | None = None,
+    teacher: str | None = None,
+) -> Page:
+    """All that is said without loading a model."""
+    stored, notes = _summary(targets)
     names = [run.name for run in runs]
     models = dict.fromkeys([TEACHER, *names, *(one.model for one in results)])
     suites = suite_sections(results)
     return Page(
-        title=title or f"Report: {', '.join(names)}",
-        lead=_lead(runs, inputs.teacher, stored),
+        title=f"Report: {', '.join(names)}",
+        lead=_lead(runs, teacher, stored),
         models=tuple(models),
         headlines=_headlines(runs, suites, similarity, stored),
         suites=suites,
-        samples=_with_questions(gallery, results),
         similarity=_similarity_panel(similarity),
         losses=loss_panels(runs),
         amounts=_amounts(runs, stored),
         facts=_facts(runs, similarity, stored),
-        notes=(*_unfinished(runs), *notes, *gallery.notes),
+        notes=(*_unfinished(runs), *notes),
     )
 
 

@@ -59,9 +59,11 @@ class RunView:
             return None
         found = parse_object(read_regular(path), str(path), "remove the file; the sweep then measures again")
         try:
-            return AttentionSimilarity.model_validate(found["similarity"]) if found.get("similarity") else None
+            similarity = AttentionSimilarity.model_validate(found.get("similarity"))
         except ValidationError:
             return None
+        by_pair = similarity.student_layers, similarity.windows, similarity.similarity, similarity.alignment_loss
+        return similarity if by_pair[0] and len(set(map(len, by_pair))) == 1 else None
 
 
 def open_runs(paths: Iterable[Path]) -> list[RunView]:

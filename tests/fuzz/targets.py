@@ -1,6 +1,6 @@
 """All that is fuzzed."""
 
-from tests.fuzz import attention, checkpoints, images, results, runs, stores
+from tests.fuzz import attention, checkpoints, images, report, results, runs, stores
 from tests.fuzz.attempt import Target
 
 TARGETS: list[Target] = [
@@ -10,4 +10,5 @@ TARGETS: list[Target] = [
     *checkpoints.TARGETS,
     *images.TARGETS,
     *attention.TARGETS,
+    *report.TARGETS,
 ]
