@@ -14,7 +14,7 @@ from pipeline.models import computing_dtype, load_model
 from stages.checkpoints.image_settings import image_settings
 from stages.checkpoints.processors import hide_loading_bars, image_processor_backend, load_processor
 from stages.checkpoints.weights import weights_digest
-from stages.evaluation.answered_items import AnsweredItem, read_items
+from stages.evaluation.answered_items import AnsweredItem, item_line, read_items
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.loaded_suite import LoadedSuite
@@ -114,7 +114,14 @@ class _Asker:
                 self._ask_here(suite, own, items, task)
             if rank > 0:
                 return None
-            answered = _wait_for_all(suite, folder, task)
+            saved = _wait_for_all(suite, folder, task)
+            answered = [_counted(suite, item, saved[item.id].answers) for item in suite.items]
+            if any(one.scored != saved[one.id].scored for one in answered):
+                # Another version counted them; `cdp compare` reads what is saved.
+                counted = zip(suite.items, answered, strict=True)
+                items.replace_all(
+                    "".join(f"{item_line(item, one.answers, one.scored.counts)}\n" for item, one in counted)
+                )
             seconds = time.perf_counter() - start
         result = make_result(run, answered, suite.missing, self.config.num_resamples, seconds, left)
         open_store(folder).write(RESULT_FILE, result.to_json().encode())
@@ -137,6 +144,8 @@ class _Asker:
             dtype=str(computing_dtype()).removeprefix("torch."),
             image_backend=self._image_backend,
             images=self._images,
+            num_items=len(suite.all_items),
+            limit=suite.config.limit,
         )
 
     def _ask_here(
@@ -168,14 +177,14 @@ def _unanswered(chunk: Sequence[Item], items: ItemsFile) -> list[Item]:
     return [item for item in chunk if item.id not in items.answered]
 
 
-def _wait_for_all(suite: LoadedSuite, folder: Path, task: ProgressTask) -> list[AnsweredItem]:
-    """All answers in the suite's order, counted anew; those of other processes are waited for.
+def _wait_for_all(suite: LoadedSuite, folder: Path, task: ProgressTask) -> dict[str, AnsweredItem]:
+    """All answers by their items' ids; those of other processes are waited for.
 
     torchrun ends all processes if one fails.
     """
     while True:
         answered = read_items(folder)
         if all(item.id in answered for item in suite.items):
-            return [_counted(suite, item, answered[item.id].answers) for item in suite.items]
+            return answered
         task.update(done=len(answered))
         time.sleep(POLL_S)

@@ -64,12 +64,20 @@ def comparison_table(compared: "SuiteComparison") -> "ReportTable":
 
     first, *others = compared.results
     rows = [
-        [f"{kind}: {name}", *_cells(metric)]
+        [f"{kind}: {name}", *_cells(metric), _tests(metric)]
         for kind, of_kind in compared.metrics.items()
         for name, metric in of_kind.items()
     ]
     title = f"{compared.suite} ({compared.protocol}), 95 % intervals; differences to {first} on the same items"
-    return ReportTable(title, ["", *compared.results, *(f"{name} - {first}" for name in others)], rows)
+    header = ["", *compared.results, *(f"{name} - {first}" for name in others), "p by"]
+    return ReportTable(title, header, rows)
+
+
+def _tests(metric: "ComparedMetric") -> str:
+    """What the p-values are by, and over how many items or images."""
+    names = {"mcnemar": "McNemar", "bootstrap": "bootstrap"}
+    found = (f"{names[one.test]}, {one.num_units:,} {one.units}" for one in metric.differences.values())
+    return "; ".join(dict.fromkeys(found))
 
 
 def _cells(metric: "ComparedMetric") -> list[str]:

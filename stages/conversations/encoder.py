@@ -65,6 +65,10 @@ class EncodedConversation:
     num_cut_answer_tokens: int = 0
     """Of these, those of answers."""
 
+    def pixel_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Equal for those whose images join in one batch without padding; families that cut images in tiles differ."""
+        return [(name, tuple(values.shape[1:])) for name, values in self.pixel_inputs.items()]
+
 
 class RenderedConversation(NamedTuple):
     """What a chat template makes of a conversation.

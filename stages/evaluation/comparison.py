@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stages.evaluation.answered_items import ITEMS, read_items
 from stages.evaluation.metrics import ScoredItem, differences, interval_95, suite_metrics
-from stages.evaluation.result import RESULT_FILE, Metric, SuiteResult, SuiteRun, read_result
+from stages.evaluation.result import RESULT_FILE, Metric, SuiteResult, SuiteRun, difference_of, read_result
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Metrics
 from storage.errors import UserError
@@ -20,6 +20,8 @@ from storage.strict_model import StrictModel
 NUM_RESAMPLES: Final = 2000
 _SAME: Final = ("suite", "protocol", "items")
 """What results must share to be compared."""
+_SHOWN: Final = 5
+"""Items that an error names."""
 _AGAIN: Final = "run the same `cdp evaluate` again, which sums up its saved answers anew"
 
 
@@ -32,7 +34,12 @@ class Difference(StrictModel):
     p_value: float
     """Two-sided, for no difference."""
     test: Literal["mcnemar", "bootstrap"]
-    """McNemar's exact test where each item is right or wrong and drawn alone, else the paired bootstrap."""
+    """McNemar's exact test where the metric is the share of items that are right (or wrong) and each item is drawn
+    alone, else the paired bootstrap."""
+    num_units: int
+    """What is drawn."""
+    units: Literal["items", "images"]
+    """Images where several items are about one."""
 
 
 class ComparedMetric(StrictModel):
@@ -75,8 +82,11 @@ def compare_results(folders: Mapping[str, Path]) -> SuiteComparison:
             another suite or protocol.
     """
     results = {name: read_result(folder) for name, folder in folders.items()}
-    _check_same(results)
-    first, *others = [_read(name, folders[name], result) for name, result in results.items()]
+    items = {
+        name: {one.id: one.scored for _, one in sorted(read_items(folder).items())} for name, folder in folders.items()
+    }
+    _check_same(results, items)
+    first, *others = [_read(name, folders[name], result, items[name]) for name, result in results.items()]
     for other in others:
         _check_items(first, other)
     minus = {other.name: differences(first.values, other.values) for other in others}
@@ -100,16 +110,21 @@ def compare_results(folders: Mapping[str, Path]) -> SuiteComparison:
     )
 
 
-def _check_same(results: Mapping[str, SuiteResult]) -> None:
+def _check_same(results: Mapping[str, SuiteResult], items: Mapping[str, Mapping[str, ScoredItem]]) -> None:
     (first_name, first), *others = results.items()
     for name, result in others:
-        for what in _SAME:
-            if (was := getattr(first.run, what)) != (now := getattr(result.run, what)):
-                raise UserError(f"{name} cannot be compared with {first_name}: its {what} is {now}, not {was}")
+        if found := difference_of(result.run, first.run, f"{first_name}'s", _SAME):
+            found = f"{name} cannot be compared with {first_name}: {found}"
+            raise UserError(found + _lone(items[first_name], items[name]))
 
 
-def _read(name: str, folder: Path, result: SuiteResult) -> _Read:
-    items = {one.id: one.scored for _, one in sorted(read_items(folder).items())}
+def _lone(first: Mapping[str, ScoredItem], other: Mapping[str, ScoredItem]) -> str:
+    """Names the first items that only one result has."""
+    ids = sorted(first.keys() ^ other.keys())
+    return f"; {len(ids):,} items are in only one, as {', '.join(ids[:_SHOWN])}" if ids else ""
+
+
+def _read(name: str, folder: Path, result: SuiteResult, items: Mapping[str, ScoredItem]) -> _Read:
     if not items:
         raise UserError(f"{folder} holds no answered items; expected {ITEMS} beside its {RESULT_FILE}; {_AGAIN}")
     try:
@@ -137,7 +152,9 @@ def _check_metrics(file: Path, result: SuiteResult, values: Metrics) -> None:
 def _check_items(first: _Read, other: _Read) -> None:
     if other.items.keys() != first.items.keys():
         found = f"{len(other.items)} items of {other.name} were answered, {len(first.items)} of {first.name}"
-        raise UserError(f"{found}; finish both with `cdp evaluate`, with the same images")
+        raise UserError(
+            f"{found}{_lone(first.items, other.items)}; finish both with the same `cdp evaluate` and images"
+        )
     for key, item in first.items.items():
         if (item.kinds, item.unit) != (other.items[key].kinds, other.items[key].unit):
             found = f"{other.folder}: item {key!r:.100} has other kinds or another unit than in {first.folder}"
@@ -145,18 +162,29 @@ def _check_items(first: _Read, other: _Read) -> None:
 
 
 def _difference(values: NDArray[np.float64], first: _Read, second: _Read, kind: str, metric: str) -> Difference:
-    items = [[one for one in read.items.values() if kind in one.kinds] for read in (first, second)]
-    outcomes = [[one.counts.get(metric) for one in of_result] for of_result in items]
-    units = [one.unit for one in items[0]]
-    is_right_or_wrong = bool(outcomes[0]) and all(value in (0, 1) for of_result in outcomes for value in of_result)
-    # Items about one image are not independent, as the test takes them to be.
-    is_exact = is_right_or_wrong and len(set(units)) == len(units)
+    # An average over kinds is over the items of all.
+    keys = [key for key, one in first.items.items() if kind in one.kinds] or list(first.items)
+    num_units = len({first.items[key].unit for key in keys})
+    outcomes = [_outcomes(read, keys, kind, metric) for read in (first, second)]
+    # Items about one image are not independent, as McNemar's test takes them to be.
+    is_exact = num_units == len(keys) and None not in outcomes
     return Difference(
         value=float(values[0]),
         interval_95=interval_95(values),
         p_value=mcnemar(*outcomes) if is_exact else _bootstrap_p(values),  # type: ignore[arg-type]
         test="mcnemar" if is_exact else "bootstrap",
+        num_units=num_units,
+        units="items" if num_units == len(keys) else "images",
     )
+
+
+def _outcomes(read: _Read, keys: Sequence[str], kind: str, metric: str) -> list[float] | None:
+    """What each item counts, 0 or 1; None if the metric is not the share of items that count 1."""
+    found = [read.items[key].counts.get(metric, -1.0) for key in keys]
+    is_share = all(value in (0, 1) for value in found) and math.isclose(
+        float(read.values[kind][metric][0]), 100 * sum(found) / len(found), rel_tol=1e-9, abs_tol=1e-9
+    )
+    return found if is_share else None
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
@@ -175,6 +203,6 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _bootstrap_p(values: NDArray[np.float64]) -> float:
     """Twice the share of differences on the other side of zero or at it, the observed one counted as such."""
-    resampled = values[1:]
+    resampled = values[1:][~np.isnan(values[1:])]
     num_opposite = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     return float(min(1.0, 2 * (num_opposite + 1) / (len(resampled) + 1)))

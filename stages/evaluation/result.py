@@ -49,6 +49,14 @@ class SuiteRun(StrictModel):
     """Class that made the pixels."""
     images: ImageConfig
     """How pictures were read and placed."""
+    num_items: int | None = None
+    """Items asked, those without their pictures among them; None in runs of older versions."""
+    limit: int | None = None
+    """Items of each kind that were asked at most; None for all."""
+
+
+_IDENTITY: Final = tuple(name for name in SuiteRun.model_fields if name not in {"model", "num_items", "limit"})
+"""Fields in which runs that are gone on with are the same."""
 
 
 class Metric(StrictModel):
@@ -104,6 +112,13 @@ class ItemsFile:
         with disk_errors_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(lines)
 
+    def replace_all(self, lines: str) -> None:
+        """Has these lines in place of those of all processes, which have ended."""
+        open_store(self.path.parent).write(self.path.name, lines.encode())
+        for path in self.path.parent.glob(ITEMS):
+            if path != self.path:
+                path.unlink()
+
 
 @contextmanager
 def begun_items(folder: Path, run: SuiteRun, rank: int = 0, *, replace: bool = False) -> Iterator[ItemsFile]:
@@ -145,10 +160,29 @@ def _difference(store: Store, run: SuiteRun) -> str:
         begun = SuiteRun.model_validate_json(store.read(IDENTITY_FILE))
     except ValidationError:
         return f"its {IDENTITY_FILE} is of another version"
-    for name in SuiteRun.model_fields:
-        if name != "model" and (was := getattr(begun, name)) != (now := getattr(run, name)):
-            return f"its {name} is {was}, this command's is {now}"
+    return difference_of(begun, run, "this command's", _IDENTITY)
+
+
+def difference_of(run: SuiteRun, other: SuiteRun, whose: str, names: Iterable[str]) -> str:
+    """In which of these fields a run differs from another one, which is `whose`, in words; empty if in none."""
+    for name in names:
+        if (found := getattr(run, name)) != (expected := getattr(other, name)):
+            return (
+                _other_items(run, other, whose) if name == "items" else f"its {name} is {found}, {whose} is {expected}"
+            )
     return ""
+
+
+def _other_items(run: SuiteRun, other: SuiteRun, whose: str) -> str:
+    if run.num_items is None or other.num_items is None:
+        return f"its items are not {whose}"
+    if (run.num_items, run.limit) != (other.num_items, other.limit):
+        counts = [f"{one.num_items:,}" + f" (--limit {one.limit})" * (one.limit is not None) for one in (run, other)]
+        return f"its items are {counts[0]}, {whose} are {counts[1]}"
+    return (
+        f"its {run.num_items:,} items are as many as {whose}, and some have other ids, prompts, pictures or labels: "
+        "the suite's files are others, or another version read them"
+    )
 
 
 def _wait_for_first(store: Store, run: SuiteRun, *, replace: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.suite_evaluation import evaluate_suites
 from stages.evaluation.answered_items import read_items
+from stages.evaluation.comparison import compare_results
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
 from stages.evaluation.result import SuiteResult
@@ -92,7 +93,12 @@ def test_a_finished_suite_is_counted_again_from_its_answers(tiny: TinyWorld, tmp
     first = evaluate(tiny, tmp_path)
     items = tmp_path / SUITE / "items.jsonl"
     items.write_text(re.sub(r'"counts": {[^}]*}', '"counts": {"accuracy": 0.25}', items.read_text()))
+    (tmp_path / SUITE / "items-1.jsonl").write_text(items.read_text())
     assert lasting(evaluate(tiny, tmp_path)) == lasting(first)
+    # What was counted anew is saved, as `cdp compare` reads it.
+    assert [path.name for path in items.parent.glob("items*")] == ["items.jsonl"]
+    compared = compare_results({"a": items.parent, "b": items.parent})
+    assert compared.metrics["average"]["accuracy"].differences["b"].value == 0
 
 
 def test_answers_of_another_model_are_refused(tiny: TinyWorld, tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 """Answers questions with a model: likelihoods of candidates, or text by greedy decoding."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, Final
 
 import torch
@@ -21,6 +19,7 @@ from stages.evaluation.answering.encoding import (
     rows_of,
 )
 from stages.evaluation.answering.prefix_model import PrefixModel, RunningSequences, SharedFront
+from stages.evaluation.encoding_ahead import encoded_ahead
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Likelihood, Question
 from stages.student.model.generation import generation_settings
@@ -178,24 +177,18 @@ class Answerer:
         def alike(numbered: tuple[int, Question]) -> tuple[object, ...]:
             return (numbered[1].pictures, bool(numbered[1].candidates))
 
-        pending: deque[Future[SequenceGroup]] = deque()
-        waiting = iter([list(group) for _, group in groupby(questions, key=alike)])
-        with ThreadPoolExecutor(self.config.num_threads) as pool:
-            batch: list[SequenceGroup] = []
-            while True:
-                room = _BATCHES_AHEAD * self.config.batch_size - len(pending)
-                pending += [pool.submit(self._encode, group) for group in islice(waiting, room)]
-                if not pending:
-                    break
-                group = pending.popleft().result()
-                written = [not bool(one.sequences[0].encoded.answer_mask.any()) for one in (*batch[:1], group)]
-                count = sum(len(one.sequences) for one in (*batch, group))
-                if batch and (count > self.config.batch_size or len(set(written)) > 1):
-                    yield batch
-                    batch = []
-                batch.append(group)
-            if batch:
+        groups = [list(group) for _, group in groupby(questions, key=alike)]
+        num_ahead = _BATCHES_AHEAD * self.config.batch_size
+        batch: list[SequenceGroup] = []
+        for group in encoded_ahead(groups, self._encode, num_ahead, self.config.num_threads):
+            written = [not bool(one.sequences[0].encoded.answer_mask.any()) for one in (*batch[:1], group)]
+            count = sum(len(one.sequences) for one in (*batch, group))
+            if batch and (count > self.config.batch_size or len(set(written)) > 1):
                 yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
 
     def _encode(self, questions: Numbered) -> SequenceGroup:
         first = questions[0][1]

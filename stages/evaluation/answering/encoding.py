@@ -54,9 +54,8 @@ class SequenceGroup:
         return count if count and (not len(positions) or int(positions[-1]) < count) else None
 
     def pixel_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Equal for groups whose images join in one batch without padding; families that cut images in tiles differ."""
-        pixels = self.sequences[0].encoded.pixel_inputs
-        return [(name, tuple(values.shape[1:])) for name, values in pixels.items()]
+        """Equal for groups whose images join in one batch without padding."""
+        return self.sequences[0].encoded.pixel_shapes()
 
 
 def encode_group(

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from stages.checkpoints.image_settings import image_settings
 from stages.conversations.answer_rows import answer_rows
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
-from stages.evaluation.harness.prefetch import batches_ahead
+from stages.evaluation.encoding_ahead import batches_ahead
 from stages.evaluation.harness.prompts import Prompt, load_image
 from stages.images import MAX_PIXELS
 from stages.student.model.generation import generation_settings
@@ -136,8 +136,8 @@ class PromptedModel:
     def _generate(self, prompts: Sequence[EncodedConversation], decoding: DecodingConfig) -> list[str]:
         texts = [""] * len(prompts)
         # Pixels of one shape join in any family, also in one that is not known here.
-        numbers = sorted(range(len(prompts)), key=lambda number: _pixel_shapes(prompts[number]))
-        for _, alike in groupby(numbers, key=lambda number: _pixel_shapes(prompts[number])):
+        numbers = sorted(range(len(prompts)), key=lambda number: prompts[number].pixel_shapes())
+        for _, alike in groupby(numbers, key=lambda number: prompts[number].pixel_shapes()):
             together = list(alike)
             answers = self._generate_alike([prompts[number] for number in together], decoding)
             for number, answer in zip(together, answers, strict=True):
@@ -187,10 +187,6 @@ class PromptedModel:
         counts = [int(answer.answer_mask.sum()) for answer in answers]
         parts = (torch.split(tensor_R, counts) for tensor_R in (log_probs_R, are_best_R))
         return [AnswerScore(float(part.sum()), bool(best.all())) for part, best in zip(*parts, strict=True)]
-
-
-def _pixel_shapes(prompt: EncodedConversation) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(values.shape[1:])) for name, values in prompt.pixel_inputs.items()]
 
 
 @contextmanager

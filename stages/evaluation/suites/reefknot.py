@@ -53,18 +53,18 @@ class Reefknot(Suite):
         (answer,), task, expected = answers, item.kinds[0], str(item.expected)
         if task == "yesno":
             is_yes = expected == "yes"
-            return yes_no_counts(answered_yes(answer, is_yes), is_yes)
+            said_yes = answered_yes(answer, is_yes)
+            return {**yes_no_counts(said_yes, is_yes), "hallucination_rate": said_yes != is_yes}
         assert isinstance(answer, str)
         if task == "multichoice":
-            return {"right": leading_or_lone_letter(answer, _LETTERS) == expected}
-        return {"right": re.search(rf"\b{re.escape(expected)}\b", answer.lower()) is not None}
+            return {"hallucination_rate": leading_or_lone_letter(answer, _LETTERS) != expected}
+        return {"hallucination_rate": re.search(rf"\b{re.escape(expected)}\b", answer.lower()) is None}
 
     def metrics(self, counts: KindCounts) -> Metrics:
         found: dict[str, dict[str, Any]] = {}
         for kind, sums in counts.items():
             found[kind] = yes_no_metrics(sums) if kind.startswith("yesno") else {}
-            right = found[kind]["accuracy"] if found[kind] else 100 * ratio(sums["right"], sums["items"])
-            found[kind]["hallucination_rate"] = 100 - right
+            found[kind]["hallucination_rate"] = 100 * ratio(sums["hallucination_rate"], sums["items"])
         rights = {task: 100 - found[task]["hallucination_rate"] for task in _TASKS if task in found}
         if {"yesno", "multichoice"} <= rights.keys():
             two = (rights["yesno"] + rights["multichoice"]) / 2

@@ -164,8 +164,9 @@ def mean_of_drawn(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Mean of metrics `[R]` without those that are NaN, whose kind was not drawn; NaN where all are."""
     stacked = np.stack(values)
     num_drawn = (~np.isnan(stacked)).sum(0)
-    sums = np.nansum(stacked, axis=0)
-    return np.divide(sums, num_drawn, out=np.full_like(sums, np.nan), where=num_drawn > 0)
+    found: NDArray[np.float64] = np.full(num_drawn.shape, np.nan)
+    np.divide(np.nansum(stacked, axis=0), num_drawn, out=found, where=num_drawn > 0)
+    return found
 
 
 def ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -64,8 +64,9 @@ def says_yes(answer: Answer) -> bool:
 
 
 def yes_no_counts(said_yes: bool, is_yes: bool) -> Counts:
-    """What one answer adds to the table of hits and misses."""
+    """What one answer adds to the table of hits and misses; whether it is right."""
     return {
+        "accuracy": said_yes == is_yes,
         "true_positives": said_yes and is_yes,
         "false_positives": said_yes and not is_yes,
         "true_negatives": not said_yes and not is_yes,

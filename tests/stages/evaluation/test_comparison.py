@@ -11,6 +11,7 @@ import pytest
 from stages.evaluation.answered_items import item_line, read_items
 from stages.evaluation.comparison import SuiteComparison, compare_results, mcnemar
 from stages.evaluation.result import make_result
+from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Item
 from storage.errors import UserError
 from tests.suite_runs import suite_run
@@ -61,7 +62,57 @@ def test_items_that_share_images_are_tested_by_bootstrap_over_images(tmp_path: P
     first = save_result(tmp_path / "a", [1.0, 0.0] * 20, num_images=4)
     second = save_result(tmp_path / "b", [1.0, 1.0] * 20, num_images=4)
     found = compare_results({"a": first, "b": second}).metrics["swap_obj"]["accuracy"].differences["b"]
-    assert found.test == "bootstrap"
+    assert (found.test, found.num_units, found.units) == ("bootstrap", 4, "images")
+
+
+@pytest.mark.parametrize(("num_images", "test"), [(6, "mcnemar"), (3, "bootstrap")])
+@pytest.mark.parametrize(("suite", "metric"), [("pope", "accuracy"), ("reefknot", "hallucination_rate")])
+def test_answers_of_yes_and_no_are_right_or_wrong_items(
+    suite: str, metric: str, num_images: int, test: str, tmp_path: Path
+) -> None:
+    folders = {}
+    for name, said in (("a", [True, True, True, False, False, False]), ("b", [True, False] * 3)):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        lines = []
+        for number, yes in enumerate(said):
+            is_yes = number % 2 == 0
+            item = Item(f"yesno/{number}", ("yesno",), (), "yes" if is_yes else "no", str(number % num_images))
+            counts = SUITES[suite].count(item, ["yes" if yes else "no"], "generate")
+            lines.append(item_line(item, ["yes" if yes else "no"], counts) + "\n")
+        (folders[name] / "items.jsonl").write_text("".join(lines))
+        run = suite_run(suite=suite, protocol="generate")
+        result = make_result(run, read_items(folders[name]).values(), [], 200, 1.0, 6)
+        (folders[name] / "result.json").write_text(result.to_json())
+    found = compare_results(folders).metrics["yesno"]
+    assert found[metric].differences["b"].test == test
+    assert found["f1"].differences["b"].test == "bootstrap"
+    if test == "mcnemar":
+        # Two more are right than before, and none less.
+        assert found[metric].differences["b"].p_value == 2 * 0.5**2
+
+
+def test_a_mean_over_sources_is_no_share_of_items(tmp_path: Path) -> None:
+    """Of one source both items are right, of another one none of two, and one item of one: pooled it is 3 of 5."""
+    folders = {}
+    for name in ("a", "b"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        right = {"x": [1.0, 1.0], "y": [0.0, 0.0], "z": [1.0]}
+        items = [
+            (Item(f"{source}/{number}", (f"Relation/{source}", "Relation"), (), None), value)
+            for source, values in right.items()
+            for number, value in enumerate(values)
+        ]
+        lines = [item_line(item, [], {"recall_at_1": value, "chance": 0.5}) for item, value in items]
+        (folders[name] / "items.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        run = suite_run(suite="sade", protocol="mean_likelihood")
+        result = make_result(run, read_items(folders[name]).values(), [], 200, 1.0, 5)
+        (folders[name] / "result.json").write_text(result.to_json())
+    found = compare_results(folders).metrics
+    tests = {kind: of_kind["recall_at_1"].differences["b"].test for kind, of_kind in found.items()}
+    assert tests["Relation/x"] == "mcnemar"
+    assert tests["Relation"] == tests["average"] == "bootstrap"
 
 
 def test_shares_of_items_are_tested_by_bootstrap(tmp_path: Path) -> None:
@@ -84,7 +135,7 @@ def test_mcnemars_p_value_is_that_of_a_fair_coin(gained: int, lost: int, p_value
     assert mcnemar(before, after) == pytest.approx(p_value, rel=1e-3)
 
 
-@pytest.mark.parametrize(("what", "value"), [("items", "e"), ("protocol", "compodistill"), ("suite", "pope")])
+@pytest.mark.parametrize(("what", "value"), [("protocol", "compodistill"), ("suite", "pope")])
 def test_results_of_other_data_or_another_protocol_are_refused(what: str, value: str, tmp_path: Path) -> None:
     first, second = save_result(tmp_path / "a", [1.0, 0.0]), save_result(tmp_path / "b", [1.0, 0.0])
     saved = json.loads((second / "result.json").read_text())
@@ -94,8 +145,16 @@ def test_results_of_other_data_or_another_protocol_are_refused(what: str, value:
         compare_results({"a": first, "b": second})
 
 
+def test_results_of_other_items_are_told_apart_in_words(tmp_path: Path) -> None:
+    first = save_result(tmp_path / "a", [1.0, 0.0, 1.0], num_items=3)
+    second = save_result(tmp_path / "b", [1.0, 0.0], items="e", num_items=2, limit=2)
+    expected = r"its items are 2 \(--limit 2\), a's are 3; 1 items are in only one, as swap_obj/2"
+    with pytest.raises(UserError, match=f"b cannot be compared with a: {expected}"):
+        compare_results({"a": first, "b": second})
+
+
 def test_results_with_other_answered_items_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="1 items of b were answered, 2 of a"):
+    with pytest.raises(UserError, match="1 items of b were answered, 2 of a; 1 items are in only one, as swap_obj/1"):
         compare(tmp_path, [1.0, 0.0], [1.0])
 
 

@@ -104,7 +104,7 @@ def test_counts_can_be_made_again_from_the_saved_answers(folder: Path, answerer:
 def test_answers_of_another_run_are_not_gone_on_with(folder: Path, answerer: Answerer, tmp_path: Path) -> None:
     loaded = load_suite("sugarcrepe", SuiteConfig(data=folder))
     ask(answerer, loaded, tmp_path / "out")
-    for name, value in {"weights": "x", "blind": True, "protocol": "compodistill", "items": "y"}.items():
+    for name, value in {"weights": "x", "blind": True, "protocol": "compodistill"}.items():
         with (
             pytest.raises(UserError, match=f"another run: its {name} is .*, this command's is {value}"),
             begun_items(tmp_path / "out", run_of(loaded, **{name: value})),
@@ -112,6 +112,23 @@ def test_answers_of_another_run_are_not_gone_on_with(folder: Path, answerer: Ans
             pass
     with begun_items(tmp_path / "out", run_of(loaded, model="elsewhere")) as items:
         assert len(items.answered) == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"num_items": 4, "limit": 2}, {"num_items": 6}, r"its items are 4 \(--limit 2\), this command's are 6;"),
+        ({"num_items": 6}, {"num_items": 6}, "its 6 items are as many as this command's, and some have other ids"),
+        ({}, {"num_items": 6}, "its items are not this command's"),
+    ],
+)
+def test_answers_to_other_items_are_told_apart_in_words(
+    before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with begun_items(tmp_path, suite_run(items="x", **before)):
+        pass
+    with pytest.raises(UserError, match=message), begun_items(tmp_path, suite_run(items="y", **now)):
+        pass
 
 
 def test_another_process_waits_until_the_first_has_made_room_for_the_answers(

@@ -70,10 +70,8 @@ def test_a_free_answer_needs_the_relation_as_words(folder: Path) -> None:
     loaded = load("reefknot", folder)
     assert [item.expected for item in loaded.items if item.id.startswith("vqa/")] == ["on", "next to"]
     item = next(item for item in loaded.items if item.id == "vqa/0")
-    assert [loaded.suite.count(item, [text], "generate")["right"] for text in ("bag is ON ground", "bacon")] == [
-        True,
-        False,
-    ]
+    counts = [loaded.suite.count(item, [text], "generate") for text in ("bag is ON ground", "bacon")]
+    assert counts == [{"hallucination_rate": False}, {"hallucination_rate": True}]
 
 
 def test_yes_over_no_asks_only_what_is_answered_so(folder: Path) -> None:

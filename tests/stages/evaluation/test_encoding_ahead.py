@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stages.evaluation.harness.prefetch import batches_ahead
+from stages.evaluation.encoding_ahead import batches_ahead, encoded_ahead
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (6, [3, 3]), (7, [3, 3, 1])])
@@ -40,3 +40,17 @@ def test_the_first_error_in_order_is_raised_with_its_batch() -> None:
     assert next(batches) == [1, 2]
     with pytest.raises(ZeroDivisionError):
         next(batches)
+
+
+def test_one_item_is_asked_for_at_a_time_and_so_many_are_held() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    encoded = encoded_ahead(items(), str, 4, 2)
+    assert (next(encoded), len(taken)) == ("0", 4)
+    assert (next(encoded), len(taken)) == ("1", 5)
+    assert list(encoded) == [str(number) for number in range(2, 20)]
