@@ -82,7 +82,10 @@ class SuiteResult(StrictModel):
     missing: tuple[str, ...] = ()
     """The first of them."""
     seconds: float
-    """Of answering what this command asked, with decoding of images, without loading the model."""
+    """Of answering what this command asked, with decoding of images, without loading and trying the model.
+
+    Workers of a cluster load it within this time.
+    """
     items_per_s: float
     """Of that time; 0 where everything was answered before."""
 
