@@ -11,6 +11,7 @@ from stages.evaluation.suites.suite_files import SuiteFiles, fields
 from stages.evaluation.suites.yes_no import (
     YES_NO_PROTOCOLS,
     answered_yes,
+    f1_of_always_yes,
     two_way_question,
     yes_no_counts,
     yes_no_metrics,
@@ -72,6 +73,9 @@ class RBench(Suite):
 
     def metrics(self, counts: KindCounts) -> Metrics:
         return with_average({kind: yes_no_metrics(counts[kind], EPSILON) for kind in sorted(counts)})
+
+    def metrics_of_always_yes(self, counts: KindCounts) -> Metrics:
+        return f1_of_always_yes(self, counts)
 
 
 class RBenchImage(RBench):

@@ -46,17 +46,20 @@ def test_accuracy_is_that_of_each_kind_and_the_average_counts_kinds_alike(folder
 
 def test_by_letters_a_model_that_always_says_a_has_half(folder: Path) -> None:
     loaded = load("sugarcrepe", folder, protocol="compodistill")
-    expected = {"accuracy": 50.0, "accuracy_first_order": 100.0, "accuracy_second_order": 0.0}
+    expected = {"accuracy": 50.0, "accuracy_first_order": 100.0, "accuracy_second_order": 0.0, "unread": 0.0}
     assert values(loaded, SCORES, letter="A")["average"] == expected
     # Of the tie, B is said in both orders: right in the second.
     half, third = 50.0, round(100 / 3, 6)
     found = values(loaded, SCORES)
-    assert found["add_att"] == {"accuracy": 100.0, "accuracy_first_order": 100.0, "accuracy_second_order": 100.0}
+    whole = {"accuracy": 100.0, "accuracy_first_order": 100.0, "accuracy_second_order": 100.0}
+    assert found["add_att"] == whole | {"unread": 0.0}
     assert found["swap_obj"] == {
         "accuracy": half,
         "accuracy_first_order": third,
         "accuracy_second_order": pytest.approx(200 / 3),
+        "unread": 0.0,
     }
+    assert values(loaded, SCORES, letter="I cannot say.")["average"] == dict.fromkeys(whole, 0.0) | {"unread": 100.0}
 
 
 def test_kinds_that_are_lacking_are_told(folder: Path) -> None:
