@@ -140,8 +140,6 @@ def _read(name: str, folder: Path, result: SuiteResult, items: Mapping[str, Scor
 def _check_metrics(file: Path, result: SuiteResult, values: Metrics) -> None:
     saved = {(kind, name): one.value for kind, found in result.metrics.items() for name, one in found.items()}
     counted = {(kind, name): float(one[0]) for kind, found in values.items() for name, one in found.items()}
-    if not counted:
-        raise UserError(f"{file}: this suite has no metric; the server of {result.run.suite}'s makers has the labels")
     for kind, name in {**saved, **counted}:
         said, right = saved.get((kind, name)), counted.get((kind, name))
         if said is None or right is None or not math.isclose(said, right, rel_tol=1e-9, abs_tol=1e-6):

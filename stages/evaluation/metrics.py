@@ -84,14 +84,14 @@ def _summed(items: Sequence[ScoredItem], num_resamples: int) -> KindCounts:
     number_of = {unit: number for number, unit in enumerate(sorted({item.unit for item in items}))}
     tables = _tables(items, number_of)
     parts = {kind: [table.counts.sum(0, keepdims=True)] for kind, table in tables.items()}
-    for weights_RU in _drawn(len(number_of), num_resamples):
+    for weights in _drawn(len(number_of), num_resamples):
         for kind, table in tables.items():
-            parts[kind].append(weights_RU[:, table.units] @ table.counts)
+            parts[kind].append(weights[:, table.units] @ table.counts)
     sums = {}
     for kind, table in tables.items():
-        sums_RC = np.concatenate(parts.pop(kind))
-        sums_RC[sums_RC[:, table.names.index("items")] == 0] = np.nan
-        sums[kind] = {name: sums_RC[:, column] for column, name in enumerate(table.names)}
+        sums_of_kind = np.concatenate(parts.pop(kind))
+        sums_of_kind[sums_of_kind[:, table.names.index("items")] == 0] = np.nan
+        sums[kind] = {name: sums_of_kind[:, column] for column, name in enumerate(table.names)}
     return sums
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.checkpoints.image_settings import image_settings
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder
+from stages.conversations.encoding_ahead import encoded_ahead
 from stages.evaluation.answering.config import AnsweringConfig
 from stages.evaluation.answering.encoding import (
     AskedSequence,
@@ -19,7 +20,6 @@ from stages.evaluation.answering.encoding import (
     rows_of,
 )
 from stages.evaluation.answering.prefix_model import PrefixModel, RunningSequences, SharedFront
-from stages.evaluation.encoding_ahead import encoded_ahead
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Likelihood, Question
 from stages.student.model.generation import generation_settings

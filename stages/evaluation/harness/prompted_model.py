@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from stages.checkpoints.image_settings import image_settings
 from stages.conversations.answer_rows import answer_rows
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
-from stages.evaluation.encoding_ahead import batches_ahead
+from stages.conversations.encoding_ahead import batches_ahead
 from stages.evaluation.harness.prompts import Prompt, load_image
 from stages.images import MAX_PIXELS
 from stages.student.model.generation import generation_settings

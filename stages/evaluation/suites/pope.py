@@ -38,6 +38,7 @@ class Pope(Suite):
     protocols = YES_NO_PROTOCOLS
     chance = {"accuracy": 50.0}
     main = ("average", "f1")
+    all_kinds = ("random", "popular", "adversarial")
 
     def load(self, files: SuiteFiles, protocol: Protocol) -> Iterator[Item]:
         for where, kind, record in _records(files):

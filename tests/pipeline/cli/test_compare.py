@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from stages.evaluation.answered_items import item_line, read_items
+from stages.evaluation.result import make_result
+from stages.evaluation.suites.suite import Item
 from tests.pipeline.processes import run_here
 from tests.stages.evaluation.test_comparison import save_result
+from tests.suite_runs import suite_run
 
 
 def test_runs_stand_side_by_side_with_their_differences(
@@ -27,6 +31,26 @@ def test_runs_stand_side_by_side_with_their_differences(
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2].startswith("|  | base | tuned | tuned-blind (grey) | tuned - base |")
     assert lines[4].startswith("| swap_obj: accuracy | 25.0 [")
+    assert lines[4].endswith("| McNemar, 4 items |")
+
+
+def test_a_suite_whose_labels_a_server_has_stands_there_without_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        save_result(tmp_path / name / "sugarcrepe", [1.0, 0.0])
+        folder = tmp_path / name / "vqav2-test-dev"
+        folder.mkdir()
+        item = Item("1", ("all",), (), None)
+        (folder / "items.jsonl").write_text(item_line(item, ["red"], {}) + "\n")
+        run = suite_run(suite="vqav2-test-dev", protocol="generate")
+        (folder / "result.json").write_text(make_result(run, read_items(folder).values(), [], 100, 1.0, 1).to_json())
+    saved = ("--markdown", tmp_path / "table.md")
+    done = run_here("compare", tmp_path / "a", tmp_path / "b", *saved, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    text = (tmp_path / "table.md").read_text()
+    assert "| no metric: its makers have the labels |" in text
+    assert "| swap_obj: accuracy | 50.0 [0.0, 100.0] |" in text
 
 
 @pytest.mark.parametrize(

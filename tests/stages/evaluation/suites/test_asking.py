@@ -79,4 +79,4 @@ def test_masked_pictures_are_asked_and_named_the_same_wherever_they_lie(
     assert items_digest(loaded.items) != items_digest(load("r-bench-boxes", first).items)
     (line,) = asked(model, processor, loaded)
     assert isinstance(line["answers"][0], str)
-    assert sum(value for name, value in line["counts"].items() if name != "accuracy") == 1
+    assert sum(count for name, count in line["counts"].items() if name != "accuracy") == 1

@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_f1_is_that_of_llavas_script_for_each_sampling_and_in_the_mean(folder: Path) -> None:
     loaded = load("pope", folder)
+    assert "1 of 3 kinds are lacking (adversarial)" in loaded.notes[0]
     assert prompts(loaded)[0] == f"Is there a dog?{SUFFIX}"
     assert pictures(loaded, folder)[:2] == [
         "val2014/COCO_val2014_000000000000.jpg",

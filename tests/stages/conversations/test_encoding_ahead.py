@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stages.evaluation.encoding_ahead import batches_ahead, encoded_ahead
+from stages.conversations.encoding_ahead import batches_ahead, encoded_ahead
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (6, [3, 3]), (7, [3, 3, 1])])
