@@ -14,6 +14,8 @@ from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep import SweepReport, SweptStudent, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
 from stages.evaluation.answered_items import AnsweredItem
+from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
 from stages.evaluation.metrics import ScoredItem
 from stages.evaluation.result import SuiteResult, make_result
 from stages.student.run_folder import StageReport
@@ -57,8 +59,16 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     sweep = write(tmp_path / "sweep.yaml", compare + STUDENTS)
     output = tmp_path / "out"
     arguments = ("--sweep", sweep, "--config", base, "--output", output, "--stage", "dft")
+    read: list[str] = []
+
+    def load_once(name: str, config: SuiteConfig) -> LoadedSuite:
+        read.append(name)
+        return load_suite(name, config)
+
+    monkeypatch.setattr("pipeline.sweep_file.load_suite", load_once)
     done = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
+    assert read == ["sugarcrepe"]
     report = SweepReport.model_validate_json((output / "sweep.json").read_text())
     assert list(report.students) == ["compodistill", "logits", "sft"]
     assert not report.failures

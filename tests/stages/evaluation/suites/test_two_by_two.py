@@ -78,7 +78,7 @@ def test_by_letters_both_pictures_must_be_right_in_one_order(
         "I2T": expected[2],
         "unread": 0.0,
     }
-    assert Winoground().count(ITEM, answers, "compodistill") == {"text": expected[2]}
+    assert Winoground().count(ITEM, answers, "compodistill") == {"text": expected[2], "unread": 0.0}
 
 
 @pytest.mark.parametrize("suite", [BiVLC(), Winoground()])
