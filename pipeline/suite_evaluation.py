@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from transformers import PreTrainedModel, ProcessorMixin
-
 from pipeline.checkpoints import find_checkpoint
 from pipeline.models import computing_dtype, load_model
 from stages.checkpoints.image_settings import image_settings
@@ -16,6 +14,7 @@ from stages.checkpoints.processors import hide_loading_bars, image_processor_bac
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.answered_items import AnsweredItem, item_line, read_items
 from stages.evaluation.answering.answerer import Answerer
+from stages.evaluation.answering.encoding import check_words
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.loaded_suite import LoadedSuite
 from stages.evaluation.metrics import scored
@@ -72,6 +71,8 @@ def evaluate_suites(
         UserError: If a suite's folder or the checkpoint cannot be used, or the folder holds answers of another run.
     """
     asker = _Asker(model, config, reading, progress)
+    for name, suite in suites.items():
+        asker.check(name, suite)
     results = {}
     for name, suite in suites.items():
         if (result := asker.result(name, suite, output / name, replace=replace)) is not None:
@@ -94,8 +95,20 @@ class _Asker:
         self.folder, self.group = find_checkpoint(model), ProcessGroup.from_environment()
         # What every suite's answers are of, read once.
         self._weights = weights_digest(self.folder)
-        self._image_backend = image_processor_backend(load_processor(self.folder))
+        processor = load_processor(self.folder)
+        self._tokenizer, self._image_backend = processor.tokenizer, image_processor_backend(processor)
         self._images = image_settings(multimodal_config(self.folder)) or reading
+
+    def check(self, name: str, suite: LoadedSuite) -> None:
+        """Checks what can be known before the model is loaded: that its tokenizer has the answers that are compared.
+
+        Raises:
+            UserError: If it has not.
+        """
+        try:
+            check_words(self._tokenizer, (question for item in suite.items for question in item.questions))
+        except UserError as error:
+            raise UserError(f"{name} by {suite.protocol}: {error}") from None
 
     def result(self, name: str, suite: LoadedSuite, folder: Path, *, replace: bool) -> SuiteResult | None:
         """The result of a suite once all its items are answered; None in processes other than the first."""
@@ -104,14 +117,19 @@ class _Asker:
         with begun_items(folder, run, rank, replace=replace) as items:
             chunks = [(number, _unanswered(chunk, items)) for number, chunk in enumerate(chunks_of(suite.items))]
             left = sum(len(chunk) for _, chunk in chunks)
+            own = [chunk for number, chunk in chunks if chunk and number % size == rank]
+            # Before the clock starts, which measures answering.
+            answerer = self._answerer if own and self.config.num_workers is None else None
             task = self.progress.task(f"{name} {Path(self.model).name}", len(suite.items), unit="items")
             task.update(done=len(suite.items) - left)
             start = time.perf_counter()
-            own = [chunk for number, chunk in chunks if chunk and number % size == rank]
-            if own and self.config.num_workers is not None:
-                self._ask_on_ray(suite, run, [number for number, chunk in chunks if chunk], items, task)
+            if answerer is not None:
+                answerer.blank = suite.config.blind
+                for chunk in own:
+                    items.append(ask_chunk(answerer, suite, chunk))
+                    task.advance(len(chunk))
             elif own:
-                self._ask_here(suite, own, items, task)
+                self._ask_on_ray(suite, run, [number for number, chunk in chunks if chunk], items, task)
             if rank > 0:
                 return None
             saved = _wait_for_all(suite, folder, task)
@@ -131,8 +149,12 @@ class _Asker:
         return result
 
     @cached_property
-    def _loaded(self) -> tuple[PreTrainedModel, ProcessorMixin]:
-        return load_model(self.model)
+    def _answerer(self) -> Answerer:
+        """Made for the first suite that has something to ask, and tried once for all."""
+        answerer = Answerer(*load_model(self.model), self.config, self.reading)
+        for note in answerer.notes:
+            self.progress.message(f"note: {note}")
+        return answerer
 
     def _run(self, name: str, suite: LoadedSuite) -> SuiteRun:
         return SuiteRun(
@@ -148,17 +170,6 @@ class _Asker:
             num_items=len(suite.all_items),
             limit=suite.config.limit,
         )
-
-    def _ask_here(
-        self, suite: LoadedSuite, chunks: Sequence[Sequence[Item]], items: ItemsFile, task: ProgressTask
-    ) -> None:
-        network, processor = self._loaded
-        answerer = Answerer(network, processor, self.config, self.reading, blank=suite.config.blind)
-        for note in answerer.notes:
-            self.progress.message(f"note: {note}")
-        for chunk in chunks:
-            items.append(ask_chunk(answerer, suite, chunk))
-            task.advance(len(chunk))
 
     def _ask_on_ray(
         self, suite: LoadedSuite, run: SuiteRun, chunks: list[int], items: ItemsFile, task: ProgressTask

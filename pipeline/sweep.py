@@ -19,7 +19,6 @@ from pipeline.ui.tables import OF_LOSSES, ReportTable
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention.similarity import AttentionSimilarity
 from stages.evaluation.config import EvaluationConfig
-from stages.evaluation.loaded_suite import load_suite
 from stages.evaluation.result import SuiteResult, items_digest
 from stages.student.run_folder import StageReport
 from stages.student.stage_config import StageName
@@ -115,7 +114,7 @@ def _run_all(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
     for name, run in sweep.runs.items():
         try:
             reports = {stage.stage: stage for stage in train(name, run)}
-            students[name] = _compared(run, sweep.compare, reports, progress)
+            students[name] = _compared(run, sweep, reports, progress)
         except StoreUnavailable:
             # Such as a full disk, which no other student would find room on; the same command goes on from here.
             raise
@@ -139,20 +138,17 @@ def _raise_if_distributed() -> None:
         raise
 
 
-def _compared(
-    run: RunFile, compare: CompareConfig, stages: dict[StageName, StageReport], progress: Progress
-) -> SweptStudent:
-    model = run.output
+def _compared(run: RunFile, sweep: Sweep, stages: dict[StageName, StageReport], progress: Progress) -> SweptStudent:
+    model, compare = run.output, sweep.compare
     assert model is not None
     if not compare.suites and compare.similarity_samples is None:
         return SweptStudent(stages=stages)
-    store, measured = open_store(Path(model)), _measured(run, compare)
+    store, measured = open_store(Path(model)), _measured(run, sweep)
     if (found := _read(store)) is not None and found.measured == measured:
         return SweptStudent(stages=stages, suites=found.suites, similarity=found.similarity)
     suites, similarity = dict[str, SuiteResult](), None
     if compare.suites:
-        loaded = {name: load_suite(name, suite) for name, suite in compare.suites.items()}
-        suites = evaluate_suites(model, loaded, run.evaluate, Path(model) / "suites", progress, replace=True)
+        suites = evaluate_suites(model, sweep.suites, run.evaluate, Path(model) / "suites", progress, replace=True)
     if compare.similarity_samples is not None:
         similarity = compare_with_targets(model, *compared_data(run), compare.similarity_samples, progress)
     made = _Compared(measured=measured, suites=suites, similarity=similarity)
@@ -161,10 +157,9 @@ def _compared(
     return SweptStudent(stages=stages, suites=suites, similarity=similarity)
 
 
-def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
-    student = find_checkpoint(str(run.output))
+def _measured(run: RunFile, sweep: Sweep) -> _Measured:
+    compare, student = sweep.compare, find_checkpoint(str(run.output))
     targets = None
-    loaded = {name: load_suite(name, suite) for name, suite in compare.suites.items()}
     if compare.similarity_samples is not None:
         samples, store = compared_data(run)
         targets = Source(SampleSet.open(samples), TargetStore.open(store)).description()
@@ -174,7 +169,7 @@ def _measured(run: RunFile, compare: CompareConfig) -> _Measured:
         evaluate=run.evaluate,
         stage=student.parent.name,
         weights=weights_digest(student),
-        suites={name: items_digest(suite.all_items) for name, suite in loaded.items()},
+        suites={name: items_digest(suite.all_items) for name, suite in sweep.suites.items()},
         targets=targets,
     )
 
@@ -211,7 +206,7 @@ def sweep_table(report: SweepReport) -> ReportTable:
                 ),
                 f"{student.seconds:.0f}",
                 f"{student.samples_per_s:.1f}",
-                *(f"{student.suites[name].main.value:.1f}" if name in student.suites else "" for name in suites),
+                *(_main(student.suites.get(name)) for name in suites),
                 f"{student.similarity.mean:.3f}" if student.similarity is not None else "",
             ]
         )
@@ -221,6 +216,11 @@ def sweep_table(report: SweepReport) -> ReportTable:
     header, *rows = map(list, zip(*columns, strict=True))
     about = f"{OF_LOSSES}, validation losses those at its end" if any(of_held_out.values()) else OF_LOSSES
     return ReportTable(f"students side by side; {about}", header, rows)
+
+
+def _main(result: SuiteResult | None) -> str:
+    """Empty where a server has the labels."""
+    return f"{result.main.value:.1f}" if result is not None and result.main is not None else ""
 
 
 def _place_of_term(term: str) -> tuple[int, str]:

@@ -12,6 +12,7 @@
 import copy
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pydantic import Field
 from pipeline.recipes import find_config
 from pipeline.run_file import RunFile, lay_over, read_document, resolve
 from stages.evaluation.config import SuiteConfig
-from stages.evaluation.loaded_suite import load_suite
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
 from stages.settings import validated
 from storage.errors import UserError
 from storage.stores import PARTIAL
@@ -52,6 +53,11 @@ class Sweep:
     output: Path
     runs: dict[str, RunFile]
     compare: CompareConfig
+
+    @cached_property
+    def suites(self) -> dict[str, LoadedSuite]:
+        """Those that students are compared by; their folders are read once a sweep."""
+        return {name: load_suite(name, suite) for name, suite in self.compare.suites.items()}
 
 
 def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict[str, Any]) -> Sweep:
@@ -96,9 +102,9 @@ def load_sweep(path: Path, config: Path | None, settings: list[str], flags: dict
                 compared_data(runs[name])
             except UserError as error:
                 raise UserError(f"{path}: student {name}: {error}") from None
-    for suite, of_suite in compare.suites.items():
-        load_suite(suite, of_suite)
-    return Sweep(Path(output), runs, compare)
+    sweep = Sweep(Path(output), runs, compare)
+    _ = sweep.suites  # what is wrong with them is said before any student trains
+    return sweep
 
 
 def _check_names(students: dict[Any, Any], path: Path) -> None:

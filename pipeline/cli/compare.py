@@ -24,21 +24,26 @@ def compare(
     ] = None,
 ) -> None:
     """Compares results of the same suites. Gives metrics with intervals, and differences with a paired test."""
-    from pipeline.ui.tables import markdown_table, print_table
+    from pipeline.ui.tables import markdown_table, print_notes, print_table
     from stages.evaluation.comparison import compare_results
 
     for path in results:
         input_path(path)
-    compared = [compare_results(folders) for folders in _by_suite(results).values()]
+    shared, left = _by_suite(results)
+    compared = [compare_results(folders) for folders in shared.values()]
     tables = [comparison_table(one) for one in compared]
     for table in tables:
         print_table(table)
+    print_notes(left)
     save(report, json.dumps([one.model_dump(mode="json") for one in compared], indent=1))
-    save(markdown, "\n\n".join(map(markdown_table, tables)) + "\n")
+    save(markdown, "\n\n".join([*map(markdown_table, tables), *left]) + "\n")
 
 
-def _by_suite(paths: list[Path]) -> dict[str, dict[str, Path]]:
-    """Folders of results by suite and then by name: the folder that was named, or the one around a suite's."""
+def _by_suite(paths: list[Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Folders of results by suite and then by name: the folder that was named, or the one around a suite's.
+
+    Also what is to be said of suites with one result alone, which are left out.
+    """
     from stages.evaluation.result import RESULT_FILE, read_result
 
     found: dict[str, dict[str, Path]] = {}
@@ -53,9 +58,12 @@ def _by_suite(paths: list[Path]) -> dict[str, dict[str, Path]]:
             name = folder.resolve().parent.name + (" (grey)" if run.blind else "")
             named = found.setdefault(run.suite, {})
             named[name if name not in named else str(folder)] = folder
-    if alone := [suite for suite, named in found.items() if len(named) < 2]:
-        raise UserError(f"only one result of {', '.join(alone)}; name results of the same suite from two runs at least")
-    return found
+    shared = {suite: named for suite, named in found.items() if len(named) > 1}
+    alone = [f"{suite} ({next(iter(found[suite]))})" for suite in found if suite not in shared]
+    said = f"only one result of {', '.join(alone)}"
+    if not shared:
+        raise UserError(f"{said}; name results of the same suite from two runs at least")
+    return shared, [f"{said}: not compared"] if alone else []
 
 
 def comparison_table(compared: "SuiteComparison") -> "ReportTable":

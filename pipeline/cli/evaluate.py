@@ -113,13 +113,20 @@ def result_table(result: "SuiteResult", model: str) -> "ReportTable":
             else:
                 low, high = metric.interval_95
                 cells.append(f"{metric.value:.1f} [{low:.1f}, {high:.1f}]")
-        rows.append([kind, str(result.num_items.get(kind, "")), *cells])
+        rows.append([kind, str(result.num_items.get(kind, "")), *cells, *_missing(result, kind)])
+    unasked = [kind for kind in result.num_missing_of if kind not in result.metrics]
+    rows += [[kind, "0", *[""] * len(names), *_missing(result, kind)] for kind in unasked]
     if any(chance := [_chance(result, name) for name in names]):
-        rows.append(["guessing", "", *chance])
+        rows.append(["guessing", "", *chance, *[""] * bool(result.num_missing)])
     blind = ", grey pictures" if result.run.blind else ""
     missing = f", {result.num_missing} items without their images left out" if result.num_missing else ""
     title = f"{model} on {result.run.suite} ({result.run.protocol}{blind}; 95 % intervals{missing})"
-    return ReportTable(title, ["kind", "items", *names], rows)
+    return ReportTable(title, ["kind", "items", *names, *["without images"] * bool(result.num_missing)], rows)
+
+
+def _missing(result: "SuiteResult", kind: str) -> list[str]:
+    """A cell, where items of any kind lack their images."""
+    return [str(result.num_missing_of.get(kind, 0))] if result.num_missing else []
 
 
 def _chance(result: "SuiteResult", name: str) -> str:

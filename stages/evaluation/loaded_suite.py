@@ -44,7 +44,8 @@ class LoadedSuite:
         if not (lacking := [kind for kind in self.suite.all_kinds if kind not in kinds]):
             return []
         found = f"{self.suite.name}: {len(lacking)} of {len(self.suite.all_kinds)} kinds are lacking"
-        return [f"{found} ({', '.join(lacking)}); the average is over the others, and no published number is like it"]
+        whole = f"`{self.suite.main[0]}` is over the others, and no published number is like it"
+        return [f"{found} ({', '.join(lacking)}); {whole}"]
 
 
 def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:

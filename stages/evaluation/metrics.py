@@ -38,6 +38,11 @@ def suite_metrics(suite: Suite, items: Sequence[ScoredItem], num_resamples: int)
     return suite.metrics(_summed(items, num_resamples))
 
 
+def metrics_of_always_yes(suite: Suite, items: Sequence[ScoredItem]) -> Metrics:
+    """Of a suite of yes and no, the metrics that always saying yes gets on these items and guessing does not give."""
+    return suite.metrics_of_always_yes(_summed(items, 0))
+
+
 def interval_95(values_R: NDArray[np.float64]) -> tuple[float, float]:
     """Percentile interval of the resampled values behind the first, without those that are NaN."""
     low, high = np.nanpercentile(values_R[1:], [2.5, 97.5])

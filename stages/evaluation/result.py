@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pydantic import FiniteFloat, ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, ValidationError
 
 from stages.evaluation.answered_items import ITEMS, AnsweredItem, read_items, whole_lines
-from stages.evaluation.metrics import interval_95, suite_metrics
+from stages.evaluation.metrics import interval_95, metrics_of_always_yes, suite_metrics
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Item, Protocol
 from storage.errors import CorruptData, UserError, disk_errors_named
@@ -66,7 +68,7 @@ class Metric(StrictModel):
     interval_95: tuple[FiniteFloat, FiniteFloat]
     """By bootstrap over what the suite draws as a whole."""
     chance: FiniteFloat | None
-    """What guessing gets, where that is known."""
+    """What guessing gets, where that is known; of F1, what always saying yes gets on these items."""
 
 
 class SuiteResult(StrictModel):
@@ -81,22 +83,21 @@ class SuiteResult(StrictModel):
     """Items without their images, which were not asked."""
     missing: tuple[str, ...] = ()
     """The first of them."""
+    num_missing_of: dict[str, int] = Field(default_factory=dict)
+    """By kind, of the kinds that have metrics, and of those that all their images are missing of."""
     seconds: float
-    """Of answering what this command asked, with decoding of images, without loading the model."""
+    """Of answering what this command asked, with decoding of images, without loading and trying the model.
+
+    Workers of a cluster load it within this time.
+    """
     items_per_s: float
     """Of that time; 0 where everything was answered before."""
 
     @property
-    def main(self) -> Metric:
-        """The number that stands for the suite.
-
-        Raises:
-            UserError: If the answers do not give it, as where the makers' server alone has the labels.
-        """
+    def main(self) -> Metric | None:
+        """The number that stands for the suite; None where answers do not give it, as the makers' server has labels."""
         kind, name = SUITES[self.run.suite].main
-        if (found := self.metrics.get(kind, {}).get(name)) is None:
-            raise UserError(f"these answers to {self.run.suite} give no {name} of {kind}")
-        return found
+        return self.metrics.get(kind, {}).get(name)
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ def make_result(
     """Sums up all answered items of a suite."""
     suite, scored = SUITES[run.suite], [one.scored for one in answered]
     values = suite_metrics(suite, scored, num_resamples)
+    always_yes = metrics_of_always_yes(suite, scored)
     num_items = Counter(kind for one in scored for kind in one.kinds)
     return SuiteResult(
         run=run,
@@ -228,7 +230,7 @@ def make_result(
                 name: Metric(
                     value=float(value_R[0]),
                     interval_95=interval_95(value_R),
-                    chance=suite.chance_of(kind, name, run.protocol),
+                    chance=_chance(suite.chance_of(kind, name, run.protocol), always_yes.get(kind, {}).get(name)),
                 )
                 for name, value_R in of_kind.items()
             }
@@ -237,9 +239,16 @@ def make_result(
         num_items={kind: num_items[kind] for kind in num_items if kind in values},
         num_missing=len(missing),
         missing=tuple(item.id for item in missing[:20]),
+        num_missing_of=Counter(
+            kind for item in missing for kind in item.kinds if kind in values or kind in item.kinds[:1]
+        ),
         seconds=seconds,
         items_per_s=num_asked / seconds if num_asked else 0.0,
     )
+
+
+def _chance(guessing: float | None, always_yes: NDArray[np.float64] | None) -> float | None:
+    return float(always_yes[0]) if guessing is None and always_yes is not None else guessing
 
 
 def write_server_files(folder: Path, name: str, answered: Iterable[AnsweredItem]) -> list[Path]:

@@ -4,14 +4,17 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.demo.assets import TEACHER
 from pipeline.suite_evaluation import evaluate_suites
 from stages.evaluation.answered_items import read_items
+from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.comparison import compare_results
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
@@ -99,6 +102,49 @@ def test_a_finished_suite_is_counted_again_from_its_answers(tiny: TinyWorld, tmp
     assert [path.name for path in items.parent.glob("items*")] == ["items.jsonl"]
     compared = compare_results({"a": items.parent, "b": items.parent})
     assert compared.metrics["average"]["accuracy"].differences["b"].value == 0
+
+
+def test_several_suites_load_and_try_a_model_once_and_no_suites_time_has_it(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suites = {SUITE: load_suite(SUITE, SuiteConfig(data=tiny.pairs, limit=1))}
+    (tmp_path / "twice").mkdir()
+    for path in tiny.pairs.glob("*.json"):
+        pairs = [one | {"caption2": "red"} for one in json.loads(path.read_text()).values()]
+        (tmp_path / "twice" / path.name).write_text(json.dumps(pairs))
+    grey = SuiteConfig(data=tmp_path / "twice", images=tiny.pairs / "images", limit=1, blind=True)
+    suites["sugarcrepe_pp"] = load_suite("sugarcrepe_pp", grey)
+    made: list[Answerer] = []
+    slow_s = 3.0
+
+    class Slow(Answerer):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            time.sleep(slow_s)
+            super().__init__(*args, **settings)
+            made.append(self)
+
+    monkeypatch.setattr("pipeline.suite_evaluation.Answerer", Slow)
+    results = evaluate_suites(str(tiny.teacher), suites, EvaluationConfig(), tmp_path / "out")
+    assert len(made) == 1
+    assert all(result.seconds < slow_s for result in results.values())
+    del suites[SUITE]
+    evaluate_suites(str(tiny.teacher), suites, EvaluationConfig(), tmp_path / "alone")
+    assert len(made) == 2
+    assert read_items(tmp_path / "alone/sugarcrepe_pp") == read_items(tmp_path / "out/sugarcrepe_pp")
+
+
+def test_a_word_that_the_tokenizer_lacks_is_named_before_anything_is_asked(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.suite_evaluation.load_model", None)
+    suites = {
+        SUITE: load_suite(SUITE, SuiteConfig(data=tiny.pairs, protocol="yes_probability")),
+    }
+    with pytest.raises(
+        UserError, match=r"sugarcrepe by yes_probability: the tokenizer does not have 'Yes': .*likelihood"
+    ):
+        evaluate_suites(str(TEACHER), suites, EvaluationConfig(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_answers_of_another_model_are_refused(tiny: TinyWorld, tmp_path: Path) -> None:

@@ -12,13 +12,18 @@ import torch
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.runtime.interruption import Interrupted
 from pipeline.suite_evaluation import evaluate_suites
-from pipeline.sweep import SweepReport, run_sweep, sweep_table
+from pipeline.sweep import SweepReport, SweptStudent, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
-from stages.evaluation.result import SuiteResult
+from stages.evaluation.answered_items import AnsweredItem
+from stages.evaluation.config import SuiteConfig
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
+from stages.evaluation.metrics import ScoredItem
+from stages.evaluation.result import SuiteResult, make_result
 from stages.student.run_folder import StageReport
 from storage.errors import StoreUnavailable, UserError
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here, tree
+from tests.suite_runs import suite_run
 
 SHARED = """\
 train:
@@ -56,8 +61,16 @@ def test_students_are_trained_in_turn_compared_and_left_alone_when_finished(
     sweep = write(tmp_path / "sweep.yaml", compare + STUDENTS)
     output = tmp_path / "out"
     arguments = ("--sweep", sweep, "--config", base, "--output", output, "--stage", "dft")
+    read: list[str] = []
+
+    def load_once(name: str, config: SuiteConfig) -> LoadedSuite:
+        read.append(name)
+        return load_suite(name, config)
+
+    monkeypatch.setattr("pipeline.sweep_file.load_suite", load_once)
     done = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert done.code == 0, done.err
+    assert read == ["sugarcrepe"]
     report = SweepReport.model_validate_json((output / "sweep.json").read_text())
     assert list(report.students) == ["compodistill", "logits", "sft"]
     assert not report.failures
@@ -253,6 +266,27 @@ def test_each_student_can_have_stages_of_its_own_and_the_flag_has_the_last_word(
     assert {name: tree(output / name / "dft") for name in stages} == before
     for name in stages:
         assert load_run_file(output / name / "run.yaml", [], {}).train.stages == ("dft",)
+
+
+def test_a_suite_whose_labels_a_server_has_leaves_its_cell_empty() -> None:
+    scored = [AnsweredItem(str(at), ("x",), ScoredItem(("all",), str(at), {"accuracy": at})) for at in (0, 1)]
+    suites = {
+        name: make_result(
+            suite_run(suite=name, protocol="generate"),
+            scored if name == "gqa" else [one._replace(scored=ScoredItem(("all",), one.id, {})) for one in scored],
+            [],
+            100,
+            1.0,
+            2,
+        )
+        for name in ("gqa", "vqav2-test-dev")
+    }
+    students = {"a": SweptStudent(stages={"dpt": finished("a")}, suites=suites)}
+    table = sweep_table(SweepReport(students=students, failures={}))
+    assert (table.header[-1], table.rows[0][-1]) == ("gqa", "50.0")
+    del suites["gqa"]
+    alone = SweptStudent(stages={"dpt": finished("a")}, suites=suites)
+    assert sweep_table(SweepReport(students={"a": alone}, failures={})).header[-1] == "samples/s"
 
 
 def finished(name: str) -> StageReport:

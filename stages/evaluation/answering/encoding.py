@@ -1,7 +1,9 @@
 """Questions about the same pictures as token sequences; threads decode and tokenize while the model works."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import torch
 from PIL import Image
@@ -71,8 +73,9 @@ def encode_group(
 
     Raises:
         UnusableSample: If a question cannot be encoded.
-        UserError: If first tokens are to be compared that are the same.
+        UserError: If first tokens are wanted that the tokenizer has not, or to be compared that are the same.
     """
+    check_words(encoder.processor.tokenizer, (question for _, question in questions))
     sequences: list[AskedSequence] = []
     for number, question in questions:
         if not question.candidates:
@@ -107,10 +110,51 @@ def _up_to_first_own_token(encoded: EncodedConversation, num_lead: int) -> Encod
 
 
 def frame_of_answers(encoder: ConversationEncoder) -> tuple[int, int]:
-    """How many tokens every answer begins and ends with: mostly none for a blank, and one for the end."""
-    answers = [encoder.encode_pair("Is it?", answer, []) for answer in ("Yes", "No")]
-    yes, no = (encoded.token_ids[encoded.answer_mask].tolist() for encoded in answers)
-    return _num_alike(yes, no), _num_alike(yes[::-1], no[::-1])
+    """How many tokens every answer begins and ends with: mostly none for a blank, and one for the end.
+
+    Raises:
+        UserError: If the tokenizer has no two words, so that this cannot be told.
+    """
+    words = list(islice(_words(encoder.processor.tokenizer), 2))
+    if len(words) < 2:
+        raise UserError("the tokenizer has no two words, so ends of answers cannot be told; is its vocabulary whole?")
+    answers = [encoder.encode_pair("Is it?", word, []) for word in words]
+    first, second = (encoded.token_ids[encoded.answer_mask].tolist() for encoded in answers)
+    return _num_alike(first, second), _num_alike(first[::-1], second[::-1])
+
+
+def _words(tokenizer: Any) -> Iterator[str]:
+    """Words that the tokenizer has, which begin and end with tokens of their own; "Yes" and "No" where it has them."""
+    yes_no = ("Yes", "No")
+    if not any(unknown_words(tokenizer, [word]) for word in yes_no):
+        yield from yes_no
+    for token in sorted(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys()):
+        word = tokenizer.decode([token]).strip()
+        if word.isalpha() and tokenizer(word, add_special_tokens=False).input_ids == [token]:
+            yield word
+
+
+def unknown_words(tokenizer: Any, words: Iterable[str]) -> list[str]:
+    """Those of the words that the tokenizer has only as its unknown token, in part or whole."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False).input_ids]
+
+
+def check_words(tokenizer: Any, questions: Iterable[Question]) -> None:
+    """Checks that the tokenizer has the answers whose first tokens are wanted.
+
+    Raises:
+        UserError: If it has not: the probability would be that of any word it does not know.
+    """
+    words = dict.fromkeys(word for one in questions if one.first_token_only for word in one.candidates)
+    if unknown := unknown_words(tokenizer, words):
+        names = " and ".join(map(repr, unknown))
+        raise UserError(
+            f"the tokenizer does not have {names}: its probability would be that of any unknown word; ask by another "
+            "--protocol, such as likelihood or generate, where the suite takes it"
+        )
 
 
 def _num_alike(first: Sequence[int], second: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from stages.evaluation.suites.captions import share_unread
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Counts, Item, KindCounts, Metrics, Protocol, Suite, percent_of_items
 from stages.evaluation.suites.suite_files import SuiteFiles, fields
@@ -46,7 +47,7 @@ class BiVLC(Suite):
         found = comparisons(answers, protocol)
         counts = {"I2T": found.both_texts, "Ipos2T": found.first_text, "Ineg2T": found.second_text}
         if found.first_image is None or found.second_image is None:
-            return counts
+            return counts | {"unread": share_unread(answers)}
         both_images = found.first_image and found.second_image
         return counts | {
             "T2I": both_images,

@@ -60,7 +60,8 @@ def pair_counts(answers: Sequence[Answer], protocol: Protocol) -> Counts:
     """What the answers to `pair_questions` count; both orders are also reported apart."""
     if protocol == "compodistill":
         first, second = letters_right(answers)
-        return {"accuracy": (first + second) / 2, "accuracy_first_order": first, "accuracy_second_order": second}
+        counts = {"accuracy": (first + second) / 2, "accuracy_first_order": first, "accuracy_second_order": second}
+        return counts | {"unread": share_unread(answers)}
     (scores,) = caption_scores(answers, 2, protocol)
     return {"accuracy": is_best(scores, 0)}
 
@@ -82,6 +83,11 @@ def letters_right(answers: Sequence[Answer]) -> tuple[bool, bool]:
     """Whether each of the two answers to `letter_questions` names the fitting caption."""
     first, second = answers
     return letter_of(first) == "A", letter_of(second) == "B"
+
+
+def share_unread(answers: Sequence[Answer]) -> float:
+    """The share of answers to `letter_questions` without a letter: all of them where a model does not follow."""
+    return sum(letter_of(answer) is None for answer in answers) / len(answers)
 
 
 def letter_of(answer: Answer) -> str | None:

@@ -34,7 +34,7 @@ class NaturalBench(Suite):
     source = "Baiqi-Li/NaturalBench, example.py; prompt as in lmms-eval, tasks/naturalbench/utils.py"
     fetch = (
         "the Parquet files of huggingface.co/datasets/BaiqiL/NaturalBench (a row a group), or of "
-        "BaiqiL/naturalbench_lmms-eval (a row a question)"
+        "BaiqiL/naturalbench_lmms-eval (a row a question), or one of these data sets saved"
     )
     protocols = YES_NO_PROTOCOLS
     chance = {"accuracy": 50.0, "question_accuracy": 25.0, "image_accuracy": 25.0, "group_accuracy": 6.25}
@@ -67,7 +67,7 @@ class NaturalBench(Suite):
 
 def _rows(files: SuiteFiles) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each row stands, and the row."""
-    for path in files.find("data/*.parquet", "*.parquet"):
+    for path in files.tables() or files.find("data/*.parquet", "*.parquet"):
         for number, row in enumerate(files.rows(path)):
             yield f"{path}, row {number}", row
 

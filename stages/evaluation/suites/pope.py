@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from stages.evaluation.suites.suite import Answer, Counts, Item, KindCounts, Metrics, Protocol, Suite, with_average
 from stages.evaluation.suites.suite_files import SuiteFiles, fields
-from stages.evaluation.suites.vqa_answers import SHORT_ANSWER
+from stages.evaluation.suites.vqa_answers import LLAVA_TOKENS, SHORT_ANSWER
 from stages.evaluation.suites.yes_no import (
     YES_NO_PROTOCOLS,
     answered_yes,
+    f1_of_always_yes,
     two_way_question,
     yes_no_counts,
     yes_no_metrics,
@@ -43,7 +44,8 @@ class Pope(Suite):
         for where, kind, record in _records(files):
             number, image, text, label = fields(record, where, question_id=int, image=str, text=str, label=str)
             prompt = text.removesuffix(SHORT_ANSWER) + SHORT_ANSWER
-            question = two_way_question(prompt, files.picture(f"val2014/{image}"), protocol)
+            picture = files.picture(f"val2014/{image}")
+            question = two_way_question(prompt, picture, protocol, max_new_tokens=LLAVA_TOKENS)
             yield Item(f"{kind}/{number}", (kind,), (question,), yes_or_no_label(label, where), unit=image)
 
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
@@ -52,6 +54,9 @@ class Pope(Suite):
 
     def metrics(self, counts: KindCounts) -> Metrics:
         return with_average({kind: yes_no_metrics(sums) for kind, sums in counts.items()})
+
+    def metrics_of_always_yes(self, counts: KindCounts) -> Metrics:
+        return f1_of_always_yes(self, counts)
 
 
 def _records(files: SuiteFiles) -> Iterator[tuple[str, str, dict[str, Any]]]:

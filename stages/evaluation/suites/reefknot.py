@@ -10,6 +10,7 @@ from stages.evaluation.suites.suite_files import SuiteFiles, fields
 from stages.evaluation.suites.yes_no import (
     YES_NO_PROTOCOLS,
     answered_yes,
+    f1_of_always_yes,
     two_way_question,
     yes_no_counts,
     yes_no_metrics,
@@ -72,6 +73,9 @@ class Reefknot(Suite):
             if "vqa" in rights:
                 found["all"]["r_score_with_vqa_by_words"] = (2 * two + rights["vqa"]) / 3
         return found
+
+    def metrics_of_always_yes(self, counts: KindCounts) -> Metrics:
+        return f1_of_always_yes(self, counts)
 
 
 def _item(files: SuiteFiles, task: str, position: int, record: dict[str, Any], where: str, protocol: Protocol) -> Item:

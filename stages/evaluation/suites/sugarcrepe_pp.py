@@ -8,6 +8,7 @@ from stages.evaluation.suites.captions import (
     caption_scores,
     letter_questions,
     letters_right,
+    share_unread,
 )
 from stages.evaluation.suites.suite import Answer, Counts, Item, Protocol, Suite
 from stages.evaluation.suites.suite_files import SuiteFiles, fields
@@ -57,6 +58,7 @@ class SugarCrepePlusPlus(Suite):
                 "ITT_all_orders": all(both),
                 "Image-P1-Neg": sum(first) / 2,
                 "Image-P2-Neg": sum(second) / 2,
+                "unread": share_unread(answers),
             }
         ((score, score2, negative),) = caption_scores(answers, 3, protocol)
         return {
@@ -66,6 +68,8 @@ class SugarCrepePlusPlus(Suite):
         }
 
     def chance_of(self, kind: str, metric: str, protocol: Protocol) -> float | None:
+        if metric == "unread":
+            return None
         if metric.startswith("Image-"):
             return 50.0
         if protocol == "compodistill":

@@ -131,6 +131,10 @@ class Suite(ABC):
         """The makers' metrics, in their units; by default each count in percent of a kind's items, and `average`."""
         return with_average(percent_by_kind(counts))
 
+    def metrics_of_always_yes(self, counts: KindCounts) -> Metrics:
+        """Of these, what always saying yes would get, where no other guess has a level; by default none."""
+        return {}
+
     def server_files(self, answers: Mapping[str, Sequence[Answer]]) -> Mapping[str, object]:
         """Files for the makers' server, where it alone has the labels: by name, as JSON has them; by default none.
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from stages.evaluation.suites.short_answers import ShortAnswers, people_answers
 from stages.evaluation.suites.suite import Item, Protocol, Question
 from stages.evaluation.suites.suite_files import SuiteFiles, fields
-from stages.evaluation.suites.vqa_answers import SHORT_ANSWER, evalai_accuracy
+from stages.evaluation.suites.vqa_answers import LLAVA_TOKENS, SHORT_ANSWER, evalai_accuracy
 from storage.errors import UserError
 
 _ANSWERS: Final = "TextVQA_0.5.1_val.json"
@@ -48,7 +48,7 @@ class TextVqaOcr(TextVqa):
             key = (image, _question_in(prompt).lower())
             if key not in answers:
                 raise UserError(f"{where}: {_ANSWERS} has no answers to {key[1]!r} of image {image}; {self.fetch}")
-            yield _item(files, position, image, prompt, answers[key])
+            yield _item(files, position, image, prompt, answers[key], LLAVA_TOKENS)
 
 
 def _annotations(files: SuiteFiles) -> Iterator[tuple[str, str, list[str]]]:
@@ -60,8 +60,10 @@ def _annotations(files: SuiteFiles) -> Iterator[tuple[str, str, list[str]]]:
         yield image, text, people_answers(files, given, where)
 
 
-def _item(files: SuiteFiles, position: int, image: str, prompt: str, given: list[str]) -> Item:
-    question = Question(prompt, (files.picture(f"train_images/{image}.jpg"),))
+def _item(
+    files: SuiteFiles, position: int, image: str, prompt: str, given: list[str], max_new_tokens: int = 16
+) -> Item:
+    question = Question(prompt, (files.picture(f"train_images/{image}.jpg"),), max_new_tokens=max_new_tokens)
     return Item(f"{image}/{position}", ("all",), (question,), given, unit=image)
 
 

@@ -10,6 +10,8 @@ from typing import Final
 
 SHORT_ANSWER: Final = "\nAnswer the question using a single word or phrase."
 """What LLaVA writes behind a question."""
+LLAVA_TOKENS: Final = 128
+"""Of an answer at most, in LLaVA's and CompoDistill's `model_vqa_loader.py`; lmms-eval's tasks allow 16."""
 
 _WITH_APOSTROPHES: Final = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.evaluation.suites.captions import share_unread
 from stages.evaluation.suites.pictures import SuitePicture
 from stages.evaluation.suites.suite import Answer, Counts, Item, KindCounts, Metrics, Protocol, Suite, percent_of_items
 from stages.evaluation.suites.suite_files import SuiteFiles, fields
@@ -50,7 +51,7 @@ class Winoground(Suite):
     def count(self, item: Item, answers: Sequence[Answer], protocol: Protocol) -> Counts:
         found = comparisons(answers, protocol)
         if found.first_image is None or found.second_image is None:
-            return {"text": found.both_texts}
+            return {"text": found.both_texts, "unread": share_unread(answers)}
         both_images = found.first_image and found.second_image
         return {"text": found.both_texts, "image": both_images, "group": found.both_texts and both_images}
 

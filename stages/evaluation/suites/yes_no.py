@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.evaluation.suites.pictures import SuitePicture
-from stages.evaluation.suites.suite import Answer, Counts, Protocol, Question, ratio
+from stages.evaluation.suites.suite import Answer, Counts, KindCounts, Metrics, Protocol, Question, Suite, ratio
 from storage.errors import UserError
 
 YES_NO_PROTOCOLS: Final[tuple[Protocol, ...]] = ("generate", "yes_over_no")
+_TABLE: Final = ("true_positives", "false_positives", "true_negatives", "false_negatives")
 
 
 def two_way_question(
@@ -74,10 +75,21 @@ def yes_no_counts(said_yes: bool, is_yes: bool) -> Counts:
     }
 
 
+def f1_of_always_yes(suite: Suite, counts: KindCounts) -> Metrics:
+    """The F1 of a suite, by kind, for a model that says yes to every question: with half of the labels yes, 66.7."""
+    zero = np.zeros(1)
+    answered = {}
+    for kind, sums in counts.items():
+        hits, false_alarms, rejections, misses = (sums.get(name, zero) for name in _TABLE)
+        always_yes = (hits + misses, false_alarms + rejections, zero, zero)
+        answered[kind] = {**sums, **dict(zip(_TABLE, always_yes, strict=True))}
+    found = suite.metrics(answered)
+    return {kind: {"f1": of_kind["f1"]} for kind, of_kind in found.items() if "f1" in of_kind}
+
+
 def yes_no_metrics(sums: Mapping[str, NDArray[np.float64]], epsilon: float = 0.0) -> dict[str, NDArray[np.float64]]:
     """In percent; "yes" is the positive class. `epsilon` is what the makers add to denominators."""
-    names = ("true_positives", "false_positives", "true_negatives", "false_negatives")
-    hits, false_alarms, rejections, misses = (sums.get(name, np.zeros_like(sums["items"])) for name in names)
+    hits, false_alarms, rejections, misses = (sums.get(name, np.zeros_like(sums["items"])) for name in _TABLE)
     precision = ratio(hits, hits + false_alarms + epsilon)
     recall = ratio(hits, hits + misses + epsilon)
     shares = {

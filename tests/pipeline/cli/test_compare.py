@@ -34,6 +34,25 @@ def test_runs_stand_side_by_side_with_their_differences(
     assert lines[4].endswith("| McNemar, 4 items |")
 
 
+def test_suites_of_one_run_alone_are_named_and_the_others_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("all/sugarcrepe", "blind/sugarcrepe"):
+        save_result(tmp_path / folder, [1.0, 0.0])
+    for run, suite in (("all", "aro"), ("blind", "sade")):
+        result = (save_result(tmp_path / run / suite, [1.0]) / "result.json").read_text()
+        (tmp_path / run / suite / "result.json").write_text(result.replace('"sugarcrepe"', f'"{suite}"'))
+    saved = ("--report", tmp_path / "report.json", "--markdown", tmp_path / "table.md")
+    words = (tmp_path / "all", tmp_path / "blind", *saved)
+    done = run_here("compare", *words, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    said = "only one result of aro (all), sade (blind): not compared"
+    assert f"note: {said}" in " ".join(done.out.split())
+    assert (tmp_path / "table.md").read_text().endswith(f"\n\n{said}\n")
+    (compared,) = json.loads((tmp_path / "report.json").read_text())
+    assert (compared["suite"], list(compared["results"])) == ("sugarcrepe", ["all", "blind"])
+
+
 def test_a_suite_whose_labels_a_server_has_stands_there_without_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

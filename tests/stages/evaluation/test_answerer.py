@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.demo.assets import TEACHER
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.suites.pictures import PictureFile, SuitePicture
 from stages.evaluation.suites.suite import Answer, Likelihood, Question
 from storage.errors import UserError
+from tests.checkpoints import load_tiny_llava
 
 CAPTIONS = ("A red square.", "A red circle is left of a green triangle in the image.", "Square")
 QUESTION = "Is it red? Answer by yes or no."
@@ -102,6 +104,31 @@ def test_answers_equal_those_of_one_question_at_a_time_in_float64(
     answerer.shares_prefixes = shares_prefixes
     for found, wanted in zip(answerer.answers(questions), expected, strict=True):
         assert_equal(found, wanted)
+
+
+def test_the_end_of_answers_is_told_by_words_that_the_tokenizer_has(pictures: list[SuitePicture]) -> None:
+    model, processor = load_tiny_llava(TEACHER)
+    answerer = Answerer(model.float(), processor, EvaluationConfig())
+    answers = ("a blue circle", "red", "neverheard circle")
+    (found,) = answerer.answers([Question("Describe the image.", (pictures[0],), answers)])
+    assert not isinstance(found, str)
+    assert [one.num_tokens for one in found] == [3, 1, 2]
+    text = f"USER: <image>\nDescribe the image. ASSISTANT: {answers[0]}"
+    token_ids, log_probs_TV = reference_log_probs(model, processor, text, pictures[0])
+    each = [float(log_probs_TV[t - 1, token_ids[t]]) for t in (-3, -2, -1)]
+    assert found[0].mean == pytest.approx(sum(each) / 3, rel=2e-5, abs=2e-4)
+    assert found[0].end_log_prob == pytest.approx(float(log_probs_TV[-1, processor.tokenizer.eos_token_id]), abs=2e-4)
+
+
+@pytest.mark.parametrize(("words", "named"), [(("Yes",), "'Yes'"), (("Yes", "No"), "'Yes' and 'No'")])
+def test_the_probability_of_a_word_that_the_tokenizer_does_not_have_is_refused(
+    words: tuple[str, ...], named: str, pictures: list[SuitePicture]
+) -> None:
+    answerer = Answerer(*load_tiny_llava(TEACHER), EvaluationConfig())
+    with pytest.raises(UserError, match=rf"the tokenizer does not have {named}: .*; ask by another --protocol"):
+        answerer.answers([Question(QUESTION, (pictures[0],), words, first_token_only=True)])
+    (answer,) = answerer.answers([Question(QUESTION, (pictures[0],), words)])
+    assert [one.num_tokens for one in answer if not isinstance(one, str)] == [1] * len(words)
 
 
 def test_questions_about_one_picture_compute_it_once(model: Any, processor: Any, pictures: list[SuitePicture]) -> None:

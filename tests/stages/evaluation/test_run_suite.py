@@ -12,7 +12,7 @@ from stages.evaluation.answered_items import AnsweredItem, read_items
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.evaluation.loaded_suite import LoadedSuite, load_suite
-from stages.evaluation.metrics import ScoredItem
+from stages.evaluation.metrics import ScoredItem, scored
 from stages.evaluation.result import (
     ItemsFile,
     SuiteRun,
@@ -166,6 +166,9 @@ def test_missing_images_are_an_error_or_counted_and_never_dropped(folder: Path) 
         load_suite("sugarcrepe", SuiteConfig(data=folder))
     loaded = load_suite("sugarcrepe", SuiteConfig(data=folder, allow_missing_images=True))
     assert ([item.id for item in loaded.missing], len(loaded.items)) == (["add_att/1", "swap_obj/1"], 4)
+    answered = [AnsweredItem(item.id, (), scored(item, {"accuracy": 1})) for item in loaded.items]
+    result = make_result(run_of(loaded), answered, loaded.missing, 100, 1.0, 4)
+    assert (result.num_missing, result.num_missing_of) == (2, {"add_att": 1, "swap_obj": 1})
     for number in (0, 2):
         (folder / f"images/{number}.png").unlink()
     with pytest.raises(UserError, match="3 of 3 images"):

@@ -111,3 +111,9 @@ def test_an_image_that_a_row_only_names_is_looked_for_in_the_folder(rows: list[d
     draw(tmp_path / "hub" / "pictures" / "x.png")
     source = load("bivlc", tmp_path / "hub").items[1].questions[2].pictures[0].source
     assert str(source) == str(tmp_path / "hub" / "pictures" / "x.png")
+
+
+def test_kinds_that_are_lacking_are_told_of_the_score_that_is_over_the_others(folder: Path) -> None:
+    assert load("bivlc", folder).notes == [
+        "bivlc: 1 of 3 kinds are lacking (add); `all` is over the others, and no published number is like it"
+    ]

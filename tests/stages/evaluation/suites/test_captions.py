@@ -35,14 +35,22 @@ def test_the_letter_question_is_the_authors_with_both_orders_of_captions() -> No
 
 
 @pytest.mark.parametrize(
-    ("answers", "first", "second"), [(["A", "B"], 1, 1), (["A", "A"], 1, 0), (["B", "B"], 0, 1), (["?", "C"], 0, 0)]
+    ("answers", "first", "second", "unread"),
+    [
+        (["A", "B"], 1, 1, 0),
+        (["A", "A"], 1, 0, 0),
+        (["B", "B"], 0, 1, 0),
+        (["?", "C"], 0, 0, 1),
+        (["A", ""], 1, 0, 0.5),
+    ],
 )
-def test_each_order_counts_half(answers: list[str], first: float, second: float) -> None:
+def test_each_order_counts_half(answers: list[str], first: float, second: float, unread: float) -> None:
     counts = pair_counts(answers, "compodistill")
     assert counts == {
         "accuracy": (first + second) / 2,
         "accuracy_first_order": first,
         "accuracy_second_order": second,
+        "unread": unread,
     }
 
 

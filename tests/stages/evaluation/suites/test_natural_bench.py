@@ -10,6 +10,7 @@ from pyarrow import parquet
 from stages.evaluation.suites.natural_bench import NaturalBench
 from storage.errors import UserError
 from tests.stages.evaluation.suites.suite_folders import as_likely, load, metrics_of, prompts
+from tests.stages.samples.saved_rows import save_rows
 
 GOLDEN = [[1, 0, 0, 1], [1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0], [-1, 0, 0, 1]]
 YES_NO, LETTERS = {1: "Yes", 0: "no.", -1: "maybe"}, {1: "A", 0: "b", -1: "C"}
@@ -107,3 +108,12 @@ def test_tables_with_other_columns_or_a_cut_group_are_refused(tmp_path: Path) ->
 
 def test_chance_is_that_of_coins() -> None:
     assert NaturalBench.chance["group_accuracy"] == 100 / 2**4
+
+
+def test_a_saved_data_set_gives_the_same_items(tmp_path: Path) -> None:
+    write_table(tmp_path / "hub", groups())
+    save_rows(pa.Table.from_pylist(groups()), tmp_path / "saved")
+    first, second = load("naturalbench", tmp_path / "hub"), load("naturalbench", tmp_path / "saved")
+    assert prompts(first) == prompts(second)
+    shown = [[one.pictures[0].source.read() for one in loaded.items[0].questions] for loaded in (first, second)]
+    assert shown[0] == shown[1]

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from storage.errors import UserError
+from tests.stages.evaluation.suites.scorer import write_parquet
 from tests.stages.evaluation.suites.suite_folders import draw, load, metrics_of, prompts, write_json
 from tests.stages.evaluation.suites.test_yes_no import ANSWERS
 
@@ -143,3 +145,37 @@ def test_an_object_without_a_name_is_named_and_not_put_between_all_letters(
     write_suite(tmp_path, "instance-level", "instance-level_ids", questions)
     with pytest.raises(UserError, match=r"question 1: subject .* and object .*; expected the names of two things"):
         load(suite, tmp_path)
+
+
+def write_copy(folder: Path, levels: Sequence[str]) -> None:
+    """The Hub's copy, with the questions of `instances` in turn at these levels."""
+    draw(folder / "0.png", color="rgb(100,100,100)", size=(40, 20))
+    image = {"bytes": (folder / "0.png").read_bytes(), "path": None}
+    rows = [
+        {name: value for name, value in record.items() if name not in ("text", "image")}
+        | {"question": record["text"], "image": image, "level": levels[at % len(levels)], "qtype": "x"}
+        for at, record in enumerate(instances())
+    ]
+    write_parquet(folder / "data/test-00000-of-00001.parquet", rows)
+
+
+@pytest.mark.parametrize("levels", [("image", "instance"), ("image-level", "instance-level")])
+def test_the_hubs_copy_is_asked_by_level_and_said_to_lack_the_subsets(levels: Sequence[str], tmp_path: Path) -> None:
+    write_copy(tmp_path, levels)
+    images, boxes = load("r-bench-image", tmp_path), load("r-bench-boxes", tmp_path)
+    assert [[item.id for item in loaded.items] for loaded in (images, boxes)] == [list("024"), list("135")]
+    assert prompts(images)[0] == "Is the dog on the box?"
+    assert "dog in red bounding box" in prompts(boxes)[0]
+    picture = boxes.items[0].questions[0].pictures[0].load(1000, "ignore")
+    assert picture.getpixel((10, 5)) == (255, 0, 0)
+    assert "5 of 5 kinds are lacking (subset_1" in images.notes[0]
+    found = metrics_of(images, {"0": ["Yes"], "2": ["no"], "4": ["no"]})
+    assert list(found) == ["no_subset", "average"]
+    with pytest.raises(UserError, match=r"instance_mask/1\.png"):
+        load("r-bench-masks", tmp_path)
+
+
+def test_another_level_in_the_hubs_copy_is_named(tmp_path: Path) -> None:
+    write_copy(tmp_path, ["scene"])
+    with pytest.raises(UserError, match="row 0: level 'scene'; expected image or instance"):
+        load("r-bench-image", tmp_path)

@@ -1,13 +1,13 @@
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
-from pyarrow import parquet
 
 from storage.errors import UserError
-from tests.stages.evaluation.suites.scorer import draw, load, values
+from tests.stages.evaluation.suites.scorer import draw, load, values, write_parquet
 from tests.stages.samples.saved_rows import save_rows
 
 KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -46,17 +46,20 @@ def test_accuracy_is_that_of_each_kind_and_the_average_counts_kinds_alike(folder
 
 def test_by_letters_a_model_that_always_says_a_has_half(folder: Path) -> None:
     loaded = load("sugarcrepe", folder, protocol="compodistill")
-    expected = {"accuracy": 50.0, "accuracy_first_order": 100.0, "accuracy_second_order": 0.0}
+    expected = {"accuracy": 50.0, "accuracy_first_order": 100.0, "accuracy_second_order": 0.0, "unread": 0.0}
     assert values(loaded, SCORES, letter="A")["average"] == expected
     # Of the tie, B is said in both orders: right in the second.
     half, third = 50.0, round(100 / 3, 6)
     found = values(loaded, SCORES)
-    assert found["add_att"] == {"accuracy": 100.0, "accuracy_first_order": 100.0, "accuracy_second_order": 100.0}
+    whole = {"accuracy": 100.0, "accuracy_first_order": 100.0, "accuracy_second_order": 100.0}
+    assert found["add_att"] == whole | {"unread": 0.0}
     assert found["swap_obj"] == {
         "accuracy": half,
         "accuracy_first_order": third,
         "accuracy_second_order": pytest.approx(200 / 3),
+        "unread": 0.0,
     }
+    assert values(loaded, SCORES, letter="I cannot say.")["average"] == dict.fromkeys(whole, 0.0) | {"unread": 100.0}
 
 
 def test_kinds_that_are_lacking_are_told(folder: Path) -> None:
@@ -71,28 +74,92 @@ def test_items_about_one_image_are_drawn_together(folder: Path) -> None:
     assert [item.unit for item in load("sugarcrepe", folder).items] == ["1.png", "1.png", "2.png", "2.png"]
 
 
+def hub_rows(images: list[bytes]) -> list[dict[str, Any]]:
+    return [
+        {"image": {"bytes": data, "path": None}, "tested_labels": ["good", "bad"], "true_label": "good"}
+        for data in images
+    ]
+
+
+def write_copy(path: Path, colors: str = "red") -> None:
+    """A table of the Hub, with a picture of each colour."""
+    images = [draw(path.parent.parent / f"{color}.png", color).read_bytes() for color in colors.split()]
+    write_parquet(path, hub_rows(images))
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_copy_of_the_hub_is_read_with_its_pictures_beside_the_other_kinds(saved: bool, tmp_path: Path) -> None:
     images = [draw(tmp_path / f"{color}.png", color).read_bytes() for color in ("red", "blue")]
-    rows = [
-        {"image": {"bytes": data, "path": None}, "tested_labels": ["good", "bad"], "true_label": "good"}
-        for data in [*images, images[0]]
-    ]
-    table = pyarrow.Table.from_pylist(rows)
+    rows, hub = hub_rows([*images, images[0]]), tmp_path / "SugarCrepe_swap_obj"
     if saved:
-        save_rows(table, tmp_path / "hub")
+        save_rows(pyarrow.Table.from_pylist(rows), hub)
     else:
-        (tmp_path / "hub" / "data").mkdir(parents=True)
-        parquet.write_table(table, tmp_path / "hub" / "data" / "test-00000-of-00001.parquet")
-    write(tmp_path / "hub", "swap_att", {"0": pair("1.png")})
-    draw(tmp_path / "hub" / "val2017" / "1.png")
-    loaded = load("sugarcrepe", tmp_path / "hub")
+        write_parquet(hub / "data" / "test-00000-of-00001.parquet", rows)
+    write(hub, "swap_att", {"0": pair("1.png")})
+    write(hub, "swap_obj", {"0": pair("missing.png")})
+    draw(hub / "val2017" / "1.png")
+    loaded = load("sugarcrepe", hub)
     assert [item.id for item in loaded.items] == ["swap_att/0", "swap_obj/0", "swap_obj/1", "swap_obj/2"]
     assert values(loaded, {"good": -1.0, "bad": -2.0})["average"] == {"accuracy": 100.0}
     sources = [item.questions[0].pictures[0].source for item in loaded.items[1:]]
     assert [source.read() for source in sources] == [*images, images[0]]
     assert sources[0] is sources[2]
     assert loaded.items[1].unit == loaded.items[3].unit != loaded.items[2].unit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("place", "folder"),
+    [
+        ("SugarCrepe_{}/data/test-00000-of-00001-ee0f.parquet", "SugarCrepe_{}"),
+        ("SugarCrepe_{}/data/test-00000-of-00001-ee0f.parquet", "SugarCrepe_{}/data"),
+        ("SugarCrepe_{}/data/test-00000-of-00001-ee0f.parquet", "."),
+        ("datasets--HuggingFaceM4--SugarCrepe_{}/snapshots/0a1b/data/test-0.parquet", "."),
+        ("datasets--HuggingFaceM4--SugarCrepe_{}/snapshots/0a1b/data/test-0.parquet", "*/snapshots/0a1b"),
+        ("tables/{}.parquet", "tables"),
+    ],
+)
+def test_the_kind_of_a_copy_is_that_of_its_name(kind: str, place: str, folder: str, tmp_path: Path) -> None:
+    write_copy(tmp_path / place.format(kind), "red blue")
+    (named,) = tmp_path.glob(folder.format(kind)) if folder != "." else [tmp_path]
+    loaded = load("sugarcrepe", named, protocol="compodistill")
+    assert [(item.id, item.kinds) for item in loaded.items] == [(f"{kind}/0", (kind,)), (f"{kind}/1", (kind,))]
+    assert f"6 of 7 kinds are lacking ({', '.join(one for one in KINDS if one != kind)})" in loaded.notes[0]
+
+
+def test_copies_of_all_kinds_stand_side_by_side(tmp_path: Path) -> None:
+    for number, kind in enumerate(KINDS, 1):
+        write_copy(tmp_path / f"SugarCrepe_{kind}/data/test-0.parquet", " ".join(["red"] * number))
+    write_copy(tmp_path / "SugarCrepe_add_att/data/test-1.parquet", "blue")  # another part of the same
+    loaded = load("sugarcrepe", tmp_path)
+    counts = Counter(item.kinds[0] for item in loaded.items)
+    assert counts == {kind: number for number, kind in enumerate(KINDS, 1)} | {"add_att": 2}
+    assert loaded.notes == []
+
+
+def test_a_saved_copy_is_of_the_kind_that_it_was_loaded_as(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist(hub_rows([draw(tmp_path / "red.png").read_bytes()]))
+    save_rows(table, tmp_path / "mine")
+    with pytest.raises(UserError, match=r"no name says of which kind .*mine is.*such as SugarCrepe_add_att"):
+        load("sugarcrepe", tmp_path / "mine")
+    (tmp_path / "mine/dataset_info.json").write_text('{"dataset_name": "sugar_crepe_replace_rel"}')
+    assert [item.id for item in load("sugarcrepe", tmp_path / "mine").items] == ["replace_rel/0"]
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["hub/data/test-0.parquet"], r"of which kind .*test-0\.parquet is; name its folder as the Hub does.*swap_obj"),
+        (["hub/readd_atts/test-0.parquet"], "no name says"),
+        (["add_att_and_swap_obj/test-0.parquet"], "names several kinds; expected one"),
+        (["a/add_att.parquet", "b/add_att.parquet"], r"are both of add_att; expected one copy of it, remove the other"),
+    ],
+)
+def test_a_copy_whose_kind_is_not_said_once_is_refused(places: list[str], message: str, tmp_path: Path) -> None:
+    for place in places:
+        write_copy(tmp_path / place)
+    with pytest.raises(UserError, match=message):
+        load("sugarcrepe", tmp_path)
 
 
 @pytest.mark.parametrize(

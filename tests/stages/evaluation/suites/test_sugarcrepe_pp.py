@@ -46,6 +46,7 @@ def test_by_letters_itt_is_the_mean_over_orders_of_both_pairs(folder: Path) -> N
         "ITT_all_orders": 25.0,
         "Image-P1-Neg": 100 * 2.5 / 4,
         "Image-P2-Neg": 100 * 2.5 / 4,
+        "unread": 0.0,
     }
     always_a = values(loaded, SCORES, letter="A")["average"]
     assert (always_a["ITT"], always_a["ITT_all_orders"]) == (50.0, 0.0)

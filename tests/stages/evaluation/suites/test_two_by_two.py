@@ -76,8 +76,9 @@ def test_by_letters_both_pictures_must_be_right_in_one_order(
         "Ipos2T": expected[0],
         "Ineg2T": expected[1],
         "I2T": expected[2],
+        "unread": 0.0,
     }
-    assert Winoground().count(ITEM, answers, "compodistill") == {"text": expected[2]}
+    assert Winoground().count(ITEM, answers, "compodistill") == {"text": expected[2], "unread": 0.0}
 
 
 @pytest.mark.parametrize("suite", [BiVLC(), Winoground()])

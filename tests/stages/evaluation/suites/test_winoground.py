@@ -81,8 +81,8 @@ def test_text_image_and_group_are_those_of_the_makers(
 def test_by_letters_only_text_is_scored(tmp_path: Path) -> None:
     hub(tmp_path)
     loaded = load("winoground", tmp_path, protocol="compodistill")
-    assert values(loaded, SCORES)["all"] == {"text": 100.0}
-    assert values(loaded, SCORES, letter="A")["all"] == {"text": 0.0}
+    assert values(loaded, SCORES)["all"] == {"text": 100.0, "unread": 0.0}
+    assert values(loaded, SCORES, letter="A")["all"] == {"text": 0.0, "unread": 0.0}
 
 
 def test_the_tags_of_why_it_is_hard_are_kinds(tmp_path: Path) -> None:

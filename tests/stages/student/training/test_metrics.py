@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stages.student.training.metrics import metrics_log
+from tests.stages.distilled import extract_here, make_tiny_data
+from tests.stages.student.validated_run import HELD_OUT, train_validated
 
 FAKE = """
 ids = []
@@ -57,3 +60,22 @@ def test_a_run_of_weights_and_biases_goes_on_under_its_id_and_never_under_an_emp
     assert len(first) == 8
     assert left.strip() in ("", first)
     monkeypatch.delitem(sys.modules, "wandb")
+
+
+def test_tensorboards_file_has_the_curves_of_training_and_of_held_out_samples(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    torch.set_num_threads(1)
+    extract_here(make_tiny_data(tmp_path), tmp_path / "targets", num_matched=2)
+    trackers = {"logging": {"every": 1, "trackers": ["tensorboard"]}}
+    train_validated(tmp_path, "run", {"validation": {"keys": list(HELD_OUT), "every": 2}, **trackers})
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    terms = ["loss", "lm", "kd", "attention"]
+    of_training, of_validation = terms, [f"validation/{term}" for term in (*terms, "seconds")]
+    for names, steps in ((of_training, [1, 2, 3, 4, 5, 6]), (of_validation, [2, 4, 6])):
+        for name in names:
+            curve = events.Scalars(name)
+            assert [event.step for event in curve] == steps
+            written = {line["step"]: line[name] for line in lines if name in line}
+            assert [event.value for event in curve] == pytest.approx([written[step] for step in steps], rel=1e-6)
