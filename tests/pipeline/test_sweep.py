@@ -202,7 +202,7 @@ def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:
         ("students: {a: {}}\ncompare: {similarity_samples: 4}\n", "student a: .* needs samples and targets"),
         (
             "students: {a: {}}\ncompare: {suites: {sugarcrepe: {data: nowhere}}}\n",
-            "nowhere is not a folder; expected data/",
+            "nowhere is not a folder; expected one with data/",
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Final
@@ -42,10 +42,12 @@ class SuiteFiles:
             UserError: If there is none.
         """
         if not is_folder(self.folder):
-            raise UserError(f"{self.folder} is not a folder; expected {self._expected(patterns)}")
+            raise UserError(
+                f"{self.folder} is not a folder; expected one with {' or '.join(patterns)}; fetch {self.fetch}"
+            )
         found = self.find_any(*patterns)
         if not found:
-            raise UserError(f"{self.folder} holds no {' or '.join(patterns)}; expected {self._expected(patterns)}")
+            raise UserError(f"{self.folder} holds no {' or '.join(patterns)}; fetch {self.fetch}")
         return found
 
     def find_any(self, *patterns: str) -> list[Path]:
@@ -67,7 +69,7 @@ class SuiteFiles:
             UserError: If any is missing; lists all that are.
         """
         if missing := [name for name in names if not self.has(name)]:
-            raise UserError(f"{self.folder} lacks {', '.join(missing)}; expected {self._expected(names)}")
+            raise UserError(f"{self.folder} lacks {', '.join(missing)}; fetch {self.fetch}")
         return [self.folder / name for name in names]
 
     def first(self, *names: str) -> Path:
@@ -176,9 +178,6 @@ class SuiteFiles:
             found = f"{self.folder}: {shown} is behind a link to {printable(str(followed))}, outside of {root}"
             raise UserError(f"{found}; put the files themselves there, or name the folder that has them with --images")
         return path
-
-    def _expected(self, names: Sequence[str]) -> str:
-        return f"{', '.join(names)}. {self.fetch}"
 
 
 def fields(record: Any, where: str, **types: type | tuple[type, ...]) -> list[Any]:
