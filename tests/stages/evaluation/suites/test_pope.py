@@ -42,6 +42,7 @@ def test_f1_is_that_of_llavas_script_for_each_sampling_and_in_the_mean(folder: P
     loaded = load("pope", folder)
     assert "1 of 3 kinds are lacking (adversarial)" in loaded.notes[0]
     assert prompts(loaded)[0] == f"Is there a dog?{SUFFIX}"
+    assert {item.questions[0].max_new_tokens for item in loaded.items} == {128}
     assert pictures(loaded, folder)[:2] == [
         "val2014/COCO_val2014_000000000000.jpg",
         "val2014/COCO_val2014_000000000001.jpg",

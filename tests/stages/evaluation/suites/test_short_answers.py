@@ -176,6 +176,8 @@ def test_textvqa_with_ocr_asks_llavas_prompt_and_finds_answers_by_image_and_ques
     write_lines(textvqa / "llava_textvqa_val_v051_ocr.jsonl", rows)
     loaded = load("textvqa-ocr", textvqa)
     assert prompts(loaded) == texts
+    lengths = [load(name, textvqa).items[0].questions[0].max_new_tokens for name in ("textvqa-ocr", "textvqa")]
+    assert lengths == [128, 16]
     assert metrics_of(loaded, {"ab/0": ["Canon"], "ab/1": ["blue"]}) == {"all": {"accuracy": 100}}
     write_lines(textvqa / "llava_textvqa_val_v051_ocr.jsonl", [rows[0] | {"text": "Who?\n"}])
     with pytest.raises(UserError, match=r"question 0: TextVQA_0.5.1_val.json has no answers to 'who\?' of image ab"):
