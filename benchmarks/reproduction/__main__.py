@@ -18,12 +18,13 @@ from benchmarks.reproduction.model import Answerer, DecoderSize
 from benchmarks.reproduction.oracle import oracle_maps
 from benchmarks.reproduction.scenes import NUM_CELLS, draw_scenes
 from benchmarks.reproduction.tower import features, locality, train_tower
-from benchmarks.reproduction.training import Guide, Pictures, accuracy, answers, blinded, steps_to, train
+from benchmarks.reproduction.training import Budget, Guide, Pictures, accuracy, answers, blinded, steps_to, train
 from benchmarks.results import RESULTS, command_line, save_result
 
 TRAIN_PICTURES, HELD_OUT_PICTURES = 8192, 256
-TEACHER, STUDENT = DecoderSize(layers=3, width=96), DecoderSize(layers=2, width=64)
-TEACHER_STEPS, STUDENT_STEPS = 1300, 700
+TEACHER, STUDENT = DecoderSize(layers=4, width=96), DecoderSize(layers=2, width=64)
+TEACHER_STEPS, STUDENT_STEPS = 3000, 700
+TEACHER_BATCH, STUDENT_BATCH = 8, 16
 STUDENT_LAYERS = (0,)
 """What is guided: the student's layers before its middle third (`train.matching.span: early`)."""
 SEED = 0
@@ -50,10 +51,10 @@ def teacher(folder: Path) -> dict[str, Any]:
     """Trains the teacher; how far it comes, and how far without attention among image tokens."""
     train_on, held_out = _pictures(folder)
     model = _new_model(TEACHER, held_out)
-    found = train(model, train_on, held_out, TEACHER_STEPS, SEED, None, "teacher")
+    found = train(model, train_on, held_out, Budget("teacher", TEACHER_STEPS, TEACHER_BATCH, SEED))
     save_file(model.state_dict(), folder / "teacher.safetensors")
     return {
-        "layers": TEACHER.layers, "width": TEACHER.width, "steps": TEACHER_STEPS,
+        "layers": TEACHER.layers, "width": TEACHER.width, "steps": TEACHER_STEPS, "batch": TEACHER_BATCH,
         "reached": accuracy(model, held_out), "image_tokens_apart": blinded(model, held_out), **found,
     }  # fmt: skip
 
@@ -79,7 +80,7 @@ def oracle_run(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     if settings is not None:
         guide = Guide(lambda rows_B: oracle_maps(place_BK[rows_B], NUM_CELLS), layers=STUDENT_LAYERS, **settings)
     model = _new_model(STUDENT, held_out, seed)
-    found = train(model, train_on, held_out, STUDENT_STEPS, seed, guide, f"{arm}, seed {seed}")
+    found = train(model, train_on, held_out, Budget(f"{arm}, seed {seed}", STUDENT_STEPS, STUDENT_BATCH, seed), guide)
     return {
         "reached": accuracy(model, held_out),
         "image_tokens_apart": blinded(model, held_out),

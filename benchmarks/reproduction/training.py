@@ -14,11 +14,21 @@ from benchmarks.reproduction.optimizer import Optimizer
 from benchmarks.reproduction.scenes import NUM_CELLS, Questions, Scenes, ask
 from stages.student.losses.attention import below_sink_threshold, matched_loss
 
-BATCH = 16
 EVERY = 50
-"""Steps between two points of a curve."""
+"""Steps between two points of a curve, in a training of at most 30 times as many."""
 
 Curve = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a training may take, and what it is called in the log."""
+
+    name: str
+    steps: int
+    batch: int
+    seed: int
+    """Of the order of the pictures."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +67,19 @@ class Pictures:
 
 
 def train(
-    model: Answerer, train_on: Pictures, held_out: Pictures, num_steps: int, seed: int, guide: Guide | None, name: str
+    model: Answerer, train_on: Pictures, held_out: Pictures, budget: Budget, guide: Guide | None = None
 ) -> dict[str, Any]:
     """Trains in place. Returns the curve on the held-out pictures and what a step took."""
-    optimizer, generator = Optimizer(model, num_steps), torch.Generator().manual_seed(seed)
+    optimizer, generator = Optimizer(model, budget.steps), torch.Generator().manual_seed(budget.seed)
     asked_BQ3, answer_BQ = (torch.from_numpy(x) for x in (train_on.questions.asked_BQ3, train_on.questions.answer_BQ))
     order = torch.empty(0, dtype=torch.long)
     curve: Curve = []
     processor, started, spent = 0.0, time.monotonic(), []
-    for step in range(num_steps):
-        if len(order) < BATCH:
+    every = max(EVERY, budget.steps // 30)
+    for step in range(budget.steps):
+        if len(order) < budget.batch:
             order = torch.randperm(len(train_on.scenes), generator=generator)
-        rows_B, order = order[:BATCH], order[BATCH:]
+        rows_B, order = order[: budget.batch], order[budget.batch :]
         processor = time.process_time()
         layers = guide.layers if guide else ()
         logits_BQV, maps = model(train_on.features_BND[rows_B].float(), asked_BQ3[rows_B], layers)
@@ -77,12 +88,14 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step(step)
         spent.append((time.process_time() - processor, float(lm.detach())))
-        if (step + 1) % EVERY == 0 or step + 1 == num_steps:
-            point = {"step": step + 1, "loss": round(float(np.mean([loss for _, loss in spent[-EVERY:]])), 4)}
+        if (step + 1) % every == 0 or step + 1 == budget.steps:
+            point = {"step": step + 1, "loss": round(float(np.mean([loss for _, loss in spent[-every:]])), 4)}
             curve.append({**point, **accuracy(model, held_out)})
             rate = (time.monotonic() - started) / (step + 1)
-            left = f"{rate:.2f} s a step, {rate * (num_steps - step - 1):.0f} s left"
-            print(f"{name}: {' '.join(f'{key} {value:g}' for key, value in curve[-1].items())}; {left}", flush=True)
+            left = f"{rate:.2f} s a step, {rate * (budget.steps - step - 1):.0f} s left"
+            print(
+                f"{budget.name}: {' '.join(f'{key} {value:g}' for key, value in curve[-1].items())}; {left}", flush=True
+            )
     return {"processor_s_per_step": round(float(np.median([s for s, _ in spent])), 4), "curve": curve}
 
 

@@ -5,7 +5,7 @@ from benchmarks.reproduction.model import Answerer, DecoderSize, LocalTower
 from benchmarks.reproduction.oracle import oracle_maps
 from benchmarks.reproduction.scenes import NUM_CELLS, draw_scenes
 from benchmarks.reproduction.tower import features
-from benchmarks.reproduction.training import Guide, Pictures, accuracy, answers, blinded, steps_to, train
+from benchmarks.reproduction.training import Budget, Guide, Pictures, accuracy, answers, blinded, steps_to, train
 
 SIZE = DecoderSize(layers=2, width=32)
 
@@ -52,9 +52,9 @@ def test_guided_attention_moves_towards_the_oracle_and_training_repeats_to_the_b
 
     models = [new_model(pictures) for _ in range(3)]
     untrained = distance(models[0])
-    settings = {"num_steps": 12, "seed": 1, "name": "test"}
-    guided = [train(model, pictures, pictures, **settings, guide=guide) for model in models[:2]]
-    plain = train(models[2], pictures, pictures, **settings, guide=None)
+    budget = Budget("test", steps=12, batch=16, seed=1)
+    guided = [train(model, pictures, pictures, budget, guide) for model in models[:2]]
+    plain = train(models[2], pictures, pictures, budget)
     assert distance(models[0]) < min(untrained, distance(models[2]))
     assert guided[0]["curve"] == guided[1]["curve"] != plain["curve"]
 
