@@ -12,14 +12,14 @@ MUON_LR, ADAM_LR = 8e-3, 2e-3
 class Optimizer:
     """Steps all parameters of a module that want a gradient."""
 
-    def __init__(self, module: nn.Module, num_steps: int) -> None:
+    def __init__(self, module: nn.Module, num_steps: int, rate: float = 1.0) -> None:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 inner = parameter.ndim == 2 and not any(part in name for part in ("embed", "head"))
                 (matrices if inner else others).append(parameter)
-        self.num_steps = num_steps
+        self.num_steps, self.rate = num_steps, rate
         self.parameters = [*matrices, *others]
         self.parts = [
             torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
@@ -31,8 +31,8 @@ class Optimizer:
         left = (1 - step / self.num_steps) / (1 - DECAY_FROM)
         factor = min(1.0, (step + 1) / WARMUP_STEPS, max(0.01, left))
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part, rate in zip(self.parts, (MUON_LR, ADAM_LR), strict=True):
+        for part, highest in zip(self.parts, (MUON_LR, ADAM_LR), strict=True):
             for group in part.param_groups:
-                group["lr"] = factor * rate
+                group["lr"] = self.rate * factor * highest
             part.step()
             part.zero_grad(set_to_none=True)

@@ -29,6 +29,8 @@ class Budget:
     batch: int
     seed: int
     """Of the order of the pictures."""
+    rate: float = 1.0
+    """Factor on the learning rates."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def train(
     model: Answerer, train_on: Pictures, held_out: Pictures, budget: Budget, guide: Guide | None = None
 ) -> dict[str, Any]:
     """Trains in place. Returns the curve on the held-out pictures and what a step took."""
-    optimizer, generator = Optimizer(model, budget.steps), torch.Generator().manual_seed(budget.seed)
+    optimizer, generator = Optimizer(model, budget.steps, budget.rate), torch.Generator().manual_seed(budget.seed)
     asked_BQ3, answer_BQ = (torch.from_numpy(x) for x in (train_on.questions.asked_BQ3, train_on.questions.answer_BQ))
     order = torch.empty(0, dtype=torch.long)
     curve: Curve = []
