@@ -36,8 +36,8 @@ class AnsweredItem(NamedTuple):
     id: str
     answers: tuple[Answer, ...]
     scored: ScoredItem
-    questions: tuple[AskedQuestion, ...]
-    expected: Any
+    questions: tuple[AskedQuestion, ...] = ()
+    expected: Any = None
     """As the suite says it; any JSON."""
 
 

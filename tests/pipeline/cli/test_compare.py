@@ -7,7 +7,7 @@ import pytest
 
 from stages.evaluation.answered_items import item_line, read_items
 from stages.evaluation.result import make_result
-from stages.evaluation.suites.suite import Item
+from stages.evaluation.suites.suite import Item, Question
 from tests.pipeline.processes import run_here
 from tests.stages.evaluation.test_comparison import save_result
 from tests.suite_runs import suite_run
@@ -60,8 +60,8 @@ def test_a_suite_whose_labels_a_server_has_stands_there_without_metrics(
         save_result(tmp_path / name / "sugarcrepe", [1.0, 0.0])
         folder = tmp_path / name / "vqav2-test-dev"
         folder.mkdir()
-        item = Item("1", ("all",), (), None)
-        (folder / "items.jsonl").write_text(item_line(item, ["red"], {}) + "\n")
+        item = Item("1", ("all",), (Question("?", ()),), None)
+        (folder / "items.jsonl").write_text(item_line(item, ["red"], {}, [[]]) + "\n")
         run = suite_run(suite="vqav2-test-dev", protocol="generate")
         (folder / "result.json").write_text(make_result(run, read_items(folder).values(), [], 100, 1.0, 1).to_json())
     saved = ("--markdown", tmp_path / "table.md")

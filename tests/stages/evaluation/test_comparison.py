@@ -12,7 +12,7 @@ from stages.evaluation.answered_items import item_line, read_items
 from stages.evaluation.comparison import SuiteComparison, compare_results, mcnemar
 from stages.evaluation.result import make_result
 from stages.evaluation.suites.registry import SUITES
-from stages.evaluation.suites.suite import Item
+from stages.evaluation.suites.suite import Item, Question
 from storage.errors import UserError
 from tests.suite_runs import suite_run
 
@@ -89,9 +89,11 @@ def test_answers_of_yes_and_no_are_right_or_wrong_items(
         lines = []
         for number, yes in enumerate(said):
             is_yes = number % 2 == 0
-            item = Item(f"yesno/{number}", ("yesno",), (), "yes" if is_yes else "no", str(number % num_images))
+            item = Item(
+                f"yesno/{number}", ("yesno",), (Question("?", ()),), "yes" if is_yes else "no", str(number % num_images)
+            )
             counts = SUITES[suite].count(item, ["yes" if yes else "no"], "generate")
-            lines.append(item_line(item, ["yes" if yes else "no"], counts) + "\n")
+            lines.append(item_line(item, ["yes" if yes else "no"], counts, [[]]) + "\n")
         (folders[name] / "items.jsonl").write_text("".join(lines))
         run = suite_run(suite=suite, protocol="generate")
         result = make_result(run, read_items(folders[name]).values(), [], 200, 1.0, 6)
@@ -116,7 +118,7 @@ def test_a_mean_over_sources_is_no_share_of_items(tmp_path: Path) -> None:
             for source, values in right.items()
             for number, value in enumerate(values)
         ]
-        lines = [item_line(item, [], {"recall_at_1": value, "chance": 0.5}) for item, value in items]
+        lines = [item_line(item, [], {"recall_at_1": value, "chance": 0.5}, ()) for item, value in items]
         (folders[name] / "items.jsonl").write_text("".join(f"{line}\n" for line in lines))
         run = suite_run(suite="sade", protocol="mean_likelihood")
         result = make_result(run, read_items(folders[name]).values(), [], 200, 1.0, 5)

@@ -186,7 +186,7 @@ def test_what_is_no_result_is_named(content: bytes | None, tmp_path: Path) -> No
 
 def test_a_result_of_a_suite_that_this_version_does_not_have_is_named(tmp_path: Path) -> None:
     result = make_result(
-        suite_run(), [AnsweredItem("1", (), ScoredItem(("a",), "1", {"accuracy": 1}), (), None)], [], 100, 1.0, 1
+        suite_run(), [AnsweredItem("1", (), ScoredItem(("a",), "1", {"accuracy": 1}))], [], 100, 1.0, 1
     )
     (tmp_path / "result.json").write_text(result.to_json().replace('"sugarcrepe"', '"newer"'))
     with pytest.raises(UserError, match=r"result\.json is a result of a suite 'newer'; this version has sugarcrepe"):

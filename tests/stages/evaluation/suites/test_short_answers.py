@@ -76,7 +76,7 @@ def test_vqav2_without_labels_or_with_others_is_refused(vqav2: Path) -> None:
 
 
 def answered(key: str, text: str) -> AnsweredItem:
-    return AnsweredItem(key, (text,), ScoredItem(("all",), key, {}), (), None)
+    return AnsweredItem(key, (text,), ScoredItem(("all",), key, {}))
 
 
 def test_test_dev_gives_no_metric_but_a_file_for_the_server(tmp_path: Path) -> None:
