@@ -97,7 +97,11 @@ def read_objects(path: Path) -> ObjectFile:
             if not boxes and not mask:
                 raise UserError(f"{where} has neither boxes nor a mask; leave pictures without objects out")
             masks = (_inside(path.parent, mask, where),) if mask else ()
-            places[named[0]][record[named[0]]] = ObjectPlaces(boxes, masks)
+            of_kind, name = places[named[0]], record[named[0]]
+            known = of_kind.get(name, ObjectPlaces())
+            if known.masks and masks:
+                raise UserError(f"{where} gives {printable(name)!r:.100} a second mask; join them into one")
+            of_kind[name] = ObjectPlaces(known.boxes + boxes, known.masks + masks)
     if not any(places.values()):
         raise UserError(f"{path} names no objects; expected a line for each picture")
     return ObjectFile(places["sample"], places["image"], places["sha256"])

@@ -62,6 +62,18 @@ def test_pictures_are_named_by_sample_image_or_digest(tmp_path: Path) -> None:
     assert found.of("x", {"image": "b.png"}, b"others") is None
 
 
+def test_lines_about_one_picture_are_joined_and_a_second_mask_is_refused(tmp_path: Path) -> None:
+    lines = [{"image": "a", "boxes": [[0, 0, 0.5, 0.5]]}, {"image": "a", "boxes": [[0.5, 0.5, 1, 1]], "mask": "m.png"}]
+    path = tmp_path / "o.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = read_objects(path)
+    assert len(found) == 1
+    assert found.by_image["a"] == ObjectPlaces(((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)), (tmp_path / "m.png",))
+    path.write_text("\n".join(map(json.dumps, [*lines, {"image": "a", "mask": "n.png"}])))
+    with pytest.raises(UserError, match=r"o\.jsonl, line 2 gives 'a' a second mask; join them into one"):
+        read_objects(path)
+
+
 MISTAKES = {
     "no name": ({"boxes": [[0, 0, 1, 1]]}, "names its picture by nothing"),
     "two names": ({"sample": "a", "image": "b", "boxes": [[0, 0, 1, 1]]}, "expected one of"),
