@@ -67,6 +67,8 @@ def compare_attention(
     text = _text(from_, word)
     if html is not None and not named:
         raise UserError("--html shows students beside the teacher; name a student")
+    found_answers = answers_by_student(answers or [], named)
+    places = _objects(objects, objects_suite, data, images)
     _check(named, samples, targets, teacher)
 
     from pipeline.attention.compare import AttentionRequest, compare_models
@@ -75,8 +77,7 @@ def compare_attention(
     from pipeline.ui.tables import print_table
 
     request = AttentionRequest(
-        named, samples, targets, limit, teacher, text, _objects(objects, objects_suite, data, images),
-        answers_by_student(answers or [], named),
+        named, samples, targets, limit, teacher, text, places, found_answers,
     )  # fmt: skip
     with progress_display() as progress:
         result = compare_models(request, progress)
@@ -120,8 +121,10 @@ def answers_by_student(answers: list[str], named: dict[str, str]) -> dict[str, l
     """Folders of answers by student.
 
     Raises:
-        UserError: If it is not clear whose they are.
+        UserError: If it is not clear whose they are, or one holds none.
     """
+    from stages.evaluation.attention.suite_folders import read_run, suite_folders
+
     found: dict[str, list[Path]] = {}
     for each in answers:
         name, equals, folder = each.partition("=")
@@ -132,6 +135,8 @@ def answers_by_student(answers: list[str], named: dict[str, str]) -> dict[str, l
         else:
             shown = ", ".join(named) or "none is given"
             raise UserError(f"--answers {each} does not say of which student; give NAME=FOLDER, NAME of: {shown}")
+    for folder in (one for folders in found.values() for each in folders for one in suite_folders(each)):
+        read_run(folder)
     return found
 
 

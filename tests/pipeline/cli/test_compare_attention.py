@@ -6,16 +6,17 @@ import pytest
 
 from pipeline.cli.compare_attention import answers_by_student
 from storage.errors import UserError
+from tests.suite_runs import suite_run
 
 
 def test_answers_go_to_the_student_that_is_named_or_the_only_one(tmp_path: Path) -> None:
-    odd = tmp_path / "a=b"
-    odd.mkdir()
+    x, odd = folders = [tmp_path / "x", tmp_path / "a=b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "run.json").write_text(suite_run().to_json())
     both = {"first": "runs/first", "second": "runs/second"}
-    assert answers_by_student(["second=x", "second=y"], both) == {"second": [Path("x"), Path("y")]}
-    assert answers_by_student(["x", "first=y", str(odd)], {"first": "runs/first"}) == {
-        "first": [Path("x"), Path("y"), odd]
-    }
+    assert answers_by_student([f"second={x}", f"second={odd}"], both) == {"second": [x, odd]}
+    assert answers_by_student([str(x), f"first={x}", str(odd)], {"first": "runs/first"}) == {"first": [x, x, odd]}
 
 
 @pytest.mark.parametrize("students", [["first"], ["first", "second"], []])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.evaluation.attention.objects import ObjectPlaces, objects_of_suite, read_objects, token_kinds
+from stages.evaluation.attention.objects import ObjectPlaces, objects_of_suite, read_objects
+from stages.evaluation.attention.token_kinds import token_kinds
 from stages.evaluation.config import SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
 from storage.errors import UserError
