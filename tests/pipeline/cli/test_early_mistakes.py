@@ -147,7 +147,7 @@ MISTAKES = {
     "compare-attention --samples s": "--targets is missing; give it, or --teacher to look at a teacher itself",
     "compare-attention a b --samples s": "--targets is missing",
     "compare-attention {lm} --samples s --targets t --report /proc/none/x.json": "nothing can be written in /proc",
-    "report {samples} --html {new}": "samples holds no training run; name the --output of `cdp train-student`",
+    "report {samples} --html {new}": "samples holds no training run: a sample set is there; name the --output",
     "report {new} --html {new}": "holds no training run",
     "report {lm} --html {data}/data.json/x.html": "which is a file",
     "export {lm} /proc/none": "nothing can be written in /proc",
