@@ -135,8 +135,8 @@ def answers_by_student(answers: list[str], named: dict[str, str]) -> dict[str, l
         else:
             shown = ", ".join(named) or "none is given"
             raise UserError(f"--answers {each} does not say of which student; give NAME=FOLDER, NAME of: {shown}")
-    for folder in (one for folders in found.values() for each in folders for one in suite_folders(each)):
-        read_run(folder)
+    for suite in (one for folders in found.values() for each in folders for one in suite_folders(each)):
+        read_run(suite)
     return found
 
 
