@@ -1,6 +1,5 @@
 """The first steps of a student that learns from stored targets, taken again with the teacher in the loop."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,7 +11,9 @@ from pipeline.runtime.interruption import Interrupted
 from pipeline.training import train
 from stages.student.run_folder import RunFolder
 from stages.student.stage_config import StageName
+from storage.digests import parse_object
 from storage.progress import Progress
+from storage.regular_files import read_regular
 from storage.strict_model import StrictModel
 
 STAGE: StageName = "dft"
@@ -66,8 +67,9 @@ def compare_with_loop(runs: Mapping[str, RunFile], name: str, steps: int, progre
 
 
 def _first_steps(folder: RunFolder, steps: int) -> list[dict[str, float]]:
-    lines = (folder.stage(STAGE).path / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[:steps]]
+    path = folder.stage(STAGE).path / "metrics.jsonl"
+    lines = read_regular(path).splitlines()[:steps]
+    return [parse_object(line, str(path), "remove the folder of this student and run again") for line in lines]
 
 
 def _step_s(lines: list[dict[str, float]]) -> float:

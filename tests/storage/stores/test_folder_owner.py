@@ -95,6 +95,22 @@ def test_of_processes_that_contend_for_a_folder_one_is_inside_at_a_time(tmp_path
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_a_folder_that_another_process_removes_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, removed = Path.mkdir, [tmp_path / "a"]
+
+    def made(path: Path, *arguments: object, **options: object) -> None:
+        if removed:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(removed.pop()))
+        mkdir(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", made)
+    with owned(tmp_path / "a/run"):
+        assert (tmp_path / "a/run" / LOCK_FILE).is_file()
+    assert removed == []
+
+
 def test_a_folder_that_was_there_stays_and_what_was_put_into_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     for name in ("old", "a/new"):
