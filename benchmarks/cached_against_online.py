@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -161,8 +160,7 @@ class Bench:
             ]
             places = {"samples": self.folder / "samples", "targets": self.folder / store, "student": STUDENT_LM}
             run = load_run_file(None, settings, {name: str(p) for name, p in {**places, "output": output}.items()})
-            with patch("stages.student.training.loop.DistillationObjective", objective):
-                train(run, [stage])
+            train(run, [stage], objective=objective)
             lines = (Path(output) / stage / "metrics.jsonl").read_text().splitlines()
         return Trained([json.loads(line) for line in lines], objective.made.pop())
 

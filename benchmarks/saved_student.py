@@ -12,7 +12,6 @@ import argparse
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -92,8 +91,7 @@ def measure(bench: Bench, output: Path, steps: int, num_samples: int) -> dict[St
     run = load_run_file(None, settings, places)
     found: dict[StageName, Any] = {}
     for name, before in BEFORE.items():
-        with patch("stages.student.training.loop.DistillationObjective", Kept):
-            train(run, [name])
+        train(run, [name], objective=Kept)
         trained = Kept.made.pop().student
         folder = output / name / "student"
         saved_RV = answer_logits(load_student(folder), batch)

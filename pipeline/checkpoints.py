@@ -6,6 +6,8 @@ from stages.checkpoints.resolve import resolve_checkpoint
 from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import STAGES
 from storage.errors import UserError
+from storage.stores import open_store
+from storage.stores.recognize import what_lies_at
 
 
 def find_checkpoint(model: str) -> Path:
@@ -17,6 +19,8 @@ def find_checkpoint(model: str) -> Path:
     run, stage = RunFolder(Path(model)), StageFolder(Path(model))
     if run.holds_stages:
         return run.last_student()
+    if students := [one.name for one in _runs_below(run.path)]:
+        raise UserError(f"{model} is the folder of a sweep; name one of its students, such as {run.path / students[0]}")
     return stage.student if (stage.student / "config.json").is_file() else resolve_checkpoint(model)
 
 
@@ -26,17 +30,16 @@ def find_runs(path: Path) -> list[Path]:
     Raises:
         UserError: If there is none.
     """
-    below = sorted(one for one in path.iterdir() if one.is_dir()) if path.is_dir() else []
-    # A sweep may have a student that is called as a stage is.
-    if not (found := [path] if _is_begun(path) else [one for one in below if _is_begun(one)]):
-        raise UserError(
-            f"{path} holds no training run; name the --output of `cdp train-student`, or of one of its sweeps"
-        )
+    if not (found := [path] if RunFolder(path).holds_stages else _runs_below(path)):
+        instead = what_lies_at(open_store(path)) or "nothing"
+        todo = "name the --output of `cdp train-student`, or of one of its sweeps"
+        raise UserError(f"{path} holds no training run: {instead} is there; {todo}")
     return found
 
 
-def _is_begun(run: Path) -> bool:
-    return any(RunFolder(run).stage(name).is_begun for name in STAGES)
+def _runs_below(path: Path) -> list[Path]:
+    below = sorted(one for one in path.iterdir() if one.is_dir()) if path.is_dir() else []
+    return [one for one in below if RunFolder(one).holds_stages]
 
 
 def which_student(model: str) -> list[str]:

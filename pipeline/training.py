@@ -22,6 +22,7 @@ from stages.student.run_folder import RunFolder, StageFolder, StageReport
 from stages.student.stage_config import STAGES, DataSource, StageName
 from stages.student.store_check import check_one_teacher
 from stages.student.training.loop import train_stage
+from stages.student.training.objective import DistillationObjective
 from stages.student.training.resume_guard import check_resumable, decoder_digest, gguf_record
 from stages.student.training.setup import StageSetup
 from stages.student.training.stage_run import StageRun, TrainingStopped
@@ -50,6 +51,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     *,
     resume: bool = True,
+    objective: type[DistillationObjective] = DistillationObjective,
 ) -> list[StageReport]:
     """Trains the named stages in their order, each in its folder `output/STAGE`.
 
@@ -63,6 +65,7 @@ def train(
         progress: shows a task for each stage.
         should_stop: asked before each step.
         resume: False refuses a folder that holds a stage already.
+        objective: computes the losses of a batch; another than the product's is for comparisons.
 
     Raises:
         Interrupted: If a process was asked to stop; a checkpoint was saved.
@@ -76,7 +79,7 @@ def train(
     run = run.model_copy(update={"train": run.train.model_copy(update={"stages": tuple(stages)})})
     run, accelerator = _with_launcher_settings(run)
     with _owned_by_all(folder, accelerator):
-        return _train(run, decoder, accelerator, progress, should_stop, resume=resume)
+        return _train(run, decoder, accelerator, progress, should_stop, resume=resume, objective=objective)
 
 
 @contextmanager
@@ -102,6 +105,7 @@ def _train(
     should_stop: Callable[[], bool],
     *,
     resume: bool,
+    objective: type[DistillationObjective],
 ) -> list[StageReport]:
     """As `train`, in a run folder that belongs to these processes."""
     folder, stages = RunFolder(Path(need(run.output, "--output"))), run.train.stages
@@ -110,7 +114,11 @@ def _train(
         # No process may begin a stage while another still looks.
         accelerator.wait_for_everyone()
     stores: dict[str, TargetStore] = {}
-    stage_runs = {name: _stage_run(run, name, decoder, folder, stores) for name in STAGES if name in stages}
+    stage_runs = {
+        name: replace(_stage_run(run, name, decoder, folder, stores), objective=objective)
+        for name in STAGES
+        if name in stages
+    }
     if run.train.vision == "teacher":
         check_one_teacher(
             {name: stage.targets.manifest.fingerprint.teacher_weights for name, stage in stage_runs.items()}

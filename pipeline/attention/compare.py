@@ -14,13 +14,16 @@ from pipeline.attention.teacher_side import TeacherSide, open_teacher
 from pipeline.attention_comparison import OpenedStudent, first_samples, open_student, similarity_of
 from pipeline.checkpoints import find_checkpoint
 from stages.checkpoints.weights import weights_digest
-from stages.evaluation.attention.answers import AnswersSplit, read_run, split_by_answers, suite_folders
+from stages.evaluation.attention.answers import AnswersSplit, split_by_answers
 from stages.evaluation.attention.measures import mean_estimate
-from stages.evaluation.attention.objects import ObjectFile, token_kinds
+from stages.evaluation.attention.objects import ObjectFile
 from stages.evaluation.attention.observe import observe_model
+from stages.evaluation.attention.suite_folders import read_run, suite_folders
 from stages.evaluation.attention.tally import Kinds, LayerTally
 from stages.evaluation.attention.token_boxes import token_boxes
+from stages.evaluation.attention.token_kinds import token_kinds
 from stages.evaluation.attention.words import chosen_rows
+from stages.evaluation.result import SuiteRun
 from stages.images import decode_image
 from stages.student.data.collator import Collator
 from storage.errors import UserError
@@ -71,6 +74,9 @@ class _Known:
     kinds: dict[str, Kinds] = field(default_factory=dict)
     texts: dict[str, Tensor] = field(default_factory=dict)
     """The teacher's rows of text, for each of its layers."""
+    without_image: int = 0
+    with_text: set[str] = field(default_factory=set)
+    """Samples that have the rows of text asked for."""
 
 
 def compare_models(request: AttentionRequest, progress: Progress = SILENT) -> AttentionReport:
@@ -91,7 +97,10 @@ def compare_models(request: AttentionRequest, progress: Progress = SILENT) -> At
     return AttentionReport(
         num_samples=len(known.images),
         num_images=len(set(known.images.values())),
+        num_without_image=known.without_image,
         text=request.text,
+        num_with_text=len(known.with_text),
+        num_images_with_text=len({known.images[key] for key in known.with_text}),
         num_object_pictures=0 if request.objects is None else len(request.objects),
         num_with_objects=len(known.kinds),
         teacher_is_live=request.teacher is not None,
@@ -110,12 +119,14 @@ def _look_at_teacher(side: TeacherSide, request: AttentionRequest, known: _Known
             rows = chosen_rows(side.reader.processor.tokenizer, batch, request.word) if with_text else None
             for sample, seen in zip(samples, side.observe(batch, rows), strict=True):
                 if seen is None:
+                    known.without_image += 1
                     continue
                 known.images[sample.key] = hashlib.sha256(sample.images[0]).hexdigest()
                 if (kinds := _kinds_of(sample, side, request.objects)) is not None:
                     known.kinds[sample.key] = kinds
                 if seen.text_WN is not None:
                     known.texts[sample.key] = seen.text_WN
+                    known.with_text.add(sample.key)
                 tally.add(known.images[sample.key], seen, kinds)
             task.advance(len(samples))
     return tally
@@ -126,7 +137,7 @@ def _look_at_student(
     opened: OpenedStudent,
     request: AttentionRequest,
     known: _Known,
-    folders: Sequence[tuple[str, Path]],
+    folders: Sequence[tuple[SuiteRun, Path]],
     progress: Progress,
 ) -> StudentAttention:
     for note in opened.notes:
@@ -174,6 +185,8 @@ def _add_student(
     ):
         if seen is None or key not in known.images:
             continue
+        if seen.text_WN is not None:
+            known.with_text.add(key)
         teacher_WN = None
         if key in known.texts:
             row_of = {layer: row for row, layer in enumerate(matching.captured_layers)}
@@ -210,8 +223,8 @@ def _without_word(request: AttentionRequest, num_samples: int) -> UserError:
     return UserError(f"no answer of {num_samples} samples holds {request.text!r} as a word; choose another")
 
 
-def _folders_of(name: str, request: AttentionRequest) -> list[tuple[str, Path]]:
-    """The suites that a student answered, with their folders; refuses answers of another model."""
+def _folders_of(name: str, request: AttentionRequest) -> list[tuple[SuiteRun, Path]]:
+    """The runs of suites that a student answered, with their folders; refuses answers of another model."""
     found = [folder for each in request.answers.get(name, ()) for folder in suite_folders(each)]
     if not found:
         return []
@@ -223,13 +236,13 @@ def _folders_of(name: str, request: AttentionRequest) -> list[tuple[str, Path]]:
                 f"{folder} holds answers of a model with weights {run.weights[:12]} ({run.model}), {name} has "
                 f"{weights[:12]}; name the answers of this student"
             )
-    return [(run.suite, folder) for run, folder in runs]
+    return runs
 
 
 def _splits(
-    folders: Sequence[tuple[str, Path]], of_samples: Mapping[str, tuple[float, ...]], images: Mapping[str, str]
+    folders: Sequence[tuple[SuiteRun, Path]], of_samples: Mapping[str, tuple[float, ...]], images: Mapping[str, str]
 ) -> tuple[AnswersSplit, ...]:
     by_image: dict[str, list[tuple[float, ...]]] = {}
     for key, values in of_samples.items():
         by_image.setdefault(images[key], []).append(values)
-    return tuple(split_by_answers(folder, suite, by_image) for suite, folder in folders)
+    return tuple(split_by_answers(folder, run, by_image) for run, folder in folders)

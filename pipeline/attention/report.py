@@ -31,8 +31,14 @@ class AttentionReport(StrictModel):
     """With an image."""
     num_images: int
     """Different ones."""
+    num_without_image: int
+    """Samples that were left out: attention to an image is compared."""
     text: str | None
     """From which rows of text attention was taken: `answer`, or a word of it."""
+    num_with_text: int
+    """Samples that have these rows."""
+    num_images_with_text: int
+    """Different images of these samples."""
     num_object_pictures: int
     """Named by the objects given."""
     num_with_objects: int

@@ -54,11 +54,15 @@ def _similarities(name: str, student: StudentAttention, report: AttentionReport)
 
 
 def _measures(report: AttentionReport) -> ReportTable:
-    models = {"teacher": report.teacher} | {name: student.measures for name, student in report.students.items()}
-    names = [name for name in _COLUMNS if any(getattr(measures, name) for measures in models.values())]
-    rows = [row for name, measures in models.items() for row in _rows(name, measures, names)]
+    models = [("teacher", report.teacher), *((name, student.measures) for name, student in report.students.items())]
+    names = [name for name in _COLUMNS if any(getattr(measures, name) for _, measures in models)]
+    rows = [row for name, measures in models for row in _rows(name, measures, names)]
     live = "run on them" if report.teacher_is_live else "stored maps"
     about = f"{report.num_samples} samples about {report.num_images} images, the teacher's {live}"
+    if report.num_without_image:
+        about = f"{about}; {report.num_without_image} without an image left out"
+    if report.num_with_text:
+        about = f"{about}; {report.text!r} in {report.num_with_text} samples about {report.num_images_with_text} images"
     if report.num_object_pictures:
         about = f"{about}; objects known in {report.num_with_objects} samples"
     header = ["model", "layer", *(_COLUMNS[name].format(text=report.text) for name in names)]
@@ -79,6 +83,7 @@ def _answers(report: AttentionReport) -> ReportTable:
         [
             name,
             split.suite,
+            split.protocol,
             str(split.num_items),
             str(split.num_without_sample),
             estimate_text(split.right),
@@ -88,5 +93,14 @@ def _answers(report: AttentionReport) -> ReportTable:
         for name, student in report.students.items()
         for split in student.answers
     ]
-    header = ["student", "suite", "items", "no sample", "similarity where right", "where wrong", "correlation"]
+    header = [
+        "student",
+        "suite",
+        "protocol",
+        "items",
+        "no sample",
+        "similarity where right",
+        "where wrong",
+        "correlation",
+    ]
     return ReportTable("similarity where answers are right; intervals over images", header, rows)

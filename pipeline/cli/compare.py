@@ -40,24 +40,24 @@ def compare(
 
 
 def _by_suite(paths: list[Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Folders of results by suite and then by name: the folder that was named, or the one around a suite's.
+    """Folders of results by suite and then by name.
 
     Also what is to be said of suites with one result alone, which are left out.
     """
-    from stages.evaluation.result import RESULT_FILE, read_result
+    from stages.evaluation.result import SuiteResult, read_result
+    from stages.evaluation.result_folders import result_names, results_below
 
-    found: dict[str, dict[str, Path]] = {}
-    for path in paths:
-        folders = (
-            [path] if (path / RESULT_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{RESULT_FILE}"))
-        )
-        if not folders:
-            raise UserError(f"{path} holds no result of `cdp evaluate`; name its --output, or a suite's folder in it")
-        for folder in folders:
-            run = read_result(folder).run
-            name = folder.resolve().parent.name + (" (grey)" if run.blind else "")
-            named = found.setdefault(run.suite, {})
-            named[name if name not in named else str(folder)] = folder
+    by_suite: dict[str, dict[Path, SuiteResult]] = {}
+    for folder in (folder for path in paths for folder in results_below(path)):
+        result = read_result(folder)
+        by_suite.setdefault(result.run.suite, {})[folder] = result
+    found = {
+        suite: {
+            name + (" (grey)" if result.run.blind else ""): folder
+            for name, (folder, result) in zip(result_names(list(of_suite)), of_suite.items(), strict=True)
+        }
+        for suite, of_suite in by_suite.items()
+    }
     shared = {suite: named for suite, named in found.items() if len(named) > 1}
     alone = [f"{suite} ({next(iter(found[suite]))})" for suite in found if suite not in shared]
     said = f"only one result of {', '.join(alone)}"

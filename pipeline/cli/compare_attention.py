@@ -55,15 +55,20 @@ def compare_attention(
     On the same samples: how alike it is, what it falls on, and whether answers are right where it is alike. Without
     students the teacher alone is looked at: its stored maps, or with --teacher itself.
     """
+    from pipeline.report.shown_names import shown_names
     from pipeline.run_file import need
 
-    samples, named = need(samples, "--samples"), _named(students or [])
-    if targets is None and (named or teacher is None):
+    samples, students = need(samples, "--samples"), students or []
+    named = dict(zip(shown_names(students), students, strict=True))
+    if targets is None and named:
         targets = need(targets, "--targets")
-    if from_ not in (None, "answer") or (from_ and word):
-        raise UserError(f"--from is {from_!r} and --word {word!r}; give --from answer, or one word with --word")
+    if targets is None and teacher is None:
+        raise UserError("--targets is missing; give it, or --teacher to look at a teacher itself")
+    text = _text(from_, word)
     if html is not None and not named:
         raise UserError("--html shows students beside the teacher; name a student")
+    found_answers = answers_by_student(answers or [], named)
+    places = _objects(objects, objects_suite, data, images)
     _check(named, samples, targets, teacher)
 
     from pipeline.attention.compare import AttentionRequest, compare_models
@@ -72,8 +77,7 @@ def compare_attention(
     from pipeline.ui.tables import print_table
 
     request = AttentionRequest(
-        named, samples, targets, limit, teacher, from_ or word, _objects(objects, objects_suite, data, images),
-        answers_by_student(answers or [], named),
+        named, samples, targets, limit, teacher, text, places, found_answers,
     )  # fmt: skip
     with progress_display() as progress:
         result = compare_models(request, progress)
@@ -100,28 +104,39 @@ def _check(named: dict[str, str], samples: str, targets: str | None, teacher: st
         check_teacher(TeacherConfig(checkpoint=teacher))
 
 
-def _named(students: list[str]) -> dict[str, str]:
-    """By the last part of the path, or all of it where two have the same."""
-    last = [Path(student).name for student in students]
-    return {name if last.count(name) == 1 else each: each for name, each in zip(last, students, strict=True)}
+def _text(from_: str | None, word: str | None) -> str | None:
+    """Where attention is taken from beside the image."""
+    if from_ not in (None, "answer"):
+        raise UserError(f"--from is {from_!r}; give --from answer, or one word with --word")
+    if word is None:
+        return from_
+    if from_ is not None:
+        raise UserError(f"--from answer takes all words, --word {word!r} one; give one of them")
+    if not word.strip():
+        raise UserError("--word is empty; give a word that answers say")
+    return word.strip()
 
 
 def answers_by_student(answers: list[str], named: dict[str, str]) -> dict[str, list[Path]]:
     """Folders of answers by student.
 
     Raises:
-        UserError: If it is not clear whose they are.
+        UserError: If it is not clear whose they are, or one holds none.
     """
+    from stages.evaluation.attention.suite_folders import read_run, suite_folders
+
     found: dict[str, list[Path]] = {}
     for each in answers:
         name, equals, folder = each.partition("=")
         if equals and name in named:
             found.setdefault(name, []).append(Path(folder))
-        elif len(named) == 1:
+        elif len(named) == 1 and (not equals or Path(each).exists()):
             found.setdefault(next(iter(named)), []).append(Path(each))
         else:
             shown = ", ".join(named) or "none is given"
             raise UserError(f"--answers {each} does not say of which student; give NAME=FOLDER, NAME of: {shown}")
+    for suite in (one for folders in found.values() for each in folders for one in suite_folders(each)):
+        read_run(suite)
     return found
 
 

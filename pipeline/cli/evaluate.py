@@ -79,24 +79,26 @@ def evaluate(
     save(report, json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=1))
 
 
-def _suites(name: str, run: "RunFile", flags: dict[str, Any]) -> dict[str, "SuiteConfig"]:
+def _suites(wanted: str, run: "RunFile", flags: dict[str, Any]) -> dict[str, "SuiteConfig"]:
     """What is asked: the suite of the flags, or all of the run file with the flags over each."""
     from stages.evaluation.config import SuiteConfig
+    from stages.evaluation.suites.registry import find_suite
     from stages.settings import validated
 
     told = run.evaluate.suites
-    if name == ALL:
+    names = [wanted]
+    if wanted == ALL:
         if not told:
             raise UserError("--suite all asks the suites of the run file; set evaluate.suites in it and give --config")
         names = list(told)
-    else:
-        names = [name]
-    return {
-        name: validated(
-            SuiteConfig, (told[name].model_dump(mode="json") if name in told else {}) | flags, f"suite {name}"
-        )
-        for name in names
-    }
+    found = {}
+    for name in names:
+        settings = (told[name].model_dump(mode="json") if name in told else {}) | flags
+        suite, _ = find_suite(name, None)
+        if "data" not in settings:
+            raise UserError(f"--suite {name} needs --data, its folder; {suite.fetch}")
+        found[name] = validated(SuiteConfig, settings, f"suite {name}")
+    return found
 
 
 def result_table(result: "SuiteResult", model: str) -> "ReportTable":

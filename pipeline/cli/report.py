@@ -29,7 +29,7 @@ def report(
     """
     from pipeline.checkpoints import find_runs
     from pipeline.preflight import check_pairing, check_teacher
-    from pipeline.report.suites import results_below
+    from stages.evaluation.result_folders import results_below
 
     for path in runs:
         input_path(path)

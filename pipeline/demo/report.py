@@ -1,7 +1,7 @@
 """Settings of the demo, what it measured, and how that is shown."""
 
+from pipeline.demo.loop_comparison import LoopComparison
 from pipeline.demo.scenes.world import Variant
-from pipeline.ui.tables import ReportTable
 from stages.evaluation.result import SuiteResult
 from storage.strict_model import StrictModel
 from storage.targets.summary import StoreSummary
@@ -9,7 +9,7 @@ from storage.targets.summary import StoreSummary
 STUDENTS = ("sft", "logits", "compodistill")
 
 
-class DemoConfig(StrictModel):
+class DemoSettings(StrictModel):
     """How large the demo is, and of what."""
 
     num_images: int = 1500
@@ -22,6 +22,13 @@ class DemoConfig(StrictModel):
     """What the scenes are made of."""
     students: tuple[str, ...] = STUDENTS
     """Names in `pipeline/demo/students.yaml`."""
+    loop_steps: int = 20
+    """Steps that are taken again with the teacher in the loop."""
+
+
+class DemoConfig(DemoSettings):
+    """A demo; its scenes, and the order and the first weights of training, are of this seed."""
+
     seed: int = 0
 
 
@@ -46,22 +53,8 @@ class DemoReport(StrictModel):
     """The same maps and logits uncoded in fp16."""
     teacher: SuiteResult
     students: dict[str, StudentResult]
-
-
-def accuracy_table(report: DemoReport) -> ReportTable:
-    """Makes the table of accuracy on each kind, models side by side, then what else differs between them."""
-    models = {"teacher": report.teacher} | {name: s.evaluation for name, s in report.students.items()}
-    students = report.students.values()
-    rows = [
-        [kind, *(f"{model.metrics[kind]['accuracy'].value:.1f}" for model in models.values())]
-        for kind in report.teacher.metrics
-    ]
-    rows += [
-        ["attention similarity", "1.000", *(f"{student.similarity:.3f}" for student in students)],
-        ["training, seconds", "", *(f"{student.seconds:.0f}" for student in students)],
-    ]
-    title = f"accuracy on {report.config.num_pairs} held-out caption pairs a kind, in percent (guessing: 50)"
-    return ReportTable(title, ["", *models], rows)
+    loop: LoopComparison | None = None
+    """None in reports of earlier versions."""
 
 
 def summary_lines(report: DemoReport, stored: StoreSummary) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs the demo: the whole pipeline on the bundled example, with one table of what attention distillation did.
+"""Runs the demo: one pass of the teacher, several students from its targets, and what they cost and learn.
 
 Every number is measured in the run that prints it. The settings are the recipe `pipeline/configs/demo.yaml` and the
 students of `pipeline/demo/students.yaml`.
@@ -9,14 +9,18 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.demo.assets import STUDENT_LM, TEACHER
 from pipeline.demo.assets import STUDENTS as STUDENTS_FILE
-from pipeline.demo.report import DemoConfig, DemoReport, StudentResult, accuracy_table, summary_lines
+from pipeline.demo.loop_comparison import compare_with_loop
+from pipeline.demo.recorded import RecordedRuns, accuracy_table, loop_table
+from pipeline.demo.report import DemoConfig, DemoReport, StudentResult, summary_lines
 from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction.extract import extract
 from pipeline.report.build import ReportInputs, build_page
+from pipeline.report.page import Facts
 from pipeline.run_file import load_run_file
 from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep import SweepReport, run_sweep
@@ -25,8 +29,8 @@ from pipeline.training import train
 from pipeline.ui.console import results
 from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.report.render import render_page
-from pipeline.ui.tables import print_table
-from stages.evaluation.config import SuiteConfig
+from pipeline.ui.tables import ReportTable, print_table
+from stages.evaluation.config import EvaluationConfig, SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
 from stages.samples.pack import PackConfig, pack_samples
 from stages.settings import refuse_other_settings
@@ -35,9 +39,11 @@ from storage.errors import UserError, disk_errors_named
 from storage.progress import Progress
 from storage.stores import open_store
 from storage.stores.folder_owner import owned
+from storage.targets.manifest import MANIFEST_PATH
 from storage.targets.summary import summarize
 
 RECIPE = Path("demo")
+REPORT = "report.json"
 COMPARED_SAMPLES = 256
 PICTURES = 8
 SUITE = "sugarcrepe"
@@ -45,7 +51,7 @@ SUITE = "sugarcrepe"
 
 
 def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
-    """Packs scenes, extracts with the bundled teacher through Ray, trains students, evaluates all, prints the table.
+    """Packs scenes, extracts with the bundled teacher through Ray, trains students, evaluates all; prints tables.
 
     A finished or interrupted demo in `folder` goes on from there.
 
@@ -53,17 +59,38 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
         UserError: If `folder` holds a demo with other settings or another one runs there, or a student failed.
     """
     with disk_errors_named(folder), owned(folder):
-        _check_settings(folder, config)
-        return _run(folder, config)
+        report = _measured(folder, config)
+        recorded = RecordedRuns.read()
+        assert report.loop is not None
+        tables = [accuracy_table(report, recorded), loop_table(report.loop, recorded)]
+        for table in tables:
+            print_table(table)
+        for line in summary_lines(report, summarize(folder / "targets")):
+            results.print(line)
+        _save(folder, report)
+        _save_page(folder, config, tables)
+        return report
 
 
-def _run(folder: Path, config: DemoConfig) -> DemoReport:
+def measure_demo(folder: Path, config: DemoConfig) -> DemoReport:
+    """As `run_demo`, but only saves the report."""
+    with disk_errors_named(folder), owned(folder):
+        report = _measured(folder, config)
+        _save(folder, report)
+        return report
+
+
+def _measured(folder: Path, config: DemoConfig) -> DemoReport:
+    _check_settings(folder, config)
     with progress_display() as progress:
-        report = _measure(folder, config, progress)
-    print_table(accuracy_table(report))
-    for line in summary_lines(report, summarize(folder / "targets")):
-        results.print(line)
-    open_store(folder).write("report.json", report.to_json().encode())
+        return _measure(folder, config, progress)
+
+
+def _save(folder: Path, report: DemoReport) -> None:
+    open_store(folder).write(REPORT, report.to_json().encode())
+
+
+def _save_page(folder: Path, config: DemoConfig, tables: list[ReportTable]) -> None:
     inputs = ReportInputs(
         runs=[folder / "students" / name for name in config.students],
         teacher_results=[folder / "teacher"],
@@ -72,10 +99,11 @@ def _run(folder: Path, config: DemoConfig) -> DemoReport:
         teacher=str(TEACHER),
         num_pictures=PICTURES,
     )
-    html = render_page(build_page(inputs, "cdp demo: what attention distillation did"))
+    page = build_page(inputs, "cdp demo: one pass of the teacher, several students")
+    shown = tuple(Facts(table.title, tuple(table.header), tuple(map(tuple, table.rows))) for table in tables)
+    html = render_page(replace(page, facts=shown + page.facts))
     open_store(folder).write("report.html", html.encode())
     results.print(f"report with pictures: {folder / 'report.html'}")
-    return report
 
 
 def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport:
@@ -89,18 +117,21 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
         if not (samples / "index.json").is_file():
             pack_samples(scenes / "train.json", scenes, samples, PackConfig(max_samples_per_shard=256), progress)
     with clock.part("extract teacher"):
-        run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(TEACHER)})
-        assert run.teacher is not None
-        extract(run.teacher, str(samples), str(targets), run.extract, progress, images=run.images)
+        _extract(folder, progress)
     with clock.part("evaluate teacher"):
         loaded = {name: load_suite(name, suite) for name, suite in _suites(folder).items()}
-        teacher = evaluate_suites(str(TEACHER), loaded, run.evaluate, folder / "teacher", progress)[SUITE]
+        teacher = evaluate_suites(str(TEACHER), loaded, EvaluationConfig(), folder / "teacher", progress)[SUITE]
     with clock.part("train and evaluate students"):
+        sweep = _sweep_of(folder, config)
         swept = run_sweep(
-            _sweep_of(folder, config),
+            sweep,
             lambda name, student: train(student, student.train.stages, NamedProgress(name, progress)),
             progress,
         )
+        students = _results(swept)
+    with clock.part("teacher in the loop"):
+        named = NamedProgress("teacher in the loop", progress)
+        loop = compare_with_loop(sweep.runs, config.students[-1], config.loop_steps, named)
     stored = summarize(targets)
     return DemoReport(
         config=config,
@@ -108,8 +139,28 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
         target_bytes=stored.total_bytes,
         raw_bytes=stored.raw_square_bytes + stored.raw_logit_bytes,
         teacher=teacher,
-        students=_results(swept),
+        students=students,
+        loop=loop,
     )
+
+
+def _extract(folder: Path, progress: Progress) -> None:
+    """Extracts with a copy of the teacher, which is gone before the first student trains."""
+    teacher, targets = folder / "teacher-checkpoint", folder / "targets"
+    run = load_run_file(RECIPE, [], {"teacher.checkpoint": str(teacher)})
+    assert run.teacher is not None
+    if not _is_complete(targets):
+        shutil.rmtree(teacher, ignore_errors=True)
+        shutil.copytree(TEACHER, teacher)
+        extract(run.teacher, str(folder / "samples"), str(targets), run.extract, progress, images=run.images)
+    shutil.rmtree(teacher, ignore_errors=True)
+
+
+def _is_complete(targets: Path) -> bool:
+    if not open_store(targets).exists(MANIFEST_PATH):
+        return False
+    summary = summarize(targets)
+    return summary.num_committed == summary.num_planned
 
 
 class _Clock:

@@ -11,7 +11,8 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from pipeline.checkpoints import find_runs
-from pipeline.report.page import TEACHER, Curve, CurvePanel, Facts
+from pipeline.report.page import Curve, CurvePanel, Facts
+from pipeline.report.shown_names import shown_names
 from pipeline.run_file import RunFile, load_run_file
 from stages.evaluation.attention.similarity import AttentionSimilarity
 from stages.settings import flattened
@@ -73,11 +74,7 @@ def open_runs(paths: Iterable[Path]) -> list[RunView]:
         UserError: If a place holds none.
     """
     found = list(dict.fromkeys(one for path in paths for one in find_runs(path)))
-    names = [path.resolve().name for path in found]
-    return [
-        RunView(name if names.count(name) == 1 and name != TEACHER else str(path), RunFolder(path))
-        for name, path in zip(names, found, strict=True)
-    ]
+    return [RunView(name, RunFolder(path)) for name, path in zip(shown_names(found), found, strict=True)]
 
 
 def loss_panels(runs: Sequence[RunView]) -> tuple[CurvePanel, ...]:

@@ -9,9 +9,9 @@ from typing import Any, Final
 from pipeline.report.page import TEACHER, AnsweredQuestion, Bar, BarGroup, SuiteSection
 from stages.evaluation.answered_items import AnsweredItem, read_items
 from stages.evaluation.result import RESULT_FILE, SuiteResult, read_result
+from stages.evaluation.result_folders import SUITES_FOLDER, results_below
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer
-from storage.errors import UserError
 
 MOST_QUESTIONS: Final = 6
 """Items about one picture that are shown."""
@@ -24,18 +24,6 @@ class ModelResult:
     model: str
     folder: Path
     result: SuiteResult
-
-
-def results_below(path: Path) -> list[Path]:
-    """Folders of suites: the one that is named, or those in it.
-
-    Raises:
-        UserError: If there are none.
-    """
-    found = [path] if (path / RESULT_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{RESULT_FILE}"))
-    if not found:
-        raise UserError(f"{path} holds no result of `cdp evaluate`; name its --output, or a suite's folder in it")
-    return found
 
 
 def named_results(
@@ -60,7 +48,7 @@ def named_results(
 
 
 def _of_run(run: Path) -> list[Path]:
-    return results_below(run / "suites") if any(run.glob(f"suites/*/{RESULT_FILE}")) else []
+    return results_below(run) if any(run.glob(f"{SUITES_FOLDER}/*/{RESULT_FILE}")) else []
 
 
 def _named(model: str, folder: Path) -> ModelResult:

@@ -179,8 +179,11 @@ class RunFolder:
 
     @property
     def holds_stages(self) -> bool:
-        """Whether it is the folder of a training run."""
-        return any(self.stage(name).path.is_dir() for name in STAGES)
+        """Whether it is the folder of a training run.
+
+        A folder that is called as a stage is does not make it one: a student of a sweep may be.
+        """
+        return any(self.stage(name).is_begun for name in STAGES)
 
     def finished(self) -> list[StageName]:
         """The stages that are finished, in order."""

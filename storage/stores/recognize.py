@@ -7,6 +7,13 @@ SAMPLE_SET, TARGET_STORE, CHECKPOINT, RUN = "a sample set", "a target store", "a
 FILE = "a file"
 _SIGNS = {"manifest.json": TARGET_STORE, "index.json": SAMPLE_SET, "config.json": CHECKPOINT}
 """Files at the top of a folder by which it is known."""
+_BELOW = {
+    "*/stage.json": RUN,
+    "*/*/stage.json": "a sweep of training runs",
+    "result.json": "a suite's result",
+    "*/result.json": "results of suites",
+}
+"""Files in a folder or below it by which it is known otherwise."""
 _MADE_BY = {SAMPLE_SET: "cdp pack-samples", TARGET_STORE: "cdp extract-teacher"}
 
 
@@ -25,8 +32,9 @@ def what_lies_at(store: Store) -> str | None:
             return kind
     if not isinstance(store, LocalStore):
         return None
-    if any(store.root.glob("*/stage.json")):
-        return RUN
+    for pattern, kind in _BELOW.items():
+        if any(store.root.glob(pattern)):
+            return kind
     return "a folder of other files" if any(store.root.iterdir()) else "an empty folder"
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 from stages.evaluation.answered_items import item_line
-from stages.evaluation.attention.answers import read_run, split_by_answers
+from stages.evaluation.attention.answers import split_by_answers
 from stages.evaluation.attention.objects import read_objects
+from stages.evaluation.attention.suite_folders import read_run
 from stages.evaluation.suites.suite import Item, Question
 from tests.fuzz.attempt import Target
 from tests.fuzz.runs import any_of_its_files
@@ -36,7 +37,7 @@ def read(root: Path) -> None:
         for one in places.values():
             one.covered()
     run = read_run(root / "suite")
-    split_by_answers(root / "suite", run.suite, {"0": [(0.25, 0.5)]})
+    split_by_answers(root / "suite", run, {"0": [(0.25, 0.5)]})
 
 
 TARGETS = [Target("attention files", make, read, any_of_its_files)]

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from stages.evaluation.answered_items import read_items
 from stages.evaluation.attention.measures import Estimate, correlation, mean_estimate
-from stages.evaluation.result import IDENTITY_FILE, SuiteRun
-from stages.evaluation.suites.registry import SUITES, find_suite
-from storage.errors import UserError, first_line
-from storage.regular_files import read_regular
+from stages.evaluation.result import SuiteRun
+from stages.evaluation.suites.registry import SUITES
+from storage.errors import UserError
 from storage.strict_model import StrictModel
 
 
@@ -29,6 +28,8 @@ class AnswersSplit(StrictModel):
     """
 
     suite: str
+    protocol: str
+    """How the answers were got."""
     num_items: int
     num_without_sample: int
     """Items whose picture is in no compared sample."""
@@ -41,33 +42,6 @@ class AnswersSplit(StrictModel):
     """Point-biserial, of similarity with right."""
     by_layer: tuple[Estimate | None, ...]
     """The correlation for each matched layer."""
-
-
-def suite_folders(folder: Path) -> list[Path]:
-    """The folders of suites' answers: the folder itself, or those in it.
-
-    Raises:
-        UserError: If there is none.
-    """
-    found = [path for path in (folder, *sorted(folder.glob("*"))) if (path / IDENTITY_FILE).is_file()]
-    if not found:
-        raise UserError(f"{folder} holds no answers of `cdp evaluate` ({IDENTITY_FILE}); name its --output")
-    return found
-
-
-def read_run(folder: Path) -> SuiteRun:
-    """The run whose answers a suite's folder holds.
-
-    Raises:
-        UserError: If it is none of this version.
-    """
-    try:
-        run = SuiteRun.model_validate_json(read_regular(folder / IDENTITY_FILE))
-        find_suite(run.suite, run.protocol)
-    except (ValueError, UserError) as error:
-        found = f"{folder / IDENTITY_FILE} is no run of `cdp evaluate` ({first_line(error)})"
-        raise UserError(f"{found}; evaluate again") from error
-    return run
 
 
 def answered_pictures(folder: Path, suite: str) -> tuple[list[AnsweredPicture], int]:
@@ -102,15 +76,17 @@ def how_right(counts: Mapping[str, float], suite: str) -> float:
     )
 
 
-def split_by_answers(folder: Path, suite: str, similarities: Mapping[str, Sequence[Sequence[float]]]) -> AnswersSplit:
+def split_by_answers(
+    folder: Path, run: SuiteRun, similarities: Mapping[str, Sequence[Sequence[float]]]
+) -> AnswersSplit:
     """Similarity by right and wrong answers.
 
     Args:
         folder: Of the suite's answers.
-        suite: Its name.
+        run: Whose answers they are.
         similarities: By sha256 of a picture, of each of its samples the similarity of each matched layer.
     """
-    items, num_other = answered_pictures(folder, suite)
+    items, num_other = answered_pictures(folder, run.suite)
     linked = [item for item in items if item.sha256 in similarities]
     by_layer = {sha: [sum(c) / len(c) for c in zip(*rows, strict=True)] for sha, rows in similarities.items()}
     means = [sum(by_layer[item.sha256]) / len(by_layer[item.sha256]) for item in linked]
@@ -123,7 +99,8 @@ def split_by_answers(folder: Path, suite: str, similarities: Mapping[str, Sequen
     }
     layers = zip(*(by_layer[item.sha256] for item in linked), strict=True)
     return AnswersSplit(
-        suite=suite,
+        suite=run.suite,
+        protocol=run.protocol,
         num_items=len(linked),
         num_without_sample=len(items) - len(linked),
         num_other=num_other,

@@ -5,7 +5,7 @@ Intervals are percentile bootstrap over images: samples about one image are not 
 Shape letters: i images, j items, R draws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -17,6 +17,8 @@ from storage.strict_model import StrictModel
 
 DRAWS: Final = 2000
 SEED: Final = 0
+_WEIGHTS_AT_ONCE: Final = 2**21
+"""How often images were drawn, of several draws: 16 MB."""
 Floats = NDArray[np.float64]
 
 
@@ -69,9 +71,9 @@ def mean_estimate(values: Sequence[float], images: Sequence[str]) -> Estimate | 
     known = [(value, image) for value, image in zip(values, images, strict=True) if not np.isnan(value)]
     if not known:
         return None
-    values_j, weights_Rj = np.array([value for value, _ in known]), _weights([image for _, image in known])
-    draws_R = (weights_Rj @ values_j) / weights_Rj.sum(1)
-    return _estimate(float(values_j.mean()), draws_R, len({image for _, image in known}))
+    values_j = np.array([value for value, _ in known])
+    totals_R, nums_R = _drawn_sums([image for _, image in known], values_j, np.ones_like(values_j)).T
+    return _estimate(float(values_j.mean()), totals_R / nums_R, len({image for _, image in known}))
 
 
 def pair_estimate(differences_ii: Tensor) -> Estimate | None:
@@ -81,7 +83,7 @@ def pair_estimate(differences_ii: Tensor) -> Estimate | None:
     if count < 2:
         return None
     np.fill_diagonal(values_ii, 0.0)
-    weights_Ri = _weights([str(number) for number in range(count)])
+    weights_Ri = np.concatenate(list(_draws(count)))
     totals_R = np.einsum("ri,ij,rj->r", weights_Ri, values_ii, weights_Ri, optimize=True)
     pairs_R = weights_Ri.sum(1) ** 2 - (weights_Ri**2).sum(1)
     draws_R = np.divide(totals_R, pairs_R, out=np.full(len(pairs_R), np.nan), where=pairs_R > 0)
@@ -96,28 +98,36 @@ def correlation(similarities: Sequence[float], is_right: Sequence[float], images
     x_j, y_j = np.array(similarities, dtype=np.float64), np.array(is_right, dtype=np.float64)
     if not len(x_j) or np.ptp(x_j) == 0 or np.ptp(y_j) == 0:
         return None
-    value = _pearson(np.ones((1, len(x_j))), x_j, y_j)[0]
-    return _estimate(float(value), _pearson(_weights(images), x_j, y_j), len(set(images)))
+    columns = np.ones_like(x_j), x_j, y_j, x_j * y_j, x_j**2, y_j**2
+    value = _pearson(np.stack(columns, 1).sum(0, keepdims=True))[0]
+    return _estimate(float(value), _pearson(_drawn_sums(images, *columns)), len(set(images)))
 
 
-def _pearson(weights_Rj: Floats, x_j: Floats, y_j: Floats) -> Floats:
-    shares_Rj = weights_Rj / weights_Rj.sum(1, keepdims=True)
-    mean_x_R, mean_y_R = shares_Rj @ x_j, shares_Rj @ y_j
-    covariance_R = shares_Rj @ (x_j * y_j) - mean_x_R * mean_y_R
-    spread_R = np.sqrt(
-        np.clip(shares_Rj @ x_j**2 - mean_x_R**2, 0, None) * np.clip(shares_Rj @ y_j**2 - mean_y_R**2, 0, None)
-    )
+def _pearson(sums_R6: Floats) -> Floats:
+    """Of the sums of 1, x, y, x y, x^2 and y^2."""
+    nums_R, *totals = sums_R6.T
+    mean_x_R, mean_y_R, mean_xy_R, mean_xx_R, mean_yy_R = (total_R / nums_R for total_R in totals)
+    covariance_R = mean_xy_R - mean_x_R * mean_y_R
+    spread_R = np.sqrt(np.clip(mean_xx_R - mean_x_R**2, 0, None) * np.clip(mean_yy_R - mean_y_R**2, 0, None))
     found_R: Floats = np.full(len(spread_R), np.nan)
     np.divide(covariance_R, spread_R, out=found_R, where=spread_R > 1e-12)
     return found_R
 
 
-def _weights(images: Sequence[str]) -> Floats:
-    """`[R, j]` how often the image of each value was drawn."""
+def _drawn_sums(images: Sequence[str], *columns: Floats) -> Floats:
+    """`[R, columns]`: of each draw, the sums over the values of the images drawn."""
     number_of = {image: number for number, image in enumerate(sorted(set(images)))}
-    count = len(number_of)
-    drawn_Ri = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=DRAWS)
-    return drawn_Ri[:, [number_of[image] for image in images]].astype(np.float64)
+    numbers_j = [number_of[image] for image in images]
+    sums = [np.bincount(numbers_j, column_j, minlength=len(number_of)) for column_j in columns]
+    return np.concatenate([weights_Ri @ np.stack(sums, 1) for weights_Ri in _draws(len(number_of))])
+
+
+def _draws(num_images: int) -> Iterator[Floats]:
+    """`[R, i]` how often each image was drawn, some draws at once: all of them may not fit into memory."""
+    generator, shares_i = np.random.default_rng(SEED), np.full(num_images, 1 / num_images)
+    size = max(1, _WEIGHTS_AT_ONCE // num_images)
+    for start in range(0, DRAWS, size):
+        yield generator.multinomial(num_images, shares_i, size=min(size, DRAWS - start)).astype(np.float64)
 
 
 def _estimate(value: float, draws_R: Floats, num_images: int) -> Estimate:

@@ -1,4 +1,4 @@
-"""Where objects are in pictures, as users give it: a file of boxes and masks, and which image tokens show them."""
+"""Where objects are in pictures, as users give it: a file of boxes and masks, or marks of a suite."""
 
 import hashlib
 import io
@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from stages.evaluation.loaded_suite import LoadedSuite
 from stages.evaluation.suites.pictures import Mark, MaskMark, PictureFile, PictureSource
@@ -21,8 +19,6 @@ from storage.printable import printable
 from storage.regular_files import read_regular
 
 Box = tuple[float, float, float, float]
-OBJECT_SHARE: Final = 0.5
-"""A token shows an object if this much of its box, or more, is covered; it is background if nothing is."""
 RASTER: Final = 512
 """Coverage is counted on a raster of so many points along each side of the picture."""
 MAX_MASK_BYTES: Final = 2**26
@@ -97,7 +93,11 @@ def read_objects(path: Path) -> ObjectFile:
             if not boxes and not mask:
                 raise UserError(f"{where} has neither boxes nor a mask; leave pictures without objects out")
             masks = (_inside(path.parent, mask, where),) if mask else ()
-            places[named[0]][record[named[0]]] = ObjectPlaces(boxes, masks)
+            of_kind, name = places[named[0]], record[named[0]]
+            known = of_kind.get(name, ObjectPlaces())
+            if known.masks and masks:
+                raise UserError(f"{where} gives {printable(name)!r:.100} a second mask; join them into one")
+            of_kind[name] = ObjectPlaces(known.boxes + boxes, known.masks + masks)
     if not any(places.values()):
         raise UserError(f"{path} names no objects; expected a line for each picture")
     return ObjectFile(places["sample"], places["image"], places["sha256"])
@@ -143,20 +143,6 @@ def checked_box(box: Any, where: str) -> Box:
         found = f"{where}: the box {box!r:.100} is not within 0 to 1, or is empty"
         raise UserError(f"{found}; give fractions of the picture's width and height")
     return float(left), float(top), float(right), float(bottom)
-
-
-def token_kinds(boxes_N4: Tensor, places: ObjectPlaces) -> tuple[Tensor, Tensor]:
-    """`[N]` bool each: which image tokens show an object, and which show background only.
-
-    Those between, at the edge of objects, and those that show nothing are neither.
-    """
-    counts = np.pad(places.covered().cumsum(0, dtype=np.int32).cumsum(1), ((1, 0), (1, 0)))
-    left, top, right, bottom = (boxes_N4.double() * RASTER).round().long().clamp(0, RASTER).T.numpy()
-    covered = counts[bottom, right] - counts[top, right] - counts[bottom, left] + counts[top, left]
-    area = (right - left) * (bottom - top)
-    is_object = (area > 0) & (covered >= OBJECT_SHARE * area)
-    is_background = (area > 0) & (covered == 0)
-    return torch.from_numpy(is_object), torch.from_numpy(is_background)
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:

@@ -20,7 +20,7 @@ from stages.student.model.trainable import keep_frozen_in
 from stages.student.run_folder import STUDENT, StageReport, ValidationReport
 from stages.student.training.checkpoint import Checkpoints, TrainerState, load_trained, trained_parameters
 from stages.student.training.metrics import Write, metrics_log
-from stages.student.training.objective import BatchTotals, DistillationObjective, GlobalStep, refuse_not_finite
+from stages.student.training.objective import BatchTotals, GlobalStep, refuse_not_finite
 from stages.student.training.parallel import clip_gradients, gathered, gradients_stay, spread
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
 from stages.student.training.resume_guard import check_resumable, record_stage
@@ -100,7 +100,7 @@ class _StageLoop:
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
         logits = run.targets.manifest.fingerprint.logit_codec
-        objective = DistillationObjective(self.student, stage, logits, setup.matching)
+        objective = run.objective(self.student, stage, logits, setup.matching)
         self.validation: Validation | None = None
         if setup.held_out is not None:
             self.validation = Validation(objective, self._loader(setup.held_out), accelerator, should_stop)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stages.student.run_folder import StageFolder
 from stages.student.stage_config import StageConfig, StageName
+from stages.student.training.objective import DistillationObjective
 from stages.student.training.train_config import TrainConfig
 from storage.streaming.held_out import HeldOut
 from storage.streaming.source_checks import read_keys
@@ -23,6 +24,7 @@ class StageRun:
         initial: the student saved by the stage before; None starts from `decoder`.
         sources: what it trains on, at least one.
         output: the stage's folder.
+        objective: what computes the losses of a batch; another than the product's is for comparisons.
     """
 
     name: StageName
@@ -31,6 +33,7 @@ class StageRun:
     initial: Path | None
     sources: tuple[Source, ...]
     output: Path
+    objective: type[DistillationObjective] = DistillationObjective
 
     @property
     def stage(self) -> StageConfig:

@@ -124,6 +124,7 @@ def test_students_stand_beside_each_other_and_their_answers_are_linked_by_pictur
     (split,) = found.students["student"].answers
     assert (split.num_items, split.num_without_sample, split.num_other) == (len(digests), 1, 0)
     assert found.students["teacher itself"].answers == ()
+    assert attention_tables(found)[-1].rows[0][:3] == ["student", "sugarcrepe", "likelihood"]
     assert [table.title.split(",")[0] for table in attention_tables(found)][-1].startswith("similarity where")
     assert found.students["student"].similarity.mean < found.students["teacher itself"].similarity.mean
     with pytest.raises(UserError, match="name the answers of this student"):

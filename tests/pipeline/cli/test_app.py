@@ -358,6 +358,7 @@ def places(tiny: TinyWorld, targets: Path, tmp_path_factory: pytest.TempPathFact
     shutil.copytree(targets, folder / "incomplete")
     (folder / "incomplete/commits/000001.json").unlink()
     (folder / "begun/dpt").mkdir(parents=True)
+    (folder / "begun/dpt/stage.json").write_text("{}")
     (folder / "bad.yaml").write_text("train: [unclosed")
     (folder / "unknown.yaml").write_text("trian:\n  seed: 3\n")
     return {

@@ -102,7 +102,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nothing", "empty"])
 def test_a_place_without_a_run_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"{name} holds no training run; name the --output"):
+    with pytest.raises(UserError, match=f"{name} holds no training run: .* is there; name the --output"):
         open_runs([tmp_path / name])
 
 

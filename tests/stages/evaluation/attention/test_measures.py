@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -104,6 +105,30 @@ def test_where_all_answers_are_right_there_is_no_correlation() -> None:
     assert correlation([0.1, 0.5], [1.0, 1.0], ["a", "b"]) is None
     assert correlation([0.5, 0.5], [0.0, 1.0], ["a", "b"]) is None
     assert correlation([], [], []) is None
+
+
+def test_blocks_of_draws_say_what_all_at_once_say() -> None:
+    generator = np.random.default_rng(1)
+    numbers = generator.integers(0, 3000, 9000)
+    x, y = generator.normal(size=9000), generator.integers(0, 2, 9000).astype(float)
+    images = [f"{number:04}" for number in numbers]
+    tracemalloc.start()
+    mean, pearson = mean_estimate(x.tolist(), images), correlation(x.tolist(), y.tolist(), images)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 2**20, "2000 draws of 9000 values are 144 MB"
+    _, place = np.unique(numbers, return_inverse=True)
+    count = int(place.max()) + 1
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=2000)
+    means, pearsons = [], []
+    for one in drawn[:, place]:
+        sx, sy = x - (one @ x) / one.sum(), y - (one @ y) / one.sum()
+        means.append((one @ x) / one.sum())
+        pearsons.append((one @ (sx * sy)) / np.sqrt((one @ sx**2) * (one @ sy**2)))
+    assert mean is not None
+    assert pearson is not None
+    assert mean.interval_95 == pytest.approx(np.percentile(means, [2.5, 97.5]))
+    assert pearson.interval_95 == pytest.approx(np.percentile(pearsons, [2.5, 97.5]))
 
 
 def test_rows_of_text_are_compared_without_the_sinks_of_either() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.evaluation.attention.objects import ObjectPlaces, objects_of_suite, read_objects, token_kinds
+from stages.evaluation.attention.objects import ObjectPlaces, objects_of_suite, read_objects
+from stages.evaluation.attention.token_kinds import token_kinds
 from stages.evaluation.config import SuiteConfig
 from stages.evaluation.loaded_suite import load_suite
 from storage.errors import UserError
@@ -60,6 +61,18 @@ def test_pictures_are_named_by_sample_image_or_digest(tmp_path: Path) -> None:
     assert found.of("x", {"image": ["a/b.png"]}, b"") is not None
     assert found.of("x", {"image": "b.png"}, b"bytes") is not None
     assert found.of("x", {"image": "b.png"}, b"others") is None
+
+
+def test_lines_about_one_picture_are_joined_and_a_second_mask_is_refused(tmp_path: Path) -> None:
+    lines = [{"image": "a", "boxes": [[0, 0, 0.5, 0.5]]}, {"image": "a", "boxes": [[0.5, 0.5, 1, 1]], "mask": "m.png"}]
+    path = tmp_path / "o.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = read_objects(path)
+    assert len(found) == 1
+    assert found.by_image["a"] == ObjectPlaces(((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)), (tmp_path / "m.png",))
+    path.write_text("\n".join(map(json.dumps, [*lines, {"image": "a", "mask": "n.png"}])))
+    with pytest.raises(UserError, match=r"o\.jsonl, line 2 gives 'a' a second mask; join them into one"):
+        read_objects(path)
 
 
 MISTAKES = {

@@ -1,0 +1,86 @@
+"""The demo with several seeds, each with scenes of its own: what it shows, with intervals over runs.
+
+A run that is interrupted goes on from where it was.
+
+    python -m benchmarks.demo_seeds WORK
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from benchmarks.results import command_line, save_result
+from pipeline.demo.recorded import RECORDED
+from pipeline.demo.report import DemoConfig, DemoReport
+from pipeline.demo.run import REPORT, measure_demo
+
+
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and 95 % interval of the mean of independent runs, as `Estimate` has them."""
+    mean, spread = float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    return {"mean": mean, "interval_95": [mean - spread, mean + spread]}
+
+
+def summarize_runs(reports: Sequence[DemoReport]) -> dict[str, Any]:
+    """What `RecordedRuns` says of them, without their command and hardware."""
+    first, loops = reports[0], [one.loop for one in reports if one.loop is not None]
+    assert len(loops) == len(reports)
+    kinds, students = list(first.teacher.metrics), list(first.students)
+    gains = {
+        f"{more} - {less}": [_accuracy(one, more, "average") - _accuracy(one, less, "average") for one in reports]
+        for less, more in combinations(students, 2)
+    }
+    return {
+        "settings": first.config.model_dump(mode="json", exclude={"seed"}),
+        "seeds": [one.config.seed for one in reports],
+        "accuracy": {
+            model: {kind: estimate([_accuracy(one, model, kind) for one in reports]) for kind in kinds}
+            for model in ["teacher", *students]
+        },
+        "gains": {pair: estimate(values) for pair, values in gains.items()},
+        "similarity": {name: estimate([one.students[name].similarity for one in reports]) for name in students},
+        "step_s": {name: estimate([one.step_s[name] for one in loops]) for name in loops[0].step_s},
+        "largest_difference": {
+            term: max(one.largest_difference[term] for one in loops) for term in loops[0].largest_difference
+        },
+        "seconds": estimate([sum(one.seconds.values()) for one in reports]),
+    }
+
+
+def _accuracy(report: DemoReport, model: str, kind: str) -> float:
+    result = report.teacher if model == "teacher" else report.students[model].evaluation
+    return result.metrics[kind]["accuracy"].value
+
+
+def report_of(folder: Path, config: DemoConfig) -> DemoReport:
+    """That of the finished run in the folder, else of one that is made, or gone on with, there."""
+    saved = folder / REPORT
+    if saved.is_file() and (report := DemoReport.model_validate_json(saved.read_text())).config == config:
+        return report
+    return measure_demo(folder, config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for the runs")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", type=int, help="make the run of this seed and no record")
+    parser.add_argument("--out", type=Path, default=RECORDED)
+    flags = parser.parse_args()
+    if flags.only is not None:
+        report_of(flags.work / str(flags.only), DemoConfig(seed=flags.only))
+        return
+    reports = [report_of(flags.work / str(seed), DemoConfig(seed=seed)) for seed in range(flags.seeds)]
+    save_result(flags.out, torch.device("cpu"), command_line("benchmarks.demo_seeds"), summarize_runs(reports))
+    print(json.dumps(json.loads(flags.out.read_text())["accuracy"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
