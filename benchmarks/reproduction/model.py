@@ -1,6 +1,6 @@
 """The miniature's networks: a tower that sees each cell alone, and decoders that answer all questions of a picture.
 
-Shape letters: B pictures, N image tokens, Q questions, T tokens of a row, D width of the tower, V words.
+Shape letters are those of docs/architecture.md: B pictures, R questions, each with one answer row.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model, SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.reproduction.scenes import BLANK, CELL, COLOURS, GRID, IMAGE_SIZE, NUM_CELLS, QUESTION_TOKENS, WORDS
+from benchmarks.reproduction.scenes import (
+    BEGIN,
+    BLANK,
+    CELL,
+    COLOURS,
+    END,
+    GRID,
+    IMAGE_SIZE,
+    NUM_CELLS,
+    PAD,
+    QUESTION_TOKENS,
+    WORDS,
+)
 from stages.attention.capture import CAPTURING_SDPA, AttentionCapture, register_capture
 
 TOWER_WIDTH = 64
@@ -35,11 +47,14 @@ class LocalTower(nn.Module):
         for name, parameter in self.siglip.named_parameters():
             if "out_proj" in name:
                 nn.init.zeros_(parameter)
+            # A Llava takes what stands before the last norm.
+            if "out_proj" in name or "post_layernorm" in name:
                 parameter.requires_grad_(False)
 
-    def forward(self, pixels_BHW3: Tensor) -> Tensor:
-        """`[B, N, D]`."""
-        hidden: Tensor = self.siglip(pixels_BHW3.permute(0, 3, 1, 2) * 2 - 1).last_hidden_state
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`[B, N, d]` of pixels `[B, 96, 96, 3]` in 0..255: what the last layer gives, before the norm."""
+        scaled = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+        hidden: Tensor = self.siglip(scaled, output_hidden_states=True).hidden_states[-1]
         return hidden
 
 
@@ -50,6 +65,16 @@ class DecoderSize:
     layers: int
     width: int
     heads: int = 2
+
+
+def text_config(size: DecoderSize) -> Qwen2Config:
+    """Of a decoder over the miniature's words."""
+    return Qwen2Config(
+        vocab_size=len(WORDS), hidden_size=size.width, intermediate_size=2 * size.width,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        max_position_embeddings=512, initializer_range=0.05, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=WORDS.index(END), pad_token_id=WORDS.index(PAD),
+    )  # fmt: skip
 
 
 class Answerer(nn.Module):
@@ -72,13 +97,9 @@ class Answerer(nn.Module):
             self.adapter = nn.Sequential(
                 nn.Linear(TOWER_WIDTH, size.width), nn.GELU(), nn.Linear(size.width, size.width)
             )
-            self.decoder = Qwen2Model(
-                Qwen2Config(
-                    vocab_size=len(WORDS), hidden_size=size.width, intermediate_size=2 * size.width,
-                    num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
-                    max_position_embeddings=512, initializer_range=0.05, attn_implementation=CAPTURING_SDPA,
-                )
-            )  # fmt: skip
+            config = text_config(size)
+            config._attn_implementation = CAPTURING_SDPA
+            self.decoder = Qwen2Model(config)
             self.head = nn.Linear(size.width, len(WORDS), bias=False)
         segment_T = torch.cat(
             [torch.zeros(PREFIX), 1 + torch.arange(num_questions * QUESTION_TOKENS) // QUESTION_TOKENS]
@@ -90,23 +111,24 @@ class Answerer(nn.Module):
         self.register_buffer("place_T", torch.cat([torch.arange(PREFIX), behind]), persistent=False)
 
     def forward(
-        self, features_BND: Tensor, asked_BQ3: Tensor, layers: tuple[int, ...] = ()
+        self, features_BNd: Tensor, asked_BR3: Tensor, layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits `[B, Q, V]` of the answers, and the maps `[B, N, N]` of some layers."""
-        batch, questions, _ = asked_BQ3.shape
+        """Logits `[B, R, V]` of the answers, and the maps `[B, N, N]` of some layers."""
+        batch, questions, _ = asked_BR3.shape
         words = self.decoder.embed_tokens.weight
-        begin, end = (words[i].expand(batch, 1, -1) for i in (WORDS.index("<begin>"), WORDS.index("<end>")))
-        row_BTD = torch.cat([begin, self.adapter(features_BND), end, words[asked_BQ3.flatten(1)]], 1)
+        begin, end = (words[i].expand(batch, 1, -1) for i in (WORDS.index(BEGIN), WORDS.index(END)))
+        row_BTd = torch.cat([begin, self.adapter(features_BNd), end, words[asked_BR3.flatten(1)]], 1)
         capture = AttentionCapture(frozenset(layers), [torch.arange(1, 1 + NUM_CELLS)] * batch) if layers else None
-        hidden_BTD = self.decoder(
-            inputs_embeds=row_BTD, attention_mask=self.sees_TT[None, None].expand(batch, -1, -1, -1),
+        hidden_BTd = self.decoder(
+            inputs_embeds=row_BTd, attention_mask=self.sees_TT[None, None].expand(batch, -1, -1, -1),
             position_ids=self.place_T[None].expand(batch, -1), use_cache=False, capture=capture,
         ).last_hidden_state  # fmt: skip
         last = PREFIX + QUESTION_TOKENS * torch.arange(1, questions + 1) - 1
-        logits: Tensor = self.head(hidden_BTD[:, last])
+        logits: Tensor = self.head(hidden_BTd[:, last])
         return logits, capture.maps if capture else {}
 
 
-def answer_loss(logits_BQV: Tensor, answer_BQ: Tensor) -> Tensor:
-    """Cross entropy, mean over questions."""
-    return F.cross_entropy(logits_BQV.flatten(0, 1), answer_BQ.flatten())
+def answer_loss(logits_BRV: Tensor, answer_BR: Tensor, weight_R: Tensor) -> Tensor:
+    """Cross entropy, weighted mean over questions, mean over pictures."""
+    losses = F.cross_entropy(logits_BRV.flatten(0, 1), answer_BR.flatten(), reduction="none")
+    return (losses.view(answer_BR.shape) * weight_R).sum() / (len(answer_BR) * weight_R.sum())

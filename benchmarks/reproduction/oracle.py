@@ -1,6 +1,6 @@
 """Maps by construction: where an image token of this world should look. The ceiling of what guided attention can do.
 
-Shape letters: B pictures, N image tokens, K objects.
+Shape letters are those of docs/architecture.md; a picture has six objects.
 """
 
 import torch
@@ -10,9 +10,9 @@ SHARE = 0.9
 """Of an image token's attention that goes to objects; the rest is spread evenly, so that no entry is zero."""
 
 
-def oracle_maps(place_BK: Tensor, num_tokens: int) -> Tensor:
+def oracle_maps(place_B6: Tensor, num_tokens: int) -> Tensor:
     """`[B, N, N]`: each token looks evenly at the objects up to itself; before the first object at everything."""
-    is_object_BN = torch.zeros(len(place_BK), num_tokens).scatter_(1, place_BK, 1.0)
+    is_object_BN = torch.zeros(len(place_B6), num_tokens).scatter_(1, place_B6, 1.0)
     causal_NN = torch.ones(num_tokens, num_tokens).tril()
     even_NN = causal_NN / causal_NN.sum(-1, keepdim=True)
     objects_BNN = is_object_BN[:, None] * causal_NN

@@ -1,6 +1,7 @@
 """Pictures of the miniature: 12 x 12 cells of 8 pixels, six objects of one cell, clutter, and what is asked.
 
-Shape letters: B pictures, N cells (image tokens) in reading order, K objects, Q questions of a picture.
+Shape letters are those of docs/architecture.md: B pictures, N cells (image tokens) in reading order, R questions of a
+picture, each with one answer row.
 """
 
 from dataclasses import dataclass
@@ -41,14 +42,14 @@ CLUTTER = 0.5
 """Share of the other cells that hold a texture in one of the colours."""
 SPLITS = ("train", "validation", "test")
 
-WORDS = ("<pad>", "<begin>", "<end>", "colour", "left", "right", "?", *COLOURS, *SHAPES)
+PAD, BEGIN, END, IMAGE = "<pad>", "<begin>", "<end>", "<image>"
+WORDS = (PAD, BEGIN, END, IMAGE, "colour", "left", "right", "?", *COLOURS, *SHAPES)
 _WORD = {word: index for index, word in enumerate(WORDS)}
 _FIRST_COLOUR, _FIRST_SHAPE = _WORD["red"], _WORD["square"]
 ASKED = ("colour", "left", "right", "?")
 QUESTION_TOKENS = 3
 
 _Ints = NDArray[np.int64]
-_Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class Scenes:
     kind_BN: _Ints
     """Shape, texture or `BLANK`."""
     colour_BN: _Ints
-    place_BK: _Ints
+    place_B6: _Ints
     """Cell of each object."""
 
     def take(self, rows: _Ints) -> "Scenes":
         """Some of the pictures."""
-        return Scenes(self.kind_BN[rows], self.colour_BN[rows], self.place_BK[rows])
+        return Scenes(self.kind_BN[rows], self.colour_BN[rows], self.place_B6[rows])
 
     def __len__(self) -> int:
         return len(self.kind_BN)
@@ -73,10 +74,10 @@ class Scenes:
 class Questions:
     """What is asked of each picture: `words ?`, one word as the answer, and a wrong word that is in the picture too."""
 
-    asked_BQ3: _Ints
-    answer_BQ: _Ints
-    negative_BQ: _Ints
-    kind_Q: tuple[str, ...]
+    asked_BR3: _Ints
+    answer_BR: _Ints
+    negative_BR: _Ints
+    kind_R: tuple[str, ...]
 
 
 def draw_scenes(split: str, seed: int, count: int) -> Scenes:
@@ -91,14 +92,14 @@ def draw_scenes(split: str, seed: int, count: int) -> Scenes:
     # Three of ten columns, moved apart: objects of a row never touch.
     columns = [np.sort(rng.random((count, GRID - 2)).argsort(-1)[:, :OBJECTS_IN_ROW], -1) for _ in range(2)]
     columns_B23 = np.stack(columns, 1) + np.arange(OBJECTS_IN_ROW)
-    place_BK = (rows_B2[:, :, None] * GRID + columns_B23).reshape(count, NUM_OBJECTS)
-    shapes_BK = rng.random((count, len(SHAPES))).argsort(-1)[:, :NUM_OBJECTS]
-    np.put_along_axis(kind_BN, place_BK, shapes_BK, 1)
-    return Scenes(kind_BN, colour_BN, place_BK)
+    place_B6 = (rows_B2[:, :, None] * GRID + columns_B23).reshape(count, NUM_OBJECTS)
+    shapes_B6 = rng.random((count, len(SHAPES))).argsort(-1)[:, :NUM_OBJECTS]
+    np.put_along_axis(kind_BN, place_B6, shapes_B6, 1)
+    return Scenes(kind_BN, colour_BN, place_B6)
 
 
-def render(scenes: Scenes, rng: np.random.Generator) -> _Floats:
-    """`[B, 96, 96, 3]` in 0..1: each mark moved by up to two pixels, its colour and every pixel a little off."""
+def render(scenes: Scenes, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """`[B, 96, 96, 3]`: each mark moved by up to two pixels, its colour and every pixel a little off."""
     count = len(scenes)
     padded = np.zeros((len(BITMAPS) + 1, CELL, CELL), dtype=bool)
     padded[:-1, :6, :6] = BITMAPS
@@ -108,7 +109,7 @@ def render(scenes: Scenes, rng: np.random.Generator) -> _Floats:
     colours = colours * rng.uniform(0.8, 1.1, size=(count, NUM_CELLS, 1, 1, 1))
     cells = np.where(mark, colours, 0.9) + rng.normal(0, 0.04, size=(count, NUM_CELLS, CELL, CELL, 3))
     pixels = cells.reshape(count, GRID, GRID, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
-    return pixels.reshape(count, IMAGE_SIZE, IMAGE_SIZE, 3).clip(0, 1).astype(np.float32)
+    return (pixels.reshape(count, IMAGE_SIZE, IMAGE_SIZE, 3).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def ask(scenes: Scenes) -> Questions:
@@ -117,29 +118,29 @@ def ask(scenes: Scenes) -> Questions:
     The wrong word of a colour is that of another object, or any other colour if all objects share it. That of a
     neighbour is the third object of the row: who knows what is there, but not where, is right half of the time.
     """
-    shape_BK = np.take_along_axis(scenes.kind_BN, scenes.place_BK, 1)
-    colour_BK = np.take_along_axis(scenes.colour_BN, scenes.place_BK, 1)
+    shape_B6 = np.take_along_axis(scenes.kind_BN, scenes.place_B6, 1)
+    colour_B6 = np.take_along_axis(scenes.colour_BN, scenes.place_B6, 1)
     asked: list[tuple[_Ints, _Ints, _Ints]] = []
     kinds: list[str] = []
 
     def add(kind: str, word: str, about: int, answer_B: _Ints, negative_B: _Ints) -> None:
-        about_B = _FIRST_SHAPE + shape_BK[:, about]
+        about_B = _FIRST_SHAPE + shape_B6[:, about]
         constant = np.full_like(about_B, _WORD[word])
         asked.append((np.stack([constant, about_B, np.full_like(about_B, _WORD["?"])], 1), answer_B, negative_B))
         kinds.append(kind)
 
     for k in range(NUM_OBJECTS):
-        own_B, others = colour_BK[:, k], np.roll(colour_BK, -1 - k, 1)[:, :-1]
+        own_B, others = colour_B6[:, k], np.roll(colour_B6, -1 - k, 1)[:, :-1]
         differs = others != own_B[:, None]
         first_B = np.take_along_axis(others, differs.argmax(1)[:, None], 1)[:, 0]
         wrong_B = np.where(differs.any(1), first_B, (own_B + 1) % len(COLOURS))
         add("colour", "colour", k, _FIRST_COLOUR + own_B, _FIRST_COLOUR + wrong_B)
-    word_BK = _FIRST_SHAPE + shape_BK
+    word_B6 = _FIRST_SHAPE + shape_B6
     for first in range(0, NUM_OBJECTS, OBJECTS_IN_ROW):
         a, b, c = first, first + 1, first + 2
         for word, about, answer, wrong in (
             ("left", b, a, c), ("right", b, c, a), ("right", a, b, c), ("left", c, b, a),
         ):  # fmt: skip
-            add("middle" if about == b else "end", word, about, word_BK[:, answer], word_BK[:, wrong])
-    asked_BQ3, answer_BQ, negative_BQ = (np.stack(part, 1) for part in zip(*asked, strict=True))
-    return Questions(asked_BQ3, answer_BQ, negative_BQ, tuple(kinds))
+            add("middle" if about == b else "end", word, about, word_B6[:, answer], word_B6[:, wrong])
+    asked_BR3, answer_BR, negative_BR = (np.stack(part, 1) for part in zip(*asked, strict=True))
+    return Questions(asked_BR3, answer_BR, negative_BR, tuple(kinds))

@@ -1,23 +1,31 @@
 """Trains a decoder of the miniature on stored features, with or without guided attention, and keeps its curve."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.reproduction.checkpoint import load_checkpoint, save_checkpoint
 from benchmarks.reproduction.model import Answerer, answer_loss
-from benchmarks.reproduction.optimizer import Optimizer
+from benchmarks.reproduction.optimizer import Optimizer, rate_factor
 from benchmarks.reproduction.scenes import NUM_CELLS, Questions, Scenes, ask
 from stages.student.losses.attention import below_sink_threshold, matched_loss
 
-EVERY = 50
-"""Steps between two points of a curve, in a training of at most 30 times as many."""
-
 Curve = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What counts from a step on."""
+
+    first_step: int
+    weights: dict[str, float]
+    """Of each kind of question in the loss; 1 where none is given."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,26 @@ class Budget:
     batch: int
     seed: int
     """Of the order of the pictures."""
-    rate: float = 1.0
-    """Factor on the learning rates."""
+    fall_steps: int
+    """The last steps, over which the rates fall."""
+    phases: tuple[Phase, ...] = ()
+    """In order; none: all kinds count alike."""
+    mastered: float | None = None
+    """The rates fall, and the training ends, earlier if each kind of question beats its wrong word so often."""
+    every: int = 50
+    """Steps between two points of the curve, each with a checkpoint."""
+
+    def weight_R(self, step: int, kind_R: Sequence[str]) -> Tensor:
+        """`[R]`, of each question in the loss."""
+        begun = [phase for phase in self.phases if phase.first_step <= step]
+        weights = begun[-1].weights if begun else {}
+        return torch.tensor([weights.get(kind, 1.0) for kind in kind_R])
+
+    def rows_B(self, step: int, num_pictures: int) -> Tensor:
+        """`[B]`: the pictures of a step; an epoch is drawn from its number, so that any step can be the next one."""
+        epoch, at = divmod(step, num_pictures // self.batch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(num_pictures)
+        return torch.from_numpy(order[at * self.batch : (at + 1) * self.batch])
 
 
 @dataclass(frozen=True)
@@ -58,73 +84,105 @@ class Guide:
 class Pictures:
     """Pictures as the decoder gets them."""
 
-    features_BND: Tensor
+    features_BNd: Tensor
     scenes: Scenes
     questions: Questions
 
     @classmethod
-    def of(cls, features_BND: Tensor, scenes: Scenes) -> "Pictures":
+    def of(cls, features_BNd: Tensor, scenes: Scenes) -> "Pictures":
         """With all that can be asked of them."""
-        return cls(features_BND, scenes, ask(scenes))
+        return cls(features_BNd, scenes, ask(scenes))
+
+
+@dataclass
+class Progress:
+    """How far a training is; what a checkpoint says beside the tensors."""
+
+    step: int = 0
+    falls_at: int = 0
+    """Step from which the rates fall."""
+    curve: Curve = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)
+    """Of the steps before each point of the curve, without the asking."""
 
 
 def train(
-    model: Answerer, train_on: Pictures, held_out: Pictures, budget: Budget, guide: Guide | None = None
+    model: Answerer,
+    train_on: Pictures,
+    held_out: Pictures,
+    budget: Budget,
+    guide: Guide | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains in place. Returns the curve on the held-out pictures and what a step took."""
-    optimizer, generator = Optimizer(model, budget.steps, budget.rate), torch.Generator().manual_seed(budget.seed)
-    asked_BQ3, answer_BQ = (torch.from_numpy(x) for x in (train_on.questions.asked_BQ3, train_on.questions.answer_BQ))
-    order = torch.empty(0, dtype=torch.long)
-    curve: Curve = []
-    processor, started, spent = 0.0, time.monotonic(), []
-    every = max(EVERY, budget.steps // 30)
-    for step in range(budget.steps):
-        if len(order) < budget.batch:
-            order = torch.randperm(len(train_on.scenes), generator=generator)
-        rows_B, order = order[: budget.batch], order[budget.batch :]
-        processor = time.process_time()
-        layers = guide.layers if guide else ()
-        logits_BQV, maps = model(train_on.features_BND[rows_B].float(), asked_BQ3[rows_B], layers)
-        lm = answer_loss(logits_BQV, answer_BQ[rows_B])
-        loss = lm + guide.loss(maps, rows_B) if guide else lm
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(step)
-        spent.append((time.process_time() - processor, float(lm.detach())))
-        if (step + 1) % every == 0 or step + 1 == budget.steps:
-            point = {"step": step + 1, "loss": round(float(np.mean([loss for _, loss in spent[-every:]])), 4)}
-            curve.append({**point, **accuracy(model, held_out)})
-            rate = (time.monotonic() - started) / (step + 1)
-            left = f"{rate:.2f} s a step, {rate * (budget.steps - step - 1):.0f} s left"
-            print(
-                f"{budget.name}: {' '.join(f'{key} {value:g}' for key, value in curve[-1].items())}; {left}", flush=True
-            )
-    return {"processor_s_per_step": round(float(np.median([s for s, _ in spent])), 4), "curve": curve}
+    """Trains in place, from the checkpoint if there is one. Returns the curve on the held-out pictures and the time."""
+    optimizer, progress = Optimizer(model), Progress(falls_at=budget.steps - budget.fall_steps)
+    settings = {**asdict(budget), "guided": guide is not None, "size": asdict(model.size)}
+    if checkpoint and (found := load_checkpoint(checkpoint, model, optimizer, settings)):
+        progress = Progress(**found)
+    started, first = time.monotonic(), progress.step
+    losses: list[float] = []
+    processor = time.process_time()
+    while progress.step < progress.falls_at + budget.fall_steps:
+        losses.append(_step(model, optimizer, train_on, budget, guide, progress))
+        progress.step += 1
+        last = progress.falls_at + budget.fall_steps
+        if progress.step % budget.every and progress.step < last:
+            continue
+        progress.processor_s.append(round(time.process_time() - processor, 2))
+        point = {"step": progress.step, "loss": round(float(np.mean(losses)), 4), **accuracy(model, held_out)}
+        progress.curve.append(point)
+        if budget.mastered and min(point[kind] for kind in held_out.questions.kind_R) >= budget.mastered:
+            progress.falls_at = min(progress.falls_at, progress.step)
+        last = progress.falls_at + budget.fall_steps
+        if checkpoint:
+            save_checkpoint(checkpoint, model, optimizer, asdict(progress), settings)
+        rate = (time.monotonic() - started) / (progress.step - first)
+        said = " ".join(f"{key} {value:g}" for key, value in point.items())
+        print(f"{budget.name}: {said}; {rate:.2f} s a step, {rate * (last - progress.step):.0f} s left", flush=True)
+        losses, processor = [], time.process_time()
+    per_step = round(sum(progress.processor_s) / progress.step, 4)
+    return {"steps": progress.step, "processor_s_per_step": per_step, "curve": progress.curve}
+
+
+def _step(
+    model: Answerer, optimizer: Optimizer, train_on: Pictures, budget: Budget, guide: Guide | None, progress: Progress
+) -> float:
+    """One step; the cross entropy of the answers."""
+    questions = train_on.questions
+    rows_B = budget.rows_B(progress.step, len(train_on.scenes))
+    asked_BR3, answer_BR = (torch.from_numpy(x)[rows_B] for x in (questions.asked_BR3, questions.answer_BR))
+    logits_BRV, maps = model(train_on.features_BNd[rows_B].float(), asked_BR3, guide.layers if guide else ())
+    lm = answer_loss(logits_BRV, answer_BR, budget.weight_R(progress.step, questions.kind_R))
+    loss = lm + guide.loss(maps, rows_B) if guide else lm
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step(rate_factor(progress.step, progress.falls_at, budget.fall_steps))
+    return float(lm.detach())
 
 
 @torch.no_grad()
 def answers(model: Answerer, pictures: Pictures, layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits `[B, Q, V]` and maps of all pictures."""
-    asked_BQ3 = torch.from_numpy(pictures.questions.asked_BQ3)
+    """Logits `[B, R, V]` and maps of all pictures."""
+    asked_BR3 = torch.from_numpy(pictures.questions.asked_BR3)
     parts = [
-        model(pictures.features_BND[first : first + 64].float(), asked_BQ3[first : first + 64], layers)
-        for first in range(0, len(asked_BQ3), 64)
+        model(pictures.features_BNd[first : first + 64].float(), asked_BR3[first : first + 64], layers)
+        for first in range(0, len(asked_BR3), 64)
     ]
     return torch.cat([logits for logits, _ in parts]), {at: torch.cat([maps[at] for _, maps in parts]) for at in layers}
 
 
 def accuracy(model: Answerer, pictures: Pictures) -> dict[str, float]:
     """By kind of question: how often the answer beats its hard negative (chance .5), and every other word."""
-    logits_BQV, _ = answers(model, pictures)
-    answer_BQ, negative_BQ = (
-        torch.from_numpy(x) for x in (pictures.questions.answer_BQ, pictures.questions.negative_BQ)
+    logits_BRV, _ = answers(model, pictures)
+    answer_BR, negative_BR = (
+        torch.from_numpy(x) for x in (pictures.questions.answer_BR, pictures.questions.negative_BR)
     )
-    beats_BQ = logits_BQV.gather(2, answer_BQ[..., None]) > logits_BQV.gather(2, negative_BQ[..., None])
-    first_BQ = logits_BQV.argmax(-1) == answer_BQ
+    beats_BR = logits_BRV.gather(2, answer_BR[..., None]) > logits_BRV.gather(2, negative_BR[..., None])
+    first_BR = logits_BRV.argmax(-1) == answer_BR
     found: dict[str, float] = {}
-    for kind in dict.fromkeys(pictures.questions.kind_Q):
-        of_kind_Q = torch.tensor([each == kind for each in pictures.questions.kind_Q])
-        found[kind] = round(float(beats_BQ[:, of_kind_Q].float().mean()), 4)
-        found[f"{kind}_named"] = round(float(first_BQ[:, of_kind_Q].float().mean()), 4)
+    for kind in dict.fromkeys(pictures.questions.kind_R):
+        of_kind_R = torch.tensor([each == kind for each in pictures.questions.kind_R])
+        found[kind] = round(float(beats_BR[:, of_kind_R].float().mean()), 4)
+        found[f"{kind}_named"] = round(float(first_BR[:, of_kind_R].float().mean()), 4)
     return found
 
 

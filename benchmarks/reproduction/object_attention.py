@@ -6,7 +6,7 @@ from torch import Tensor
 from stages.student.losses.attention import below_sink_threshold, pool_keys
 
 
-def gaze(maps_BNN: Tensor, is_object_BN: Tensor) -> dict[str, float]:
+def object_attention(maps_BNN: Tensor, is_object_BN: Tensor) -> dict[str, float]:
     """AUC of object against background tokens, mean over pictures, by what is pooled.
 
     `sink_free` pools as the published loss does, `all` pools every entry. `other_picture` pools every entry of the
@@ -34,6 +34,6 @@ def auc(score_BN: Tensor, positive_BN: Tensor) -> Tensor:
     return (wins_BNN * pairs_BNN).sum((1, 2)) / pairs_BNN.sum((1, 2))
 
 
-def object_tokens(place_BK: Tensor, num_tokens: int) -> Tensor:
+def object_tokens(place_B6: Tensor, num_tokens: int) -> Tensor:
     """`[B, N]` bool."""
-    return torch.zeros(len(place_BK), num_tokens, dtype=torch.bool).scatter_(1, place_BK, True)
+    return torch.zeros(len(place_B6), num_tokens, dtype=torch.bool).scatter_(1, place_B6, True)
