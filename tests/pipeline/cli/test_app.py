@@ -80,6 +80,8 @@ def test_version_is_that_of_the_package() -> None:
 
 
 def test_a_shell_is_told_how_to_complete_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise the shell is looked for among the processes that started this one.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     shown = CliRunner().invoke(app.app, ["--show-completion", "bash"], prog_name="cdp")
     assert shown.exit_code == 0
     assert "complete -o default -F" in shown.output
