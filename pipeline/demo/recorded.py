@@ -6,6 +6,7 @@ from typing import Final
 from pipeline.demo.loop_comparison import LoopComparison
 from pipeline.demo.report import DemoReport, DemoSettings
 from pipeline.ui.tables import ReportTable
+from storage.regular_files import read_regular
 from storage.strict_model import StrictModel
 
 RECORDED: Final = Path(__file__).with_name("recorded.json")
@@ -48,7 +49,7 @@ class RecordedRuns(StrictModel):
     @classmethod
     def read(cls) -> "RecordedRuns | None":
         """Those that come with the project, if it has any."""
-        return cls.model_validate_json(RECORDED.read_text()) if RECORDED.is_file() else None
+        return cls.model_validate_json(read_regular(RECORDED)) if RECORDED.is_file() else None
 
 
 def accuracy_table(report: DemoReport, recorded: RecordedRuns | None) -> ReportTable:

@@ -88,7 +88,7 @@ def _opened(lock: Path) -> int | None:
         lock.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         # It was there when it was to be made, and was removed before it was looked at.
-        if not os.path.lexists(error.filename):
+        if isinstance(error, FileExistsError) and not os.path.lexists(error.filename):
             return None
         raise UserError(f"{lock.parent} is a file or lies below one; name a folder") from error
     try:
