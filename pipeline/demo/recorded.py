@@ -53,7 +53,7 @@ class RecordedRuns(StrictModel):
 
 
 def accuracy_table(report: DemoReport, recorded: RecordedRuns | None) -> ReportTable:
-    """Makes the table of accuracy on each kind, models side by side, and of attention; recorded intervals beside."""
+    """Makes the table of accuracy on each kind, models side by side, then what else differs between them."""
     models = {"teacher": report.teacher} | {name: s.evaluation for name, s in report.students.items()}
 
     def accuracy(name: str, kind: str) -> str:
@@ -68,7 +68,11 @@ def accuracy_table(report: DemoReport, recorded: RecordedRuns | None) -> ReportT
     title = f"accuracy in percent on {report.config.num_pairs} held-out caption pairs a kind (guessing: 50)"
     if recorded:
         title += f"; in brackets the 95 % interval of the mean of {len(recorded.seeds)} recorded runs"
-    return ReportTable(title, ["", *models], [*rows, ["attention similarity", "1.000", *similarity]])
+    rows += [
+        ["attention similarity", "1.000", *similarity],
+        ["training, seconds", "", *(f"{student.seconds:.0f}" for student in report.students.values())],
+    ]
+    return ReportTable(title, ["", *models], rows)
 
 
 def _beside(value: float, form: str, recorded: Estimate | None) -> str:
