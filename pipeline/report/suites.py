@@ -9,7 +9,7 @@ from typing import Any, Final
 from pipeline.report.page import TEACHER, AnsweredQuestion, Bar, BarGroup, SuiteSection
 from stages.evaluation.answered_items import AnsweredItem, read_items
 from stages.evaluation.result import RESULT_FILE, SuiteResult, read_result
-from stages.evaluation.result_folders import SUITES_FOLDER, results_below
+from stages.evaluation.result_folders import SUITES_FOLDER, result_names, results_below
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer
 
@@ -42,7 +42,7 @@ def named_results(
     for path in folders:
         for each in results_below(path):
             weights = read_result(each).run.weights
-            found.append(_named(by_weights.get(weights, each.resolve().parent.name), each))
+            found.append(_named(by_weights.get(weights, result_names([each])[0]), each))
     # What was named twice, or lies in a run and was named too, is shown once.
     return list({(one.model, one.result.run.suite, one.result.run.protocol): one for one in found}.values())
 

@@ -110,3 +110,9 @@ def test_of_captions_the_likeliest_is_the_answer_and_no_single_count_is_neither_
     ((one,),) = questions_about([b"picture"], found)
     assert one.expected == ""
     assert one.answers == (("a", "blue left of red", None),)
+
+
+def test_results_of_a_run_that_is_not_on_the_page_have_the_runs_name(tmp_path: Path) -> None:
+    make_result(tmp_path / "baseline" / "suites" / "sugarcrepe", 60, weights="of nobody")
+    (found,) = named_results([tmp_path / "baseline"], [], {})
+    assert found.model == "baseline"
