@@ -12,20 +12,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import stats
 
+from benchmarks.intervals import estimate
 from benchmarks.results import command_line, save_result
 from pipeline.demo.recorded import RECORDED
 from pipeline.demo.report import DemoConfig, DemoReport
 from pipeline.demo.run import REPORT, measure_demo
-
-
-def estimate(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and 95 % interval of the mean of independent runs, as `Estimate` has them."""
-    mean, spread = float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return {"mean": mean, "interval_95": [mean - spread, mean + spread]}
 
 
 def summarize_runs(reports: Sequence[DemoReport]) -> dict[str, Any]:
