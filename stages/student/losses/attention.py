@@ -1,6 +1,6 @@
 """The attention losses: pooled maps of student and teacher, compared by cosine, divergence or squared difference.
 
-Shape letters: L decoder layers that are matched, B samples, N image tokens.
+Shape letters: L decoder layers that are matched, B samples, N image tokens, W windows, a answers of a sample.
 """
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.student.stage_config import AttentionLoss
+from storage.codecs.sinks import sink_threshold
 
 COSINE_EPS = 1e-8
 LEAST_SHARE = 1e-12
@@ -55,14 +56,37 @@ def matched_loss(
         keep_BNN = keep_BNN & below_sink_threshold(student_BNN.detach(), num_tokens_B)
     student_BN = pool_keys(student_BNN, keep_BNN)
     teacher_BN = pool_keys(teacher_BNN.to(student_BNN.dtype), keep_BNN)
-    if kind == "cosine":
-        loss_B = 1 - F.cosine_similarity(student_BN, teacher_BN, dim=-1, eps=COSINE_EPS)
-    elif kind == "kl":
-        loss_B = _divergence(student_BN, teacher_BN)
-    else:
-        count_B = student_BN.shape[-1] if num_tokens_B is None else num_tokens_B.clamp(min=1)
-        loss_B = (student_BN - teacher_BN).square().sum(-1) / count_B
+    count_B = student_BN.shape[-1] if num_tokens_B is None else num_tokens_B.clamp(min=1)
+    loss_B = _compared(student_BN, teacher_BN, kind, count_B)
     return loss_B if num_tokens_B is None else loss_B * (num_tokens_B > 0)
+
+
+def answer_loss(
+    student_WaN: Tensor, teacher_WaN: Tensor, *, kind: AttentionLoss = "cosine", sink_mask: bool = True
+) -> Tensor:
+    """`[W, a]` loss of each matched pair and answer of one sample, from mean attention to its image tokens.
+
+    A token is left out where the teacher's value is 0, and with `sink_mask` where one of the two is above the mean +
+    std of its vector's N values. What is left is compared as `matched_loss` compares pooled vectors; of one vector,
+    `row_kl` is `kl`. Which tokens are left is constant for the gradient.
+
+    Source: docs/method.md#answer-attention
+    """
+    teacher_WaN = teacher_WaN.to(student_WaN.dtype)
+    keep_WaN = teacher_WaN > 0
+    if sink_mask:
+        for values_WaN in (student_WaN.detach(), teacher_WaN):
+            keep_WaN &= values_WaN <= sink_threshold(values_WaN, values_WaN.shape[-1])[..., None]
+    return _compared(student_WaN * keep_WaN, teacher_WaN * keep_WaN, kind, student_WaN.shape[-1])
+
+
+def _compared(student: Tensor, teacher: Tensor, kind: AttentionLoss, count: Tensor | int) -> Tensor:
+    """`[...]` loss of vectors `[..., N]`, of which `count` tokens count."""
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=-1, eps=COSINE_EPS)
+    if kind == "mse":
+        return (student - teacher).square().sum(-1) / count
+    return _divergence(student, teacher)
 
 
 def below_sink_threshold(map_BNN: Tensor, num_tokens_B: Tensor | None = None) -> Tensor:
@@ -86,7 +110,7 @@ def pool_keys(map_BNN: Tensor, keep_BNN: Tensor) -> Tensor:
 
 
 def _divergence(student_BN: Tensor, teacher_BN: Tensor) -> Tensor:
-    """`[B]` KL divergence of the teacher's shares from the student's."""
+    """`[...]` KL divergence of the teacher's shares from the student's, over the last dimension."""
     tiny = torch.finfo(student_BN.dtype).tiny
     own_BN, wanted_BN = (pooled / pooled.sum(-1, keepdim=True).clamp(min=tiny) for pooled in (student_BN, teacher_BN))
     return (torch.xlogy(wanted_BN, wanted_BN) - wanted_BN * own_BN.clamp(min=LEAST_SHARE).log()).sum(-1)
