@@ -40,24 +40,29 @@ def matched_loss(
     """`[B]` loss of one matched pair, from the teacher's map and its exact, stored sink mask.
 
     Let a and b be the pooled vectors of student and teacher. `cosine` is 1 - cos(a, b). `kl` is sum_j b'_j log(b'_j /
-    a'_j) with a' = a / sum(a) and b' = b / sum(b). `mse` is the mean of (a_j - b_j)^2 over the sample's own N keys. All
-    are zero where a = b; `cosine` and `kl` also where a and b differ by a factor. `mse` is of the order of 1 / N^2.
+    a'_j) with a' = a / sum(a) and b' = b / sum(b). `mse` is the mean of (a_j - b_j)^2 over the sample's own N keys.
+    `row_kl` pools nothing: it is `kl` of the kept entries of each query's row, mean over the queries that keep more
+    than one. All are zero where a = b; `cosine` and `kl` also where a and b differ by a factor, `row_kl` where rows do.
+    `mse` is of the order of 1 / N^2.
 
     Args:
         student_BNN: Student maps, zero beyond a sample's own number of image tokens.
         teacher_BNN: Teacher maps, padded in the same way.
         teacher_keep_BNN: Bool, True where the teacher's entry is positive and no sink; False in the padding.
         num_tokens_B: Image tokens of each sample; None when every map is full. A sample with 0 gives 0.
-        kind: How the pooled vectors are compared.
+        kind: How they are compared.
         sink_mask: False keeps the student's sinks; the teacher's stay where `teacher_keep_BNN` is True.
     """
     keep_BNN = teacher_keep_BNN
     if sink_mask:
         keep_BNN = keep_BNN & below_sink_threshold(student_BNN.detach(), num_tokens_B)
-    student_BN = pool_keys(student_BNN, keep_BNN)
-    teacher_BN = pool_keys(teacher_BNN.to(student_BNN.dtype), keep_BNN)
-    count_B = student_BN.shape[-1] if num_tokens_B is None else num_tokens_B.clamp(min=1)
-    loss_B = _compared(student_BN, teacher_BN, kind, count_B)
+    teacher_BNN = teacher_BNN.to(student_BNN.dtype)
+    if kind == "row_kl":
+        loss_B = _row_divergence(student_BNN, teacher_BNN, keep_BNN)
+    else:
+        student_BN, teacher_BN = pool_keys(student_BNN, keep_BNN), pool_keys(teacher_BNN, keep_BNN)
+        count_B = student_BN.shape[-1] if num_tokens_B is None else num_tokens_B.clamp(min=1)
+        loss_B = _compared(student_BN, teacher_BN, kind, count_B)
     return loss_B if num_tokens_B is None else loss_B * (num_tokens_B > 0)
 
 
@@ -107,6 +112,16 @@ def pool_keys(map_BNN: Tensor, keep_BNN: Tensor) -> Tensor:
     Source: docs/method.md#attention-loss, symbols a and b
     """
     return (map_BNN * keep_BNN).sum(-2) / keep_BNN.sum(-2).clamp(min=1)
+
+
+def _row_divergence(student_BNN: Tensor, teacher_BNN: Tensor, keep_BNN: Tensor) -> Tensor:
+    """`[B]` divergence of each query's kept keys, mean over the queries that have more than one.
+
+    Source: docs/method.md#attention-loss, `row_kl`
+    """
+    counted_BN = keep_BNN.sum(-1) > 1
+    divergence_BN = _divergence(student_BNN * keep_BNN, teacher_BNN * keep_BNN)
+    return (divergence_BN * counted_BN).sum(-1) / counted_BN.sum(-1).clamp(min=1)
 
 
 def _divergence(student_BN: Tensor, teacher_BN: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from storage.targets.manifest import Manifest, create_or_check
 from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
 from storage.targets.summary import summarize
+from tests.fuzz.stores import make
 from tests.storage.builders import extract, manifest, pack, shard_content, target_stream
 from tests.storage.integrity.forging import forge
 from tests.storage.targets.test_reading import folder_of, recommit
