@@ -18,7 +18,7 @@ from stages.families.registry import family_of
 from stages.student.data.vocabularies import refuse_other_vocabulary
 from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import DataSource
-from stages.student.store_check import check_one_teacher, check_served
+from stages.student.store_check import check_answers, check_one_teacher, check_served
 from stages.student.student_kind import check_student, refuse_without_images
 from stages.teacher.config import TeacherConfig, captured_layers
 from storage.codecs.codec_settings import MapCodecConfig, default_top_k
@@ -192,6 +192,8 @@ def check_training(run: RunFile, *, resume: bool = True) -> None:
     for stage in to_train:
         url, settings = open_store(sources[stage][0].targets).url, run.train.stage(stage)
         check_served(stage, settings, run.train.matching, url, first[stage], num_layers)
+        stores = [(open_store(one.targets).url, manifests[one.targets].fingerprint) for one in sources[stage]]
+        check_answers(stage, settings, stores)
         _check_data(run, sources[stage], manifests)
 
 

@@ -35,7 +35,7 @@ class AtResume(StrEnum):
     SAME_DATA = "same data"
     """May name another place that holds the same data."""
     IF_UNMATCHED = "unmatched"
-    """May change for stages without the attention loss."""
+    """May change for stages without an attention loss."""
 
 
 RENAMED = {

@@ -53,8 +53,8 @@ def parse_object(data: bytes, where: str, todo: str) -> dict[str, Any]:
     return fields
 
 
-def parse_record(data: bytes, where: str, format_version: int, *, canonical: bool = True) -> dict[str, Any]:
-    """The fields of a stored JSON record, once its format version is known to be ours.
+def parse_record(data: bytes, where: str, *format_versions: int, canonical: bool = True) -> dict[str, Any]:
+    """The fields of a stored JSON record, once its format version is known to be one of those given.
 
     Raises:
         CorruptData: If it is no JSON object with a format version, or not `canonical` as it should be.
@@ -64,12 +64,13 @@ def parse_record(data: bytes, where: str, format_version: int, *, canonical: boo
     if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
         raise CorruptData(f"{where} has no format_version; restore it or run `cdp verify`")
     found = fields["format_version"]
-    if found != format_version:
+    if found not in format_versions:
         digests = (_digest_without(fields, "digest"), _digest_without(fields, "digest", "path"))
         if canonical and "digest" in fields and fields["digest"] not in digests:
             raise CorruptData(f"{where} is damaged: its digest is not that of its content; restore it")
-        todo = "upgrade compodistill" if found > format_version else "make it again with this version"
-        raise UserError(f"{where} has format version {found}, this version reads {format_version}; {todo}")
+        todo = "upgrade compodistill" if found > max(format_versions) else "make it again with this version"
+        ours = " and ".join(map(str, format_versions))
+        raise UserError(f"{where} has format version {found}, this version reads {ours}; {todo}")
     if canonical:
         _check_canonical(fields, data, where)
     return fields

@@ -84,6 +84,8 @@ def _print_facts(estimate: "Estimate") -> None:
     tokens_per_map = mean["image_tokens"] / mean["maps"] if mean["maps"] else 0
     kept = round(mean["answer_rows"] * estimate.num_sampled)
     cuts = cuts_text(estimate.num_sampled, estimate.cut_samples, kept, estimate.cut_answer_tokens)
+    chosen = estimate.settings[estimate.chosen]
+    of_answers = chosen.bytes_by_array.get("answer_attention")
     facts = [
         ("samples", f"{estimate.num_samples:,} in {estimate.num_shards:,} shards ({read})"),
         ("unusable among them", counts_text(estimate.unusable)),
@@ -106,6 +108,11 @@ def _print_facts(estimate: "Estimate") -> None:
         (
             "answer rows",
             ", ".join(f"k {k}: {size_text(size)}" for k, size in estimate.answer_bytes_by_top_k.items()),
+        ),
+        *(
+            ()
+            if of_answers is None
+            else [("answer attention", f"{size_text(of_answers)}, {of_answers / chosen.shard_bytes:.1%} of the shards")]
         ),
         *(("note", note) for note in estimate.notes),
     ]

@@ -67,6 +67,8 @@ def _print_store(targets: str) -> None:
     from storage.targets.summary import summarize
 
     summary = summarize(targets)
+    of_answers = summary.array_bytes.get("answer_attention", 0)
+    answers = f"{size_text(of_answers)}, {of_answers / summary.total_bytes:.1%} of all" if of_answers else "none"
     facts = [
         ("shards", f"{summary.num_committed:,} of {summary.num_planned:,}"),
         ("samples", f"{summary.num_samples:,}"),
@@ -95,6 +97,7 @@ def _print_store(targets: str) -> None:
                 f"{summary.map_triangle_ratio:.1f} than triangles"
             ),
         ),
+        ("answer attention", answers),
         ("raw fp16 logits", size_text(summary.raw_logit_bytes)),
         ("ratio to raw", f"{summary.ratio:.1f} times smaller"),
         ("fingerprint", summary.fingerprint_digest),

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from stages.attention.text_rows import score_bias, text_rows
+from stages.attention.text_rows import AnswerQueries, answer_attention, score_bias, text_rows
 
 CAPTURING_SDPA = "cdp_sdpa"
 CAPTURE_VERSION = 3  # part of the fingerprint: raised when the same model would give other maps
@@ -41,15 +41,24 @@ class AttentionCapture:
         text_positions: for each row the positions of text tokens whose attention to its image tokens is wanted too;
             None where none is.
         maps: filled by the forward pass: layer -> `[B, N, N]` float32, rows are queries; zero beyond a row's own n.
-        text_maps: filled if `text_positions` are given: layer -> for each row of the batch `[U, n]`, see `text_rows`.
+        text_maps: filled if `text_positions` are given: layer -> for each row of the batch `[U, n]`, see `text_rows`;
+            no gradient flows to them.
+        answers: for each row the answers whose mean attention to image tokens is wanted, which may be others than those
+            of `positions`; None where it is of none.
+        answer_maps: filled if `answers` are given: layer -> for each row of the batch `[a, N]`, see `answer_attention`.
     """
 
     def __init__(
-        self, layers: frozenset[int], positions: Sequence[Tensor], text_positions: Sequence[Tensor] | None = None
+        self,
+        layers: frozenset[int],
+        positions: Sequence[Tensor],
+        text_positions: Sequence[Tensor] | None = None,
+        answers: Sequence[AnswerQueries] | None = None,
     ) -> None:
-        self.layers, self.positions, self.text_positions = layers, positions, text_positions
+        self.layers, self.positions, self.text_positions, self.answers = layers, positions, text_positions, answers
         self.maps: dict[int, Tensor] = {}
         self.text_maps: dict[int, tuple[Tensor, ...]] = {}
+        self.answer_maps: dict[int, tuple[Tensor, ...]] = {}
         width = max(map(len, positions), default=0)
         self.positions_BN = torch.zeros(len(positions), width, dtype=torch.long)
         for row, of_row in enumerate(positions):
@@ -108,15 +117,21 @@ def _sdpa_with_capture(
 ) -> tuple[Tensor, None]:
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layer = getattr(module, "layer_idx", None)
-    if capture is not None and capture.num_keys and layer in capture.layers:
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        maps_BNN = image_block_maps(query, key, attention_mask, capture, scaling)
-        # Activation checkpointing runs a layer twice and must do the same work twice, but the maps that the loss
-        # already holds are those of the first run.
-        capture.maps.setdefault(layer, maps_BNN)
+    if capture is None or layer not in capture.layers:
+        return output
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    # Activation checkpointing runs a layer twice and must do the same work twice, but the maps that the loss already
+    # holds are those of the first run.
+    if capture.num_keys:
+        capture.maps.setdefault(layer, image_block_maps(query, key, attention_mask, capture, scaling))
         if capture.text_positions is not None:
             texts = capture.text_positions
-            capture.text_maps[layer] = text_rows(query, key, attention_mask, texts, capture.positions, scaling)
+            with torch.no_grad():
+                found = text_rows(query, key, attention_mask, texts, capture.positions, scaling)
+            capture.text_maps.setdefault(layer, found)
+    if capture.answers is not None:
+        found = answer_attention(query, key, attention_mask, capture.answers, scaling)
+        capture.answer_maps.setdefault(layer, found)
     return output
 
 

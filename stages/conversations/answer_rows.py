@@ -29,6 +29,15 @@ class AnswerRows:
         return AnswerRows(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
+def answer_sizes(answer_mask_T: Tensor) -> tuple[int, ...]:
+    """Tokens of each answer of a sequence, and so its answer rows: answers are the runs of True in its mask."""
+    at = answer_mask_T.nonzero()[:, 0]
+    if not len(at):
+        return ()
+    ends = torch.cat([(at.diff() > 1).nonzero()[:, 0] + 1, torch.tensor([len(at)])])
+    return tuple(ends.diff(prepend=torch.tensor([0])).tolist())
+
+
 def answer_rows(token_ids: Sequence[Tensor], answer_masks: Sequence[Tensor]) -> AnswerRows:
     """The answer rows of sequences that are padded on the right, if at all; masks are True at answer tokens."""
     parts = [(torch.zeros(0, dtype=torch.long),) * 3]

@@ -17,7 +17,7 @@ from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.progress import SILENT, Progress
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.samples.sample_set import SampleSet
-from storage.targets.layout import ARRAYS
+from storage.targets.layout import arrays
 
 BYTES_PER_ENTRY: dict[MapCodecName, float] = {"float16": 1.77782, "sqrt8": 0.86340, "sqrt4": 0.42269, "sqrt2": 0.22282}
 """Of an entry of one captured layer's map, with all that is stored of the windows; from
@@ -25,8 +25,8 @@ BYTES_PER_ENTRY: dict[MapCodecName, float] = {"float16": 1.77782, "sqrt8": 0.863
 
 METADATA_BYTES_PER_ARRAY = 800
 """A `zarr.json`, as in the dump of FORMAT.md."""
-TOKEN_BYTES = 5
-"""Id and answer mask, before zstd."""
+TOKEN_BYTES, HALF_BYTES = 5, 2
+"""Id and answer mask, and a value of answer attention, before zstd."""
 PHOTOGRAPH = (640, 480)
 """Size of the image that stands for all, for processors whose number of tokens depends on it."""
 
@@ -60,11 +60,11 @@ def estimate_from_configs(
         image = Image.new("RGB", PHOTOGRAPH, "gray")
         size = len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions)
         maps = [(1 / config.samples_per_map, size)]
-        per_sample = count_units([config.text_tokens + size], [config.answer_rows], maps, causal=causal)
+        per_sample = count_units([config.text_tokens + size], [config.answer_rows], [size], maps, causal=causal)
         full, rest = divmod(config.samples, config.samples_per_shard)
         held = SetCounts([config.samples_per_shard] * full + [rest] * (rest > 0), per_sample)
         assumed.append(
-            f"assumed: {config.text_tokens:g} text tokens, {config.answer_rows:g} answer rows, "
+            f"assumed: {config.text_tokens:g} text tokens, {config.answer_rows:g} rows of one answer, "
             f"{config.samples_per_map:g} samples a map; {size} image tokens are the processor's for an "
             f"image of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
         )
@@ -72,11 +72,14 @@ def estimate_from_configs(
     work = forward_work(identity, held.per_sample)
     operations = sum(work.values())
     rates = {"logit_records": identity.logit_codec.row_bytes, "token_ids": TOKEN_BYTES}
+    if settings.answer_attention:
+        rates["answer_attention"] = len(identity.layers) * HALF_BYTES
+    num_arrays = len(arrays(answer_attention=settings.answer_attention))
     costs = {
         name: CodecCost(
             rates={"map_codes": len(identity.layers) * entry_bytes, **rates},
-            metadata_bytes=len(ARRAYS) * METADATA_BYTES_PER_ARRAY,
-            num_files=2 * len(ARRAYS) + 1,
+            metadata_bytes=num_arrays * METADATA_BYTES_PER_ARRAY,
+            num_files=2 * num_arrays + 1,
         )
         for name, entry_bytes in bytes_per_entry(held.per_sample, identity.windows).items()
     }
@@ -91,7 +94,7 @@ def estimate_from_configs(
         f"{operations / 1e12:.3g} TFLOP a sample: {shares}",
         f"{speed} an efficiency of {config.efficiency:.0%} are assumed, not measured",
         "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
-        "bytes of answer rows and tokens are those before zstd",
+        "bytes of answer rows, answer attention and tokens are those before zstd",
         *assumed,
     )
     return extrapolate(settings, identity, held, costs, teacher, workers=workers, notes=notes)

@@ -22,6 +22,7 @@ from stages.teacher.config import TeacherConfig
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from stages.tempered_noise import noise_notes
+from storage.codecs.answer_attention import num_answers
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
@@ -33,8 +34,9 @@ from storage.samples.shard_reader import SampleShard
 from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord, SkippedSample
-from storage.targets.layout import ARRAYS
-from storage.targets.manifest import Manifest
+from storage.targets.layout import arrays
+from storage.targets.manifest import ANSWER_FORMAT_VERSION, Manifest
+from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard_writer import write_shard
 
 CODECS: tuple[MapCodecName, ...] = get_args(MapCodecName)
@@ -208,7 +210,8 @@ def _write(folder: Path, manifest: Manifest, seen: ShardObservations) -> tuple[C
 
 def _data_bytes(record: CommitRecord) -> Counter[str]:
     """Bytes of data by array; all others are metadata."""
-    data = Counter({spec.name: 0 for spec in ARRAYS})
+    is_stored = record.format_version == ANSWER_FORMAT_VERSION
+    data = Counter({spec.name: 0 for spec in arrays(answer_attention=is_stored)})
     for path, info in record.files.items():
         name, _, below = path.partition("/")
         if below == "c" or below.startswith("c/"):
@@ -220,6 +223,11 @@ def _units(seen: ShardObservations, *, causal: bool) -> Counts:
     return count_units(
         [len(sample.token_ids) for sample in seen.samples],
         [len(sample.logits_RQ) for sample in seen.samples],
+        [_answer_keys(sample, seen) for sample in seen.samples],
         [(1, entry.num_tokens) for entry in seen.maps],
         causal=causal,
     )
+
+
+def _answer_keys(sample: SampleTargets, seen: ShardObservations) -> int:
+    return 0 if sample.map_row is None else num_answers(sample.answer_mask) * seen.maps[sample.map_row].num_tokens

@@ -86,8 +86,8 @@ class Estimate(TeacherCost):
     num_sampled: int
     """Samples read and tokenised."""
     per_sample: dict[str, float]
-    """Usable samples, tokens, answer rows, maps, image tokens and map entries of a sample of the set; the last three
-    are those of stored maps, which samples share."""
+    """Usable samples, tokens, answer rows, answer keys, maps, image tokens and map entries of a sample of the set; the
+    last three are those of stored maps, which samples share. Answer keys are its image tokens times its answers."""
     unusable: dict[str, int]
     """Reason -> samples of those read that could not be used."""
     unusable_examples: tuple[str, ...]

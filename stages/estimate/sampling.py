@@ -10,6 +10,7 @@ from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.report import EstimateConfig
 from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.timings import Timings
+from storage.codecs.answer_attention import num_answers
 from storage.codecs.codec_settings import num_entries
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
@@ -18,22 +19,36 @@ from storage.samples.members import StoredSample
 from storage.samples.sample_set import SampleSet
 from storage.targets.commits import SkippedSample
 
-UNITS = {"samples": "SU", "tokens": "T", "answer_rows": "R", "maps": "M", "image_tokens": "N", "map_entries": "CYG"}
+UNITS = {
+    "samples": "SU",
+    "tokens": "T",
+    "answer_rows": "R",
+    "answer_keys": "H",
+    "maps": "M",
+    "image_tokens": "N",
+    "map_entries": "CYG",
+}
 """What bytes grow with -> letters of `storage.targets.layout` that count it. The last three are counted once for all
-samples that share a map."""
+samples that share a map. Answer keys are the image tokens of a sample, for each of its answers."""
 
 Counts = Mapping[str, float]
 """Amount of each of `UNITS`."""
 
 
 def count_units(
-    tokens: Sequence[float], answer_rows: Sequence[float], maps: Sequence[tuple[float, int]], *, causal: bool
+    tokens: Sequence[float],
+    answer_rows: Sequence[float],
+    answer_keys: Sequence[float],
+    maps: Sequence[tuple[float, int]],
+    *,
+    causal: bool,
 ) -> Counts:
-    """Counts of samples by the tokens and the answer rows of each; a map is how much of it counts and its N."""
+    """Counts of samples by what each has of a unit; a map is how much of it counts and its N."""
     return {
         "samples": len(tokens),
         "tokens": sum(tokens),
         "answer_rows": sum(answer_rows),
+        "answer_keys": sum(answer_keys),
         "maps": sum(share for share, _ in maps),
         "image_tokens": sum(share * num_tokens for share, num_tokens in maps),
         "map_entries": sum(share * num_entries(num_tokens, causal) for share, num_tokens in maps),
@@ -125,6 +140,7 @@ def count_blocks(
         # Of each usable sample only these numbers: a whole set may be counted.
         tokens: list[int] = []
         answer_rows: list[int] = []
+        answer_keys: list[int] = []
         maps: list[tuple[float, int]] = []
         cuts: list[int] = []
         skipped: list[SkippedSample] = []
@@ -147,10 +163,11 @@ def count_blocks(
                 each = [sample.encoded for sample in usable]
                 tokens += [len(one.token_ids) for one in each]
                 answer_rows += [int(one.answer_mask.sum()) for one in each]
+                answer_keys += [num_answers(one.answer_mask) * len(one.image_positions) for one in each]
                 cuts += [one.num_cut_answer_tokens for one in each if one.num_cut_answer_tokens]
                 shares = _shares(prepare, len(shard), usable)
                 maps += [(share, len(one.image_positions)) for share, one in zip(shares, each, strict=True)]
-        counts = count_units(tokens, answer_rows, maps, causal=causal)
+        counts = count_units(tokens, answer_rows, answer_keys, maps, causal=causal)
         blocks.append(SampledBlock(len(numbers), counts, cuts, skipped, kept))
     num_read = sum(map(len, planned))
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}

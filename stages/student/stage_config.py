@@ -7,7 +7,7 @@ from pydantic import Field
 from stages.settings import AtResume
 from storage.strict_model import StrictModel
 
-AttentionLoss = Literal["cosine", "kl", "mse"]
+AttentionLoss = Literal["cosine", "kl", "mse", "row_kl"]
 Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 StageName = Literal["dpt", "dft", "sft"]
 STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
@@ -56,8 +56,12 @@ class StageConfig(StrictModel):
     contribute by draws; `reverse`, `symmetric` and `jensen_shannon` take these tokens together for one."""
     attention_weight: float = Field(default=1.0, ge=0)
     """Weight of the alignment with the teacher's visual attention; 0 leaves it out, and the maps unread."""
+    answer_attention_weight: float = Field(default=0.0, ge=0)
+    """Weight of the alignment of attention from whole answers to the image; the targets must hold it
+    (`teacher.answer_attention`). 0 leaves it out, and what is stored of it unread."""
     attention_loss: AttentionLoss = "cosine"
-    """How pooled attention is compared; `mse` is smaller by orders of magnitude and needs another weight."""
+    """How attention is compared: pooled over queries by `cosine`, `kl` or `mse`, or query by query (`row_kl`). `mse` is
+    smaller by orders of magnitude and needs another weight. Attention from answers is compared in the same way."""
     attention_sink_mask: bool = True
     """Whether attention sinks are left out on either side. Codes of few bits cut sinks: without the mask the gradient
     is less exact, which the command says."""
@@ -81,6 +85,11 @@ class StageConfig(StrictModel):
     """Sample budget of this stage, when not that of the run."""
     validation_subset: Annotated[str | None, AtResume.SAME_DATA] = None
     """Text file with the keys of the samples that this stage holds out, one a line, when not those of the run."""
+
+    @property
+    def matches_layers(self) -> bool:
+        """Whether student layers learn from teacher layers, by whatever loss."""
+        return self.attention_weight > 0 or self.answer_attention_weight > 0
 
 
 class DistilledPretraining(StageConfig):

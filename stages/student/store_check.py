@@ -1,11 +1,11 @@
 """Whether a target store serves a stage of training, known from its manifest and the student's depth."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from stages.student.layer_matching import MatchingConfig, match_layers
 from stages.student.stage_config import StageConfig, StageName
 from storage.errors import FingerprintMismatch, UserError
-from storage.targets.manifest import Fingerprint, Manifest
+from storage.targets.manifest import Fingerprint, Manifest, check_answer_attention
 
 
 def check_served(
@@ -22,11 +22,22 @@ def check_served(
         num_layers: Decoder layers of the student; None where they are not known yet: then no layers are matched.
 
     Raises:
-        UserError: If it lacks the temperature of the logit loss, or layers that the attention loss matches.
+        UserError: If it lacks the temperature of the logit loss, or layers that an attention loss matches.
     """
     check_temperature(name, stage, url, manifest.fingerprint)
-    if stage.attention_weight > 0 and num_layers is not None:
+    if stage.matches_layers and num_layers is not None:
         match_layers(num_layers, manifest, matching)
+
+
+def check_answers(name: StageName, stage: StageConfig, stores: Iterable[tuple[str, Fingerprint]]) -> None:
+    """Refuses stores without answer attention, each an address and its fingerprint, for a stage that learns from it.
+
+    Raises:
+        UserError: If one holds none.
+    """
+    if stage.answer_attention_weight > 0:
+        for url, fingerprint in stores:
+            check_answer_attention(f"{name} has an answer_attention_weight, but {url}", fingerprint)
 
 
 def check_temperature(name: StageName, stage: StageConfig, url: str, fingerprint: Fingerprint) -> None:

@@ -55,6 +55,8 @@ class PreparedSample:
     """Whether EXIF data ask for a turn of one of the pictures that it was read with."""
     logits_RQ: Tensor | None = None
     """Records of its answer rows, once the teacher has run; None where a row is not finite."""
+    answer_attention_LaN: Tensor | None = None
+    """float16, mean attention from each answer to the image, once the teacher has run; None where none is wanted."""
     fault: Reason | None = None
     """Why the teacher could not run."""
 

@@ -51,6 +51,10 @@ class TeacherConfig(StrictModel):
     at 1 unless the whole vocabulary is kept (`top_k`): far more of the mass is sampled. `cdp estimate` says both."""
     tempered_samples: NumTailSamples = 256
     """Tokens sampled for each of `temperatures`, in proportion to their probability at it; about 2 bytes each."""
+    answer_attention: bool = False
+    """Whether the mean attention from each answer to the image is stored too, for a student's
+    `answer_attention_weight`: 2 bytes for each captured layer, answer and image token
+    (docs/codecs.md#answer-attention)."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 

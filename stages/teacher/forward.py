@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stages.attention.capture import AttentionCapture
-from stages.conversations.answer_rows import answer_rows
+from stages.attention.text_rows import AnswerQueries
+from stages.conversations.answer_rows import answer_rows, answer_sizes
+from stages.conversations.encoder import EncodedConversation
 from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.num_threads import adopt_num_threads
@@ -27,6 +29,9 @@ class ForwardOutput(NamedTuple):
     """For each sample the records of its answer rows, on the CPU; None where a row is not finite."""
     maps: dict[str, tuple[Tensor, ...]]
     """Map key -> `[N, N]` of each captured layer, on the teacher's device, not yet coded."""
+    answers: list[Tensor | None]
+    """For each sample `[L, a, N]` float16 on the CPU, which may not be finite; None without an image, and for all where
+    answer attention is not wanted."""
 
 
 @torch.inference_mode()
@@ -41,9 +46,11 @@ def run_teacher(
     adopt_num_threads()
     device, layers = teacher.model.device, teacher.identity.layers
     no_positions = torch.zeros(0, dtype=torch.long)
+    answered = [sample.encoded for sample in batch] if teacher.identity.settings.answer_attention else None
     capture = AttentionCapture(
         layers=frozenset(layers),
         positions=[sample.encoded.image_positions if sample in wanted_maps else no_positions for sample in batch],
+        answers=None if answered is None else [_answer_queries(encoded) for encoded in answered],
     ).to(device)
     # The base model, not the one with the head: logits are wanted at answer rows only.
     inputs = model_inputs(teacher, batch)
@@ -62,9 +69,20 @@ def run_teacher(
         if sample in wanted_maps and sample.map_key is not None:
             n = len(sample.encoded.image_positions)
             maps[sample.map_key] = tuple(capture.maps[layer][row, :n, :n] for layer in layers)
+    attention: list[Tensor | None] = [None] * len(batch)
+    for row, encoded in enumerate(answered or ()):
+        if len(encoded.image_positions):
+            # Rounded as it is stored: students see these values, and sinks are told by them.
+            attention[row] = torch.stack([capture.answer_maps[layer][row] for layer in layers]).half().cpu()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return ForwardOutput(logits, maps)
+    return ForwardOutput(logits, maps, attention)
+
+
+def _answer_queries(encoded: EncodedConversation) -> AnswerQueries:
+    """All answers of a conversation."""
+    rows_U = encoded.answer_mask.nonzero()[:, 0] - 1
+    return AnswerQueries(rows_U, answer_sizes(encoded.answer_mask), encoded.image_positions)
 
 
 def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> tuple[Tensor, Tensor]:

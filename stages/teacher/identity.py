@@ -30,7 +30,7 @@ from storage.codecs.codec_settings import (
     default_top_k,
 )
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
-from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest
+from storage.targets.manifest import Fingerprint, Manifest
 
 _LOCAL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 
@@ -94,29 +94,34 @@ class TeacherIdentity:
     def manifest(self, samples_digest: str, num_shards: int) -> Manifest:
         """What a target store made by this teacher from these samples is."""
         text_config = self.config.get_text_config()
+        fingerprint = self._fingerprint(samples_digest)
         return Manifest(
-            format_version=FORMAT_VERSION,
-            fingerprint=Fingerprint(
-                teacher_weights=self.weights,
-                teacher_config=_portable(self.config.to_dict()),
-                processor=_portable(self.processor.to_dict()),
-                chat_template=chat_template(self.processor),
-                tokenizer=tokenizer_digest(self.processor.tokenizer),
-                layers=self.layers,
-                windows=self.windows,
-                map_codec=self.codec,
-                logit_codec=self.logit_codec,
-                dtype=str(self.dtype).removeprefix("torch."),
-                max_length=self.settings.max_length,
-                cut=self.settings.cut,
-                images=self.images,
-                image_backend=image_processor_backend(self.processor),
-                samples=samples_digest,
-                capture_version=CAPTURE_VERSION,
-            ),
+            format_version=fingerprint.format_version,
+            fingerprint=fingerprint,
             num_layers=text_config.num_hidden_layers,
             hidden_size=text_config.hidden_size,
             num_shards=num_shards,
+        )
+
+    def _fingerprint(self, samples_digest: str) -> Fingerprint:
+        return Fingerprint(
+            teacher_weights=self.weights,
+            teacher_config=_portable(self.config.to_dict()),
+            processor=_portable(self.processor.to_dict()),
+            chat_template=chat_template(self.processor),
+            tokenizer=tokenizer_digest(self.processor.tokenizer),
+            layers=self.layers,
+            windows=self.windows,
+            map_codec=self.codec,
+            logit_codec=self.logit_codec,
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_length=self.settings.max_length,
+            cut=self.settings.cut,
+            images=self.images,
+            image_backend=image_processor_backend(self.processor),
+            samples=samples_digest,
+            capture_version=CAPTURE_VERSION,
+            answer_attention=self.settings.answer_attention,
         )
 
 

@@ -197,6 +197,7 @@ class ShardWork:
                     logits_RQ=sample.logits_RQ,
                     num_cut_answer_tokens=sample.encoded.num_cut_answer_tokens,
                     is_turned=sample.is_turned,
+                    answer_attention_LaN=sample.answer_attention_LaN,
                 )
             )
         result.skipped.sort(key=lambda skipped: skipped.key)
@@ -218,8 +219,10 @@ class ShardWork:
             part[0].fault = "out_of_memory"
         else:
             observer.batch_size.fitted(len(part))
-            for sample, logits_RQ in zip(part, output.logits, strict=True):
-                sample.logits_RQ = logits_RQ
+            for sample, logits_RQ, answers_LaN in zip(part, output.logits, output.answers, strict=True):
+                sample.logits_RQ, sample.answer_attention_LaN = logits_RQ, answers_LaN
+                if answers_LaN is not None and not bool(torch.isfinite(answers_LaN).all()):
+                    sample.fault = "not_finite"
             self._maps.update(zip(output.maps, observer.coder.submit(output.maps.values()), strict=True))
         for sample in part:
             self._seen[sample.row] = sample

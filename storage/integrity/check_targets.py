@@ -7,6 +7,7 @@ from functools import cached_property, partial
 import torch
 from pydantic import BaseModel, ValidationError
 
+from storage.codecs import answer_attention
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
 from storage.digests import parse_json
@@ -58,6 +59,11 @@ class TargetChecks(Checks):
 
     def check_manifest(self, manifest: Manifest | None, records: Sequence[Committed]) -> Manifest | None:
         """The manifest if it is the one of the records; if they agree on another one, it is it that was changed."""
+        for record in records:
+            version = record.format_version if manifest is None else manifest.format_version
+            label = record.shard if isinstance(record, CommitRecord) else TEACHER
+            found, expected = (f"format version {number}" for number in (record.format_version, version))
+            self.compare(label, record.record_path, found, expected)
         named = {record.manifest for record in records}
         if manifest is None or named <= {manifest.digest}:
             return manifest
@@ -156,13 +162,15 @@ class TargetChecks(Checks):
         logits = AnswerLogitsCodec(fingerprint.logit_codec)
         num_held, records = 0, []
         for row in range(len(targets)):
-            sample, _ = targets.read(row, with_maps=False)
+            sample, _ = targets.read(row, with_maps=False, with_answers=fingerprint.answer_attention)
             num_answers = int(sample.answer_mask.sum())
             found, expected = (f"{count} rows of {sample.key}" for count in (len(sample.logits_RQ), num_answers))
             self.compare(shard, "logit_offsets", found, expected)
             if sample.num_cut_answer_tokens and not _ends_as_cut(sample, fingerprint):
                 found = f"{sample.key} of {len(sample.token_ids)} tokens, said to be cut"
                 self.fault(shard, "cut_answer_tokens", found, f"an end as {fingerprint.cut} leaves it")
+            if (held_LaN := sample.answer_attention_LaN) is not None and (bad := answer_attention.fault(held_LaN)):
+                self.fault(shard, "answer_attention", f"{bad} in {sample.key}", "sound values")
             records.append(sample.logits_RQ)
             # Of many samples at once: decoding a few rows takes as long as decoding thousands.
             num_held += len(sample.logits_RQ)

@@ -55,11 +55,13 @@ class JoinedShard:
         """`[S]`: tokens of each sample."""
         return self._targets.num_tokens
 
-    def read(self, row: int, layers: Sequence[int] | None, with_maps: bool) -> StreamedSample:
+    def read(
+        self, row: int, layers: Sequence[int] | None, with_maps: bool, with_answers: bool = False
+    ) -> StreamedSample:
         """The sample at `row` of the target shard; arguments as for `TargetShard.read`."""
         with self._damage_named():
             stored = self._tar.read(self._tar_rows[row])
-            targets, maps = self._targets.read(row, with_maps, layers)
+            targets, maps = self._targets.read(row, with_maps, layers, with_answers)
             if stored.key != targets.key:
                 raise CorruptData(f"sample {row} of a shard is {targets.key} to its targets, {stored.key} to its tar")
         return StreamedSample(stored.key, stored.record, stored.images, targets, maps)

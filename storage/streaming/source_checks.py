@@ -7,8 +7,9 @@ from storage.errors import FingerprintMismatch, UserError
 from storage.regular_files import read_regular
 from storage.targets.manifest import OTHER_SAMPLES, Fingerprint
 
-MAY_DIFFER = frozenset({"samples", "max_length", "dtype"})
-"""Of two stores in one mixture; all else that a fingerprint holds decides what a student is or how targets are read."""
+MAY_DIFFER = frozenset({"samples", "max_length", "dtype", "answer_attention"})
+"""Of two stores in one mixture; all else that a fingerprint holds decides what a student is or how targets are read.
+Whether answer attention is stored matters only where it is asked for, and is looked at there."""
 
 _NAMED = 5
 MAX_SUBSET_BYTES = 256 * 2**20

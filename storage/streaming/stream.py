@@ -25,6 +25,7 @@ def mixture_stream(
     start_step: int = 0,
     layers: Sequence[int] | None = None,
     with_maps: bool = True,
+    with_answers: bool = False,
 ) -> DataPipeline:
     """This rank's microbatches of all steps, each a list of StreamedSample.
 
@@ -39,8 +40,10 @@ def mixture_stream(
         start_step: Steps of the first of them to leave out; nothing of them is read.
         layers: Teacher layers whose maps are read; None means all captured ones.
         with_maps: False leaves the attention maps unread, for a stage without the attention loss.
+        with_answers: True reads answer attention.
 
     Raises:
+        UserError: While it is read, if answer attention is to be read and is not stored.
         CorruptData: While it is read, for damaged or missing bytes; names the shard.
     """
     if not 0 <= rank < world_size:
@@ -48,7 +51,7 @@ def mixture_stream(
     return DataPipeline(
         partial(_steps, mixture, epochs, start_step, world_size),
         _split_by_worker,
-        partial(_joined, mixture, rank, world_size, layers, with_maps),
+        partial(_joined, mixture, rank, world_size, layers, with_maps, with_answers),
     )
 
 
@@ -95,7 +98,13 @@ def _split_by_worker(plan: Iterator[_Step]) -> Iterator[_Step]:
 
 
 def _joined(
-    mixture: Mixture, rank: int, world_size: int, layers: Sequence[int] | None, with_maps: bool, steps: Iterator[_Step]
+    mixture: Mixture,
+    rank: int,
+    world_size: int,
+    layers: Sequence[int] | None,
+    with_maps: bool,
+    with_answers: bool,
+    steps: Iterator[_Step],
 ) -> Iterator[list[StreamedSample]]:
     """Last stage: deals a step out and reads it from both sides. Shards are opened in the process that reads them."""
     config = mixture.config
@@ -111,7 +120,7 @@ def _joined(
             dealt = deal(len(step.rows), config.microbatch_size, world_size, lengths)
             for number in step.batches:
                 rows = step.rows[dealt[number][rank]].tolist()
-                yield [opened[shard].read(row, layers, with_maps) for shard, row in rows]
+                yield [opened[shard].read(row, layers, with_maps, with_answers) for shard, row in rows]
 
 
 def _lengths(rows: Ints, opened: OpenShards) -> Ints:

@@ -11,7 +11,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
 from zarr.storage import LocalStore as ZarrFolder
 
-from storage.targets.layout import ARRAYS, ArraySpec
+from storage.targets.layout import ANSWER_ARRAYS, ARRAYS, ArraySpec
 
 ROWS_A_CHUNK = 256
 """Answer rows decoded at least when one sample is read: 56 kB of records at the default codec."""
@@ -21,9 +21,11 @@ _ENDING = threading.Lock()
 
 def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
     """Write a group of all arrays to an empty folder; after an OSError nothing is being written any more."""
-    assert set(arrays) == {spec.name for spec in ARRAYS}
+    specs = [spec for spec in (*ARRAYS, *ANSWER_ARRAYS) if spec.name in arrays]
+    assert len(specs) == len(arrays)
+    assert {*ARRAYS} <= {*specs}
     try:
-        _write_arrays(folder, arrays, attributes)
+        _write_arrays(folder, specs, arrays, attributes)
     except OSError:
         # Where one write fails, Zarr raises while its others go on: they would make a removed folder anew.
         # One thread at a time: two that waited for each other's writes would wait for ever.
@@ -36,10 +38,12 @@ async def _others_end() -> None:
     await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
 
-def _write_arrays(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
+def _write_arrays(
+    folder: Path, specs: list[ArraySpec], arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]
+) -> None:
     """Each in one call: row by row a sharded one would be written again and again."""
     group = zarr.create_group(ZarrFolder(folder), attributes=attributes)
-    for spec in ARRAYS:
+    for spec in specs:
         data = arrays[spec.name]
         chunks = _inner_chunks(spec, arrays)
         # The smallest multiple of the inner chunk that holds the array: one file.
@@ -61,13 +65,16 @@ def _write_arrays(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attribu
 
 
 def _inner_chunks(spec: ArraySpec, arrays: dict[str, np.ndarray[Any, Any]]) -> tuple[int, ...]:
-    """Sharded: one layer of one map, all of one map, a block of answer rows. Otherwise the whole array."""
+    """Sharded: one layer of one map, all of one map, all layers of one answer, a block of answer rows.
+
+    Otherwise the whole array.
+    """
     shape = arrays[spec.name].shape
     if spec.name == "map_codes":
         return (1, _largest_step(arrays["map_code_offsets"]))
     if spec.name == "map_corners":
         return (max(1, shape[0]), _largest_step(arrays["map_corner_offsets"]))
-    if spec.name == "window_shifts":
+    if spec.name in ("window_shifts", "answer_attention"):
         return (max(1, shape[0]), max(1, int(arrays["map_num_tokens"].max(initial=0))))
     if spec.name == "window_flips":
         return (_largest_step(arrays["window_flip_offsets"]),)

@@ -15,7 +15,7 @@ from storage.digests import canonical_json, digest_of, parse_record
 from storage.errors import CorruptData, FingerprintMismatch
 from storage.stores import Store
 from storage.targets.file_table import StoredFiles
-from storage.targets.manifest import FORMAT_VERSION, MAX_SHARDS, Manifest
+from storage.targets.manifest import FORMAT_VERSION, FORMAT_VERSIONS, MAX_SHARDS, Manifest
 
 READS_AT_ONCE = 32
 READ_BATCH = 1024
@@ -53,9 +53,9 @@ class Committed(BaseModel):
         raise NotImplementedError
 
     @classmethod
-    def build(cls, **content: Any) -> Self:
+    def build(cls, format_version: int = FORMAT_VERSION, **content: Any) -> Self:
         """A record of this content, with digest and path worked out."""
-        draft = cls(format_version=FORMAT_VERSION, path="", digest="", **content)
+        draft = cls(format_version=format_version, path="", digest="", **content)
         digest = draft.content_digest()
         return draft.model_copy(update={"digest": digest, "path": draft.folder_for(digest)})
 
@@ -79,7 +79,7 @@ class Committed(BaseModel):
         where = f"{store.url}/{path}"
         data = store.read(path)
         try:
-            record = cls.model_validate(parse_record(data, where, FORMAT_VERSION))
+            record = cls.model_validate(parse_record(data, where, *FORMAT_VERSIONS))
         except ValidationError as error:
             raise CorruptData(f"{where} is no commit record: {error}; {_REMEDY}") from error
         digest = record.content_digest()
@@ -192,6 +192,9 @@ def read_store(store: Store) -> tuple[Manifest, dict[int, CommitRecord]]:
                 f"shard {record.shard} of {store.url} was committed under manifest {record.manifest[:12]}, not the "
                 f"store's {manifest.digest[:12]}; restore the manifest, or `cdp verify --repair` and extract it again"
             )
+        if record.format_version != manifest.format_version:
+            found = f"the record of shard {record.shard} of {store.url} has format version {record.format_version}"
+            raise CorruptData(f"{found}, the manifest {manifest.format_version}; run `cdp verify --repair`")
         if record.shard >= manifest.num_shards:
             found = f"{store.url} has a record of shard {record.shard}"
             raise CorruptData(f"{found}, the manifest says {manifest.num_shards} shards; run `cdp verify --repair`")

@@ -2,7 +2,7 @@
 
 Letters: S samples, U bytes of their keys, T tokens, R answer rows, Q bytes of a row's record, M maps, W windows, L
 captured layers, P pairs of them; of all maps together N image tokens, C codes and Y tail block entries of one layer, G
-bytes of flips.
+bytes of flips; H values of answer attention of one layer, of all samples.
 """
 
 from collections.abc import Mapping
@@ -55,3 +55,12 @@ ARRAYS = (
     ArraySpec("window_flips", "uint8", "G", sharded=True),
     ArraySpec("window_flip_offsets", "int64", "M+1"),
 )
+ANSWER_ARRAYS = (
+    ArraySpec("answer_attention", "float16", "LH", sharded=True),
+    ArraySpec("answer_attention_offsets", "int64", "S+1"),
+)
+
+
+def arrays(*, answer_attention: bool) -> tuple[ArraySpec, ...]:
+    """The arrays of a shard of a store with or without answer attention."""
+    return (*ARRAYS, *ANSWER_ARRAYS) if answer_attention else ARRAYS

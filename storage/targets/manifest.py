@@ -1,5 +1,6 @@
 """What a target store was made from, and the refusal to mix it with anything else."""
 
+import operator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -7,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of, parse_record
-from storage.errors import CorruptData, FingerprintMismatch
+from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.regular_files import MAX_BYTES
 from storage.samples.image_settings import ImageConfig
 from storage.stores import Store
@@ -15,8 +16,10 @@ from storage.stores.recognize import TARGET_STORE, read_sign
 from storage.strict_model import StrictModel
 
 MANIFEST_PATH = "manifest.json"
-FORMAT_VERSION = 3
-"""Version of the target store's layout; `FORMAT.md` has a paragraph for each."""
+FORMAT_VERSION, ANSWER_FORMAT_VERSION = 3, 4
+FORMAT_VERSIONS = (FORMAT_VERSION, ANSWER_FORMAT_VERSION)
+"""Versions of the target store's layout: without and with answer attention. A store without is the bytes it always
+was."""
 MAX_LAYERS = 2**12
 MAX_SHARDS = 2**22
 """No teacher has so many layers, and no index of samples lists more shards; memory goes by both."""
@@ -34,7 +37,7 @@ _Layers = tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...]
 
 
 class Fingerprint(StrictModel):
-    """All that decides which bytes an extraction writes; no default, so nothing is unknown."""
+    """All that decides which bytes an extraction writes; no default in what every store has, so nothing is unknown."""
 
     teacher_weights: str
     """Digest of the teacher's weights."""
@@ -64,6 +67,8 @@ class Fingerprint(StrictModel):
     """Digest of the sample index."""
     capture_version: int = Field(ge=1, lt=2**31)
     """Raised when the capture code changes what it computes."""
+    answer_attention: bool = Field(default=False, exclude_if=operator.not_)
+    """Whether answer attention is stored. Only version 4 of the format has the field, and always true."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -73,6 +78,11 @@ class Fingerprint(StrictModel):
             if not window or any(low + 1 != high for low, high in pairwise(window)) or not {*window} <= {*self.layers}:
                 raise ValueError(f"window {window} is not of neighbours among the captured layers {self.layers}")
         return self
+
+    @property
+    def format_version(self) -> int:
+        """The layout that a store of these targets has."""
+        return ANSWER_FORMAT_VERSION if self.answer_attention else FORMAT_VERSION
 
     @property
     def digest(self) -> str:
@@ -99,9 +109,11 @@ class Manifest(StrictModel):
     """Sample shards, and so target shards when extraction is complete."""
 
     @model_validator(mode="after")
-    def _check_num_layers(self) -> Self:
+    def _check_sizes(self) -> Self:
         if any(layer >= self.num_layers for layer in self.fingerprint.layers):
             raise ValueError(f"layers {self.fingerprint.layers} are not those of {self.num_layers}")
+        if self.format_version != self.fingerprint.format_version:
+            raise ValueError(f"format version {self.format_version}, the fingerprint has that of another")
         return self
 
     @property
@@ -133,7 +145,7 @@ class Manifest(StrictModel):
         """
         where = f"{store.url}/{MANIFEST_PATH}"
         data = read_sign(store, MANIFEST_PATH, MAX_BYTES, TARGET_STORE)
-        fields = parse_record(data, where, FORMAT_VERSION)
+        fields = parse_record(data, where, *FORMAT_VERSIONS)
         digest = fields.pop("digest", None)
         try:
             manifest = cls.model_validate(fields)
@@ -176,6 +188,19 @@ def check_same(url: str, stored: Manifest, manifest: Manifest) -> None:
         + hint
         + "\nUse the settings they were made with, or extract into a new folder; nothing was changed"
     )
+
+
+def check_answer_attention(where: str, fingerprint: Fingerprint) -> None:
+    """Refuses targets that hold no answer attention, for what needs it.
+
+    Raises:
+        UserError: If they hold none; names them as `where`.
+    """
+    if not fingerprint.answer_attention:
+        raise UserError(
+            f"{where} holds no answer attention; extract into a new folder with teacher.answer_attention=true, or set "
+            "answer_attention_weight to 0"
+        )
 
 
 def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -23,3 +23,6 @@ class SampleTargets:
     """Answer tokens of the conversation that did not fit into `max_length`."""
     is_turned: bool = False
     """Whether EXIF data ask for a turn of one of the pictures that the teacher read."""
+    answer_attention_LaN: Tensor | None = None
+    """float16, see `storage.codecs.answer_attention`: of each captured layer and answer the mean attention to the image
+    tokens. None where it is not stored or was not read, and without an image."""

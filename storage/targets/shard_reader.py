@@ -19,8 +19,8 @@ from storage.stores import Store
 from storage.targets.array_reader import ArrayReader
 from storage.targets.chunk_bounds import ArrayMetadata
 from storage.targets.commits import CommitRecord
-from storage.targets.layout import ARRAYS
-from storage.targets.manifest import Manifest
+from storage.targets.layout import arrays
+from storage.targets.manifest import Manifest, check_answer_attention
 from storage.targets.sample_targets import SampleTargets
 
 _Array = np.ndarray[Any, Any]
@@ -32,6 +32,7 @@ class TargetShard:
 
     def __init__(self, store: Store, manifest: Manifest, record: CommitRecord) -> None:
         self.record, self._manifest = record, manifest
+        self._specs = arrays(answer_attention=manifest.fingerprint.answer_attention)
         self._where = f"shard {record.shard} of {store.url} ({record.path})"
         try:
             self._folder = store.local(record.path, record.files, self)
@@ -39,7 +40,7 @@ class TargetShard:
             raise self._corrupt("its folder", "nothing", "a committed shard") from error
         self._check_files()
         self._arrays = self._guarded("zarr.json", self._open_arrays)
-        self._small = {spec.name: self._read(spec.name) for spec in ARRAYS if not spec.sharded}
+        self._small = {spec.name: self._read(spec.name) for spec in self._specs if not spec.sharded}
         self._check_lengths()
         self._guarded("sample_keys", self._check_order)
         self._guarded("map_num_tokens", self._check_counts)
@@ -64,7 +65,11 @@ class TargetShard:
         return np.diff(self._small["token_offsets"])
 
     def read(
-        self, row: int, with_maps: bool = True, layers: Sequence[int] | None = None
+        self,
+        row: int,
+        with_maps: bool = True,
+        layers: Sequence[int] | None = None,
+        with_answers: bool = False,
     ) -> tuple[SampleTargets, EncodedMaps | None]:
         """The targets of one sample, and its maps; None without an image.
 
@@ -72,10 +77,11 @@ class TargetShard:
             row: Position in `keys`.
             with_maps: False leaves the attention maps unread (None is returned for them).
             layers: Teacher layers to read, in this order; only with None, all captured ones, have maps their windows.
+            with_answers: True reads answer attention, always of all captured layers, where the sample has an image.
 
         Raises:
             IndexError: If there is no such row.
-            UserError: If a layer was not captured.
+            UserError: If a layer was not captured, or answer attention is not stored.
             CorruptData: If stored bytes are missing or damaged.
         """
         if not 0 <= row < len(self):
@@ -91,6 +97,7 @@ class TargetShard:
             logits_RQ=self._large("logit_records", rows),
             num_cut_answer_tokens=int(small["cut_answer_tokens"][row]),
             is_turned=bool(small["sample_turned"][row]),
+            answer_attention_LaN=self._read_answers(row, map_row) if with_answers and map_row >= 0 else None,
         )
         return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
 
@@ -105,6 +112,11 @@ class TargetShard:
             caps_L=torch.from_numpy(self._small["map_caps"][rows, map_row].copy()),
             windows=self._read_windows(map_row) if layers is None else None,
         )
+
+    def _read_answers(self, row: int, map_row: int) -> torch.Tensor:
+        check_answer_attention(self._where, self._manifest.fingerprint)
+        values_LH = self._large("answer_attention", slice(None), self._span("answer_attention_offsets", row))
+        return values_LH.view(len(values_LH), -1, self.map_num_tokens[map_row])
 
     def _read_windows(self, map_row: int) -> EncodedWindows:
         tokens = slice(*self._token_ends[map_row : map_row + 2])
@@ -163,7 +175,7 @@ class TargetShard:
                     file_bytes[spec.name],
                 ),
             )
-            for spec in ARRAYS
+            for spec in self._specs
         }
 
     def _guarded(self, name: str, action: Callable[[], _Result]) -> _Result:
@@ -187,7 +199,7 @@ class TargetShard:
 
     @property
     def _committed_sizes(self) -> dict[str, int]:
-        """What the commit record says of the letters in `ARRAYS`."""
+        """What the commit record says of the letters of `storage.targets.layout`."""
         record = self.record
         return {"S": record.num_samples, "T": record.num_tokens, "R": record.num_answer_rows, "M": record.num_maps}
 
@@ -203,8 +215,9 @@ class TargetShard:
             "Y": int(small["map_corner_offsets"][-1]),
             "N": int(small["map_num_tokens"].sum(dtype=np.int64)),
             "G": int(small["window_flip_offsets"][-1]),
+            "H": int(small.get("answer_attention_offsets", np.zeros(1))[-1]),
         }
-        for spec in ARRAYS:
+        for spec in self._specs:
             found, expected = self._arrays[spec.name].metadata.shape, spec.shape(sizes)
             if found != expected:
                 raise self._corrupt(spec.name, f"shape {found}", f"shape {expected}")
@@ -215,7 +228,7 @@ class TargetShard:
     def _check_order(self) -> None:
         """Offsets start at 0 and never fall; every sample has its own key, and a map that exists or none."""
         record, rows = self.record, self._small["map_rows"]
-        for name in [spec.name for spec in ARRAYS if spec.is_offsets]:
+        for name in [spec.name for spec in self._specs if spec.is_offsets]:
             offsets = self._small[name]
             if int(offsets[0]) != 0 or bool((np.diff(offsets) < 0).any()):
                 raise self._corrupt(name, f"offsets that start at {offsets[0]} or fall", "rising ones from 0")
@@ -249,10 +262,27 @@ class TargetShard:
                 f"{found_cuts[0]} cut samples that lost {found_cuts[1]} answer tokens",
                 f"{said_cuts[0]} that lost {said_cuts[1]}, as the record says, and no number below 0",
             )
+        if self._manifest.fingerprint.answer_attention:
+            self._check_answers()
         if min(sizes, default=1) < 1:
             raise self._corrupt("map_num_tokens", f"a map of {min(sizes)} tokens", "at least 1")
         if (longest := self.num_tokens.max(initial=0)) > (limit := self._manifest.fingerprint.max_length):
             raise self._corrupt("token_offsets", f"a sample of {longest} tokens", f"at most max_length, {limit}")
+
+    def _check_answers(self) -> None:
+        """Each sample with a map has a value for each of its answers and image tokens, others none."""
+        small = self._small
+        begins = small["answer_mask"].copy()
+        begins[1:] &= ~small["answer_mask"][:-1]
+        firsts = small["token_offsets"][:-1]
+        inside = firsts[firsts < len(begins)]
+        begins[inside] = small["answer_mask"][inside]
+        num_answers = np.diff(np.concatenate([np.zeros(1, np.int64), begins.cumsum()])[small["token_offsets"]])
+        num_tokens = np.array([self.map_num_tokens[row] if row >= 0 else 0 for row in small["map_rows"].tolist()])
+        wrong = np.flatnonzero(np.diff(small["answer_attention_offsets"]) != num_answers * num_tokens)
+        if len(wrong):
+            expected = f"{num_answers[wrong[0]]} answers of {num_tokens[wrong[0]]} values each"
+            raise self._corrupt("answer_attention_offsets", f"another size at sample {wrong[0]}", expected)
 
     def _corrupt(self, name: str, found: str, expected: str) -> CorruptData:
         return CorruptData(

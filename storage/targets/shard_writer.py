@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storage.codecs import answer_attention
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.codec_settings import num_entries
@@ -47,6 +48,8 @@ def write_shard(
         ValueError: If arrays disagree with each other or with the manifest, or hold NaN.
     """
     _check_samples(manifest, samples, maps, skipped)
+    for sample in samples:
+        _check_answers(manifest, sample, maps)
     for row, entry in enumerate(maps):
         _check_map(manifest, row, entry)
     staged = store.staging(f"{SHARDS}/{index:06d}.zarr")
@@ -67,6 +70,7 @@ def write_shard(
             files = measure_files(staged)
         _check_whole(files, arrays)
         record = CommitRecord.build(
+            format_version=manifest.format_version,
             shard=index,
             sample_shard=sample_shard_name,
             **counts,
@@ -100,9 +104,20 @@ def _check_whole(files: Mapping[str, object], arrays: Mapping[str, _Array]) -> N
 
 
 def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict[str, _Array]:
+    fingerprint = manifest.fingerprint
     keys = [sample.key.encode() for sample in samples]
     records = [sample.logits_RQ for sample in samples]
+    answers: dict[str, _Array] = {}
+    if fingerprint.answer_attention:
+        nothing = torch.zeros(len(fingerprint.layers), 0, dtype=torch.float16)
+        given = [sample.answer_attention_LaN for sample in samples]
+        values = [nothing if one_LaN is None else one_LaN.flatten(1) for one_LaN in given]
+        answers = {
+            "answer_attention": _joined(values, tuple(nothing.shape), torch.float16, dim=1),
+            "answer_attention_offsets": _offsets([one.shape[1] for one in values]),
+        }
     return {
+        **answers,
         "sample_keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
         "sample_key_offsets": _offsets([len(key) for key in keys]),
         "token_ids": _joined([sample.token_ids for sample in samples], (0,), torch.int32),
@@ -111,7 +126,7 @@ def _sample_arrays(manifest: Manifest, samples: Sequence[SampleTargets]) -> dict
         "cut_answer_tokens": np.array([sample.num_cut_answer_tokens for sample in samples], dtype=np.int32),
         "map_rows": np.array([-1 if sample.map_row is None else sample.map_row for sample in samples], dtype=np.int64),
         "sample_turned": np.array([sample.is_turned for sample in samples], dtype=np.bool_),
-        "logit_records": _joined(records, (0, manifest.fingerprint.logit_codec.row_bytes), torch.uint8),
+        "logit_records": _joined(records, (0, fingerprint.logit_codec.row_bytes), torch.uint8),
         "logit_offsets": _offsets([len(rows) for rows in records]),
     }
 
@@ -185,6 +200,21 @@ def _check_samples(
             raise ValueError(f"sample {sample.key}: its first token is an answer token, which nothing predicts")
         if bad := AnswerLogitsCodec(codec).fault(sample.logits_RQ):
             raise ValueError(f"sample {sample.key}: logit records hold {bad}")
+
+
+def _check_answers(manifest: Manifest, sample: SampleTargets, maps: Sequence[EncodedMaps]) -> None:
+    found_LaN, fingerprint = sample.answer_attention_LaN, manifest.fingerprint
+    expected = None
+    if fingerprint.answer_attention and sample.map_row is not None:
+        num_answers = answer_attention.num_answers(sample.answer_mask)
+        expected = len(fingerprint.layers), num_answers, maps[sample.map_row].num_tokens
+    found = None if found_LaN is None else tuple(found_LaN.shape)
+    if found != expected:
+        raise ValueError(
+            f"sample {sample.key}: answer attention {found}, expected {expected} by manifest, mask and map"
+        )
+    if found_LaN is not None and (bad := answer_attention.fault(found_LaN)):
+        raise ValueError(f"sample {sample.key}: answer attention holds {bad}")
 
 
 def _check_map(manifest: Manifest, row: int, entry: EncodedMaps) -> None:

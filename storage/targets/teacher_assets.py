@@ -27,7 +27,8 @@ class TeacherRecord(Committed):
 
 def save_teacher(store: Store, manifest: Manifest, staged: Path) -> TeacherRecord:
     """Commit a folder of the teacher's files from `store.staging`, as `publish`; the staged folder is gone then."""
-    return publish(store, staged, TeacherRecord.build(files=measure_files(staged), manifest=manifest.digest))
+    record = TeacherRecord.build(manifest.format_version, files=measure_files(staged), manifest=manifest.digest)
+    return publish(store, staged, record)
 
 
 def teacher_record(store: Store) -> TeacherRecord:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from unittest.mock import patch
 import torch
 from webdataset import DataPipeline
 
+from storage.codecs.answer_attention import num_answers
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
@@ -22,7 +24,7 @@ from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import Store, owner
 from storage.streaming.stream import Mixture, Source, StreamConfig, mixture_stream
 from storage.targets.commits import CommitRecord, SkippedSample
-from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.manifest import Fingerprint, Manifest, create_or_check
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard_writer import write_shard
 from storage.targets.store import TargetStore
@@ -57,9 +59,10 @@ def fingerprint(**changes: Any) -> Fingerprint:
 
 
 def manifest(num_shards: int = 1, num_layers: int = 6, **changes: Any) -> Manifest:
+    made_from = fingerprint(**changes)
     return Manifest(
-        format_version=FORMAT_VERSION,
-        fingerprint=fingerprint(**changes),
+        format_version=made_from.format_version,
+        fingerprint=made_from,
         num_layers=num_layers,
         hidden_size=16,
         num_shards=num_shards,
@@ -110,7 +113,23 @@ def shard_content(
             map_row = len(maps) - 1
         answers = 0 if row % 4 == 3 else 1 + row % 3
         samples.append(sample_targets(made_for, key, 5 + row % 7, answers, map_row, seed * 1000 + row))
+    if made_for.fingerprint.answer_attention:
+        samples = [with_answer_attention(made_for, sample, maps) for sample in samples]
     return samples, maps
+
+
+def with_answer_attention(made_for: Manifest, sample: SampleTargets, maps: list[EncodedMaps]) -> SampleTargets:
+    """With a vector for each answer of a sample that has an image; two answers where the mask has room for it."""
+    mask = sample.answer_mask.clone()
+    if int(mask.sum()) > 1 and int(mask.nonzero()[0]) > 2:
+        mask[int(mask.nonzero()[0])], mask[1] = False, True
+    sample = replace(sample, answer_mask=mask)
+    if sample.map_row is None:
+        return sample
+    num_layers, num_tokens = len(made_for.fingerprint.layers), maps[sample.map_row].num_tokens
+    generator = torch.Generator().manual_seed(len(sample.token_ids))
+    scores = torch.randn(num_layers, num_answers(sample.answer_mask), num_tokens + 1, generator=generator)
+    return replace(sample, answer_attention_LaN=scores.softmax(-1)[..., 1:].half())
 
 
 def stored_samples(keys: list[str]) -> list[StoredSample]:

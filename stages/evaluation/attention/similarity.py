@@ -64,7 +64,8 @@ def attention_similarity(
     for cpu_batch in batches:
         batch = cpu_batch.to(student.device, student.dtype)
         if batch.num_with_image:
-            _, student_maps, windows = run_student(student, batch, matching)
+            output = run_student(student, batch, matching)
+            student_maps, windows = output.maps, output.windows
             assert windows is not None
             num_tokens_B = windows.num_tokens_B
             pairs = list(zip(student_maps, windows.maps_WBNN, windows.keep_WBNN, strict=True))

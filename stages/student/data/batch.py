@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stages.conversations.answer_rows import AnswerRows
 from stages.families.batch import move_inputs
+from stages.student.data.answer_targets import AnswerTargets
 from storage.codecs.attention_maps import EncodedMaps
 
 
@@ -21,6 +22,7 @@ class Batch:
         logits_RQ: The teacher's stored logits of these rows; empty for a student with another tokenizer.
         image_positions: Positions of the image tokens of each sample, empty for text alone.
         maps: The stored maps of each sample, None for text alone.
+        answer_targets: The answers of each sample whose attention is learnt; None for one without any.
     """
 
     keys: tuple[str, ...]
@@ -29,6 +31,12 @@ class Batch:
     logits_RQ: Tensor
     image_positions: tuple[Tensor, ...]
     maps: tuple[EncodedMaps | None, ...]
+    answer_targets: tuple[AnswerTargets | None, ...] = ()
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that enter the loss on answer attention."""
+        return sum(len(one.sizes) for one in self.answer_targets if one is not None)
 
     @property
     def num_with_image(self) -> int:
@@ -43,4 +51,5 @@ class Batch:
             answers=self.answers.to(device),
             logits_RQ=self.logits_RQ.to(device, non_blocking=True),
             maps=tuple(None if maps is None else maps.to(device, non_blocking=True) for maps in self.maps),
+            answer_targets=tuple(None if one is None else one.to(device) for one in self.answer_targets),
         )

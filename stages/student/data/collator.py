@@ -7,6 +7,7 @@ import torch
 
 from stages.conversations.answer_rows import answer_rows
 from stages.families.batch import batch_inputs
+from stages.student.data.answer_targets import answer_targets
 from stages.student.data.batch import Batch
 from stages.student.data.sample_reader import SampleReader
 from storage.streaming.stream import StreamedSample
@@ -33,4 +34,8 @@ class Collator:
             logits_RQ=torch.cat(logits or [torch.zeros(0, 0, dtype=torch.uint8)]),
             image_positions=tuple(conversation.image_positions for conversation in read),
             maps=tuple(sample.maps for sample in samples),
+            answer_targets=tuple(
+                answer_targets(conversation, sample.targets.answer_attention_LaN)
+                for conversation, sample in zip(read, samples, strict=True)
+            ),
         )

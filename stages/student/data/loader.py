@@ -46,7 +46,8 @@ class StepLoader:
     """This rank's part of every optimizer step, in pinned memory if the device is a GPU.
 
     Make it early: the server that loader processes are copied from starts at once, and imports for seconds meanwhile.
-    The mixture has the sizes of steps and microbatches. Attention maps are read only `with_maps`.
+    The mixture has the sizes of steps and microbatches. Attention maps are read only
+    `with_maps`, answer attention only `with_answers`.
     """
 
     def __init__(
@@ -59,9 +60,12 @@ class StepLoader:
         device: torch.device,
         config: LoaderConfig,
         with_maps: bool,
+        with_answers: bool = False,
     ) -> None:
         self.mixture, self.collator, self.device, self.world_size = mixture, collator, device, world_size
-        self._stream = partial(mixture_stream, mixture, rank=rank, world_size=world_size, with_maps=with_maps)
+        self._stream = partial(
+            mixture_stream, mixture, rank=rank, world_size=world_size, with_maps=with_maps, with_answers=with_answers
+        )
         self.num_workers = spare_workers(device) if config.num_workers is None else config.num_workers
         self.prefetch, self.stall_s = self._prefetch(config.prefetch), config.stall_s
         self._context = _context(remote=mixture.is_remote) if self.num_workers else None

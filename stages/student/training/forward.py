@@ -8,11 +8,13 @@ from torch import Tensor
 
 from stages.attention.capturable_layers import refuse_without_maps
 from stages.attention.capture import AttentionCapture
+from stages.attention.text_rows import AnswerQueries
+from stages.student.data.answer_targets import NO_ANSWERS
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.model.student import OWN_CLASSES, Student
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
-from storage.codecs.windows import window_rows
+from storage.codecs.windows import window_means, window_rows
 
 
 @dataclass(frozen=True)
@@ -24,29 +26,64 @@ class WindowTargets:
     num_tokens_B: Tensor
 
 
+@dataclass(frozen=True)
+class StudentOutput:
+    """A student's side of a batch, and the teacher's attention beside it.
+
+    Attributes:
+        hidden_BTd: Hidden states.
+        maps: `[B, N, N]` of each matched layer; none where no maps are compared.
+        windows: The teacher's; None where no maps are compared.
+        answers: Of each sample with answers the student's and the teacher's mean attention from them to its image
+            tokens, `[W, a, N]` both; none where answer attention is not compared.
+    """
+
+    hidden_BTd: Tensor
+    maps: list[Tensor]
+    windows: WindowTargets | None
+    answers: list[tuple[Tensor, Tensor]]
+
+
 def run_student(
     student: Student, batch: Batch, matching: LayerMatching | None, *, sink_mask: bool = True
-) -> tuple[Tensor, list[Tensor], WindowTargets | None]:
-    """Runs the decoder on a batch, and captures its maps where the batch has images and layers are matched.
+) -> StudentOutput:
+    """Runs the decoder on a batch, and captures what it holds of the teacher's attention, if layers are matched.
 
     The batch is on the student's device; capture is enabled if layers are matched. `sink_mask`: see `decode_windows`.
-
-    Returns:
-        `[B, T, d]` hidden states, the `[B, N, N]` maps of each matched layer, and the teacher's windows. Without maps
-        the list is empty and the windows are None.
 
     Raises:
         UserError: If a matched layer gives no map.
     """
     device = batch.answers.token_R.device
-    if matching is None or not batch.num_with_image:
-        return student.model(**_inputs(student, batch), use_cache=False).last_hidden_state, [], None
-    layers = matching.student_layers
-    capture = AttentionCapture(layers=frozenset(layers), positions=batch.image_positions).to(device)
+    if matching is None or not (batch.num_with_image or batch.num_answers):
+        return StudentOutput(student.model(**_inputs(student, batch), use_cache=False).last_hidden_state, [], None, [])
+    layers, images = matching.student_layers, batch.image_positions
+    capture = AttentionCapture(
+        layers=frozenset(layers),
+        positions=images if batch.num_with_image else [at[:0] for at in images],
+        answers=_answer_queries(batch),
+    ).to(device)
     hidden_BTd = student.model(**_inputs(student, batch), capture=capture, use_cache=False).last_hidden_state
-    targets = decode_windows(batch.maps, matching, device, sink_mask=sink_mask)
-    refuse_without_maps("the student", layers, capture.maps, WITHOUT_MAPS)
-    return hidden_BTd, [capture.maps[layer] for layer in layers], targets
+    refuse_without_maps("the student", layers, capture.maps or capture.answer_maps, WITHOUT_MAPS)
+    maps, windows = [], None
+    if batch.num_with_image:
+        maps = [capture.maps[layer] for layer in layers]
+        windows = decode_windows(batch.maps, matching, device, sink_mask=sink_mask)
+    rows = window_rows(matching.captured_layers, matching.windows)
+    answers = [
+        (torch.stack([capture.answer_maps[layer][row] for layer in layers]), window_means(one.stored_LaN, rows))
+        for row, one in enumerate(batch.answer_targets)
+        if one is not None
+    ]
+    return StudentOutput(hidden_BTd, maps, windows, answers)
+
+
+def _answer_queries(batch: Batch) -> list[AnswerQueries] | None:
+    """What is captured of the student's answers."""
+    if not batch.num_answers:
+        return None
+    pairs = zip(batch.answer_targets, batch.image_positions, strict=True)
+    return [NO_ANSWERS if one is None else one.queries(images_N) for one, images_N in pairs]
 
 
 def _inputs(student: Student, batch: Batch) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from stages.student.model.trainable import keep_frozen_in
 from stages.student.run_folder import STUDENT, StageReport, ValidationReport
 from stages.student.training.checkpoint import Checkpoints, TrainerState, load_trained, trained_parameters
 from stages.student.training.metrics import Write, metrics_log
-from stages.student.training.objective import BatchTotals, GlobalStep, refuse_not_finite
+from stages.student.training.objective import TERMS, BatchTotals, GlobalStep, refuse_not_finite
 from stages.student.training.parallel import clip_gradients, gathered, gradients_stay, spread
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
 from stages.student.training.resume_guard import check_resumable, record_stage
@@ -160,6 +160,7 @@ class _StageLoop:
             device=self.accelerator.device,
             config=self.run.config.loader,
             with_maps=self.run.stage.attention_weight > 0,
+            with_answers=self.run.stage.answer_attention_weight > 0,
         )
 
     def _note(self, losses: dict[str, float]) -> str:
@@ -290,4 +291,4 @@ class _StageLoop:
 
 def _terms_text(losses: dict[str, float]) -> str:
     """The loss terms for people, those that the stage has."""
-    return ", ".join(f"{name} {losses[name]:.3f}" for name in ("lm", "kd", "attention") if name in losses)
+    return ", ".join(f"{name} {losses[name]:.3f}" for name in TERMS if name in losses)

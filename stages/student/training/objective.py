@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from accelerate import Accelerator
@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from stages.student.data.batch import Batch
 from stages.student.layer_matching import LayerMatching
-from stages.student.losses.attention import matched_loss
+from stages.student.losses.attention import answer_loss, matched_loss
 from stages.student.losses.head import answer_losses
 from stages.student.losses.logits import teacher_rows
 from stages.student.model.student import Student, projector_parameters
 from stages.student.stage_config import StageConfig
-from stages.student.training.forward import run_student
+from stages.student.training.forward import StudentOutput, run_student
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.codec_settings import LogitCodecConfig
 from storage.errors import UserError
+
+TERMS = ("lm", "kd", "attention", "answer_attention")
+"""Of the loss, in the order in which all of them are summed up."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,16 @@ class BatchTotals:
 
     answer_rows: int
     samples_with_image: int
+    answers: int = 0
+    """That enter the loss on answer attention."""
+
+    def __add__(self, other: "BatchTotals") -> "BatchTotals":
+        return BatchTotals(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def of_term(self, name: str) -> int:
+        """What the sums of a term are divided by."""
+        counts = {"attention": self.samples_with_image, "answer_attention": self.answers}
+        return max(counts.get(name, self.answer_rows), 1)
 
 
 @dataclass(frozen=True)
@@ -43,9 +56,10 @@ class GlobalStep:
     def of(cls, group: Sequence[Batch], accelerator: Accelerator, *, stop: bool) -> "GlobalStep":
         """Sums up the microbatches of all processes; all must call this."""
         rows, images = sum(len(b.answers) for b in group), sum(b.num_with_image for b in group)
-        counts = torch.tensor([rows, images, sum(len(b.keys) for b in group), stop], device=accelerator.device)
-        rows, images, num_samples, num_stopped = accelerator.reduce(counts, reduction="sum").tolist()
-        return cls(BatchTotals(rows, images), num_samples, num_stopped > 0)
+        answers, samples = sum(b.num_answers for b in group), sum(len(b.keys) for b in group)
+        counts = torch.tensor([rows, images, answers, samples, stop], device=accelerator.device)
+        *totals, num_samples, num_stopped = accelerator.reduce(counts, reduction="sum").tolist()
+        return cls(BatchTotals(*totals), num_samples, num_stopped > 0)
 
 
 class DistillationObjective(nn.Module):
@@ -56,34 +70,48 @@ class DistillationObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.stage = student, stage
-        self.weights = {"lm": stage.lm_weight, "kd": stage.kd_weight, "attention": stage.attention_weight}
+        weights = (stage.lm_weight, stage.kd_weight, stage.attention_weight, stage.answer_attention_weight)
+        self.weights = dict(zip(TERMS, weights, strict=True))
         self.logit_codec = logit_codec
-        self.matching = matching if stage.attention_weight > 0 else None
+        self.matching = matching if stage.matches_layers else None
 
     def forward(self, batch: Batch, totals: BatchTotals) -> tuple[Tensor, dict[str, Tensor]]:
         """The microbatch's share of the global batch's loss, and of each term (detached, unweighted).
 
         Summed over all microbatches of the global batch the shares give: LM and KD as means over answer rows,
-        attention as the sum over matched layers, mean over the samples with an image.
+        attention as the sum over matched layers, mean over the samples with an image, answer attention as the sum over
+        matched layers, mean over the answers.
         """
         if not batch.keys:
             return self._nothing(batch.answers.token_R.device)
         sink_mask = self.stage.attention_sink_mask
-        hidden_BTd, student_maps, windows = run_student(self.student, batch, self.matching, sink_mask=sink_mask)
-        terms = self._answer_terms(batch, hidden_BTd, max(totals.answer_rows, 1))
-        if windows is not None:
-            losses_WB = [
-                matched_loss(*maps, windows.num_tokens_B, kind=self.stage.attention_loss, sink_mask=sink_mask)
-                for maps in zip(student_maps, windows.maps_WBNN, windows.keep_WBNN, strict=True)
-            ]
-            terms["attention"] = torch.stack(losses_WB).sum(0).sum() / max(totals.samples_with_image, 1)
-        elif self.matching is not None:
-            # Also for a batch of text alone, because all ranks sum up the same terms.
-            terms["attention"] = torch.zeros((), device=hidden_BTd.device)
+        output = run_student(self.student, batch, self.matching, sink_mask=sink_mask)
+        terms = self._answer_terms(batch, output.hidden_BTd, totals.of_term("lm"))
+        terms |= {name: total / totals.of_term(name) for name, total in self._attention_sums(output).items()}
         loss = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         if "pixel_values" not in batch.inputs:
             loss = loss + self._zero_of_projector()
         return loss, {name: value.detach() for name, value in terms.items()}
+
+    def _attention_sums(self, output: StudentOutput) -> dict[str, Tensor]:
+        """The terms on attention that the stage has; zero for a batch of text alone, as all ranks sum up the same."""
+        kind, sink_mask, windows = self.stage.attention_loss, self.stage.attention_sink_mask, output.windows
+        sums = {}
+        nothing = torch.zeros((), device=output.hidden_BTd.device)
+        if self.matching is None:
+            return {}
+        if self.weights["attention"] > 0:
+            sums["attention"] = nothing
+            if windows is not None:
+                losses_WB = [
+                    matched_loss(*maps, windows.num_tokens_B, kind=kind, sink_mask=sink_mask)
+                    for maps in zip(output.maps, windows.maps_WBNN, windows.keep_WBNN, strict=True)
+                ]
+                sums["attention"] = torch.stack(losses_WB).sum(0).sum()
+        if self.weights["answer_attention"] > 0:
+            losses = [answer_loss(*pair, kind=kind, sink_mask=sink_mask).sum() for pair in output.answers]
+            sums["answer_attention"] = torch.stack(losses).sum() if losses else nothing
+        return sums
 
     def _answer_terms(self, batch: Batch, hidden_BTd: Tensor, num_rows: int) -> dict[str, Tensor]:
         vocab_size, teacher = self.student.config.get_text_config().vocab_size, None

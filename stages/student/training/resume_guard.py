@@ -31,8 +31,8 @@ def check_resumable(run: StageRun) -> None:
     begun = run.folder.begun_with()
     if begun is None:
         return
-    # In a stage without the attention loss, it does not matter which layers would be matched.
-    wanted = _data(run) | _settings(run.config, run.name, matched=run.stage.attention_weight > 0)
+    # In a stage without an attention loss, it does not matter which layers would be matched.
+    wanted = _data(run) | _settings(run.config, run.name, matched=run.stage.matches_layers)
     # A setting that the folder's version did not have counts as its default.
     found = {**_settings(TrainConfig(), run.name), **begun.data, **begun.settings}
     how, instead = "with other settings", "or use the settings of its run.yaml to resume"

@@ -20,7 +20,7 @@ from stages.student.model.build import build_student, check_vision_tower
 from stages.student.model.loading import check_weights, load_student
 from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
-from stages.student.store_check import check_temperature
+from stages.student.store_check import check_answers, check_temperature
 from stages.student.student_kind import is_student
 from stages.student.training.stage_run import StageRun
 from stages.tempered_noise import noise_notes
@@ -62,14 +62,17 @@ class StageSetup:
             check_vision_tower(self._folder, spec.teacher_folder)
         check_weights(self._folder, bare=not (self._saved or self._own_vision))
         check_temperature(run.name, run.stage, run.targets.store.url, run.targets.manifest.fingerprint)
+        stores = [(source.targets.store.url, source.targets.manifest.fingerprint) for source in run.sources]
+        check_answers(run.name, run.stage, stores)
         self.notes = [*spec.notes, *_notes_of_ends(run, spec), *notes_of_cuts(run), *notes_of_noise(run)]
         self.matching: LayerMatching | None = None
-        if run.stage.attention_weight > 0:
+        if run.stage.matches_layers:
             depth, sink_mask = spec.decoder.num_hidden_layers, run.stage.attention_sink_mask
             found, notes = match_layers(depth, run.targets.manifest, run.config.matching, sink_mask=sink_mask)
             self.matching = found
             check_maps(str(self._folder), spec.decoder, found.student_layers, WITHOUT_MAPS)
-            self.notes += notes
+            # They are about maps; values of answer attention are exact for any window.
+            self.notes += notes if run.stage.attention_weight > 0 else []
         held_out = run.held_out
         self.mixture = Mixture(run.sources, run.stream, held_out)
         self.held_out = None if held_out is None else self.mixture.held_out()

@@ -13,7 +13,7 @@ from stages.student.data.loader import StepLoader, StoppedWaiting, next_group
 from stages.student.training.objective import BatchTotals, DistillationObjective, GlobalStep, refuse_not_finite
 from stages.student.training.parallel import evaluation_mode
 
-_SUMS = BatchTotals(answer_rows=1, samples_with_image=1)
+_SUMS = BatchTotals(answer_rows=1, samples_with_image=1, answers=1)
 """What the objective divides by, so that it gives sums: the counts are not known before all is read."""
 
 
@@ -49,14 +49,14 @@ class Validation:
 
         Returns:
             `loss`, `lm` and the terms of the stage: `lm` and `kd` are means over answer rows, `attention` is the mean
-            over samples with an image.
+            over samples with an image, `answer_attention` that over answers.
 
         Raises:
             StoppedWaiting: In all processes, if one of them was asked to stop.
             UserError: If a loss is not finite, or as `StepLoader.steps`.
         """
         sums: dict[str, float] = {}
-        num_rows = num_images = num_done = 0
+        totals, num_done = BatchTotals(0, 0), 0
         steps = self.loader.steps(range(1), 0, self.should_stop)
         with evaluation_mode(self.objective), closing(steps) as groups:
             for _ in range(self.loader.mixture.num_steps):
@@ -64,13 +64,12 @@ class Validation:
                 found = GlobalStep.of(group, self.accelerator, stop=self.should_stop())
                 if found.is_stopped:
                     raise StoppedWaiting
-                num_rows += found.totals.answer_rows
-                num_images += found.totals.samples_with_image
+                totals += found.totals
                 num_done += found.num_samples
                 for name, value in self._sums(group, step).items():
                     sums[name] = sums.get(name, 0.0) + value
                 show(num_done)
-        terms = {name: value / max(num_images if name == "attention" else num_rows, 1) for name, value in sums.items()}
+        terms = {name: value / totals.of_term(name) for name, value in sums.items()}
         return {"loss": sum(self.objective.weights[name] * value for name, value in terms.items()), **terms}
 
     def _sums(self, group: list[Batch], step: int) -> dict[str, float]:

@@ -22,13 +22,20 @@ from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.stores import Store
 from storage.targets.commits import CommitRecord
-from storage.targets.layout import ARRAYS
+from storage.targets.layout import arrays
 from storage.targets.manifest import Manifest
 from storage.targets.shard_writer import write_shard
 from storage.targets.summary import summarize
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data
 
-SETTINGS = {"layers": (2, 3, 4, 5, 6), "num_matched": 3, "max_length": 512, "batch_size": 16, "top_k": 32}
+SETTINGS = {
+    "layers": (2, 3, 4, 5, 6),
+    "num_matched": 3,
+    "max_length": 512,
+    "batch_size": 16,
+    "top_k": 32,
+    "answer_attention": True,
+}
 NEARNESS = 0.15
 
 
@@ -58,8 +65,8 @@ def test_estimated_bytes_are_near_those_that_extraction_writes(
     expected = estimate.settings[codec]
     assert estimate.num_sampled < found.num_samples
     assert expected.shard_bytes == pytest.approx(found.total_bytes, rel=NEARNESS)
-    maps = "map_codes"
-    assert expected.bytes_by_array[maps] == pytest.approx(found.array_bytes[maps], rel=NEARNESS)
+    for array in ("map_codes", "answer_attention"):
+        assert expected.bytes_by_array[array] == pytest.approx(found.array_bytes[array], rel=NEARNESS)
     written = sum(file.stat().st_size for file in (tmp_path / codec).rglob("*") if file.is_file())
     assert expected.store_bytes == pytest.approx(written, rel=NEARNESS)
 
@@ -152,6 +159,11 @@ def test_configs_alone_give_a_coarse_estimate_without_reading_weights(scenes: Ti
     assert counted.settings["sqrt4"].shard_bytes_95 is None
     assert "from configs alone" in counted.notes[0]
     assumed = estimate_from_configs(settings, None, EstimateConfig(samples=1000), workers=4)
+    assert assumed.settings["sqrt4"].bytes_by_array["answer_attention"] == 1000 * 5 * 36 * 2
+    off = settings.model_copy(update={"answer_attention": False})
+    without = estimate_from_configs(off, None, EstimateConfig(samples=1000), workers=4)
+    assert "answer_attention" not in without.settings["sqrt4"].bytes_by_array
+    assert assumed.files_per_shard - without.files_per_shard == 4
     assert assumed.per_sample["map_entries"] == num_entries(36, causal=True) / 2
     assert (assumed.num_samples, assumed.num_shards) == (1000, 2)
     assert assumed.settings["sqrt4"].wall_seconds == pytest.approx(0.512 * assumed.settings["sqrt4"].worker_seconds)
@@ -181,7 +193,7 @@ def test_auto_is_computed_for_the_size_of_maps_and_the_layers_of_windows(
 
 def test_metadata_of_an_array_is_about_as_large_as_assumed(scenes: TinyData, estimate: Estimate) -> None:
     found = estimate.settings["sqrt4"].bytes_by_array["(metadata)"] / estimate.num_shards
-    assert found / (len(ARRAYS) + 1) == pytest.approx(METADATA_BYTES_PER_ARRAY, rel=0.25)
+    assert found / (len(arrays(answer_attention=True)) + 1) == pytest.approx(METADATA_BYTES_PER_ARRAY, rel=0.25)
 
 
 def test_the_busiest_worker_gets_what_falls_to_it_shard_by_shard() -> None:

@@ -43,11 +43,14 @@ def test_an_empty_set_is_refused() -> None:
 def test_counts_of_the_whole_set_are_those_that_extraction_commits(tiny_data: TinyData, tmp_path: Path) -> None:
     teacher = load_teacher(TeacherConfig(checkpoint=str(tiny_data.teacher)))
     found = _counted(teacher, tiny_data, _planned(20, 5, 20, seed=0))
-    records = extract_here(tiny_data, tmp_path / "targets").commits.values()
+    store = extract_here(tiny_data, tmp_path / "targets", answer_attention=True)
+    records = store.commits.values()
     assert found["samples"] == sum(record.num_samples for record in records)
     assert found["tokens"] == sum(record.num_tokens for record in records)
     assert found["answer_rows"] == sum(record.num_answer_rows for record in records)
     assert found["maps"] == pytest.approx(sum(record.num_maps for record in records))
+    stored = [int(store.shard(number)._small["answer_attention_offsets"][-1]) for number in store.commits]
+    assert found["answer_keys"] == sum(stored) > 0
 
 
 def test_blocks_of_one_sample_find_as_many_maps_as_one_block_of_all(tiny_data: TinyData) -> None:

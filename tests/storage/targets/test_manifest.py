@@ -9,7 +9,7 @@ from storage.codecs.codec_settings import LogitCodecConfig, MapCodecConfig
 from storage.digests import canonical_json, digest_of
 from storage.errors import CorruptData, FingerprintMismatch, UserError
 from storage.stores import open_store
-from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.manifest import FORMAT_VERSIONS, Fingerprint, Manifest, create_or_check
 from storage.targets.store import TargetStore
 from tests.storage.builders import VOCAB, files_of, fingerprint, manifest
 
@@ -62,8 +62,8 @@ def test_differences_are_names_of_fields():
     assert fingerprint().digest == fingerprint().digest != other.digest
 
 
-@pytest.mark.parametrize("field", list(Fingerprint.model_fields))
-def test_no_field_of_the_fingerprint_has_a_default(field):
+@pytest.mark.parametrize("field", [name for name in Fingerprint.model_fields if name != "answer_attention"])
+def test_no_field_of_every_fingerprint_has_a_default(field):
     fields = fingerprint().model_dump()
     del fields[field]
     with pytest.raises(ValueError, match=field):
@@ -74,7 +74,7 @@ def test_an_unknown_format_version_says_what_to_do(tmp_path):
     store = open_store(tmp_path)
     create_or_check(store, manifest())
     fields = json.loads(store.read("manifest.json"))
-    for version, todo in ((FORMAT_VERSION + 1, "upgrade compodistill"), (0, "make it again")):
+    for version, todo in ((FORMAT_VERSIONS[-1] + 1, "upgrade compodistill"), (0, "make it again")):
         other = {name: value for name, value in fields.items() if name != "digest"} | {"format_version": version}
         store.write("manifest.json", canonical_json({**other, "digest": digest_of(other)}))
         with pytest.raises(UserError, match=todo):
@@ -89,8 +89,40 @@ def test_a_store_of_an_earlier_version_is_neither_read_nor_extended(tmp_path, ve
     store.write("manifest.json", canonical_json({**fields, "digest": digest_of(fields)}))
     before = files_of(tmp_path)
     for action in (lambda: TargetStore.open(tmp_path), lambda: create_or_check(store, manifest())):
-        with pytest.raises(UserError, match=f"has format version {version}, this version reads 3; make it again"):
+        with pytest.raises(UserError, match=f"has format version {version}, this version reads 3 and 4; make it again"):
             action()
+    assert files_of(tmp_path) == before
+
+
+def test_answer_attention_is_a_field_of_version_4_alone_and_no_other_byte_differs(tmp_path):
+    plain, answers = manifest(), manifest(answer_attention=True)
+    assert (plain.format_version, answers.format_version) == (3, 4)
+    assert b"answer_attention" not in plain.to_bytes()
+    with_field = json.loads(answers.to_bytes())
+    assert with_field["fingerprint"].pop("answer_attention") is True
+    assert {**with_field, "format_version": 3, "digest": plain.digest} == json.loads(plain.to_bytes())
+    for made, said in ((plain, 4), (answers, 3)):
+        with pytest.raises(ValueError, match=f"format version {said}"):
+            Manifest(**{**dict(made), "format_version": said})
+
+
+@pytest.mark.parametrize(("version", "field"), [(3, False), (3, True), (4, False), (4, None)])
+def test_a_manifest_that_says_both_versions_is_damaged(tmp_path, version, field):
+    fields = {**manifest().model_dump(mode="json"), "format_version": version}
+    if field is not None:
+        fields["fingerprint"]["answer_attention"] = field
+    store = open_store(tmp_path)
+    store.write("manifest.json", canonical_json({**fields, "digest": digest_of(fields)}))
+    with pytest.raises(CorruptData):
+        Manifest.load(store)
+
+
+def test_a_store_without_answer_attention_refuses_an_extraction_with_it_and_names_the_field(tmp_path):
+    store = open_store(tmp_path)
+    create_or_check(store, manifest())
+    before = files_of(tmp_path)
+    with pytest.raises(FingerprintMismatch, match="  answer_attention: stored \\(absent\\), this run true"):
+        create_or_check(store, manifest(answer_attention=True))
     assert files_of(tmp_path) == before
 
 

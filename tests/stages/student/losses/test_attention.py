@@ -8,11 +8,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.student.losses.attention import attention_alignment_loss, below_sink_threshold, matched_loss
+from stages.student.losses.attention import (
+    answer_loss,
+    attention_alignment_loss,
+    below_sink_threshold,
+    matched_loss,
+)
 from stages.student.stage_config import AttentionLoss
 
 GOLDEN = Path(__file__).parents[3] / "golden"
-KINDS: tuple[AttentionLoss, ...] = ("cosine", "kl", "mse")
+KINDS: tuple[AttentionLoss, ...] = ("cosine", "kl", "mse", "row_kl")
+
+SMALL = 1e-9
+"""Far below the smallest attention, whose logarithm is taken."""
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 with_and_without_sinks = pytest.mark.parametrize("sink_mask", [True, False], ids=["sinks masked", "sinks left in"])
@@ -55,6 +63,21 @@ def pooled_by_the_book(a: Tensor, b: Tensor, *, sink_mask: bool) -> tuple[list[f
     return pooled
 
 
+def loss_by_the_book(a: Tensor, b: Tensor, kind: AttentionLoss, *, sink_mask: bool) -> float:
+    """Of one pair of maps, with loops."""
+    if kind != "row_kl":
+        return compared_by_the_book(*pooled_by_the_book(a, b, sink_mask=sink_mask), kind)
+    a_limit, b_limit = (float(m.mean() + m.std()) if sink_mask else math.inf for m in (a, b))
+    found = []
+    for query in range(len(a)):
+        kept = [k for k in range(len(a)) if a[query, k] <= a_limit and b[query, k] <= b_limit and b[query, k] > 0]
+        if len(kept) > 1:
+            found.append(
+                compared_by_the_book([float(a[query, k]) for k in kept], [float(b[query, k]) for k in kept], "kl")
+            )
+    return sum(found) / len(found)
+
+
 def compared_by_the_book(a: list[float], b: list[float], kind: AttentionLoss) -> float:
     if kind == "cosine":
         dot, length_a, length_b = (sum(x * y for x, y in zip(*pair, strict=True)) for pair in ((a, b), (a, a), (b, b)))
@@ -71,10 +94,7 @@ def test_each_loss_equals_a_textbook_version_in_float64(kind: AttentionLoss, sin
     student, teacher = random_maps(3, 12, 12, seed=1), random_maps(3, 12, 12, seed=2)
     keep = (teacher > 0) & (below_sink_threshold(teacher) if sink_mask else True)
     found = matched_loss(student, teacher, keep, kind=kind, sink_mask=sink_mask)
-    expected = [
-        compared_by_the_book(*pooled_by_the_book(a, b, sink_mask=sink_mask), kind)
-        for a, b in zip(student, teacher, strict=True)
-    ]
+    expected = [loss_by_the_book(a, b, kind, sink_mask=sink_mask) for a, b in zip(student, teacher, strict=True)]
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -82,7 +102,7 @@ def test_each_loss_equals_a_textbook_version_in_float64(kind: AttentionLoss, sin
 def test_the_loss_of_several_layers_is_their_sum_and_the_mean_of_the_samples(kind: AttentionLoss) -> None:
     student, teacher = random_maps(2, 3, 12, 12, seed=1), random_maps(2, 3, 12, 12, seed=2)
     expected = sum(
-        compared_by_the_book(*pooled_by_the_book(student[layer, sample], teacher[layer, sample], sink_mask=True), kind)
+        loss_by_the_book(student[layer, sample], teacher[layer, sample], kind, sink_mask=True)
         for layer in range(2)
         for sample in range(3)
     )
@@ -114,7 +134,7 @@ def test_the_gradient_is_that_of_finite_differences(kind: AttentionLoss, sink_ma
     keep = (teacher > 0) & (below_sink_threshold(teacher) if sink_mask else True)
     counts = torch.tensor([7, 7])
     assert torch.autograd.gradcheck(
-        lambda maps: matched_loss(maps, teacher, keep, counts, kind=kind, sink_mask=sink_mask), student
+        lambda maps: matched_loss(maps, teacher, keep, counts, kind=kind, sink_mask=sink_mask), student, eps=SMALL
     )
 
 
@@ -138,6 +158,67 @@ def test_a_sample_without_an_image_has_no_loss_and_no_gradient(kind: AttentionLo
     assert loss.item() == 0
     assert student.grad is not None
     assert torch.equal(student.grad, torch.zeros(1, 4, 4))
+
+
+def test_a_row_of_one_key_is_no_row_of_the_row_wise_mean() -> None:
+    teacher = random_maps(1, 5, 5, seed=2)
+    student = random_maps(1, 5, 5, seed=1)
+    keep = torch.zeros(1, 5, 5, dtype=torch.bool)
+    keep[0, 1:, 0] = True
+    none = matched_loss(student, teacher, keep, kind="row_kl", sink_mask=False)
+    keep[0, 4, 1:4] = True
+    one = matched_loss(student, teacher, keep, kind="row_kl", sink_mask=False)
+    rows = [student[0, 4, :4].tolist(), teacher[0, 4, :4].tolist()]
+    assert none.item() == 0
+    assert one.item() == pytest.approx(compared_by_the_book(*rows, "kl"), rel=1e-12)
+
+
+def answers(seed: int) -> Tensor:
+    """`[2, 3, 12]` float64 attention of 2 windows, 3 answers and 12 tokens, of which the last one sees two of three."""
+    values = (
+        torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(2).softmax(-1)
+    )
+    values[:, 2, 8:] = 0
+    return values / 2
+
+
+@every_kind
+@with_and_without_sinks
+def test_the_loss_of_answers_equals_a_textbook_version_in_float64(kind: AttentionLoss, sink_mask: bool) -> None:
+    student, teacher = answers(1), answers(2)
+    found = answer_loss(student, teacher, kind=kind, sink_mask=sink_mask)
+    for window in range(2):
+        for answer in range(3):
+            a, b = student[window, answer], teacher[window, answer]
+            a_limit, b_limit = (float(v.mean() + v.std()) if sink_mask else math.inf for v in (a, b))
+            kept = [x <= a_limit and 0 < y <= b_limit for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+            vectors = [[x * keep for x, keep in zip(v.tolist(), kept, strict=True)] for v in (a, b)]
+            expected = compared_by_the_book(*vectors, "kl" if kind == "row_kl" else kind)
+            assert float(found[window, answer]) == pytest.approx(expected, rel=1e-12)
+
+
+@every_kind
+@with_and_without_sinks
+def test_the_gradient_of_the_loss_of_answers_is_that_of_finite_differences(
+    kind: AttentionLoss, sink_mask: bool
+) -> None:
+    student, teacher = answers(1).requires_grad_(), answers(2)
+    assert torch.autograd.gradcheck(
+        lambda own: answer_loss(own, teacher, kind=kind, sink_mask=sink_mask), student, eps=SMALL
+    )
+
+
+@every_kind
+def test_equal_answers_have_no_loss_and_an_answer_that_sees_nothing_has_finite_gradients(kind: AttentionLoss) -> None:
+    student, teacher = answers(1), answers(1)
+    assert float(answer_loss(student, teacher, kind=kind).abs().max()) < 1e-15
+    student[:, 1], teacher[:, 1] = 0, 0
+    student = student.float().requires_grad_()
+    loss = answer_loss(student, teacher, kind=kind)
+    loss.sum().backward()
+    assert bool(torch.isfinite(loss).all())
+    assert student.grad is not None
+    assert bool(torch.isfinite(student.grad).all())
 
 
 @every_kind

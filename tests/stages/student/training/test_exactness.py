@@ -28,7 +28,7 @@ from stages.student.layer_matching import LayerMatching, MatchingConfig, match_l
 from stages.student.losses.head import answer_losses
 from stages.student.model.build import build_student
 from stages.student.model.student import Student
-from stages.student.stage_config import DistilledFinetuning
+from stages.student.stage_config import AttentionLoss, DistilledFinetuning
 from stages.student.training.forward import decode_windows
 from stages.student.training.objective import BatchTotals, DistillationObjective
 from storage.codecs.answer_logits import AnswerLogitsCodec
@@ -52,12 +52,16 @@ RECORDS: dict[str, tuple[int, list[str]]] = {
     "two-images": (2, ["<image>\nIs it red?\n<image>\nAnd this?", "Both are blue."]),
     "image-at-the-end": (1, ["Which caption fits this image?\n<image>", "A: a red square above a blue circle."]),
     "several-turns": (1, [f"<image>\n{QUESTION}", ANSWER, "And the triangle?", "Green.", "Sure?", "Yes, it is green."]),
+    "an-image-a-turn": (2, ["<image>\nIs it red?", ANSWER, "<image>\nAnd this?", "It is blue."]),
+    "images-after-an-answer": (2, ["Hello.", "Hello, what is it?", "<image>\n<image>\nAre they red?", "Both are."]),
     "cut": (1, [f"<image>\n{QUESTION}", ANSWER, "Say it again and again.", f"{ANSWER} " * 20]),
 }
 CASES = {
     "text only": ["text", "longer-text"],
     "one image": ["one-image"],
     "several images": ["two-images"],
+    "images in several turns": ["an-image-a-turn"],
+    "an answer before any image": ["images-after-an-answer"],
     "several turns": ["several-turns"],
     "cut at the maximal length inside an answer": ["cut"],
     "image counts that differ": ["two-images", "text", "one-image", "longer-text", "image-at-the-end"],
@@ -97,9 +101,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         num_matched=3,
         max_length=MAX_LENGTH,
         cut="tokens",
+        answer_attention=True,
     )
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=len(RECORDS))
-    stream = target_stream(data.samples, store, config, rank=0, world_size=1, epoch=0)
+    stream = target_stream(data.samples, store, config, rank=0, world_size=1, epoch=0, with_answers=True)
     return World(data, store, {sample.record["id"]: sample for sample in next(iter(stream))})
 
 
@@ -141,17 +146,18 @@ def trained_on(world: World, names: list[str], stage: DistilledFinetuning) -> Re
     reader = SampleReader(load_processor(world.store.teacher_folder()), student.config.image_token_id, 10_000)
     batch = Collator(reader)([world.samples[name] for name in names]).to(CPU, torch.float64)
     objective = DistillationObjective(student, stage, world.store.manifest.fingerprint.logit_codec, world.matching)
-    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image))
+    loss, terms = objective(batch, BatchTotals(len(batch.answers), batch.num_with_image, batch.num_answers))
     loss.backward()
     return result_of(student, terms)
 
 
 @dataclass(frozen=True)
 class TeacherSide:
-    """What the textbook is told of the teacher for one sample: `[R, V]` and `[W, N, N]`, float64."""
+    """What the textbook is told of the teacher for one sample: `[R, V]`, `[W, N, N]` and `[W, a, N]`, float64."""
 
     probs_RV: Tensor
     windows_WNN: Tensor | None
+    answers_WaN: Tensor | None
 
 
 def in_the_loop(world: World) -> Callable[[str, EncodedConversation], TeacherSide]:
@@ -163,8 +169,13 @@ def in_the_loop(world: World) -> Callable[[str, EncodedConversation], TeacherSid
         probs = seen.logits[0, answer_rows(encoded)].softmax(-1)
         p = encoded.image_positions
         maps = {layer: seen.attentions[layer][0].double().mean(0)[p][:, p] for layer in LAYERS}
-        windows = [torch.stack([maps[layer] for layer in window]).mean(0) for window in world.matching.windows]
-        return TeacherSide(probs, torch.stack(windows) if len(p) else None)
+        # In 16 bits by definition, so that both sides tell sinks by the same values.
+        answers = {layer: answer_vectors(seen.attentions[layer][0], encoded).half() for layer in LAYERS}
+        windows, of_answers = (
+            torch.stack([torch.stack([of[layer].double() for layer in window]).mean(0) for window in of_matching])
+            for of, of_matching in ((maps, world.matching.windows), (answers, world.matching.windows))
+        )
+        return TeacherSide(probs, windows, of_answers) if len(p) else TeacherSide(probs, None, None)
 
     return say
 
@@ -177,10 +188,11 @@ def as_stored(world: World) -> Callable[[str, EncodedConversation], TeacherSide]
         stored = AnswerLogitsCodec(codec).decode(sample.targets.logits_RQ)
         logits = torch.zeros(len(stored), codec.vocab_size, dtype=torch.float64)
         logits.scatter_(1, stored.ids_RK, stored.logprobs_RK.double())
-        windows = None
-        if sample.maps is not None:
-            windows = decode_windows([sample.maps], world.matching, CPU).maps_WBNN[:, 0].double()
-        return TeacherSide(logits.softmax(-1), windows)
+        if sample.maps is None or (stored_LaN := sample.targets.answer_attention_LaN) is None:
+            return TeacherSide(logits.softmax(-1), None, None)
+        windows = decode_windows([sample.maps], world.matching, CPU).maps_WBNN[:, 0].double()
+        answers = [stored_LaN[list(window)].double().mean(0) for window in world.matching.windows]
+        return TeacherSide(logits.softmax(-1), windows, torch.stack(answers))
 
     return say
 
@@ -194,6 +206,19 @@ def answer_rows(encoded: EncodedConversation) -> Tensor:
     return encoded.answer_mask.nonzero()[:, 0] - 1
 
 
+def answer_vectors(attention_HTT: Tensor, encoded: EncodedConversation) -> Tensor:
+    """`[a, N]`: of each answer the mean over heads and its rows of eager attention to the image tokens."""
+    found: list[list[int]] = []
+    for at in encoded.answer_mask.nonzero()[:, 0].tolist():
+        if found and found[-1][-1] == at - 2:
+            found[-1].append(at - 1)
+        else:
+            found.append([at - 1])
+    mean_TT = attention_HTT.double().mean(0)
+    vectors = [mean_TT[rows][:, encoded.image_positions].mean(0) for rows in found]
+    return torch.stack(vectors)
+
+
 def textbook(
     world: World,
     names: list[str],
@@ -202,7 +227,7 @@ def textbook(
 ) -> Result:
     student = new_student(world)
     student.set_attn_implementation("eager")
-    lm, kd, attention, num_rows = [], [], [], 0
+    lm, kd, attention, of_answers, num_rows = [], [], [], [], 0
     for name in names:
         encoded = cut_by_hand(world, name)
         said, own = teacher(name, encoded), student(**model_inputs(encoded), output_attentions=True)
@@ -217,12 +242,22 @@ def textbook(
             p = encoded.image_positions
             maps = [own.attentions[layer][0].double().mean(0)[p][:, p] for layer in world.matching.student_layers]
             attention.append(sum(pair_loss(a, b, stage) for a, b in zip(maps, said.windows_WNN, strict=True)))
+            vectors = [answer_vectors(own.attentions[layer][0], encoded) for layer in world.matching.student_layers]
+            for answer in range(len(vectors[0])):
+                if float(vectors[0][answer].detach().sum()) == 0:
+                    continue
+                pairs = zip(vectors, said.answers_WaN, strict=True)
+                of_answers.append(sum(vector_loss(a[answer], b[answer], stage) for a, b in pairs))
     terms = {
         "lm": torch.stack(lm).sum() / num_rows,
         "kd": torch.stack(kd).sum() / num_rows,
         "attention": torch.stack(attention).mean() if attention else torch.zeros(()),
     }
     weights = {"lm": stage.lm_weight, "kd": stage.kd_weight, "attention": stage.attention_weight}
+    if stage.answer_attention_weight:
+        terms["answer_attention"] = torch.stack(of_answers).mean() if of_answers else torch.zeros(())
+        weights["answer_attention"] = stage.answer_attention_weight
+    terms = {name: value for name, value in terms.items() if weights[name]}
     torch.stack([weights[name] * value for name, value in terms.items()]).sum().backward()
     return result_of(student, terms)
 
@@ -242,7 +277,21 @@ def pair_loss(a: Tensor, b: Tensor, stage: DistilledFinetuning) -> Tensor:
     keep = b > 0
     if stage.attention_sink_mask:
         keep = keep & (a <= a.mean() + a.std()) & (b <= b.mean() + b.std())
-    a_N, b_N = ((m * keep).sum(0) / keep.sum(0).clamp(min=1) for m in (a, b))
+    if stage.attention_loss == "row_kl":
+        kept = [row for row in range(len(a)) if int(keep[row].sum()) > 1]
+        rows = [(a[row][keep[row]], b[row][keep[row]]) for row in kept]
+        return torch.stack([kl(b_n / b_n.sum(), a_n / a_n.sum()) for a_n, b_n in rows]).mean()
+    return compared(*((m * keep).sum(0) / keep.sum(0).clamp(min=1) for m in (a, b)), stage)
+
+
+def vector_loss(a_N: Tensor, b_N: Tensor, stage: DistilledFinetuning) -> Tensor:
+    keep = b_N > 0
+    if stage.attention_sink_mask:
+        keep = keep & (a_N <= a_N.mean() + a_N.std()) & (b_N <= b_N.mean() + b_N.std())
+    return compared(a_N * keep, b_N * keep, stage)
+
+
+def compared(a_N: Tensor, b_N: Tensor, stage: DistilledFinetuning) -> Tensor:
     if stage.attention_loss == "cosine":
         return 1 - (a_N @ b_N) / (a_N.norm() * b_N.norm())
     if stage.attention_loss == "mse":
@@ -280,13 +329,14 @@ def test_the_records_are_what_their_names_say(world: World) -> None:
     assert bool(world.samples["cut"].targets.answer_mask[-1]), "the cut is inside an answer"
     maps = {name: sample.maps for name, sample in world.samples.items()}
     assert {name: m.num_tokens for name, m in maps.items() if m is not None} == {
-        "one-image": 16, "two-images": 32, "image-at-the-end": 16, "several-turns": 16, "cut": 16
+        "one-image": 16, "two-images": 32, "image-at-the-end": 16, "several-turns": 16, "an-image-a-turn": 32,
+        "images-after-an-answer": 32, "cut": 16
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_batch_gives_the_losses_and_gradients_of_its_samples_one_by_one(case: str, world: World) -> None:
-    stage = DistilledFinetuning(kd_weight=0.7, attention_weight=1.3)
+    stage = DistilledFinetuning(kd_weight=0.7, attention_weight=1.3, answer_attention_weight=0.9)
     terms, gradients = trained_on(world, CASES[case], stage)
     expected_terms, expected = textbook(world, CASES[case], stage, as_stored(world))
     # The library's eager attention takes its softmax in float32.
@@ -311,7 +361,9 @@ def test_logits_in_many_parts_give_the_losses_and_gradients_of_logits_in_one(
 SETTINGS: list[dict[str, Any]] = [
     {"attention_loss": "kl"},
     {"attention_loss": "mse", "attention_weight": 1000.0},
+    {"attention_loss": "row_kl"},
     {"attention_sink_mask": False},
+    {"attention_sink_mask": False, "attention_loss": "row_kl"},
     {"attention_sink_mask": False, "attention_loss": "kl"},
     {"kd_divergence": "reverse"},
     {"kd_divergence": "symmetric"},
@@ -335,6 +387,26 @@ def test_settings_of_the_losses_change_what_is_trained_on_as_the_textbook_says(
     assert terms[changed] != pytest.approx(published[changed], rel=0.01)
 
 
+@pytest.mark.parametrize("sink_mask", [True, False])
+@pytest.mark.parametrize("kind", ["cosine", "kl", "mse", "row_kl"])
+def test_answer_attention_alone_is_learnt_as_the_textbook_says_however_it_is_compared(
+    kind: AttentionLoss, sink_mask: bool, world: World
+) -> None:
+    weight = 1000.0 if kind == "mse" else 1.0
+    stage = DistilledFinetuning(
+        attention_weight=0, answer_attention_weight=weight, attention_loss=kind, attention_sink_mask=sink_mask
+    )
+    terms, gradients = trained_on(world, list(RECORDS), stage)
+    assert list(terms) == ["lm", "kd", "answer_attention"]
+    assert terms["answer_attention"] * weight > 0.01
+    expected_terms, expected = textbook(world, list(RECORDS), stage, as_stored(world))
+    assert terms == pytest.approx(expected_terms, rel=1e-5)
+    assert worst_difference(gradients, expected) < 1e-4
+    expected_terms, expected = textbook(world, list(RECORDS), stage, in_the_loop(world))
+    assert terms == pytest.approx(expected_terms, rel=1e-3)
+    assert worst_difference(gradients, expected) < 2e-3
+
+
 LAYER_SETTINGS: list[tuple[dict[str, Any], tuple[int, ...], tuple[tuple[int, ...], ...]]] = [
     ({"kind": "one_to_one", "num_matched": 3}, (2, 3, 4), ((0,), (4,), (7,))),
     ({"span": "early"}, (0, 1), ((0, 1), (1, 2))),
@@ -348,12 +420,14 @@ def test_other_matched_layers_are_trained_on_as_the_textbook_says(
 ) -> None:
     other = replace(world, matched=MatchingConfig.model_validate(settings))
     assert (other.matching.student_layers, other.matching.windows) == (layers, windows)
-    terms, gradients = trained_on(other, list(RECORDS), DistilledFinetuning())
-    expected_terms, expected = textbook(other, list(RECORDS), DistilledFinetuning(), as_stored(other))
+    stage = DistilledFinetuning(answer_attention_weight=1)
+    terms, gradients = trained_on(other, list(RECORDS), stage)
+    expected_terms, expected = textbook(other, list(RECORDS), stage, as_stored(other))
     assert terms == pytest.approx(expected_terms, rel=1e-5)
     assert worst_difference(gradients, expected) < 1e-4
-    expected_terms, expected = textbook(other, list(RECORDS), DistilledFinetuning(), in_the_loop(other))
+    expected_terms, expected = textbook(other, list(RECORDS), stage, in_the_loop(other))
     assert terms == pytest.approx(expected_terms, rel=1e-3)
     assert worst_difference(gradients, expected) < 2e-3
-    published, _ = trained_on(world, list(RECORDS), DistilledFinetuning())
-    assert terms["attention"] != pytest.approx(published["attention"], rel=0.01)
+    published, _ = trained_on(world, list(RECORDS), stage)
+    for name in ("attention", "answer_attention"):
+        assert terms[name] != pytest.approx(published[name], rel=0.01)

@@ -66,7 +66,8 @@ def test_without_a_mask_of_the_padding_hidden_states_maps_and_gradients_are_the_
     real_BT = batch.inputs["attention_mask"].bool()
     given = names_given_to(student.model.language_model)
 
-    hidden_BTd, maps, _ = run_student(student, batch, matching)
+    output = run_student(student, batch, matching)
+    hidden_BTd, maps = output.hidden_BTd, output.maps
     assert "attention_mask" not in given[0]
     found = [hidden_BTd[real_BT], *maps]
 
