@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.reproduction import checks
-from benchmarks.reproduction.arms import CLAIMED, EXPLORED
+from benchmarks.reproduction.arms import CEILING, CLAIMED, EXPLORED
 from benchmarks.reproduction.comparison import COMPARISON_SETTINGS, compared_run, run_name, summary, targets
 from benchmarks.reproduction.kept_runs import Runs, kept, with_earlier
 from benchmarks.reproduction.settings import STUDENT_SETTINGS, TEACHER_SETTINGS, WORLD_SETTINGS
@@ -55,7 +55,7 @@ def _found(step: str, args: argparse.Namespace) -> dict[str, Any]:
     if step == "attention":
         return _kept(folder, "attention", TEACHER_SETTINGS, partial(checks.attention, folder))
     _kept(folder, "targets", TEACHER_SETTINGS, partial(targets, folder))
-    arms = CLAIMED if step == "compare" else EXPLORED
+    arms = {**CLAIMED, **CEILING} if step == "compare" else EXPLORED
     split = "test" if step == "compare" else "validation"
     found = _runs(
         args,

@@ -1,5 +1,6 @@
 """Students that learn from one teacher's targets, arm by arm and seed by seed, and what differs between them."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.intervals import estimate
-from benchmarks.reproduction.arms import CLAIMED, EXPLORED, REFERENCES, Arm
+from benchmarks.reproduction.arms import CEILING, CLAIMED, EXPLORED, REFERENCES, Arm
 from benchmarks.reproduction.checks import oracle_guide, reached
-from benchmarks.reproduction.guide import AttentionGuide, Guide, MapsOf
+from benchmarks.reproduction.guide import AnswerGuide, AttentionGuide, Guide, MapsOf
 from benchmarks.reproduction.model import Answerer
 from benchmarks.reproduction.scenes import draw_scenes
 from benchmarks.reproduction.settings import (
@@ -34,7 +35,7 @@ from benchmarks.reproduction.training import Budget, Pictures, train
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import MapCodecConfig
 
-ARMS = {**CLAIMED, **EXPLORED}
+ARMS = {**CLAIMED, **CEILING, **EXPLORED}
 PICTURES_AT_ONCE = 64
 COMPARISON_SETTINGS = {
     "teacher": TEACHER_SETTINGS, **STUDENT_SETTINGS, "test_pictures": TEST_PICTURES,
@@ -44,18 +45,19 @@ COMPARISON_SETTINGS = {
 
 @torch.no_grad()
 def targets(folder: Path) -> dict[str, Any]:
-    """One pass of the teacher over the training pictures: maps of all layers in float16, and logits."""
+    """One pass of the teacher over the training pictures: attention of all layers in float16, and logits."""
     train_on, held_out = pictures_of(folder)
     layers = tuple(range(TEACHER.layers))
     model = load_teacher(folder, len(held_out.questions.kind_R))
     asked_PR3 = torch.from_numpy(train_on.questions.asked_BR3)
-    parts: dict[str, list[Tensor]] = {"logits": [], **{str(layer): [] for layer in layers}}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
     for first in range(0, len(asked_PR3), PICTURES_AT_ONCE):
         rows = slice(first, first + PICTURES_AT_ONCE)
-        logits_BRV, maps = model(train_on.features_BNd[rows].float(), asked_PR3[rows], layers)
-        parts["logits"].append(logits_BRV)
-        for layer, map_BNN in maps.items():
-            parts[str(layer)].append(map_BNN.half())
+        found = model(train_on.features_BNd[rows].float(), asked_PR3[rows], layers, from_answers=True)
+        parts["logits"].append(found.logits_BRV)
+        for layer in layers:
+            parts[f"maps.{layer}"].append(found.maps[layer].half())
+            parts[f"answers.{layer}"].append(found.answer_maps[layer].half())
     stored = {name: torch.cat(part) for name, part in parts.items()}
     save_file(stored, folder / "targets.safetensors")
     return {"shapes": {name: list(tensor.shape) for name, tensor in stored.items()}}
@@ -89,13 +91,17 @@ def _guide(arm: Arm, train_on: Pictures, stored: Mapping[str, Tensor]) -> Guide:
     if arm.oracle:
         attention = oracle_guide(train_on, **settings)
     elif arm.attention:
-        every = range(TEACHER.layers)
+        stored_maps = [stored[f"maps.{layer}"] for layer in range(TEACHER.layers)]
         maps_of: dict[int, MapsOf] = {
-            layer: partial(_mean_map, [stored[str(each)] for each in (every if arm.grouped else [layer])], _coded(arm))
+            layer: partial(_mean_map, stored_maps if arm.grouped else [stored_maps[layer]], _coded(arm))
             for layer in arm.layers
         }
         attention = AttentionGuide(maps_of, **settings)
-    return Guide(attention, stored["logits"] if arm.logits else None)
+    answers = None
+    if arm.answer_weight:
+        stored_PRN = {layer: stored[f"answers.{layer}"] for layer in arm.layers}
+        answers = AnswerGuide(stored_PRN, arm.answer_weight, arm.kind, arm.sink_mask)
+    return Guide(attention, answers, stored["logits"] if arm.logits else None)
 
 
 def _mean_map(layers: list[Tensor], coded: Callable[[Tensor], Tensor], rows_B: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.student.losses.attention import below_sink_threshold, matched_loss
+from benchmarks.reproduction.model import Answered
+from stages.student.losses.attention import answer_loss, below_sink_threshold, matched_loss
 from stages.student.losses.logits import logit_distillation_loss
 from stages.student.stage_config import AttentionLoss
 
@@ -44,23 +45,47 @@ class AttentionGuide:
 
 
 @dataclass(frozen=True)
+class AnswerGuide:
+    """What the rows that predict answers look at, as a teacher's do."""
+
+    stored_PRN: dict[int, Tensor]
+    """The teacher's, of all training pictures, by the student's layer."""
+    weight: float
+    kind: AttentionLoss
+    sink_mask: bool
+
+    def loss(self, answer_maps: dict[int, Tensor], rows_B: Tensor) -> Tensor:
+        """Sum over layers, mean over answers."""
+        losses = [
+            answer_loss(answer_maps[layer], stored_PRN[rows_B].float(), kind=self.kind, sink_mask=self.sink_mask)
+            for layer, stored_PRN in self.stored_PRN.items()
+        ]
+        return self.weight * torch.stack(losses).sum(0).mean()
+
+
+@dataclass(frozen=True)
 class Guide:
     """All that a student learns from beside its answers; by default nothing."""
 
     attention: AttentionGuide | None = None
+    answers: AnswerGuide | None = None
     logits_PRV: Tensor | None = None
     """The teacher's, of all training pictures."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Of the student, whose maps are needed."""
-        return tuple(self.attention.maps_of) if self.attention else ()
+        """Of the student, whose attention is needed."""
+        of_maps = self.attention.maps_of if self.attention else {}
+        return tuple({**of_maps, **(self.answers.stored_PRN if self.answers else {})})
 
-    def loss(self, logits_BRV: Tensor, maps: dict[int, Tensor], rows_B: Tensor, share: float) -> Tensor:
-        """The sum of both terms."""
-        loss = logits_BRV.new_zeros(())
+    def loss(self, found: Answered, rows_B: Tensor, share: float) -> Tensor:
+        """The sum of all terms, when `share` of the steps are done."""
+        loss = found.logits_BRV.new_zeros(())
         if self.attention:
-            loss = loss + self.attention.loss(maps, rows_B, share)
+            loss = loss + self.attention.loss(found.maps, rows_B, share)
+        if self.answers:
+            loss = loss + self.answers.loss(found.answer_maps, rows_B)
         if self.logits_PRV is not None:
-            loss = loss + logit_distillation_loss(logits_BRV.flatten(0, 1), self.logits_PRV[rows_B].flatten(0, 1))
+            teacher_PV = self.logits_PRV[rows_B].flatten(0, 1)
+            loss = loss + logit_distillation_loss(found.logits_BRV.flatten(0, 1), teacher_PV)
         return loss

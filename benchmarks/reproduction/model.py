@@ -5,6 +5,7 @@ Shape letters are those of docs/architecture.md: B pictures, R questions, each w
 
 import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from benchmarks.reproduction.scenes import (
     WORDS,
 )
 from stages.attention.capture import CAPTURING_SDPA, AttentionCapture, register_capture
+from stages.attention.text_rows import AnswerQueries
 
 TOWER_WIDTH = 64
 PREFIX = 1 + NUM_CELLS + 1
@@ -85,6 +87,17 @@ def text_config(size: DecoderSize) -> Qwen2Config:
     )  # fmt: skip
 
 
+class Answered(NamedTuple):
+    """What a decoder gives of a batch of pictures."""
+
+    logits_BRV: Tensor
+    """At the row that predicts each answer."""
+    maps: dict[int, Tensor]
+    """Layer to the attention among image tokens `[B, N, N]`, mean over heads."""
+    answer_maps: dict[int, Tensor]
+    """Layer to the attention from the answers' rows to image tokens `[B, R, N]`."""
+
+
 class Answerer(nn.Module):
     """Adapter and Qwen2 decoder; a picture's questions stand behind one image prefix and do not see each other.
 
@@ -123,21 +136,26 @@ class Answerer(nn.Module):
         self.register_buffer("place_T", torch.cat([torch.arange(PREFIX), behind]), persistent=False)
 
     def forward(
-        self, features_BNd: Tensor, asked_BR3: Tensor, layers: tuple[int, ...] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits `[B, R, V]` of the answers, and the maps `[B, N, N]` of some layers."""
+        self, features_BNd: Tensor, asked_BR3: Tensor, layers: tuple[int, ...] = (), *, from_answers: bool = False
+    ) -> Answered:
+        """Answers all questions, and gives the attention of some layers."""
         batch, questions, _ = asked_BR3.shape
         words = self.decoder.embed_tokens.weight
         begin, end = (words[i].expand(batch, 1, -1) for i in (WORDS.index(BEGIN), WORDS.index(END)))
         row_BTd = torch.cat([begin, self.adapter(features_BNd), end, words[asked_BR3.flatten(1)]], 1)
-        capture = AttentionCapture(frozenset(layers), [torch.arange(1, 1 + NUM_CELLS)] * batch) if layers else None
+        last_R = PREFIX + QUESTION_TOKENS * torch.arange(1, questions + 1) - 1
+        image_N = torch.arange(1, 1 + NUM_CELLS)
+        answers = [AnswerQueries(last_R, (1,) * questions, image_N)] * batch if from_answers else None
+        capture = AttentionCapture(frozenset(layers), [image_N] * batch, answers=answers) if layers else None
         hidden_BTd = self.decoder(
             inputs_embeds=row_BTd, attention_mask=self.sees_TT[None, None].expand(batch, -1, -1, -1),
             position_ids=self.place_T[None].expand(batch, -1), use_cache=False, capture=capture,
         ).last_hidden_state  # fmt: skip
-        last = PREFIX + QUESTION_TOKENS * torch.arange(1, questions + 1) - 1
-        logits: Tensor = self.head(hidden_BTd[:, last])
-        return logits, capture.maps if capture else {}
+        logits_BRV = self.head(hidden_BTd[:, last_R])
+        if capture is None:
+            return Answered(logits_BRV, {}, {})
+        answer_maps = {layer: torch.stack(of_layer) for layer, of_layer in capture.answer_maps.items()}
+        return Answered(logits_BRV, capture.maps, answer_maps)
 
 
 def answer_loss(logits_BRV: Tensor, answer_BR: Tensor, weight_R: Tensor) -> Tensor:

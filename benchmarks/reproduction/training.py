@@ -133,9 +133,10 @@ def _step(
     questions = train_on.questions
     rows_B = budget.rows_B(progress.step, len(train_on.scenes))
     asked_BR3, answer_BR = (torch.from_numpy(x)[rows_B] for x in (questions.asked_BR3, questions.answer_BR))
-    logits_BRV, maps = model(train_on.features_BNd[rows_B].float(), asked_BR3, guide.layers)
-    lm = answer_loss(logits_BRV, answer_BR, budget.weight_R(progress.step, questions.kind_R))
-    loss = lm + guide.loss(logits_BRV, maps, rows_B, progress.step / budget.steps)
+    features_BNd = train_on.features_BNd[rows_B].float()
+    found = model(features_BNd, asked_BR3, guide.layers, from_answers=guide.answers is not None)
+    lm = answer_loss(found.logits_BRV, answer_BR, budget.weight_R(progress.step, questions.kind_R))
+    loss = lm + guide.loss(found, rows_B, progress.step / budget.steps)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step(budget.rate * rate_factor(progress.step, progress.falls_at, budget.fall_steps))
     return float(lm.detach())
@@ -149,7 +150,8 @@ def answers(model: Answerer, pictures: Pictures, layers: tuple[int, ...] = ()) -
         model(pictures.features_BNd[first : first + 64].float(), asked_BR3[first : first + 64], layers)
         for first in range(0, len(asked_BR3), 64)
     ]
-    return torch.cat([logits for logits, _ in parts]), {at: torch.cat([maps[at] for _, maps in parts]) for at in layers}
+    maps = {layer: torch.cat([part.maps[layer] for part in parts]) for layer in layers}
+    return torch.cat([part.logits_BRV for part in parts]), maps
 
 
 def accuracy(model: Answerer, pictures: Pictures) -> dict[str, float]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.reproduction import comparison, settings
 from benchmarks.reproduction.arms import CLAIMED, EXPLORED, REFERENCES
 from benchmarks.reproduction.guide import AttentionGuide, Guide
-from benchmarks.reproduction.model import Answerer, DecoderSize, LocalTower
+from benchmarks.reproduction.model import Answered, Answerer, DecoderSize, LocalTower
 from benchmarks.reproduction.oracle import oracle_maps
 from benchmarks.reproduction.scenes import NUM_CELLS, draw_scenes
 from benchmarks.reproduction.tower import features
@@ -39,14 +39,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_targets_are_what_the_teacher_gives_each_training_picture(folder: Path) -> None:
     train_on, _ = settings.pictures_of(folder)
-    logits_BRV, maps = answers(settings.load_teacher(folder, 14), train_on, (0, 1))
+    teacher = settings.load_teacher(folder, 14)
+    logits_BRV, maps = answers(teacher, train_on, (0, 1))
     stored = load_file(folder / "targets.safetensors")
     assert torch.allclose(stored["logits"], logits_BRV, atol=1e-5)
     for layer, map_BNN in maps.items():
-        assert torch.allclose(stored[str(layer)].float(), map_BNN, atol=1e-3)
+        assert torch.allclose(stored[f"maps.{layer}"].float(), map_BNN, atol=1e-3)
+        of_answers_PRN = stored[f"answers.{layer}"].float()
+        assert of_answers_PRN.shape == (COUNTS["train"], 14, NUM_CELLS)
+        # Some of an answer's attention goes to words.
+        assert 0.1 < float(of_answers_PRN.sum(-1).mean()) < 1
 
 
-@pytest.mark.parametrize("arm", ["group, early", "4 bits", "falling to 0 at half"])
+@pytest.mark.parametrize("arm", ["group", "4 bits", "falling to 0 at half", "rows and answers", "mse, weight 1e4"])
 def test_explored_arms_train(folder: Path, arm: str) -> None:
     found = comparison.compared_run("validation", folder, arm, 0)
     assert found["steps"] == 4
@@ -65,7 +70,7 @@ def test_the_teachers_projector_stays_as_it_is_while_a_student_learns(folder: Pa
     train_on, held_out = settings.pictures_of(folder)
     teacher = settings.load_teacher(folder, 14)
     student = Answerer(DecoderSize(layers=2, width=16), 14, 0, teacher)
-    before = student.adapter[1].weight.clone()  # type: ignore[operator, union-attr]
+    before = student.adapter[1].weight.clone()  # type: ignore[operator]
     train(student, train_on, held_out, Budget("t", steps=2, batch=8, seed=0, fall_steps=1))
     for kept, own in zip(teacher.adapter.parameters(), student.adapter[0].parameters(), strict=True):
         assert torch.equal(kept, own)
@@ -85,11 +90,11 @@ def test_the_weight_of_attention_falls_to_zero() -> None:
 
 def test_a_guide_without_anything_adds_nothing() -> None:
     assert Guide().layers == ()
-    assert float(Guide().loss(torch.randn(2, 3, 4), {}, torch.arange(2), 0.0)) == 0.0
+    assert float(Guide().loss(Answered(torch.randn(2, 3, 4), {}, {}), torch.arange(2), 0.0)) == 0.0
 
 
 def test_maps_in_eight_bits_are_near_the_exact_ones_and_in_two_bits_further_away(folder: Path) -> None:
-    stored = load_file(folder / "targets.safetensors")["0"][:4].float()
+    stored = load_file(folder / "targets.safetensors")["maps.0"][:4].float()
     error = {
         bits: float((comparison._coded(EXPLORED[f"{bits} bits"])(stored) - stored).abs().mean()) for bits in (8, 4, 2)
     }

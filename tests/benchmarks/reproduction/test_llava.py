@@ -38,7 +38,7 @@ def test_a_stock_llava_of_the_same_weights_gives_the_same_logits(scenes: Scenes,
     pixels = next(rendered(scenes, 0))[:2]
     with torch.no_grad():
         features_BNd = tower(torch.from_numpy(pixels))
-        expected_BRV, _ = answerer(features_BNd, torch.from_numpy(questions.asked_BR3[:2]))
+        expected_BRV = answerer(features_BNd, torch.from_numpy(questions.asked_BR3[:2])).logits_BRV
         for picture in range(2):
             for number in (0, 6, 13):
                 words = " ".join(WORDS[word] for word in questions.asked_BR3[picture, number])

@@ -39,12 +39,12 @@ def test_a_question_sees_the_picture_and_no_other_question(pictures: Pictures) -
     model = new_model(pictures)
     asked_BR3 = torch.from_numpy(pictures.questions.asked_BR3)[:2]
     features_BNd = pictures.features_BNd[:2].float()
-    before_BRV, _ = model(features_BNd, asked_BR3)
+    before_BRV = model(features_BNd, asked_BR3).logits_BRV
     others = asked_BR3.clone()
     others[:, 1:] = asked_BR3[:, :-1]
-    after_BRV, _ = model(features_BNd, others)
+    after_BRV = model(features_BNd, others).logits_BRV
     assert torch.allclose(before_BRV[:, 0], after_BRV[:, 0], atol=1e-6)
-    other_picture_BRV, _ = model(features_BNd.flip(0), asked_BR3)
+    other_picture_BRV = model(features_BNd.flip(0), asked_BR3).logits_BRV
     assert not torch.allclose(before_BRV[:, 0], other_picture_BRV[:, 0], atol=1e-4)
 
 
