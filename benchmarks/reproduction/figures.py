@@ -1,4 +1,4 @@
-"""Figures of docs/reproduction.md, from the records: `python -m benchmarks.reproduction.figures`."""
+"""Figures and tables of docs/reproduction.md, from the records: `python -m benchmarks.reproduction.figures`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks.reproduction.arms import CLAIMED
+from benchmarks.reproduction.arms import CEILING, CLAIMED
+from benchmarks.reproduction.tables import PAGE, with_tables
 from benchmarks.results import RESULTS
 
 FIGURES = Path("docs/reproduction")
-CURVES = ("SFT", "logits, own projector", "logits and attention", "oracle")
-COLOURS = {"SFT": "#888888", "logits, own projector": "#1f6fb4", "logits and attention": "#d1495b", "oracle": "#3a7d44"}
+COLOURS = {
+    "SFT": "#888888",
+    "logits, own projector": "#1f6fb4",
+    "logits and attention": "#d1495b",
+    "rows": "#7b3fa0",
+    "logits": "#00838f",
+    "all": "#c77800",
+}
+"""Arms whose curves are drawn."""
 KINDS = {
     "colour": "colour of an object",
     "end_named": "neighbour of an object at the end",
@@ -27,19 +35,20 @@ FINAL = {"colour": "colour", "end_named": "end", "middle_named": "middle"}
 
 
 def main() -> None:
-    """Draws the curves of the claimed arms and how they end."""
+    """Draws the curves of some arms and how all end, and puts the tables into the page."""
     # The same record gives the same file.
     matplotlib.rcParams.update({"svg.hashsalt": "reproduction", "svg.fonttype": "none", "font.family": "sans-serif"})
     record = json.loads((RESULTS / "reproduction_compare.json").read_text())
     FIGURES.mkdir(parents=True, exist_ok=True)
     _save(_curves(record["arms"]), FIGURES / "curves.svg")
     _save(_final(record["summary"]["arms"]), FIGURES / "final.svg")
+    PAGE.write_text(with_tables(PAGE.read_text()))
 
 
 def _curves(arms: Mapping[str, Mapping[str, Any]]) -> Figure:
     figure, axes = pyplot.subplots(1, len(KINDS), figsize=(10, 3.2), sharey=True, layout="constrained")
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        for arm in CURVES:
+        for arm in COLOURS:
             _band(axis, arm, [run["curve"] for run in arms[arm].values()], kind)
         axis.set(title=title, xlabel="step", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
@@ -60,7 +69,7 @@ def _band(axis: Axes, arm: str, curves: Sequence[Sequence[Mapping[str, float]]],
 
 def _final(summary: Mapping[str, Any]) -> Figure:
     figure, axes = pyplot.subplots(1, len(FINAL), figsize=(10, 3.2), sharey=True, layout="constrained")
-    arms = [arm for arm in CLAIMED if arm in summary]
+    arms = [arm for arm in {**CLAIMED, **CEILING} if arm in summary]
     for axis, (kind, title) in zip(axes, FINAL.items(), strict=True):
         for place, arm in enumerate(arms):
             found = summary[arm][kind]
