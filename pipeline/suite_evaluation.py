@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pipeline.checkpoints import find_checkpoint
 from pipeline.models import computing_dtype, load_model
@@ -109,10 +109,7 @@ class _Asker:
         Raises:
             UserError: If it has not.
         """
-        try:
-            check_words(self._tokenizer, (question for item in suite.items for question in item.questions))
-        except UserError as error:
-            raise UserError(f"{name} by {suite.protocol}: {error}") from None
+        check_suite_words(self._tokenizer, name, suite)
 
     def result(self, name: str, suite: LoadedSuite, folder: Path, *, replace: bool) -> SuiteResult | None:
         """The result of a suite once all its items are answered; None in processes other than the first."""
@@ -183,6 +180,18 @@ class _Asker:
         if self.group.size > 1:
             raise UserError("evaluate.num_workers starts workers of Ray, and torchrun started processes; take one")
         ask_on_ray(self.model, suite.config, run, self.config, self.reading, chunks, items, task)
+
+
+def check_suite_words(tokenizer: Any, name: str, suite: LoadedSuite) -> None:
+    """Checks that a tokenizer has the answers that a suite compares by their first tokens.
+
+    Raises:
+        UserError: If it has not; names suite and protocol.
+    """
+    try:
+        check_words(tokenizer, (question for item in suite.items for question in item.questions))
+    except UserError as error:
+        raise UserError(f"{name} by {suite.protocol}: {error}") from None
 
 
 def _counted(suite: LoadedSuite, item: Item, saved: AnsweredItem) -> AnsweredItem:

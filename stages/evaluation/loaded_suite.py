@@ -38,6 +38,11 @@ class LoadedSuite:
         return [*self.items, *self.missing]
 
     @property
+    def compares_first_tokens(self) -> bool:
+        """Whether answers are compared by their first tokens, which a tokenizer then needs."""
+        return any(question.first_token_only for item in self.items for question in item.questions)
+
+    @property
     def notes(self) -> list[str]:
         """What users should know of these items."""
         kinds = {kind for item in self.items for kind in item.kinds}
