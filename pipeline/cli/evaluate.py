@@ -97,7 +97,7 @@ def _suites(wanted: str, run: "RunFile", flags: dict[str, Any]) -> dict[str, "Su
         settings = (told[name].model_dump(mode="json") if name in told else {}) | flags
         suite, _ = find_suite(name, None)
         if "data" not in settings:
-            raise UserError(f"--suite {name} needs --data, its folder; {suite.fetch}")
+            raise UserError(f"--suite {name} needs --data, its folder; fetch {suite.fetch}")
         found[name] = validated(SuiteConfig, settings, f"suite {name}")
     return found
 

@@ -64,7 +64,7 @@ def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
     files = SuiteFiles(config.data, config.images, suite.fetch)
     items = _first_of_each_kind(suite.load(files, protocol), config.limit)
     if not items:
-        raise UserError(f"{config.data} has no items of {name}; {suite.fetch}")
+        raise UserError(f"{config.data} has no items of {name}; fetch {suite.fetch}")
     if twice := [key for key, count in Counter(item.id for item in items).items() if count > 1]:
         raise UserError(f"{config.data}: {len(twice)} items of {name} stand there twice, the first {twice[0]}")
     pictures = dict.fromkeys(source for item in items for source in _sources(item))
@@ -75,7 +75,7 @@ def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
         shown = ", ".join(named[:_SHOWN]) + ", ..." * (len(named) > _SHOWN)
         raise UserError(
             f"{len(absent)} of {len(pictures)} images of {name} are missing, so {len(missing)} of {len(items)} items "
-            f"cannot be asked: {shown}. {suite.fetch}; or name the folder of images with --images, or count such "
+            f"cannot be asked: {shown}; fetch {suite.fetch}; or name the folder of images with --images, or count such "
             "items as missing with --allow-missing-images"
         )
     gone = {item.id for item in missing}
