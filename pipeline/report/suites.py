@@ -69,10 +69,17 @@ def suite_sections(results: Sequence[ModelResult]) -> tuple[SuiteSection, ...]:
         if any(key[:2] == (suite, protocol) and key[2] != items for key in asked):
             title += f", items {items[:8]}"
         missing = max(one.result.num_missing for one in of_suite)
-        notes = [f"{sum(of_suite[0].result.num_items.values()):,} items"]
+        notes = [f"{_num_asked(of_suite[0].result):,} items"]
         notes += [f"{missing:,} items without their pictures were not asked"] if missing else []
         sections.append(SuiteSection(title, groups.get(SUITES[suite].main), tuple(groups.values()), tuple(notes)))
     return tuple(sections)
+
+
+def _num_asked(result: SuiteResult) -> int:
+    """Items that were asked, each once, also where it counts for several kinds; older versions say those of kinds."""
+    if result.run.num_items is None:
+        return sum(result.num_items.values())
+    return result.run.num_items - result.num_missing
 
 
 def _groups(results: Sequence[ModelResult]) -> dict[tuple[str, str], BarGroup]:
