@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pipeline.report.page import TEACHER, AnsweredQuestion, Bar, BarGroup, SuiteSection
 from stages.evaluation.answered_items import AnsweredItem, read_items
-from stages.evaluation.result import RESULT_FILE, SuiteResult, read_result
+from stages.evaluation.result import RESULT_FILE, SuiteResult, note_on_guessing, read_result
 from stages.evaluation.result_folders import SUITES_FOLDER, result_names, results_below
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer
@@ -71,6 +71,7 @@ def suite_sections(results: Sequence[ModelResult]) -> tuple[SuiteSection, ...]:
         missing = max(one.result.num_missing for one in of_suite)
         notes = [f"{_num_asked(of_suite[0].result):,} items"]
         notes += [f"{missing:,} items without their pictures were not asked"] if missing else []
+        notes += [note.removesuffix(".")] if (note := note_on_guessing(of_suite[0].result)) else []
         sections.append(SuiteSection(title, groups.get(SUITES[suite].main), tuple(groups.values()), tuple(notes)))
     return tuple(sections)
 
