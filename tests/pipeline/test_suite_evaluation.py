@@ -21,7 +21,7 @@ from stages.evaluation.loaded_suite import LoadedSuite, load_suite
 from stages.evaluation.result import SuiteResult
 from storage.errors import UserError
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import run_here
+from tests.pipeline.processes import cdp, run_here
 from tests.processes import PATIENCE_S
 
 SUITE = "sugarcrepe"
@@ -201,6 +201,16 @@ def test_two_processes_answer_what_one_does(tiny: TinyWorld, tmp_path: Path, mon
     together = SuiteResult.model_validate_json((tmp_path / "two" / SUITE / "result.json").read_text())
     assert lasting(together) == lasting(alone)
     assert done.stdout.count("guessing") == 1
+    assert "8 of 8 items" in done.stderr
+
+
+def test_of_several_processes_one_says_which_student_is_asked(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        done = cdp("evaluate", undisturbed, "--suite", SUITE, "--data", tmp_path / "none", "--output", tmp_path / "out")
+        assert (done.code, "student: " in done.err) == (2, said)
 
 
 def test_workers_of_a_cluster_answer_what_one_process_does(tiny: TinyWorld, tmp_path: Path) -> None:
