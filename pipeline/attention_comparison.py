@@ -98,11 +98,16 @@ def open_student(model: str, store: TargetStore) -> OpenedStudent:
     return OpenedStudent(student, matching, layers_from, Collator(spec.reader), [*spec.notes, *notes])
 
 
-def first_samples(samples: str, store: TargetStore, limit: int) -> Generator[list[StreamedSample]]:
-    """The first `limit` samples of a store in its own order, with all maps, in batches; it need not be complete."""
+def first_samples(
+    samples: str, store: TargetStore, limit: int, *, with_answers: bool = False
+) -> Generator[list[StreamedSample]]:
+    """The first `limit` samples of a store in its own order, with all maps, in batches; it need not be complete.
+
+    `with_answers`: with answer attention as well.
+    """
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=min(BATCH_SIZE, limit), allow_incomplete=True)
     mixture = Mixture([Source(SampleSet.open(samples), store)], config)
-    stream = mixture_stream(mixture, rank=0, world_size=1, epochs=range(1))
+    stream = mixture_stream(mixture, rank=0, world_size=1, epochs=range(1), with_answers=with_answers)
     with closing(iter(stream)) as batches:
         for batch in batches:
             yield batch[:limit]

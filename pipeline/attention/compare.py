@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from stages.checkpoints.weights import weights_digest
 from stages.evaluation.attention.answers import AnswersSplit, split_by_answers
 from stages.evaluation.attention.measures import mean_estimate
 from stages.evaluation.attention.objects import ObjectFile
-from stages.evaluation.attention.observe import observe_model
+from stages.evaluation.attention.observe import observe_model, stored_answer_rows
 from stages.evaluation.attention.suite_folders import read_run, suite_folders
 from stages.evaluation.attention.tally import Kinds, LayerTally
 from stages.evaluation.attention.token_boxes import token_boxes
@@ -110,18 +110,21 @@ def compare_models(request: AttentionRequest, progress: Progress = SILENT) -> At
 
 
 def _look_at_teacher(side: TeacherSide, request: AttentionRequest, known: _Known, progress: Progress) -> LayerTally:
-    with_text = request.text is not None and side.teacher is not None
-    tally = LayerTally(side.windows, with_objects=request.objects is not None, with_text=with_text)
+    is_live = request.text is not None and side.teacher is not None
+    is_stored = request.text == ANSWER and side.stores_answers
+    tally = LayerTally(side.windows, with_objects=request.objects is not None, with_text=is_live or is_stored)
     collate, task = Collator(side.reader), progress.task("look at the teacher", request.limit)
     with closing(side.samples(request.samples, request.limit, progress)) as batches:
         for samples in batches:
             batch = collate(samples)
-            rows = chosen_rows(side.reader.processor.tokenizer, batch, request.word) if with_text else None
+            rows = chosen_rows(side.reader.processor.tokenizer, batch, request.word) if is_live else None
             for sample, seen in zip(samples, side.observe(batch, rows), strict=True):
                 if seen is None:
                     known.without_image += 1
                     continue
                 known.images[sample.key] = hashlib.sha256(sample.images[0]).hexdigest()
+                if is_stored:
+                    seen = replace(seen, text_WN=stored_answer_rows(sample.targets))
                 if (kinds := _kinds_of(sample, side, request.objects)) is not None:
                     known.kinds[sample.key] = kinds
                 if seen.text_WN is not None:

@@ -52,10 +52,15 @@ class TeacherSide:
         """Each layer as a window of its own."""
         return tuple((layer,) for layer in self.layers)
 
+    @property
+    def stores_answers(self) -> bool:
+        """Whether attention from answers is looked at as it is stored."""
+        return self.teacher is None and self.store is not None and self.store.manifest.fingerprint.answer_attention
+
     def samples(self, samples: str, limit: int, progress: Progress) -> Generator[list[StreamedSample]]:
         """The first `limit` samples in batches, of the store or else of the sample set."""
         if self.store is not None:
-            return first_samples(samples, self.store, limit)
+            return first_samples(samples, self.store, limit, with_answers=self.stores_answers)
         assert self.teacher is not None
         return _live_samples(samples, self.teacher, limit, progress)
 

@@ -7,7 +7,7 @@ from tests.docs.markdown import PAGES, ROOT
 from tests.docs.module_table import module_table, parts_of_document
 
 PACKAGES = ("stages", "storage")
-_SHAPE = re.compile(r"[a-z]\w*_(?P<letters>[1-9]?[A-Z][A-Zdgkq1-9]*)$")
+_SHAPE = re.compile(r"[a-z]\w*_(?P<letters>[1-9]?[A-Z][A-Zadgknq1-9]*)$")
 
 
 def test_the_list_of_modules_is_that_of_the_code() -> None:

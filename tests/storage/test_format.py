@@ -184,6 +184,39 @@ def test_tensorstore_reads_a_shard_by_the_document_alone(tmp_path, codec):
         check_map(data, int(m), head["fingerprint"], maps[sample.map_row])
 
 
+def test_tensorstore_reads_answer_attention_by_the_document_alone(tmp_path):
+    tensorstore = pytest.importorskip("tensorstore")
+    made_for, store = manifest(answer_attention=True), open_store(tmp_path)
+    create_or_check(store, made_for)
+    samples, maps = shard_content(made_for, [f"k{number}" for number in range(9)], sizes=(9, 34))
+    write_shard(store, 0, made_for, "samples-000000.tar", samples, maps, [])
+    commit = json.loads((tmp_path / "commits/000000.json").read_bytes())
+    head = json.loads((tmp_path / "manifest.json").read_bytes())
+    assert (head["format_version"], commit["format_version"]) == (4, 4)
+    assert head["fingerprint"]["answer_attention"] is True
+    assert "H" not in commit
+
+    def array(name: str) -> np.ndarray:
+        where = {"driver": "file", "path": f"{tmp_path}/{commit['path']}/{name}/"}
+        return tensorstore.open({"driver": "zarr3", "kvstore": where}, open=True).result().read().result()
+
+    values, offsets = array("answer_attention"), array("answer_attention_offsets")
+    mask, tokens, map_rows, sizes = (array(n) for n in ("answer_mask", "token_offsets", "map_rows", "map_num_tokens"))
+    assert (values.dtype, values.shape) == (np.float16, (3, offsets[-1]))
+    metadata = json.loads((tmp_path / commit["path"] / "answer_attention/zarr.json").read_bytes())
+    (sharding,) = metadata["codecs"]
+    assert (sharding["name"], sharding["configuration"]["chunk_shape"]) == ("sharding_indexed", [3, 34])
+    for row, sample in enumerate(samples):
+        of_sample = "".join("1" if is_answer else "0" for is_answer in mask[tokens[row] : tokens[row + 1]])
+        num_answers = len([run for run in of_sample.split("0") if run])
+        num_tokens = int(sizes[map_rows[row]]) if map_rows[row] >= 0 else 0
+        first, last = offsets[row : row + 2]
+        assert last - first == num_answers * num_tokens
+        if num_tokens and num_answers:
+            found = values[:, first:last].reshape(3, num_answers, num_tokens)
+            assert np.array_equal(found, sample.answer_attention_LaN.numpy())
+
+
 def check_map(data: dict[str, np.ndarray], m: int, made_from: dict[str, Any], entry: EncodedMaps) -> None:
     """Map `m` decoded by the document, in plain numbers, is what this project decodes."""
     n, layers, windows = int(data["map_num_tokens"][m]), made_from["layers"], made_from["windows"]

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from stages.attention.capturable_layers import refuse_without_maps
 from stages.attention.capture import AttentionCapture
+from stages.conversations.answer_rows import answer_sizes
 from stages.student.layer_matching import LayerMatching
 from stages.student.losses.attention import pool_keys
 from stages.student.training.forward import decode_windows
 from storage.codecs.attention_maps import EncodedMaps
 from storage.codecs.sinks import sink_keep_mask
+from storage.targets.sample_targets import SampleTargets
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ def observe_stored(
         observed(windows.maps_WBNN[:, row, :n, :n], windows.keep_WBNN[:, row, :n, :n]) if n else None
         for row, n in enumerate(sizes)
     ]
+
+
+def stored_answer_rows(targets: SampleTargets) -> Tensor | None:
+    """`[L, N]` float32 of each captured layer: the mean over all answer rows, from what is stored of each answer."""
+    values_LaN = targets.answer_attention_LaN
+    if values_LaN is None or not values_LaN.shape[1]:
+        return None
+    sizes_a = torch.tensor(answer_sizes(targets.answer_mask), dtype=torch.float32)
+    return torch.einsum("lan,a->ln", values_LaN.float(), sizes_a / sizes_a.sum())
 
 
 @torch.inference_mode()

@@ -11,14 +11,18 @@ from pipeline.attention.tables import attention_tables
 from pipeline.attention_comparison import compare_with_targets
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
+from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.extract import extract
 from stages.checkpoints.weights import weights_digest
 from stages.evaluation.answered_items import item_line
 from stages.evaluation.attention.objects import ObjectFile, ObjectPlaces, read_objects
 from stages.evaluation.suites.suite import Item, Question
 from stages.samples.pack import PackConfig, pack_samples
+from stages.teacher.config import TeacherConfig
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from tests.conftest import TinyWorld
+from tests.pipeline.in_process import without_ray
 from tests.recorded_progress import RecordedProgress
 from tests.suite_runs import suite_run
 
@@ -81,6 +85,27 @@ def test_stored_maps_of_a_teacher_and_the_teacher_itself_say_the_same(
         assert a is not None
         assert b is not None
         assert a.value == pytest.approx(b.value, abs=0.02)
+
+
+def test_answers_that_are_stored_say_what_the_teacher_itself_says(
+    tiny: TinyWorld, everything: ObjectFile, tmp_path: Path
+) -> None:
+    settings = TeacherConfig(checkpoint=str(tiny.teacher), batch_size=4, answer_attention=True)
+    with without_ray():
+        extract(settings, str(tiny.samples), str(tmp_path / "targets"), ExtractConfig())
+    places = str(tiny.samples), str(tmp_path / "targets"), 12
+    models = {"same": str(tiny.teacher)}
+    stored = compare_models(AttentionRequest(models, *places, text="answer", objects=everything))
+    live = compare_models(AttentionRequest(models, *places, str(tiny.teacher), "answer", objects=everything))
+    assert (stored.teacher_is_live, stored.num_with_text) == (False, live.num_with_text)
+    sides = [(found.teacher, found.students["same"].measures) for found in (stored, live)]
+    for ours, theirs in zip(*sides, strict=True):
+        for name in ("text_objects", "text_share", "text_similarity"):
+            for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True):
+                assert a.value == pytest.approx(b.value, abs=1e-3), name
+    assert len(sides[0][0].text_share) == len(stored.teacher.layers)
+    # Where no text is asked for, none is looked at.
+    assert not compare_models(AttentionRequest({}, *places)).teacher.text_share
 
 
 def test_the_teacher_beside_itself_is_alike_in_maps_and_in_answers(tiny: TinyWorld, targets: Path) -> None:
