@@ -71,7 +71,7 @@ def suite_sections(results: Sequence[ModelResult]) -> tuple[SuiteSection, ...]:
         missing = max(one.result.num_missing for one in of_suite)
         notes = [f"{_num_asked(of_suite[0].result):,} items"]
         notes += [f"{missing:,} items without their pictures were not asked"] if missing else []
-        notes += [note.removesuffix(".")] if (note := note_on_guessing(of_suite[0].result)) else []
+        notes += [note] if (note := note_on_guessing(of_suite[0].result)) else []
         sections.append(SuiteSection(title, groups.get(SUITES[suite].main), tuple(groups.values()), tuple(notes)))
     return tuple(sections)
 

@@ -262,7 +262,7 @@ def write_server_files(folder: Path, name: str, answered: Iterable[AnsweredItem]
 def note_on_guessing(result: SuiteResult) -> str:
     """What the levels of guessing are, where a reader may take them for another thing; mostly empty."""
     has_f1 = any((f1 := of_kind.get("f1")) and f1.chance is not None for of_kind in result.metrics.values())
-    return "Guessing of f1 is what always saying yes gets on these items." if has_f1 else ""
+    return "guessing of f1 is what always saying yes gets on these items" if has_f1 else ""
 
 
 def read_result(path: Path) -> SuiteResult:

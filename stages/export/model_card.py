@@ -235,7 +235,7 @@ def _evaluation(result: SuiteResult) -> str:
     run = result.run
     shown = ", with grey pictures in place of its own" if run.blind else ""
     left_out = f" {result.num_missing} items without their images were left out." if result.num_missing else ""
-    guessing = f" {note}" if (note := note_on_guessing(result)) else ""
+    guessing = f" {note.capitalize()}." if (note := note_on_guessing(result)) else ""
     return f"Suite `{run.suite}`, asked by `{run.protocol}`{shown}, in {run.dtype}.{left_out}{guessing}\n\n{table}"
 
 
