@@ -53,8 +53,7 @@ class DemoReport(StrictModel):
     """The same maps and logits uncoded in fp16."""
     teacher: SuiteResult
     students: dict[str, StudentResult]
-    loop: LoopComparison | None = None
-    """None in reports of earlier versions."""
+    loop: LoopComparison
 
 
 def summary_lines(report: DemoReport, stored: StoreSummary) -> list[str]:

@@ -61,7 +61,6 @@ def run_demo(folder: Path, config: DemoConfig) -> DemoReport:
     with disk_errors_named(folder), owned(folder):
         report = _measured(folder, config)
         recorded = RecordedRuns.read()
-        assert report.loop is not None
         tables = [accuracy_table(report, recorded), loop_table(report.loop, recorded)]
         for table in tables:
             print_table(table)

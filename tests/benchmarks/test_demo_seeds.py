@@ -71,7 +71,6 @@ def test_differences_of_students_are_taken_seed_by_seed() -> None:
         "0.610 (0.448 to 0.972)",
     ]
     loop = reports[0].loop
-    assert loop is not None
     assert loop_table(loop, recorded).rows[0] == ["largest difference of lm, relative", "1e-06", "3e-06"]
     assert accuracy_table(reports[0], None).rows[-2] == ["attention similarity", "1.000", "0.500", "0.600", "0.610"]
     assert loop_table(loop, None).rows[0] == ["largest difference of lm, relative", "1e-06"]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.demo.recorded import accuracy_table
-from pipeline.demo.report import DemoConfig, DemoReport
+from pipeline.demo.recorded import RecordedRuns, recorded_table
+from pipeline.demo.report import DemoConfig, DemoSettings
 from pipeline.demo.run import run_demo
+from pipeline.ui.tables import markdown_table
 from storage.errors import StoreUnavailable, UserError
 
 ROOT = Path(__file__).parents[3]
-PUBLISHED = ROOT / "docs" / "demo" / "report.json"
 
 
 @pytest.mark.slow
@@ -27,7 +27,6 @@ def test_the_demo_runs_resumes_and_refuses_other_settings(tmp_path: Path, capsys
         assert 0 < student.similarity <= 1
     assert json.loads((tmp_path / "demo" / "report.json").read_text())["config"]["num_images"] == 40
     # Losses from the store are those with the teacher in the loop, and the teacher was gone before students trained.
-    assert report.loop is not None
     assert report.loop.steps == 2
     assert max(report.loop.largest_difference.values()) < 1e-3
     assert set(report.loop.step_s) == {*report.students, "teacher in the loop"}
@@ -62,12 +61,27 @@ def test_a_disk_that_fills_is_one_error_that_names_it(small_disk: Path) -> None:
         run_demo(small_disk / "demo", DemoConfig(num_images=40, num_pairs=5, steps=3))
 
 
-def test_the_readmes_table_is_that_of_the_published_report() -> None:
-    report = DemoReport.model_validate_json(PUBLISHED.read_text())
-    shown = {
-        cells[0]: cells[1:]
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if (cells := [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("| "))]) and len(cells) > 1
-    }
-    for row in accuracy_table(report, None).rows:
-        assert shown[row[0]] == row[1:], row[0]
+def test_the_readmes_table_and_sentences_are_those_of_the_recorded_runs() -> None:
+    recorded = RecordedRuns.read()
+    assert recorded is not None
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(markdown_table(recorded_table(recorded)).splitlines()[2:]) in readme
+    said = " ".join(readme.split())
+    gain = recorded.gains["logits - sft"]
+    assert f"{gain.mean:.1f} points ({gain.interval('.1f')})" in said
+    gain = recorded.gains["compodistill - logits"]
+    assert f"{gain.mean:.1f} points ({gain.interval('.1f')})" in said
+    assert f"within {max(recorded.largest_difference.values()):.0e}" in said
+    ratios = [
+        recorded.step_s[name].mean / recorded.step_s["sft"].mean for name in ("compodistill", "teacher in the loop")
+    ]
+    assert (
+        f"{ratios[0]:.2f} times the time of a step of `sft`, with the teacher in the loop {ratios[1]:.2f} times" in said
+    )
+
+
+def test_the_recorded_runs_are_of_the_demos_own_settings() -> None:
+    recorded = RecordedRuns.read()
+    assert recorded is not None
+    assert recorded.settings == DemoSettings()
+    assert len(recorded.seeds) >= 5
