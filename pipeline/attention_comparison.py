@@ -54,7 +54,7 @@ def compare_with_targets(
     compared = open_student(model, store)
     for note in compared.notes:
         progress.message(f"note: {note}")
-    task = progress.task(f"compare {Path(model).name}", limit)
+    task = progress.task(f"compare {Path(model).name}", min(limit, store.num_samples))
     return similarity_of(compared, samples, store, limit, task)
 
 

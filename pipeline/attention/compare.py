@@ -113,7 +113,8 @@ def _look_at_teacher(side: TeacherSide, request: AttentionRequest, known: _Known
     is_live = request.text is not None and side.teacher is not None
     is_stored = request.text == ANSWER and side.stores_answers
     tally = LayerTally(side.windows, with_objects=request.objects is not None, with_text=is_live or is_stored)
-    collate, task = Collator(side.reader), progress.task("look at the teacher", request.limit)
+    num_samples = request.limit if side.store is None else min(request.limit, side.store.num_samples)
+    collate, task = Collator(side.reader), progress.task("look at the teacher", num_samples)
     with closing(side.samples(request.samples, request.limit, progress)) as batches:
         for samples in batches:
             batch = collate(samples)
@@ -148,12 +149,12 @@ def _look_at_student(
     assert request.targets is not None
     store = TargetStore.open(request.targets)
     of_samples: dict[str, tuple[float, ...]] = {}
-    task = progress.task(f"compare {name}", request.limit)
+    task = progress.task(f"compare {name}", min(request.limit, store.num_samples))
     similarity = similarity_of(opened, request.samples, store, request.limit, task, of_samples)
     images = [known.images[key] for key in of_samples]
     layers = tuple((layer,) for layer in opened.matching.student_layers)
     tally = LayerTally(layers, with_objects=request.objects is not None, with_text=request.text is not None)
-    task = progress.task(f"look at {name}", request.limit)
+    task = progress.task(f"look at {name}", min(request.limit, store.num_samples))
     with closing(first_samples(request.samples, store, request.limit)) as batches:
         for samples in batches:
             _add_student(tally, opened, samples, request, known)

@@ -32,6 +32,11 @@ class TargetStore:
         """The teacher's files for students; errors as for `storage.targets.teacher_assets.teacher_folder`."""
         return teacher_folder(self.store, self.manifest)
 
+    @property
+    def num_samples(self) -> int:
+        """Committed samples."""
+        return sum(record.num_samples for record in self.commits.values())
+
     def find(self, name: str) -> tuple[int, int]:
         """Shard and row of the sample with a key, or with a number among all that have targets, from 0.
 
@@ -42,7 +47,7 @@ class TargetStore:
             UserError: If there is no such sample; of a skipped one it says the reason.
             CorruptData: If a file of an opened shard is missing or damaged.
         """
-        num_samples = sum(record.num_samples for record in self.commits.values())
+        num_samples = self.num_samples
         if re.fullmatch("0|[1-9][0-9]{0,17}", name) and int(name) < num_samples:
             left = int(name)
             for number, record in self.commits.items():

@@ -21,6 +21,7 @@ from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.config import TeacherConfig
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
+from storage.targets.store import TargetStore
 from tests.conftest import TinyWorld
 from tests.pipeline.in_process import without_ray
 from tests.recorded_progress import RecordedProgress
@@ -42,6 +43,13 @@ def everything(tiny: TinyWorld) -> ObjectFile:
         with samples.shard(number) as shard:
             found |= {shard.read(row).key: places for row in range(len(shard))}
     return ObjectFile(found, {}, {})
+
+
+def test_progress_ends_at_the_samples_that_there_are(tiny: TinyWorld, targets: Path) -> None:
+    progress = RecordedProgress()
+    compare_models(AttentionRequest({}, str(tiny.samples), str(targets), 10_000), progress)
+    (task,) = progress.tasks
+    assert task.done == task.total == TargetStore.open(targets).num_samples
 
 
 def test_the_bundled_teacher_says_little_about_objects_and_its_maps_differ_between_images(tmp_path: Path) -> None:
