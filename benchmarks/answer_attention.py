@@ -24,6 +24,8 @@ from benchmarks.results import RESULTS, Spent, command_line, interleaved, median
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
 from pipeline.extraction.shard_extractor import ShardExtractor
+from stages.attention.capture import AttentionCapture, image_block_maps
+from stages.attention.text_rows import AnswerQueries, answer_attention
 from stages.samples.pack import PackConfig, pack_samples
 from stages.student.losses.attention import answer_loss
 from stages.teacher.config import TeacherConfig
@@ -38,7 +40,7 @@ from storage.targets.manifest import create_or_check
 from storage.targets.summary import summarize
 
 CODECS = ("sqrt8", "sqrt4")
-LAST_QUERIES = 32
+LAST_QUERIES, CAPTURES = 32, 51
 ROWS_AN_ANSWER, TEXT_TOKENS, TOKEN_BYTES, VOCABULARY = 20, 60, 5, 151_936
 """Of a sample of 728 image tokens, beside its map: rows of each answer, and text without them."""
 CHECKSUM_BYTES, INDEX_BYTES = 4, 16
@@ -86,6 +88,24 @@ def extract(samples: Path, out: Path, **settings: Any) -> Spent:
     taken = spent(lambda: [worker(shard, lambda _: None) for shard in range(len(index.shards))])
     worker.observer.close()
     return taken
+
+
+def time_capture(num_tokens: int, repeats: int) -> float:
+    """Processor time of the vectors of two answers over that of the map, of one layer with 14 heads and 2 for keys."""
+    first, last = TEXT_TOKENS // 2, TEXT_TOKENS + num_tokens
+    images_N = torch.arange(first, first + num_tokens)
+    rows_U = torch.cat([torch.arange(at, at + ROWS_AN_ANSWER) for at in (last, last + 2 * ROWS_AN_ANSWER)])
+    queries = [AnswerQueries(rows_U, (ROWS_AN_ANSWER,) * 2, images_N)]
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, int(rows_U[-1]) + 2, 64, generator=generator) for heads in (14, 2))
+    capture = AttentionCapture(frozenset({0}), [images_N])
+    ways = {
+        "answers": lambda: spent(lambda: answer_attention(query, key, None, queries, 0.125)).cpu_s,
+        "map": lambda: spent(lambda: image_block_maps(query, key, None, capture, 0.125)).cpu_s,
+    }
+    with torch.inference_mode():
+        cpu_s = interleaved(ways, repeats)
+    return median_ratio(cpu_s["answers"], cpu_s["map"])
 
 
 def compute_large(data: MapSet) -> dict[str, Any]:
@@ -150,6 +170,7 @@ def main() -> None:
         result = {
             "scenes": measure_scenes(Path(folder), flags.images, flags.repeats),
             "synthetic": compute_large(synthetic),
+            "capture_over_that_of_the_map": time_capture(flags.image_tokens, CAPTURES),
             "sinks": compare_sinks(synthetic),
         }
     save_result(flags.out, torch.device("cpu"), command_line("benchmarks.answer_attention"), result)

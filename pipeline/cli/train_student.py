@@ -139,7 +139,8 @@ def _save_page(sweep: "Sweep", students: list[str]) -> None:
 def _print_reports(reports: "list[StageReport]", folder: str) -> None:
     from pipeline.ui.tables import OF_LOSSES, ReportTable, print_notes, print_table
 
-    header = ["stage", "steps", "samples", "trained", "rate", "waited", "LM", "KD", "attention"]
+    terms = _terms([report.losses for report in reports])
+    header = ["stage", "steps", "samples", "trained", "rate", "waited", *terms.values()]
     rows = [
         [
             report.stage,
@@ -148,7 +149,7 @@ def _print_reports(reports: "list[StageReport]", folder: str) -> None:
             f"{report.trained_parameters:,}",
             f"{report.samples_per_s:.1f}/s",
             f"{report.wait_share:.1%}",
-            *_loss_cells(report.losses),
+            *_loss_cells(report.losses, terms),
         ]
         for report in reports
     ]
@@ -161,12 +162,13 @@ def _print_reports(reports: "list[StageReport]", folder: str) -> None:
 def _validation_table(reports: "list[StageReport]") -> "ReportTable":
     from pipeline.ui.tables import ReportTable
 
-    header = ["stage", "held out", "LM", "KD", "attention", "in all", "share of time"]
+    terms = _terms([report.validation.losses for report in reports if report.validation is not None])
+    header = ["stage", "held out", *terms.values(), "in all", "share of time"]
     rows = [
         [
             report.stage,
             f"{found.samples:,}",
-            *_loss_cells(found.losses),
+            *_loss_cells(found.losses, terms),
             f"{found.losses['loss']:.3f}",
             f"{found.time_share:.1%}",
         ]
@@ -176,5 +178,11 @@ def _validation_table(reports: "list[StageReport]") -> "ReportTable":
     return ReportTable("validation losses at the end of each stage, on samples held out of training", header, rows)
 
 
-def _loss_cells(losses: dict[str, float]) -> list[str]:
-    return [f"{losses[name]:.3f}" if name in losses else "-" for name in ("lm", "kd", "attention")]
+def _terms(losses: list[dict[str, float]]) -> dict[str, str]:
+    """The columns of losses, by term; that of answer attention only where a stage learned from it."""
+    terms = {"lm": "LM", "kd": "KD", "attention": "attention"}
+    return terms | {"answer_attention": "from answers"} if any("answer_attention" in one for one in losses) else terms
+
+
+def _loss_cells(losses: dict[str, float], terms: dict[str, str]) -> list[str]:
+    return [f"{losses[name]:.3f}" if name in losses else "-" for name in terms]

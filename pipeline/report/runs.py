@@ -23,7 +23,7 @@ from storage.regular_files import open_regular, read_regular
 
 METRICS_FILE: Final = "metrics.jsonl"
 COMPARED_FILE: Final = "compared.json"
-TERMS: Final = ("loss", "lm", "kd", "attention")
+TERMS: Final = ("loss", "lm", "kd", "attention", "answer_attention")
 HELD_OUT: Final = "validation/"
 MOST_POINTS: Final = 120
 """Points of a curve on the page; of more steps, means of neighbouring ones are shown."""
@@ -96,7 +96,7 @@ def loss_panels(runs: Sequence[RunView]) -> tuple[CurvePanel, ...]:
 
 def _is_lm(logged: dict[str, list[dict[str, Any]]]) -> bool:
     """Whether every run learned from the answers alone: then the loss is its one term."""
-    return not any(term in line for lines in logged.values() for line in lines for term in ("kd", "attention"))
+    return not any(term in line for lines in logged.values() for line in lines for term in TERMS[2:])
 
 
 def _logged(path: Path) -> Iterator[dict[str, Any]]:

@@ -153,7 +153,7 @@ def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
 
 def _is_distilled(history: Sequence[StageRecord]) -> bool:
     """Whether any stage learned from the teacher's logits or attention."""
-    return any({"kd", "attention"} & stage.report.losses.keys() for stage in history)
+    return any({"kd", "attention", "answer_attention"} & stage.report.losses.keys() for stage in history)
 
 
 def _about(names: ModelNames, history: Sequence[StageRecord]) -> str:
