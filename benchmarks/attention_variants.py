@@ -27,10 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "as published": {},
     "kl": {"kind": "kl"},
     "mse": {"kind": "mse"},
-    "row_kl": {"kind": "row_kl"},
     "sinks left in": {"sink_mask": False},
     "sinks left in, kl": {"sink_mask": False, "kind": "kl"},
-    "sinks left in, row_kl": {"sink_mask": False, "kind": "row_kl"},
     "one teacher layer each": {},
 }
 
