@@ -117,6 +117,7 @@ class Published:
 
 EXPECTED = {
     "qwen1.5-4b-to-1.8b": Published(range(13, 24), 5, range(8, 15), 728, published=True),
+    "qwen1.5-4b-to-1.8b-row-kl": Published(range(13, 24), 5, range(8, 15), 728),
     "qwen1.5-4b-to-0.5b": Published(range(13, 24), 5, range(8, 15), 728, published=True),
     "llava-1.5-7b-to-tinyllama": Published(range(11, 20), 3, range(7, 14), 576),
     "qwen2.5-vl-7b-to-3b": Published(range(9, 18), 3, range(12, 19), 391),
