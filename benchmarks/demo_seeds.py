@@ -6,26 +6,19 @@ A run that is interrupted goes on from where it was.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import stats
 
+from benchmarks.intervals import estimate
 from benchmarks.results import command_line, save_result
-from pipeline.demo.recorded import RECORDED
+from pipeline.demo.recorded import RECORDED, RecordedRuns, recorded_table
 from pipeline.demo.report import DemoConfig, DemoReport
 from pipeline.demo.run import REPORT, measure_demo
-
-
-def estimate(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and 95 % interval of the mean of independent runs, as `Estimate` has them."""
-    mean, spread = float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return {"mean": mean, "interval_95": [mean - spread, mean + spread]}
+from pipeline.ui.tables import markdown_table
 
 
 def summarize_runs(reports: Sequence[DemoReport]) -> dict[str, Any]:
@@ -79,7 +72,7 @@ def main() -> None:
         return
     reports = [report_of(flags.work / str(seed), DemoConfig(seed=seed)) for seed in range(flags.seeds)]
     save_result(flags.out, torch.device("cpu"), command_line("benchmarks.demo_seeds"), summarize_runs(reports))
-    print(json.dumps(json.loads(flags.out.read_text())["accuracy"], indent=1))
+    print(markdown_table(recorded_table(RecordedRuns.model_validate_json(flags.out.read_text()))))
 
 
 if __name__ == "__main__":

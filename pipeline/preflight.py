@@ -198,7 +198,7 @@ def check_training(run: RunFile, *, resume: bool = True) -> None:
 
 
 def check_sweep(sweep: Sweep, *, resume: bool) -> list[str]:
-    """Refuses a sweep none of whose students can be trained; gives a warning for each of some that cannot.
+    """Refuses a sweep none of whose students can be trained and asked; gives a warning for each of some that cannot.
 
     Raises:
         UserError: If the sweep's folder is something else; or what is wrong with the first, if all are wrong.
@@ -209,6 +209,7 @@ def check_sweep(sweep: Sweep, *, resume: bool) -> list[str]:
     for name, run in sweep.runs.items():
         try:
             check_training(run, resume=resume)
+            _check_suites(sweep, need(run.student, "--student"))
         except UserError as error:
             wrong[name] = error
     if len(wrong) == len(sweep.runs):
@@ -239,6 +240,19 @@ def _check_vocabulary(student: str, targets: Store) -> None:
         # What was lost of a store is said where all of it is checked.
         if (teacher / TOKENIZER).is_file():
             refuse_other_vocabulary(teacher, Path(student))
+
+
+def _check_suites(sweep: Sweep, student: str) -> None:
+    """Refuses a student whose tokenizer lacks a suite's answers, where it lies on this machine."""
+    wanted = {name: suite for name, suite in sweep.suites.items() if suite.compares_first_tokens}
+    if wanted and (Path(student) / TOKENIZER).is_file():
+        # These load a library, so only where they are needed.
+        from pipeline.suite_evaluation import check_suite_words
+        from stages.checkpoints.processors import load_tokenizer
+
+        tokenizer = load_tokenizer(Path(student))
+        for name, suite in wanted.items():
+            check_suite_words(tokenizer, name, suite)
 
 
 def _check_data(run: RunFile, sources: Sequence[DataSource], manifests: Mapping[str, Manifest]) -> None:

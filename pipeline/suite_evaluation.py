@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pipeline.checkpoints import find_checkpoint
 from pipeline.models import computing_dtype, load_model
@@ -60,12 +60,14 @@ def evaluate_suites(
     reading: ImageConfig = DEFAULT_IMAGES,
     *,
     replace: bool = False,
+    finished: Callable[[SuiteResult], None] = lambda result: None,
 ) -> dict[str, SuiteResult]:
     """Asks a checkpoint all suites, each into its folder of `output`; goes on where an earlier command stopped.
 
     What was answered is not asked again, so that a finished suite is only summed up. `reading` is for a checkpoint that
     does not say how it reads pictures. With `replace`, answers of another run are removed, else they are an error.
-    Under torchrun each process answers its share; only the first gets results.
+    Under torchrun each process answers its share; only the first gets results. `finished` is called with the result of
+    each suite before the next one is asked.
 
     Raises:
         UserError: If a suite's folder or the checkpoint cannot be used, or the folder holds answers of another run.
@@ -77,6 +79,7 @@ def evaluate_suites(
     for name, suite in suites.items():
         if (result := asker.result(name, suite, output / name, replace=replace)) is not None:
             results[name] = result
+            finished(result)
     return results
 
 
@@ -95,9 +98,10 @@ class _Asker:
         self.folder, self.group = find_checkpoint(model), ProcessGroup.from_environment()
         # What every suite's answers are of, read once.
         self._weights = weights_digest(self.folder)
+        # The config first: it makes students known, of whose type the processor's loading would warn otherwise.
+        self._images = image_settings(multimodal_config(self.folder)) or reading
         processor = load_processor(self.folder)
         self._tokenizer, self._image_backend = processor.tokenizer, image_processor_backend(processor)
-        self._images = image_settings(multimodal_config(self.folder)) or reading
 
     def check(self, name: str, suite: LoadedSuite) -> None:
         """Checks what can be known before the model is loaded: that its tokenizer has the answers that are compared.
@@ -105,10 +109,7 @@ class _Asker:
         Raises:
             UserError: If it has not.
         """
-        try:
-            check_words(self._tokenizer, (question for item in suite.items for question in item.questions))
-        except UserError as error:
-            raise UserError(f"{name} by {suite.protocol}: {error}") from None
+        check_suite_words(self._tokenizer, name, suite)
 
     def result(self, name: str, suite: LoadedSuite, folder: Path, *, replace: bool) -> SuiteResult | None:
         """The result of a suite once all its items are answered; None in processes other than the first."""
@@ -181,6 +182,18 @@ class _Asker:
         ask_on_ray(self.model, suite.config, run, self.config, self.reading, chunks, items, task)
 
 
+def check_suite_words(tokenizer: Any, name: str, suite: LoadedSuite) -> None:
+    """Checks that a tokenizer has the answers that a suite compares by their first tokens.
+
+    Raises:
+        UserError: If it has not; names suite and protocol.
+    """
+    try:
+        check_words(tokenizer, (question for item in suite.items for question in item.questions))
+    except UserError as error:
+        raise UserError(f"{name} by {suite.protocol}: {error}") from None
+
+
 def _counted(suite: LoadedSuite, item: Item, saved: AnsweredItem) -> AnsweredItem:
     return saved._replace(scored=scored(item, suite.suite.count(item, saved.answers, suite.protocol)))
 
@@ -196,7 +209,7 @@ def _wait_for_all(suite: LoadedSuite, folder: Path, task: ProgressTask) -> dict[
     """
     while True:
         answered = read_items(folder)
+        task.update(done=len(answered))
         if all(item.id in answered for item in suite.items):
             return answered
-        task.update(done=len(answered))
         time.sleep(POLL_S)

@@ -3,6 +3,7 @@
 Shape letters are those of docs/architecture.md: B pictures, R questions, each with one answer row.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,13 @@ class LocalTower(nn.Module):
         hidden: Tensor = self.siglip(scaled, output_hidden_states=True).hidden_states[-1]
         return hidden
 
+    @torch.no_grad()
+    def divide_features(self, by: float) -> None:
+        """What is added up to features is divided alike; what each cell says stays the same."""
+        for name, parameter in self.siglip.named_parameters():
+            if "embedding" in name or "fc2" in name:
+                parameter /= by
+
 
 @dataclass(frozen=True)
 class DecoderSize:
@@ -88,7 +96,8 @@ class Answerer(nn.Module):
     sees_TT: Tensor
     place_T: Tensor
 
-    def __init__(self, size: DecoderSize, num_questions: int, seed: int) -> None:
+    def __init__(self, size: DecoderSize, num_questions: int, seed: int, teacher: "Answerer | None" = None) -> None:
+        """With a projector of its own, or with the teacher's, frozen, and a new linear layer behind it."""
         super().__init__()
         register_capture()
         self.size = size
@@ -97,6 +106,9 @@ class Answerer(nn.Module):
             self.adapter = nn.Sequential(
                 nn.Linear(TOWER_WIDTH, size.width), nn.GELU(), nn.Linear(size.width, size.width)
             )
+            if teacher is not None:
+                fetched = copy.deepcopy(teacher.adapter).requires_grad_(False)
+                self.adapter = nn.Sequential(fetched, nn.Linear(teacher.size.width, size.width))
             config = text_config(size)
             config._attn_implementation = CAPTURING_SDPA
             self.decoder = Qwen2Model(config)

@@ -1,7 +1,7 @@
 """Trains a decoder of the miniature on stored features, with or without guided attention, and keeps its curve."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.reproduction.checkpoint import load_checkpoint, save_checkpoint
+from benchmarks.reproduction.guide import Guide
 from benchmarks.reproduction.model import Answerer, answer_loss
 from benchmarks.reproduction.optimizer import Optimizer, rate_factor
 from benchmarks.reproduction.scenes import NUM_CELLS, Questions, Scenes, ask
-from stages.student.losses.attention import below_sink_threshold, matched_loss
 
 Curve = list[dict[str, float]]
 
@@ -39,6 +39,8 @@ class Budget:
     """Of the order of the pictures."""
     fall_steps: int
     """The last steps, over which the rates fall."""
+    rate: float = 1.0
+    """Factor on the rates of `Optimizer`."""
     phases: tuple[Phase, ...] = ()
     """In order; none: all kinds count alike."""
     mastered: float | None = None
@@ -57,27 +59,6 @@ class Budget:
         epoch, at = divmod(step, num_pictures // self.batch)
         order = np.random.default_rng([self.seed, epoch]).permutation(num_pictures)
         return torch.from_numpy(order[at * self.batch : (at + 1) * self.batch])
-
-
-@dataclass(frozen=True)
-class Guide:
-    """Which maps a student's layers are drawn to."""
-
-    maps_of: Callable[[Tensor], Tensor]
-    """Rows of the training pictures `[B]` to `[B, N, N]`."""
-    layers: tuple[int, ...]
-    weight: float
-    sink_mask: bool
-    """True: the published loss. False: entries far above the mean of a map count as well, on both sides."""
-
-    def loss(self, maps: dict[int, Tensor], rows_B: Tensor) -> Tensor:
-        """Sum over layers, mean over the batch."""
-        wanted_BNN = self.maps_of(rows_B)
-        keep_BNN = wanted_BNN > 0
-        if self.sink_mask:
-            keep_BNN &= below_sink_threshold(wanted_BNN)
-        losses = [matched_loss(maps[at], wanted_BNN, keep_BNN, sink_mask=self.sink_mask) for at in self.layers]
-        return self.weight * torch.stack(losses).sum(0).mean()
 
 
 @dataclass(frozen=True)
@@ -117,6 +98,7 @@ def train(
     """Trains in place, from the checkpoint if there is one. Returns the curve on the held-out pictures and the time."""
     optimizer, progress = Optimizer(model), Progress(falls_at=budget.steps - budget.fall_steps)
     settings = {**asdict(budget), "guided": guide is not None, "size": asdict(model.size)}
+    guide = guide or Guide()
     if checkpoint and (found := load_checkpoint(checkpoint, model, optimizer, settings)):
         progress = Progress(**found)
     started, first = time.monotonic(), progress.step
@@ -145,17 +127,17 @@ def train(
 
 
 def _step(
-    model: Answerer, optimizer: Optimizer, train_on: Pictures, budget: Budget, guide: Guide | None, progress: Progress
+    model: Answerer, optimizer: Optimizer, train_on: Pictures, budget: Budget, guide: Guide, progress: Progress
 ) -> float:
     """One step; the cross entropy of the answers."""
     questions = train_on.questions
     rows_B = budget.rows_B(progress.step, len(train_on.scenes))
     asked_BR3, answer_BR = (torch.from_numpy(x)[rows_B] for x in (questions.asked_BR3, questions.answer_BR))
-    logits_BRV, maps = model(train_on.features_BNd[rows_B].float(), asked_BR3, guide.layers if guide else ())
+    logits_BRV, maps = model(train_on.features_BNd[rows_B].float(), asked_BR3, guide.layers)
     lm = answer_loss(logits_BRV, answer_BR, budget.weight_R(progress.step, questions.kind_R))
-    loss = lm + guide.loss(maps, rows_B) if guide else lm
+    loss = lm + guide.loss(logits_BRV, maps, rows_B, progress.step / budget.steps)
     loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step(rate_factor(progress.step, progress.falls_at, budget.fall_steps))
+    optimizer.step(budget.rate * rate_factor(progress.step, progress.falls_at, budget.fall_steps))
     return float(lm.detach())
 
 

@@ -215,8 +215,8 @@ def _refuse_nothing(request: AttentionRequest, known: _Known, teacher: LayerTall
         raise UserError(f"none of the first {request.limit} samples has an image; raise --limit")
     if request.objects is not None and not known.kinds:
         raise UserError(
-            f"none of {len(known.images)} samples has a picture that the objects name ({len(request.objects)} do); "
-            "name samples by key or id, pictures as the records do, or by the sha256 of their files"
+            f"none of {len(known.images)} samples has one of the {len(request.objects):,} pictures that the objects "
+            "name; name samples by key or id, pictures as the records do, or by the sha256 of their files"
         )
     if request.teacher is not None and request.word is not None and not known.texts:
         raise _without_word(request, len(known.images))

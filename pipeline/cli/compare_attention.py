@@ -38,7 +38,7 @@ def compare_attention(
     word: Annotated[str | None, typer.Option(help="Attention from this word of answers to the image.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="answer: attention from whole answers to it.")] = None,
     objects: Annotated[
-        Path | None, typer.Option(callback=input_path, help="File of boxes or masks, a line a picture.")
+        Path | None, typer.Option(callback=input_path, help="File of boxes or masks, a record a picture.")
     ] = None,
     objects_suite: Annotated[str | None, typer.Option(help="Suite that marks objects, with --data.")] = None,
     data: Annotated[Path | None, typer.Option(callback=input_path, help="Folder of that suite's files.")] = None,

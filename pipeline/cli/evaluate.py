@@ -68,14 +68,15 @@ def evaluate(
 
     from pipeline.suite_evaluation import evaluate_suites
     from pipeline.ui.progress import progress_display
-    from pipeline.ui.tables import print_table
+    from pipeline.ui.tables import print_table_above_bars
+
+    def show(result: "SuiteResult") -> None:
+        print_table_above_bars(result_table(result, Path(model).name))
 
     with progress_display() as progress:
         for note in (note for one in loaded.values() for note in one.notes):
             progress.message(f"note: {note}")
-        results = evaluate_suites(model, loaded, run.evaluate, output, progress, run.images)
-    for result in results.values():
-        print_table(result_table(result, Path(model).name))
+        results = evaluate_suites(model, loaded, run.evaluate, output, progress, run.images, finished=show)
     save(report, json.dumps({name: result.model_dump(mode="json") for name, result in results.items()}, indent=1))
 
 
@@ -96,7 +97,7 @@ def _suites(wanted: str, run: "RunFile", flags: dict[str, Any]) -> dict[str, "Su
         settings = (told[name].model_dump(mode="json") if name in told else {}) | flags
         suite, _ = find_suite(name, None)
         if "data" not in settings:
-            raise UserError(f"--suite {name} needs --data, its folder; {suite.fetch}")
+            raise UserError(f"--suite {name} needs --data, its folder; fetch {suite.fetch}")
         found[name] = validated(SuiteConfig, settings, f"suite {name}")
     return found
 

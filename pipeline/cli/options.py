@@ -104,10 +104,12 @@ def save(path: Path | None, text: str) -> None:
 def check_and_say_which(model: str, *, with_template: bool = True) -> None:
     """Refuses what is no model, or has no chat template though one is needed.
 
-    Says which of a training run's students a command uses.
+    Says which of a training run's students a command uses; of several processes the first says it.
     """
     from pipeline.preflight import check_model
+    from pipeline.ui.console import is_main_process
     from pipeline.ui.streams import say
 
     for note in check_model(model, with_template=with_template):
-        say(note)
+        if is_main_process:
+            say(note)

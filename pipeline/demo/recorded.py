@@ -79,6 +79,23 @@ def _beside(value: float, form: str, recorded: Estimate | None) -> str:
     return f"{value:{form}} ({recorded.interval(form)})" if recorded else f"{value:{form}}"
 
 
+def recorded_table(recorded: RecordedRuns) -> ReportTable:
+    """Makes the table of the recorded runs alone: means, and their 95 % intervals in brackets."""
+
+    def shown(estimate: Estimate, form: str) -> str:
+        return f"{estimate.mean:{form}} ({estimate.interval(form)})"
+
+    models = list(recorded.accuracy)
+    kinds = list(recorded.accuracy["teacher"])
+    rows = [[kind, *(shown(recorded.accuracy[name][kind], ".1f") for name in models)] for kind in kinds]
+    students = models[1:]
+    rows += [
+        ["attention similarity", "1.000", *(shown(recorded.similarity[name], ".3f") for name in students)],
+        ["milliseconds a step", "", *(f"{recorded.step_s[name].mean * 1000:.0f}" for name in students)],
+    ]
+    return ReportTable(f"accuracy in percent, mean of {len(recorded.seeds)} runs", ["", *models], rows)
+
+
 def loop_table(loop: LoopComparison, recorded: RecordedRuns | None) -> ReportTable:
     """Makes the table of what stored targets change of the losses and of the time that a step takes."""
     rows = [

@@ -19,7 +19,7 @@ from pipeline.report.page import (
     Page,
     SuiteSection,
 )
-from pipeline.report.runs import RunView, loss_panels, open_runs, settings_table, stage_table
+from pipeline.report.runs import RunView, held_out_headline, loss_panels, open_runs, settings_table, stage_table
 from pipeline.report.suites import ModelResult, named_results, questions_about, suite_sections
 from pipeline.report.targets import extraction_seconds, store_facts, target_sizes, teacher_name
 from pipeline.sweep_file import Sweep, compared_data
@@ -227,14 +227,8 @@ def _headlines(
     if similarity:
         name, closest = max(similarity.items(), key=lambda pair: pair[1].mean)
         found.append(Headline("attention similarity", f"{closest.mean:.3f}", f"{name}; 1 is the teacher's own"))
-    held_out = {
-        run.name: last.validation.losses["loss"]
-        for run in runs
-        if run.reports and (last := list(run.reports.values())[-1]).validation is not None
-    }
-    if held_out:
-        name = min(held_out, key=lambda each: held_out[each])
-        found.append(Headline("held-out loss", f"{held_out[name]:.3f}", f"{name}, at the end of training"))
+    if (lowest := held_out_headline(runs)) is not None:
+        found.append(lowest)
     if stored is not None and stored.total_bytes:
         ratio = f"{stored.ratio:.1f} times smaller than raw, {stored.num_samples:,} samples"
         found.append(Headline("targets", size_text(stored.total_bytes), ratio))

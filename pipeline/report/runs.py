@@ -11,7 +11,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from pipeline.checkpoints import find_runs
-from pipeline.report.page import Curve, CurvePanel, Facts
+from pipeline.report.page import Curve, CurvePanel, Facts, Headline
 from pipeline.report.shown_names import shown_names
 from pipeline.run_file import RunFile, load_run_file
 from stages.evaluation.attention.similarity import AttentionSimilarity
@@ -161,6 +161,7 @@ def _text(value: Any) -> str:
 
 def stage_table(runs: Sequence[RunView]) -> Facts | None:
     """A line for each finished stage; None where none is finished."""
+    is_held_out = any(report.validation is not None for run in runs for report in run.reports.values())
     rows = [
         (
             f"{run.name}: {report.stage}",
@@ -170,10 +171,31 @@ def stage_table(runs: Sequence[RunView]) -> Facts | None:
             f"{report.seconds:,.0f}",
             f"{report.samples_per_s:,.1f}",
             f"{report.losses.get('loss', math.nan):.4f}",
-            "" if report.validation is None else f"{report.validation.losses.get('loss', math.nan):.4f}",
+            *([_held_out(report)] if is_held_out else []),
         )
         for run in runs
         for report in run.reports.values()
     ]
-    header = ("stage", "steps", "samples", "trained", "seconds", "samples/s", "loss at the end", "held-out loss")
+    shown = ("held-out loss",) if is_held_out else ()
+    header = ("stage", "steps", "samples", "trained", "seconds", "samples/s", "loss at the end", *shown)
     return Facts("Stages; losses are means over the last tenth of the steps", header, tuple(rows)) if rows else None
+
+
+def _held_out(report: StageReport) -> str:
+    return "" if report.validation is None else f"{report.validation.losses.get('loss', math.nan):.4f}"
+
+
+def held_out_headline(runs: Sequence[RunView]) -> Headline | None:
+    """The lowest LM loss on held-out samples; sums of losses compare only where terms and weights are the same.
+
+    None where a run that held out samples has no such loss, or no run held out any.
+    """
+    losses = {
+        run.name: last.validation.losses
+        for run in runs
+        if run.reports and (last := list(run.reports.values())[-1]).validation is not None
+    }
+    if not losses or not all("lm" in found for found in losses.values()):
+        return None
+    name = min(losses, key=lambda each: losses[each]["lm"])
+    return Headline("held-out lm", f"{losses[name]['lm']:.3f}", f"{name}, at the end of training")

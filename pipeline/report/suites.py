@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pipeline.report.page import TEACHER, AnsweredQuestion, Bar, BarGroup, SuiteSection
 from stages.evaluation.answered_items import AnsweredItem, read_items
-from stages.evaluation.result import RESULT_FILE, SuiteResult, read_result
+from stages.evaluation.result import RESULT_FILE, SuiteResult, note_on_guessing, read_result
 from stages.evaluation.result_folders import SUITES_FOLDER, result_names, results_below
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.suite import Answer
@@ -69,10 +69,18 @@ def suite_sections(results: Sequence[ModelResult]) -> tuple[SuiteSection, ...]:
         if any(key[:2] == (suite, protocol) and key[2] != items for key in asked):
             title += f", items {items[:8]}"
         missing = max(one.result.num_missing for one in of_suite)
-        notes = [f"{sum(of_suite[0].result.num_items.values()):,} items"]
+        notes = [f"{_num_asked(of_suite[0].result):,} items"]
         notes += [f"{missing:,} items without their pictures were not asked"] if missing else []
+        notes += [note] if (note := note_on_guessing(of_suite[0].result)) else []
         sections.append(SuiteSection(title, groups.get(SUITES[suite].main), tuple(groups.values()), tuple(notes)))
     return tuple(sections)
+
+
+def _num_asked(result: SuiteResult) -> int:
+    """Items that were asked, each once, also where it counts for several kinds; older versions say those of kinds."""
+    if result.run.num_items is None:
+        return sum(result.num_items.values())
+    return result.run.num_items - result.num_missing
 
 
 def _groups(results: Sequence[ModelResult]) -> dict[tuple[str, str], BarGroup]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from pipeline.ui.console import results
+from pipeline.ui.console import messages, results
 from storage.printable import printable
 
 OF_LOSSES = "losses are means over the last tenth of a stage's steps"
@@ -25,12 +25,21 @@ class ReportTable:
 
 def print_table(content: ReportTable) -> None:
     """Prints the table; numbers stand at the right."""
+    results.print(_table(content))
+
+
+def print_table_above_bars(content: ReportTable) -> None:
+    """Prints the table while progress is shown: where bars are on the terminal that it goes to, above them."""
+    (messages if results.is_terminal and messages.is_interactive else results).print(_table(content))
+
+
+def _table(content: ReportTable) -> Table:
     table = Table(title=printable(content.title))
     for number, name in enumerate(content.header):
         table.add_column(printable(name), justify="right" if number else "left", no_wrap=not number)
     for row in content.rows:
         table.add_row(*map(printable, row), style="bold" if row[0] == content.emphasized else None)
-    results.print(table)
+    return table
 
 
 def markdown_table(content: ReportTable) -> str:

@@ -7,7 +7,13 @@ from typing import Any
 
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_base import generate_merges
 from transformers.utils import logging as transformers_logging
@@ -69,6 +75,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     check_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if _is_another_model(tokenizer, folder):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     # As in `load_processor`.
     except Exception as error:
         raise UserError(
@@ -77,6 +85,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
     _merge_by_scores(tokenizer, folder)
     return tokenizer
+
+
+def _is_another_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether a class that transformers took by the decoder's type made another kind of tokenizer of tokenizer.json.
+
+    Of a word list beside a Qwen2 it makes a BPE without merges, which reads every text as nothing.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file() or not tokenizer.is_fast:
+        return False
+    written = json.loads(read_regular(file))["model"].get("type", "")
+    made: str = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"]
+    return written not in ("", made)
 
 
 def _merge_by_scores(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

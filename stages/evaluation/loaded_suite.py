@@ -38,6 +38,11 @@ class LoadedSuite:
         return [*self.items, *self.missing]
 
     @property
+    def compares_first_tokens(self) -> bool:
+        """Whether answers are compared by their first tokens, which a tokenizer then needs."""
+        return any(question.first_token_only for item in self.items for question in item.questions)
+
+    @property
     def notes(self) -> list[str]:
         """What users should know of these items."""
         kinds = {kind for item in self.items for kind in item.kinds}
@@ -59,7 +64,7 @@ def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
     files = SuiteFiles(config.data, config.images, suite.fetch)
     items = _first_of_each_kind(suite.load(files, protocol), config.limit)
     if not items:
-        raise UserError(f"{config.data} has no items of {name}; {suite.fetch}")
+        raise UserError(f"{config.data} has no items of {name}; fetch {suite.fetch}")
     if twice := [key for key, count in Counter(item.id for item in items).items() if count > 1]:
         raise UserError(f"{config.data}: {len(twice)} items of {name} stand there twice, the first {twice[0]}")
     pictures = dict.fromkeys(source for item in items for source in _sources(item))
@@ -70,7 +75,7 @@ def load_suite(name: str, config: SuiteConfig) -> LoadedSuite:
         shown = ", ".join(named[:_SHOWN]) + ", ..." * (len(named) > _SHOWN)
         raise UserError(
             f"{len(absent)} of {len(pictures)} images of {name} are missing, so {len(missing)} of {len(items)} items "
-            f"cannot be asked: {shown}. {suite.fetch}; or name the folder of images with --images, or count such "
+            f"cannot be asked: {shown}; fetch {suite.fetch}; or name the folder of images with --images, or count such "
             "items as missing with --allow-missing-images"
         )
     gone = {item.id for item in missing}

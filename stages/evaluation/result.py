@@ -259,6 +259,12 @@ def write_server_files(folder: Path, name: str, answered: Iterable[AnsweredItem]
     return [folder / file for file in files]
 
 
+def note_on_guessing(result: SuiteResult) -> str:
+    """What the levels of guessing are, where a reader may take them for another thing; mostly empty."""
+    has_f1 = any((f1 := of_kind.get("f1")) and f1.chance is not None for of_kind in result.metrics.values())
+    return "guessing of f1 is what always saying yes gets on these items" if has_f1 else ""
+
+
 def read_result(path: Path) -> SuiteResult:
     """A result that `cdp evaluate` saved: its file, or the folder of a suite.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.evaluation.result import SuiteResult
+from stages.evaluation.result import SuiteResult, note_on_guessing
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from stages.student.stage_config import STAGES
 from storage.printable import printable
@@ -235,7 +235,8 @@ def _evaluation(result: SuiteResult) -> str:
     run = result.run
     shown = ", with grey pictures in place of its own" if run.blind else ""
     left_out = f" {result.num_missing} items without their images were left out." if result.num_missing else ""
-    return f"Suite `{run.suite}`, asked by `{run.protocol}`{shown}, in {run.dtype}.{left_out}\n\n{table}"
+    guessing = f" {note.capitalize()}." if (note := note_on_guessing(result)) else ""
+    return f"Suite `{run.suite}`, asked by `{run.protocol}`{shown}, in {run.dtype}.{left_out}{guessing}\n\n{table}"
 
 
 def _export(export: ExportReport) -> str:

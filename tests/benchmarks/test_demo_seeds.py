@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.demo_seeds import estimate, summarize_runs
+from benchmarks.demo_seeds import summarize_runs
+from benchmarks.intervals import estimate
 from pipeline.demo.loop_comparison import LoopComparison
 from pipeline.demo.recorded import RecordedRuns, accuracy_table, loop_table
 from pipeline.demo.report import STUDENTS, DemoConfig, DemoReport, StudentResult

@@ -208,7 +208,7 @@ def test_a_recipe_names_every_place_and_both_models(name: str) -> None:
     assert run == load_run_file(FOLDER / f"{name}.yaml", [], {})
     assert None not in (run.samples, run.targets, run.student, run.output, run.teacher)
     assert run.train.parallel.precision == ("fp32" if name == "demo" else "bf16")
-    assert run.train.loader.microbatch_size == {"demo": 32, "qwen2.5-vl-7b-to-3b": 4}.get(name, 8)
+    assert run.train.loader.microbatch_size == {"demo": 16, "qwen2.5-vl-7b-to-3b": 4}.get(name, 8)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

@@ -17,11 +17,11 @@ from stages.evaluation.answered_items import read_items
 from stages.evaluation.answering.answerer import Answerer
 from stages.evaluation.comparison import compare_results
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
-from stages.evaluation.loaded_suite import load_suite
+from stages.evaluation.loaded_suite import LoadedSuite, load_suite
 from stages.evaluation.result import SuiteResult
 from storage.errors import UserError
 from tests.conftest import TinyWorld
-from tests.pipeline.processes import run_here
+from tests.pipeline.processes import cdp, run_here
 from tests.processes import PATIENCE_S
 
 SUITE = "sugarcrepe"
@@ -104,16 +104,23 @@ def test_a_finished_suite_is_counted_again_from_its_answers(tiny: TinyWorld, tmp
     assert compared.metrics["average"]["accuracy"].differences["b"].value == 0
 
 
+def two_suites(tiny: TinyWorld, folder: Path) -> dict[str, LoadedSuite]:
+    """One of them with grey pictures; its files are written into the folder."""
+    folder.mkdir()
+    for path in tiny.pairs.glob("*.json"):
+        pairs = [one | {"caption2": "red"} for one in json.loads(path.read_text()).values()]
+        (folder / path.name).write_text(json.dumps(pairs))
+    grey = SuiteConfig(data=folder, images=tiny.pairs / "images", limit=1, blind=True)
+    return {
+        SUITE: load_suite(SUITE, SuiteConfig(data=tiny.pairs, limit=1)),
+        "sugarcrepe_pp": load_suite("sugarcrepe_pp", grey),
+    }
+
+
 def test_several_suites_load_and_try_a_model_once_and_no_suites_time_has_it(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suites = {SUITE: load_suite(SUITE, SuiteConfig(data=tiny.pairs, limit=1))}
-    (tmp_path / "twice").mkdir()
-    for path in tiny.pairs.glob("*.json"):
-        pairs = [one | {"caption2": "red"} for one in json.loads(path.read_text()).values()]
-        (tmp_path / "twice" / path.name).write_text(json.dumps(pairs))
-    grey = SuiteConfig(data=tmp_path / "twice", images=tiny.pairs / "images", limit=1, blind=True)
-    suites["sugarcrepe_pp"] = load_suite("sugarcrepe_pp", grey)
+    suites = two_suites(tiny, tmp_path / "twice")
     made: list[Answerer] = []
     slow_s = 3.0
 
@@ -131,6 +138,17 @@ def test_several_suites_load_and_try_a_model_once_and_no_suites_time_has_it(
     evaluate_suites(str(tiny.teacher), suites, EvaluationConfig(), tmp_path / "alone")
     assert len(made) == 2
     assert read_items(tmp_path / "alone/sugarcrepe_pp") == read_items(tmp_path / "out/sugarcrepe_pp")
+
+
+def test_a_suites_result_is_told_before_the_next_suite_is_asked(tiny: TinyWorld, tmp_path: Path) -> None:
+    suites, begun, output = two_suites(tiny, tmp_path / "twice"), list[list[str]](), tmp_path / "out"
+
+    def finished(result: SuiteResult) -> None:
+        begun.append(sorted(path.name for path in output.iterdir()))
+        assert (output / result.run.suite / "result.json").exists()
+
+    evaluate_suites(str(tiny.teacher), suites, EvaluationConfig(), output, finished=finished)
+    assert begun == [[SUITE], [SUITE, "sugarcrepe_pp"]]
 
 
 def test_a_word_that_the_tokenizer_lacks_is_named_before_anything_is_asked(
@@ -183,6 +201,16 @@ def test_two_processes_answer_what_one_does(tiny: TinyWorld, tmp_path: Path, mon
     together = SuiteResult.model_validate_json((tmp_path / "two" / SUITE / "result.json").read_text())
     assert lasting(together) == lasting(alone)
     assert done.stdout.count("guessing") == 1
+    assert "8 of 8 items" in done.stderr
+
+
+def test_of_several_processes_one_says_which_student_is_asked(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        done = cdp("evaluate", undisturbed, "--suite", SUITE, "--data", tmp_path / "none", "--output", tmp_path / "out")
+        assert (done.code, "student: " in done.err) == (2, said)
 
 
 def test_workers_of_a_cluster_answer_what_one_process_does(tiny: TinyWorld, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.demo.assets import STUDENT_LM
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.runtime.interruption import Interrupted
 from pipeline.suite_evaluation import evaluate_suites
@@ -162,6 +163,19 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(
     mended = run_here("train-student", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert mended.code == 0, mended.err
     assert json.loads((output / "sweep.json").read_text())["students"].keys() == {"broken", "whole"}
+
+
+def test_a_suite_whose_answers_the_students_tokenizer_lacks_is_refused_before_anything_trains(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = f"samples: {tiny.samples}\ntargets: {targets}\nstudent: {STUDENT_LM}\ntrain: {{dft: {{kd_weight: 0}}}}\n"
+    suite = f"compare: {{suites: {{sugarcrepe: {{data: {tiny.pairs}, protocol: yes_probability}}}}}}\n"
+    sweep = write(tmp_path / "sweep.yaml", places + suite + "students: {a: , b: }\n")
+    words = ("train-student", "--sweep", sweep, "--output", tmp_path / "out", "--stage", "dft")
+    done = run_here(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 2
+    assert "error: student a: sugarcrepe by yes_probability: the tokenizer does not have 'Yes'" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_said_closest_to_the_command_wins(tmp_path: Path) -> None:

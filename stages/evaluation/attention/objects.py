@@ -72,15 +72,15 @@ class ObjectFile:
 
 
 def read_objects(path: Path) -> ObjectFile:
-    """Reads JSON lines, a JSON list or a table; docs/attention.md#where-objects-are says what a line holds.
+    """Reads JSON lines, a JSON list or a table; docs/attention.md#where-objects-are says what a record holds.
 
     Raises:
-        UserError: If a line is not understood; names it.
+        UserError: If a record is not understood; names it by its number, from 1.
     """
     places: dict[str, dict[str, ObjectPlaces]] = {name: {} for name in _NAMES}
     with open_source(path) as source:
-        for number, record in enumerate(source.scan()):
-            where = f"{path}, line {number}"
+        for number, record in enumerate(source.scan(), 1):
+            where = f"{path}, record {number}"
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected an object, found {printable(str(record)):.100}")
             named = [name for name in _NAMES if isinstance(record.get(name), str)]
@@ -99,7 +99,7 @@ def read_objects(path: Path) -> ObjectFile:
                 raise UserError(f"{where} gives {printable(name)!r:.100} a second mask; join them into one")
             of_kind[name] = ObjectPlaces(known.boxes + boxes, known.masks + masks)
     if not any(places.values()):
-        raise UserError(f"{path} names no objects; expected a line for each picture")
+        raise UserError(f"{path} names no objects; expected a record for each picture")
     return ObjectFile(places["sample"], places["image"], places["sha256"])
 
 

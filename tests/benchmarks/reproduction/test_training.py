@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.reproduction.guide import AttentionGuide, Guide
 from benchmarks.reproduction.model import Answerer, DecoderSize, LocalTower
 from benchmarks.reproduction.optimizer import LOWEST, Optimizer, rate_factor
 from benchmarks.reproduction.oracle import oracle_maps
 from benchmarks.reproduction.scenes import NUM_CELLS, draw_scenes
 from benchmarks.reproduction.tower import features
-from benchmarks.reproduction.training import Budget, Guide, Phase, Pictures, accuracy, answers, blinded, steps_to, train
+from benchmarks.reproduction.training import Budget, Phase, Pictures, accuracy, answers, blinded, steps_to, train
 
 SIZE = DecoderSize(layers=2, width=32)
 
@@ -49,11 +50,12 @@ def test_a_question_sees_the_picture_and_no_other_question(pictures: Pictures) -
 
 def test_guided_attention_moves_towards_the_oracle_and_training_repeats_to_the_bit(pictures: Pictures) -> None:
     place_B6 = torch.from_numpy(pictures.scenes.place_B6)
-    guide = Guide(lambda rows_B: oracle_maps(place_B6[rows_B], NUM_CELLS), layers=(0,), weight=1.0, sink_mask=False)
+    attention = AttentionGuide({0: lambda rows_B: oracle_maps(place_B6[rows_B], NUM_CELLS)}, sink_mask=False)
+    guide = Guide(attention)
     every_B = torch.arange(32)
 
     def distance(model: Answerer) -> float:
-        return float(guide.loss(answers(model, pictures, (0,))[1], every_B))
+        return float(attention.loss(answers(model, pictures, (0,))[1], every_B, 0.0))
 
     models = [new_model(pictures) for _ in range(3)]
     untrained = distance(models[0])

@@ -163,7 +163,7 @@ def test_what_no_sample_has_is_refused(tiny: TinyWorld, targets: Path) -> None:
     with pytest.raises(UserError, match="holds 'xylophone' as a word"):
         compare_models(AttentionRequest({"t": str(tiny.teacher)}, *places, 4, text="xylophone"))
     objects = ObjectFile({"none": ObjectPlaces(((0.0, 0.0, 1.0, 1.0),))}, {}, {})
-    with pytest.raises(UserError, match=r"none of .* samples has a picture that the objects name"):
+    with pytest.raises(UserError, match=r"none of .* samples has one of the 1 pictures that the objects name"):
         compare_models(AttentionRequest({}, *places, 4, objects=objects))
     with pytest.raises(UserError, match="name the teacher that they were extracted with"):
         compare_models(AttentionRequest({}, *places, 4, str(TEACHER)))

@@ -122,7 +122,7 @@ MISTAKES = {
     "export {lm} {lm}": "holds something already",
     "export {teacher} {new} --evaluation {data}/data.json": "is no result of `cdp evaluate`",
     "convert-checkpoint {targets} {new}": "found a target store",
-    "evaluate {teacher} --suite pope --output {new}": "--suite pope needs --data, its folder; ",
+    "evaluate {teacher} --suite pope --output {new}": "--suite pope needs --data, its folder; fetch coco_pope_",
     "evaluate {teacher} --suite popes --data {pairs} --output {new}": "no suite 'popes'; there are sugarcrepe",
     "evaluate {teacher} --suite sugarcrepe --data {data}/data.json --output {new}": "is not a folder",
     "chat {teacher} {new}/none.png question": "no image at",

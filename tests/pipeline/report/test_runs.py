@@ -6,23 +6,39 @@ from typing import Any
 
 import pytest
 
-from pipeline.report.page import TEACHER
-from pipeline.report.runs import MOST_POINTS, loss_panels, open_runs, settings_table, stage_table, thinned
+from pipeline.report.page import TEACHER, Headline
+from pipeline.report.runs import (
+    MOST_POINTS,
+    held_out_headline,
+    loss_panels,
+    open_runs,
+    settings_table,
+    stage_table,
+    thinned,
+)
 from pipeline.run_file import load_run_file, save_run_file
 from stages.student.run_folder import RunFolder, StageDescription, StageReport, ValidationReport
 from storage.errors import CorruptData, UserError
 from storage.stores import open_store
 
+HELD_OUT = {"loss": 1.5, "lm": 1.25}
 
-def make_run(folder: Path, lines: list[dict[str, Any]], *settings: str, finished: bool = True) -> Path:
-    """A run of one stage with these metrics."""
+
+def make_run(
+    folder: Path,
+    lines: list[dict[str, Any]],
+    *settings: str,
+    finished: bool = True,
+    held_out: dict[str, float] | None = HELD_OUT,
+) -> Path:
+    """A run of one stage with these metrics, and these losses on held-out samples."""
     stage = RunFolder(folder).stage("dft")
     stage.path.mkdir(parents=True)
     stage.begin(StageDescription({"decoder": "d", "starts_from": "dpt"}, {}))
     (stage.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     save_run_file(load_run_file(None, list(settings), {"output": str(folder)}), open_store(folder), "run.yaml")
     if finished:
-        held_out = ValidationReport(samples=5, losses={"loss": 1.5, "lm": 1.25}, time_share=0.1)
+        validation = ValidationReport(samples=5, losses=held_out, time_share=0.1) if held_out else None
         stage.finish(
             StageReport(
                 stage="dft",
@@ -33,7 +49,7 @@ def make_run(folder: Path, lines: list[dict[str, Any]], *settings: str, finished
                 samples_per_s=2.5,
                 wait_share=0,
                 losses={"loss": 2.0, "lm": 1.0, "kd": 1.0},
-                validation=held_out,
+                validation=validation,
             )
         )
     return folder
@@ -124,3 +140,19 @@ def test_a_finished_stage_is_a_line_with_its_losses(tmp_path: Path) -> None:
     assert table.rows == (("a: dft", "4", "32", "1,000", "90", "2.5", "2.0000", "1.5000"),)
     assert stage_table(runs[1:]) is None
     assert [run.seconds for run in runs] == [90, 0]
+
+
+def test_held_out_losses_have_a_column_where_a_run_has_some(tmp_path: Path) -> None:
+    for held_out, cells in ((HELD_OUT, ["held-out loss", "1.5000"]), (None, ["loss at the end", "2.0000"])):
+        table = stage_table(open_runs([make_run(tmp_path / str(bool(held_out)), LINES, held_out=held_out)]))
+        assert table is not None
+        assert [table.header[-1], table.rows[0][-1]] == cells
+
+
+def test_the_headline_of_held_out_losses_is_of_the_term_that_all_runs_have(tmp_path: Path) -> None:
+    # The sum of the first is lower because it has fewer terms.
+    fewer = make_run(tmp_path / "fewer", LINES, held_out={"loss": 1.5, "lm": 1.5})
+    more = make_run(tmp_path / "more", LINES, held_out={"loss": 3.0, "lm": 1.25, "attention": 1.75})
+    assert held_out_headline(open_runs([fewer, more])) == Headline(
+        "held-out lm", "1.250", "more, at the end of training"
+    )

@@ -60,6 +60,13 @@ def test_models_stand_side_by_side_the_teacher_first_and_runs_under_their_names(
     assert section.notes == ("1,200 items",)
 
 
+def test_an_item_of_several_kinds_is_one_item(tmp_path: Path) -> None:
+    for blind, note in ((False, "900 items"), (True, "897 items")):
+        folder = make_result(tmp_path / str(blind) / "suites" / "sugarcrepe", 70, num_items=900, blind=blind)
+        (section,) = suite_sections(named_results([folder], [], {}))
+        assert section.notes[0] == note
+
+
 def test_other_protocols_and_other_items_are_sections_of_their_own(tmp_path: Path) -> None:
     runs: list[dict[str, Any]] = [{}, {"protocol": "mean_likelihood"}, {"items": "e"}]
     folders = [make_result(tmp_path / str(n) / "s", 60, **run) for n, run in enumerate(runs)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.demo.assets import STUDENT_LM
 from stages.checkpoints.processors import load_processor, load_tokenizer
 from stages.student.data.tokenizer_compatibility import tokenizer_differences
 from storage.errors import UserError
@@ -53,3 +54,11 @@ def test_a_damaged_tokenizer_is_refused_where_only_that_is_read(llava: Path) -> 
         load_tokenizer(llava)
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a fast tokenizer"):
         tokenizer_differences(processor, llava)
+
+
+def test_a_word_list_beside_a_qwen2_is_read_as_it_is_written() -> None:
+    # transformers takes its Qwen2Tokenizer there, which is a BPE.
+    tokenizer = load_tokenizer(STUDENT_LM)
+    ids = tokenizer("a red circle", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "a red circle"
+    assert tokenizer.unk_token_id in tokenizer("Yes", add_special_tokens=False).input_ids

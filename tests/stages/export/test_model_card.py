@@ -3,9 +3,11 @@ from typing import Any
 import pytest
 import yaml
 
+from stages.evaluation.result import Metric, SuiteResult
 from stages.export.model_card import ExportReport, ModelNames, StageRecord, model_card
 from stages.student.run_folder import StageDescription, StageReport, ValidationReport
 from stages.student.stage_config import STAGES
+from tests.suite_runs import suite_run
 
 EXPORT = ExportReport(
     source="run/sft/student",
@@ -28,7 +30,10 @@ NAMES = ModelNames("some-org/decoder", "models/teacher-4b", frozenset({"some-org
 
 
 def card_of(
-    *terms: set[str], vision: str = "teacher", validation: ValidationReport | None = None
+    *terms: set[str],
+    vision: str = "teacher",
+    validation: ValidationReport | None = None,
+    evaluations: tuple[SuiteResult, ...] = (),
 ) -> tuple[dict[str, Any], str]:
     """Front matter and text of the card of a student whose stages had these losses."""
     history = [
@@ -48,7 +53,7 @@ def card_of(
         )
         for name, losses in zip(STAGES, terms, strict=False)
     ]
-    _, front, text = model_card("student", EXPORT, history, NAMES, None).split("---\n", 2)
+    _, front, text = model_card("student", EXPORT, history, NAMES, evaluations).split("---\n", 2)
     return yaml.safe_load(front), text
 
 
@@ -83,3 +88,20 @@ def test_losses_on_held_out_samples_stand_beside_those_of_training() -> None:
     assert "on 1,200 samples that were held out of training" in text
     _, text = card_of({"lm"})
     assert "validation" not in text.lower()
+
+
+def test_the_table_of_a_suite_with_f1_says_whose_guess_its_level_is() -> None:
+    levels = {"pope": 66.7, "sugarcrepe": None}
+    for suite, chance in levels.items():
+        metric = Metric(value=70.0, interval_95=(60.0, 80.0), chance=chance)
+        result = SuiteResult(
+            run=suite_run(suite=suite),
+            metrics={"average": {"f1" if chance else "accuracy": metric}},
+            num_items={},
+            num_missing=0,
+            seconds=1,
+            items_per_s=1,
+        )
+        _, text = card_of({"lm"}, evaluations=(result,))
+        assert "70.0" in text
+        assert ("Guessing of f1 is what always saying yes gets" in text) == (chance is not None)

@@ -1,11 +1,12 @@
 """The report in headless Chromium: it loads nothing, its pickers and keys work, it fits and is legible."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pipeline.report.page import Page
+from pipeline.report.page import Facts, Page
 from pipeline.ui.report.render import render_page
 from tests.pipeline.report.pages import HOSTILE, full_page, without_samples
 from tests.pipeline.ui.report.conftest import OpenedPage
@@ -52,6 +53,27 @@ def test_a_page_fits_a_phone_without_scrolling_sideways(name: str, open_page: Op
     for opens in ("false", "true"):
         page.evaluate(f"document.querySelectorAll('details').forEach(one => {{ one.open = {opens} }})")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_names_of_rows_and_columns_are_not_broken_within_a_word(width: int, open_page: Open) -> None:
+    table = Facts(
+        "Settings",
+        ("setting", "default", "sft", "logits", "compodistill", "similarity", "alignment loss", "samples/s"),
+        (("train.dft.attention_weight", *["0.3 [0.1, 0.5]"] * 7), ("replace_att", *["1"] * 7)),
+    )
+    page = open_page(render_page(replace(full_page(), facts=(table,))), width=width).page
+    assert page.locator("th").count() > 10
+    assert (
+        page.evaluate(
+            """[...document.querySelectorAll('section > .scroll th')].filter(one => {
+            const words = document.createRange();
+            words.selectNodeContents(one);
+            return words.getClientRects().length > one.textContent.split(' ').length;
+        }).map(one => one.textContent)"""
+        )
+        == []
+    )
 
 
 def test_every_picker_changes_the_pictures(open_page: Open) -> None:

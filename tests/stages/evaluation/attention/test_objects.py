@@ -71,7 +71,7 @@ def test_lines_about_one_picture_are_joined_and_a_second_mask_is_refused(tmp_pat
     assert len(found) == 1
     assert found.by_image["a"] == ObjectPlaces(((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)), (tmp_path / "m.png",))
     path.write_text("\n".join(map(json.dumps, [*lines, {"image": "a", "mask": "n.png"}])))
-    with pytest.raises(UserError, match=r"o\.jsonl, line 2 gives 'a' a second mask; join them into one"):
+    with pytest.raises(UserError, match=r"o\.jsonl, record 3 gives 'a' a second mask; join them into one"):
         read_objects(path)
 
 
@@ -89,11 +89,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_line_that_is_not_understood_is_named(mistake: str, tmp_path: Path) -> None:
+def test_a_record_that_is_not_understood_is_named_by_its_number_from_one(mistake: str, tmp_path: Path) -> None:
     line, said = MISTAKES[mistake]
     good = {"sample": "g", "boxes": [[0, 0, 1, 1]]}
     (tmp_path / "o.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
-    with pytest.raises(UserError, match=r"o\.jsonl, line 1") as error:
+    with pytest.raises(UserError, match=r"o\.jsonl, record 2:? ") as error:
         read_objects(tmp_path / "o.jsonl")
     assert said in str(error.value)
 

@@ -124,7 +124,9 @@ def test_images_that_are_neither_in_the_archive_nor_in_the_folder_are_listed(tmp
     with ZipFile(tmp_path / "data" / "images.zip", "w") as archive:
         for name in NAMES[:-1]:
             archive.write(tmp_path / "drawn.png", f"images/{name}")
-    with pytest.raises(UserError, match=r"1 of 4 images .*ex_1_img_1\.png\. data/examples\.jsonl and data/images\.zip"):
+    with pytest.raises(
+        UserError, match=r"1 of 4 images .*ex_1_img_1\.png; fetch data/examples\.jsonl and data/images\.zip"
+    ):
         load("winoground", tmp_path)
 
 

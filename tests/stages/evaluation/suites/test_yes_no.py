@@ -5,7 +5,7 @@ import pytest
 
 from stages.evaluation.answered_items import AnsweredItem
 from stages.evaluation.metrics import ScoredItem, metrics_of_always_yes, suite_metrics
-from stages.evaluation.result import make_result
+from stages.evaluation.result import make_result, note_on_guessing
 from stages.evaluation.suites.pictures import PictureFile, SuitePicture
 from stages.evaluation.suites.registry import SUITES
 from stages.evaluation.suites.yes_no import (
@@ -82,7 +82,9 @@ def test_a_result_has_the_f1_of_always_saying_yes_as_its_guessing_level() -> Non
         for at in range(4)
     ]
     answered = [AnsweredItem(one.unit, ("x",), one) for one in scored]
-    metrics = make_result(suite_run(suite="reefknot"), answered, [], 100, 1.0, 4).metrics["yesno"]
+    result = make_result(suite_run(suite="reefknot"), answered, [], 100, 1.0, 4)
+    assert "always saying yes" in note_on_guessing(result)
+    metrics = result.metrics["yesno"]
     assert metrics["f1"].chance == pytest.approx(200 / 3)
     assert metrics["accuracy"].chance == 50
     assert metrics["recall"].chance is None
