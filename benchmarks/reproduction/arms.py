@@ -45,7 +45,7 @@ CLAIMED = {
 }
 """Run on the test pictures with the seeds of the claim; PROTOCOL.md says which differences are claimed."""
 CEILING = {"oracle": Arm(oracle=True)}
-REFERENCES = ("SFT", "logits, own projector", "logits", "all")
+REFERENCES = ("SFT", "logits, own projector", "logits", "logits and attention", "all")
 """Arms to which all others are compared."""
 
 EXPLORED = {

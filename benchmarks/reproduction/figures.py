@@ -27,11 +27,11 @@ COLOURS = {
 }
 """Arms whose curves are drawn."""
 KINDS = {
-    "colour": "colour of an object",
+    "colour_named": "colour of an object",
     "end_named": "neighbour of an object at the end",
     "middle_named": "neighbour of the one between",
 }
-FINAL = {"colour": "colour", "end_named": "end", "middle_named": "middle"}
+FINAL = {"colour": "colour, of two words", "end_named": "end", "middle_named": "middle"}
 
 
 def main() -> None:

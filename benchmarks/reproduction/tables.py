@@ -11,7 +11,7 @@ from benchmarks.results import RESULTS
 
 PAGE = Path("docs/reproduction.md")
 MEASURES = {
-    "colour": "colour", "end_named": "end", "middle_named": "middle", "area_end_named": "area under `end`",
+    "colour": "colour, of two words", "end_named": "end", "middle_named": "middle", "area_end_named": "area under `end`",
     "steps_end_named": "steps to .75 on `end`", "processor_s_per_step": "ms a step",
 }  # fmt: skip
 CLAIMS = (
