@@ -34,3 +34,13 @@ def test_the_page_shows_the_figures() -> None:
     for name in ("curves.svg", "final.svg"):
         assert f"({FIGURES.name}/{name})" in PAGE.read_text()
         assert (FIGURES / name).read_text().startswith("<?xml")
+
+
+def test_the_readme_says_what_the_records_hold() -> None:
+    arms = record("compare")["summary"]["arms"]
+    pair = ("logits and attention", "logits, own projector")
+    named = [f"{100 * arms[arm]['end_named']['mean']:.0f} %" for arm in pair]
+    said = " ".join((PAGE.parents[1] / "README.md").read_text().split())
+    expected = "with stored attention name {} of an object's neighbours at the end of a row, students without it {}"
+    assert expected.format(*named) in said
+    assert min(arm["colour"]["mean"] for arm in arms.values()) > 0.995
