@@ -1,5 +1,6 @@
 """The first steps of a student that learns from stored targets, taken again with the teacher in the loop."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,10 +46,11 @@ def compare_with_loop(runs: Mapping[str, RunFile], name: str, steps: int, progre
         shutil.rmtree(folder.path, ignore_errors=True)
         shutil.copytree(trained.stage("dpt").path, folder.stage("dpt").path)
         run = runs[name].model_copy(update={"output": str(folder.path)})
-        begun = TeacherInTheLoop.num_forward
+        passes_a_step = math.ceil(run.train.stage(STAGE).batch_size / run.train.loader.microbatch_size)
+        last = TeacherInTheLoop.num_forward + steps * passes_a_step
 
         def is_done() -> bool:
-            return TeacherInTheLoop.num_forward - begun >= steps
+            return TeacherInTheLoop.num_forward >= last
 
         # As it is asked to, after so many steps of all that the learning rate is planned for.
         with suppress(Interrupted):

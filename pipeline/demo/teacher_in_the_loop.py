@@ -24,7 +24,7 @@ class TeacherInTheLoop(DistillationObjective):
     """The objective of training with the bundled teacher, whose pictures have equally many tokens."""
 
     num_forward: ClassVar[int] = 0
-    """Batches so far, of all objects of this class."""
+    """Microbatches so far, of all objects of this class."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
