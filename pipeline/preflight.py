@@ -185,7 +185,8 @@ def check_training(run: RunFile, *, resume: bool = True) -> None:
     # A finished stage is not trained again, whatever its targets are by now.
     to_train = [stage for stage in run.train.stages if not RunFolder(output).stage(stage).is_finished]
     num_layers = _student_layers(student, first[run.train.stages[0]], own_vision=own_vision)
-    if any(run.train.stage(stage).kd_weight > 0 for stage in to_train):
+    logits = [one for one in map(run.train.stage, to_train) if one.kd_weight > 0 and not one.aligns_tokenizers]
+    if logits:
         _check_vocabulary(student, open_store(sources[to_train[0]][0].targets))
     if not own_vision:
         check_one_teacher({stage: manifest.fingerprint.teacher_weights for stage, manifest in first.items()})

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.settings import AtResume
 from storage.strict_model import StrictModel
 
 AttentionLoss = Literal["cosine", "kl", "mse", "row_kl"]
+Alignment = Literal["same", "uld", "shared"]
 Divergence = Literal["forward", "reverse", "symmetric", "jensen_shannon"]
 StageName = Literal["dpt", "dft", "sft"]
 STAGES: tuple[StageName, ...] = ("dpt", "dft", "sft")
@@ -54,6 +55,10 @@ class StageConfig(StrictModel):
     kd_divergence: Divergence = "forward"
     """What `kd_weight` weighs: `forward` is the published cross entropy, to which tokens outside the stored top-k
     contribute by draws; `reverse`, `symmetric` and `jensen_shannon` take these tokens together for one."""
+    kd_alignment: Alignment = "same"
+    """How logits are compared: `same` needs the teacher's tokenizer. The others compare a student with another one,
+    where both have read the same text of an answer: `uld` the probabilities sorted by size, `shared` those of the
+    tokens that both have."""
     attention_weight: float = Field(default=1.0, ge=0)
     """Weight of the alignment with the teacher's visual attention; 0 leaves it out, and the maps unread."""
     answer_attention_weight: float = Field(default=0.0, ge=0)
@@ -85,6 +90,18 @@ class StageConfig(StrictModel):
     """Sample budget of this stage, when not that of the run."""
     validation_subset: Annotated[str | None, AtResume.SAME_DATA] = None
     """Text file with the keys of the samples that this stage holds out, one a line, when not those of the run."""
+
+    @model_validator(mode="after")
+    def _check_divergence(self) -> "StageConfig":
+        if self.kd_alignment != "same" and self.kd_divergence != "forward":
+            found = f"kd_divergence {self.kd_divergence} compares tokens of one tokenizer"
+            raise ValueError(f"{found}; leave it at forward with kd_alignment {self.kd_alignment}")
+        return self
+
+    @property
+    def aligns_tokenizers(self) -> bool:
+        """Whether logits are compared across tokenizers."""
+        return self.kd_weight > 0 and self.kd_alignment != "same"
 
     @property
     def matches_layers(self) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stages.conversations.answer_rows import AnswerRows
 from stages.families.batch import move_inputs
+from stages.student.data.alignment import ComparedRows
 from stages.student.data.answer_targets import AnswerTargets
 from storage.codecs.attention_maps import EncodedMaps
 
@@ -19,10 +20,13 @@ class Batch:
         keys: Sample keys, in order.
         inputs: What the model is called with: `input_ids` and `attention_mask` `[B, T]`, and the pixels.
         answers: Its answer rows.
-        logits_RQ: The teacher's stored logits of these rows; empty for a student with another tokenizer.
+        logits_RQ: The teacher's stored logits of these rows; for a student with another tokenizer those that are
+            compared, or none.
         image_positions: Positions of the image tokens of each sample, empty for text alone.
         maps: The stored maps of each sample, None for text alone.
         answer_targets: The answers of each sample whose attention is learnt; None for one without any.
+        compared: Which answer rows the logits are of; None where each row has its own, or none has.
+        num_uncompared: Samples with answer rows, none of which is compared.
     """
 
     keys: tuple[str, ...]
@@ -32,6 +36,8 @@ class Batch:
     image_positions: tuple[Tensor, ...]
     maps: tuple[EncodedMaps | None, ...]
     answer_targets: tuple[AnswerTargets | None, ...] = ()
+    compared: ComparedRows | None = None
+    num_uncompared: int = 0
 
     @property
     def num_answers(self) -> int:
@@ -52,4 +58,5 @@ class Batch:
             logits_RQ=self.logits_RQ.to(device, non_blocking=True),
             maps=tuple(None if maps is None else maps.to(device, non_blocking=True) for maps in self.maps),
             answer_targets=tuple(None if one is None else one.to(device) for one in self.answer_targets),
+            compared=None if self.compared is None else self.compared.to(device),
         )

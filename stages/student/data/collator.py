@@ -7,6 +7,7 @@ import torch
 
 from stages.conversations.answer_rows import answer_rows
 from stages.families.batch import batch_inputs
+from stages.student.data.alignment import ComparedRows
 from stages.student.data.answer_targets import answer_targets
 from stages.student.data.batch import Batch
 from stages.student.data.sample_reader import SampleReader
@@ -26,7 +27,12 @@ class Collator:
         token_ids = [conversation.token_ids for conversation in read]
         pixels = [conversation.pixel_inputs for conversation in read]
         # The teacher's logits are over its own tokens.
-        logits = [] if reader.max_length is not None else [sample.targets.logits_RQ for sample in samples]
+        logits = [] if reader.reads_anew else [sample.targets.logits_RQ for sample in samples]
+        compared, parts = None, [reader.compared_rows(*pair) for pair in zip(samples, read, strict=True)]
+        num_rows = [int(conversation.answer_mask.sum()) for conversation in read]
+        if found := [part for part in parts if part is not None]:
+            logits = [sample.targets.logits_RQ[part.teacher_A] for sample, part in zip(samples, found, strict=True)]
+            compared = ComparedRows.joined(found, num_rows)
         return Batch(
             keys=tuple(sample.key for sample in samples),
             inputs=batch_inputs(reader.input_family, reader.image_token_id, token_ids, pixels),
@@ -38,4 +44,6 @@ class Collator:
                 answer_targets(conversation, sample.targets.answer_attention_LaN)
                 for conversation, sample in zip(read, samples, strict=True)
             ),
+            compared=compared,
+            num_uncompared=sum(count > 0 and not len(part) for count, part in zip(num_rows, found, strict=False)),
         )

@@ -1,8 +1,8 @@
 """How a student reads a stored sample: its token ids, its pixels, the positions of its image tokens.
 
 A student reads the stored token ids where they mean the same to it as to the teacher. A student with another tokenizer
-reads the stored conversation with its own one. It then learns from the answers and the attention maps, not from the
-teacher's logits, and only the number of image tokens must be the stored one.
+reads the stored conversation with its own one. It then learns from the answers and the attention maps, from the
+teacher's logits only where both can be compared, and only the number of image tokens must be the stored one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,12 @@ from stages.families.batch import pixels_and_count, pixels_of
 from stages.families.family import Family
 from stages.families.registry import LLAVA
 from stages.images import decode_image
+from stages.student.data.alignment import ComparedRows, TokenAlignment
 from stages.student.data.tokenizer_compatibility import student_processor, tokenizer_differences
 from stages.student.data.vocabularies import other_tokenizer
 from stages.student.model.build import check_decoder, teacher_family
 from stages.student.model.student import register_students
+from stages.student.stage_config import Alignment
 from stages.student.student_kind import is_student, vision_family
 from stages.unusable_sample import UnusableSample
 from storage.errors import UserError
@@ -52,6 +54,7 @@ class SampleReader:
         max_length: Tokens of a conversation for a student that reads with its own tokenizer; None reads stored ids.
         cut: Where such a student cuts a longer one.
         images: How the store's pictures were read and placed.
+        alignment: Compares the teacher's tokens with the student's; None where logits need the teacher's tokenizer.
     """
 
     processor: ProcessorMixin
@@ -63,6 +66,12 @@ class SampleReader:
     max_length: int | None = None
     cut: Cut = "whole_turns"
     images: ImageConfig = DEFAULT_IMAGES
+    alignment: TokenAlignment | None = None
+
+    @property
+    def reads_anew(self) -> bool:
+        """Whether the student reads conversations with its own tokenizer, not the stored ids."""
+        return self.max_length is not None
 
     @property
     def stored_id(self) -> int:
@@ -88,6 +97,15 @@ class SampleReader:
             cut: ConversationEncoder(self.processor, self.image_token_id, self.max_length, cut=cut, images=self.images)
             for cut in cuts
         }
+
+    def compared_rows(self, sample: StreamedSample, read: EncodedConversation) -> ComparedRows | None:
+        """Which answer rows of a sample have logits to learn from, where some have none; None where all or none do."""
+        if self.alignment is None or not self.reads_anew:
+            return None
+        targets = sample.targets
+        return self.alignment.compared_rows(
+            targets.token_ids.long(), targets.answer_mask, read.token_ids, read.answer_mask
+        )
 
     def __call__(self, sample: StreamedSample) -> EncodedConversation:
         """The sample's tokens and pixels.
@@ -184,15 +202,17 @@ class ReaderSpec:
     notes: tuple[str, ...] = ()
 
 
-def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool, kd_weight: float) -> ReaderSpec:
+def resolve_reader_spec(
+    targets: TargetStore, folder: Path, *, own_vision: bool, kd_weight: float, kd_alignment: Alignment = "same"
+) -> ReaderSpec:
     """Finds out how the student in `folder` reads a store's samples.
 
     The folder is the checkpoint of a bare decoder, of a student that an earlier stage saved, or with `own_vision` of a
-    multimodal model, which keeps its vision tower and projector. `kd_weight` is the largest of the stages to train.
+    multimodal model, which keeps its vision tower and projector. `kd_weight` and `kd_alignment` are the stage's.
 
     Raises:
         UserError: If the folder is no such checkpoint, its family cannot be matched with the teacher's maps, or its
-            token ids mean something else while a logit loss is asked for.
+            token ids mean something else while a logit loss is asked for that needs the teacher's.
     """
     register_students()
     teacher_folder = targets.teacher_folder()
@@ -200,7 +220,7 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
     teacher_config, config = load_config(teacher_folder), load_config(folder)
     family = _family(folder, config, teacher_config, own_vision=own_vision)
     differences = tokenizer_differences(teacher, folder)
-    if differences and kd_weight > 0:
+    if differences and kd_weight > 0 and kd_alignment == "same":
         raise other_tokenizer(folder, differences)
     bare = not own_vision and not is_student(folder)
     if bare:
@@ -221,7 +241,12 @@ def resolve_reader_spec(targets: TargetStore, folder: Path, *, own_vision: bool,
         cut=targets.manifest.fingerprint.cut,
         images=targets.manifest.fingerprint.images,
     )
-    note = f"{folder} has another tokenizer than the teacher, so it reads with its own and does not learn from logits: "
+    logits = "does not learn from logits"
+    if kd_weight > 0 and kd_alignment != "same":
+        sides = (teacher, teacher_config.image_token_id, targets.store.url), (processor, image_token_id, str(folder))
+        reader = replace(reader, alignment=TokenAlignment.of_processors(*sides))
+        logits = "learns from logits where both have read the same text"
+    note = f"{folder} has another tokenizer than the teacher, so it reads with its own and {logits}: "
     notes = tuple(note + difference for difference in differences[:1])
     return ReaderSpec(reader, config.get_text_config(), teacher_folder, teacher, notes)
 
@@ -236,15 +261,31 @@ def _family(folder: Path, config: PreTrainedConfig, teacher: PreTrainedConfig, *
     return family
 
 
-def check_first_samples(source: Source, reader: SampleReader) -> None:
+def check_first_samples(source: Source, reader: SampleReader) -> tuple[int, int]:
     """Reads the first samples of a store, so that a student that cannot read them is refused before it is loaded.
 
+    Returns:
+        How many of their answer rows have logits that the student is compared with, where not all have them; and how
+        many rows there are.
+
     Raises:
-        UserError: As `SampleReader`.
+        UserError: As `SampleReader`; if logits are to be compared and no row has any.
     """
     # The training stream itself checks whether the store is complete.
     config = StreamConfig(seed=0, shuffle_shards=0, batch_size=FIRST_SAMPLES, allow_incomplete=True)
     stream = mixture_stream(Mixture([source], config), rank=0, world_size=1, epochs=range(1), with_maps=False)
     with closing(iter(stream)) as batches:
-        for sample in next(batches):
-            reader(sample)
+        samples = next(batches)
+    num_compared = num_rows = 0
+    for sample in samples:
+        read = reader(sample)
+        if (found := reader.compared_rows(sample, read)) is not None:
+            num_compared += len(found)
+            num_rows += int(read.answer_mask.sum())
+    if num_rows and not num_compared:
+        raise UserError(
+            f"none of the {num_rows} answer rows of the first {len(samples)} samples of {source.targets.store.url} can "
+            "be compared with the student's: the two tokenizers spell no answer alike. Take a student with the "
+            "teacher's tokenizer, or set kd_weight to 0"
+        )
+    return num_compared, num_rows

@@ -77,7 +77,8 @@ def other_tokenizer(student_folder: Path, differences: list[str]) -> UserError:
         f"the tokenizer of {student_folder} is not the teacher's; it differs in:\n"
         + "\n".join(f"  {line}" for line in differences)
         + "\nThe teacher's answer distributions are over its own tokens: choose a student of the teacher's family, "
-        "extract with a teacher of the student's, or set kd_weight to 0 in every stage that is trained "
-        "(--set train.dpt.kd_weight=0 and so on): the student then reads its own tokens, and learns from the answers "
-        "and the teacher's attention"
+        "extract with a teacher of the student's, set kd_alignment to uld or shared in every stage with a kd_weight "
+        "(--set train.dpt.kd_alignment=uld and so on), which compares them across tokenizers, or set kd_weight to 0 in "
+        "every stage that is trained (--set train.dpt.kd_weight=0 and so on): the student then reads its own tokens, "
+        "and learns from the answers and the teacher's attention"
     )

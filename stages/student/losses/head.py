@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stages.student.losses.across_tokenizers import AlignedRows
 from stages.student.losses.logits import TeacherRows, next_token_loss
 from stages.student.losses.vocabulary import sparse_cross_entropy
 from stages.student.stage_config import Divergence
@@ -24,7 +25,7 @@ def answer_losses(
     head: Head,
     hidden_Rd: Tensor,
     answer_R: Tensor,
-    teacher: TeacherRows | None,
+    teacher: TeacherRows | AlignedRows | None,
     divergence: Divergence = "forward",
     *,
     vocab_size: int,
@@ -41,8 +42,8 @@ def answer_losses(
     parts.
 
     The last hidden states, answer tokens and the teacher's distributions are those of the answer rows; without
-    distillation there is no teacher. `logits_at_once` counts logits
-    (rows times `vocab_size`); a part has at least one row. Divergences: `TeacherRows.loss`.
+    distillation there is no teacher. `logits_at_once` counts logits (rows times `vocab_size`); a part has at least one
+    row. Divergences: `TeacherRows.loss`; they are not those of `AlignedRows`.
 
     Returns:
         `[R]` LM loss, `[R]` distillation loss or None.
@@ -61,11 +62,17 @@ def answer_losses(
 
 
 def _row_losses(
-    head: Head, hidden_Rd: Tensor, answer_R: Tensor, teacher: TeacherRows | None, divergence: Divergence
+    head: Head,
+    hidden_Rd: Tensor,
+    answer_R: Tensor,
+    teacher: TeacherRows | AlignedRows | None,
+    divergence: Divergence,
 ) -> tuple[Tensor, Tensor | None]:
     logits_RV = head(hidden_Rd)
     if teacher is None:
         return next_token_loss(logits_RV, answer_R), None
+    if isinstance(teacher, AlignedRows):
+        return next_token_loss(logits_RV, answer_R), teacher.loss(logits_RV)
     if divergence != "forward" or teacher.temperature != 1:
         return next_token_loss(logits_RV, answer_R), teacher.loss(logits_RV, divergence)
     # Both are cross entropies at temperature 1: one softmax serves them, and one gradient of the logits.

@@ -63,7 +63,7 @@ class TeacherRows:
     ids_RA: Tensor
     weights_RA: Tensor
 
-    def __getitem__(self, rows: slice) -> "TeacherRows":
+    def __getitem__(self, rows: slice | Tensor) -> "TeacherRows":
         tensors = (self.ids_RK, self.probs_RK, self.tail_R, self.ids_RA, self.weights_RA)
         return TeacherRows(self.temperature, *(tensor[rows] for tensor in tensors))
 

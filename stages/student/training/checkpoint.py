@@ -8,7 +8,7 @@ state: what a step draws follows from its number.
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -52,6 +52,8 @@ class Position:
         validation, validated_step: each loss term on the held-out samples when it was last measured, and after which
             step; 0 is not yet.
         validation_seconds: the part of `seconds` in which it was measured.
+        answer_rows, kd_rows, uncompared: answer rows of these samples, those of them whose logits were compared, and
+            samples that had rows and none of these.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -66,6 +68,20 @@ class Position:
     validation: dict[str, float] = field(default_factory=dict)
     validated_step: _Count = 0
     validation_seconds: float = 0.0
+    answer_rows: _Count = 0
+    kd_rows: _Count = 0
+    uncompared: _Count = 0
+
+    def after_step(self, samples: int, answer_rows: int, kd_rows: int, uncompared: int) -> "Position":
+        """One step further, in which there were so many of each."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            answer_rows=self.answer_rows + answer_rows,
+            kd_rows=self.kd_rows + kd_rows,
+            uncompared=self.uncompared + uncompared,
+        )
 
 
 _POSITION = TypeAdapter(Position)

@@ -24,7 +24,7 @@ from stages.student.training.objective import TERMS, BatchTotals, GlobalStep, re
 from stages.student.training.parallel import clip_gradients, gathered, gradients_stay, spread
 from stages.student.training.rank_consistency import check_same_folder, check_same_position
 from stages.student.training.resume_guard import check_resumable, record_stage
-from stages.student.training.setup import StageSetup
+from stages.student.training.setup import StageSetup, notes_of_compared
 from stages.student.training.stage_run import StageRun, TrainingStopped
 from stages.student.training.validation import Validation
 from storage.errors import disk_errors_named
@@ -100,7 +100,7 @@ class _StageLoop:
         self.num_steps = min(stage.epochs * self.steps_per_epoch, stage.max_steps or 2**62)
 
         logits = run.targets.manifest.fingerprint.logit_codec
-        objective = run.objective(self.student, stage, logits, setup.matching)
+        objective = run.objective(self.student, stage, logits, setup.matching, setup.shared)
         self.validation: Validation | None = None
         if setup.held_out is not None:
             self.validation = Validation(objective, self._loader(setup.held_out), accelerator, should_stop)
@@ -137,7 +137,7 @@ class _StageLoop:
                 waiting.append(time.perf_counter() - before)
                 counted = self._counted(group)
                 losses = self._step(group, counted.totals)
-                self._advance(losses, counted.num_samples, time.perf_counter() - began_stage)
+                self._advance(losses, counted, time.perf_counter() - began_stage)
                 step, samples, seconds = self.position.step, self.position.samples, self.position.seconds
                 if step % config.logging.every == 0 or step == self.num_steps:
                     write(step, {**losses, "samples": samples, "seconds": seconds})
@@ -243,7 +243,7 @@ class _StageLoop:
             raise self._stopped()
         return found
 
-    def _advance(self, losses: dict[str, float], num_samples: int, seconds: float) -> None:
+    def _advance(self, losses: dict[str, float], counted: GlobalStep, seconds: float) -> None:
         now = self.position
         if now.step >= self.num_steps - max(1, self.num_steps // 10):
             terms = {name: value for name, value in losses.items() if name not in ("learning_rate", "grad_norm")}
@@ -251,7 +251,8 @@ class _StageLoop:
             now = replace(now, loss_sums=sums, num_summed=now.num_summed + 1)
         ended, epoch_step = divmod(now.epoch_step + 1, self.steps_per_epoch)
         now = replace(now, epoch=now.epoch + ended, epoch_step=epoch_step, seconds=seconds)
-        self.position = replace(now, step=now.step + 1, samples=now.samples + num_samples)
+        rows, kd_rows = counted.totals.answer_rows, counted.totals.kd_rows
+        self.position = now.after_step(counted.num_samples, rows, kd_rows, counted.num_uncompared)
 
     def _finish(self, first_batch_s: float, wait_share: float) -> StageReport:
         run = self.run
@@ -266,7 +267,7 @@ class _StageLoop:
             wait_share=wait_share,
             losses={name: value / self.position.num_summed for name, value in self.position.loss_sums.items()},
             validation=self._validation_report(),
-            notes=tuple(self.setup.notes),
+            notes=(*self.setup.notes, *notes_of_compared(run.stage, self.position)),
         )
         trained = gathered(trained_parameters(self.student), wanted=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:

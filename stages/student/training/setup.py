@@ -16,15 +16,18 @@ from stages.student.data.sample_reader import (
     resolve_reader_spec,
 )
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_layers
+from stages.student.losses.across_tokenizers import SharedTokens
 from stages.student.model.build import build_student, check_vision_tower
 from stages.student.model.loading import check_weights, load_student
 from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
+from stages.student.stage_config import StageConfig
 from stages.student.store_check import check_answers, check_temperature
 from stages.student.student_kind import is_student
+from stages.student.training.checkpoint import Position
 from stages.student.training.stage_run import StageRun
 from stages.tempered_noise import noise_notes
-from storage.streaming.stream import Mixture
+from storage.streaming.stream import Mixture, Source
 
 
 class StageSetup:
@@ -36,6 +39,7 @@ class StageSetup:
         collator: reads them as this student does.
         processor: what is saved with the student.
         matching: layers that learn from the teacher's maps; None without the attention loss.
+        shared: tokens of both tokenizers; None where their logits are not compared.
         notes: for the user.
 
     Raises:
@@ -49,9 +53,14 @@ class StageSetup:
         self._run = run
         self._own_vision = run.config.vision == "own"
         self._folder = resolve_student(run.initial or run.decoder)
-        kd_weight = run.stage.kd_weight
-        spec = resolve_reader_spec(run.targets, self._folder, own_vision=self._own_vision, kd_weight=kd_weight)
-        if spec.reader.max_length is not None:
+        spec = resolve_reader_spec(
+            run.targets,
+            self._folder,
+            own_vision=self._own_vision,
+            kd_weight=run.stage.kd_weight,
+            kd_alignment=run.stage.kd_alignment,
+        )
+        if spec.reader.reads_anew:
             # Stores of one mixture may differ in it; each of their samples fits into the longest.
             lengths = [source.targets.manifest.fingerprint.max_length for source in run.sources]
             spec = replace(spec, reader=replace(spec.reader, max_length=max(lengths)))
@@ -76,9 +85,14 @@ class StageSetup:
         held_out = run.held_out
         self.mixture = Mixture(run.sources, run.stream, held_out)
         self.held_out = None if held_out is None else self.mixture.held_out()
-        if reader.own_vision or reader.max_length is not None:
+        if reader.own_vision or reader.reads_anew:
             for source in run.sources:
-                check_first_samples(source, reader)
+                self.notes += _notes_of_rows(source, *check_first_samples(source, reader))
+        self.shared: SharedTokens | None = None
+        if reader.alignment is not None and run.stage.kd_alignment == "shared":
+            num_ids = run.targets.manifest.fingerprint.logit_codec.vocab_size
+            self.shared = reader.alignment.shared_tokens(num_ids, reader.vocab_size)
+            self.notes.append(f"{self.shared.num_shared:,} of the teacher's {num_ids:,} tokens are the student's too")
         self.collator = Collator(reader)
 
     def load(self) -> tuple[Student, PeftModel | None]:
@@ -94,9 +108,26 @@ class StageSetup:
         return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_projector=own)
 
 
+def _notes_of_rows(source: Source, num_compared: int, num_rows: int) -> tuple[str, ...]:
+    """How much of a store's first samples is compared across tokenizers."""
+    if not num_rows:
+        return ()
+    share = f"{num_compared:,} of {num_rows:,} answer rows ({num_compared / num_rows:.1%})"
+    return (f"logits can be compared at {share} of the first samples of {source.targets.store.url}",)
+
+
+def notes_of_compared(stage: StageConfig, trained: Position) -> tuple[str, ...]:
+    """How much of a trained stage's answers was compared across tokenizers."""
+    if not stage.aligns_tokenizers:
+        return ()
+    share = f"{trained.kd_rows:,} of {trained.answer_rows:,} ({trained.kd_rows / max(trained.answer_rows, 1):.1%})"
+    none = f"{trained.uncompared:,} of {trained.samples:,} samples had none"
+    return (f"answer rows whose logits were compared (kd_alignment {stage.kd_alignment}): {share}; {none}",)
+
+
 def _notes_of_ends(run: StageRun, spec: ReaderSpec) -> tuple[str, ...]:
     """Whether the answers that the student reads have an end it can learn, whoever's tokens they are."""
-    if spec.reader.max_length is not None:
+    if spec.reader.reads_anew:
         template = f"the chat template that {run.decoder} reads with"
         remedy = "Put one that writes a token after each answer into its folder (chat_template.jinja)"
         return notes_of_ends(spec.reader.processor, spec.reader.image_token_id, template, remedy)

@@ -13,7 +13,7 @@ from stages.student.data.loader import StepLoader, StoppedWaiting, next_group
 from stages.student.training.objective import BatchTotals, DistillationObjective, GlobalStep, refuse_not_finite
 from stages.student.training.parallel import evaluation_mode
 
-_SUMS = BatchTotals(answer_rows=1, samples_with_image=1, answers=1)
+_SUMS = BatchTotals(answer_rows=1, samples_with_image=1, answers=1, kd_rows=1)
 """What the objective divides by, so that it gives sums: the counts are not known before all is read."""
 
 
@@ -48,8 +48,8 @@ class Validation:
             show: called with the samples that are done.
 
         Returns:
-            `loss`, `lm` and the terms of the stage: `lm` and `kd` are means over answer rows, `attention` is the mean
-            over samples with an image, `answer_attention` that over answers.
+            `loss`, `lm` and the terms of the stage: `lm` and `kd` are means over answer rows (of `kd` those that are
+            compared), `attention` is the mean over samples with an image, `answer_attention` that over answers.
 
         Raises:
             StoppedWaiting: In all processes, if one of them was asked to stop.
