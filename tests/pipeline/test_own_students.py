@@ -71,6 +71,29 @@ def test_a_student_with_another_tokenizer_goes_through_all_stages_and_is_evaluat
     assert compared.num_samples > 0
 
 
+@pytest.mark.parametrize("way", ["uld", "shared"])
+def test_a_student_with_another_tokenizer_learns_logits_by_command_and_the_table_says_of_how_many_rows(
+    way: str,
+    tiny: TinyWorld,
+    targets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    student = make_foreign_lm(tmp_path / "foreign", CHATML)
+    places = ("--samples", tiny.samples, "--targets", targets, "--student", student, "--output", tmp_path / "run")
+    settings = [word for setting in (*SETTINGS, f"train.dft.kd_alignment={way}") for word in ("--set", setting)]
+    done = run_here("train-student", *places, "--stage", "dft", *settings, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "run/dft/report.json").read_text())
+    assert report["losses"]["kd"] > 0
+    said = re.search(
+        rf"logits were compared \(kd_alignment {way}\): (\d+) of (\d+) \(", " ".join((done.out + done.err).split())
+    )
+    assert said is not None, done.out
+    assert 0 < int(said[1]) < int(said[2])
+
+
 def test_a_later_stage_with_a_logit_loss_refuses_another_tokenizer_before_anything_is_written(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:

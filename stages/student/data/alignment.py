@@ -78,7 +78,8 @@ class TokenAlignment:
     ) -> ComparedRows:
         """Pairs the rows of a sample: stored token ids and answer mask, and those that the student reads.
 
-        Answers are paired in their order. From where the texts of one differ, no row of it is paired.
+        Answers are paired in their order. From where the texts of one differ, no row of it is paired; where they differ
+        in their first byte, none is.
         """
         pairs: list[tuple[int, int, int]] = []
         first = [0, 0]
@@ -123,7 +124,10 @@ def _answers(names: TokenNames, ids_T: Tensor, mask_T: Tensor) -> list[list[byte
 def _paired(teacher: Sequence[bytes | str | None], student: Sequence[bytes | str | None]) -> list[tuple[int, int, int]]:
     """Rows of one answer, and the number of the pair in `SPACINGS`."""
     (text, rows), (own_text, own_rows) = _boundaries(teacher), _boundaries(student)
-    pairs = []
+    pairs: list[tuple[int, int, int]] = []
+    if text[:1] != own_text[:1]:
+        # Also the beginning is then that of two texts.
+        return pairs
     for at in sorted(rows.keys() & own_rows.keys()):
         if text[:at] != own_text[:at]:
             break

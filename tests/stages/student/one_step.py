@@ -2,7 +2,8 @@
 
     python -m tests.stages.student.one_step FOLDER MICROBATCH_SIZE PARALLEL NUM_SAMPLES
 
-FOLDER holds `samples`, `targets` and `lm`; the gradients go to a folder in it, see `step_folder`.
+FOLDER holds `samples`, `targets` and `lm`, and may hold settings of the stage in `stage.json`. The gradients go to a
+folder in it, see `step_folder`.
 """
 
 import json
@@ -47,8 +48,11 @@ def take_step(folder: Path, microbatch_size: int, strategy: Strategy = "ddp", nu
     accelerator = Accelerator(cpu=True)
     output = step_folder(folder, accelerator.num_processes, microbatch_size, strategy, num_samples)
     # No step is clipped, or the gradients would say nothing of their length.
+    stage = {"batch_size": BATCH_SIZE, "trains": "full", "max_steps": 1, "max_samples": num_samples}
+    if (folder / "stage.json").exists():
+        stage |= json.loads((folder / "stage.json").read_text())
     config = TrainConfig(
-        dft=DistilledFinetuning(batch_size=BATCH_SIZE, trains="full", max_steps=1, max_samples=num_samples),
+        dft=DistilledFinetuning.model_validate(stage),
         max_grad_norm=1e9,
         loader=LoaderConfig(microbatch_size=microbatch_size, num_workers=0),
         parallel=ParallelConfig(strategy=strategy),

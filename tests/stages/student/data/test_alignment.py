@@ -4,11 +4,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
+from pipeline.demo.assets import TEACHER
+from stages.checkpoints.processors import load_processor
 from stages.student.data.alignment import ComparedRows, TokenAlignment
 from stages.student.data.token_names import END, TokenNames, token_names
 from stages.student.losses.across_tokenizers import SPACINGS
 from tests import real_models
+from tests.checkpoints import make_foreign_lm
 from tests.stages.student.data.test_token_names import byte_level, sentencepiece_like
 
 Pieces = list[bytes | str | None]
@@ -81,12 +85,13 @@ def test_behind_a_token_of_unknown_text_nothing_is_compared() -> None:
         (4, 4, 0),
         (5, 5, 0),
     ]
-    assert compared([[None, b" b", END]], [[b"a", b" b", END]]) == [(0, 0, 0)]
+    assert compared([[None, b" b", END]], [[b"a", b" b", END]]) == []
 
 
 def test_no_answer_gives_no_rows() -> None:
     assert compared([], [[b"a", END]]) == []
-    assert compared([[b"x", END]], [["<unk>"]]) == [(0, 0, 0)]
+    assert compared([[b"x", END]], [["<unk>"]]) == compared([[b"x", END]], [[b"y", END]]) == []
+    assert compared([[END]], [[END]]) == [(0, 0, 0)]
 
 
 def test_rows_of_a_batch_are_counted_through_it() -> None:
@@ -150,3 +155,25 @@ def test_real_tokenizers_meet_where_the_makers_rules_say(tmp_path: Path) -> None
     shared = alignment.shared_tokens(len(alignment.teacher), len(alignment.student))
     assert shared.num_shared > 3000
     assert SPACINGS[OURS] == (b" ", b"")
+
+
+def test_the_bundled_teachers_words_meet_the_tokens_of_a_byte_level_student(tmp_path: Path) -> None:
+    teacher = load_processor(TEACHER).tokenizer
+    student = AutoTokenizer.from_pretrained(make_foreign_lm(tmp_path / "lm"))
+    alignment = TokenAlignment(
+        *(token_names(one.backend_tokenizer, one.eos_token_id, "it") for one in (teacher, student))
+    )
+    text = "a red square left of a green circle"
+    sides = [
+        torch.tensor([*one(text, add_special_tokens=False)["input_ids"], one.eos_token_id])
+        for one in (teacher, student)
+    ]
+    masks = [torch.ones(len(side), dtype=torch.bool) for side in sides]
+    found = alignment.compared_rows(sides[0], masks[0], sides[1], masks[1])
+    # Each of its tokens is a word with the space before it; the student splits words further.
+    assert found.teacher_A.tolist() == list(range(9))
+    assert found.spacing_A.tolist() == [OURS, *[SAME] * 8]
+    assert int(found.student_A[-1]) == len(sides[1]) - 1 > 8
+    shared = alignment.shared_tokens(len(alignment.teacher), len(alignment.student))
+    (one,) = teacher(" a", add_special_tokens=False)["input_ids"][-1:]
+    assert student.convert_ids_to_tokens(int(shared.student_ids[OURS][shared.places_V[OURS][one]])) == "a"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoints import make_foreign_lm
 from tests.stages.distilled import extract_here, make_tiny_data
 from tests.stages.student.one_step import BATCH_SIZE, step_folder, take_step
 
@@ -108,3 +109,27 @@ def test_gradients_that_were_kept_are_those_of_the_decoder_head_and_post_connect
     gradients = load_file(whole / "gradients.safetensors")
     assert len(gradients) > 60
     assert all(bool(torch.isfinite(g).all()) and float(g.norm()) > 0 for g in gradients.values())
+
+
+@pytest.fixture(scope="module", params=["uld", "shared"])
+def across(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same samples for a student with another tokenizer, of whose answer rows some are compared."""
+    made = tmp_path_factory.mktemp(request.param)
+    make_foreign_lm(made / "lm")
+    (made / "stage.json").write_text(json.dumps({"kd_alignment": request.param}))
+    for name in ("samples", "targets"):
+        (made / name).symlink_to(folder / name)
+    return made
+
+
+def test_logits_across_tokenizers_are_a_mean_over_compared_rows_in_any_number_of_microbatches(across: Path) -> None:
+    found, whole = take_step(across, 4), take_step(across, BATCH_SIZE)
+    assert metrics(whole)["kd"] > 0
+    assert_uneven(counts(found, 1))
+    assert_same_step(found, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_logits_across_tokenizers_are_a_mean_over_compared_rows_of_all_ranks(parallel: str, across: Path) -> None:
+    assert_same_step(on_two_ranks(across, 4, parallel), take_step(across, BATCH_SIZE, num_samples=BATCH_SIZE))
