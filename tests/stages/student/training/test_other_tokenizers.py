@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from stages.checkpoints.processors import load_processor
+from stages.student.data.batch_transport import flatten
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import ReaderSpec, check_first_samples, resolve_reader_spec
 from stages.student.losses.across_tokenizers import SPACINGS
@@ -250,6 +251,10 @@ def test_a_sample_without_a_compared_row_is_counted(data: TinyData, store: Targe
     assert batch.compared is not None
     assert len(batch.logits_RQ) == len(batch.compared) > 0
     assert int(batch.compared.student_A.min()) >= int(reader(samples[0]).answer_mask.sum())
+    # As a loader process hands it over.
+    handed = flatten(batch).restore().compared
+    assert handed is not None
+    assert all(map(torch.equal, vars(handed).values(), vars(batch.compared).values()))
 
 
 def test_other_divergences_are_refused_across_tokenizers() -> None:
