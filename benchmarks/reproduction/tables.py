@@ -11,9 +11,13 @@ from benchmarks.results import RESULTS
 
 PAGE = Path("docs/reproduction.md")
 MEASURES = {
-    "colour": "colour, of two words", "end_named": "end", "middle_named": "middle", "area_end_named": "area under `end`",
-    "steps_end_named": "steps to .75 on `end`", "processor_s_per_step": "ms a step",
-}  # fmt: skip
+    "colour": "colour, of two words",
+    "end_named": "end",
+    "middle_named": "middle",
+    "area_end_named": "area under `end`",
+    "steps_end_named": "steps to .75 on `end`",
+    "processor_s_per_step": "ms a step",
+}
 CLAIMS = (
     ("logits and attention", "logits, own projector"),
     ("all", "logits"),
