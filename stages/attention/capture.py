@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from stages.attention.prefix import PrefixContinuation, PrefixRecord
 from stages.attention.text_rows import AnswerQueries, answer_attention, score_bias, text_rows
 
 CAPTURING_SDPA = "cdp_sdpa"
@@ -113,10 +114,14 @@ def _sdpa_with_capture(
     value: Tensor,
     attention_mask: Tensor | None,
     capture: AttentionCapture | None = None,
+    prefix: PrefixRecord | PrefixContinuation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layer = getattr(module, "layer_idx", None)
+    if prefix is not None and layer is not None:
+        window = kwargs.get("sliding_window")
+        key, value, attention_mask = prefix.at_layer(layer, key, value, attention_mask, window)
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if capture is None or layer not in capture.layers:
         return output
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5

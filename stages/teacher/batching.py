@@ -63,7 +63,32 @@ class PreparedSample:
     @property
     def padded_length(self) -> int:
         """T of its batch."""
-        return -(-len(self.encoded.token_ids) // LENGTH_STEP) * LENGTH_STEP
+        return _padded(len(self.encoded.token_ids))
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens up to its last image token, with that; 0 without an image."""
+        positions_N = self.encoded.image_positions
+        return int(positions_N[-1]) + 1 if len(positions_N) else 0
+
+    @property
+    def padded_prefix(self) -> int:
+        """T of the batch of its prefix."""
+        return _padded(self.prefix_length)
+
+    @property
+    def padded_rest(self) -> int:
+        """T of the batch of what follows its prefix; one step where nothing does."""
+        return _padded(max(1, len(self.encoded.token_ids) - self.prefix_length))
+
+    @property
+    def answers_in_prefix(self) -> tuple[int, ...]:
+        """Positions of the prefix that predict an answer's token."""
+        return tuple((self.encoded.answer_mask[: self.prefix_length + 1].nonzero()[:, 0] - 1).tolist())
+
+
+def _padded(num_tokens: int) -> int:
+    return -(-num_tokens // LENGTH_STEP) * LENGTH_STEP
 
 
 class SamplePreparer:

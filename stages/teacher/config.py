@@ -11,6 +11,8 @@ from storage.errors import UserError
 from storage.strict_model import StrictModel
 from storage.targets.manifest import Cut
 
+PrefixReuse = Literal["auto", "on", "off"]
+
 
 class TeacherConfig(StrictModel):
     """Which teacher, and what is stored of its attention and answers."""
@@ -55,6 +57,10 @@ class TeacherConfig(StrictModel):
     """Whether the mean attention from each answer to the image is stored too, for a student's
     `answer_attention_weight`: 2 bytes for each captured layer, answer and image token
     (docs/codecs.md#answer-attention)."""
+    prefix_reuse: PrefixReuse = "off"
+    """Whether tokens up to a sample's last image are computed once for all samples that share them: `on`; `auto` where
+    the teacher's decoder allows it; `off` computes each sample as a whole. Another way rounds differently. A store that
+    was begun with the one goes on with it under `auto` (docs/scale.md#one-prefix-for-several-conversations)."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 

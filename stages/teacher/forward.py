@@ -58,17 +58,8 @@ def run_teacher(
     answer_masks = [sample.encoded.answer_mask for sample in batch]
     answers = answer_rows([sample.encoded.token_ids for sample in batch], answer_masks).to(device)
     hidden_Rd = hidden_BTd[answers.sequence_R, answers.position_R]
-    sizes = [int(mask.sum()) for mask in answer_masks]
-    # Addresses by key and row, so that the tail samples do not depend on the batch.
-    addresses_R = torch.cat([row_addresses(sample.key, size) for sample, size in zip(batch, sizes, strict=True)])
-    logits_RQ, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
-    rows = zip(torch.split(logits_RQ, sizes), torch.split(finite_R, sizes), strict=True)
-    logits = [of_sample_RQ if bool(finite.all()) else None for of_sample_RQ, finite in rows]
-    maps = {}
-    for row, sample in enumerate(batch):
-        if sample in wanted_maps and sample.map_key is not None:
-            n = len(sample.encoded.image_positions)
-            maps[sample.map_key] = tuple(capture.maps[layer][row, :n, :n] for layer in layers)
+    logits = coded_answers(teacher, batch, hidden_Rd)
+    maps = captured_maps(capture, layers, batch, wanted_maps)
     attention: list[Tensor | None] = [None] * len(batch)
     for row, encoded in enumerate(answered or ()):
         if len(encoded.image_positions):
@@ -83,6 +74,31 @@ def _answer_queries(encoded: EncodedConversation) -> AnswerQueries:
     """All answers of a conversation."""
     rows_U = encoded.answer_mask.nonzero()[:, 0] - 1
     return AnswerQueries(rows_U, answer_sizes(encoded.answer_mask), encoded.image_positions)
+
+
+def coded_answers(teacher: Teacher, batch: Sequence[PreparedSample], hidden_Rd: Tensor) -> list[Tensor | None]:
+    """Records of the answer rows of each sample, on the CPU; None where a row is not finite."""
+    sizes = [int(sample.encoded.answer_mask.sum()) for sample in batch]
+    # Addresses by key and row, so that the tail samples do not depend on the batch.
+    addresses_R = torch.cat([row_addresses(sample.key, size) for sample, size in zip(batch, sizes, strict=True)])
+    logits_RQ, finite_R = answer_logits(teacher, hidden_Rd, addresses_R)
+    rows = zip(torch.split(logits_RQ, sizes), torch.split(finite_R, sizes), strict=True)
+    return [of_sample_RQ if bool(finite.all()) else None for of_sample_RQ, finite in rows]
+
+
+def captured_maps(
+    capture: AttentionCapture,
+    layers: Sequence[int],
+    batch: Sequence[PreparedSample],
+    wanted: Collection[PreparedSample],
+) -> dict[str, tuple[Tensor, ...]]:
+    """Map key -> `[N, N]` of each captured layer, of the samples whose maps are wanted."""
+    maps = {}
+    for row, sample in enumerate(batch):
+        if sample in wanted and sample.map_key is not None:
+            n = len(sample.encoded.image_positions)
+            maps[sample.map_key] = tuple(capture.maps[layer][row, :n, :n] for layer in layers)
+    return maps
 
 
 def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from stages.attention.capturable_layers import check_maps
 from stages.attention.capture import CAPTURE_VERSION
+from stages.attention.prefix_support import why_no_prefix
 from stages.checkpoints.configs import load_config
 from stages.checkpoints.processors import image_processor_backend, load_processor, tokenizer_digest
 from stages.checkpoints.quantization import check_packages
@@ -29,6 +30,7 @@ from storage.codecs.codec_settings import (
     default_num_levels,
     default_top_k,
 )
+from storage.errors import UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.targets.manifest import Fingerprint, Manifest
 
@@ -50,19 +52,24 @@ class TeacherIdentity:
     windows: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     weights: str
+    prefix_reuse: bool = False
+    """Whether tokens up to a sample's last image are computed once for all samples that share them."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about what students of this teacher will not learn, and how it is loaded."""
         scheme = scheme_of(self.config)
         quantized = () if scheme is None else (f"the teacher is quantized ({scheme}); so is what students learn of it",)
-        return quantized + notes_of_ends(
+        apart = why_no_prefix(self.config.get_text_config()) if self.settings.prefix_reuse == "auto" else None
+        whole = () if apart is None else (f"each conversation is computed as a whole, its images too: {apart}",)
+        ends = notes_of_ends(
             self.processor,
             self.config.image_token_id,
             f"the chat template of {self.settings.chat_template or self.settings.checkpoint}",
             "Set teacher.chat_template to a template that writes one after each answer: a jinja file, or the one of "
             "those that come with the package that it was trained on (chatml, llama-3, llava-1.5, mistral)",
         )
+        return quantized + whole + ends
 
     @property
     def map_codec(self) -> MapCodec:
@@ -122,6 +129,7 @@ class TeacherIdentity:
             samples=samples_digest,
             capture_version=CAPTURE_VERSION,
             answer_attention=self.settings.answer_attention,
+            prefix_reuse=self.prefix_reuse,
         )
 
 
@@ -163,7 +171,25 @@ def identify_teacher(
         windows=windows,
         dtype=getattr(torch, dtype),
         weights=weights_digest(folder) if with_weights else "",
+        prefix_reuse=_reuses_prefix(settings, config, folder),
     )
+
+
+def _reuses_prefix(settings: TeacherConfig, config: PreTrainedConfig, folder: Path) -> bool:
+    """Whether conversations share what they begin with.
+
+    Raises:
+        UserError: If they must, and the decoder does not allow it.
+    """
+    if settings.prefix_reuse == "off":
+        return False
+    why = why_no_prefix(config.get_text_config())
+    if why is not None and settings.prefix_reuse == "on":
+        raise UserError(
+            f"conversations cannot share what comes before them in {folder}: {why}; set teacher.prefix_reuse to auto "
+            "or off"
+        )
+    return why is None
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _fault(work: ShardWork, prepare: SamplePreparer, row: int, stored: StoredSam
     try:
         sample = prepare.make(row, stored)
         if work.admit(sample):
-            work.run([sample])
+            work.run_alone(sample)
     except _NOT_A_SAMPLES_FAULT:
         raise
     except Exception as error:

@@ -7,18 +7,22 @@ a thread codes the maps of the batch before (`map_coder.py`).
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Self, TypeGuard
+from typing import Self, TypeGuard, TypeVar
 
 import torch
+from torch import Tensor
 
 from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, SamplePreparer, prefetch
-from stages.teacher.forward import ForwardOutput, run_teacher
+from stages.teacher.forward import run_teacher
 from stages.teacher.map_coder import MapCoder
 from stages.teacher.num_threads import adopt_num_threads
+from stages.teacher.prefix_batching import PrefixBatch, PrefixBatcher, PrefixGroup
+from stages.teacher.prefix_forward import run_continuations, run_prefixes
+from stages.teacher.prefix_runs import PrefixRuns
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
@@ -28,6 +32,8 @@ from storage.targets.commits import SkippedSample
 from storage.targets.sample_targets import SampleTargets
 
 PREPARING_THREADS = 4
+
+_T = TypeVar("_T")
 
 _FAULTS: dict[Reason, str] = {
     "not_finite": "the teacher's attention or logits hold NaN or infinity",
@@ -96,20 +102,34 @@ class Observer:
                 work.run_orphans()
         return work.finish()
 
+    def shares_prefix(self, sample: PreparedSample) -> bool:
+        """Whether the sample's tokens up to its last image are computed apart from those behind them."""
+        return self.teacher.identity.prefix_reuse and sample.map_key is not None
+
     def try_out(self, sample: PreparedSample) -> None:
         """Runs the teacher on one sample, only to see whether it can."""
-        run_teacher(self.teacher, [sample], ())
+        if self.shares_prefix(sample):
+            run_continuations(self.teacher, run_prefixes(self.teacher, [sample], ()), [0], [sample])
+        else:
+            run_teacher(self.teacher, [sample], ())
 
-    def attempt(self, batch: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]) -> ForwardOutput | None:
-        """One forward pass; None if the batch does not fit into memory."""
-        try:
-            with self.timings.forward():
-                return run_teacher(self.teacher, batch, wanted_maps)
-        except torch.OutOfMemoryError:
-            pass
-        # Here and not in the handler, where the exception still holds the forward pass's tensors.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def attempt(self, run: Callable[[], _T], num_samples: int) -> _T | None:
+        """One forward pass; None if its samples do not fit into memory.
+
+        One that is alone is tried once more when nothing else of ours is in memory.
+        """
+        for last in (num_samples > 1, True):
+            try:
+                with self.timings.forward():
+                    return run()
+            except torch.OutOfMemoryError:
+                pass
+            # Here and not in the handler, where the exception still holds the forward pass's tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if last:
+                break
+            self.coder.wait()
         return None
 
 
@@ -124,14 +144,19 @@ class ShardWork:
         self._maps: dict[str, Future[EncodedMaps | None]] = {}
         self._seen: dict[int, PreparedSample] = {}
 
-    def batches(self, num_rows: int) -> Generator[list[PreparedSample], None, None]:
+    def batches(self, num_rows: int) -> Generator[list[PreparedSample] | PrefixBatch, None, None]:
         """The shard's samples in batches; the first in the tar that needs a map becomes its owner."""
-        observer, batcher = self._observer, LengthBatcher(self._observer.batch_size)
-        with closing(prefetch(self._prepare, num_rows, observer.preparing, observer.batch_size)) as samples:
+        observer, size = self._observer, self._observer.batch_size
+        by_length, by_prefix = LengthBatcher(size), PrefixBatcher(size)
+        with closing(prefetch(self._prepare, num_rows, observer.preparing, size)) as samples:
             for sample in samples:
-                if self.admit(sample) and (batch := batcher.add(sample)) is not None:
+                if not self.admit(sample):
+                    continue
+                batch = by_prefix.add(sample) if observer.shares_prefix(sample) else by_length.add(sample)
+                if batch is not None:
                     yield batch
-        yield from batcher.rest()
+        yield from by_prefix.rest()
+        yield from by_length.rest()
 
     def admit(self, sample: PreparedSample | SkippedSample) -> TypeGuard[PreparedSample]:
         """Whether the sample goes to the teacher; one that does not is in the ledger from now on."""
@@ -139,7 +164,7 @@ class ShardWork:
             self._skipped.append(sample)
             self._progress(1)
             return False
-        if sample.map_key is not None:
+        if sample.map_key is not None and not self._observer.shares_prefix(sample):
             self._owners.setdefault(sample.map_key, sample)
         return True
 
@@ -149,8 +174,11 @@ class ShardWork:
         if sample.map_key is not None and self._owners.get(sample.map_key) is sample:
             del self._owners[sample.map_key]
 
-    def run(self, batch: Sequence[PreparedSample]) -> None:
-        """Runs samples of one padded length, in parts if they do not fit into memory together."""
+    def run(self, batch: Sequence[PreparedSample] | PrefixBatch) -> None:
+        """Runs what `batches` gives, in parts if it does not fit into memory together."""
+        if isinstance(batch, PrefixBatch):
+            PrefixRuns(self._observer, self._maps, self._code, self._done).run(batch.groups)
+            return
         waiting = deque(batch)
         while waiting:
             part = [waiting.popleft() for _ in range(min(self._observer.batch_size.value, len(waiting)))]
@@ -158,6 +186,11 @@ class ShardWork:
                 self._progress(len(part))
             else:
                 waiting.extendleft(reversed(part))
+
+    def run_alone(self, sample: PreparedSample) -> None:
+        """Runs one sample; what is stored of it is what `run` gives."""
+        alone = PrefixBatch([PrefixGroup(sample, [sample])]) if self._observer.shares_prefix(sample) else [sample]
+        self.run(alone)
 
     def run_orphans(self) -> None:
         """Takes the maps whose owner did not fit into memory of the next sample that shares them and does fit."""
@@ -207,24 +240,35 @@ class ShardWork:
         """One forward pass; False if it must be tried again with fewer samples."""
         observer = self._observer
         owners = {sample for sample in part if sample.map_key and self._owners[sample.map_key] is sample}
-        output = observer.attempt(part, owners)
+        output = observer.attempt(lambda: run_teacher(observer.teacher, part, owners), len(part))
         if output is None and len(part) > 1:
             observer.batch_size.shrink(len(part))
             return False
         if output is None:
-            # Alone, and once more when nothing else of ours is in memory.
-            observer.coder.wait()
-            output = observer.attempt(part, owners)
-        if output is None:
             part[0].fault = "out_of_memory"
+            self._see(part, [None], [None])
         else:
             observer.batch_size.fitted(len(part))
-            for sample, logits_RQ, answers_LaN in zip(part, output.logits, output.answers, strict=True):
-                sample.logits_RQ, sample.answer_attention_LaN = logits_RQ, answers_LaN
-                if answers_LaN is not None and not bool(torch.isfinite(answers_LaN).all()):
-                    sample.fault = "not_finite"
-            self._maps.update(zip(output.maps, observer.coder.submit(output.maps.values()), strict=True))
+            self._see(part, output.logits, output.answers)
+            self._code(output.maps)
         for sample in part:
-            self._seen[sample.row] = sample
             sample.encoded.pixel_inputs.clear()
         return True
+
+    def _done(
+        self, samples: Sequence[PreparedSample], logits: Sequence[Tensor | None], answers: Sequence[Tensor | None]
+    ) -> None:
+        self._see(samples, logits, answers)
+        self._progress(len(samples))
+
+    def _see(
+        self, samples: Sequence[PreparedSample], logits: Sequence[Tensor | None], answers: Sequence[Tensor | None]
+    ) -> None:
+        for sample, logits_RQ, answers_LaN in zip(samples, logits, answers, strict=True):
+            sample.logits_RQ, sample.answer_attention_LaN = logits_RQ, answers_LaN
+            if answers_LaN is not None and not bool(torch.isfinite(answers_LaN).all()):
+                sample.fault = "not_finite"
+            self._seen[sample.row] = sample
+
+    def _code(self, maps: dict[str, tuple[Tensor, ...]]) -> None:
+        self._maps.update(zip(maps, self._observer.coder.submit(maps.values()), strict=True))

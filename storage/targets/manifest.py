@@ -69,6 +69,9 @@ class Fingerprint(StrictModel):
     """Raised when the capture code changes what it computes."""
     answer_attention: bool = Field(default=False, exclude_if=operator.not_)
     """Whether answer attention is stored. Only version 4 of the format has the field, and always true."""
+    prefix_reuse: bool = Field(default=False, exclude_if=operator.not_)
+    """Whether what comes up to a sample's last image was computed once for all samples that share it. The field is
+    there only where it is true; without it each sample was computed as a whole."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
