@@ -17,7 +17,7 @@ from storage.samples.sample_set import SampleSet
 from storage.stores import Store, open_store
 from storage.targets.cleaning import clean_partials
 from storage.targets.commits import COMMITS, committed_shards, iter_commits
-from storage.targets.manifest import create_or_check
+from storage.targets.manifest import MANIFEST_PATH, Manifest, create_or_check
 from storage.targets.teacher_assets import TEACHER_RECORD
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def extract(
     started = time.perf_counter()
     samples, targets = SampleSet.open(samples_url), open_store(targets_url)
     index = samples.index
+    teacher = as_begun(teacher, targets)
     check_first_samples(teacher, samples)
     with connection.connect(config.ray_address) as cluster:
         identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0)
@@ -95,6 +96,18 @@ def extract(
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report
+
+
+def as_begun(teacher: "TeacherConfig", targets: Store) -> "TeacherConfig":
+    """The settings with `prefix_reuse` as a store has it that was begun already, unless they say how it must be.
+
+    Raises:
+        UserError, CorruptData: If what lies there is no manifest that this version reads.
+    """
+    if teacher.prefix_reuse != "auto" or not targets.exists(MANIFEST_PATH):
+        return teacher
+    is_reused = Manifest.load(targets).fingerprint.prefix_reuse
+    return teacher.model_copy(update={"prefix_reuse": "on" if is_reused else "off"})
 
 
 def _interrupted(stop: Interrupted, targets: Store, num_shards: int, num_before: int) -> Interrupted:

@@ -53,6 +53,8 @@ class PreparedSample:
     """Digest of all that its maps depend on; None without an image."""
     is_turned: bool = False
     """Whether EXIF data ask for a turn of one of the pictures that it was read with."""
+    may_share_images: bool = False
+    """Whether a sample beside it in the tar seems to be about the same images."""
     logits_RQ: Tensor | None = None
     """Records of its answer rows, once the teacher has run; None where a row is not finite."""
     answer_attention_LaN: Tensor | None = None
@@ -113,7 +115,8 @@ class SamplePreparer:
             except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
             is_turned = any(picture.is_turned for picture in pictures[: encoded.num_images])
-            return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded), is_turned)
+            may_share = self._shard.may_share_images(row)
+            return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded), is_turned, may_share)
 
 
 def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:

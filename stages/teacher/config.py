@@ -57,10 +57,10 @@ class TeacherConfig(StrictModel):
     """Whether the mean attention from each answer to the image is stored too, for a student's
     `answer_attention_weight`: 2 bytes for each captured layer, answer and image token
     (docs/codecs.md#answer-attention)."""
-    prefix_reuse: PrefixReuse = "off"
-    """Whether tokens up to a sample's last image are computed once for all samples that share them: `on`; `auto` where
-    the teacher's decoder allows it; `off` computes each sample as a whole. Another way rounds differently. A store that
-    was begun with the one goes on with it under `auto` (docs/scale.md#one-prefix-for-several-conversations)."""
+    prefix_reuse: PrefixReuse = "auto"
+    """Whether tokens up to a sample's last image are computed once for all conversations that share them: `auto` where
+    the teacher's decoder allows it, and in a store that was begun as it was begun; `on` or not at all; `off` computes
+    each conversation as a whole. The two ways differ in roundings (docs/scale.md#the-image-once)."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 

@@ -103,8 +103,12 @@ class Observer:
         return work.finish()
 
     def shares_prefix(self, sample: PreparedSample) -> bool:
-        """Whether the sample's tokens up to its last image are computed apart from those behind them."""
-        return self.teacher.identity.prefix_reuse and sample.map_key is not None
+        """Whether the sample's tokens up to its last image are computed apart from those behind them.
+
+        This follows from the sample set alone. So it is the same in every batch and every try, whichever samples
+        cannot be used. A sample that is alone with its image would only lose by it.
+        """
+        return self.teacher.identity.prefix_reuse and sample.may_share_images and sample.map_key is not None
 
     def try_out(self, sample: PreparedSample) -> None:
         """Runs the teacher on one sample, only to see whether it can."""

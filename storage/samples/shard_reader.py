@@ -59,6 +59,15 @@ class SampleShard:
             raise self._corrupt(key, f"{json_name} holds no JSON object")
         return StoredSample(key, fields, tuple(images))
 
+    def may_share_images(self, row: int) -> bool:
+        """Whether a sample beside this one has images of the same sizes in bytes, as those about one image have.
+
+        Known from the member table alone: nothing is read.
+        """
+        sizes = [num_bytes for _, num_bytes in self._members[row].spans[1:]]
+        neighbours = (self._members[other] for other in (row - 1, row + 1) if 0 <= other < len(self))
+        return bool(sizes) and any([num_bytes for _, num_bytes in one.spans[1:]] == sizes for one in neighbours)
+
     def verify(self) -> None:
         """Raises CorruptData unless the file has the index's size and sha256."""
         found_bytes, found = self._path.stat().st_size, file_sha256(self._path)
