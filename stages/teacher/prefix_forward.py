@@ -110,11 +110,7 @@ def run_continuations(
         positions=[none] * len(batch),
         answers=[_queries(sample, in_prefix=False) for sample in batch] if wants_attention else None,
     )
-    own = [sample.encoded.token_ids[sample.prefix_length :] for sample in batch]
-    inputs = batch_inputs(
-        teacher.identity.family, teacher.encoder.image_token_id, own, [{}] * len(batch), multiple=LENGTH_STEP
-    )
-    input_ids = inputs["input_ids"].to(model.device)
+    input_ids = _own_tokens(teacher, batch).to(model.device)
     starts_B = torch.tensor(
         [sample.prefix_length + prefixes.shifts[row] for row, sample in zip(rows, batch, strict=True)]
     )
@@ -138,6 +134,16 @@ def run_continuations(
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return logits, attention
+
+
+def _own_tokens(teacher: Teacher, batch: Sequence[PreparedSample]) -> Tensor:
+    """`[B, t]` tokens behind the prefixes, padded; where none follow, padding alone."""
+    image_token_id = teacher.encoder.image_token_id
+    nothing = torch.tensor([1 if image_token_id == 0 else 0])
+    own = [sample.encoded.token_ids[sample.prefix_length :] for sample in batch]
+    own = [ids if len(ids) else nothing for ids in own]
+    inputs = batch_inputs(teacher.identity.family, image_token_id, own, [{}] * len(own), multiple=LENGTH_STEP)
+    return inputs["input_ids"]
 
 
 def _answer_states(

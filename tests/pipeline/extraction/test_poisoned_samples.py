@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,12 @@ import pytest
 import torch
 
 import pipeline.extraction.extract
-import stages.teacher.forward
-import stages.teacher.observe
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.extract import extract
 from pipeline.extraction.report import ExtractionReport
 from pipeline.extraction.shard_extractor import ShardExtractor
+from stages.teacher.batching import PreparedSample
 from stages.teacher.config import TeacherConfig
-from stages.teacher.forward import ForwardOutput
 from storage.errors import TooManySkipped, UserError
 from storage.integrity.verify import verify
 from storage.samples.sample_set import SampleSet
@@ -26,6 +24,7 @@ from storage.targets.store import TargetStore
 from tests.conftest import NUM_SAMPLES, TinyWorld
 from tests.pipeline.in_process import without_ray
 from tests.pipeline.processes import tree
+from tests.stages.teacher.forward_passes import before_each_pass
 
 pytestmark = pytest.mark.usefixtures("ray_address")
 
@@ -59,17 +58,15 @@ class Poisoned(ShardExtractor):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        healthy = stages.teacher.forward.run_teacher
 
-        def run_teacher(teacher: Any, batch: Any, wanted: Any) -> ForwardOutput:
+        def meet(batch: Sequence[PreparedSample]) -> None:
             if BrokenGpu.broken:
                 raise RuntimeError("CUDA error: device-side assert triggered")
             for sample in batch:
                 if sample.id == POISON:
                     type(self).meet(sample)
-            return healthy(teacher, batch, wanted)
 
-        stages.teacher.observe.run_teacher = run_teacher
+        before_each_pass(setattr, meet)
 
 
 class BrokenGpu:
@@ -183,14 +180,12 @@ class FullDisk(ShardExtractor):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        healthy = stages.teacher.observe.run_teacher
 
-        def run_teacher(teacher: Any, batch: Any, wanted: Any) -> ForwardOutput:
+        def meet(batch: Sequence[PreparedSample]) -> None:
             if any(sample.id == POISON for sample in batch):
                 raise OSError(28, "No space left on device")
-            return healthy(teacher, batch, wanted)
 
-        stages.teacher.observe.run_teacher = run_teacher
+        before_each_pass(setattr, meet)
 
 
 class BrokenEnvironment(ShardExtractor):
@@ -199,10 +194,10 @@ class BrokenEnvironment(ShardExtractor):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
 
-        def run_teacher(*_: Any) -> ForwardOutput:
+        def meet(_: Sequence[PreparedSample]) -> None:
             raise RuntimeError("no kernel image is available for execution on the device")
 
-        stages.teacher.observe.run_teacher = run_teacher
+        before_each_pass(setattr, meet)
 
 
 @pytest.mark.slow

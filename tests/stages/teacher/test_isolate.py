@@ -1,13 +1,12 @@
 """The samples of a shard one by one: who is put into the ledger, and who is not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-import stages.teacher.observe
-from stages.teacher.batching import SamplePreparer
+from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.config import TeacherConfig
 from stages.teacher.isolate import NOWHERE, TeacherUnusable, run_isolated
 from stages.teacher.observe import ShardObservations
@@ -17,6 +16,7 @@ from storage.samples.sample_set import SampleSet
 from storage.samples.shard_reader import SampleShard
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, make_tiny_data, observe_shard
+from tests.stages.teacher.forward_passes import before_each_pass
 
 BAD = 1
 """Row of the sample at fault."""
@@ -69,14 +69,12 @@ def same(one: ShardObservations, other: ShardObservations) -> bool:
 
 def when_met(monkeypatch: pytest.MonkeyPatch, meet: Callable[[], None], *rows: int) -> None:
     """Calls `meet` when one of these rows is about to enter the teacher."""
-    healthy = stages.teacher.observe.run_teacher
 
-    def run_teacher(teacher: Teacher, batch: Any, wanted: Any) -> Any:
+    def look(batch: Sequence[PreparedSample]) -> None:
         if any(sample.row in rows for sample in batch):
             meet()
-        return healthy(teacher, batch, wanted)
 
-    monkeypatch.setattr(stages.teacher.observe, "run_teacher", run_teacher)
+    before_each_pass(monkeypatch.setattr, look)
 
 
 def raising(error: Exception) -> Callable[[], None]:
@@ -171,15 +169,13 @@ def test_a_teacher_that_fails_on_everything_after_a_sample_is_unusable_and_blame
     teacher: Teacher, data: TinyData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken: list[bool] = []
-    healthy = stages.teacher.observe.run_teacher
 
-    def run_teacher(teacher: Teacher, batch: Any, wanted: Any) -> Any:
+    def meet(batch: Sequence[PreparedSample]) -> None:
         if broken or batch[0].row == BAD:
             broken.append(True)
             raise RuntimeError("CUDA error: device-side assert triggered")
-        return healthy(teacher, batch, wanted)
 
-    monkeypatch.setattr(stages.teacher.observe, "run_teacher", run_teacher)
+    before_each_pass(monkeypatch.setattr, meet)
     with pytest.raises(TeacherUnusable, match=r"since sample .* the teacher fails on others too: .*device-side assert"):
         apart(teacher, data)
 

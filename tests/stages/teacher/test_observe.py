@@ -1,6 +1,7 @@
 """What the teacher's observations of a shard hold, and what goes to the ledger."""
 
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import stages.teacher.observe
 from stages.teacher.batching import BatchSize, PreparedSample
 from stages.teacher.config import TeacherConfig
-from stages.teacher.forward import ForwardOutput, run_teacher
 from stages.teacher.identity import identify_teacher
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
@@ -21,6 +20,7 @@ from storage.samples.sample_set import SampleSet
 from storage.samples.shard_reader import SampleShard
 from storage.stores import open_store
 from tests.stages.distilled import TinyData, make_tiny_data, observe_shard
+from tests.stages.teacher.forward_passes import before_each_pass
 
 
 @pytest.fixture(scope="module")
@@ -153,26 +153,25 @@ def test_two_threads_may_each_give_a_shard_and_one_has_the_teacher_at_a_time(tea
 
 
 class LittleMemory:
-    """Stands in for `run_teacher` on a GPU with room for `most` samples, and for none of the keys in `huge`."""
+    """Stands in for a GPU with room for `most` samples, and for none of the keys in `huge`."""
 
     def __init__(self, most: int, huge: frozenset[str] = frozenset()) -> None:
         self.most, self.huge = most, huge
         self.tried: list[int] = []
 
-    def __call__(self, teacher: Teacher, batch: list[PreparedSample], wanted: set[PreparedSample]) -> ForwardOutput:
+    def __call__(self, batch: Sequence[PreparedSample]) -> None:
         self.tried.append(len(batch))
         if len(batch) > self.most or any(sample.key in self.huge for sample in batch):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run_teacher(teacher, batch, wanted)
 
 
 def test_a_batch_size_nobody_set_is_halved_until_it_fits_and_then_kept_with_one_line_in_the_log(
     data: TinyData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    teacher = load_teacher(TeacherConfig(checkpoint=str(data.teacher)))
+    teacher = load_teacher(TeacherConfig(checkpoint=str(data.teacher), prefix_reuse="off"))
     expected = bytes_of(observe(teacher, data))
     memory = LittleMemory(most=2)
-    monkeypatch.setattr(stages.teacher.observe, "run_teacher", memory)
+    before_each_pass(monkeypatch.setattr, memory)
     with Observer(teacher) as observer, opened(data) as shard, caplog.at_level("INFO"):
         observer.batch_size = BatchSize(None, on_gpu=True)
         assert bytes_of(observer.observe(shard)) == expected, "nothing is lost, nothing comes twice, no bit differs"
@@ -187,9 +186,10 @@ def test_a_batch_size_nobody_set_is_halved_until_it_fits_and_then_kept_with_one_
 
 
 def test_a_batch_size_that_was_set_is_kept_and_the_error_says_what_to_do(
-    teacher: Teacher, data: TinyData, monkeypatch: pytest.MonkeyPatch
+    data: TinyData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.teacher.observe, "run_teacher", LittleMemory(most=2))
+    teacher = load_teacher(TeacherConfig(checkpoint=str(data.teacher), batch_size=3, prefix_reuse="off"))
+    before_each_pass(monkeypatch.setattr, LittleMemory(most=2))
     with pytest.raises(UserError, match=r"a batch of 3 samples does not fit.*set teacher.batch_size below 3, or leave"):
         observe(teacher, data)
 
@@ -203,7 +203,7 @@ def test_a_sample_that_alone_does_not_fit_is_in_the_ledger_and_others_keep_the_m
     sharing = [sample for sample in usual.samples if sample.map_row == shared]
     assert len(sharing) > 1
     huge = sharing[0].key
-    monkeypatch.setattr(stages.teacher.observe, "run_teacher", LittleMemory(most=8, huge=frozenset({huge})))
+    before_each_pass(monkeypatch.setattr, LittleMemory(most=8, huge=frozenset({huge})))
     with Observer(teacher) as observer, opened(data) as shard:
         observer.batch_size = BatchSize(None, on_gpu=True)
         seen = observer.observe(shard)
@@ -231,6 +231,7 @@ def test_the_manifest_names_whatever_changes_the_targets(data: TinyData) -> None
         ({"dtype": "bfloat16"}, "dtype"),
         ({"layers": (1, 2)}, "layers"),
         ({"num_matched": 1}, "windows"),
+        ({"prefix_reuse": "off"}, "prefix_reuse"),
     ]:
         other = replace(base, settings=TeacherConfig(checkpoint=str(data.teacher), **settings))  # type: ignore[arg-type]
         other = identify_teacher(other.settings, on_gpu=False)
