@@ -59,10 +59,7 @@ def estimate_from_configs(
         assert config.samples is not None
         image = Image.new("RGB", PHOTOGRAPH, "gray")
         size = len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions)
-        maps = [(1 / config.samples_per_map, size)]
-        per_sample = count_units([config.text_tokens + size], [config.answer_rows], [size], maps, causal=causal)
-        full, rest = divmod(config.samples, config.samples_per_shard)
-        held = SetCounts([config.samples_per_shard] * full + [rest] * (rest > 0), per_sample)
+        held = _assumed_counts(config, config.samples, size, causal=causal)
         assumed.append(
             f"assumed: {config.text_tokens:g} text tokens, {config.answer_rows:g} rows of one answer, "
             f"{config.samples_per_map:g} samples a map; {size} image tokens are the processor's for an "
@@ -91,6 +88,7 @@ def estimate_from_configs(
     shares = ", ".join(f"{name} {part / operations:.1%}" for name, part in work.items())
     notes = (
         "computed from configs alone, so only roughly; `cdp estimate` with the weights measures instead",
+        *saved_notes(identity, held.per_sample),
         f"{operations / 1e12:.3g} TFLOP a sample: {shares}",
         f"{speed} an efficiency of {config.efficiency:.0%} are assumed, not measured",
         "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
@@ -98,6 +96,29 @@ def estimate_from_configs(
         *assumed,
     )
     return extrapolate(settings, identity, held, costs, teacher, workers=workers, notes=notes)
+
+
+def saved_notes(identity: TeacherIdentity, per_sample: Counts) -> tuple[str, ...]:
+    """How much of the decoder's work is done once for several conversations; nothing where none is."""
+    saved = per_sample["repeated_tokens"] / per_sample["tokens"] if per_sample["tokens"] else 0.0
+    if not saved or not identity.prefix_reuse:
+        return ()
+    return (f"{saved:.0%} of all tokens come up to an image that another conversation has too, and are computed once",)
+
+
+def _assumed_counts(config: EstimateConfig, num_samples: int, num_image_tokens: int, *, causal: bool) -> SetCounts:
+    """Of samples with one image each and with the numbers of `config`."""
+    share = 1 / config.samples_per_map
+    per_sample = count_units(
+        [config.text_tokens + num_image_tokens],
+        [config.answer_rows],
+        [num_image_tokens],
+        [(share, num_image_tokens)],
+        [num_image_tokens * (1 - share)],
+        causal=causal,
+    )
+    full, rest = divmod(num_samples, config.samples_per_shard)
+    return SetCounts([config.samples_per_shard] * full + [rest] * (rest > 0), per_sample)
 
 
 def bytes_per_entry(per_sample: Counts, windows: Sequence[Sequence[int]]) -> dict[MapCodecName, float]:
@@ -110,8 +131,9 @@ def bytes_per_entry(per_sample: Counts, windows: Sequence[Sequence[int]]) -> dic
 def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, float]:
     """Floating-point operations of the teacher on one sample, by the part that does them.
 
-    Two for each weight and position, and attention's products with causality used. A mixture of experts is counted as
-    if every expert worked.
+    Two for each weight and position, and attention's products with causality used. Where samples share what comes up to
+    their images (`teacher.prefix_reuse`), each has its part of it; padding is not counted. A mixture of experts is
+    counted as if every expert worked.
     """
     text = identity.config.get_text_config()
     with torch.device("meta"), unfit_named(identity.folder):
@@ -124,14 +146,15 @@ def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, flo
     decoder = sum(sizes.values()) - vision
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     tokens, maps = per_sample["tokens"], per_sample["maps"]
+    computed = tokens - per_sample["repeated_tokens"] if identity.prefix_reuse else tokens
     # The vision tower may have more positions than tokens leave it; its config says so in some families.
     vision_config = getattr(identity.config, "vision_config", None)
     size, patch = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     patches = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 0
     positions = max(per_sample["image_tokens"] / maps, patches) if maps else 0.0
     return {
-        "decoder": 2.0 * decoder * tokens + 2.0 * text.num_hidden_layers * width * tokens**2,
-        "vision": 2.0 * vision * positions,
+        "decoder": 2.0 * decoder * computed + 2.0 * text.num_hidden_layers * width * tokens * computed,
+        "vision": 2.0 * vision * positions * (maps if identity.prefix_reuse else 1.0),
         "answers": 2.0 * text.vocab_size * text.hidden_size * per_sample["answer_rows"],
         "maps": 2.0 * len(identity.layers) * width * per_sample["map_entries"],
     }

@@ -14,6 +14,7 @@ from typing import get_args
 
 import torch
 
+from stages.estimate.analytic import saved_notes
 from stages.estimate.extrapolate import UNIT_OF_ARRAY, CodecCost, extrapolate, predicted, relative_error
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SampledBlock, count_blocks, count_units, plan_blocks
@@ -99,6 +100,7 @@ def estimate_by_measurement(
     notes = [
         f"the teacher was timed on {len(seen.samples)} samples in batches of at most {batch_size}",
         "the time does not include starting Ray and reading samples over a network",
+        *saved_notes(teacher.identity, held.per_sample),
     ]
     codec = teacher.identity.logit_codec
     notes += noise_notes(codec, [sample.logits_RQ for sample in seen.samples], codec.temperatures)

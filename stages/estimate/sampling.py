@@ -27,9 +27,11 @@ UNITS = {
     "maps": "M",
     "image_tokens": "N",
     "map_entries": "CYG",
+    "repeated_tokens": "",
 }
-"""What bytes grow with -> letters of `storage.targets.layout` that count it. The last three are counted once for all
-samples that share a map. Answer keys are the image tokens of a sample, for each of its answers."""
+"""What bytes grow with -> letters of `storage.targets.layout` that count it. Maps, image tokens and map entries are
+counted once for all samples that share a map. Answer keys are the image tokens of a sample, for each of its answers.
+No bytes grow with repeated tokens: those up to a sample's last image that another sample has as well."""
 
 Counts = Mapping[str, float]
 """Amount of each of `UNITS`."""
@@ -40,6 +42,7 @@ def count_units(
     answer_rows: Sequence[float],
     answer_keys: Sequence[float],
     maps: Sequence[tuple[float, int]],
+    repeated_tokens: Sequence[float] = (),
     *,
     causal: bool,
 ) -> Counts:
@@ -52,6 +55,7 @@ def count_units(
         "maps": sum(share for share, _ in maps),
         "image_tokens": sum(share * num_tokens for share, num_tokens in maps),
         "map_entries": sum(share * num_entries(num_tokens, causal) for share, num_tokens in maps),
+        "repeated_tokens": sum(repeated_tokens),
     }
 
 
@@ -142,6 +146,7 @@ def count_blocks(
         answer_rows: list[int] = []
         answer_keys: list[int] = []
         maps: list[tuple[float, int]] = []
+        repeated: list[float] = []
         cuts: list[int] = []
         skipped: list[SkippedSample] = []
         kept: list[StoredSample] = []
@@ -167,7 +172,8 @@ def count_blocks(
                 cuts += [one.num_cut_answer_tokens for one in each if one.num_cut_answer_tokens]
                 shares = _shares(prepare, len(shard), usable)
                 maps += [(share, len(one.image_positions)) for share, one in zip(shares, each, strict=True)]
-        counts = count_units(tokens, answer_rows, answer_keys, maps, causal=causal)
+                repeated += [(1 - share) * one.prefix_length for share, one in zip(shares, usable, strict=True)]
+        counts = count_units(tokens, answer_rows, answer_keys, maps, repeated, causal=causal)
         blocks.append(SampledBlock(len(numbers), counts, cuts, skipped, kept))
     num_read = sum(map(len, planned))
     per_sample = {unit: sum(block.counts[unit] for block in blocks) / num_read for unit in UNITS}

@@ -30,6 +30,9 @@ LENGTH_STEP = 32
 """Rows are padded to a multiple of this, whatever else is in their batch: a sample is computed in the same shapes alone
 and in company, which on a CPU makes the bytes the same."""
 
+PART_STEP, LEAST_PART = 16, 32
+"""As `LENGTH_STEP`, and the least, for a prefix and what follows it: with two parts there is padding twice."""
+
 HELD_BATCHES = 4
 """Batches' worth of samples that may wait for others of their length."""
 LEAST_HELD = 64
@@ -65,7 +68,7 @@ class PreparedSample:
     @property
     def padded_length(self) -> int:
         """T of its batch."""
-        return _padded(len(self.encoded.token_ids))
+        return _rounded_up(len(self.encoded.token_ids), LENGTH_STEP)
 
     @property
     def prefix_length(self) -> int:
@@ -76,12 +79,12 @@ class PreparedSample:
     @property
     def padded_prefix(self) -> int:
         """T of the batch of its prefix."""
-        return _padded(self.prefix_length)
+        return _rounded_up(max(LEAST_PART, self.prefix_length), PART_STEP)
 
     @property
     def padded_rest(self) -> int:
-        """T of the batch of what follows its prefix; one step where nothing does."""
-        return _padded(max(1, len(self.encoded.token_ids) - self.prefix_length))
+        """T of the batch of what follows its prefix, also where nothing does."""
+        return _rounded_up(max(LEAST_PART, len(self.encoded.token_ids) - self.prefix_length), PART_STEP)
 
     @property
     def answers_in_prefix(self) -> tuple[int, ...]:
@@ -89,8 +92,8 @@ class PreparedSample:
         return tuple((self.encoded.answer_mask[: self.prefix_length + 1].nonzero()[:, 0] - 1).tolist())
 
 
-def _padded(num_tokens: int) -> int:
-    return -(-num_tokens // LENGTH_STEP) * LENGTH_STEP
+def _rounded_up(num_tokens: int, step: int) -> int:
+    return -(-num_tokens // step) * step
 
 
 class SamplePreparer:

@@ -1,7 +1,7 @@
 """The prefix of several conversations through the teacher once, and what follows it in each of them.
 
 A prefix is all tokens up to a conversation's last image token. As each conversation is computed in shapes of its own
-(`batching.LENGTH_STEP`), so is each prefix and what follows it: its bytes do not depend on the company.
+(`batching.LENGTH_STEP`, `PART_STEP`), so is each prefix and what follows it: its bytes do not depend on the company.
 """
 
 from collections.abc import Collection, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stages.attention.capture import AttentionCapture
 from stages.attention.prefix import PrefixContinuation, PrefixRecord
@@ -16,7 +17,7 @@ from stages.attention.text_rows import AnswerQueries
 from stages.conversations.answer_rows import answer_rows, answer_sizes
 from stages.conversations.encoder import EncodedConversation
 from stages.families.batch import batch_inputs, move_inputs
-from stages.teacher.batching import LENGTH_STEP, PreparedSample
+from stages.teacher.batching import PreparedSample
 from stages.teacher.forward import captured_maps, coded_answers
 from stages.teacher.num_threads import adopt_num_threads
 from stages.teacher.teacher import Teacher
@@ -59,16 +60,9 @@ def run_prefixes(
         answers=queries,
     ).to(model.device)
     record = PrefixRecord([sample.prefix_length for sample in firsts])
-    inputs = batch_inputs(
-        teacher.identity.family,
-        teacher.encoder.image_token_id,
-        [sample.encoded.token_ids[: sample.prefix_length] for sample in firsts],
-        [sample.encoded.pixel_inputs for sample in firsts],
-        multiple=LENGTH_STEP,
-    )
-    # As in `forward.model_inputs`: padding lies where no token of the prefix looks.
-    del inputs["attention_mask"]
-    inputs = move_inputs(inputs, model.device, model.dtype)
+    tokens = [sample.encoded.token_ids[: sample.prefix_length] for sample in firsts]
+    pixels = [sample.encoded.pixel_inputs for sample in firsts]
+    inputs = _part_inputs(teacher, tokens, firsts[0].padded_prefix, pixels)
     hidden_PTd = model.model(**inputs, capture=capture, prefix=record, use_cache=False).last_hidden_state
     # Where images have positions of several dimensions, the model notes by how much the tokens behind them are shifted.
     shifts = getattr(model.model, "rope_deltas", None)
@@ -110,7 +104,9 @@ def run_continuations(
         positions=[none] * len(batch),
         answers=[_queries(sample, in_prefix=False) for sample in batch] if wants_attention else None,
     )
-    input_ids = _own_tokens(teacher, batch).to(model.device)
+    own = [sample.encoded.token_ids[sample.prefix_length :] for sample in batch]
+    # Other inputs than these say where images are.
+    input_ids = _part_inputs(teacher, own, batch[0].padded_rest, [{}] * len(batch))["input_ids"]
     starts_B = torch.tensor(
         [sample.prefix_length + prefixes.shifts[row] for row, sample in zip(rows, batch, strict=True)]
     )
@@ -136,14 +132,19 @@ def run_continuations(
     return logits, attention
 
 
-def _own_tokens(teacher: Teacher, batch: Sequence[PreparedSample]) -> Tensor:
-    """`[B, t]` tokens behind the prefixes, padded; where none follow, padding alone."""
+def _part_inputs(
+    teacher: Teacher, part: Sequence[Tensor], padded_length: int, pixels: Sequence[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What the model is called with for parts of conversations, on its device, without a mask (`forward.model_inputs`).
+
+    Padding lies behind each part, where no token of it looks.
+    """
     image_token_id = teacher.encoder.image_token_id
-    nothing = torch.tensor([1 if image_token_id == 0 else 0])
-    own = [sample.encoded.token_ids[sample.prefix_length :] for sample in batch]
-    own = [ids if len(ids) else nothing for ids in own]
-    inputs = batch_inputs(teacher.identity.family, image_token_id, own, [{}] * len(own), multiple=LENGTH_STEP)
-    return inputs["input_ids"]
+    padding = 1 if image_token_id == 0 else 0
+    padded = [pad(ids, (0, padded_length - len(ids)), value=padding) for ids in part]
+    inputs = batch_inputs(teacher.identity.family, image_token_id, padded, pixels)
+    del inputs["attention_mask"]
+    return move_inputs(inputs, teacher.model.device, teacher.model.dtype)
 
 
 def _answer_states(

@@ -167,6 +167,13 @@ def test_configs_alone_give_a_coarse_estimate_without_reading_weights(scenes: Ti
     assert assumed.per_sample["map_entries"] == num_entries(36, causal=True) / 2
     assert (assumed.num_samples, assumed.num_shards) == (1000, 2)
     assert assumed.settings["sqrt4"].wall_seconds == pytest.approx(0.512 * assumed.settings["sqrt4"].worker_seconds)
+    whole = estimate_from_configs(
+        settings.model_copy(update={"prefix_reuse": "off"}), None, EstimateConfig(samples=1000), workers=4
+    )
+    assert assumed.per_sample["repeated_tokens"] == 36 / 2
+    assert assumed.teacher_seconds_per_sample < 0.95 * whole.teacher_seconds_per_sample
+    assert any(note.startswith("8% of all tokens come up to an image") for note in assumed.notes)
+    assert not any("come up to an image" in note for note in whole.notes)
     faster = EstimateConfig(samples=1000, efficiency=0.8)
     halved = estimate_from_configs(settings, None, faster, workers=4)
     assert 2 * halved.teacher_seconds_per_sample == pytest.approx(assumed.teacher_seconds_per_sample)
