@@ -119,6 +119,8 @@ def _sdpa_with_capture(
 ) -> tuple[Tensor, None]:
     layer = getattr(module, "layer_idx", None)
     if prefix is not None and layer is not None:
+        if kwargs.get("position_bias") is not None:
+            raise ValueError("a bias of positions has the size of what is read at once, and none of a prefix")
         window = kwargs.get("sliding_window")
         key, value, attention_mask = prefix.at_layer(layer, key, value, attention_mask, window)
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -168,7 +168,7 @@ class ShardWork:
             self._skipped.append(sample)
             self._progress(1)
             return False
-        if sample.map_key is not None and not self._observer.shares_prefix(sample):
+        if sample.map_key is not None:
             self._owners.setdefault(sample.map_key, sample)
         return True
 
@@ -181,7 +181,7 @@ class ShardWork:
     def run(self, batch: Sequence[PreparedSample] | PrefixBatch) -> None:
         """Runs what `batches` gives, in parts if it does not fit into memory together."""
         if isinstance(batch, PrefixBatch):
-            PrefixRuns(self._observer, self._maps, self._code, self._done).run(batch.groups)
+            PrefixRuns(self._observer, self._wants_map, self._code, self._done).run(batch.groups)
             return
         waiting = deque(batch)
         while waiting:
@@ -258,6 +258,11 @@ class ShardWork:
         for sample in part:
             sample.encoded.pixel_inputs.clear()
         return True
+
+    def _wants_map(self, group: PrefixGroup) -> bool:
+        """Whether the group's map is taken of it: whatever the batches are, it is that of the map's owner."""
+        key = group.first.map_key
+        return key is not None and key not in self._maps and self._owners[key] in group.samples
 
     def _done(
         self, samples: Sequence[PreparedSample], logits: Sequence[Tensor | None], answers: Sequence[Tensor | None]

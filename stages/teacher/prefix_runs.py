@@ -1,7 +1,7 @@
 """Groups of conversations through the teacher: their prefixes together, then what follows these, batch by batch."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from stages.teacher.prefix_forward import Prefixes, run_continuations, run_prefi
 if TYPE_CHECKING:
     from stages.teacher.observe import Observer
 
+WantsMap = Callable[[PrefixGroup], bool]
 OnMaps = Callable[[dict[str, tuple[Tensor, ...]]], None]
 OnDone = Callable[[Sequence[PreparedSample], Sequence[Tensor | None], Sequence[Tensor | None]], None]
 
@@ -25,9 +26,9 @@ class PrefixRuns:
     and what is left of the groups begins again.
     """
 
-    def __init__(self, observer: "Observer", coded: Collection[str], on_maps: OnMaps, on_done: OnDone) -> None:
-        """`coded` are the keys of maps that are there, `on_maps` is given others, `on_done` samples with results."""
-        self._observer, self._coded, self._on_maps, self._on_done = observer, coded, on_maps, on_done
+    def __init__(self, observer: "Observer", wants_map: WantsMap, on_maps: OnMaps, on_done: OnDone) -> None:
+        """`on_maps` is given the maps that are wanted, `on_done` samples with their records and attention."""
+        self._observer, self._wants_map, self._on_maps, self._on_done = observer, wants_map, on_maps, on_done
 
     def run(self, groups: Sequence[PrefixGroup]) -> None:
         """Runs groups whose prefixes have one padded length; marks samples that do not fit into memory alone."""
@@ -40,11 +41,8 @@ class PrefixRuns:
     def _run_part(self, part: Sequence[PrefixGroup]) -> Sequence[PrefixGroup]:
         """What is left to do, with a smaller batch size."""
         observer, firsts = self._observer, [group.first for group in part]
-        wanted: dict[str, PreparedSample] = {}
-        for first in firsts:
-            if first.map_key is not None and first.map_key not in self._coded:
-                wanted.setdefault(first.map_key, first)
-        prefixes = observer.attempt(partial(run_prefixes, observer.teacher, firsts, wanted.values()), len(part))
+        wanted = [group.first for group in part if self._wants_map(group)]
+        prefixes = observer.attempt(partial(run_prefixes, observer.teacher, firsts, wanted), len(part))
         if prefixes is None and len(part) > 1:
             observer.batch_size.shrink(len(part))
             return part

@@ -23,6 +23,7 @@ from storage.codecs.attention_maps import MapCodec
 from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from storage.samples.shard_reader import SampleShard
+from storage.samples.shard_writer import SampleShardWriter
 from tests.checkpoints import make_tiny_llava
 from tests.stages.distilled import TinyData, extract_here, make_tiny_data, observe_shard
 from tests.stages.extracted_families import LAYERS, make_samples
@@ -105,6 +106,26 @@ def test_neither_the_batch_size_nor_isolation_nor_overlap_changes_a_bit(scenes: 
     with opened(scenes) as shard:
         apart = run_isolated(alone, shard, controls=[(shard, 0)], crashing_rows=(), at=lambda _: None)
     assert bytes_of(apart) == expected
+
+
+def test_a_map_is_that_of_its_first_sample_also_where_copies_of_its_image_lie_apart(
+    scenes: Path, tmp_path: Path
+) -> None:
+    """One picture under two names: a sample that is alone with it in its place, and two that share it."""
+    with opened(scenes) as shard:
+        stored = [shard.read(row) for row in range(len(shard))]
+    pictures = [sample.images for sample in stored]
+    pair = next(row for row in range(1, len(stored)) if stored[row].images and pictures.count(pictures[row]) == 2)
+    other = next(sample for sample in stored if sample.images and sample.images != pictures[pair])
+    first, second = (stored[row] for row in (pair, pair + 1))
+    far = replace(first, key="far")
+    for number, order in enumerate(([far, other, first, second], [first, second, other, far])):
+        with SampleShardWriter(tmp_path / str(number), len(order), 2**63) as writer:
+            writer.add_group(order)
+        seen = [observe(bundled("on", batch_size=size), tmp_path / str(number)) for size in (1, 2, 8)]
+        assert [sample.map_row for sample in seen[0].samples].count(seen[0].samples[0].map_row) == 3
+        assert len(seen[0].maps) == 2
+        assert bytes_of(seen[0]) == bytes_of(seen[1]) == bytes_of(seen[2])
 
 
 def test_a_prefix_enters_the_decoder_and_its_image_the_vision_tower_once(scenes: Path) -> None:
