@@ -62,12 +62,28 @@ def test_differences_are_names_of_fields():
     assert fingerprint().digest == fingerprint().digest != other.digest
 
 
-@pytest.mark.parametrize("field", [name for name in Fingerprint.model_fields if name != "answer_attention"])
+SOMETIMES = {"answer_attention", "prefix_reuse"}
+"""Fields that are there only where they are true."""
+
+
+@pytest.mark.parametrize("field", [name for name in Fingerprint.model_fields if name not in SOMETIMES])
 def test_no_field_of_every_fingerprint_has_a_default(field):
     fields = fingerprint().model_dump()
     del fields[field]
     with pytest.raises(ValueError, match=field):
         Fingerprint.model_validate(fields)
+
+
+@pytest.mark.parametrize("answer_attention", [False, True])
+def test_prefix_reuse_is_a_field_where_it_is_true_and_changes_no_version(tmp_path, answer_attention):
+    apart, shared = (manifest(answer_attention=answer_attention, prefix_reuse=way) for way in (False, True))
+    assert b"prefix_reuse" not in apart.to_bytes()
+    assert apart.format_version == shared.format_version
+    create_or_check(open_store(tmp_path), shared)
+    assert Manifest.load(open_store(tmp_path)) == shared
+    with_field = json.loads(shared.to_bytes())
+    assert with_field["fingerprint"].pop("prefix_reuse") is True
+    assert {**with_field, "digest": apart.digest} == json.loads(apart.to_bytes())
 
 
 def test_an_unknown_format_version_says_what_to_do(tmp_path):
