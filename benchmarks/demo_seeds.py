@@ -6,6 +6,7 @@ A run that is interrupted goes on from where it was.
 """
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.intervals import estimate
-from benchmarks.results import command_line, save_result
+from benchmarks.results import command_line, median_ratio, save_result
 from pipeline.demo.recorded import RECORDED, RecordedRuns, recorded_table
 from pipeline.demo.report import DemoConfig, DemoReport
 from pipeline.demo.run import REPORT, measure_demo
@@ -38,11 +39,14 @@ def summarize_runs(reports: Sequence[DemoReport]) -> dict[str, Any]:
         },
         "gains": {pair: estimate(values) for pair, values in gains.items()},
         "similarity": {name: estimate([one.students[name].similarity for one in reports]) for name in students},
-        "step_s": {name: estimate([one.step_s[name] for one in loops]) for name in loops[0].step_s},
+        "step_s": {name: statistics.median(one.step_s[name] for one in loops) for name in loops[0].step_s},
+        "step_ratio": {
+            name: median_ratio([one.step_s[name] for one in loops], [one.step_s[students[0]] for one in loops])
+            for name in loops[0].step_s
+        },
         "largest_difference": {
             term: max(one.largest_difference[term] for one in loops) for term in loops[0].largest_difference
         },
-        "seconds": estimate([sum(one.seconds.values()) for one in reports]),
     }
 
 

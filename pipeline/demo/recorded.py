@@ -39,12 +39,12 @@ class RecordedRuns(StrictModel):
     gains: dict[str, Estimate]
     """Difference of two students' average accuracy, seed by seed, such as `logits - sft`."""
     similarity: dict[str, Estimate]
-    step_s: dict[str, Estimate]
-    """As in `LoopComparison`."""
+    step_s: dict[str, float]
+    """As in `LoopComparison`, medians."""
+    step_ratio: dict[str, float]
+    """Medians of the ratio to the first student's in the same run."""
     largest_difference: dict[str, float]
     """As in `LoopComparison`, the largest of all runs."""
-    seconds: Estimate
-    """Of a whole run."""
 
     @classmethod
     def read(cls) -> "RecordedRuns | None":
@@ -91,7 +91,7 @@ def recorded_table(recorded: RecordedRuns) -> ReportTable:
     students = models[1:]
     rows += [
         ["attention similarity", "1.000", *(shown(recorded.similarity[name], ".3f") for name in students)],
-        ["milliseconds a step", "", *(f"{recorded.step_s[name].mean * 1000:.0f}" for name in students)],
+        ["milliseconds a step", "", *(f"{recorded.step_s[name] * 1000:.0f}" for name in students)],
     ]
     return ReportTable(f"accuracy in percent, mean of {len(recorded.seeds)} runs", ["", *models], rows)
 
@@ -105,7 +105,7 @@ def loop_table(loop: LoopComparison, recorded: RecordedRuns | None) -> ReportTab
     ]
     rows += [
         [f"milliseconds a step, {name}", f"{value * 1000:.0f}"]
-        + ([f"{recorded.step_s[name].mean * 1000:.0f}"] if recorded else [])
+        + ([f"{recorded.step_s[name] * 1000:.0f}"] if recorded else [])
         for name, value in sorted(loop.step_s.items(), key=lambda one: one[1])
     ]
     title = f"training from the store against the teacher in the loop, {loop.steps} steps"
