@@ -62,6 +62,7 @@ def test_differences_of_students_are_taken_seed_by_seed() -> None:
     assert np.ptp(summary["accuracy"]["sft"]["average"]["interval_95"]) > 40
     assert summary["gains"]["compodistill - logits"]["mean"] == 0
     assert summary["largest_difference"]["lm"] == pytest.approx(3e-6)
+    assert summary["step_ratio"] == pytest.approx({"sft": 1, "logits": 2, "compodistill": 3, "teacher in the loop": 4})
     recorded = RecordedRuns(command="c", date="d", hardware="h", versions={}, **summary)
     assert accuracy_table(reports[0], recorded).rows[-2] == [
         "attention similarity",

@@ -72,12 +72,8 @@ def test_the_readmes_table_and_sentences_are_those_of_the_recorded_runs() -> Non
     gain = recorded.gains["compodistill - logits"]
     assert f"{gain.mean:.1f} points ({gain.interval('.1f')})" in said
     assert f"within {max(recorded.largest_difference.values()):.0e}" in said
-    ratios = [
-        recorded.step_s[name].mean / recorded.step_s["sft"].mean for name in ("compodistill", "teacher in the loop")
-    ]
-    assert (
-        f"{ratios[0]:.2f} times the time of a step of `sft`, with the teacher in the loop {ratios[1]:.2f} times" in said
-    )
+    stored, loop = (recorded.step_ratio[name] for name in ("compodistill", "teacher in the loop"))
+    assert f"{stored:.2f} times the time of a step of `sft`, with the teacher in the loop {loop:.2f} times" in said
 
 
 def test_the_recorded_runs_are_of_the_demos_own_settings() -> None:
