@@ -64,8 +64,13 @@ class Bench:
         write_dataset(folder / "data", size.images, seed=0, num_pairs=1)
         pack = PackConfig(max_samples_per_shard=size.samples_per_shard)
         pack_samples(folder / "data/train.json", folder / "data", folder / "samples", pack)
+        # As the bare loop does: what prefix reuse saves is another question (`prefix_reuse.py`).
         self.settings = TeacherConfig(
-            checkpoint=str(folder / "teacher"), batch_size=size.batch_size, max_length=1024, top_k=32
+            checkpoint=str(folder / "teacher"),
+            batch_size=size.batch_size,
+            max_length=1024,
+            top_k=32,
+            prefix_reuse="off",
         )
         self.folder, self.threads = folder, threads
         self.samples = SampleSet.open(folder / "samples")
