@@ -1,9 +1,10 @@
-"""Several students against one store: trained one after another, compared side by side."""
+"""Several students against one store: trained one after another or at once, compared side by side."""
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,15 @@ logger = logging.getLogger(__name__)
 _COMPARED = "compared.json"
 """Beside a student's stages."""
 
-Trainer = Callable[[str, RunFile], list[StageReport]]
-"""Trains the named student and gives a report for each of its stages; a finished or begun one goes on from there."""
+Training = Callable[[], list[StageReport]]
+"""Trains a student, or waits for its training, and gives a report for each of its stages."""
+Trainings = AbstractContextManager[Mapping[str, Training]]
+"""One for each student, by name; also `pipeline.students_at_once`."""
+
+
+def in_turn(sweep: Sweep, train: Callable[[str, RunFile], list[StageReport]]) -> Trainings:
+    """Trains each student, in this process, when its turn comes."""
+    return nullcontext({name: partial(train, name, run) for name, run in sweep.runs.items()})
 
 
 class SweptStudent(StrictModel):
@@ -92,28 +100,33 @@ class _Compared(StrictModel):
     similarity: AttentionSimilarity | None
 
 
-def run_sweep(sweep: Sweep, train: Trainer, progress: Progress = SILENT) -> SweepReport:
+def run_sweep(sweep: Sweep, trainings: Trainings, progress: Progress = SILENT) -> SweepReport:
     """Trains and compares all students; one that fails is reported, and the others go on.
 
     Finished students are not trained again, an interrupted one goes on. Leaves each in `OUTPUT/NAME` and all results in
     `OUTPUT/sweep.json`, which is written after each student.
+
+    Args:
+        sweep: the students.
+        trainings: entered once the folder is this command's; a student's is called when its turn comes.
+        progress: where the work is shown.
 
     Raises:
         FolderInUse: If another command works in the sweep's folder.
         StoreUnavailable: If a disk is full, or a store does not answer: that is no student's own failure.
     """
     # One process owns it for all that train together; each student's folder has its own owner.
-    with owned(sweep.output) if is_main_process else nullcontext():
+    with owned(sweep.output) if is_main_process else nullcontext(), trainings as train:
         return _run_all(sweep, train, progress)
 
 
-def _run_all(sweep: Sweep, train: Trainer, progress: Progress) -> SweepReport:
+def _run_all(sweep: Sweep, train: Mapping[str, Training], progress: Progress) -> SweepReport:
     students: dict[str, SweptStudent] = {}
     failures: dict[str, str] = {}
     report = SweepReport(students=students, failures=failures)
     for name, run in sweep.runs.items():
         try:
-            reports = {stage.stage: stage for stage in train(name, run)}
+            reports = {stage.stage: stage for stage in train[name]()}
             students[name] = _compared(run, sweep, reports, progress)
         except StoreUnavailable:
             # Such as a full disk, which no other student would find room on; the same command goes on from here.

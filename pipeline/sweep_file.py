@@ -10,6 +10,7 @@
 #     logits: {train.dft.attention_weight: 0}
 
 import copy
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,3 +135,17 @@ def compared_data(run: RunFile) -> tuple[str, str]:
         "what compare.similarity_samples and compare.pictures ask for needs samples and targets, or "
         "train.data.sources; set them for all students"
     )
+
+
+def check_at_once(sweep: Sweep) -> None:
+    """Refuses students at once where several processes train each student.
+
+    Raises:
+        UserError: Under a launcher such as torchrun, or if a student trains on a Ray cluster.
+    """
+    instead = "leave --at-once away: students that several processes train together are trained in turn"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--at-once is given to each of {os.environ['WORLD_SIZE']} processes of a launcher; {instead}")
+    for name, run in sweep.runs.items():
+        if run.train.cluster.ray_address is not None or run.train.cluster.workers is not None:
+            raise UserError(f"--at-once is given and student {name} trains on a Ray cluster; {instead}")

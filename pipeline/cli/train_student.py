@@ -38,8 +38,14 @@ def train_student(
     workers: Annotated[int | None, typer.Option(help="Processes of Ray Train; default: one a GPU.")] = None,
     sweep: Annotated[
         Path | None,
-        typer.Option(callback=input_path, help="YAML of several students, trained in turn and compared."),
+        typer.Option(callback=input_path, help="YAML of several students, trained and compared."),
     ] = None,
+    at_once: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Students of the sweep that train at the same time; each takes a GPU, or a share of the cores."
+        ),
+    ] = 1,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
@@ -48,6 +54,7 @@ def train_student(
     from pipeline.run_file import load_run_file, need
     from pipeline.ui.progress import progress_display
     from stages.student.stage_config import STAGES
+    from storage.errors import UserError
 
     flags = {
         "samples": samples,
@@ -60,8 +67,10 @@ def train_student(
         "train.cluster.workers": workers,
     }
     if sweep is not None:
-        _train_sweep(sweep, config, settings or [], flags, resume=resume)
+        _train_sweep(sweep, config, settings or [], flags, at_once, resume=resume)
         return
+    if at_once > 1:
+        raise UserError("--at-once is for the students of a sweep; name its file with --sweep")
     run = load_run_file(config, settings or [], flags)
     check_training(run, resume=resume)
     with progress_display() as progress:
@@ -92,26 +101,33 @@ def _train_stages(run: "RunFile", progress: "Progress", *, resume: bool, more: b
     return reports
 
 
-def _train_sweep(path: Path, config: Path | None, settings: list[str], flags: dict[str, Any], *, resume: bool) -> None:
+def _train_sweep(
+    path: Path, config: Path | None, settings: list[str], flags: dict[str, Any], at_once: int, *, resume: bool
+) -> None:
     """Trains all students of a sweep file and prints one table; exit code 1 if one failed."""
     from pipeline.preflight import check_sweep
-    from pipeline.sweep_file import load_sweep
+    from pipeline.sweep_file import check_at_once, load_sweep
     from pipeline.ui.streams import say
 
     sweep = load_sweep(path, config, settings, flags)
+    if at_once > 1:
+        check_at_once(sweep)
     for note in check_sweep(sweep, resume=resume):
         say(note)
 
-    from pipeline.sweep import run_sweep, sweep_table
+    from pipeline.students_at_once import students_at_once
+    from pipeline.sweep import in_turn, run_sweep, sweep_table
     from pipeline.ui.progress import NamedProgress, progress_display
     from pipeline.ui.tables import print_table
 
+    def train_here(name: str, run: "RunFile") -> "list[StageReport]":
+        return _train_stages(run, NamedProgress(name, progress), resume=resume, more=True)
+
     with progress_display() as progress:
-        report = run_sweep(
-            sweep,
-            lambda name, run: _train_stages(run, NamedProgress(name, progress), resume=resume, more=True),
-            progress,
+        trainings = (
+            students_at_once(sweep, at_once, progress, resume=resume) if at_once > 1 else in_turn(sweep, train_here)
         )
+        report = run_sweep(sweep, trainings, progress)
     print_table(sweep_table(report))
     if sweep.compare.pictures is not None and report.students:
         _save_page(sweep, list(report.students))

@@ -22,10 +22,10 @@ from pipeline.extraction.extract import extract
 from pipeline.report.build import ReportInputs, build_page
 from pipeline.report.page import Facts
 from pipeline.run_file import load_run_file
+from pipeline.students_at_once import students_at_once
 from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
-from pipeline.training import train
 from pipeline.ui.console import results
 from pipeline.ui.progress import NamedProgress, progress_display
 from pipeline.ui.report.render import render_page
@@ -122,11 +122,8 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
         teacher = evaluate_suites(str(TEACHER), loaded, EvaluationConfig(), folder / "teacher", progress)[SUITE]
     with clock.part("train and evaluate students"):
         sweep = _sweep_of(folder, config)
-        swept = run_sweep(
-            sweep,
-            lambda name, student: train(student, student.train.stages, NamedProgress(name, progress)),
-            progress,
-        )
+        # All at once, since so small a student does not keep two cores busy.
+        swept = run_sweep(sweep, students_at_once(sweep, len(sweep.runs), progress), progress)
         students = _results(swept)
     with clock.part("teacher in the loop"):
         named = NamedProgress("teacher in the loop", progress)

@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.cli.options import save
 from pipeline.run_file import load_run_file
-from pipeline.sweep import run_sweep
+from pipeline.sweep import in_turn, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.training import train
 from stages.samples.pack import pack_samples
@@ -37,8 +37,9 @@ def test_a_sweep_and_a_packing_refuse_a_folder_that_another_process_owns(tiny: T
     output = tmp_path / "out"
     with holder_of(output) as owner:
         before = tree(tmp_path)
+        sweep = Sweep(output, {"a": load_run_file(None, [], {})}, CompareConfig())
         with pytest.raises(FolderInUse, match=f"process {owner.pid} "):
-            run_sweep(Sweep(output, {"a": load_run_file(None, [], {})}, CompareConfig()), lambda *_: [])
+            run_sweep(sweep, in_turn(sweep, lambda *_: []))
         with pytest.raises(FolderInUse, match=f"process {owner.pid} "):
             pack_samples(tiny.data, tiny.images, output)
         assert tree(tmp_path) == before

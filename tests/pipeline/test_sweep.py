@@ -13,7 +13,7 @@ from pipeline.demo.assets import STUDENT_LM
 from pipeline.run_file import RunFile, load_run_file
 from pipeline.runtime.interruption import Interrupted
 from pipeline.suite_evaluation import evaluate_suites
-from pipeline.sweep import SweepReport, SweptStudent, run_sweep, sweep_table
+from pipeline.sweep import SweepReport, SweptStudent, in_turn, run_sweep, sweep_table
 from pipeline.sweep_file import compared_data, load_sweep
 from stages.evaluation.answered_items import AnsweredItem
 from stages.evaluation.config import SuiteConfig
@@ -334,10 +334,10 @@ def test_what_breaks_in_one_student_spares_the_next_and_an_interruption_ends_the
         return [finished(name)]
 
     with pytest.raises(Interrupted):
-        run_sweep(sweep, train)
+        run_sweep(sweep, in_turn(sweep, train))
     saved = SweepReport.model_validate_json((tmp_path / "out/sweep.json").read_text())
     assert (list(saved.students), saved.failures) == (["first"], {"broken": "RuntimeError: out of memory"})
-    report = run_sweep(sweep, train)
+    report = run_sweep(sweep, in_turn(sweep, train))
     assert "means over the last tenth" in sweep_table(report).title
     assert list(report.students) == ["first", "second"]
     assert report.students["second"].samples_per_s == 2.0
@@ -355,5 +355,5 @@ def test_a_full_disk_is_one_error_and_no_failure_of_each_student(tmp_path: Path)
         raise StoreUnavailable("no space left")
 
     with pytest.raises(StoreUnavailable, match="no space left"):
-        run_sweep(load_sweep(path, None, [], {"output": str(tmp_path / "out")}), train)
+        run_sweep(sweep := load_sweep(path, None, [], {"output": str(tmp_path / "out")}), in_turn(sweep, train))
     assert begun == ["first"]
