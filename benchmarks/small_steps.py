@@ -1,7 +1,7 @@
-"""What a small student's training costs on a CPU, by how torch's threads wait and how large a forward pass is.
+"""What training several small students costs on a CPU, by how threads wait and how many students train at once.
 
-Whole `cdp train-student` processes, imports included, on the targets of a finished `cdp demo`. Threads that wait for
-each other spin by default, and sleep with `OMP_WAIT_POLICY=PASSIVE`, which all commands set.
+Whole `cdp train-student --sweep` processes, imports included, with the three students of a finished `cdp demo`. Threads
+that wait for each other spin by default, and sleep with `OMP_WAIT_POLICY=PASSIVE`, which all commands set.
 
     cdp demo --output DEMO
     python -m benchmarks.small_steps DEMO --repeats 3
@@ -24,23 +24,29 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import RESULTS, Spent, command_line, interleaved, median_ratio, save_result
+from pipeline.demo.assets import STUDENT_LM, STUDENTS
+from pipeline.demo.report import STUDENTS as NAMES
 
-POLICIES = {"sleeping": "PASSIVE", "spinning": "ACTIVE"}
-MICROBATCHES = (16, 32)
+WAYS = {
+    "in turn, all cores, sleeping": ({"OMP_WAIT_POLICY": "PASSIVE"}, 1),
+    "in turn, all cores, spinning": ({"OMP_WAIT_POLICY": "ACTIVE"}, 1),
+    "in turn, one thread": ({"OMP_NUM_THREADS": "1"}, 1),
+    "at once": ({}, len(NAMES)),
+}
+"""Environment, and students at once."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="folder of a finished demo")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "small_steps.json")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         ways = {
-            f"{name}, {size} samples a pass": partial(_train, flags.demo, Path(scratch), flags.steps, policy, size)
-            for name, policy in POLICIES.items()
-            for size in MICROBATCHES
+            name: partial(_train, flags.demo, Path(scratch), flags.steps, environment, at_once)
+            for name, (environment, at_once) in WAYS.items()
         }
         found = interleaved(ways, flags.repeats)
     first = found[next(iter(ways))]
@@ -60,17 +66,18 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def _train(demo: Path, scratch: Path, steps: int, policy: str, microbatch: int) -> Spent:
-    """The first fine-tuning steps of the demo's student, behind its finished pre-training."""
-    output = scratch / "student"
+def _train(demo: Path, scratch: Path, steps: int, environment: Mapping[str, str], at_once: int) -> Spent:
+    """The first fine-tuning steps of each of the demo's students, behind its finished pre-training."""
+    output = scratch / "students"
     shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(demo / "students/compodistill/dpt", output / "dpt")
-    paths = {"samples": demo / "samples", "targets": demo / "targets", "output": output}
-    command = [sys.executable, "-m", "pipeline.cli", "train-student", "--config", "demo", "--stage", "dft"]
+    for name in NAMES:
+        shutil.copytree(demo / "students" / name / "dpt", output / name / "dpt")
+    command = [sys.executable, "-m", "pipeline.cli", "train-student", "--sweep", str(STUDENTS), "--stage", "dft"]
+    paths = {"samples": demo / "samples", "targets": demo / "targets", "student": STUDENT_LM, "output": output}
     for name, path in paths.items():
         command += [f"--{name}", str(path)]
-    command += ["--set", f"train.dft.max_steps={steps}", "--set", f"train.loader.microbatch_size={microbatch}"]
-    return _spent(command, {**os.environ, "OMP_WAIT_POLICY": policy})
+    command += ["--set", f"train.dft.max_steps={steps}", "--at-once", str(at_once)]
+    return _spent(command, {**os.environ, **environment})
 
 
 def _spent(command: list[str], environment: Mapping[str, str]) -> Spent:

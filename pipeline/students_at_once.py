@@ -1,7 +1,7 @@
 """Students of a sweep that are trained at the same time, each in a process of its own.
 
-A small student keeps neither a GPU nor the cores of a CPU busy: on two cores two threads trained one no faster than
-one did, and two students at once trained 1.7 times as many steps a second (`benchmarks/students_at_once.py`).
+A small student keeps neither a GPU nor the cores of a CPU busy: two threads may train one no faster than one thread
+(`benchmarks/small_steps.py`).
 """
 
 import logging

@@ -1,8 +1,7 @@
-"""The first steps of a student that learns from stored targets, taken again with the teacher in the loop."""
+"""The first steps of students that learn from stored targets, taken alone, and with the teacher in the loop."""
 
-import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,8 +9,10 @@ from pipeline.demo.teacher_in_the_loop import TeacherInTheLoop
 from pipeline.run_file import RunFile
 from pipeline.runtime.interruption import Interrupted
 from pipeline.training import train
+from pipeline.ui.progress import NamedProgress
 from stages.student.run_folder import RunFolder
 from stages.student.stage_config import StageName
+from stages.student.training.objective import DistillationObjective
 from storage.digests import parse_object
 from storage.progress import Progress
 from storage.regular_files import read_regular
@@ -19,6 +20,7 @@ from storage.strict_model import StrictModel
 
 STAGE: StageName = "dft"
 TERMS = ("lm", "kd", "attention")
+IN_THE_LOOP = "teacher in the loop"
 
 
 class LoopComparison(StrictModel):
@@ -31,46 +33,55 @@ class LoopComparison(StrictModel):
     """Seconds a step, by what was trained."""
 
 
-def compare_with_loop(runs: Mapping[str, RunFile], name: str, steps: int, progress: Progress) -> LoopComparison:
-    """Trains the first steps of a finished student's `dft` stage with the bundled teacher in the loop.
+def compare_with_loop(
+    runs: Mapping[str, RunFile], names: Sequence[str], steps: int, progress: Progress
+) -> LoopComparison:
+    """Trains first steps of finished students' `dft` stage again, in turn, the last also with the teacher in the loop.
+
+    All are taken by this process alone, so that their times can be compared.
 
     Args:
         runs: settings of finished students, with a line of metrics for every step.
-        name: which of them; it learns by all three terms.
+        names: which of them; the last learns by all three terms.
         steps: how many.
-        progress: shows the training.
+        progress: shows each training under its name.
     """
-    folders = {name: RunFolder(Path(str(run.output))) for name, run in runs.items()}
-    trained, folder = folders[name], RunFolder(folders[name].path.parent / "teacher-in-the-loop")
-    if not folder.stage(STAGE).checkpoints.is_dir():
-        shutil.rmtree(folder.path, ignore_errors=True)
-        shutil.copytree(trained.stage("dpt").path, folder.stage("dpt").path)
-        run = runs[name].model_copy(update={"output": str(folder.path)})
-        passes_a_step = math.ceil(run.train.stage(STAGE).batch_size / run.train.loader.microbatch_size)
-        last = TeacherInTheLoop.num_forward + steps * passes_a_step
-
-        def is_done() -> bool:
-            return TeacherInTheLoop.num_forward >= last
-
-        # As it is asked to, after so many steps of all that the learning rate is planned for.
-        with suppress(Interrupted):
-            train(run, [STAGE], progress, is_done, objective=TeacherInTheLoop)
-    looped, stored = (_first_steps(one, steps) for one in (folder, trained))
+    taken = {name: _take_steps(runs[name], name, DistillationObjective, steps, progress) for name in names}
+    looped = _take_steps(runs[names[-1]], IN_THE_LOOP, TeacherInTheLoop, steps, progress)
     return LoopComparison(
         steps=len(looped),
         largest_difference={
-            term: max(abs(a[term] / b[term] - 1) for a, b in zip(stored, looped, strict=True)) for term in TERMS
+            term: max(abs(a[term] / b[term] - 1) for a, b in zip(taken[names[-1]], looped, strict=True))
+            for term in TERMS
         },
-        step_s={
-            name: _step_s(_first_steps(of_name, steps))
-            for name, of_name in {**folders, "teacher in the loop": folder}.items()
-        },
+        step_s={name: _step_s(lines) for name, lines in {**taken, IN_THE_LOOP: looped}.items()},
     )
 
 
-def _first_steps(folder: RunFolder, steps: int) -> list[dict[str, float]]:
+def _take_steps(
+    run: RunFile, name: str, objective: type[DistillationObjective], steps: int, progress: Progress
+) -> list[dict[str, float]]:
+    """The metrics of the first steps; they are not taken again where they are there."""
+    trained = RunFolder(Path(str(run.output)))
+    folder = RunFolder(trained.path.parent.parent / "first-steps" / name)
+    if not folder.stage(STAGE).checkpoints.is_dir():
+        shutil.rmtree(folder.path, ignore_errors=True)
+        shutil.copytree(trained.stage("dpt").path, folder.stage("dpt").path)
+        # As it is asked to, after so many steps of all that the learning rate is planned for.
+        with suppress(Interrupted):
+            train(
+                run.model_copy(update={"output": str(folder.path)}),
+                [STAGE],
+                NamedProgress(name, progress),
+                lambda: len(_metrics(folder)) >= steps,
+                objective=objective,
+            )
+    return _metrics(folder)[:steps]
+
+
+def _metrics(folder: RunFolder) -> list[dict[str, float]]:
     path = folder.stage(STAGE).path / "metrics.jsonl"
-    lines = read_regular(path).splitlines()[:steps]
+    lines = read_regular(path).splitlines() if path.is_file() else []
     return [parse_object(line, str(path), "remove the folder of this student and run again") for line in lines]
 
 

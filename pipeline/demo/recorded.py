@@ -91,7 +91,11 @@ def recorded_table(recorded: RecordedRuns) -> ReportTable:
     students = models[1:]
     rows += [
         ["attention similarity", "1.000", *(shown(recorded.similarity[name], ".3f") for name in students)],
-        ["milliseconds a step", "", *(f"{recorded.step_s[name] * 1000:.0f}" for name in students)],
+        [
+            "milliseconds a step",
+            "",
+            *(f"{recorded.step_s[name] * 1000:.0f}" if name in recorded.step_s else "" for name in students),
+        ],
     ]
     return ReportTable(f"accuracy in percent, mean of {len(recorded.seeds)} runs", ["", *models], rows)
 

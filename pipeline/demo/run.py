@@ -27,7 +27,7 @@ from pipeline.suite_evaluation import evaluate_suites
 from pipeline.sweep import SweepReport, run_sweep
 from pipeline.sweep_file import CompareConfig, Sweep, load_sweep
 from pipeline.ui.console import results
-from pipeline.ui.progress import NamedProgress, progress_display
+from pipeline.ui.progress import progress_display
 from pipeline.ui.report.render import render_page
 from pipeline.ui.tables import ReportTable, print_table
 from stages.evaluation.config import EvaluationConfig, SuiteConfig
@@ -125,9 +125,9 @@ def _measure(folder: Path, config: DemoConfig, progress: Progress) -> DemoReport
         # All at once, since so small a student does not keep two cores busy.
         swept = run_sweep(sweep, students_at_once(sweep, len(sweep.runs), progress), progress)
         students = _results(swept)
-    with clock.part("teacher in the loop"):
-        named = NamedProgress("teacher in the loop", progress)
-        loop = compare_with_loop(sweep.runs, config.students[-1], config.loop_steps, named)
+    with clock.part("compare with the teacher in the loop"):
+        first_and_last = list(dict.fromkeys([config.students[0], config.students[-1]]))
+        loop = compare_with_loop(sweep.runs, first_and_last, config.loop_steps, progress)
     stored = summarize(targets)
     return DemoReport(
         config=config,

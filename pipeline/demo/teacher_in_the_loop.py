@@ -4,7 +4,7 @@ Nothing that is stored is read: the teacher runs on every batch, and its maps an
 the student's by the definitions of docs/method.md.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from storage.codecs.windows import window_means, window_rows
 class TeacherInTheLoop(DistillationObjective):
     """The objective of training with the bundled teacher, whose pictures have equally many tokens."""
 
-    num_forward: ClassVar[int] = 0
-    """Microbatches so far, of all objects of this class."""
-
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         load = AutoModelForImageTextToText.from_pretrained
@@ -36,7 +33,6 @@ class TeacherInTheLoop(DistillationObjective):
 
     def forward(self, batch: Batch, totals: BatchTotals) -> tuple[Tensor, dict[str, Tensor]]:
         """As the objective of training."""
-        type(self).num_forward += 1
         layers = () if self.matching is None else self.matching.student_layers
         captured = () if self.matching is None else self.matching.captured_layers
         with torch.no_grad():
