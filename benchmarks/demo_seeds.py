@@ -39,6 +39,7 @@ def summarize_runs(reports: Sequence[DemoReport]) -> dict[str, Any]:
         },
         "gains": {pair: estimate(values) for pair, values in gains.items()},
         "similarity": {name: estimate([one.students[name].similarity for one in reports]) for name in students},
+        "held_out_lm": {name: estimate([one.students[name].held_out_lm for one in reports]) for name in students},
         "step_s": {name: statistics.median(one.step_s[name] for one in loops) for name in loops[0].step_s},
         "step_ratio": {
             name: median_ratio([one.step_s[name] for one in loops], [one.step_s[students[0]] for one in loops])

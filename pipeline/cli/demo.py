@@ -13,7 +13,7 @@ def demo(
     output: Annotated[Path, typer.Option(callback=output_folder, help="Folder for all that the demo makes.")] = Path(
         "demo"
     ),
-    images: Annotated[int, typer.Option(help="Training images; fewer is faster and teaches less.", min=1)] = 1500,
+    images: Annotated[int, typer.Option(help="Training images; fewer is faster and teaches less.", min=1)] = 400,
     steps: Annotated[int | None, typer.Option(help="Steps of each student's longest stage.", min=1)] = None,
     variant: Annotated[
         Literal["shapes", "digits"], typer.Option(help="What the images show; digits are handwritten.")

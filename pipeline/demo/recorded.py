@@ -12,6 +12,8 @@ from storage.strict_model import StrictModel
 RECORDED: Final = Path(__file__).with_name("recorded.json")
 """Made by `python -m benchmarks.demo_seeds`."""
 
+HELD_OUT = "loss of held-out answers"
+
 
 class Estimate(StrictModel):
     """A mean over runs of several seeds."""
@@ -39,6 +41,8 @@ class RecordedRuns(StrictModel):
     gains: dict[str, Estimate]
     """Difference of two students' average accuracy, seed by seed, such as `logits - sft`."""
     similarity: dict[str, Estimate]
+    held_out_lm: dict[str, Estimate]
+    """As in `StudentResult`."""
     step_s: dict[str, float]
     """As in `LoopComparison`, medians."""
     step_ratio: dict[str, float]
@@ -65,10 +69,15 @@ def accuracy_table(report: DemoReport, recorded: RecordedRuns | None) -> ReportT
         _beside(student.similarity, ".3f", recorded.similarity[name] if recorded else None)
         for name, student in report.students.items()
     ]
+    held_out = [
+        _beside(student.held_out_lm, ".3f", recorded.held_out_lm[name] if recorded else None)
+        for name, student in report.students.items()
+    ]
     title = f"accuracy in percent on {report.config.num_pairs} held-out caption pairs a kind (guessing: 50)"
     if recorded:
         title += f"; in brackets the 95 % interval of the mean of {len(recorded.seeds)} recorded runs"
     rows += [
+        [HELD_OUT, "", *held_out],
         ["attention similarity", "1.000", *similarity],
         ["training, seconds", "", *(f"{student.seconds:.0f}" for student in report.students.values())],
     ]
@@ -90,6 +99,7 @@ def recorded_table(recorded: RecordedRuns) -> ReportTable:
     rows = [[kind, *(shown(recorded.accuracy[name][kind], ".1f") for name in models)] for kind in kinds]
     students = models[1:]
     rows += [
+        [HELD_OUT, "", *(shown(recorded.held_out_lm[name], ".3f") for name in students)],
         ["attention similarity", "1.000", *(shown(recorded.similarity[name], ".3f") for name in students)],
         [
             "milliseconds a step",

@@ -205,8 +205,13 @@ def _results(swept: SweepReport) -> dict[str, StudentResult]:
         raise UserError("\n".join(f"student {name} failed: {reason}" for name, reason in swept.failures.items()))
     results = {}
     for name, student in swept.students.items():
+        held_out = student.stages["dft"].validation
         assert student.similarity is not None
+        assert held_out is not None
         results[name] = StudentResult(
-            evaluation=student.suites[SUITE], similarity=student.similarity.mean, seconds=student.seconds
+            evaluation=student.suites[SUITE],
+            similarity=student.similarity.mean,
+            held_out_lm=held_out.losses["lm"],
+            seconds=student.seconds,
         )
     return results

@@ -26,7 +26,7 @@ def suite_result(accuracy: float) -> SuiteResult:
 
 def report(seed: int, sft: float, logits: float, both: float) -> DemoReport:
     students = {
-        name: StudentResult(evaluation=suite_result(value), similarity=value / 100, seconds=1)
+        name: StudentResult(evaluation=suite_result(value), similarity=value / 100, held_out_lm=1 / value, seconds=1)
         for name, value in zip(STUDENTS, (sft, logits, both), strict=True)
     }
     loop = LoopComparison(
