@@ -42,11 +42,15 @@ QWEN2 = Family(
 # Qwen3-VL also adds features of earlier vision layers inside its first decoder layers ("deepstack").
 QWEN3 = replace(
     QWEN2,
-    model_types=("qwen3_vl",),
+    model_types=("qwen3_vl", "qwen3_vl_moe"),
     projector_prefixes=("model.visual.merger.", "model.visual.deepstack_merger_list."),
     features_enter_once=False,
     last_linear=None,
 )
+# Without deepstack again; most layers of the decoder have linear attention.
+QWEN3_5 = replace(QWEN2, model_types=("qwen3_5", "qwen3_5_moe"), last_linear="visual.merger.linear_fc2")
+# GLM-4.1V and GLM-4.5V: the tower is another, the inputs are those of Qwen.
+GLM4V = replace(QWEN2, model_types=("glm4v", "glm4v_moe"), last_linear="visual.merger.down_proj")
 # Idefics3 and SmolVLM: tiles of one size, each between text tokens that name its row and column.
 IDEFICS3 = Family(
     model_types=("idefics3", "smolvlm"),
@@ -70,7 +74,7 @@ GEMMA3 = replace(
 
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2, QWEN3, IDEFICS3, INTERNVL, GEMMA3)
+    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2, QWEN3, QWEN3_5, GLM4V, IDEFICS3, INTERNVL, GEMMA3)
     for model_type in family.model_types
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from stages.attention.capturable_layers import check_maps
+from stages.attention.capturable_layers import check_maps, layers_with_maps
 from stages.attention.capture import CAPTURE_VERSION
 from stages.attention.prefix_support import why_no_prefix
 from stages.checkpoints.configs import load_config
@@ -150,7 +150,7 @@ def identify_teacher(
     check_packages(config, folder)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
-    layers, windows = captured_layers(settings, num_layers)
+    layers, windows = captured_layers(settings, num_layers, layers_with_maps(config.get_text_config()))
     check_maps(str(folder), config.get_text_config(), layers, "set teacher.layers to others, or choose another teacher")
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     processor = load_processor(folder, trust_remote_code=settings.trust_remote_code)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,5 +116,14 @@ def eager_maps(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         outputs = model(**inputs, output_attentions=True)
     positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
-    maps = torch.stack([outputs.attentions[layer][0].mean(0)[positions][:, positions] for layer in LAYERS])
+    found = attentions_by_layer(model, outputs.attentions)
+    maps = torch.stack([found[layer][0].mean(0)[positions][:, positions] for layer in LAYERS])
     return maps, outputs.logits[0]
+
+
+def attentions_by_layer(model: Any, attentions: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The library's `attentions`, which leave out layers of linear attention."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = [number for number, kind in enumerate(types) if kind != "linear_attention"]
+    return dict(zip(layers, attentions, strict=True))

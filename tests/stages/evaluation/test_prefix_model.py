@@ -19,7 +19,7 @@ from stages.student.model.modeling_compodistill import (
     CompoDistillStudentForConditionalGeneration,
 )
 from storage.errors import UserError
-from tests.tiny_families import RECIPES, make_tiny_family
+from tests.tiny_families import HYBRID, RECIPES, make_tiny_family
 
 PROMPTS = ("What?", "What is left of the red square in the image?")
 
@@ -175,7 +175,10 @@ def test_models_of_every_family_are_read_from_shared_fronts(model_type: str, tmp
     modality = family_of(model_type).modality_input
     prefix = PrefixModel(family_model)
     prefix.check_head(fronts[0].sequences[0])
-    assert prefix.reads_fronts_once(fronts)
+    # Where a layer keeps a state instead of keys and values, every conversation is read as a whole.
+    assert prefix.reads_fronts_once(fronts) == (model_type not in HYBRID)
+    if model_type in HYBRID:
+        return
     running = prefix.read(fronts)
     for hidden_Td, (sequence, start) in zip(running.hidden_BTd, sequences_of(fronts), strict=True):
         types = {modality: (sequence.token_ids == image_token_id).long()[None]} if modality else {}

@@ -1,0 +1,73 @@
+"""What the tiny random checkpoints of the newer model families are made of."""
+
+from typing import Any
+
+from tests.tiny_recipes import MROPE, QWEN_IMAGES, QWEN_TOKENS, QWEN_VISION, TEXT, Recipe
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HYBRID = {
+    # The outer layers have no maps.
+    "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
+}
+VISION = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32}
+
+
+def _qwen3(version: str, text: dict[str, Any], vision: dict[str, Any]) -> Recipe:
+    return Recipe(
+        config={
+            "text_config": {**TEXT, "model_type": f"{version}_text", "rope_parameters": MROPE, **text},
+            "vision_config": {**VISION, "num_position_embeddings": 64, **vision},
+        },
+        processor="Qwen3VLProcessor",
+        image_processor="Qwen2VLImageProcessorPil",
+        image_settings=QWEN_IMAGES,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        image_token="<|image_pad|>",
+        tokens=QWEN_TOKENS,
+    )
+
+
+def _glm(version: str, text: dict[str, Any]) -> Recipe:
+    return Recipe(
+        config={
+            "text_config": {**TEXT, "model_type": f"{version}_text", "rope_parameters": MROPE, **text},
+            "vision_config": {**VISION, "image_size": 32},
+        },
+        processor="Glm4vProcessor",
+        image_processor="Glm4vImageProcessorPil",
+        # Its sizes count the two frames that one picture becomes.
+        image_settings={**QWEN_IMAGES, "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 2 * 64 * 64}},
+        image="<|begin_of_image|><|image|><|end_of_image|>",
+        image_token="<|image|>",
+        tokens={
+            "video_token": "<|video|>",
+            "image_start_token": "<|begin_of_image|>",
+            "image_end_token": "<|end_of_image|>",
+            "video_start_token": "<|begin_of_video|>",
+            "video_end_token": "<|end_of_video|>",
+        },
+    )
+
+
+NEWER: dict[str, Recipe] = {
+    "qwen3_vl_moe": _qwen3("qwen3_vl_moe", EXPERTS, {"deepstack_visual_indexes": [0]}),
+    "qwen3_5": _qwen3("qwen3_5", HYBRID, {}),
+    "qwen3_5_moe": _qwen3("qwen3_5_moe", {**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 16}, {}),
+    "glm4v": _glm("glm4v", {}),
+    "glm4v_moe": _glm(
+        "glm4v_moe",
+        {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0},
+        },
+    ),
+}
+"""Families since 2025, beside those of `tests.tiny_recipes`."""
