@@ -57,16 +57,20 @@ def make_tiny_family(folder: Path, model_type: str, *, seed: int = 0, **decoder:
     image_token_id = tokenizer.convert_tokens_to_ids(recipe.image_token)
     ids = {"image_token_id": image_token_id, "image_token_index": image_token_id}
     ids |= {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in recipe.tokens.items()}
+    ids["visual_indicator_token_ids"] = [id_ for name, id_ in ids.items() if name.startswith("visual_indicator")]
     text = {
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if "vocab_size_per_layer_input" in recipe.config["text_config"]:
+        text["vocab_size_per_layer_input"] = len(tokenizer)
     config = AutoConfig.for_model(
         model_type,
         **{**recipe.config, "text_config": {**recipe.config["text_config"], **text, **decoder}},
         **ids,
+        vocab_size=len(tokenizer),
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]):
@@ -81,8 +85,10 @@ def make_tiny_family(folder: Path, model_type: str, *, seed: int = 0, **decoder:
     cls = images_only(cls) if "video_processor" in cls.get_attributes() else cls
     images = getattr(transformers, recipe.image_processor)(**recipe.image_settings)
     video = {"video_processor": None} if "video_processor" in inspect.signature(cls.__init__).parameters else {}
+    sounds = recipe.feature_extractor and {"feature_extractor": getattr(transformers, recipe.feature_extractor)()}
     template = TEMPLATE.replace("IMAGE", recipe.image)
-    cls(images, tokenizer, **video, chat_template=template, **recipe.settings).save_pretrained(folder)
+    parts = {"image_processor": images, "tokenizer": tokenizer, **video, **(sounds or {})}
+    cls(**parts, chat_template=template, **recipe.settings).save_pretrained(folder)
     return folder
 
 

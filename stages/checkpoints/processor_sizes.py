@@ -124,7 +124,7 @@ def _area(size: Any, width: int, height: int, *, of_area: bool) -> float:
 
 def _tried(processor: Any) -> str | None:
     """What goes wrong with one small picture, None if nothing does."""
-    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    placeholder = getattr(processor, "image_token", None)
     text = {"text": [placeholder]} if placeholder else {}
     try:
         with panics_raised():

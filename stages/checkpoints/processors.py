@@ -140,8 +140,16 @@ def images_only(cls: Any) -> Any:
         "__reduce__": lambda self: (_remade, (cls, self.__dict__)),
     }
     # The class keeps its name, which is what is saved and what finds it again.
-    without = type(cls.__name__, (cls,), methods)
+    without = type(cls.__name__, (cls, _GivenNoVideos), methods)
     return without
+
+
+class _GivenNoVideos(ProcessorMixin):  # type: ignore[misc]
+    """Stands behind a class of the library that hands on an argument for the half that it lacks (Gemma 4)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop(_VIDEO, None)
+        super().__init__(*args, **kwargs)
 
 
 def _remade(cls: Any, state: dict[str, Any]) -> Any:

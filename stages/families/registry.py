@@ -71,12 +71,30 @@ GEMMA3 = replace(
     modality_input="token_type_ids",
     last_linear=None,
 )
+# As Gemma 3, in the sliding layers alone, and only where `use_bidirectional_attention` says so; images of any shape.
+GEMMA4 = Family(
+    model_types=("gemma4",),
+    vision_prefixes=("model.vision_tower.", "model.embed_vision."),
+    projector_prefixes=("model.embed_vision.",),
+    causal_image_tokens=False,
+    # [images, patches, ...]: padded by the processor to as many patches as an image may have.
+    pixel_inputs={"pixel_values": "cat", "image_position_ids": "cat"},
+    modality_input="mm_token_type_ids",
+    caps_logits=True,
+)
+# An image token is a mixture of the rows of a table; separators of tiles, rows and images are rows of it too.
+OVIS2 = Family(
+    model_types=("ovis2",),
+    vision_prefixes=("model.vision_tower.", "model.visual_embeddings_table."),
+    projector_prefixes=("model.visual_embeddings_table.",),
+    marks_with_pixels=True,
+)
 
-FAMILIES: dict[str, Family] = {
-    model_type: family
-    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2, QWEN3, QWEN3_5, GLM4V, IDEFICS3, INTERNVL, GEMMA3)
-    for model_type in family.model_types
-}
+_ALL = (
+    *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2, QWEN3, QWEN3_5, GLM4V),
+    *(IDEFICS3, INTERNVL, GEMMA3, GEMMA4, OVIS2),
+)
+FAMILIES: dict[str, Family] = {model_type: family for family in _ALL for model_type in family.model_types}
 
 
 def family_of(model_type: str) -> Family:

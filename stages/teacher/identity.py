@@ -60,7 +60,7 @@ class TeacherIdentity:
         """Notes for the user about what students of this teacher will not learn, and how it is loaded."""
         scheme = scheme_of(self.config)
         quantized = () if scheme is None else (f"the teacher is quantized ({scheme}); so is what students learn of it",)
-        apart = why_no_prefix(self.config.get_text_config()) if self.settings.prefix_reuse == "auto" else None
+        apart = _why_no_prefix(self.config) if self.settings.prefix_reuse == "auto" else None
         whole = () if apart is None else (f"each conversation is computed as a whole, its images too: {apart}",)
         ends = notes_of_ends(
             self.processor,
@@ -183,13 +183,17 @@ def _reuses_prefix(settings: TeacherConfig, config: PreTrainedConfig, folder: Pa
     """
     if settings.prefix_reuse == "off":
         return False
-    why = why_no_prefix(config.get_text_config())
+    why = _why_no_prefix(config)
     if why is not None and settings.prefix_reuse == "on":
         raise UserError(
             f"conversations cannot share what comes before them in {folder}: {why}; set teacher.prefix_reuse to auto "
             "or off"
         )
     return why is None
+
+
+def _why_no_prefix(config: PreTrainedConfig) -> str | None:
+    return family_of(config.model_type).why_no_prefix() or why_no_prefix(config.get_text_config())
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from storage.errors import UserError
 from tests.stages.extracted_families import LAYERS, eager, eager_maps, processed
 from tests.tiny_families import RECIPES
 
-CAUSAL = sorted(set(RECIPES) - {"gemma3"})
+CAUSAL = sorted(name for name in RECIPES if FAMILIES[name].causal_image_tokens)
 
 
 @pytest.mark.parametrize("model_type", RECIPES)
@@ -143,9 +143,10 @@ def test_gemma3_image_tokens_attend_within_their_image_in_both_directions_and_th
     assert images == {1, 2}
 
 
-def test_gemma3_maps_do_not_depend_on_what_follows_the_image(extract: Any) -> None:
+@pytest.mark.parametrize("model_type", sorted(set(RECIPES) - set(CAUSAL)))
+def test_maps_do_not_depend_on_what_follows_the_image(model_type: str, extract: Any) -> None:
     """The premise of sharing maps where attention is not causal."""
-    extracted = extract("gemma3")
+    extracted = extract(model_type)
     model, processor = eager(extracted.checkpoint), load_processor(extracted.checkpoint)
     same_image = [stored for stored, _, _ in extracted.with_maps if len(stored.images) == 1]
     by_image: dict[tuple[bytes, ...], list[Tensor]] = {}
@@ -153,6 +154,14 @@ def test_gemma3_maps_do_not_depend_on_what_follows_the_image(extract: Any) -> No
         by_image.setdefault(stored.images, []).append(eager_maps(model, processed(processor, stored))[0])
     first, second = next(maps for maps in by_image.values() if len(maps) == 2)
     torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+
+
+def test_gemma4_image_tokens_attend_in_both_directions_in_sliding_layers_alone(extract: Any) -> None:
+    extracted = extract("gemma4")
+    for _, _, maps in extracted.with_maps:
+        whole_NN, sliding_NN = MapCodec(extracted.store.manifest.fingerprint.map_codec).decode(maps)
+        assert not whole_NN.triu(1).any()
+        assert bool(sliding_NN.triu(1).any())
 
 
 def test_gemma3_layers_with_a_window_see_only_part_of_an_earlier_image(extract: Any) -> None:

@@ -19,6 +19,7 @@ from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import load_processor
+from stages.families.registry import family_of
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
@@ -42,7 +43,10 @@ from tests.storage.builders import target_stream
 from tests.tiny_families import make_tiny_family
 from tests.tiny_newer_recipes import NEWER
 
-FAMILIES = ("qwen2_5_vl", "llava_next", "llava_onevision", "idefics3", "internvl", "qwen3_vl", *NEWER)
+FAMILIES = (
+    *("qwen2_5_vl", "llava_next", "llava_onevision", "idefics3", "internvl", "qwen3_vl"),
+    *(name for name in NEWER if family_of(name).why_not_with_own_vision() is None),
+)
 Extract = Callable[[str], Extracted]
 
 
