@@ -12,13 +12,17 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 from stages.checkpoints.processors import images_only
 from tests.tiny_newer_recipes import NEWER
 from tests.tiny_recipes import OLDER, Recipe
 
-RECIPES = {**OLDER, **NEWER}
-"""Recipes of all families, by `model_type`."""
+ALL_RECIPES = {**OLDER, **NEWER}
+RECIPES = {
+    name: recipe for name, recipe in ALL_RECIPES.items() if is_torchvision_available() or not recipe.needs_torchvision
+}
+"""Recipes of the families that can be run here, by `model_type`."""
 
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -50,9 +54,11 @@ def softmax_layers(model_type: str) -> set[int]:
 HYBRID = sorted(name for name in RECIPES if len(softmax_layers(name)) < 4)
 
 
-def make_tiny_family(folder: Path, model_type: str, *, seed: int = 0, **decoder: Any) -> Path:
+def make_tiny_family(
+    folder: Path, model_type: str, *, seed: int = 0, recipe: Recipe | None = None, **decoder: Any
+) -> Path:
     """A checkpoint of `model_type` with 4 decoder layers of width 32; `decoder` are other settings of the decoder."""
-    recipe = RECIPES[model_type]
+    recipe = recipe or RECIPES[model_type]
     tokenizer = _train_tokenizer(recipe)
     image_token_id = tokenizer.convert_tokens_to_ids(recipe.image_token)
     ids = {"image_token_id": image_token_id, "image_token_index": image_token_id}

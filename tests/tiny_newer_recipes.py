@@ -54,6 +54,39 @@ def _glm(version: str, text: dict[str, Any]) -> Recipe:
     )
 
 
+PIXTRAL_VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "image_size": 64,
+    "patch_size": 8,
+}
+
+
+def _pixtral(merge: int, config: dict[str, Any]) -> Recipe:
+    return Recipe(
+        config={
+            "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
+            "vision_config": PIXTRAL_VISION,
+            **config,
+        },
+        processor="PixtralProcessor",
+        image_processor="PixtralImageProcessor",
+        image_settings={"size": {"longest_edge": 32 * merge}, "patch_size": {"height": 8 * merge, "width": 8 * merge}},
+        settings={"patch_size": 8, "spatial_merge_size": merge},
+        needs_torchvision=True,
+        image="[IMG]",
+        image_token="[IMG]",
+        tokens={"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+    )
+
+
+PIXTRAL = _pixtral(1, {"vision_feature_select_strategy": "full", "vision_feature_layer": -1})
+"""A LLaVA whose vision tower takes images of any size."""
+
 NEWER: dict[str, Recipe] = {
     "qwen3_vl_moe": _qwen3("qwen3_vl_moe", EXPERTS, {"deepstack_visual_indexes": [0]}),
     "qwen3_5": _qwen3("qwen3_5", HYBRID, {}),
@@ -143,6 +176,44 @@ NEWER: dict[str, Recipe] = {
         tokens={
             "placeholder": "<image>",
             **{f"visual_indicator_{name.lower()}": f"<IMG_{name}>" for name in ("START", "GRID", "COL", "ROW", "END")},
+        },
+    ),
+    "mistral3": _pixtral(2, {"spatial_merge_size": 2}),
+    "lfm2_vl": Recipe(
+        config={
+            "text_config": {
+                **{name: value for name, value in TEXT.items() if name != "head_dim"},
+                "model_type": "lfm2",
+                # The outer layers have no maps.
+                "layer_types": ["conv", "full_attention", "full_attention", "conv"],
+                "block_auto_adjust_ff_dim": False,
+            },
+            "vision_config": {
+                "model_type": "siglip2_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_patches": 16,
+                "patch_size": 8,
+                "vision_use_head": False,
+            },
+            "projector_hidden_size": 24,
+        },
+        processor="Lfm2VlProcessor",
+        image_processor="Lfm2VlImageProcessor",
+        image_settings={
+            "encoder_patch_size": 8,
+            "tile_size": 32,
+            "max_tiles": 4,
+            "min_image_tokens": 2,
+            "max_image_tokens": 4,
+        },
+        needs_torchvision=True,
+        tokens={
+            "image_start_token": "<|image_start|>",
+            "image_end_token": "<|image_end|>",
+            "image_thumbnail_token": "<|img_thumbnail|>",
         },
     ),
 }

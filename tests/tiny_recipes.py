@@ -14,6 +14,7 @@ class Recipe:
         image_processor: class of the library, its Pillow variant.
         image_settings, settings: arguments of the two.
         feature_extractor: class of the library for sounds, for a processor that has one.
+        needs_torchvision: whether the library reads its images with torchvision alone, or asks for it.
         image: what the chat template writes for an image.
         image_token: what stands at the positions of image features.
         tokens: further special tokens, those with a name become attributes of the tokenizer.
@@ -25,6 +26,7 @@ class Recipe:
     image_settings: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     feature_extractor: str | None = None
+    needs_torchvision: bool = False
     image: str = "<image>"
     image_token: str = "<image>"
     tokens: dict[str, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.stages.distilled import TinyData, extract_here
 from tests.tiny_families import make_tiny_family
+from tests.tiny_recipes import Recipe
 
 LAYERS = (1, 2)
 
@@ -67,9 +68,9 @@ def make_samples(folder: Path) -> Path:
     return folder / "packed"
 
 
-def extract_family(model_type: str, samples: Path, folder: Path) -> Extracted:
+def extract_family(model_type: str, samples: Path, folder: Path, recipe: Recipe | None = None) -> Extracted:
     """A tiny teacher of the family over `make_samples`; the whole vocabulary is stored."""
-    checkpoint = make_tiny_family(folder / "teacher", model_type)
+    checkpoint = make_tiny_family(folder / "teacher", model_type, recipe=recipe)
     data = TinyData(teacher=checkpoint, student_lm=folder, samples=samples)
     store = extract_here(
         data,
@@ -122,8 +123,8 @@ def eager_maps(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def attentions_by_layer(model: Any, attentions: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The library's `attentions`, which leave out layers of linear attention."""
+    """The library's `attentions`, which leave out layers of other kinds."""
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers = [number for number, kind in enumerate(types) if kind != "linear_attention"]
+    layers = [number for number, kind in enumerate(types) if kind not in ("linear_attention", "conv")]
     return dict(zip(layers, attentions, strict=True))

@@ -26,7 +26,7 @@ from storage.codecs.attention_maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
 from storage.errors import UserError
 from tests.stages.extracted_families import LAYERS, eager, eager_maps, processed
-from tests.tiny_families import RECIPES
+from tests.tiny_families import ALL_RECIPES, RECIPES
 
 CAUSAL = sorted(name for name in RECIPES if FAMILIES[name].causal_image_tokens)
 
@@ -216,14 +216,16 @@ def test_pixels_made_alone_are_those_of_the_conversation_also_in_another_process
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(UserError, match=r"'bert' is not a known teacher family; known: gemma3, glm4v, .*idefics3"):
+    with pytest.raises(UserError, match=r"'bert' is not a known teacher family; known: gemma3, gemma4, .*idefics3"):
         family_of("bert")
-    assert set(RECIPES) | {"llava"} == set(FAMILIES)
+    assert set(ALL_RECIPES) | {"llava"} == set(FAMILIES)
 
 
 def test_a_pixel_input_that_the_family_does_not_name_is_refused() -> None:
     with pytest.raises(UserError, match=r"\['image_sizes'\].* takes \['pixel_values'\]"):
-        join_pixels(family_of("llava"), [{"pixel_values": torch.zeros(1, 3, 2, 2), "image_sizes": torch.zeros(1, 2)}])
+        join_pixels(
+            family_of("internvl"), [{"pixel_values": torch.zeros(1, 3, 2, 2), "image_sizes": torch.zeros(1, 2)}]
+        )
 
 
 def test_padding_is_never_the_image_token() -> None:
