@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.checkpoints import find_checkpoint
 from pipeline.models import default_device
-from stages.attention.capturable_layers import check_maps
+from stages.attention.capturable_layers import check_maps, layers_with_maps
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import hide_loading_bars
 from stages.evaluation.attention.similarity import AttentionSimilarity, LayersFrom, attention_similarity
@@ -88,7 +88,8 @@ def open_student(model: str, store: TargetStore) -> OpenedStudent:
     hide_loading_bars()
     spec = resolve_reader_spec(store, folder, own_vision=not is_student(folder), kd_weight=0.0)
     trained = StageFolder.of_student(folder).matching()
-    matching, notes = match_layers(spec.decoder.num_hidden_layers, store.manifest, trained or MatchingConfig())
+    depth, able = spec.decoder.num_hidden_layers, layers_with_maps(spec.decoder)
+    matching, notes = match_layers(depth, store.manifest, trained or MatchingConfig(), able=able)
     check_maps(str(folder), spec.decoder, matching.student_layers, "attention can be compared in others only")
     # In float32 also on a GPU, so that numbers of two machines can be compared.
     loaded: Any = load_student(folder)

@@ -144,7 +144,8 @@ def check_teacher(settings: TeacherConfig, *, with_weights: bool = True) -> None
     num_layers = num_decoder_layers(config)
     # Otherwise the library knows how many there are, or refuses the checkpoint.
     if num_layers is not None and num_layers <= MAX_LAYERS:
-        captured_layers(settings, num_layers)
+        # Which of them have maps, only the library knows.
+        captured_layers(settings, num_layers, settings.layers)
     if settings.chat_template is not None:
         read_template(settings.chat_template)
     # Code that comes with a checkpoint decides itself of which type it is, and what it reads.

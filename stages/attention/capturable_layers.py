@@ -35,7 +35,7 @@ def _look(decoder: PreTrainedConfig) -> frozenset[int] | None:
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(decoder, trust_remote_code=False)
-            embeddings = torch.zeros(1, 4, decoder.hidden_size, dtype=model.dtype)
+            tokens = torch.zeros(1, 4, dtype=torch.long)
     except (ValueError, RuntimeError):
         return None
     check_sdpa(model)
@@ -44,7 +44,7 @@ def _look(decoder: PreTrainedConfig) -> frozenset[int] | None:
         # The default of mixtures of experts looks at how many tokens each got.
         model.set_experts_implementation("batched_mm")
         # With a cache, without which the library looks at positions for several samples in one row.
-        model(inputs_embeds=embeddings, capture=capture, use_cache=True)
+        model(input_ids=tokens, capture=capture, use_cache=True)
     except (ValueError, RuntimeError):
         return None
     return frozenset(capture.maps)

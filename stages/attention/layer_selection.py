@@ -3,6 +3,7 @@
 Layer numbers count from 0. Source: docs/method.md#layer-matching and docs/method.md#layer-spans.
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 from storage.errors import UserError
@@ -44,17 +45,34 @@ def span_layers(num_layers: int, span: LayerSpan) -> range:
     return layers
 
 
-def default_num_matched(num_layers: int) -> int:
-    """S: 7, or as many as the decoder's middle third holds."""
-    return min(MATCHED_LAYERS, len(visual_understanding_layers(num_layers)))
+def with_maps(layers: range, able: Collection[int] | None) -> tuple[int, ...]:
+    """Those of `layers` that are among `able`, the decoder's layers with attention maps; all if that is None.
+
+    >>> with_maps(range(8, 16), {3, 7, 11, 15, 19, 23})
+    (11, 15)
+    """
+    return tuple(layer for layer in layers if able is None or layer in able)
 
 
-def student_layers(num_layers: int, num_matched: int, span: LayerSpan = "middle") -> tuple[int, ...]:
-    """The student's S layers: from the first layer of the span on, moved down if they would not fit."""
-    if num_matched > num_layers:
-        raise UserError(f"the student has {num_layers} layers but {num_matched} are to be matched; set fewer")
-    first = min(span_layers(num_layers, span).start, num_layers - num_matched)
-    return tuple(range(first, first + num_matched))
+def default_num_matched(num_layers: int, able: Collection[int] | None = None) -> int:
+    """S: 7, or as many as the decoder's middle third holds with attention maps, but at least 1."""
+    return min(MATCHED_LAYERS, max(1, len(with_maps(visual_understanding_layers(num_layers), able))))
+
+
+def student_layers(
+    num_layers: int, num_matched: int, span: LayerSpan = "middle", able: Collection[int] | None = None
+) -> tuple[int, ...]:
+    """The student's S layers: from the first layer of the span on, moved down if they would not fit.
+
+    `able` are its layers with attention maps, None for all: the others are passed over.
+    """
+    layers = with_maps(range(num_layers), able)
+    if num_matched > len(layers):
+        of_what = "layers" if able is None else "layers with attention maps"
+        raise UserError(f"the student has {len(layers)} {of_what} but {num_matched} are to be matched; set fewer")
+    start = span_layers(num_layers, span).start
+    first = min(sum(layer < start for layer in layers), len(layers) - num_matched)
+    return layers[first : first + num_matched]
 
 
 def sliding_windows(captured: tuple[int, ...], num_matched: int) -> tuple[tuple[int, ...], ...]:

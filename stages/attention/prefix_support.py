@@ -43,13 +43,13 @@ def _look(decoder: PreTrainedConfig) -> str | None:
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(decoder, trust_remote_code=False)
-            embeddings = torch.zeros(1, 4, decoder.hidden_size, dtype=model.dtype)
+            tokens = torch.zeros(1, 4, dtype=torch.long)
         if "position_ids" not in inspect.signature(model.forward).parameters:
             return "it takes no positions"
         model.set_attn_implementation(CAPTURING_SDPA)
         # As in `capturable_layers`: what depends on numbers cannot run without them.
         model.set_experts_implementation("batched_mm")
-        model(inputs_embeds=embeddings, prefix=record, use_cache=True)
+        model(input_ids=tokens, prefix=record, use_cache=True)
     except (ValueError, RuntimeError, TypeError) as error:
         return f"it does not run as it must ({type(error).__name__})"
     if lacking := sorted(set(range(decoder.num_hidden_layers)) - set(record.states)):

@@ -83,7 +83,7 @@ def _impossible(value: Any, name: str) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _impossible(part, name) if part is not None else [f"{name} holds null"]
-    elif _COUNTS.search(name) and not isinstance(value, bool | None):
+    elif _COUNTS.search(name) and not name.endswith("_tolerance") and not isinstance(value, bool | None):
         in_range = isinstance(value, int) and least <= value <= MAX_PIXELS
         yield from (
             [] if in_range else [f"{name} is {value!r:.50}, expected a whole number from {least} to {MAX_PIXELS:,}"]
@@ -95,9 +95,10 @@ def _estimated(settings: Mapping[str, Any], images: Mapping[str, Any]) -> tuple[
     merge = images.get("merge_size") or 1
     sizes = [images.get(name) for name in ("size", "crop_size", "pad_size", "max_image_size")]
     tile = max(_area(size, *_TRIED, of_area="merge_size" in images) for size in sizes)
+    tile = max(tile, (images.get("tile_size") or 0) ** 2)
     grids = images.get("image_grid_pinpoints") or ()
     grid = max((height * width for height, width in grids), default=0)
-    num_tiles = 1.0 + (images.get("max_patches") or 0) + (images.get("pan_and_scan_max_num_crops") or 0)
+    num_tiles = 1.0 + sum(images.get(name) or 0 for name in ("max_patches", "max_tiles", "pan_and_scan_max_num_crops"))
     num_tiles += grid / (_area(sizes[0], *_TRIED, of_area=False) or 1)
     if sizes[3]:  # the picture is made as large as `size`, then cut into tiles of this size
         num_tiles += _area(sizes[0], *_TRIED, of_area=False) / (_area(sizes[3], *_TRIED, of_area=False) or 1)
@@ -124,7 +125,7 @@ def _area(size: Any, width: int, height: int, *, of_area: bool) -> float:
 
 def _tried(processor: Any) -> str | None:
     """What goes wrong with one small picture, None if nothing does."""
-    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    placeholder = getattr(processor, "image_token", None)
     text = {"text": [placeholder]} if placeholder else {}
     try:
         with panics_raised():

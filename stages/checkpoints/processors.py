@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_base import generate_merges
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from stages.checkpoints.configs import check_configs
@@ -45,12 +46,18 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
             if cls is None or _VIDEO not in cls.get_attributes()
             else images_only(cls).from_pretrained(folder, trust_remote_code=False)
         )
-    except ImportError as error:
-        raise UserError(
-            f"the processor of {folder} cannot be built here: {error} (SmolVLM: pip install 'compodistill[smolvlm]')"
-        ) from error
-    # For a damaged tokenizer.json the library raises a bare Exception.
+    # For a damaged tokenizer.json the library raises a bare Exception, for some missing packages a ValueError.
     except Exception as error:
+        if not is_torchvision_available() and "torchvision" in str(error).lower():
+            raise UserError(
+                f"the processor of {folder} needs torchvision, which is not installed; install the one that belongs to "
+                "this PyTorch (https://pytorch.org/get-started/locally/)"
+            ) from error
+        if isinstance(error, ImportError):
+            raise UserError(
+                f"the processor of {folder} cannot be built here: {first_line(error)} "
+                "(SmolVLM: pip install 'compodistill[smolvlm]')"
+            ) from error
         raise UserError(
             f"{folder} has no processor that can be read ({type(error).__name__}: {first_line(error)}); expected "
             f"{_CONFIGS}, tokenizer_config.json and tokenizer.json in it, whole: fetch or save them again"
@@ -140,8 +147,16 @@ def images_only(cls: Any) -> Any:
         "__reduce__": lambda self: (_remade, (cls, self.__dict__)),
     }
     # The class keeps its name, which is what is saved and what finds it again.
-    without = type(cls.__name__, (cls,), methods)
+    without = type(cls.__name__, (cls, _GivenNoVideos), methods)
     return without
+
+
+class _GivenNoVideos(ProcessorMixin):  # type: ignore[misc]
+    """Stands behind a class of the library that hands on an argument for the half that it lacks (Gemma 4)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop(_VIDEO, None)
+        super().__init__(*args, **kwargs)
 
 
 def _remade(cls: Any, state: dict[str, Any]) -> Any:

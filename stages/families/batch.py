@@ -70,8 +70,12 @@ def pixels_of(family: Family, processor: Any, images: Sequence[Image.Image]) -> 
     return {name: outputs[name] for name in family.pixel_inputs if name in outputs}
 
 
-def pixels_and_count(family: Family, processor: Any, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], int]:
+def pixels_and_count(
+    family: Family, processor: Any, images: Sequence[Image.Image], image_token_id: int
+) -> tuple[dict[str, Tensor], int]:
     """The pixel inputs of one sample, and how many image tokens the processor makes of its images.
+
+    The id is that of the model's config: a processor may name its placeholder, which is another token.
 
     Raises:
         UnusableSample: As `check_picture`.
@@ -82,7 +86,7 @@ def pixels_and_count(family: Family, processor: Any, images: Sequence[Image.Imag
         check_picture(processor, image)
     outputs = processor(text=[processor.image_token * len(images)], images=[list(images)], return_tensors="pt")
     pixels = {name: outputs[name] for name in family.pixel_inputs if name in outputs}
-    return pixels, int((outputs["input_ids"] == processor.image_token_id).sum())
+    return pixels, int((outputs["input_ids"] == image_token_id).sum())
 
 
 def join_pixels(family: Family, pixel_inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

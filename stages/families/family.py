@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Joining = Literal["cat", "pad"]
 """How an input of several samples becomes one: joined along its first axis as it is, or with the other axes padded
@@ -27,6 +30,9 @@ class Family:
         last_linear: name within the model of the linear layer that ends the projector, if what follows it only moves
             features or averages them with weights that sum to 1: a linear layer behind it all can be folded into it.
         added_vectors: names of parameters that the model puts among the features after that layer.
+        marks_with_pixels: whether tokens behind an image, such as its end, get vectors of the vision part too, and only
+            in a forward pass that has pixels: what follows an image cannot be computed apart from it.
+        caps_logits: whether the model caps what its head gives, as `final_logit_softcapping` of its config says.
     """
 
     model_types: tuple[str, ...]
@@ -39,6 +45,18 @@ class Family:
     pixels_without_text: bool = True
     last_linear: str | None = None
     added_vectors: tuple[str, ...] = ()
+    marks_with_pixels: bool = False
+    caps_logits: bool = False
+
+    def logits(self, from_head: "Tensor", config: Any) -> "Tensor":
+        """The model's logits, of what its head gives; `config` is that of its decoder."""
+        cap = getattr(config, "final_logit_softcapping", None) if self.caps_logits else None
+        return from_head if cap is None else (from_head / cap).tanh() * cap
+
+    def why_no_prefix(self) -> str | None:
+        """Why its conversations cannot share what comes before them, whatever its decoder is; None if they can."""
+        marked = "tokens behind an image get vectors that the model makes with its pixels only"
+        return marked if self.marks_with_pixels else None
 
     def why_no_student(self) -> str | None:
         """Why a student cannot have such a teacher; None if it can."""

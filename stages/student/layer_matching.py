@@ -1,6 +1,6 @@
 """Which student layers learn from which windows of a target store."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -13,6 +13,7 @@ from stages.attention.layer_selection import (
     sliding_windows,
     span_layers,
     student_layers,
+    with_maps,
 )
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.errors import UserError
@@ -26,6 +27,9 @@ ONE_TO_ONE_COSINES = {"float16": 0.9999, "sqrt8": 0.9992, "sqrt4": 0.9985, "sqrt
 UNMASKED_COSINES = {"sqrt8": 0.9964, "sqrt4": 0.9804, "sqrt2": 0.9641}
 """The same of stored windows with sinks left in, which codes cut at the cap; least of cosine and KL, same file. All
 are of large maps."""
+
+_SOFTMAX = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Types of layers, as configs name them, that have attention maps."""
 
 WITHOUT_MAPS = (
     "match others (train.matching.student_layers), choose another decoder, or set attention_weight to 0 in the stages "
@@ -74,21 +78,27 @@ class LayerMatching:
 
 
 def match_layers(
-    student_depth: int, manifest: Manifest, config: MatchingConfig, *, sink_mask: bool = True
+    student_depth: int,
+    manifest: Manifest,
+    config: MatchingConfig,
+    *,
+    sink_mask: bool = True,
+    able: Collection[int] | None = None,
 ) -> tuple[LayerMatching, list[str]]:
     """Matching of a student of that many decoder layers with a store's captured layers, and notes for the user.
 
     Where `config` has no number of layers, it is the store's where that holds just the span, else what
     `default_num_matched` says; for the span `all` it is the number of layers of the shallower model. Only the notes
-    depend on `sink_mask`: whether attention sinks are left out.
+    depend on `sink_mask`: whether attention sinks are left out. `able` are the student's layers with attention maps,
+    None where they are not known; where there are none, layers are chosen as if all had some.
 
     Raises:
         UserError: If layers are asked for that the student lacks, or that were not captured.
     """
     fingerprint, layers, span = manifest.fingerprint, config.student_layers, config.span
-    captured = fingerprint.layers
+    captured, able = fingerprint.layers, able or None
     if span is not None:
-        captured = tuple(span_layers(manifest.num_layers, span))
+        captured = with_maps(span_layers(manifest.num_layers, span), _teachers_layers(fingerprint))
         if not set(captured) <= set(fingerprint.layers):
             raise UserError(
                 f"the {span} layers of the teacher are {captured[0]} to {captured[-1]}, but the targets hold layers "
@@ -96,8 +106,8 @@ def match_layers(
                 f"with teacher.layers=[{', '.join(map(str, captured))}]"
             )
     if layers is None:
-        num_matched = config.num_matched or _default_num_matched(student_depth, fingerprint, captured, span)
-        layers = student_layers(student_depth, num_matched, span or "middle")
+        num_matched = config.num_matched or _default_num_matched(student_depth, fingerprint, captured, span, able)
+        layers = student_layers(student_depth, num_matched, span or "middle", able)
     if not layers or min(layers) < 0 or max(layers) >= student_depth:
         raise UserError(
             f"student layers {list(layers)} were asked for, but the decoder has layers 0 to {student_depth - 1}"
@@ -116,15 +126,26 @@ def match_layers(
     return found, notes
 
 
+def _teachers_layers(fingerprint: Fingerprint) -> set[int] | None:
+    """Layers with softmax attention, where the teacher's config says of which type each is."""
+    text = fingerprint.teacher_config.get("text_config")
+    types = text.get("layer_types") if isinstance(text, dict) else None
+    return {number for number, kind in enumerate(types) if kind in _SOFTMAX} if types else None
+
+
 def _default_num_matched(
-    student_depth: int, fingerprint: Fingerprint, captured: tuple[int, ...], span: LayerSpan | None
+    student_depth: int,
+    fingerprint: Fingerprint,
+    captured: tuple[int, ...],
+    span: LayerSpan | None,
+    able: Collection[int] | None,
 ) -> int:
     if span is None:
-        return min(len(fingerprint.windows), default_num_matched(student_depth))
-    shallower = min(len(captured), len(span_layers(student_depth, span)))
+        return min(len(fingerprint.windows), default_num_matched(student_depth, able))
+    shallower = min(len(captured), len(with_maps(span_layers(student_depth, span), able)))
     if span == "all":
         return shallower
-    most = len(fingerprint.windows) if captured == fingerprint.layers else default_num_matched(student_depth)
+    most = len(fingerprint.windows) if captured == fingerprint.layers else default_num_matched(student_depth, able)
     return min(shallower, most)
 
 

@@ -1,10 +1,16 @@
 """Settings of the teacher; they import no torch, so that a mistake in them is said at once."""
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.attention.layer_selection import default_num_matched, sliding_windows, visual_understanding_layers
+from stages.attention.layer_selection import (
+    default_num_matched,
+    sliding_windows,
+    visual_understanding_layers,
+    with_maps,
+)
 from stages.settings import AtResume
 from storage.codecs.codec_settings import MAX_TOP_K, MapCodecName, NumTailSamples, Temperatures
 from storage.errors import UserError
@@ -34,7 +40,8 @@ class TeacherConfig(StrictModel):
     """Samples of one forward pass; None finds on a GPU what fits, and is 8 on a CPU. Changes no byte on a CPU, and
     roundings on a GPU."""
     layers: tuple[int, ...] | None = None
-    """Captured decoder layers, consecutive, counted from 0; None takes the middle third."""
+    """Captured decoder layers, counted from 0, consecutive among those that have attention maps; None takes those of
+    the middle third."""
     num_matched: int | None = Field(default=None, ge=1)
     """Student layers the sink masks are made for; None is 7, or fewer for a shallow teacher."""
     map_codec: MapCodecName = "auto"
@@ -65,14 +72,20 @@ class TeacherConfig(StrictModel):
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
 
-def captured_layers(settings: TeacherConfig, num_layers: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+def captured_layers(
+    settings: TeacherConfig, num_layers: int, able: Collection[int] | None = None
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Decoder layers whose maps are stored, and the windows of them that are stored exactly.
 
+    `able` are the layers that have maps, None for all. Layers of the settings that are not among them are left in.
+
     Raises:
-        UserError: If the layers are not consecutive ones of the decoder.
+        UserError: If the layers do not rise, are not all of the decoder, or leave one out that has maps.
     """
-    layers = settings.layers or tuple(visual_understanding_layers(num_layers))
-    if not 0 <= layers[0] <= layers[-1] < num_layers or layers != tuple(range(layers[0], layers[-1] + 1)):
+    third = visual_understanding_layers(num_layers)
+    layers = settings.layers or with_maps(third, able) or tuple(third)
+    passed_over = set(with_maps(range(layers[0], layers[-1] + 1), able)) - set(layers)
+    if not 0 <= layers[0] <= layers[-1] < num_layers or passed_over or layers != tuple(sorted({*layers})):
         raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
     num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
     return layers, sliding_windows(layers, num_matched)

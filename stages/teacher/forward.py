@@ -109,12 +109,12 @@ def answer_logits(teacher: Teacher, hidden_Rd: Tensor, addresses_R: Tensor) -> t
         is not means nothing).
     """
     head, codec = teacher.model.get_output_embeddings(), AnswerLogitsCodec(teacher.identity.logit_codec)
-    num_rows = len(hidden_Rd)
+    config, num_rows = teacher.identity.config.get_text_config(), len(hidden_Rd)
     hidden_Rd = pad(hidden_Rd, (0, 0, 0, -num_rows % ROW_STEP))
     addresses_R = pad(addresses_R, (0, -num_rows % ROW_STEP))
     records, finite = [], []
     for rows_Rd, seeds_R in zip(torch.split(hidden_Rd, LOGIT_ROWS), torch.split(addresses_R, LOGIT_ROWS), strict=True):
-        logits_RV = head(rows_Rd).float()
+        logits_RV = teacher.identity.family.logits(head(rows_Rd).float(), config)
         finite_R = torch.isfinite(logits_RV).all(-1)
         logits_RV = logits_RV.masked_fill(~finite_R[:, None], 0.0)
         records.append(codec.encode(logits_RV, seeds_R).cpu())

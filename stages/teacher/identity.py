@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from stages.attention.capturable_layers import check_maps
+from stages.attention.capturable_layers import check_maps, layers_with_maps
 from stages.attention.capture import CAPTURE_VERSION
 from stages.attention.prefix_support import why_no_prefix
 from stages.checkpoints.configs import load_config
@@ -60,7 +60,7 @@ class TeacherIdentity:
         """Notes for the user about what students of this teacher will not learn, and how it is loaded."""
         scheme = scheme_of(self.config)
         quantized = () if scheme is None else (f"the teacher is quantized ({scheme}); so is what students learn of it",)
-        apart = why_no_prefix(self.config.get_text_config()) if self.settings.prefix_reuse == "auto" else None
+        apart = _why_no_prefix(self.config) if self.settings.prefix_reuse == "auto" else None
         whole = () if apart is None else (f"each conversation is computed as a whole, its images too: {apart}",)
         ends = notes_of_ends(
             self.processor,
@@ -150,7 +150,7 @@ def identify_teacher(
     check_packages(config, folder)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
-    layers, windows = captured_layers(settings, num_layers)
+    layers, windows = captured_layers(settings, num_layers, layers_with_maps(config.get_text_config()))
     check_maps(str(folder), config.get_text_config(), layers, "set teacher.layers to others, or choose another teacher")
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     processor = load_processor(folder, trust_remote_code=settings.trust_remote_code)
@@ -183,13 +183,17 @@ def _reuses_prefix(settings: TeacherConfig, config: PreTrainedConfig, folder: Pa
     """
     if settings.prefix_reuse == "off":
         return False
-    why = why_no_prefix(config.get_text_config())
+    why = _why_no_prefix(config)
     if why is not None and settings.prefix_reuse == "on":
         raise UserError(
             f"conversations cannot share what comes before them in {folder}: {why}; set teacher.prefix_reuse to auto "
             "or off"
         )
     return why is None
+
+
+def _why_no_prefix(config: PreTrainedConfig) -> str | None:
+    return family_of(config.model_type).why_no_prefix() or why_no_prefix(config.get_text_config())
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class Fingerprint(StrictModel):
         if any(low >= high for low, high in pairwise(self.layers)):
             raise ValueError(f"layers {self.layers} do not rise")
         for window in self.windows:
-            if not window or any(low + 1 != high for low, high in pairwise(window)) or not {*window} <= {*self.layers}:
+            first = self.layers.index(window[0]) if window and window[0] in self.layers else 0
+            if not window or window != self.layers[first : first + len(window)]:
                 raise ValueError(f"window {window} is not of neighbours among the captured layers {self.layers}")
         return self
 

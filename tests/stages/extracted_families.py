@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.stages.distilled import TinyData, extract_here
 from tests.tiny_families import make_tiny_family
+from tests.tiny_recipes import Recipe
 
 LAYERS = (1, 2)
 
@@ -66,9 +68,9 @@ def make_samples(folder: Path) -> Path:
     return folder / "packed"
 
 
-def extract_family(model_type: str, samples: Path, folder: Path) -> Extracted:
+def extract_family(model_type: str, samples: Path, folder: Path, recipe: Recipe | None = None) -> Extracted:
     """A tiny teacher of the family over `make_samples`; the whole vocabulary is stored."""
-    checkpoint = make_tiny_family(folder / "teacher", model_type)
+    checkpoint = make_tiny_family(folder / "teacher", model_type, recipe=recipe)
     data = TinyData(teacher=checkpoint, student_lm=folder, samples=samples)
     store = extract_here(
         data,
@@ -115,5 +117,14 @@ def eager_maps(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         outputs = model(**inputs, output_attentions=True)
     positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
-    maps = torch.stack([outputs.attentions[layer][0].mean(0)[positions][:, positions] for layer in LAYERS])
+    found = attentions_by_layer(model, outputs.attentions)
+    maps = torch.stack([found[layer][0].mean(0)[positions][:, positions] for layer in LAYERS])
     return maps, outputs.logits[0]
+
+
+def attentions_by_layer(model: Any, attentions: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The library's `attentions`, which leave out layers of other kinds."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = [number for number, kind in enumerate(types) if kind not in ("linear_attention", "conv")]
+    return dict(zip(layers, attentions, strict=True))

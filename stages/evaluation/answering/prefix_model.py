@@ -60,9 +60,14 @@ class PrefixModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.head = model.get_output_embeddings()
-        if model.base_model is model or self.head is None:
+        self._head = model.get_output_embeddings()
+        if model.base_model is model or self._head is None:
             raise UserError(f"{type(model).__name__} has no language modelling head on a base model")
+        self._family, self._decoder = family_of_model(model), model.config.get_text_config()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of last hidden states."""
+        return self._family.logits(self._head(hidden), self._decoder)
 
     def check_head(self, sequence: EncodedConversation) -> None:
         """Compares the head's logits at the last row with the model's own.

@@ -12,7 +12,7 @@ from stages.conversations.encoder import EncodedConversation
 from stages.families.family import Family
 from storage.errors import UserError
 
-_IN_ROWS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+_IN_ROWS = {"glm4v", "glm4v_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"}
 _IN_A_SQUARE = {"llava", "gemma3"}
 
 

@@ -133,7 +133,7 @@ class SampleReader:
                     "student with another image token, or samples without that word"
                 )
             if self.own_vision:
-                pixels, num_found = pixels_and_count(self.family, self.processor, images)
+                pixels, num_found = pixels_and_count(self.family, self.processor, images, self.image_token_id)
             else:
                 # The teacher's processor makes the stored number of image tokens.
                 pixels = pixels_of(self.family, self.processor, images)
@@ -225,8 +225,11 @@ def resolve_reader_spec(
     bare = not own_vision and not is_student(folder)
     if bare:
         # A student that was never saved takes the teacher's image token, or one that its tokenizer gets here.
-        processor = student_processor(teacher, folder) if differences else teacher
-        image_token_id = processor.image_token_id if differences else teacher_config.image_token_id
+        processor, image_token_id = teacher, teacher_config.image_token_id
+        if differences:
+            image_token = teacher.tokenizer.convert_ids_to_tokens(image_token_id)
+            processor = student_processor(teacher, folder, image_token)
+            image_token_id = processor.tokenizer.convert_tokens_to_ids(image_token)
     else:
         processor = load_processor(folder) if own_vision or differences else teacher
         image_token_id = config.image_token_id

@@ -32,11 +32,12 @@ def tokenizer_differences(processor: ProcessorMixin, student_folder: Path) -> li
     return summary(vocabulary_differences(teacher, student, unread), teacher)
 
 
-def student_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin:
+def student_processor(teacher: ProcessorMixin, decoder: Path, image_token: str) -> ProcessorMixin:
     """The teacher's processor with the decoder's tokenizer and chat template in it.
 
     The special tokens that the teacher's processor names (the image token, in some families also those around it) are
-    added to the tokenizer. The image token may lie past the decoder's vocabulary, because no student embeds it.
+    added to the tokenizer, and `image_token`, which features replace: in some families the placeholder in a text is
+    another. It may lie past the decoder's vocabulary, because no student embeds it.
 
     Raises:
         UserError: If the decoder's tokenizer does not fit a processor of the teacher's class.
@@ -48,7 +49,8 @@ def student_processor(teacher: ProcessorMixin, decoder: Path) -> ProcessorMixin:
         if name not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES and isinstance(token, str)
     }
     named.setdefault("image_token", teacher.image_token)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in named.values()])
+    added = dict.fromkeys([*named.values(), image_token])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         teacher.save_pretrained(folder)

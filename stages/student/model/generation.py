@@ -14,11 +14,16 @@ from stages.conversations.encoder import EncodedConversation
 from stages.student.model.projector_folding import ModelParts
 
 _VIDEO_HALVES: Final = {
+    "glm4v": "Glm4vVideoProcessor",
+    "glm4v_moe": "Glm4vVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "qwen2_vl": "Qwen2VLVideoProcessor",
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_5": "Qwen3VLVideoProcessor",
+    "qwen3_5_moe": "Qwen3VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "smolvlm": "SmolVLMVideoProcessor",
 }
 

@@ -78,11 +78,14 @@ class CompoDistillStudentModel(LlavaModel):
         **kwargs: Any,
     ) -> Any:
         """As Llava. The image token id is the teacher's and may lie past the student's vocabulary."""
+        # Only a tower that takes images of any size is told theirs (Pixtral).
+        given = kwargs.pop("image_sizes", None)
+        sizes = {} if given is None else {"image_sizes": given}
         if input_ids is not None and inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
             if pixel_values is not None:
-                features = torch.cat(self.get_image_features(pixel_values=pixel_values).pooler_output)
+                features = torch.cat(self.get_image_features(pixel_values=pixel_values, **sizes).pooler_output)
                 if features.shape[0] != int(is_image.sum()):
                     raise ValueError(f"{features.shape[0]} image features for {int(is_image.sum())} image tokens")
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))

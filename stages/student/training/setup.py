@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from peft import PeftModel
 
-from stages.attention.capturable_layers import check_maps
+from stages.attention.capturable_layers import check_maps, layers_with_maps
 from stages.checkpoints.image_settings import note_image_settings
 from stages.checkpoints.resolve import resolve_student
 from stages.conversations.answer_ends import notes_of_ends
@@ -77,7 +77,8 @@ class StageSetup:
         self.matching: LayerMatching | None = None
         if run.stage.matches_layers:
             depth, sink_mask = spec.decoder.num_hidden_layers, run.stage.attention_sink_mask
-            found, notes = match_layers(depth, run.targets.manifest, run.config.matching, sink_mask=sink_mask)
+            matching, able = run.config.matching, layers_with_maps(spec.decoder)
+            found, notes = match_layers(depth, run.targets.manifest, matching, sink_mask=sink_mask, able=able)
             self.matching = found
             check_maps(str(self._folder), spec.decoder, found.student_layers, WITHOUT_MAPS)
             # They are about maps; values of answer attention are exact for any window.

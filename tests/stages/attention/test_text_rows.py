@@ -15,9 +15,10 @@ from stages.conversations.encoder import ConversationEncoder
 from stages.families.batch import batch_inputs
 from stages.families.registry import family_of
 from tests.checkpoints import load_tiny_llava, make_tiny_llava
-from tests.tiny_families import RECIPES, make_tiny_family
+from tests.stages.extracted_families import attentions_by_layer
+from tests.tiny_families import RECIPES, make_tiny_family, softmax_layers
 
-LAYERS = frozenset({0, 2, 3})
+LAYERS = {0, 2, 3}
 
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
@@ -44,7 +45,8 @@ def test_answer_rows_equal_eager_attention_and_image_maps_keep_every_bit(family:
     model = AutoModelForImageTextToText.from_pretrained(family, dtype=torch.float32).eval()
     enable_capture(model)
     inputs, images, rows = two_samples(family, model)
-    plain, both = AttentionCapture(LAYERS, images), AttentionCapture(LAYERS, images, rows)
+    layers = frozenset(LAYERS & softmax_layers(family.name))
+    plain, both = AttentionCapture(layers, images), AttentionCapture(layers, images, rows)
     with torch.no_grad():
         without = model(**inputs, capture=plain, use_cache=False).logits
         logits = model(**inputs, capture=both, use_cache=False).logits
@@ -52,9 +54,10 @@ def test_answer_rows_equal_eager_attention_and_image_maps_keep_every_bit(family:
             family, dtype=torch.float32, attn_implementation={"text_config": "eager", "vision_config": "sdpa"}
         ).eval()
         expected = eager(**inputs, output_attentions=True, use_cache=False).attentions
+        expected = attentions_by_layer(model, expected)
     assert torch.equal(logits, without)
     assert not plain.text_maps
-    for layer in LAYERS:
+    for layer in layers:
         assert torch.equal(both.maps[layer], plain.maps[layer])
         for row, (queries, columns) in enumerate(zip(rows, images, strict=True)):
             wanted_UN = expected[layer][row].mean(0)[queries][:, columns]
@@ -94,15 +97,16 @@ def test_answer_attention_is_the_mean_of_each_answers_rows_in_every_family_witho
     # The rows of one answer are taken for those of two answers.
     sizes = [(2, len(rows[0]) - 2), (len(rows[1]),)]
     queries = [AnswerQueries(*one) for one in zip(rows, sizes, images, strict=True)]
-    by_row = AttentionCapture(LAYERS, images, rows)
-    alone = AttentionCapture(LAYERS, [at[:0] for at in images], answers=queries)
-    both = AttentionCapture(LAYERS, images, answers=queries)
+    layers = frozenset(LAYERS & softmax_layers(family.name))
+    by_row = AttentionCapture(layers, images, rows)
+    alone = AttentionCapture(layers, [at[:0] for at in images], answers=queries)
+    both = AttentionCapture(layers, images, answers=queries)
     with torch.no_grad():
         logits = [model(**inputs, capture=one, use_cache=False).logits for one in (by_row, alone, both)]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
     assert not alone.maps
-    for layer in LAYERS:
+    for layer in layers:
         assert torch.equal(both.maps[layer], by_row.maps[layer])
         first_UN, second_UN = by_row.text_maps[layer]
         expected = [torch.stack([first_UN[:2].mean(0), first_UN[2:].mean(0)]), second_UN.mean(0, keepdim=True)]

@@ -94,6 +94,10 @@ PROCESSORS: list[tuple[str, str, Any]] = [
     ("internvl", f"{IMAGES}.max_patches", 10**6),
     ("internvl", "image_seq_length", HUGE),
     ("gemma3", "image_seq_length", 10**6),
+    ("glm4v", f"{IMAGES}.merge_size", 10**6),
+    *[("gemma4", f"{IMAGES}.{name}", 10**6) for name in ("patch_size", "pooling_kernel_size")],
+    ("ovis2", f"{IMAGES}.max_patches", 10**6),
+    ("ovis2", "image_seq_length", 10**6),
 ]
 
 

@@ -26,9 +26,9 @@ from storage.codecs.attention_maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
 from storage.errors import UserError
 from tests.stages.extracted_families import LAYERS, eager, eager_maps, processed
-from tests.tiny_families import RECIPES
+from tests.tiny_families import ALL_RECIPES, RECIPES
 
-CAUSAL = sorted(set(RECIPES) - {"gemma3"})
+CAUSAL = sorted(name for name in RECIPES if FAMILIES[name].causal_image_tokens)
 
 
 @pytest.mark.parametrize("model_type", RECIPES)
@@ -143,9 +143,10 @@ def test_gemma3_image_tokens_attend_within_their_image_in_both_directions_and_th
     assert images == {1, 2}
 
 
-def test_gemma3_maps_do_not_depend_on_what_follows_the_image(extract: Any) -> None:
+@pytest.mark.parametrize("model_type", sorted(set(RECIPES) - set(CAUSAL)))
+def test_maps_do_not_depend_on_what_follows_the_image(model_type: str, extract: Any) -> None:
     """The premise of sharing maps where attention is not causal."""
-    extracted = extract("gemma3")
+    extracted = extract(model_type)
     model, processor = eager(extracted.checkpoint), load_processor(extracted.checkpoint)
     same_image = [stored for stored, _, _ in extracted.with_maps if len(stored.images) == 1]
     by_image: dict[tuple[bytes, ...], list[Tensor]] = {}
@@ -153,6 +154,14 @@ def test_gemma3_maps_do_not_depend_on_what_follows_the_image(extract: Any) -> No
         by_image.setdefault(stored.images, []).append(eager_maps(model, processed(processor, stored))[0])
     first, second = next(maps for maps in by_image.values() if len(maps) == 2)
     torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+
+
+def test_gemma4_image_tokens_attend_in_both_directions_in_sliding_layers_alone(extract: Any) -> None:
+    extracted = extract("gemma4")
+    for _, _, maps in extracted.with_maps:
+        whole_NN, sliding_NN = MapCodec(extracted.store.manifest.fingerprint.map_codec).decode(maps)
+        assert not whole_NN.triu(1).any()
+        assert bool(sliding_NN.triu(1).any())
 
 
 def test_gemma3_layers_with_a_window_see_only_part_of_an_earlier_image(extract: Any) -> None:
@@ -207,14 +216,16 @@ def test_pixels_made_alone_are_those_of_the_conversation_also_in_another_process
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(UserError, match="'bert' is not a known teacher family; known: gemma3, idefics3, internvl"):
+    with pytest.raises(UserError, match=r"'bert' is not a known teacher family; known: gemma3, gemma4, .*idefics3"):
         family_of("bert")
-    assert set(RECIPES) | {"llava"} == set(FAMILIES)
+    assert set(ALL_RECIPES) | {"llava"} == set(FAMILIES)
 
 
 def test_a_pixel_input_that_the_family_does_not_name_is_refused() -> None:
     with pytest.raises(UserError, match=r"\['image_sizes'\].* takes \['pixel_values'\]"):
-        join_pixels(family_of("llava"), [{"pixel_values": torch.zeros(1, 3, 2, 2), "image_sizes": torch.zeros(1, 2)}])
+        join_pixels(
+            family_of("internvl"), [{"pixel_values": torch.zeros(1, 3, 2, 2), "image_sizes": torch.zeros(1, 2)}]
+        )
 
 
 def test_padding_is_never_the_image_token() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
+from stages.families.registry import FAMILIES
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.batching import BatchSize, PreparedSample, SamplePreparer
 from stages.teacher.config import PrefixReuse, TeacherConfig
@@ -30,7 +31,10 @@ from tests.stages.extracted_families import LAYERS, make_samples
 from tests.stages.teacher.forward_passes import before_each_pass
 from tests.stages.teacher.test_observe import bytes_of
 from tests.storage.builders import files_of
-from tests.tiny_families import RECIPES, make_tiny_family
+from tests.tiny_families import HYBRID, RECIPES, make_tiny_family
+
+WHOLE = sorted({*HYBRID, *(name for name in RECIPES if FAMILIES[name].why_no_prefix() is not None)})
+"""Families whose conversations do not share what they begin with."""
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +153,18 @@ def test_a_prefix_enters_the_decoder_and_its_image_the_vision_tower_once(scenes:
     assert tokens["on"] < 0.95 * tokens["off"], "prefixes are short here, and padded to 32 as what follows them"
 
 
-@pytest.mark.parametrize("model_type", RECIPES)
+@pytest.mark.parametrize("model_type", WHOLE)
+def test_a_family_that_computes_wholes_is_refused_under_on_and_said_under_auto(model_type: str, tmp_path: Path) -> None:
+    checkpoint = make_tiny_family(tmp_path / "teacher", model_type)
+    settings = TeacherConfig(checkpoint=str(checkpoint), layers=LAYERS, prefix_reuse="on")
+    with pytest.raises(UserError, match=r"whose state is not keys and values of|with its pixels only"):
+        identify_teacher(settings, on_gpu=False)
+    identity = identify_teacher(settings.model_copy(update={"prefix_reuse": "auto"}), on_gpu=False)
+    assert not identity.prefix_reuse
+    assert any("computed as a whole" in note for note in identity.notes)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(RECIPES) - set(WHOLE)))
 def test_a_family_gives_the_same_to_rounding_and_the_same_bytes_in_any_batch(model_type: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     (tmp_path / "data").mkdir()

@@ -14,7 +14,11 @@ from stages.families.registry import LLAVA, family_of
 from storage.errors import UserError
 from tests.tiny_families import RECIPES, make_tiny_family
 
-PLACED = ("gemma3", "llava_next", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+IN_ROWS = (
+    *("glm4v", "glm4v_moe", "qwen2_5_vl", "qwen2_vl"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+)
+PLACED = ("gemma3", "llava_next", *IN_ROWS)
 
 
 def encoded(num_tokens: int, num_images: int = 1) -> EncodedConversation:
@@ -44,7 +48,7 @@ def test_tokens_of_a_family_tile_the_picture_without_a_gap(name: str, size: tupl
     assert bool((area_N == 0).any()) == (name == "llava_next")
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", IN_ROWS)
 def test_a_bright_corner_is_in_the_pixels_of_the_tokens_whose_boxes_lie_in_it(name: str, tmp_path: Path) -> None:
     picture = Image.new("RGB", (64, 32))
     picture.paste((255, 255, 255), (48, 0, 64, 16))

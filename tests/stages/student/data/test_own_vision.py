@@ -19,6 +19,7 @@ from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 
 from stages.attention.capture import enable_capture
 from stages.checkpoints.processors import load_processor
+from stages.families.registry import family_of
 from stages.student.data.collator import Collator
 from stages.student.data.sample_reader import SampleReader, resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
@@ -37,11 +38,15 @@ from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source, StreamConfig, StreamedSample
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
 from tests.stages.distilled import TinyData, extract_here
-from tests.stages.extracted_families import LAYERS, Extracted, eager, eager_maps, processed
+from tests.stages.extracted_families import LAYERS, Extracted, attentions_by_layer, eager, eager_maps, processed
 from tests.storage.builders import target_stream
-from tests.tiny_families import make_tiny_family
+from tests.tiny_families import RECIPES, make_tiny_family
+from tests.tiny_newer_recipes import NEWER
 
-FAMILIES = ("qwen2_5_vl", "llava_next", "llava_onevision", "idefics3", "internvl", "qwen3_vl")
+FAMILIES = (
+    *("qwen2_5_vl", "llava_next", "llava_onevision", "idefics3", "internvl", "qwen3_vl"),
+    *(name for name in NEWER if name in RECIPES and family_of(name).why_not_with_own_vision() is None),
+)
 Extract = Callable[[str], Extracted]
 
 
@@ -159,7 +164,7 @@ def textbook(
         lm.append(F.cross_entropy(rows, own["input_ids"][0, answers], reduction="none"))
         kd.append(logit_distillation_loss(rows, teacher_logits[answers - 1]) * len(answers))
         if bool(is_image.any()):
-            own_map = seen.attentions[layer][0].mean(0)[is_image][:, is_image]
+            own_map = attentions_by_layer(student, seen.attentions)[layer][0].mean(0)[is_image][:, is_image]
             attention.append(attention_alignment_loss(own_map[None, None], teacher_maps.mean(0)[None, None]))
     rows = torch.cat(lm)
     terms = {"lm": rows.mean(), "kd": torch.stack(kd).sum() / len(rows), "attention": torch.stack(attention).mean()}

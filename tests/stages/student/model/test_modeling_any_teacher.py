@@ -174,7 +174,7 @@ def test_a_saved_student_is_the_same_when_loaded(model_type: str, extract: Extra
 def test_a_family_that_can_have_no_student_is_refused_with_the_reason(
     model_type: str, extract: Extract, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=rf"{model_type}: .*students can be built for idefics3, internvl, llava, "):
+    with pytest.raises(UserError, match=rf"{model_type}: .*students can be built for .*idefics3, internvl, .*llava, "):
         make_student(extract(model_type), tmp_path)
 
 

@@ -27,7 +27,8 @@ from stages.student.stage_config import DistilledFinetuning, LoraSettings
 from stages.teacher.config import TeacherConfig
 from stages.teacher.teacher import load_teacher
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
-from tests.tiny_families import RECIPES, make_tiny_family
+from tests.tiny_families import make_tiny_family
+from tests.tiny_recipes import OLDER
 
 SIZES = {"vocab_size": 340, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25}
@@ -93,7 +94,7 @@ def test_llama_and_qwen2_have_updates_at_the_layers_they_always_had(teacher: Pat
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("case", ["qwen2", *sorted(RECIPES)])
+@pytest.mark.parametrize("case", ["qwen2", *sorted(OLDER)])
 def test_updates_begin_as_they_did_when_layers_were_found_by_name(case: str, teacher: Path, tmp_path: Path) -> None:
     """So that a run begun before goes on, and one begun again has the same bytes."""
 
