@@ -27,6 +27,21 @@ class Cluster:
 
     cpus: int
     gpus: int
+    gpus_of_a_node: int = 0
+    """Those of the node that has the most."""
+
+    def check_room(self, gpus_per_worker: int) -> None:
+        """Refuses workers that no node has room for, however long they wait.
+
+        Raises:
+            UserError: If no node has so many GPUs.
+        """
+        if gpus_per_worker > max(self.gpus_of_a_node, 1):
+            raise UserError(
+                f"a worker of {gpus_per_worker} GPUs (extract.gpus_per_worker) fits on no node of the cluster: it has "
+                f"{self.gpus} GPUs, at most {self.gpus_of_a_node} on a node; set it to what a node has, or first start "
+                "a node with so many"
+            )
 
 
 @contextlib.contextmanager
@@ -54,10 +69,19 @@ def connect(address: str | None) -> Iterator[Cluster]:
             raise UserError(f"no Ray cluster at {address}: {error}; check --ray-address") from error
     try:
         resources = ray.cluster_resources()
-        yield Cluster(cpus=int(resources.get("CPU", 1)), gpus=int(resources.get("GPU", 0)))
+        yield Cluster(
+            cpus=int(resources.get("CPU", 1)),
+            gpus=int(resources.get("GPU", 0)),
+            gpus_of_a_node=max(gpus_of_nodes(), default=0),
+        )
     finally:
         if started:
             ray.shutdown()
+
+
+def gpus_of_nodes() -> list[int]:
+    """GPUs of each node that is alive."""
+    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.cluster.actor_pool import ActorPool, WorkerLost, WorkRaised
-from pipeline.cluster.connection import ClusterWatch, lost
+from pipeline.cluster.connection import ClusterWatch, gpus_of_nodes, lost
 from pipeline.cluster.mailbox import Mailbox
 from pipeline.cluster.task_queue import TaskQueue
 from pipeline.cluster.watchdog import end_when_stuck
@@ -35,10 +35,10 @@ class TaskLimits:
     """How many workers there are, what each holds, and how often a task is tried."""
 
     num_workers: int | None
-    """Actors at most; those the cluster has no room for wait for it to grow. None is one a GPU (or CPU, when
-    `gpus_per_worker` is 0) that the cluster has at the time."""
-    gpus_per_worker: float
-    """GPUs an actor holds."""
+    """Actors at most; those the cluster has no room for wait for it to grow. None is as many as the GPUs of each
+    node give (or CPUs, when `gpus_per_worker` is 0) that the cluster has at the time."""
+    gpus_per_worker: int
+    """GPUs an actor holds, all of one node."""
     max_attempts: int
     """Tries of one task, crashes and exceptions counted alike; also how many workers in a row may fail to start, while
     none works, before the run is given up."""
@@ -138,8 +138,9 @@ class _RayExecutor:
     def num_slots(self) -> int:
         if self._limits.num_workers:
             return self._limits.num_workers
-        kind, each = ("GPU", self._limits.gpus_per_worker) if self._limits.gpus_per_worker else ("CPU", 1)
-        return int(ray.cluster_resources().get(kind, 0) / each)
+        if self._limits.gpus_per_worker:
+            return sum(gpus // self._limits.gpus_per_worker for gpus in gpus_of_nodes())
+        return int(ray.cluster_resources().get("CPU", 0))
 
     def reports(self) -> list[tuple[int, int]]:
         """What attempts reported since the last call: number of the attempt, units of work."""

@@ -44,8 +44,8 @@ def extract(
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
         TooManySkipped: If more samples are unusable than allowed; all others are stored.
-        UserError: If the teacher's template or processor takes none of the first samples; or if a shard failed on
-            every attempt, the others are stored.
+        UserError: If no node of the cluster has `config.gpus_per_worker` GPUs; if the teacher's template or processor
+            takes none of the first samples; or if a shard failed on every attempt, the others are stored.
         Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
     from pipeline.cluster import connection, ray_backend
@@ -58,6 +58,7 @@ def extract(
     teacher = as_begun(teacher, targets)
     check_first_samples(teacher, samples)
     with connection.connect(config.ray_address) as cluster:
+        cluster.check_room(config.gpus_per_worker)
         identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
@@ -68,16 +69,18 @@ def extract(
         for note in identity.notes:
             progress.message(f"note: {note}")
         tally = ExtractionTally(index, missing, progress)
-        threads = threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing))
+        threads = threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing), config.gpus_per_worker)
         try:
             # Here, because ray, too, installs a handler of SIGTERM when it starts.
             with raised_on(signal.SIGINT, signal.SIGTERM):
                 outcome = ray_backend.run_tasks(
-                    partial(ShardExtractor, teacher, samples_url, targets_url, manifest, threads),
+                    partial(
+                        ShardExtractor, teacher, samples_url, targets_url, manifest, threads, config.gpus_per_worker
+                    ),
                     missing or ([] if targets.exists(TEACHER_RECORD) else [TEACHER_ONLY]),
                     ray_backend.TaskLimits(
                         num_workers=config.workers,
-                        gpus_per_worker=1 if cluster.gpus else 0,
+                        gpus_per_worker=config.gpus_per_worker if cluster.gpus else 0,
                         max_attempts=config.max_attempts,
                         tasks_per_worker=SHARDS_IN_FLIGHT,
                     ),

@@ -35,7 +35,15 @@ class ShardExtractor:
     While the teacher runs on one shard, the last is written and the first samples of the next are prepared.
     """
 
-    def __init__(self, teacher: "TeacherConfig", samples: str, targets: str, manifest: Manifest, threads: int) -> None:
+    def __init__(
+        self,
+        teacher: "TeacherConfig",
+        samples: str,
+        targets: str,
+        manifest: Manifest,
+        threads: int,
+        num_gpus: int = 1,
+    ) -> None:
         make_cpu_deterministic()
         import torch
 
@@ -44,7 +52,7 @@ class ShardExtractor:
 
         torch.set_num_threads(threads if torch.cuda.is_available() else reproducible_threads(threads))
         self.samples, self.targets, self.manifest = SampleSet.open(samples), open_store(targets), manifest
-        self.teacher = load_teacher(teacher, manifest.fingerprint.images)
+        self.teacher = load_teacher(teacher, manifest.fingerprint.images, num_gpus)
         # A node may hold another version of the checkpoint under the same path.
         own = self.teacher.identity.manifest(self.samples.index.digest, len(self.samples.index.shards))
         if differing := own.fingerprint.differences(manifest.fingerprint):

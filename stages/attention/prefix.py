@@ -1,7 +1,8 @@
 """Keys and values of what several conversations begin with: recorded once, and put before each one's own.
 
 Nothing of transformers' caches is used. Both objects travel to the attention function as the keyword `prefix`, beside
-`capture`, and see keys with their rotary positions applied. So they work wherever maps can be captured.
+`capture`, and see keys with their rotary positions applied. So they work wherever maps can be captured. What a layer
+needs is kept on the device where it computes.
 
 Shape letters: as in `stages/attention/capture.py`; P prefixes, p their padded length, t tokens after it.
 """
@@ -26,17 +27,18 @@ class PrefixRecord:
         self.lengths = list(lengths)
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
         self.windows: dict[int, int | None] = {}
-        self._behind_P1p1: Tensor | None = None
+        self._behind_P1p1: dict[torch.device, Tensor] = {}
 
     def at_layer(
         self, layer: int, key_PgTd: Tensor, value_PgTd: Tensor, attention_mask: Tensor | None, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask as they came; a copy of the first two is kept."""
-        if self._behind_P1p1 is None:
-            device = key_PgTd.device
+        device = key_PgTd.device
+        if device not in self._behind_P1p1:
             lengths_P1 = torch.tensor(self.lengths, device=device)[:, None]
-            self._behind_P1p1 = (torch.arange(key_PgTd.shape[2], device=device) >= lengths_P1)[:, None, :, None]
-        kept = (states.masked_fill(self._behind_P1p1, 0) for states in (key_PgTd, value_PgTd))
+            behind_Pp = torch.arange(key_PgTd.shape[2], device=device) >= lengths_P1
+            self._behind_P1p1[device] = behind_Pp[:, None, :, None]
+        kept = (states.masked_fill(self._behind_P1p1[device], 0) for states in (key_PgTd, value_PgTd))
         self.states[layer], self.windows[layer] = (next(kept), next(kept)), window
         return key_PgTd, value_PgTd, attention_mask
 
@@ -47,8 +49,8 @@ class PrefixContinuation:
     def __init__(self, record: PrefixRecord, rows: Sequence[int]) -> None:
         self._record = record
         self._rows, self._lengths = list(rows), [record.lengths[row] for row in rows]
-        self._rows_B: Tensor | None = None
-        self._masks: dict[int | None, Tensor] = {}
+        self._rows_B: dict[torch.device, Tensor] = {}
+        self._masks: dict[tuple[torch.device, int | None], Tensor] = {}
 
     def at_layer(
         self, layer: int, key_Bgtd: Tensor, value_Bgtd: Tensor, attention_mask: Tensor | None, window: int | None
@@ -59,12 +61,14 @@ class PrefixContinuation:
         how far a layer sees.
         """
         keys_Pgpd, values_Pgpd = self._record.states[layer]
-        if self._rows_B is None:
-            self._rows_B = torch.tensor(self._rows, device=key_Bgtd.device)
-        if window not in self._masks:
-            self._masks[window] = self._mask(keys_Pgpd.shape[2], key_Bgtd.shape[2], window, key_Bgtd.device)
-        key_BgTd = torch.cat([keys_Pgpd[self._rows_B], key_Bgtd], 2)
-        return key_BgTd, torch.cat([values_Pgpd[self._rows_B], value_Bgtd], 2), self._masks[window]
+        device = key_Bgtd.device
+        if device not in self._rows_B:
+            self._rows_B[device] = torch.tensor(self._rows, device=device)
+        if (device, window) not in self._masks:
+            self._masks[device, window] = self._mask(keys_Pgpd.shape[2], key_Bgtd.shape[2], window, device)
+        rows_B = self._rows_B[device]
+        key_BgTd = torch.cat([keys_Pgpd[rows_B], key_Bgtd], 2)
+        return key_BgTd, torch.cat([values_Pgpd[rows_B], value_Bgtd], 2), self._masks[device, window]
 
     def _mask(self, num_before: int, num_own: int, window: int | None, device: torch.device) -> Tensor:
         """Bool, True where a row's token may look; between a prefix and its padded length nobody does."""

@@ -30,8 +30,8 @@ def load_weights(
         nothing_else: whether the files may hold no other tensors either, as in checkpoints made here. Published ones
             hold some that no class reads.
         trust_remote_code: whether its configs may name code, which is run.
-        settings: for `from_pretrained`; `device_map="meta"` reads headers only. A quantized model is loaded on the GPU
-            when there is one, and stays there.
+        settings: for `from_pretrained`; `device_map="meta"` reads headers only. A quantized model is loaded where
+            another `device_map` says, or on the GPU when there is one, and stays there.
 
     Raises:
         UserError: As `load_config`, `check_files` and `load_quantized`; if no model can be built from the config, or a
@@ -42,7 +42,11 @@ def load_weights(
     load = partial(_loaded, auto_class, folder, nothing_else, trust_remote_code)
     if scheme_of(config) is not None:
         dense = partial(auto_class.from_config, config, trust_remote_code=trust_remote_code)
-        return load_quantized(lambda how: load({**settings, **how}), folder, weight_files(folder), config, dense)
+        # Its weights are packed, so that their headers alone do not say whether they can be loaded.
+        placed = {key: settings[key] for key in ("device_map",) if settings.get(key, "meta") != "meta"}
+        return load_quantized(
+            lambda how: load({**settings, **how, **placed}), folder, weight_files(folder), config, dense
+        )
     if trust_remote_code:
         return load(settings)
     # What the files lack, the library makes in the size that the config says: any size, so without memory first.

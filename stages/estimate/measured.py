@@ -69,7 +69,7 @@ def estimate_by_measurement(
     teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}), images)
     load_seconds = time.perf_counter() - started
     loading.advance()
-    on_gpu = teacher.model.device.type == "cuda"
+    on_gpu = bool(teacher.gpus)
     held = count_blocks(
         samples,
         teacher.encoder,
@@ -123,7 +123,7 @@ def _run_teacher(
     teacher: Teacher, kept: Sequence[StoredSample], folder: Path, progress: Progress
 ) -> tuple[ShardObservations, float, int]:
     """The samples as one shard through the teacher, after a first batch that is not timed; seconds and batch size."""
-    with Observer(teacher, overlap=teacher.model.device.type == "cuda") as observer:
+    with Observer(teacher, overlap=bool(teacher.gpus)) as observer:
         with _packed(folder / "warm-up", kept[: observer.batch_size.value]) as shard:
             observer.observe(shard)
         task = progress.task("run teacher", len(kept))
@@ -151,7 +151,7 @@ def _measure_codecs(
 ) -> dict[MapCodecName, CodecCost]:
     """Codes the 16-bit maps that the teacher saw with every codec, and writes them as shards below `folder`."""
     task = progress.task("code and write", len(CODECS), unit="codecs")
-    device, cpu, causal = teacher.model.device, torch.device("cpu"), teacher.identity.codec.causal
+    device, cpu, causal = teacher.device, torch.device("cpu"), teacher.identity.codec.causal
     costs: dict[MapCodecName, CodecCost] = {}
     for name in (chosen, *(name for name in CODECS if name != chosen)):
         # Made anew, as extraction makes it: the default of `cap_factor` depends on the name.

@@ -14,6 +14,7 @@ from stages.conversations.encoder import EncodedConversation
 from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.num_threads import adopt_num_threads
+from stages.teacher.placement import stacked
 from stages.teacher.teacher import Teacher
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.tail_samples import row_addresses
@@ -28,7 +29,7 @@ class ForwardOutput(NamedTuple):
     logits: list[Tensor | None]
     """For each sample the records of its answer rows, on the CPU; None where a row is not finite."""
     maps: dict[str, tuple[Tensor, ...]]
-    """Map key -> `[N, N]` of each captured layer, on the teacher's device, not yet coded."""
+    """Map key -> `[N, N]` of each captured layer, on that layer's device, not yet coded."""
     answers: list[Tensor | None]
     """For each sample `[L, a, N]` float16 on the CPU, which may not be finite; None without an image, and for all where
     answer attention is not wanted."""
@@ -44,19 +45,19 @@ def run_teacher(
         torch.OutOfMemoryError: If the batch does not fit; nothing of it is kept then.
     """
     adopt_num_threads()
-    device, layers = teacher.model.device, teacher.identity.layers
+    layers = teacher.identity.layers
     no_positions = torch.zeros(0, dtype=torch.long)
     answered = [sample.encoded for sample in batch] if teacher.identity.settings.answer_attention else None
     capture = AttentionCapture(
         layers=frozenset(layers),
         positions=[sample.encoded.image_positions if sample in wanted_maps else no_positions for sample in batch],
         answers=None if answered is None else [_answer_queries(encoded) for encoded in answered],
-    ).to(device)
+    ).to(teacher.device)
     # The base model, not the one with the head: logits are wanted at answer rows only.
     inputs = model_inputs(teacher, batch)
     hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
     answer_masks = [sample.encoded.answer_mask for sample in batch]
-    answers = answer_rows([sample.encoded.token_ids for sample in batch], answer_masks).to(device)
+    answers = answer_rows([sample.encoded.token_ids for sample in batch], answer_masks).to(hidden_BTd.device)
     hidden_Rd = hidden_BTd[answers.sequence_R, answers.position_R]
     logits = coded_answers(teacher, batch, hidden_Rd)
     maps = captured_maps(capture, layers, batch, wanted_maps)
@@ -64,9 +65,8 @@ def run_teacher(
     for row, encoded in enumerate(answered or ()):
         if len(encoded.image_positions):
             # Rounded as it is stored: students see these values, and sinks are told by them.
-            attention[row] = torch.stack([capture.answer_maps[layer][row] for layer in layers]).half().cpu()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            attention[row] = stacked([capture.answer_maps[layer][row] for layer in layers]).half().cpu()
+    teacher.synchronize()
     return ForwardOutput(logits, maps, attention)
 
 
@@ -134,4 +134,4 @@ def model_inputs(teacher: Teacher, batch: Sequence[PreparedSample]) -> dict[str,
     # Padding lies behind each sample, where no token of it looks. Without a mask the attention kernel is the plain
     # causal one for every batch: the fastest there is, and the same whether a batch is padded or not.
     del inputs["attention_mask"]
-    return move_inputs(inputs, teacher.model.device, teacher.model.dtype)
+    return move_inputs(inputs, teacher.device, teacher.model.dtype)

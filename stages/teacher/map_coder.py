@@ -1,19 +1,19 @@
-"""Codes attention maps on the teacher's device, beside its next forward pass."""
+"""Codes attention maps on the teacher's devices, beside its next forward pass."""
 
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from stages.teacher.num_threads import adopt_num_threads
+from stages.teacher.placement import on_streams, stacked
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from storage.codecs.attention_maps import EncodedMaps
 
-UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's device
+UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 a map, on the teacher's devices
 
 
 class MapCoder:
@@ -21,9 +21,8 @@ class MapCoder:
 
     def __init__(self, teacher: Teacher, timings: Timings, *, overlap: bool) -> None:
         self._teacher, self._timings = teacher, timings
-        device = teacher.model.device
         self._thread = ThreadPoolExecutor(1, "code", adopt_num_threads) if overlap else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._streams = [torch.cuda.Stream(gpu) for gpu in teacher.gpus]  # type: ignore[no-untyped-call]
         self._uncoded: deque[list[Future[EncodedMaps | None]]] = deque()
 
     def submit(self, batch: Collection[tuple[Tensor, ...]]) -> list[Future[EncodedMaps | None]]:
@@ -34,7 +33,7 @@ class MapCoder:
         return coding
 
     def wait(self, num_batches: int = 0) -> None:
-        """Until no more than that many batches hold memory of the teacher's device."""
+        """Until no more than that many batches hold memory of the teacher's devices."""
         while len(self._uncoded) > num_batches:
             wait(self._uncoded.popleft())
 
@@ -51,13 +50,12 @@ class MapCoder:
         return done
 
     def _code(self, maps: tuple[Tensor, ...]) -> EncodedMaps | None:
-        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with torch.inference_mode(), stream, self._timings.measured("coding"):
+        with torch.inference_mode(), on_streams(self._streams), self._timings.measured("coding"):
             if not all(bool(torch.isfinite(map_NN).all()) for map_NN in maps):
                 return None
             codec, cpu = self._teacher.identity.map_codec, torch.device("cpu")
             try:
-                return codec.encode(torch.stack(maps)).to(cpu)
+                return codec.encode(stacked(maps)).to(cpu)
             except torch.OutOfMemoryError:
                 # The next batch has the GPU's memory; the CPU is slower, and nobody waits.
                 return codec.encode(torch.stack([map_NN.cpu() for map_NN in maps]))

@@ -61,7 +61,7 @@ class Observer:
     def __init__(self, teacher: Teacher, *, overlap: bool = True, timings: Timings | None = None) -> None:
         self.teacher = teacher
         self.timings = timings or Timings()
-        on_gpu = teacher.model.device.type == "cuda"
+        on_gpu = bool(teacher.gpus)
         self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
         self.coder = MapCoder(teacher, self.timings, overlap=overlap)
         self._turn = threading.Lock()

@@ -20,12 +20,13 @@ from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import PreparedSample
 from stages.teacher.forward import captured_maps, coded_answers
 from stages.teacher.num_threads import adopt_num_threads
+from stages.teacher.placement import stacked
 from stages.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """What is kept on the teacher's device of a forward pass over prefixes, until their conversations are through."""
+    """What is kept on the teacher's devices of a forward pass over prefixes, until their conversations are through."""
 
     record: PrefixRecord
     hidden_PTd: Tensor | None
@@ -58,7 +59,7 @@ def run_prefixes(
         layers=frozenset(layers),
         positions=[sample.encoded.image_positions if sample in wanted_maps else none for sample in firsts],
         answers=queries,
-    ).to(model.device)
+    ).to(teacher.device)
     record = PrefixRecord([sample.prefix_length for sample in firsts])
     tokens = [sample.encoded.token_ids[: sample.prefix_length] for sample in firsts]
     pixels = [sample.encoded.pixel_inputs for sample in firsts]
@@ -68,7 +69,7 @@ def run_prefixes(
     shifts = getattr(model.model, "rope_deltas", None)
     answers = None
     if queries is not None:
-        answers = [torch.stack([capture.answer_maps[layer][row] for layer in layers]) for row in range(len(firsts))]
+        answers = [stacked([capture.answer_maps[layer][row] for layer in layers]) for row in range(len(firsts))]
     prefixes = Prefixes(
         record=record,
         hidden_PTd=hidden_PTd if has_answers else None,
@@ -76,8 +77,7 @@ def run_prefixes(
         maps=captured_maps(capture, layers, firsts, wanted_maps),
         answers=answers,
     )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    teacher.synchronize()
     return prefixes
 
 
@@ -110,7 +110,7 @@ def run_continuations(
     starts_B = torch.tensor(
         [sample.prefix_length + prefixes.shifts[row] for row, sample in zip(rows, batch, strict=True)]
     )
-    positions_Bt = (starts_B[:, None] + torch.arange(input_ids.shape[1])).to(model.device)
+    positions_Bt = (starts_B[:, None] + torch.arange(input_ids.shape[1])).to(teacher.device)
     hidden_Btd = model.model(
         input_ids=input_ids,
         position_ids=positions_Bt,
@@ -123,12 +123,11 @@ def run_continuations(
     attention: list[Tensor | None] = [None] * len(batch)
     if wants_attention:
         for number, (row, sample) in enumerate(zip(rows, batch, strict=True)):
-            found_LaN = torch.stack([capture.answer_maps[layer][number] for layer in layers])
+            found_LaN = stacked([capture.answer_maps[layer][number] for layer in layers])
             if prefixes.answers is not None and sample.answers_in_prefix:
                 found_LaN = _joined(prefixes.answers[row], found_LaN, sample)
             attention[number] = found_LaN.half().cpu()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    teacher.synchronize()
     return logits, attention
 
 
@@ -144,7 +143,7 @@ def _part_inputs(
     padded = [pad(ids, (0, padded_length - len(ids)), value=padding) for ids in part]
     inputs = batch_inputs(teacher.identity.family, image_token_id, padded, pixels)
     del inputs["attention_mask"]
-    return move_inputs(inputs, teacher.model.device, teacher.model.dtype)
+    return move_inputs(inputs, teacher.device, teacher.model.dtype)
 
 
 def _answer_states(

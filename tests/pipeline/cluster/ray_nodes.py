@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: one process can hold one cluster only.
 
-Run as a script it starts a head without slots, prints its address, and obeys lines: `add NAME`, `kill NAME`. The end of
-its input ends the cluster. A port as its argument is where the dashboard listens; without one there is none.
+Run as a script it starts a head without slots, prints its address, and obeys lines: `add NAME GPUS`, `kill NAME`. The
+end of its input ends the cluster. A port as its argument is where the dashboard listens; without one there is none.
 """
 
 import os
@@ -22,9 +22,9 @@ class Nodes:
         self._process = process
         self.address = self._answer()
 
-    def add(self, name: str) -> None:
-        """A node with one slot joins."""
-        self._tell(f"add {name}")
+    def add(self, name: str, gpus: int = 0) -> None:
+        """A node with one slot joins, and with GPUs that only Ray believes in."""
+        self._tell(f"add {name} {gpus}")
 
     def kill(self, name: str) -> None:
         """The node's processes are killed."""
@@ -80,6 +80,9 @@ def nodes(*names: str, dashboard_port: int | None = None) -> Iterator[Nodes]:
 def main() -> None:
     from ray.cluster_utils import Cluster
 
+    # Of the numbers that no machine has; Ray wants as many as a node has GPUs.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "90,91"
+
     head = {"num_cpus": 0, "include_dashboard": len(sys.argv) > 1}
     if len(sys.argv) > 1:
         # Its agent's own port may be that of another cluster of this machine.
@@ -89,10 +92,10 @@ def main() -> None:
     started = {}
     with TemporaryDirectory(prefix="ray") as folder:
         for line in sys.stdin:
-            order, name = line.split()
+            order, name, *gpus = line.split()
             if order == "add":
                 # As on a machine of its own: a node unpacks uploaded files in its folder, over those that lie there.
-                started[name] = cluster.add_node(num_cpus=1, temp_dir=f"{folder}/{name}")
+                started[name] = cluster.add_node(num_cpus=1, num_gpus=int(gpus[0]), temp_dir=f"{folder}/{name}")
             else:
                 cluster.remove_node(started.pop(name), allow_graceful=False)
             say(line.strip())

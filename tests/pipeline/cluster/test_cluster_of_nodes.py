@@ -84,3 +84,22 @@ def test_an_extraction_without_an_address_uses_none_of_another_cluster_on_the_ma
             assert process.wait(PATIENCE_S) == 0
         finally:
             kill(process)
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_gpus_is_refused_where_no_node_has_two_and_else_put_on_one_that_has(
+    tiny: TinyWorld, tmp_path: Path
+) -> None:
+    err = tmp_path / "err.txt"
+    places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", tmp_path / "store")
+    with nodes() as cluster:
+        asked = (*places, "--set", "extract.gpus_per_worker=2", "--ray-address", cluster.address)
+        cluster.add("one", gpus=1)
+        cluster.add("two", gpus=1)
+        assert start_cdp("extract-teacher", *asked, err=err).wait(PATIENCE_S) == 2
+        assert "fits on no node of the cluster: it has 2 GPUs, at most 1 on a node" in " ".join(err.read_text().split())
+        assert not (tmp_path / "store").exists()
+        cluster.add("three", gpus=2)
+        assert start_cdp("extract-teacher", *asked, err=err).wait(PATIENCE_S) == 2
+        # Of the GPUs that Ray gave it, none is there.
+        assert "this process sees 0 GPUs that torch can use" in " ".join(err.read_text().split())

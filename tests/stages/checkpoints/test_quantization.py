@@ -80,6 +80,24 @@ def test_a_teacher_computes_with_the_values_that_its_scheme_stands_for(
     assert scheme_of(teacher.identity.manifest("samples", 1).fingerprint.teacher_config) == name
 
 
+@pytest.mark.parametrize("scheme", MAKERS)
+def test_a_quantized_teacher_is_placed_as_a_device_map_says(llava: Path, tmp_path: Path, scheme: str) -> None:
+    make, package, _ = MAKERS[scheme]
+    if package is not None:
+        pytest.importorskip(package)
+    make(tmp_path / "quantized", llava)
+    settings = TeacherConfig(checkpoint=str(tmp_path / "quantized"), dtype="float32")
+    whole = load_teacher(settings)
+    decoder = [f"model.language_model.{name}" for name, _ in whole.model.get_decoder().named_children()]
+    # Under two names the CPU is two devices to the library, which then moves what enters a part.
+    parts: dict[str, Any] = dict.fromkeys(["model.vision_tower", "model.multi_modal_projector", *decoder], "cpu")
+    parts["lm_head"] = torch.device("cpu")
+    spread = load_teacher(settings, device_map=parts)
+    assert spread.model.hf_device_map == parts
+    assert hasattr(spread.model.lm_head, "_hf_hook")
+    assert torch.equal(logits(spread.model), logits(whole.model))
+
+
 @pytest.mark.parametrize("packed_tower", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_teacher_of_bitsandbytes_is_loaded_as_the_library_loads_it(

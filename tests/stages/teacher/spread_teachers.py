@@ -1,0 +1,81 @@
+"""Teachers on one pretended device and spread over three: run as a script, as `pretended_devices` asks.
+
+Its arguments are a file of JSON, `[checkpoint, samples, settings]` by name; it prints what it found of each as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from transformers import PreTrainedModel
+
+from stages.teacher.config import TeacherConfig
+from stages.teacher.observe import Observer, ShardObservations
+from stages.teacher.teacher import Teacher, load_teacher
+from storage.samples.sample_set import SampleSet
+from tests.pretended_devices import KIND, PretendedDevices, register
+
+
+def scattered(model: PreTrainedModel) -> dict[str, int]:
+    """Device by part: each of the decoder's layers is on another than the one before, the rest on any."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    own = [name for name, _ in model.model.named_parameters(recurse=False)]
+    own += [name for name, child in model.model.named_children() if child is not decoder]
+    parts = {f"{names[id(model.model)]}.{name}": 1 for name in own}
+    for name, child in decoder.named_children():
+        at = f"{names[id(decoder)]}.{name}"
+        if name == "layers":
+            parts |= {f"{at}.{number}": number % 3 for number in range(len(child))}
+        else:
+            parts[at] = 0 if child is model.get_input_embeddings() else 2
+    is_tied = head.weight is model.get_input_embeddings().weight
+    return parts | {names[id(head)]: 0 if is_tied else 1}
+
+
+def seen_on(teacher: Teacher, parts: dict[str, int], samples: Path) -> tuple[ShardObservations, list[tuple[int, ...]]]:
+    """What the teacher says of the samples, and what went from device to device meanwhile."""
+    with PretendedDevices() as devices:
+        dispatch_model(teacher.model, {name: torch.device(KIND, n) for name, n in parts.items()}, force_hooks=True)
+        devices.crossings.clear()
+        with Observer(teacher, overlap=False) as observer, SampleSet.open(samples).shard(0) as shard:
+            return observer.observe(shard), devices.crossings
+
+
+def compare(teachers: tuple[Teacher, Teacher], samples: Path) -> dict[str, Any]:
+    """Whether a teacher says the same, bit by bit, wherever its parts are."""
+    one, several = teachers
+    expected, _ = seen_on(one, {"": 0}, samples)
+    spread, crossings = seen_on(several, scattered(several.model), samples)
+    pairs = list(zip(expected.samples, spread.samples, strict=True))
+    attention = [(a.answer_attention_LaN, b.answer_attention_LaN) for a, b in pairs]
+    maps = zip(expected.maps, spread.maps, strict=True)
+    return {
+        "samples": len(pairs),
+        "skipped": [skipped.detail for skipped in spread.skipped],
+        "maps": len(spread.maps),
+        "logits_same": all(torch.equal(a.logits_RQ, b.logits_RQ) for a, b in pairs),
+        "attention_same": all(torch.equal(a, b) for a, b in attention if a is not None and b is not None),
+        "attention": sum(a is not None for a, _ in attention),
+        "maps_same": all(torch.equal(a.codes_LC, b.codes_LC) and torch.equal(a.caps_L, b.caps_L) for a, b in maps),
+        "devices": sorted({str(weight.device) for weight in several.model.parameters()}),
+        "crossings": crossings,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    loaded = {}
+    for name, (checkpoint, samples, settings) in asked.items():
+        config = TeacherConfig.model_validate({"checkpoint": checkpoint, **settings})
+        loaded[name] = (load_teacher(config), load_teacher(config)), Path(samples)
+    register()
+    print(json.dumps({name: compare(*each) for name, each in loaded.items()}))
+
+
+if __name__ == "__main__":
+    main()
