@@ -5,6 +5,7 @@ raises, as it does on real ones. So a model that is spread over them gives the v
 seen. For a process of its own: torch takes one such backend, and keeps it.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -80,6 +81,9 @@ class PretendedDevices(TorchDispatchMode):
         super().__init__()
         self.crossings: list[tuple[int, ...]] = []
         """Shapes of what went from one pretended device to another."""
+        self.bytes = self.most_bytes = 0
+        """Of the tensors that operations made on pretended devices: now, and at most."""
+        self._held: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
@@ -90,7 +94,21 @@ class PretendedDevices(TorchDispatchMode):
             kinds = {source.device.type, result.device.type}
             if kinds == {KIND} and source.device != result.device:
                 self.crossings.append(tuple(source.shape))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, PretendedTensor):
+                self._count(leaf.values.untyped_storage())
         return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        # Views share it.
+        if (number := storage._cdata) not in self._held:
+            self._held[number] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            self.most_bytes = max(self.most_bytes, self.bytes)
+            weakref.finalize(storage, self._forget, number)
+
+    def _forget(self, number: int) -> None:
+        self.bytes -= self._held.pop(number)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from pipeline.cli.options import (
 
 if TYPE_CHECKING:
     from pipeline.run_file import RunFile
-    from stages.estimate.report import Estimate
+    from stages.estimate.report import Estimate, TeacherMemory
     from stages.teacher.config import TeacherConfig
 
 
@@ -99,6 +99,7 @@ def _print_facts(estimate: "Estimate") -> None:
             ),
         ),
         ("teacher", f"{1000 * estimate.teacher_seconds_per_sample:,.1f} ms a sample on {estimate.device}"),
+        *([] if estimate.memory is None else [("GPUs of a teacher", _memory_text(estimate.memory))]),
         ("objects", f"{estimate.num_shards * estimate.files_per_shard:,}"),
         (
             "an answer row",
@@ -119,6 +120,18 @@ def _print_facts(estimate: "Estimate") -> None:
     print_facts(f"estimate: {estimate.teacher} over {estimate.samples_url or 'samples to come'}", facts)
 
 
+def _memory_text(memory: "TeacherMemory") -> str:
+    from pipeline.ui.tables import size_text
+
+    needed = "too few, one for each layer," if memory.gpus is None else f"{memory.gpus:,}"
+    return (
+        f"{needed} of {size_text(memory.gpu_bytes)}, in batches of {memory.batch_size:,}: weights "
+        f"{size_text(memory.weight_bytes)}, activations {size_text(memory.activation_bytes)} on each, maps "
+        f"{size_text(memory.map_bytes)}, caches {size_text(memory.cache_bytes)}; at most "
+        f"{size_text(memory.bytes_per_gpu)} on one"
+    )
+
+
 def _print_settings(estimate: "Estimate") -> None:
     from pipeline.ui.tables import ReportTable, print_table, size_text
 
@@ -129,12 +142,13 @@ def _print_settings(estimate: "Estimate") -> None:
             "-" if setting.shard_bytes_95 is None else " to ".join(map(size_text, setting.shard_bytes_95)),
             size_text(setting.shard_bytes / estimate.num_samples),
             size_text(setting.store_bytes),
-            f"{setting.worker_seconds / 3600:,.3g}",
+            f"{setting.worker_seconds * estimate.gpus_per_worker / 3600:,.3g}",
             str(timedelta(seconds=round(setting.wall_seconds))),
         ]
         for name, setting in estimate.settings.items()
     ]
     hours = "core-hours" if estimate.device == "CPU" else "GPU-hours"
     header = ["map codec", "shards", "95 % interval", "a sample", "whole store", hours, "wall time"]
-    title = f"a whole extraction, workers: {estimate.workers}"
+    of_gpus = f", each of {estimate.gpus_per_worker} GPUs" if estimate.gpus_per_worker > 1 else ""
+    title = f"a whole extraction, workers: {estimate.workers}{of_gpus}"
     print_table(ReportTable(title, header, rows, emphasized=f"{estimate.chosen} (chosen)"))

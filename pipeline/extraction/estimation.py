@@ -27,8 +27,8 @@ def make_estimate(
 ) -> "Estimate":
     """Estimates bytes and hours of extracting these samples; does not touch the target store.
 
-    Of `extract` the number of workers counts; None is as many as this machine has GPUs, or cores. With `config_only`
-    the teacher's weights are neither loaded nor looked for, and `samples_url` may be None.
+    Of `extract` the number of workers and their GPUs count; None is as many as this machine has room for. With
+    `config_only` the teacher's weights are neither loaded nor looked for, and `samples_url` may be None.
 
     Raises:
         UserError: If neither samples nor their number are given; or as `estimate_by_measurement` and
@@ -42,7 +42,15 @@ def make_estimate(
     if config_only:
         from stages.estimate.analytic import estimate_from_configs
 
-        return estimate_from_configs(teacher, samples, config, images, workers=extract.workers or 1, progress=progress)
+        return estimate_from_configs(
+            teacher,
+            samples,
+            config,
+            images,
+            workers=extract.workers or 1,
+            gpus_per_worker=extract.gpus_per_worker,
+            progress=progress,
+        )
     make_cpu_deterministic()
     import torch
 
@@ -51,8 +59,15 @@ def make_estimate(
     assert samples is not None
     num_shards = len(samples.index.shards)
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
-    workers = extract.workers or gpus or min(cpus, max(num_shards, 1))
-    threads = threads_per_worker(cpus, gpus, min(workers, cpus), num_shards)
+    workers = extract.workers or gpus // extract.gpus_per_worker or min(cpus, max(num_shards, 1))
+    threads = threads_per_worker(cpus, gpus, min(workers, cpus), num_shards, extract.gpus_per_worker)
     return estimate_by_measurement(
-        teacher, samples, config, images, workers=workers, threads=threads, progress=progress
+        teacher,
+        samples,
+        config,
+        images,
+        workers=workers,
+        threads=threads,
+        gpus_per_worker=extract.gpus_per_worker,
+        progress=progress,
     )

@@ -95,7 +95,7 @@ def extract(
     committed = committed_shards(targets.list(COMMITS))
     for record in iter_commits(targets, {n: path for n, path in committed.items() if n not in tally.new_shards}):
         tally.count(record)
-    report = make_report(len(committed), tally, outcome, identity.notes, time.perf_counter() - started)
+    report = make_report(config, len(committed), tally, outcome, identity.notes, time.perf_counter() - started)
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report

@@ -53,6 +53,8 @@ class ExtractionReport(StrictModel):
     samples_per_s: float
     workers: int
     """The most that worked at one time."""
+    gpus_per_worker: int = 1
+    """GPUs that held one teacher; of several, one computes at a time."""
     per_worker: tuple[WorkerReport, ...]
     """Every worker that ever was, those that died included."""
     failed_starts: dict[str, int]
@@ -66,7 +68,12 @@ class ExtractionReport(StrictModel):
 
 
 def make_report(
-    num_shards: int, tally: ExtractionTally, outcome: Outcome, notes: tuple[str, ...], seconds: float
+    config: ExtractConfig,
+    num_shards: int,
+    tally: ExtractionTally,
+    outcome: Outcome,
+    notes: tuple[str, ...],
+    seconds: float,
 ) -> ExtractionReport:
     """Makes the report of a run that ended; `num_shards` are those that the store holds now."""
     return ExtractionReport(
@@ -83,6 +90,7 @@ def make_report(
         seconds=seconds,
         samples_per_s=tally.new_samples / seconds,
         workers=tally.max_workers,
+        gpus_per_worker=config.gpus_per_worker,
         per_worker=tuple(_worker_report(worker) for worker in outcome.workers),
         failed_starts=outcome.failed_starts,
         failed_tries={shard: tuple(tries) for shard, tries in sorted(outcome.tries.items())},

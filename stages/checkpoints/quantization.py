@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from stages.checkpoints.configs import unfit_named
-from stages.checkpoints.quantization_scheme import BITSANDBYTES, KEY, method_of, scheme_of, scheme_settings
+from stages.checkpoints.quantization_scheme import BITSANDBYTES, KEY, bits_of, method_of, scheme_of, scheme_settings
 from storage.digests import parse_object
 from storage.errors import UserError, first_line
 
@@ -45,6 +45,12 @@ def check_packages(config: PreTrainedConfig, folder: Path) -> None:
         quantizer = AUTO_QUANTIZER_MAPPING[known](AUTO_QUANTIZATION_CONFIG_MAPPING[known].from_dict(settings))
         with suppress(RuntimeError):  # no device for it
             quantizer.validate_environment(device_map=None)
+
+
+def bits_per_weight(config: PreTrainedConfig) -> int | None:
+    """Bits of a weight of the decoder in memory; None if it is loaded as a float, or the config does not say."""
+    settings = scheme_settings(config)
+    return None if settings is None or method_of(settings) in _DEQUANTIZED else bits_of(settings)
 
 
 def load_quantized(load: Any, folder: Path, files: list[Path], config: PreTrainedConfig, dense: Any) -> PreTrainedModel:

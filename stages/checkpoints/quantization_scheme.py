@@ -21,11 +21,10 @@ def scheme_of(config: _Config | Mapping[str, Any]) -> str | None:
     settings = scheme_settings(config)
     if settings is None:
         return None
-    width = settings.get("bits") or settings.get("w_bit")
-    width = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else width
+    width = bits_of(settings)
     kind = settings.get("bnb_4bit_quant_type") if width == 4 else None
     kind = kind or settings.get("format") or settings.get("fmt") or settings.get("quant_type")
-    named = f"{method_of(settings)}, {width} bits" if isinstance(width, int) else method_of(settings)
+    named = f"{method_of(settings)}, {width} bits" if width is not None else method_of(settings)
     return named + (f" ({kind:.50})" if isinstance(kind, str) else "")
 
 
@@ -48,6 +47,14 @@ def scheme_settings(config: _Config | Mapping[str, Any]) -> dict[str, Any] | Non
             # What is no object names no method that there is, and so is refused.
             return dict(settings) if isinstance(settings, Mapping) else {"quant_method": f"{settings!r:.50}"}
     return None
+
+
+def bits_of(settings: Mapping[str, Any]) -> int | None:
+    """Bits of a packed weight in these settings; None where they do not say."""
+    if settings.get("load_in_4bit"):
+        return 4
+    width = 8 if settings.get("load_in_8bit") else settings.get("bits") or settings.get("w_bit")
+    return width if isinstance(width, int) else None
 
 
 def method_of(settings: Mapping[str, Any]) -> str:

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import get_args
 
-import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import PreTrainedModel
 
-from stages.checkpoints.configs import unfit_named
 from stages.estimate.extrapolate import CodecCost, extrapolate
+from stages.estimate.memory import empty_model, memory_notes, teacher_memory
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
 from stages.teacher.config import TeacherConfig
@@ -38,9 +37,10 @@ def estimate_from_configs(
     images: ImageConfig = DEFAULT_IMAGES,
     *,
     workers: int,
+    gpus_per_worker: int = 1,
     progress: Progress = SILENT,
 ) -> Estimate:
-    """What a whole extraction by `workers` GPUs takes, from config and processor of the checkpoint.
+    """What a whole extraction by `workers` teachers takes, from config and processor of the checkpoint.
 
     The sample set is read and tokenised as for a measurement; without one the numbers of `config` are taken, which then
     says how many samples there will be.
@@ -66,28 +66,20 @@ def estimate_from_configs(
             f"image of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}"
         )
     # Attention maps cost nothing for a sample without an image, and once for all samples that share them.
-    work = forward_work(identity, held.per_sample)
+    model = empty_model(identity)
+    work = forward_work(identity, model, held.per_sample)
     operations = sum(work.values())
-    rates = {"logit_records": identity.logit_codec.row_bytes, "token_ids": TOKEN_BYTES}
-    if settings.answer_attention:
-        rates["answer_attention"] = len(identity.layers) * HALF_BYTES
-    num_arrays = len(arrays(answer_attention=settings.answer_attention))
-    costs = {
-        name: CodecCost(
-            rates={"map_codes": len(identity.layers) * entry_bytes, **rates},
-            metadata_bytes=num_arrays * METADATA_BYTES_PER_ARRAY,
-            num_files=2 * num_arrays + 1,
-        )
-        for name, entry_bytes in bytes_per_entry(held.per_sample, identity.windows).items()
-    }
     speed = f"{config.gpu_tflops:g} TFLOP/s at"
     teacher = TeacherCost(
         device=f"GPU of {speed} {config.efficiency:.0%}",
+        gpus_per_worker=gpus_per_worker,
+        memory=(memory := teacher_memory(identity, model, held.per_sample, config)),
         teacher_seconds_per_sample=operations / (config.gpu_tflops * 1e12 * config.efficiency),
     )
     shares = ", ".join(f"{name} {part / operations:.1%}" for name, part in work.items())
     notes = (
         "computed from configs alone, so only roughly; `cdp estimate` with the weights measures instead",
+        *memory_notes(memory, gpus_per_worker),
         *saved_notes(identity, held.per_sample),
         f"{operations / 1e12:.3g} TFLOP a sample: {shares}",
         f"{speed} an efficiency of {config.efficiency:.0%} are assumed, not measured",
@@ -95,6 +87,7 @@ def estimate_from_configs(
         "bytes of answer rows, answer attention and tokens are those before zstd",
         *assumed,
     )
+    costs = _costs(identity, held.per_sample)
     return extrapolate(settings, identity, held, costs, teacher, workers=workers, notes=notes)
 
 
@@ -104,6 +97,22 @@ def saved_notes(identity: TeacherIdentity, per_sample: Counts) -> tuple[str, ...
     if not saved or not identity.prefix_reuse:
         return ()
     return (f"{saved:.0%} of all tokens come up to an image that another conversation has too, and are computed once",)
+
+
+def _costs(identity: TeacherIdentity, per_sample: Counts) -> dict[MapCodecName, CodecCost]:
+    stores_answers = identity.settings.answer_attention
+    rates = {"logit_records": identity.logit_codec.row_bytes, "token_ids": TOKEN_BYTES}
+    if stores_answers:
+        rates["answer_attention"] = len(identity.layers) * HALF_BYTES
+    num_arrays = len(arrays(answer_attention=stores_answers))
+    return {
+        name: CodecCost(
+            rates={"map_codes": len(identity.layers) * entry_bytes, **rates},
+            metadata_bytes=num_arrays * METADATA_BYTES_PER_ARRAY,
+            num_files=2 * num_arrays + 1,
+        )
+        for name, entry_bytes in bytes_per_entry(per_sample, identity.windows).items()
+    }
 
 
 def _assumed_counts(config: EstimateConfig, num_samples: int, num_image_tokens: int, *, causal: bool) -> SetCounts:
@@ -128,7 +137,7 @@ def bytes_per_entry(per_sample: Counts, windows: Sequence[Sequence[int]]) -> dic
     return {name: BYTES_PER_ENTRY[codec.of_size(size).name] for name, codec in codecs.items()}
 
 
-def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, float]:
+def forward_work(identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts) -> dict[str, float]:
     """Floating-point operations of the teacher on one sample, by the part that does them.
 
     Two for each weight and position, and attention's products with causality used. Where samples share what comes up to
@@ -136,10 +145,6 @@ def forward_work(identity: TeacherIdentity, per_sample: Counts) -> dict[str, flo
     counted as if every expert worked.
     """
     text = identity.config.get_text_config()
-    with torch.device("meta"), unfit_named(identity.folder):
-        model = AutoModelForImageTextToText.from_config(
-            identity.config, trust_remote_code=identity.settings.trust_remote_code
-        )
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     sizes = {name: weight.numel() for name, weight in model.named_parameters() if id(weight) not in embeddings}
     vision = sum(size for name, size in sizes.items() if name.startswith(identity.family.vision_prefixes))

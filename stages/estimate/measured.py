@@ -51,6 +51,7 @@ def estimate_by_measurement(
     *,
     workers: int,
     threads: int,
+    gpus_per_worker: int = 1,
     progress: Progress = SILENT,
 ) -> Estimate:
     """What a whole extraction by `workers` teachers takes, each with `threads` on a CPU.
@@ -66,7 +67,7 @@ def estimate_by_measurement(
     started = time.perf_counter()
     loading = progress.task("load teacher", 1, unit="teachers")
     # In 16 bits, from which all other codes are made: so the teacher has to run only once.
-    teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}), images)
+    teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}), images, gpus_per_worker)
     load_seconds = time.perf_counter() - started
     loading.advance()
     on_gpu = bool(teacher.gpus)
@@ -93,6 +94,7 @@ def estimate_by_measurement(
         device=torch.cuda.get_device_name() if on_gpu else "CPU",
         teacher_seconds_per_sample=seconds / len(kept),
         threads=threads,
+        gpus_per_worker=gpus_per_worker,
         load_seconds=load_seconds,
         vision_bytes=vision_bytes,
         num_measured=len(seen.samples) + len(seen.skipped),
@@ -101,11 +103,10 @@ def estimate_by_measurement(
         f"the teacher was timed on {len(seen.samples)} samples in batches of at most {batch_size}",
         "the time does not include starting Ray and reading samples over a network",
         *saved_notes(teacher.identity, held.per_sample),
+        *["the estimate takes coding and writing to go on beside the teacher"] * on_gpu,
     ]
     codec = teacher.identity.logit_codec
     notes += noise_notes(codec, [sample.logits_RQ for sample in seen.samples], codec.temperatures)
-    if on_gpu:
-        notes.append("the estimate takes coding and writing to go on beside the teacher")
     if held.num_read == held.num_samples:
         notes.append("every sample was read: the interval is for what the teacher did not see")
     return extrapolate(

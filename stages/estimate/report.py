@@ -37,6 +37,8 @@ class EstimateConfig(StrictModel):
     bfloat16."""
     efficiency: float = Field(default=0.4, gt=0, le=1)
     """From configs alone: share of the peak that the teacher's forward pass reaches."""
+    gpu_memory_gb: float = Field(default=80.0, gt=0)
+    """From configs alone: memory of one GPU in 10^9 bytes, for how many a teacher needs."""
 
 
 class SettingEstimate(StrictModel):
@@ -57,6 +59,27 @@ class SettingEstimate(StrictModel):
     """From the start of the workers to the last shard, with as many workers as the estimate names."""
 
 
+class TeacherMemory(StrictModel):
+    """What one teacher takes of GPUs' memory, in bytes, with as many GPUs as it needs."""
+
+    gpu_bytes: int
+    """Memory of one GPU, as asked."""
+    gpus: int | None
+    """The fewest that hold it with a batch (`extract.gpus_per_worker`); None if a GPU for each layer does not."""
+    batch_size: int
+    """`teacher.batch_size`, or the largest power of two that fits into so many."""
+    weight_bytes: int
+    activation_bytes: int
+    """On each GPU: what a layer, or the coding of answer rows, makes and frees."""
+    map_bytes: int
+    """Maps of the batches that wait for coding, and their coding; taken to be on one GPU."""
+    cache_bytes: int
+    """Keys and values of prefixes; 0 without `teacher.prefix_reuse`."""
+    bytes_of_weights_per_gpu: int
+    bytes_per_gpu: int
+    """All of it on the GPU that has most."""
+
+
 class TeacherCost(StrictModel):
     """What the teacher takes, whatever the map codec; from configs alone, what is not computed is 0."""
 
@@ -64,6 +87,10 @@ class TeacherCost(StrictModel):
     """CPU, or the name of the GPU, where coding and writing go on beside the teacher."""
     threads: int = 1
     """Of each worker, as extraction sets them on this machine."""
+    gpus_per_worker: int = 1
+    """GPUs that hold one teacher; one of them computes at a time."""
+    memory: TeacherMemory | None = None
+    """From configs alone."""
     load_seconds: float = 0.0
     """Loading the teacher, once a worker."""
     teacher_seconds_per_sample: float

@@ -83,7 +83,7 @@ def main() -> None:
     # Of the numbers that no machine has; Ray wants as many as a node has GPUs.
     os.environ["CUDA_VISIBLE_DEVICES"] = "90,91"
 
-    head = {"num_cpus": 0, "include_dashboard": len(sys.argv) > 1}
+    head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": len(sys.argv) > 1}
     if len(sys.argv) > 1:
         # Its agent's own port may be that of another cluster of this machine.
         head |= {"dashboard_port": int(sys.argv[1]), "dashboard_agent_listen_port": 0}

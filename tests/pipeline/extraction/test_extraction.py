@@ -129,7 +129,9 @@ def test_answers_without_an_end_are_said_before_the_first_shard_and_in_the_repor
         run(tiny, tmp_path / "store")
 
 
-def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets: Path, tmp_path: Path) -> None:
+def test_a_second_run_makes_nothing_and_changes_no_byte(
+    tiny: TinyWorld, targets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = tmp_path / "store"
     shutil.copytree(targets, store)
     progress = RecordedProgress()
@@ -137,6 +139,10 @@ def test_a_second_run_makes_nothing_and_changes_no_byte(tiny: TinyWorld, targets
     assert report.shards_made_now == 0
     assert report.samples == progress.named("extract").done == NUM_SAMPLES
     assert same_targets(store, targets)
+    print_report(report, "store")
+    assert "GPUs idle" not in capsys.readouterr().out
+    print_report(report.model_copy(update={"gpus_per_worker": 4}), "store")
+    assert "75% at least: of 4 that hold a teacher" in capsys.readouterr().out
 
 
 def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_sample(

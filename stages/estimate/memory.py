@@ -1,0 +1,131 @@
+"""How much of GPUs' memory a teacher takes, from its config alone, and so how many GPUs one teacher needs.
+
+Weights, caches and maps are counted. What a layer makes and frees is that of its largest products. What coding takes
+was found by counting its tensors (`tests/stages/estimate/coding_memory.py`). What the driver takes is assumed.
+"""
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from stages.attention.capture import GPU_BLOCK_ENTRIES
+from stages.checkpoints.configs import unfit_named
+from stages.checkpoints.quantization import bits_per_weight
+from stages.estimate.report import EstimateConfig, TeacherMemory
+from stages.estimate.sampling import Counts
+from stages.teacher.batching import GPU_FIRST_TRY
+from stages.teacher.forward import LOGIT_ROWS
+from stages.teacher.identity import TeacherIdentity
+from stages.teacher.map_coder import UNCODED_BATCHES
+from stages.teacher.placement import MEMORY_FOR_WEIGHTS
+
+DRIVER_BYTES = 10**9
+"""Of each GPU: context, kernels, and what the allocator cannot use; assumed."""
+CODED_LAYERS, CODED_WINDOWS = {True: 1.6, False: 1.0}, {True: 3.0, False: 8.0}
+"""Causal or not -> maps of float32 that coding holds at once, for each layer of an image and each of its windows."""
+LOGIT_BYTES = 2**10
+"""For each token of the vocabulary, what coding a block of answer rows holds at once."""
+FLOAT = 4
+
+
+def empty_model(identity: TeacherIdentity) -> PreTrainedModel:
+    """The teacher without its weights, on no device.
+
+    Raises:
+        UserError: If no model can be built from its config.
+    """
+    with torch.device("meta"), unfit_named(identity.folder):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            identity.config, trust_remote_code=identity.settings.trust_remote_code
+        )
+    return model
+
+
+def teacher_memory(
+    identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts, config: EstimateConfig
+) -> TeacherMemory:
+    """The fewest GPUs of `config.gpu_memory_gb` that hold the teacher, and the largest batch that then fits.
+
+    `model` is `empty_model`. Conversations are as long as `teacher.max_length` allows, images of the average size.
+    """
+    memory = round(config.gpu_memory_gb * 1e9)
+    asked = identity.settings.batch_size
+    num_layers = identity.config.get_text_config().num_hidden_layers
+    sizes = [asked] if asked else [2**power for power in range(GPU_FIRST_TRY.bit_length())]
+    for gpus in range(1, num_layers + 1):
+        fitting = [
+            found
+            for size in sizes
+            if (found := _with_batch(identity, model, per_sample, size, gpus)).bytes_per_gpu <= memory
+            and found.bytes_of_weights_per_gpu <= MEMORY_FOR_WEIGHTS * memory
+        ]
+        if fitting:
+            return fitting[-1].model_copy(update={"gpu_bytes": memory})
+    least = _with_batch(identity, model, per_sample, sizes[0], num_layers)
+    return least.model_copy(update={"gpu_bytes": memory, "gpus": None})
+
+
+def memory_notes(memory: TeacherMemory, gpus_per_worker: int) -> tuple[str, ...]:
+    """What is to be set, if `extract.gpus_per_worker` is fewer than the teacher needs."""
+    if memory.gpus is None:
+        return ("a GPU for each layer does not hold the teacher with one batch; lower teacher.max_length",)
+    if memory.gpus > gpus_per_worker:
+        return (f"the teacher needs {memory.gpus} GPUs: set extract.gpus_per_worker={memory.gpus}",)
+    return ()
+
+
+def _with_batch(
+    identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts, batch: int, gpus: int
+) -> TeacherMemory:
+    text, element = identity.config.get_text_config(), identity.dtype.itemsize
+    weights, largest = _weight_bytes(identity, model)
+    length = identity.settings.max_length
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key_bytes = 2 * batch * length * num_kv_heads * head * element
+    products = max(3 * getattr(text, "intermediate_size", 0), 4 * text.num_attention_heads * head)
+    layer = batch * length * (3 * text.hidden_size + products) * element
+    # Those of the head as it gives them, as floats, and with what is not finite left out.
+    logits = text.vocab_size * (LOGIT_ROWS * (element + 2 * FLOAT + 1) + LOGIT_BYTES)
+    num_tokens = per_sample["image_tokens"] / per_sample["maps"] if per_sample["maps"] else 0.0
+    of_image = num_tokens**2 * FLOAT
+    # Scores of a block of image queries, their probabilities, and what goes from one to the other.
+    blocks = 3 * FLOAT * min(GPU_BLOCK_ENTRIES, text.num_attention_heads * num_tokens * length)
+    maps = (UNCODED_BATCHES + 1) * batch * len(identity.layers) * of_image
+    causal = identity.codec.causal
+    coding = of_image * (len(identity.layers) * CODED_LAYERS[causal] + len(identity.windows) * CODED_WINDOWS[causal])
+    # One layer's keys and values behind those of the prefixes, besides those of all layers.
+    caches = key_bytes * text.num_hidden_layers if identity.prefix_reuse else 0
+    share = weights if gpus == 1 else weights // gpus + largest
+    activations = round(max(layer + key_bytes + blocks, logits))
+    per_gpu = share + activations + maps + coding + caches / gpus + DRIVER_BYTES
+    return TeacherMemory(
+        gpu_bytes=0,
+        gpus=gpus,
+        batch_size=batch,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        map_bytes=round(maps + coding),
+        cache_bytes=caches,
+        bytes_of_weights_per_gpu=share,
+        bytes_per_gpu=round(per_gpu),
+    )
+
+
+def _weight_bytes(identity: TeacherIdentity, model: PreTrainedModel) -> tuple[int, int]:
+    """Of all weights, and of the largest layer of the decoder or embedding, which no two GPUs share."""
+    bits = bits_per_weight(identity.config)
+    kept = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    decoder = model.get_decoder()
+    packed = {id(weight) for weight in decoder.parameters() if weight.dim() > 1} - kept
+
+    def size(parameters: list[torch.nn.Parameter]) -> int:
+        each = {id(weight): weight.numel() for weight in parameters}
+        of_each = (
+            num * (bits / 8 if bits is not None and number in packed else identity.dtype.itemsize)
+            for number, num in each.items()
+        )
+        return round(sum(of_each))
+
+    parts = [list(layer.parameters()) for layer in decoder.layers]
+    parts.append(list(model.get_output_embeddings().parameters()))
+    return size(list(model.parameters())), max(map(size, parts))
