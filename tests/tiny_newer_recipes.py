@@ -88,7 +88,7 @@ PIXTRAL = _pixtral(1, {"vision_feature_select_strategy": "full", "vision_feature
 """A LLaVA whose vision tower takes images of any size."""
 
 NEWER: dict[str, Recipe] = {
-    "qwen3_vl_moe": _qwen3("qwen3_vl_moe", EXPERTS, {"deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": _qwen3("qwen3_vl_moe", EXPERTS, {"deepstack_visual_indexes": [1, 0]}),
     "qwen3_5": _qwen3("qwen3_5", HYBRID, {}),
     "qwen3_5_moe": _qwen3("qwen3_5_moe", {**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 16}, {}),
     "glm4v": _glm("glm4v", {}),

@@ -24,8 +24,8 @@ class Family:
             Where it is not, an image token still sees no token after its own image: maps depend on nothing else.
         pixel_inputs: the processor's outputs that depend on the image's pixels, and how those of several samples join.
         modality_input: name of the model's input that is 1 at image tokens and 0 elsewhere, if it takes one.
-        features_enter_once: image features replace the placeholders' embeddings and reach the decoder nowhere else, so
-            a student can be given them through its post-connector.
+        deepstack: whether the model also adds features of earlier vision layers to its image tokens, one after each of
+            its first decoder layers. `get_image_features` then returns them as `deepstack_features`.
         pixels_without_text: whether the processor takes images alone.
         last_linear: name within the model of the linear layer that ends the projector, if what follows it only moves
             features or averages them with weights that sum to 1: a linear layer behind it all can be folded into it.
@@ -41,7 +41,7 @@ class Family:
     causal_image_tokens: bool = True
     pixel_inputs: Mapping[str, Joining] = field(default_factory=lambda: {"pixel_values": "cat"})
     modality_input: str | None = None
-    features_enter_once: bool = True
+    deepstack: bool = False
     pixels_without_text: bool = True
     last_linear: str | None = None
     added_vectors: tuple[str, ...] = ()
@@ -60,11 +60,8 @@ class Family:
 
     def why_no_student(self) -> str | None:
         """Why a student cannot have such a teacher; None if it can."""
-        if not self.causal_image_tokens:
-            return "its image tokens attend in both directions, a student's decoder only backwards"
-        if not self.features_enter_once:
-            return "it also adds image features inside its decoder, where a student cannot take them"
-        return None
+        both_ways = "its image tokens attend in both directions, a student's decoder only backwards"
+        return None if self.causal_image_tokens else both_ways
 
     def why_not_with_own_vision(self) -> str | None:
         """Why it can neither be a student with its own vision tower and projector nor teach one; None if it can."""

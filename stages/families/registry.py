@@ -46,7 +46,7 @@ QWEN3 = replace(
     QWEN2,
     model_types=("qwen3_vl", "qwen3_vl_moe"),
     projector_prefixes=("model.visual.merger.", "model.visual.deepstack_merger_list."),
-    features_enter_once=False,
+    deepstack=True,
     last_linear=None,
 )
 # Without deepstack again; most layers of the decoder have linear attention.

@@ -25,7 +25,7 @@ from stages.images import decode_image
 from stages.student.data.alignment import ComparedRows, TokenAlignment
 from stages.student.data.tokenizer_compatibility import student_processor, tokenizer_differences
 from stages.student.data.vocabularies import other_tokenizer
-from stages.student.model.build import check_decoder, teacher_family
+from stages.student.model.build import check_decoder, deepstack_levels, teacher_family
 from stages.student.model.student import register_students
 from stages.student.stage_config import Alignment
 from stages.student.student_kind import is_student, vision_family
@@ -258,9 +258,9 @@ def _family(folder: Path, config: PreTrainedConfig, teacher: PreTrainedConfig, *
     """Family of the vision tower; refuses a checkpoint that is not of the kind that `own_vision` says."""
     family = vision_family(folder, config.model_type, teacher.model_type, own_vision=own_vision)
     if not own_vision:
-        teacher_family(teacher)
+        levels = deepstack_levels(teacher, teacher_family(teacher))
         if not is_student(folder):
-            check_decoder(folder, config)
+            check_decoder(folder, config, levels)
     return family
 
 

@@ -1,6 +1,6 @@
 """Builds a student: the teacher's frozen vision tower from the target store, a decoder, a new post-connector (TAF)."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -82,12 +82,19 @@ def teacher_family(teacher: PreTrainedConfig) -> Family:
     return family
 
 
-def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
+def deepstack_levels(teacher: PreTrainedConfig, family: Family) -> int:
+    """How many features of earlier vision layers the teacher adds inside its decoder."""
+    return len(teacher.vision_config.deepstack_visual_indexes) if family.deepstack else 0
+
+
+def check_decoder(folder: Path, config: PreTrainedConfig, deepstack: int = 0) -> None:
     """Refuses a model that cannot be a student's decoder, before any weights are loaded.
+
+    `deepstack` is how many of its first layers add features of earlier vision layers to image tokens.
 
     Raises:
         UserError: If it is no causal language model, none can be built from its config, its parts are not where Llama
-            has them, or it has no sdpa attention.
+            has them, it has no sdpa attention, or its layers cannot be given those features.
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise no_decoder(folder, config.model_type)
@@ -100,6 +107,26 @@ def check_decoder(folder: Path, config: PreTrainedConfig) -> None:
             "model.layers and a linear lm_head without bias, as Llama and its kin have; name such a model"
         )
     check_sdpa(model)
+    if deepstack:
+        _check_deepstack(folder, model, deepstack)
+
+
+def _check_deepstack(folder: Path, model: PreTrainedModel, deepstack: int) -> None:
+    """A forward pass without numbers: each of the first layers must be called with the keyword."""
+    called: list[bool] = []
+    for layer in model.model.layers[:deepstack]:
+        layer.register_forward_pre_hook(lambda _, __, kwargs: called.append("deepstack" in kwargs), with_kwargs=True)
+    tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    with suppress(ValueError, RuntimeError, TypeError):
+        model.set_experts_implementation("batched_mm")
+        model.model(input_ids=tokens, deepstack=None, use_cache=True)
+    if called != [True] * deepstack:
+        raise UserError(
+            f"{folder} is of type {model.config.model_type}, whose first {deepstack} layers cannot be given the "
+            "features of earlier vision layers that this teacher adds to its image tokens (deepstack): it has fewer "
+            "layers, or does not hand on what they are called with; name another decoder, or give the student its own "
+            "vision tower (--vision own)"
+        )
 
 
 def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
@@ -130,6 +157,7 @@ def _untrained(
         text_config=decoder,
         image_token_id=image_id,
         pixel_inputs=list(family.pixel_inputs),
+        deepstack=deepstack_levels(teacher, family),
         tie_word_embeddings=decoder.tie_word_embeddings,
     )
     return AnyTeacherStudentForConditionalGeneration(config)

@@ -1,11 +1,14 @@
 """The student of a teacher that is no LLaVA 1.5: the teacher's vision part, a post-connector, its own decoder.
 
 Self-contained (torch and transformers only), so that an exported checkpoint can carry it. The vision part (tower and
-projector, with tiles and pooling) is the code of transformers for the teacher. It must put image features at the image
-tokens and nowhere else.
+projector, with tiles and pooling) is the code of transformers for the teacher. Its image features stand at the image
+tokens. A teacher with deepstack also adds features of earlier vision layers to them, inside its decoder, and so does
+the student.
 """
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
         text_config: Of the student's decoder.
         image_token_id: The image token's id, which may lie past the student's vocabulary.
         pixel_inputs: Names of the inputs that go to the vision part.
+        deepstack: How many features of earlier vision layers are added to image tokens, one after each of the decoder's
+            first layers.
         folded_linear: Name of the projector's last linear layer after the post-connector was folded into it; None
             while there is a post-connector.
         folded_vectors: Names of the vision part's other parameters that then have the decoder's width.
@@ -36,6 +41,7 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
     text_config: Any = None
     image_token_id: int = 0
     pixel_inputs: Any = None
+    deepstack: int = 0
     folded_linear: str | None = None
     folded_vectors: Any = None
     tie_word_embeddings: bool = False
@@ -62,6 +68,34 @@ class AnyTeacherStudentPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = "past_key_values"
 
 
+class DeepstackFeatures:
+    """What the first decoder layers add to image tokens; travels to them as the keyword `deepstack`.
+
+    No dataclass: FSDP2 looks for tensors in dataclasses that a layer is called with, and hands it a copy.
+
+    Attributes:
+        is_image: `[B, T]` bool.
+        levels: `[N, hidden]` for each of the layers, of all image tokens of the batch.
+        added: The layers that have done so.
+    """
+
+    def __init__(self, is_image: Tensor, levels: list[Tensor]) -> None:
+        self.is_image, self.levels = is_image, levels
+        self.added: set[int] = set()
+
+
+def _add_deepstack(layer: int, _: nn.Module, __: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    """Forward hook of a decoder layer."""
+    found: DeepstackFeatures | None = kwargs.get("deepstack")
+    if found is None:
+        return output
+    found.added.add(layer)
+    hidden = output[0] if isinstance(output, tuple) else output
+    is_image = found.is_image[..., None].to(hidden.device)
+    more = torch.zeros_like(hidden).masked_scatter(is_image, found.levels[layer].to(hidden.dtype))
+    return (hidden + more, *output[1:]) if isinstance(output, tuple) else hidden + more
+
+
 class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
     """Vision tower, projector, post-connector and decoder, without a language modelling head."""
 
@@ -79,14 +113,31 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
             for name in config.folded_vectors or ():
                 setattr(self.eyes, name, nn.Parameter(torch.empty(width)))
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        if config.deepstack:
+            from_width = config.teacher_config.get_text_config().hidden_size
+            self.deepstack_connectors = nn.ModuleList(nn.Linear(from_width, width) for _ in range(config.deepstack))
+            for layer, module in enumerate(self.language_model.layers[: config.deepstack]):
+                module.register_forward_hook(partial(_add_deepstack, layer), with_kwargs=True)
         self.post_init()
+        if config.deepstack:
+            # A new student begins as one without these features.
+            for parameter in self.deepstack_connectors.parameters():
+                nn.init.zeros_(parameter)
 
     def get_image_features(self, **pixels: Tensor) -> Tensor:
         """`[N, hidden]`: the teacher's features of all images of the batch, after the post-connector."""
-        features = self.eyes.get_image_features(**pixels, return_dict=True).pooler_output
+        return self._carried_features(**pixels)[0]
+
+    def _carried_features(self, **pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `get_image_features`, and of each deepstack level the same after its own connector."""
+        outputs = self.eyes.get_image_features(**pixels, return_dict=True)
+        features = outputs.pooler_output
         parts = [features] if isinstance(features, Tensor) else list(features)
         carried: Tensor = self.post_connector(torch.cat([part.flatten(0, -2) for part in parts]))
-        return carried
+        if not self.config.deepstack:
+            return carried, []
+        levels = zip(self.deepstack_connectors, outputs.deepstack_features, strict=True)
+        return carried, [connector(torch.cat(list(images))) for connector, images in levels]
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """As the decoder, with the inputs of the vision part too."""
@@ -98,11 +149,16 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
             if pixels:
-                features = self.get_image_features(**pixels)
+                features, levels = self._carried_features(**pixels)
                 if features.shape[0] != int(is_image.sum()):
                     raise ValueError(f"{features.shape[0]} image features for {int(is_image.sum())} image tokens")
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
-        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+                if levels:
+                    kwargs["deepstack"] = DeepstackFeatures(is_image, levels)
+        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        if "deepstack" in kwargs and len(kwargs["deepstack"].added) < self.config.deepstack:
+            raise ValueError("layers of this decoder are not given the features that they are to add to image tokens")
+        return outputs
 
 
 class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel, GenerationMixin):

@@ -31,7 +31,8 @@ def register_students() -> None:
 def projector_parameters(student: Student) -> list[nn.Parameter]:
     """What carries image features to the decoder, and may learn in every stage: post-connector or own projector."""
     family = FAMILIES.get(student.config.model_type)
-    prefixes = ("model.post_connector.",) if family is None else family.projector_prefixes
+    own = ("model.post_connector.", "model.deepstack_connectors.")
+    prefixes = own if family is None else family.projector_prefixes
     return [parameter for name, parameter in student.named_parameters() if name.startswith(prefixes)]
 
 
