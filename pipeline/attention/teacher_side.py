@@ -128,11 +128,10 @@ def _same_teacher(store: TargetStore, checkpoint: str) -> Teacher:
 
 
 def _all_layers(checkpoint: str) -> tuple[int, ...] | None:
-    """All layers of the decoder; the middle third where some give no maps."""
+    """All layers of the decoder that give maps; None where there are none, which the teacher's loading refuses."""
     decoder = load_config(resolve_checkpoint(checkpoint)).get_text_config()
-    layers = tuple(range(decoder.num_hidden_layers))
     able = layers_with_maps(decoder)
-    return layers if able is None or able == set(layers) else None
+    return tuple(range(decoder.num_hidden_layers) if able is None else sorted(able)) or None
 
 
 def _live_samples(samples: str, teacher: Teacher, limit: int, progress: Progress) -> Generator[list[StreamedSample]]:

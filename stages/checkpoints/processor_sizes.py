@@ -95,7 +95,8 @@ def _estimated(settings: Mapping[str, Any], images: Mapping[str, Any]) -> tuple[
     merge = images.get("merge_size") or 1
     sizes = [images.get(name) for name in ("size", "crop_size", "pad_size", "max_image_size")]
     tile = max(_area(size, *_TRIED, of_area="merge_size" in images) for size in sizes)
-    tile = max(tile, (images.get("tile_size") or 0) ** 2)
+    edge = (images.get("encoder_patch_size") or 0) * (images.get("downsample_factor") or 1)
+    tile = max(tile, (images.get("tile_size") or 0) ** 2, (images.get("max_image_tokens") or 1) * edge**2)
     grids = images.get("image_grid_pinpoints") or ()
     grid = max((height * width for height, width in grids), default=0)
     num_tiles = 1.0 + sum(images.get(name) or 0 for name in ("max_patches", "max_tiles", "pan_and_scan_max_num_crops"))

@@ -30,6 +30,8 @@ class Family:
         last_linear: name within the model of the linear layer that ends the projector, if what follows it only moves
             features or averages them with weights that sum to 1: a linear layer behind it all can be folded into it.
         added_vectors: names of parameters that the model puts among the features after that layer.
+        decoder_alone: whether the library also reads the decoder alone out of such a checkpoint, as a causal language
+            model: it can then be a student's decoder.
         marks_with_pixels: whether tokens behind an image, such as its end, get vectors of the vision part too, and only
             in a forward pass that has pixels: what follows an image cannot be computed apart from it.
         caps_logits: whether the model caps what its head gives, as `final_logit_softcapping` of its config says.
@@ -45,6 +47,7 @@ class Family:
     pixels_without_text: bool = True
     last_linear: str | None = None
     added_vectors: tuple[str, ...] = ()
+    decoder_alone: bool = False
     marks_with_pixels: bool = False
     caps_logits: bool = False
 

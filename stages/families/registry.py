@@ -50,7 +50,9 @@ QWEN3 = replace(
     last_linear=None,
 )
 # Without deepstack again; most layers of the decoder have linear attention.
-QWEN3_5 = replace(QWEN2, model_types=("qwen3_5", "qwen3_5_moe"), last_linear="visual.merger.linear_fc2")
+QWEN3_5 = replace(
+    QWEN2, model_types=("qwen3_5", "qwen3_5_moe"), last_linear="visual.merger.linear_fc2", decoder_alone=True
+)
 # GLM-4.1V and GLM-4.5V: the tower is another, the inputs are those of Qwen.
 GLM4V = replace(QWEN2, model_types=("glm4v", "glm4v_moe"), last_linear="visual.merger.down_proj")
 # Idefics3 and SmolVLM: tiles of one size, each between text tokens that name its row and column.

@@ -50,7 +50,7 @@ def vision_family(folder: Path, model_type: str, teacher_type: str, *, own_visio
         UserError: If the checkpoint is not of the kind that `own_vision` says, or no student can have such a teacher.
     """
     if not own_vision:
-        if model_type in FAMILIES:
+        if model_type in FAMILIES and not FAMILIES[model_type].decoder_alone:
             raise UserError(
                 f"{folder} is a whole multimodal model ({model_type}); give --vision own to keep its vision tower "
                 "and projector, or name a causal language model as the student's decoder"

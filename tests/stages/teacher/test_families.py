@@ -5,6 +5,8 @@ the maps from `output_attentions`.
 """
 
 import pickle
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from storage.codecs.answer_logits import AnswerLogits, AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.sinks import sink_keep_mask
 from storage.errors import UserError
-from tests.stages.extracted_families import LAYERS, eager, eager_maps, processed
+from tests.stages.extracted_families import LAYERS, eager, eager_maps, extract_family, make_samples, processed
 from tests.tiny_families import ALL_RECIPES, RECIPES
 
 CAUSAL = sorted(name for name in RECIPES if FAMILIES[name].causal_image_tokens)
@@ -162,6 +164,21 @@ def test_gemma4_image_tokens_attend_in_both_directions_in_sliding_layers_alone(e
         whole_NN, sliding_NN = MapCodec(extracted.store.manifest.fingerprint.map_codec).decode(maps)
         assert not whole_NN.triu(1).any()
         assert bool(sliding_NN.triu(1).any())
+
+
+def test_a_gemma4_that_looks_backwards_alone_is_captured_too(tmp_path: Path) -> None:
+    """As the smaller ones are, which have neither experts nor keys that are values."""
+    recipe = RECIPES["gemma4"]
+    others = {"use_bidirectional_attention": None, "enable_moe_block": False, "attention_k_eq_v": False}
+    changed = replace(recipe, config={**recipe.config, "text_config": {**recipe.config["text_config"], **others}})
+    extracted = extract_family("gemma4", make_samples(tmp_path), tmp_path, changed)
+    assert extracted.store.manifest.fingerprint.prefix_reuse
+    model, processor = eager(extracted.checkpoint), load_processor(extracted.checkpoint)
+    for stored, _, maps in extracted.with_maps:
+        found_LNN = MapCodec(extracted.store.manifest.fingerprint.map_codec).decode(maps)
+        expected_LNN, _ = eager_maps(model, processed(processor, stored))
+        torch.testing.assert_close(found_LNN, expected_LNN, atol=1e-5, rtol=1e-3)
+        assert not found_LNN.triu(1).any()
 
 
 def test_gemma3_layers_with_a_window_see_only_part_of_an_earlier_image(extract: Any) -> None:

@@ -8,7 +8,10 @@ from transformers import AutoConfig
 
 from stages.attention.capturable_layers import layers_with_maps
 from stages.checkpoints.processors import load_processor
+from stages.student.data.sample_reader import resolve_reader_spec
 from stages.student.layer_matching import MatchingConfig, match_layers
+from stages.student.model.build import build_student
+from stages.student.model.modeling_any_teacher import AnyTeacherStudentForConditionalGeneration
 from stages.teacher.config import TeacherConfig
 from stages.teacher.identity import identify_teacher
 from storage.codecs.attention_maps import MapCodec
@@ -97,6 +100,17 @@ def test_students_layers_and_spans_are_chosen_among_those_with_maps(teacher: Pat
         matched(num_matched=6)
     with pytest.raises(UserError, match="has 6 layers with attention maps but 7 are to be matched"):
         matched(num_matched=7)
+
+
+def test_a_whole_checkpoint_gives_its_decoder_to_a_student_of_another_tower(teacher: Path, store: TargetStore) -> None:
+    spec = resolve_reader_spec(store, teacher, own_vision=False, kd_weight=1.0)
+    assert spec.decoder.model_type == "qwen3_5_text"
+    student = build_student(store.teacher_folder(), teacher, seed=0)
+    assert isinstance(student, AnyTeacherStudentForConditionalGeneration)
+    expected = eager(teacher).model.language_model.state_dict()
+    found = student.model.language_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_what_a_store_calls_a_window_lies_side_by_side_among_its_layers(store: TargetStore) -> None:
