@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.utils import compute_module_sizes, get_balanced_memory, infer_auto_device_map
 
 from stages.estimate.analytic import estimate_from_configs
 from stages.estimate.memory import CODED_LAYERS, CODED_WINDOWS, FLOAT, LOGIT_BYTES, empty_model, teacher_memory
@@ -15,6 +18,7 @@ from stages.estimate.report import EstimateConfig, TeacherMemory
 from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.config import TeacherConfig
 from stages.teacher.identity import identify_teacher
+from stages.teacher.placement import MEMORY_FOR_WEIGHTS
 from stages.teacher.prefix_forward import run_prefixes
 from stages.teacher.teacher import load_teacher
 from stages.teacher.timings import Timings
@@ -83,6 +87,24 @@ def test_a_teacher_of_72_billion_weights_needs_three_gpus_of_80_gb_two_of_141_an
     fixed = memory_of(large, batch_size=found[80.0].batch_size * 2)
     assert fixed.gpus is not None
     assert fixed.gpus > 3, "the batch found is the largest that fits"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpus", "size"), [(2, 141e9), (3, 80e9)])
+def test_the_librarys_balance_puts_no_more_weights_on_a_gpu_than_counted(large: Path, gpus: int, size: float) -> None:
+    identity = identify_teacher(TeacherConfig(checkpoint=str(large)), on_gpu=True, with_weights=False)
+    model = empty_model(identity).to(torch.bfloat16)
+    room = {gpu: round(MEMORY_FOR_WEIGHTS * size) for gpu in range(gpus)}
+    whole = list(model._no_split_modules)
+    room = get_balanced_memory(model, max_memory=room, no_split_module_classes=whole)
+    parts = infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)
+    sizes, held = compute_module_sizes(model), Counter[int]()
+    for name, gpu in parts.items():
+        held[gpu] += sizes[name]
+    assert set(held) == set(range(gpus))
+    counted = memory_of(large, size / 1e9)
+    assert counted.gpus == gpus
+    assert 0.9 * counted.bytes_of_weights_per_gpu < max(held.values()) <= counted.bytes_of_weights_per_gpu
 
 
 def test_a_teacher_too_large_for_a_gpu_a_layer_is_said_to_be(large: Path) -> None:
