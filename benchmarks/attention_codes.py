@@ -36,10 +36,11 @@ from storage.codecs.codec_settings import (
     num_entries,
 )
 from storage.codecs.sinks import sink_keep_mask
+from storage.codecs.token_cells import TokenCells
 from storage.codecs.windows import window_means, window_rows
 from storage.samples.image_settings import ImageConfig
 from storage.stores import open_store
-from storage.targets.manifest import FORMAT_VERSION, Fingerprint, Manifest, create_or_check
+from storage.targets.manifest import FORMAT_VERSION, POOLED_FORMAT_VERSION, Fingerprint, Manifest, create_or_check
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard_writer import write_shard
 
@@ -62,7 +63,7 @@ def measure(data: MapSet, repeats: int) -> dict[str, Any]:
         config = MapCodecConfig(name=name)
         codec = MapCodec(config, rows)
         coded = [codec.encode(maps) for maps in data.maps]
-        stored = _stored_bytes(config, data, coded)
+        stored = stored_bytes(config, data, coded)
         exact = [
             gradient.cosines(rows, codec.decode_windows(image))
             for gradient, image in zip(gradients, coded, strict=True)
@@ -112,11 +113,20 @@ class _Gradients:
 
 
 def query_gradients(
-    maps_WNN: Tensor, keep_WNN: Tensor, seed: int, *, kind: AttentionLoss = "cosine", sink_mask: bool = True
+    maps_WNN: Tensor,
+    keep_WNN: Tensor,
+    seed: int,
+    *,
+    kind: AttentionLoss = "cosine",
+    sink_mask: bool = True,
+    cells: TokenCells | None = None,
 ) -> Tensor:
-    """`[W, 64 * 64]` float64 gradient of a random student's query weights, a layer for each window."""
+    """`[W, 64 * 64]` float64 gradient of a random student's query weights, a layer for each window.
+
+    Maps may be of `cells`; the student is the same for them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    num_tokens, width, heads = maps_WNN.shape[-1], 64, 4
+    num_tokens, width, heads = maps_WNN.shape[-1] if cells is None else int(cells.sizes_N.sum()), 64, 4
     future = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
     future = torch.nn.functional.pad(future, (TEXT_KEYS, 0))
     gradients = []
@@ -128,6 +138,7 @@ def query_gradients(
         keys = (inputs @ weights[1].detach()).unflatten(1, (heads, -1)).transpose(0, 1)
         scores = queries @ keys.transpose(1, 2) / (width / heads) ** 0.5
         student_NN = scores.masked_fill(future, -torch.inf).softmax(-1)[..., TEXT_KEYS:].mean(0)
+        student_NN = student_NN if cells is None else cells.pooled(student_NN)
         loss = matched_loss(student_NN[None], map_NN[None], keep_NN[None], kind=kind, sink_mask=sink_mask)[0]
         (gradient,) = torch.autograd.grad(loss, query_weights)
         gradients.append(gradient.double().flatten())
@@ -139,15 +150,16 @@ def _summary(cosines: Sequence[tuple[float, float]]) -> dict[str, float]:
     return {"layers_median": statistics.median(layers), "layers_least": min(layers), "worst_layer": min(worst)}
 
 
-def _stored_bytes(config: MapCodecConfig, data: MapSet, coded: Sequence[EncodedMaps]) -> Counter[str]:
+def stored_bytes(config: MapCodecConfig, data: MapSet, coded: Sequence[EncodedMaps], pooling: int = 1) -> Counter[str]:
     """Array -> bytes a sample of a shard with all samples, metadata and checksums included."""
     logit_codec = LogitCodecConfig(vocab_size=2)
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=FORMAT_VERSION if pooling == 1 else POOLED_FORMAT_VERSION,
         fingerprint=Fingerprint(
             teacher_weights="", teacher_config={}, processor={}, chat_template="", tokenizer="",
             layers=data.layers, windows=data.windows, map_codec=config, logit_codec=logit_codec, dtype="float32",
             max_length=1, cut="tokens", images=ImageConfig(), image_backend="pil", samples="", capture_version=1,
+            map_pooling=pooling,
         ),
         num_layers=max(data.layers) + 1, hidden_size=1, num_shards=1,
     )  # fmt: skip

@@ -100,6 +100,8 @@ def _asked_for(stored: Manifest, teacher: TeacherConfig, index: SampleIndex, ima
         "map_codec": MapCodecConfig.of_windows(
             teacher.map_codec, fingerprint.windows, causal=fingerprint.map_codec.causal
         ),
+        "map_pooling": teacher.map_pooling,
+        "max_image_tokens": teacher.max_image_tokens,
     }
     asked = fingerprint.model_copy(update=decided)
     return stored.model_copy(update={"fingerprint": asked, "num_shards": len(index.shards)})

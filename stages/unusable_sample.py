@@ -29,7 +29,13 @@ ReasonOfText = Literal[
     "image_count_mismatch",
     "special_token_in_text",
 ]
-_OfLength = Literal["image_beyond_max_length", "no_answer_within_max_length", "prompt_beyond_max_length", "too_long"]
+_OfLength = Literal[
+    "image_beyond_max_length",
+    "no_answer_within_max_length",
+    "prompt_beyond_max_length",
+    "too_long",
+    "too_many_image_tokens",
+]
 _OfTeacher = Literal["kills_worker", "not_finite", "out_of_memory", "teacher_error"]
 
 Reason = Literal[_OfRecord, _OfTurns, _OfPlaceholders, _OfImage, ReasonOfText, _OfLength, _OfTeacher]

@@ -20,7 +20,7 @@ from stages.evaluation.attention.objects import ObjectFile
 from stages.evaluation.attention.observe import observe_model, stored_answer_rows
 from stages.evaluation.attention.suite_folders import read_run, suite_folders
 from stages.evaluation.attention.tally import Kinds, LayerTally
-from stages.evaluation.attention.token_boxes import token_boxes
+from stages.evaluation.attention.token_boxes import cell_boxes, token_boxes
 from stages.evaluation.attention.token_kinds import token_kinds
 from stages.evaluation.attention.words import chosen_rows
 from stages.evaluation.result import SuiteRun
@@ -184,9 +184,8 @@ def _add_student(
     if request.text is not None:
         rows = chosen_rows(opened.collator.reader.processor.tokenizer, batch, request.word)
     moved = batch.to(student.device, student.dtype)
-    for key, seen in zip(
-        batch.keys, observe_model(student, moved.inputs, batch.image_positions, tally.windows, rows), strict=True
-    ):
+    observations = observe_model(student, moved.inputs, batch.image_positions, tally.windows, rows, batch.cells)
+    for key, seen in zip(batch.keys, observations, strict=True):
         if seen is None or key not in known.images:
             continue
         if seen.text_WN is not None:
@@ -208,7 +207,7 @@ def _kinds_of(sample: StreamedSample, side: TeacherSide, objects: ObjectFile | N
         return None
     image = decode_image(sample.images[0], exif=side.reader.images.exif)
     boxes_N4 = token_boxes(side.reader.family, side.reader.processor, side.reader(sample), image)
-    return token_kinds(boxes_N4, places)
+    return token_kinds(cell_boxes(boxes_N4, sample.targets.cells_X), places)
 
 
 def _refuse_nothing(request: AttentionRequest, known: _Known, teacher: LayerTally) -> None:

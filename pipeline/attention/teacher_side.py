@@ -69,7 +69,8 @@ class TeacherSide:
         if self.teacher is not None:
             model = self.teacher.model
             moved = batch.to(model.device, model.dtype)
-            return observe_model(model, moved.inputs, batch.image_positions, self.windows, text_positions)
+            positions, cells = batch.image_positions, batch.cells
+            return observe_model(model, moved.inputs, positions, self.windows, text_positions, cells)
         assert self.store is not None
         fingerprint = self.store.manifest.fingerprint
         matching = LayerMatching(

@@ -52,7 +52,7 @@ class TeacherInTheLoop(DistillationObjective):
 
 def _answer_logits_and_maps(model: Any, batch: Batch, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """`[R, V]` logits at answer rows, and the `[L, B, N, N]` maps of the samples that have an image."""
-    capture = AttentionCapture(frozenset(layers), batch.image_positions)
+    capture = AttentionCapture(frozenset(layers), batch.image_positions, cells=batch.cells)
     hidden_BTd = model.model(**batch.inputs, capture=capture, use_cache=False).last_hidden_state
     logits_RV = model.lm_head(hidden_BTd[batch.answers.sequence_R, batch.answers.position_R])
     with_image = [row for row, positions in enumerate(batch.image_positions) if len(positions)]

@@ -14,7 +14,7 @@ from pipeline.attention_comparison import first_samples, open_student, similarit
 from pipeline.report.page import TEACHER, GallerySample, MapPanel
 from stages.evaluation.attention.received import SampleAttention, sample_attention
 from stages.evaluation.attention.similarity import AttentionSimilarity
-from stages.evaluation.attention.token_boxes import token_boxes
+from stages.evaluation.attention.token_boxes import cell_boxes, token_boxes
 from stages.evaluation.attention.words import answer_words
 from stages.images import decode_image
 from stages.student.data.collator import Collator
@@ -125,7 +125,7 @@ def _placed(
                 question=question,
                 answer=answer,
                 image=decoded,
-                boxes_N4=boxes_N4.numpy(),
+                boxes_N4=cell_boxes(boxes_N4, one.streamed.targets.cells_X).numpy(),
                 words=one.words,
                 panels=tuple(one.panels),
             )

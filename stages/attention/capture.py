@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from stages.attention.prefix import PrefixContinuation, PrefixRecord
 from stages.attention.text_rows import AnswerQueries, answer_attention, score_bias, text_rows
+from storage.codecs.token_cells import TokenCells, pooled_maps, pooled_rows
 
 CAPTURING_SDPA = "cdp_sdpa"
 CAPTURE_VERSION = 3  # part of the fingerprint: raised when the same model would give other maps
@@ -46,6 +47,8 @@ class AttentionCapture:
             no gradient flows to them.
         answers: for each row the answers whose mean attention to image tokens is wanted, which may be others than those
             of `positions`; None where it is of none.
+        cells: for each row the cell of each of its image tokens (`token_cells.py`); what is captured is then of cells
+            in place of image tokens. None where it is of tokens.
         answer_maps: filled if `answers` are given: layer -> for each row of the batch `[a, N]`, see `answer_attention`.
     """
 
@@ -55,6 +58,7 @@ class AttentionCapture:
         positions: Sequence[Tensor],
         text_positions: Sequence[Tensor] | None = None,
         answers: Sequence[AnswerQueries] | None = None,
+        cells: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.layers, self.positions, self.text_positions, self.answers = layers, positions, text_positions, answers
         self.maps: dict[int, Tensor] = {}
@@ -69,11 +73,13 @@ class AttentionCapture:
         # As numbers, so that the forward pass never waits for a GPU to learn a size.
         self.row_positions = [of_row.tolist() for of_row in positions]
         self._bias_of: tuple[Tensor, Tensor | None] | None = None
+        self.cells = [None if one is None else TokenCells.of(one) for one in cells or [None] * len(positions)]
 
     def to(self, device: torch.device) -> "AttentionCapture":
         """Moves the index tensors, so that the forward pass copies nothing."""
         self.positions_BN = self.positions_BN.to(device)
         self.valid_BN = self.valid_BN.to(device)
+        self.cells = [None if one is None else one.to(device) for one in self.cells]
         return self
 
     def bias(self, attention_mask: Tensor | None) -> Tensor | None:
@@ -130,15 +136,16 @@ def _sdpa_with_capture(
     # Activation checkpointing runs a layer twice and must do the same work twice, but the maps that the loss already
     # holds are those of the first run.
     if capture.num_keys:
-        capture.maps.setdefault(layer, image_block_maps(query, key, attention_mask, capture, scaling))
+        maps = image_block_maps(query, key, attention_mask, capture, scaling)
+        capture.maps.setdefault(layer, pooled_maps(maps, [len(one) for one in capture.positions], capture.cells))
         if capture.text_positions is not None:
             texts = capture.text_positions
             with torch.no_grad():
                 found = text_rows(query, key, attention_mask, texts, capture.positions, scaling)
-            capture.text_maps.setdefault(layer, found)
+            capture.text_maps.setdefault(layer, pooled_rows(found, capture.cells))
     if capture.answers is not None:
         found = answer_attention(query, key, attention_mask, capture.answers, scaling)
-        capture.answer_maps.setdefault(layer, found)
+        capture.answer_maps.setdefault(layer, pooled_rows(found, capture.cells))
     return output
 
 

@@ -50,16 +50,17 @@ def estimate_from_configs(
     """
     identity = identify_teacher(settings, images, on_gpu=True, with_weights=False)
     encoder = identity.encoder()
-    causal = identity.codec.causal
+    # In maps of cells half of the entries are zeros too, which zstd leaves next to nothing of.
+    causal, pooling = identity.family.causal_image_tokens, settings.map_pooling
     assumed = []
     if samples is not None:
         planned = plan_blocks(samples.index.num_samples, config)
-        held = count_blocks(samples, encoder, planned, causal=causal, progress=progress)
+        held = count_blocks(samples, encoder, planned, causal=causal, rules=identity.image_rules, progress=progress)
     else:
         assert config.samples is not None
         image = Image.new("RGB", PHOTOGRAPH, "gray")
         size = len(encoder.encode_pair("What is this?", "A picture.", [image]).image_positions)
-        held = _assumed_counts(config, config.samples, size, causal=causal)
+        held = _assumed_counts(config, config.samples, size, pooling, causal=causal)
         assumed.append(
             f"assumed: {config.text_tokens:g} text tokens, {config.answer_rows:g} rows of one answer, "
             f"{config.samples_per_map:g} samples a map; {size} image tokens are the processor's for an "
@@ -104,7 +105,7 @@ def _costs(identity: TeacherIdentity, per_sample: Counts) -> dict[MapCodecName, 
     rates = {"logit_records": identity.logit_codec.row_bytes, "token_ids": TOKEN_BYTES}
     if stores_answers:
         rates["answer_attention"] = len(identity.layers) * HALF_BYTES
-    num_arrays = len(arrays(answer_attention=stores_answers))
+    num_arrays = len(arrays(answer_attention=stores_answers, pooled=identity.settings.map_pooling > 1))
     return {
         name: CodecCost(
             rates={"map_codes": len(identity.layers) * entry_bytes, **rates},
@@ -115,14 +116,16 @@ def _costs(identity: TeacherIdentity, per_sample: Counts) -> dict[MapCodecName, 
     }
 
 
-def _assumed_counts(config: EstimateConfig, num_samples: int, num_image_tokens: int, *, causal: bool) -> SetCounts:
+def _assumed_counts(
+    config: EstimateConfig, num_samples: int, num_image_tokens: int, pooling: int, *, causal: bool
+) -> SetCounts:
     """Of samples with one image each and with the numbers of `config`."""
-    share = 1 / config.samples_per_map
+    share, num_cells = 1 / config.samples_per_map, -(-num_image_tokens // pooling**2)
     per_sample = count_units(
         [config.text_tokens + num_image_tokens],
         [config.answer_rows],
-        [num_image_tokens],
-        [(share, num_image_tokens)],
+        [num_cells],
+        [(share, num_cells)],
         [num_image_tokens * (1 - share)],
         causal=causal,
     )
@@ -156,10 +159,11 @@ def forward_work(identity: TeacherIdentity, model: PreTrainedModel, per_sample: 
     vision_config = getattr(identity.config, "vision_config", None)
     size, patch = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     patches = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else 0
-    positions = max(per_sample["image_tokens"] / maps, patches) if maps else 0.0
+    image_tokens = per_sample["image_tokens"] * identity.settings.map_pooling**2
+    positions = max(image_tokens / maps, patches) if maps else 0.0
     return {
         "decoder": 2.0 * decoder * computed + 2.0 * text.num_hidden_layers * width * tokens * computed,
         "vision": 2.0 * vision * positions * (maps if identity.prefix_reuse else 1.0),
         "answers": 2.0 * text.vocab_size * text.hidden_size * per_sample["answer_rows"],
-        "maps": 2.0 * len(identity.layers) * width * per_sample["map_entries"],
+        "maps": 2.0 * len(identity.layers) * width * per_sample["map_entries"] * identity.settings.map_pooling**4,
     }

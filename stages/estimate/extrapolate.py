@@ -13,13 +13,13 @@ from stages.teacher.config import TeacherConfig
 from stages.teacher.identity import TeacherIdentity
 from storage.codecs.codec_settings import LogitCodecConfig, MapCodecName
 from storage.targets.commits import SkippedSample
-from storage.targets.layout import arrays
+from storage.targets.layout import ALL_ARRAYS
 
 TOP_KS = (16, 32, 48, 64, 128, 256)
 
 UNIT_OF_ARRAY = {
     spec.name: next(unit for letter in spec.letters for unit, letters in UNITS.items() if letter in letters)
-    for spec in arrays(answer_attention=True)
+    for spec in ALL_ARRAYS
 }
 """What an array's bytes grow with: its one dimension that is not the same in every shard."""
 

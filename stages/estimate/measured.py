@@ -35,8 +35,8 @@ from storage.samples.shard_reader import SampleShard
 from storage.samples.shard_writer import SampleShardWriter
 from storage.stores import open_store
 from storage.targets.commits import CommitRecord, SkippedSample
-from storage.targets.layout import arrays
-from storage.targets.manifest import ANSWER_FORMAT_VERSION, Manifest
+from storage.targets.layout import ALL_ARRAYS
+from storage.targets.manifest import Manifest
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.shard_writer import write_shard
 
@@ -76,6 +76,7 @@ def estimate_by_measurement(
         teacher.encoder,
         plan_blocks(samples.index.num_samples, config),
         causal=teacher.identity.codec.causal,
+        rules=teacher.identity.image_rules,
         num_kept=max(config.num_measured, 2 * BatchSize(settings.batch_size, on_gpu=on_gpu).value),
         progress=progress,
     )
@@ -161,7 +162,8 @@ def _measure_codecs(
         manifest = identity.manifest(index.digest, len(index.shards))
         stored, other = teacher.identity.map_codec, identity.map_codec
         started = time.perf_counter()
-        maps = [other.encode(stored.decode(entry.to(device))).to(cpu) for entry in seen.maps]
+        on_device = [entry.to(device) for entry in seen.maps]
+        maps = [other.encode(stored.decode(entry), entry.cells_X).to(cpu) for entry in on_device]
         coding_seconds = (time.perf_counter() - started) / max(len(maps), 1)
         recoded = ShardObservations(seen.samples, maps)
         if name == chosen:
@@ -213,8 +215,8 @@ def _write(folder: Path, manifest: Manifest, seen: ShardObservations) -> tuple[C
 
 def _data_bytes(record: CommitRecord) -> Counter[str]:
     """Bytes of data by array; all others are metadata."""
-    is_stored = record.format_version == ANSWER_FORMAT_VERSION
-    data = Counter({spec.name: 0 for spec in arrays(answer_attention=is_stored)})
+    written = {path.partition("/")[0] for path in record.files}
+    data = Counter({spec.name: 0 for spec in ALL_ARRAYS if spec.name in written})
     for path, info in record.files.items():
         name, _, below = path.partition("/")
         if below == "c" or below.startswith("c/"):

@@ -43,7 +43,7 @@ def preview_samples(
     for block in plan_blocks(samples.index.num_samples, chosen):
         for number, rows in rows_of(samples.index, block):
             with samples.shard(number) as shard:
-                prepare = SamplePreparer(encoder, shard, Timings())
+                prepare = SamplePreparer(encoder, shard, Timings(), identity.image_rules)
                 for found in map(prepare, rows):
                     if isinstance(found, SkippedSample):
                         yield found

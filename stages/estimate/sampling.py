@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stages.conversations.encoder import ConversationEncoder
 from stages.estimate.report import EstimateConfig
 from stages.teacher.batching import PreparedSample, SamplePreparer
+from stages.teacher.image_rules import ImageRules
 from stages.teacher.timings import Timings
 from storage.codecs.answer_attention import num_answers
 from storage.codecs.codec_settings import num_entries
@@ -25,13 +26,14 @@ UNITS = {
     "answer_rows": "R",
     "answer_keys": "H",
     "maps": "M",
-    "image_tokens": "N",
+    "image_tokens": "NX",
     "map_entries": "CYG",
     "repeated_tokens": "",
 }
 """What bytes grow with -> letters of `storage.targets.layout` that count it. Maps, image tokens and map entries are
-counted once for all samples that share a map. Answer keys are the image tokens of a sample, for each of its answers.
-No bytes grow with repeated tokens: those up to a sample's last image that another sample has as well."""
+counted once for all samples that share a map. Where maps are of cells, image tokens are cells; what grows with the
+tokens in them is measured by cells too. Answer keys are the image tokens of a sample, for each of its answers. No bytes
+grow with repeated tokens: those up to a sample's last image that another sample has as well."""
 
 Counts = Mapping[str, float]
 """Amount of each of `UNITS`."""
@@ -130,6 +132,7 @@ def count_blocks(
     planned: Sequence[range],
     *,
     causal: bool,
+    rules: ImageRules | None = None,
     num_kept: int = 0,
     progress: Progress = SILENT,
 ) -> SetCounts:
@@ -152,7 +155,7 @@ def count_blocks(
         kept: list[StoredSample] = []
         for shard_number, rows in rows_of(samples.index, numbers):
             with samples.shard(shard_number) as shard:
-                prepare = SamplePreparer(encoder, shard, Timings())
+                prepare = SamplePreparer(encoder, shard, Timings(), rules)
                 usable: list[PreparedSample] = []
                 for row in rows:
                     task.advance()
@@ -168,10 +171,10 @@ def count_blocks(
                 each = [sample.encoded for sample in usable]
                 tokens += [len(one.token_ids) for one in each]
                 answer_rows += [int(one.answer_mask.sum()) for one in each]
-                answer_keys += [num_answers(one.answer_mask) * len(one.image_positions) for one in each]
+                answer_keys += [num_answers(one.encoded.answer_mask) * one.num_map_tokens for one in usable]
                 cuts += [one.num_cut_answer_tokens for one in each if one.num_cut_answer_tokens]
                 shares = _shares(prepare, len(shard), usable)
-                maps += [(share, len(one.image_positions)) for share, one in zip(shares, each, strict=True)]
+                maps += [(share, one.num_map_tokens) for share, one in zip(shares, usable, strict=True)]
                 repeated += [(1 - share) * one.prefix_length for share, one in zip(shares, usable, strict=True)]
         counts = count_units(tokens, answer_rows, answer_keys, maps, repeated, causal=causal)
         blocks.append(SampledBlock(len(numbers), counts, cuts, skipped, kept))

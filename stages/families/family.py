@@ -12,6 +12,12 @@ Joining = Literal["cat", "pad"]
 with zeros at their ends first (families whose images have different numbers of tiles)."""
 
 
+Layout = Literal["square", "sizes", "square_tiles", "tiles_in_rows"]
+"""How the image tokens of a sample lie side by side: one square for each image; a rectangle for each, whose size the
+processor gives; a square for each tile; or the small whole as a square, then all tiles as one rectangle whose rows end
+with a token."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of multimodal models.
@@ -29,6 +35,7 @@ class Family:
         pixels_without_text: whether the processor takes images alone.
         last_linear: name within the model of the linear layer that ends the projector, if what follows it only moves
             features or averages them with weights that sum to 1: a linear layer behind it all can be folded into it.
+        layout: how image tokens lie side by side; None where it is not known from what the processor gives.
         added_vectors: names of parameters that the model puts among the features after that layer.
         decoder_alone: whether the library also reads the decoder alone out of such a checkpoint, as a causal language
             model: it can then be a student's decoder.
@@ -46,6 +53,7 @@ class Family:
     deepstack: bool = False
     pixels_without_text: bool = True
     last_linear: str | None = None
+    layout: Layout | None = None
     added_vectors: tuple[str, ...] = ()
     decoder_alone: bool = False
     marks_with_pixels: bool = False
@@ -65,6 +73,14 @@ class Family:
         """Why a student cannot have such a teacher; None if it can."""
         both_ways = "its image tokens attend in both directions, a student's decoder only backwards"
         return None if self.causal_image_tokens else both_ways
+
+    def why_no_cells(self) -> str | None:
+        """Why neighbouring image tokens cannot be put together in maps; None if they can."""
+        if not self.causal_image_tokens:
+            return "its image tokens attend in both directions, and no student learns from its maps"
+        return (
+            None if self.layout else "how its image tokens lie side by side is not known from what its processor gives"
+        )
 
     def why_not_with_own_vision(self) -> str | None:
         """Why it can neither be a student with its own vision tower and projector nor teach one; None if it can."""

@@ -13,6 +13,7 @@ LLAVA = Family(
     vision_prefixes=("model.vision_tower.", "model.multi_modal_projector."),
     projector_prefixes=("model.multi_modal_projector.",),
     last_linear="multi_modal_projector.linear_2",
+    layout="square",
 )
 # 1.6: the image in tiles beside a small whole, a learnt token at each row's end; N differs by image.
 LLAVA_NEXT = replace(
@@ -23,6 +24,7 @@ LLAVA_NEXT = replace(
     # [images, tiles, channels, height, width]: the model takes as many tiles as the image's size says.
     pixel_inputs={"pixel_values": "pad", "image_sizes": "cat"},
     added_vectors=("image_newline",),
+    layout="tiles_in_rows",
 )
 # Tiles as in LLaVA-NeXT for a sample's only image, several images of a sample without tiles.
 LLAVA_ONEVISION = replace(
@@ -30,6 +32,8 @@ LLAVA_ONEVISION = replace(
     model_types=("llava_onevision",),
     # batch_num_images says which images stand alone; without it the model would look for tiles in all of them.
     pixel_inputs={"pixel_values": "pad", "image_sizes": "cat", "batch_num_images": "cat"},
+    # Large pictures are scaled down behind the vision tower, to a size that the model works out.
+    layout=None,
 )
 # Qwen2-VL and Qwen2.5-VL: patches of all images in one row, N follows the image's size, 3D positions.
 QWEN2 = Family(
@@ -40,6 +44,7 @@ QWEN2 = Family(
     # The model works out its 3D positions from these and the grid.
     modality_input="mm_token_type_ids",
     last_linear="visual.merger.mlp.2",
+    layout="sizes",
 )
 # Qwen3-VL also adds features of earlier vision layers inside its first decoder layers ("deepstack").
 QWEN3 = replace(
@@ -63,9 +68,16 @@ IDEFICS3 = Family(
     # [samples, tiles of all images, ...]: the model leaves out tiles that are zero throughout.
     pixel_inputs={"pixel_values": "pad", "pixel_attention_mask": "pad"},
     last_linear="connector.modality_projection.proj",
+    layout="square_tiles",
 )
 # In the layout of transformers: tiles of one size in a row, a fixed number of tokens a tile.
-INTERNVL = replace(LLAVA, model_types=("internvl",), pixel_inputs={"pixel_values": "cat"}, pixels_without_text=False)
+INTERNVL = replace(
+    LLAVA,
+    model_types=("internvl",),
+    pixel_inputs={"pixel_values": "cat"},
+    pixels_without_text=False,
+    layout="square_tiles",
+)
 # The tokens of one image attend to each other in both directions, within the window of sliding layers.
 GEMMA3 = replace(
     LLAVA,
@@ -75,6 +87,7 @@ GEMMA3 = replace(
     # Without these the model masks image tokens as text, without an error.
     modality_input="token_type_ids",
     last_linear=None,
+    layout=None,
 )
 # As Gemma 3, in the sliding layers alone, and only where `use_bidirectional_attention` says so; images of any shape.
 GEMMA4 = Family(
@@ -95,13 +108,14 @@ OVIS2 = Family(
     marks_with_pixels=True,
 )
 # Mistral Small 3.1 and later: patches of all images in one row, as Pixtral reads them; N follows the image's size.
-MISTRAL3 = replace(LLAVA, model_types=("mistral3",))
+MISTRAL3 = replace(LLAVA, model_types=("mistral3",), layout=None)
 # Tiles and a small whole, each as patches that are padded to one number; the decoder has convolutions in part.
 LFM2_VL = replace(
     LLAVA,
     model_types=("lfm2_vl",),
     pixel_inputs={"pixel_values": "cat", "spatial_shapes": "cat", "pixel_attention_mask": "cat"},
     pixels_without_text=False,
+    layout=None,
 )
 
 _ALL = (

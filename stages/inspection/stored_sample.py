@@ -12,6 +12,7 @@ from stages.conversations.token_runs import TokenRun, token_runs, token_texts
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import LogitCodecConfig, num_entries
+from storage.codecs.token_cells import attended_cells
 from storage.targets.sample_targets import SampleTargets
 from storage.targets.store import TargetStore
 
@@ -74,6 +75,8 @@ def view_sample(targets: TargetStore, name: str) -> StoredSampleView:
         codec = MapCodec.of_layers(fingerprint.map_codec, fingerprint.layers, fingerprint.windows)
         maps_WNN, keep_WNN = codec.decode_windows(maps)
         seen = num_entries(maps.num_tokens, fingerprint.map_codec.causal)
+        if maps.cells_X is not None:
+            seen = int(attended_cells(maps.cells_X).sum())
         windows = tuple(
             WindowMap(layers, map_NN, 1 - int(keep_NN.sum()) / seen)
             for layers, map_NN, keep_NN in zip(fingerprint.windows, maps_WNN, keep_WNN, strict=True)

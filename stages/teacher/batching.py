@@ -15,8 +15,10 @@ from torch import Tensor
 
 from stages.conversations.encoder import ConversationEncoder, EncodedConversation
 from stages.images import read_picture
+from stages.teacher.image_rules import ImageRules
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason, UnusableSample
+from storage.codecs.token_cells import num_cells_of
 from storage.errors import UserError
 from storage.samples.members import StoredSample
 from storage.samples.shard_reader import SampleShard
@@ -56,6 +58,8 @@ class PreparedSample:
     """Digest of all that its maps depend on; None without an image."""
     is_turned: bool = False
     """Whether EXIF data ask for a turn of one of the pictures that it was read with."""
+    cells_X: Tensor | None = None
+    """int32, the cell of each image token, where maps are of cells; None without an image."""
     may_share_images: bool = False
     """Whether a sample beside it in the tar seems to be about the same images."""
     logits_RQ: Tensor | None = None
@@ -75,6 +79,11 @@ class PreparedSample:
         """Tokens up to its last image token, with that; 0 without an image."""
         positions_N = self.encoded.image_positions
         return int(positions_N[-1]) + 1 if len(positions_N) else 0
+
+    @property
+    def num_map_tokens(self) -> int:
+        """N of its map: image tokens, or cells of them."""
+        return len(self.encoded.image_positions) if self.cells_X is None else num_cells_of(self.cells_X)
 
     @property
     def padded_prefix(self) -> int:
@@ -99,8 +108,10 @@ def _rounded_up(num_tokens: int, step: int) -> int:
 class SamplePreparer:
     """Reads, decodes and tokenizes one row of a shard; for several threads at once."""
 
-    def __init__(self, encoder: ConversationEncoder, shard: SampleShard, timings: Timings) -> None:
-        self._encoder, self._shard, self._timings = encoder, shard, timings
+    def __init__(
+        self, encoder: ConversationEncoder, shard: SampleShard, timings: Timings, rules: ImageRules | None = None
+    ) -> None:
+        self._encoder, self._shard, self._timings, self._rules = encoder, shard, timings, rules
 
     def __call__(self, row: int) -> PreparedSample | SkippedSample:
         """The sample, or why it cannot be used."""
@@ -115,11 +126,13 @@ class SamplePreparer:
                 pictures = [read_picture(data, exif=exif) for data in sample.images]
                 images = [picture.image for picture in pictures]
                 encoded = self._encoder.encode(sample.record["conversations"], images)
+                cells_X = None if self._rules is None else self._rules.cells(encoded)
             except UnusableSample as error:
                 return SkippedSample(key=sample.key, id=name, reason=error.reason, detail=error.detail)
             is_turned = any(picture.is_turned for picture in pictures[: encoded.num_images])
             may_share = self._shard.may_share_images(row)
-            return PreparedSample(row, sample.key, name, encoded, _map_key(sample, encoded), is_turned, may_share)
+            map_key = _map_key(sample, encoded)
+            return PreparedSample(row, sample.key, name, encoded, map_key, is_turned, cells_X, may_share)
 
 
 def _map_key(sample: StoredSample, encoded: EncodedConversation) -> str | None:

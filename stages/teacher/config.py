@@ -15,7 +15,7 @@ from stages.settings import AtResume
 from storage.codecs.codec_settings import MAX_TOP_K, MapCodecName, NumTailSamples, Temperatures
 from storage.errors import UserError
 from storage.strict_model import StrictModel
-from storage.targets.manifest import Cut
+from storage.targets.manifest import MAX_POOLING, Cut
 
 PrefixReuse = Literal["auto", "on", "off"]
 
@@ -60,6 +60,12 @@ class TeacherConfig(StrictModel):
     at 1 unless the whole vocabulary is kept (`top_k`): far more of the mass is sampled. `cdp estimate` says both."""
     tempered_samples: NumTailSamples = 256
     """Tokens sampled for each of `temperatures`, in proportion to their probability at it; about 2 bytes each."""
+    map_pooling: int = Field(default=1, ge=1, le=MAX_POOLING)
+    """Image tokens along a side of the cells of neighbours that maps are of; 1 is a row and a column for each token.
+    Maps of 2x2 tokens have a sixteenth of the entries. Refused for families whose image tokens form no regular grid
+    (docs/codecs.md#maps-of-cells)."""
+    max_image_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Samples with more image tokens are left out, in the ledger as too_many_image_tokens; None takes all."""
     answer_attention: bool = False
     """Whether the mean attention from each answer to the image is stored too, for a student's
     `answer_attention_weight`: 2 bytes for each captured layer, answer and image token

@@ -52,6 +52,7 @@ def run_teacher(
         layers=frozenset(layers),
         positions=[sample.encoded.image_positions if sample in wanted_maps else no_positions for sample in batch],
         answers=None if answered is None else [_answer_queries(encoded) for encoded in answered],
+        cells=[sample.cells_X for sample in batch],
     ).to(teacher.device)
     # The base model, not the one with the head: logits are wanted at answer rows only.
     inputs = model_inputs(teacher, batch)
@@ -96,7 +97,7 @@ def captured_maps(
     maps = {}
     for row, sample in enumerate(batch):
         if sample in wanted and sample.map_key is not None:
-            n = len(sample.encoded.image_positions)
+            n = sample.num_map_tokens
             maps[sample.map_key] = tuple(capture.maps[layer][row, :n, :n] for layer in layers)
     return maps
 

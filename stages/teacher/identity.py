@@ -23,6 +23,7 @@ from stages.conversations.encoder import ConversationEncoder
 from stages.families.family import Family
 from stages.families.registry import family_of
 from stages.teacher.config import TeacherConfig, captured_layers
+from stages.teacher.image_rules import ImageRules
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import (
     LogitCodecConfig,
@@ -75,6 +76,11 @@ class TeacherIdentity:
     def map_codec(self) -> MapCodec:
         """Codes the captured layers and their windows."""
         return MapCodec.of_layers(self.codec, self.layers, self.windows)
+
+    @property
+    def image_rules(self) -> ImageRules:
+        """What is asked of the image tokens of a sample."""
+        return ImageRules(self.family, self.processor, self.settings.map_pooling, self.settings.max_image_tokens)
 
     @property
     def logit_codec(self) -> LogitCodecConfig:
@@ -130,6 +136,8 @@ class TeacherIdentity:
             capture_version=CAPTURE_VERSION,
             answer_attention=self.settings.answer_attention,
             prefix_reuse=self.prefix_reuse,
+            map_pooling=self.settings.map_pooling,
+            max_image_tokens=self.settings.max_image_tokens,
         )
 
 
@@ -159,20 +167,23 @@ def identify_teacher(
     # One for plain strings is stored, and saved with students, as it is used here: behind what makes strings of parts.
     if (used := ChatTemplate(processor, settings.chat_template).text) != chat_template(processor):
         processor.chat_template = used
-    return TeacherIdentity(
+    is_causal = family.causal_image_tokens and settings.map_pooling == 1
+    identity = TeacherIdentity(
         folder=folder,
         settings=settings,
         images=images,
         config=config,
         processor=processor,
         family=family,
-        codec=MapCodecConfig.of_windows(settings.map_codec, windows, causal=family.causal_image_tokens),
+        codec=MapCodecConfig.of_windows(settings.map_codec, windows, causal=is_causal),
         layers=layers,
         windows=windows,
         dtype=getattr(torch, dtype),
         weights=weights_digest(folder) if with_weights else "",
         prefix_reuse=_reuses_prefix(settings, config, folder),
     )
+    identity.image_rules.check()
+    return identity
 
 
 def _reuses_prefix(settings: TeacherConfig, config: PreTrainedConfig, folder: Path) -> bool:

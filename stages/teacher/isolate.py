@@ -63,7 +63,7 @@ def run_isolated(
     with Observer(teacher, overlap=False, timings=timings) as observer:
         at(NOWHERE)
         control = _find_control(observer, controls)
-        prepare = SamplePreparer(teacher.encoder, shard, observer.timings)
+        prepare = SamplePreparer(teacher.encoder, shard, observer.timings, teacher.identity.image_rules)
         work = ShardWork(observer, prepare, progress)
         for row in range(len(shard)):
             sample = shard.read(row)
@@ -102,7 +102,8 @@ def _find_control(observer: Observer, controls: Iterable[tuple[SampleShard, int]
     """Finds a sample that the teacher takes; the returned function runs it again and says what it raises."""
     why: str | None = "there is none"
     for shard, row in controls:
-        prepare, stored = SamplePreparer(observer.teacher.encoder, shard, observer.timings), shard.read(row)
+        taught, stored = observer.teacher, shard.read(row)
+        prepare = SamplePreparer(taught.encoder, shard, observer.timings, taught.identity.image_rules)
 
         def control(prepare: SamplePreparer = prepare, row: int = row, stored: StoredSample = stored) -> str | None:
             try:

@@ -25,10 +25,10 @@ class MapCoder:
         self._streams = [torch.cuda.Stream(gpu) for gpu in teacher.gpus]  # type: ignore[no-untyped-call]
         self._uncoded: deque[list[Future[EncodedMaps | None]]] = deque()
 
-    def submit(self, batch: Collection[tuple[Tensor, ...]]) -> list[Future[EncodedMaps | None]]:
-        """Codes of each image's maps; None for maps that are not finite."""
+    def submit(self, batch: Collection[tuple[tuple[Tensor, ...], Tensor | None]]) -> list[Future[EncodedMaps | None]]:
+        """Codes of each image's maps, which may be of cells of its tokens; None for maps that are not finite."""
         self.wait(UNCODED_BATCHES - 1)
-        coding = [self._start(maps) for maps in batch]
+        coding = [self._start(*maps) for maps in batch]
         self._uncoded.append(coding)
         return coding
 
@@ -42,20 +42,22 @@ class MapCoder:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def _start(self, maps: tuple[Tensor, ...]) -> Future[EncodedMaps | None]:
+    def _start(self, maps: tuple[Tensor, ...], cells_X: Tensor | None) -> Future[EncodedMaps | None]:
         if self._thread is not None:
-            return self._thread.submit(self._code, maps)
+            return self._thread.submit(self._code, maps, cells_X)
         done: Future[EncodedMaps | None] = Future()
-        done.set_result(self._code(maps))
+        done.set_result(self._code(maps, cells_X))
         return done
 
-    def _code(self, maps: tuple[Tensor, ...]) -> EncodedMaps | None:
+    def _code(self, maps: tuple[Tensor, ...], cells_X: Tensor | None) -> EncodedMaps | None:
         with torch.inference_mode(), on_streams(self._streams), self._timings.measured("coding"):
             if not all(bool(torch.isfinite(map_NN).all()) for map_NN in maps):
                 return None
             codec, cpu = self._teacher.identity.map_codec, torch.device("cpu")
             try:
-                return codec.encode(stacked(maps)).to(cpu)
+                together = stacked(maps)
+                on_device_X = None if cells_X is None else cells_X.to(together.device)
+                return codec.encode(together, on_device_X).to(cpu)
             except torch.OutOfMemoryError:
                 # The next batch has the GPU's memory; the CPU is slower, and nobody waits.
-                return codec.encode(torch.stack([map_NN.cpu() for map_NN in maps]))
+                return codec.encode(torch.stack([map_NN.cpu() for map_NN in maps]), cells_X)

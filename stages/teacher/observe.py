@@ -93,7 +93,8 @@ class Observer:
         Raises:
             UserError: If a batch does not fit into memory and its size was set.
         """
-        work = ShardWork(self, SamplePreparer(self.teacher.encoder, shard, self.timings), progress)
+        prepare = SamplePreparer(self.teacher.encoder, shard, self.timings, self.teacher.identity.image_rules)
+        work = ShardWork(self, prepare, progress)
         with closing(work.batches(len(shard))) as batches:
             first = list(itertools.islice(batches, 1))
             with self._turn:
@@ -280,4 +281,5 @@ class ShardWork:
             self._seen[sample.row] = sample
 
     def _code(self, maps: dict[str, tuple[Tensor, ...]]) -> None:
-        self._maps.update(zip(maps, self._observer.coder.submit(maps.values()), strict=True))
+        with_cells = [(of_layers, self._owners[key].cells_X) for key, of_layers in maps.items()]
+        self._maps.update(zip(maps, self._observer.coder.submit(with_cells), strict=True))

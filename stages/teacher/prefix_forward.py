@@ -59,6 +59,7 @@ def run_prefixes(
         layers=frozenset(layers),
         positions=[sample.encoded.image_positions if sample in wanted_maps else none for sample in firsts],
         answers=queries,
+        cells=[sample.cells_X for sample in firsts],
     ).to(teacher.device)
     record = PrefixRecord([sample.prefix_length for sample in firsts])
     tokens = [sample.encoded.token_ids[: sample.prefix_length] for sample in firsts]
@@ -103,7 +104,8 @@ def run_continuations(
         layers=frozenset(layers),
         positions=[none] * len(batch),
         answers=[_queries(sample, in_prefix=False) for sample in batch] if wants_attention else None,
-    )
+        cells=[sample.cells_X for sample in batch],
+    ).to(model.device)
     own = [sample.encoded.token_ids[sample.prefix_length :] for sample in batch]
     # Other inputs than these say where images are.
     input_ids = _part_inputs(teacher, own, batch[0].padded_rest, [{}] * len(batch))["input_ids"]

@@ -18,6 +18,7 @@ from storage.codecs.codec_settings import MapCodecConfig, num_entries
 from storage.codecs.map_entries import checked_entries, code_dtype, code_squares, encode_entries
 from storage.codecs.moments import layer_moments, window_thresholds
 from storage.codecs.sinks import below_threshold, decode_flips, encode_flips, sink_threshold
+from storage.codecs.token_cells import attended_cells, cells_fault
 from storage.codecs.triangle import pack_entries, unpack_entries
 from storage.codecs.windows import EncodedWindows, WindowRows, window_means, window_members, window_rows
 
@@ -30,19 +31,22 @@ class EncodedMaps:
     """The attention maps of one image after one prefix, as stored; several samples may share them."""
 
     num_tokens: int
-    """N: image tokens."""
+    """N: image tokens, or cells of them."""
     codes_LC: Tensor
     """uint8 (sqrt codes) or float16."""
     caps_L: Tensor
     """float32; the value of the highest code, 1 for float16."""
     windows: EncodedWindows | None
     """What makes the stored windows exact; None where only some of the layers were read."""
+    cells_X: Tensor | None = None
+    """int32, the cell of each image token, where maps are of cells (`token_cells.py`); image tokens are causal then."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "EncodedMaps":
         """The same on a device."""
         codes_LC, caps_L = (part.to(device, non_blocking=non_blocking) for part in (self.codes_LC, self.caps_L))
         windows = None if self.windows is None else self.windows.to(device, non_blocking=non_blocking)
-        return EncodedMaps(self.num_tokens, codes_LC, caps_L, windows)
+        cells_X = None if self.cells_X is None else self.cells_X.to(device, non_blocking=non_blocking)
+        return EncodedMaps(self.num_tokens, codes_LC, caps_L, windows, cells_X)
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ class MapCodec:
         """The codec of captured `layers`, with windows given by layer numbers."""
         return cls(config, window_rows(layers, windows))
 
-    def encode(self, maps_LNN: Tensor) -> EncodedMaps:
+    def encode(self, maps_LNN: Tensor, cells_X: Tensor | None = None) -> EncodedMaps:
         """All that is stored of one image's float32 maps, as the teacher had them.
+
+        Of maps of cells, `cells_X` is the cell of each image token.
 
         Layers are within the bounds of `encode_entries`, windows within those of `decode_windows`.
 
@@ -69,7 +75,7 @@ class MapCodec:
         config, rows, num_tokens = self.config, self.stored_windows, maps_LNN.shape[-1]
         entries_LE = checked_entries(config, maps_LNN)
         codes_LC, caps_L = encode_entries(config, entries_LE, num_tokens)
-        encoded = EncodedMaps(num_tokens, codes_LC, caps_L, None)
+        encoded = EncodedMaps(num_tokens, codes_LC, caps_L, None, cells_X)
         exact_WE = window_means(entries_LE, rows)
         thresholds_W = sink_threshold(exact_WE, num_tokens**2)
         keep_WE = below_threshold(exact_WE, thresholds_W)
@@ -83,7 +89,7 @@ class MapCodec:
         flips_G = encode_flips((guess_WE ^ keep_WE).flatten())
         moments = layer_moments(entries_LE, num_tokens**2)
         windows = EncodedWindows(thresholds_W, shifts_WN.half(), flips_G, *moments, tail_blocks_LY)
-        return EncodedMaps(num_tokens, codes_LC, caps_L, windows)
+        return EncodedMaps(num_tokens, codes_LC, caps_L, windows, cells_X)
 
     def decode(self, encoded: EncodedMaps) -> Tensor:
         """`[..., L, N, N]` float32 maps of the layers, within the bounds of `encode_entries`.
@@ -135,7 +141,7 @@ class MapCodec:
 
         Raises:
             ValueError: If type or size of a part are others, a value is not finite, a threshold is not that of the
-                moments, or a flip lies past the masks.
+                moments, a flip lies past the masks, or cells are not those of the map.
         """
         windows, num_tokens, num_layers = _windows_of(encoded), encoded.num_tokens, len(encoded.caps_L)
         if num_tokens < 1:
@@ -161,6 +167,8 @@ class MapCodec:
         thresholds_W = window_thresholds(self.stored_windows, windows.means_L, windows.covariances_P)
         if bool(((thresholds_W - windows.thresholds_W).abs() > MAX_THRESHOLD_ERROR).any()):
             raise ValueError(f"thresholds {windows.thresholds_W.tolist()}, moments give {thresholds_W.tolist()}")
+        if encoded.cells_X is not None and (bad := cells_fault(encoded.cells_X, num_tokens)):
+            raise ValueError(bad)
         self.decode_flips(encoded)
 
     def estimate_windows(self, encoded: EncodedMaps, rows: WindowRows) -> tuple[Tensor, Tensor]:
@@ -169,8 +177,8 @@ class MapCodec:
         Maps are within the bounds of `encode_entries`, and within those of float16 in the tail block, where one wrong
         mask entry is much of a column. Elsewhere a mask errs where the codes pass the threshold. It also errs where a
         value was cut at its layer's cap and the mean with it is not above the threshold: that entry is kept, which does
-        less harm than to leave out what belongs in. In a causal map only what lies above the diagonal is taken for 0,
-        since small values have the code 0 too; in a square one cannot tell, and every decoded 0 is.
+        less harm than to leave out what belongs in. In a causal map only what no query can see is taken for 0, since
+        small values have the code 0 too; in another one cannot tell, and every decoded 0 is.
 
         Raises:
             ValueError: If the windows were not read.
@@ -178,12 +186,13 @@ class MapCodec:
         windows, num_tokens, causal = _windows_of(encoded), encoded.num_tokens, self.config.causal
         thresholds_W = window_thresholds(rows, windows.means_L, windows.covariances_P)
         coded_WE, keep_WE = self._decode_means(encoded, rows, thresholds_W)
-        if not causal:
+        if not causal and encoded.cells_X is None:
             keep_WE &= coded_WE > 0
         maps_WNN = self._with_tail_blocks(coded_WE, windows.tail_blocks_LY, rows, num_tokens)
         keep_WNN = unpack_entries(keep_WE, num_tokens, causal)
-        first = num_tokens - self.config.tail_block_size(num_tokens)
-        keep_WNN[:, first:, first:] = (maps_WNN[:, first:, first:] <= thresholds_W[:, None, None]).tril()
+        if size := self.config.tail_block_size(num_tokens):
+            tail = slice(num_tokens - size, None)
+            keep_WNN[:, tail, tail] = (maps_WNN[:, tail, tail] <= thresholds_W[:, None, None]).tril()
         return maps_WNN, keep_WNN
 
     def _with_tail_blocks(self, coded_WE: Tensor, tail_blocks_LY: Tensor, rows: WindowRows, num_tokens: int) -> Tensor:
@@ -197,6 +206,8 @@ class MapCodec:
     def _decode_means(self, encoded: EncodedMaps, rows: WindowRows, thresholds_W: Tensor) -> tuple[Tensor, Tensor]:
         """Window means of the codes, `[W, E]` float32, and which of them are not above the threshold.
 
+        Of a map of cells only entries that a query can see are said not to be.
+
         The sums are of whole multiples of 2**-24, below 2**53 of them. The other side is a float32 (24 bits) times an
         integer below 2**29. So float64 rounds neither, whatever the order of the sum, and every machine makes the same
         comparison.
@@ -206,6 +217,8 @@ class MapCodec:
         sums_WE = (members_WL * encoded.caps_L.double()) @ squares_LE
         units_W = members_WL.sum(1) * self.config.of_size(encoded.num_tokens).max_code ** 2
         guess_WE = sums_WE <= (units_W * thresholds_W.double())[:, None]
+        if encoded.cells_X is not None:
+            guess_WE &= pack_entries(attended_cells(encoded.cells_X), self.config.causal)
         return sums_WE.div_(units_W[:, None]).float(), guess_WE
 
 

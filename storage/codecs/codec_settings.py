@@ -38,7 +38,8 @@ class MapCodecConfig(StrictModel):
     """`float16` is exact to rounding; `sqrt8`, `sqrt4` and `sqrt2` take 8, 4 and 2 bits an entry. `auto` is `sqrt8` for
     small maps and `sqrt4` for others."""
     causal: bool = True
-    """Store the lower triangle only; False for models whose image tokens attend in both directions."""
+    """Store the lower triangle only; False for models whose image tokens attend in both directions, and for maps of
+    cells of several tokens."""
     sqrt8_below: int = Field(default=SQRT8_BELOW, ge=0, le=2**24)
     """auto only: maps of fewer image tokens are small."""
     cap_factor: float = Field(default_factory=lambda fields: _CAP_FACTORS[fields["name"]], gt=0, le=MAX_CAP_FACTOR)

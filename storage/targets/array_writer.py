@@ -11,7 +11,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
 from zarr.storage import LocalStore as ZarrFolder
 
-from storage.targets.layout import ANSWER_ARRAYS, ARRAYS, ArraySpec
+from storage.targets.layout import ALL_ARRAYS, ARRAYS, ArraySpec
 
 ROWS_A_CHUNK = 256
 """Answer rows decoded at least when one sample is read: 56 kB of records at the default codec."""
@@ -21,7 +21,7 @@ _ENDING = threading.Lock()
 
 def write_group(folder: Path, arrays: dict[str, np.ndarray[Any, Any]], attributes: dict[str, Any]) -> None:
     """Write a group of all arrays to an empty folder; after an OSError nothing is being written any more."""
-    specs = [spec for spec in (*ARRAYS, *ANSWER_ARRAYS) if spec.name in arrays]
+    specs = [spec for spec in ALL_ARRAYS if spec.name in arrays]
     assert len(specs) == len(arrays)
     assert {*ARRAYS} <= {*specs}
     try:

@@ -2,7 +2,8 @@
 
 Letters: S samples, U bytes of their keys, T tokens, R answer rows, Q bytes of a row's record, M maps, W windows, L
 captured layers, P pairs of them; of all maps together N image tokens, C codes and Y tail block entries of one layer, G
-bytes of flips; H values of answer attention of one layer, of all samples.
+bytes of flips; H values of answer attention of one layer, of all samples. Of maps of cells, N counts cells, and X the
+image tokens that make them up.
 """
 
 from collections.abc import Mapping
@@ -59,8 +60,13 @@ ANSWER_ARRAYS = (
     ArraySpec("answer_attention", "float16", "LH", sharded=True),
     ArraySpec("answer_attention_offsets", "int64", "S+1"),
 )
+CELL_ARRAYS = (
+    ArraySpec("map_cells", "int32", "X"),
+    ArraySpec("map_cell_offsets", "int64", "M+1"),
+)
+ALL_ARRAYS = (*ARRAYS, *ANSWER_ARRAYS, *CELL_ARRAYS)
 
 
-def arrays(*, answer_attention: bool) -> tuple[ArraySpec, ...]:
-    """The arrays of a shard of a store with or without answer attention."""
-    return (*ARRAYS, *ANSWER_ARRAYS) if answer_attention else ARRAYS
+def arrays(*, answer_attention: bool, pooled: bool) -> tuple[ArraySpec, ...]:
+    """The arrays of a shard of a store with or without answer attention, and with maps of cells or of tokens."""
+    return (*ARRAYS, *(ANSWER_ARRAYS if answer_attention else ()), *(CELL_ARRAYS if pooled else ()))

@@ -16,10 +16,12 @@ from storage.stores.recognize import TARGET_STORE, read_sign
 from storage.strict_model import StrictModel
 
 MANIFEST_PATH = "manifest.json"
-FORMAT_VERSION, ANSWER_FORMAT_VERSION = 3, 4
-FORMAT_VERSIONS = (FORMAT_VERSION, ANSWER_FORMAT_VERSION)
-"""Versions of the target store's layout: without and with answer attention. A store without is the bytes it always
-was."""
+FORMAT_VERSION, ANSWER_FORMAT_VERSION, POOLED_FORMAT_VERSION = 3, 4, 5
+FORMAT_VERSIONS = (FORMAT_VERSION, ANSWER_FORMAT_VERSION, POOLED_FORMAT_VERSION)
+"""Versions of the target store's layout: without and with answer attention, and with maps of cells. A store that has
+neither is the bytes it always was."""
+MAX_POOLING = 4
+"""Image tokens along a side of a cell."""
 MAX_LAYERS = 2**12
 MAX_SHARDS = 2**22
 """No teacher has so many layers, and no index of samples lists more shards; memory goes by both."""
@@ -68,10 +70,14 @@ class Fingerprint(StrictModel):
     capture_version: int = Field(ge=1, lt=2**31)
     """Raised when the capture code changes what it computes."""
     answer_attention: bool = Field(default=False, exclude_if=operator.not_)
-    """Whether answer attention is stored. Only version 4 of the format has the field, and always true."""
+    """Whether answer attention is stored. Only versions 4 and 5 of the format have the field, and always true."""
     prefix_reuse: bool = Field(default=False, exclude_if=operator.not_)
     """Whether what comes up to a sample's last image was computed once for all samples that share it. The field is
     there only where it is true; without it each sample was computed as a whole."""
+    map_pooling: int = Field(default=1, ge=1, le=MAX_POOLING, exclude_if=lambda side: side == 1)
+    """Image tokens along a side of the cells that maps are of. Only version 5 of the format has the field, above 1."""
+    max_image_tokens: int | None = Field(default=None, ge=1, le=1_000_000, exclude_if=lambda limit: limit is None)
+    """Samples with more image tokens were left out. The field is there only where there was a limit."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -81,11 +87,15 @@ class Fingerprint(StrictModel):
             first = self.layers.index(window[0]) if window and window[0] in self.layers else 0
             if not window or window != self.layers[first : first + len(window)]:
                 raise ValueError(f"window {window} is not of neighbours among the captured layers {self.layers}")
+        if self.map_pooling > 1 and self.map_codec.causal:
+            raise ValueError("maps of cells are no triangles, but map_codec says so")
         return self
 
     @property
     def format_version(self) -> int:
         """The layout that a store of these targets has."""
+        if self.map_pooling > 1:
+            return POOLED_FORMAT_VERSION
         return ANSWER_FORMAT_VERSION if self.answer_attention else FORMAT_VERSION
 
     @property

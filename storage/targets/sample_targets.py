@@ -25,4 +25,6 @@ class SampleTargets:
     """Whether EXIF data ask for a turn of one of the pictures that the teacher read."""
     answer_attention_LaN: Tensor | None = None
     """float16, see `storage.codecs.answer_attention`: of each captured layer and answer the mean attention to the image
-    tokens. None where it is not stored or was not read, and without an image."""
+    tokens, or cells of them. None where it is not stored or was not read, and without an image."""
+    cells_X: Tensor | None = None
+    """int32, as a store gives it: the cell of each image token. None where maps are of tokens, and without an image."""

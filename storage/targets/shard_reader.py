@@ -21,6 +21,7 @@ from storage.targets.chunk_bounds import ArrayMetadata
 from storage.targets.commits import CommitRecord
 from storage.targets.layout import arrays
 from storage.targets.manifest import Manifest, check_answer_attention
+from storage.targets.row_checks import answers_fault, map_cells_fault
 from storage.targets.sample_targets import SampleTargets
 
 _Array = np.ndarray[Any, Any]
@@ -32,7 +33,8 @@ class TargetShard:
 
     def __init__(self, store: Store, manifest: Manifest, record: CommitRecord) -> None:
         self.record, self._manifest = record, manifest
-        self._specs = arrays(answer_attention=manifest.fingerprint.answer_attention)
+        self._is_pooled = manifest.fingerprint.map_pooling > 1
+        self._specs = arrays(answer_attention=manifest.fingerprint.answer_attention, pooled=self._is_pooled)
         self._where = f"shard {record.shard} of {store.url} ({record.path})"
         try:
             self._folder = store.local(record.path, record.files, self)
@@ -56,7 +58,7 @@ class TargetShard:
 
     @cached_property
     def map_num_tokens(self) -> tuple[int, ...]:
-        """N of each stored map."""
+        """N of each stored map: image tokens, or cells of them."""
         return tuple(self._small["map_num_tokens"].tolist())
 
     @property
@@ -98,6 +100,7 @@ class TargetShard:
             num_cut_answer_tokens=int(small["cut_answer_tokens"][row]),
             is_turned=bool(small["sample_turned"][row]),
             answer_attention_LaN=self._read_answers(row, map_row) if with_answers and map_row >= 0 else None,
+            cells_X=self._cells(map_row) if map_row >= 0 else None,
         )
         return sample, self.read_map(map_row, layers) if with_maps and map_row >= 0 else None
 
@@ -111,7 +114,13 @@ class TargetShard:
             codes_LC=self._large("map_codes", rows, self._span("map_code_offsets", map_row)),
             caps_L=torch.from_numpy(self._small["map_caps"][rows, map_row].copy()),
             windows=self._read_windows(map_row) if layers is None else None,
+            cells_X=self._cells(map_row),
         )
+
+    def _cells(self, map_row: int) -> torch.Tensor | None:
+        if not self._is_pooled:
+            return None
+        return torch.from_numpy(self._small["map_cells"][self._span("map_cell_offsets", map_row)].copy())
 
     def _read_answers(self, row: int, map_row: int) -> torch.Tensor:
         check_answer_attention(self._where, self._manifest.fingerprint)
@@ -216,6 +225,7 @@ class TargetShard:
             "N": int(small["map_num_tokens"].sum(dtype=np.int64)),
             "G": int(small["window_flip_offsets"][-1]),
             "H": int(small.get("answer_attention_offsets", np.zeros(1))[-1]),
+            "X": int(small.get("map_cell_offsets", np.zeros(1))[-1]),
         }
         for spec in self._specs:
             found, expected = self._arrays[spec.name].metadata.shape, spec.shape(sizes)
@@ -262,27 +272,14 @@ class TargetShard:
                 f"{found_cuts[0]} cut samples that lost {found_cuts[1]} answer tokens",
                 f"{said_cuts[0]} that lost {said_cuts[1]}, as the record says, and no number below 0",
             )
-        if self._manifest.fingerprint.answer_attention:
-            self._check_answers()
+        if self._manifest.fingerprint.answer_attention and (fault := answers_fault(self._small, sizes)):
+            raise self._corrupt(*fault)
+        if self._is_pooled and (fault := map_cells_fault(self._small, sizes)):
+            raise self._corrupt(*fault)
         if min(sizes, default=1) < 1:
             raise self._corrupt("map_num_tokens", f"a map of {min(sizes)} tokens", "at least 1")
         if (longest := self.num_tokens.max(initial=0)) > (limit := self._manifest.fingerprint.max_length):
             raise self._corrupt("token_offsets", f"a sample of {longest} tokens", f"at most max_length, {limit}")
-
-    def _check_answers(self) -> None:
-        """Each sample with a map has a value for each of its answers and image tokens, others none."""
-        small = self._small
-        begins = small["answer_mask"].copy()
-        begins[1:] &= ~small["answer_mask"][:-1]
-        firsts = small["token_offsets"][:-1]
-        inside = firsts[firsts < len(begins)]
-        begins[inside] = small["answer_mask"][inside]
-        num_answers = np.diff(np.concatenate([np.zeros(1, np.int64), begins.cumsum()])[small["token_offsets"]])
-        num_tokens = np.array([self.map_num_tokens[row] if row >= 0 else 0 for row in small["map_rows"].tolist()])
-        wrong = np.flatnonzero(np.diff(small["answer_attention_offsets"]) != num_answers * num_tokens)
-        if len(wrong):
-            expected = f"{num_answers[wrong[0]]} answers of {num_tokens[wrong[0]]} values each"
-            raise self._corrupt("answer_attention_offsets", f"another size at sample {wrong[0]}", expected)
 
     def _corrupt(self, name: str, found: str, expected: str) -> CorruptData:
         return CorruptData(

@@ -142,7 +142,15 @@ def _map_arrays(manifest: Manifest, maps: Sequence[EncodedMaps]) -> dict[str, _A
     def columns(parts: list[Tensor], num_rows: int) -> _Array:
         return beside([part[:, None] for part in parts], num_rows, torch.float32)
 
+    cells: dict[str, _Array] = {}
+    if fingerprint.map_pooling > 1:
+        each = [entry.cells_X for entry in maps if entry.cells_X is not None]
+        cells = {
+            "map_cells": _joined(each, (0,), torch.int32),
+            "map_cell_offsets": _offsets([len(cells_X) for cells_X in each]),
+        }
     return {
+        **cells,
         "map_num_tokens": np.array([entry.num_tokens for entry in maps], dtype=np.int32),
         "map_caps": columns([entry.caps_L for entry in maps], num_layers),
         "map_means": columns([each.means_L for each in windows], num_layers),
@@ -222,6 +230,9 @@ def _check_map(manifest: Manifest, row: int, entry: EncodedMaps) -> None:
     _windows(row, entry)
     if len(entry.caps_L) != len(fingerprint.layers):
         raise ValueError(f"map {row} is of {len(entry.caps_L)} layers, expected {len(fingerprint.layers)}")
+    if (entry.cells_X is not None) != (fingerprint.map_pooling > 1):
+        has = "no cells" if entry.cells_X is None else "cells"
+        raise ValueError(f"map {row} has {has}, but map_pooling is {fingerprint.map_pooling}")
     try:
         MapCodec.of_layers(fingerprint.map_codec, fingerprint.layers, fingerprint.windows).check(entry)
     except ValueError as error:

@@ -77,8 +77,11 @@ def observe_model(
     image_positions: Sequence[Tensor],
     windows: Sequence[Sequence[int]],
     text_positions: Sequence[Tensor] | None = None,
+    cells: Sequence[Tensor | None] | None = None,
 ) -> list[Observed | None]:
     """A model that has capture enabled, run on a batch; each map is the mean of the layers of a window.
+
+    With `cells`, the cell of each image token, maps and rows of text are of cells.
 
     Returns:
         Each sample; None without an image.
@@ -87,15 +90,15 @@ def observe_model(
         UserError: If a layer gives no map.
     """
     layers = sorted({layer for window in windows for layer in window})
-    capture = AttentionCapture(frozenset(layers), image_positions, text_positions).to(model.device)
+    capture = AttentionCapture(frozenset(layers), image_positions, text_positions, cells=cells).to(model.device)
     if not capture.num_keys:
         return [None] * len(image_positions)
     model.eval().model(**inputs, capture=capture, use_cache=False)
     refuse_without_maps("the model", layers, capture.maps, "compare others")
     found: list[Observed | None] = []
-    for row, positions in enumerate(image_positions):
-        n = len(positions)
-        if not n:
+    for row, (positions, own) in enumerate(zip(image_positions, capture.cells, strict=True)):
+        n = len(positions) if own is None else len(own)
+        if not len(positions):
             found.append(None)
             continue
         maps = {layer: capture.maps[layer][row, :n, :n].float() for layer in layers}

@@ -17,6 +17,7 @@ from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.losses.attention import below_sink_threshold, pool_keys
 from stages.student.model.student import Student
 from stages.student.training.forward import decode_windows
+from storage.codecs.token_cells import attended_cells
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def sample_attention(
         return [None] * len(batch.keys)
     words = words or [[] for _ in batch.keys]
     layers = matching.student_layers
-    capture = AttentionCapture(frozenset(layers), batch.image_positions, [rows_of(each) for each in words])
+    rows = [rows_of(each) for each in words]
+    capture = AttentionCapture(frozenset(layers), batch.image_positions, rows, cells=batch.cells)
     student.eval().model(**batch.inputs, capture=capture.to(student.device), use_cache=False)
     refuse_without_maps("the student", layers, capture.maps, WITHOUT_MAPS)
     windows = decode_windows(batch.maps, matching, student.device)
@@ -75,6 +77,8 @@ def sample_attention(
             continue
         own_WNN, teacher_WNN = own_WBNN[:, row, :n, :n], windows.maps_WBNN[:, row, :n, :n]
         attended_NN = torch.ones(n, n, dtype=torch.bool, device=student.device).tril()
+        if batch.cells is not None and (cells_X := batch.cells[row]) is not None:
+            attended_NN = attended_cells(cells_X.to(student.device))
         rows_WUN = torch.stack([capture.text_maps[layer][row] for layer in layers]).cpu()
         found.append(
             SampleAttention(

@@ -10,6 +10,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from stages.conversations.encoder import EncodedConversation
 from stages.families.family import Family
+from storage.codecs.token_cells import num_cells_of
 from storage.errors import UserError
 
 _IN_ROWS = {"glm4v", "glm4v_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"}
@@ -50,6 +51,19 @@ def token_boxes(family: Family, processor: Any, encoded: EncodedConversation, im
     if len(boxes) != num_tokens:
         raise UserError(f"{num_tokens} image tokens of {model_type} were found where its grid has {len(boxes)}")
     return boxes
+
+
+def cell_boxes(boxes_X4: Tensor, cells_X: Tensor | None) -> Tensor:
+    """`[N, 4]` the box around the boxes of each cell's tokens, empty where all are; the same boxes without cells."""
+    if cells_X is None:
+        return boxes_X4
+    boxes = []
+    for cell in range(num_cells_of(cells_X)):
+        own_4 = boxes_X4[cells_X == cell]
+        shown = own_4[(own_4[:, 2] > own_4[:, 0]) & (own_4[:, 3] > own_4[:, 1])]
+        around = torch.cat([shown[:, :2].amin(0), shown[:, 2:].amax(0)]) if len(shown) else torch.zeros(4)
+        boxes.append(around)
+    return torch.stack(boxes)
 
 
 def _grid(rows: int, columns: int) -> Tensor:

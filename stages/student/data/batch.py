@@ -24,6 +24,7 @@ class Batch:
             compared, or none.
         image_positions: Positions of the image tokens of each sample, empty for text alone.
         maps: The stored maps of each sample, None for text alone.
+        cells: The cell of each image token of a sample whose maps are of cells; None elsewhere, on the CPU.
         answer_targets: The answers of each sample whose attention is learnt; None for one without any.
         compared: Which answer rows the logits are of; None where each row has its own, or none has.
         num_uncompared: Samples with answer rows, none of which is compared.
@@ -38,6 +39,7 @@ class Batch:
     answer_targets: tuple[AnswerTargets | None, ...] = ()
     compared: ComparedRows | None = None
     num_uncompared: int = 0
+    cells: tuple[Tensor | None, ...] | None = None
 
     @property
     def num_answers(self) -> int:

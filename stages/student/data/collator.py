@@ -44,6 +44,7 @@ class Collator:
                 answer_targets(conversation, sample.targets.answer_attention_LaN)
                 for conversation, sample in zip(read, samples, strict=True)
             ),
+            cells=tuple(sample.targets.cells_X for sample in samples),
             compared=compared,
             num_uncompared=sum(count > 0 and not len(part) for count, part in zip(num_rows, found, strict=False)),
         )

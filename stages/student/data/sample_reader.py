@@ -30,7 +30,7 @@ from stages.student.model.student import register_students
 from stages.student.stage_config import Alignment
 from stages.student.student_kind import is_student, vision_family
 from stages.unusable_sample import UnusableSample
-from storage.errors import UserError
+from storage.errors import CorruptData, UserError
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
 from storage.streaming.stream import Mixture, Source, StreamConfig, StreamedSample, mixture_stream
 from storage.targets.manifest import Cut
@@ -150,6 +150,11 @@ class SampleReader:
                 f"teacher's targets hold {num_stored}. The maps of both must be over the same image tokens: choose a "
                 "student that reads images as the teacher does (its image processor's size and patches), or give it "
                 "the teacher's vision tower (--vision teacher)"
+            )
+        if targets.cells_X is not None and len(targets.cells_X) != num_stored:
+            raise CorruptData(
+                f"sample {sample.key}: its map's cells are of {len(targets.cells_X)} image tokens, its tokens hold "
+                f"{num_stored}; run `cdp verify` on the targets, or extract again"
             )
         words_T = read.token_ids[read.token_ids != self.image_token_id]
         if len(words_T) and int(words_T.max()) >= self.vocab_size:

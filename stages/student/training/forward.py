@@ -14,6 +14,7 @@ from stages.student.data.batch import Batch
 from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching
 from stages.student.model.student import OWN_CLASSES, Student
 from storage.codecs.attention_maps import EncodedMaps, MapCodec
+from storage.codecs.token_cells import attended_cells
 from storage.codecs.windows import window_means, window_rows
 
 
@@ -62,6 +63,7 @@ def run_student(
         layers=frozenset(layers),
         positions=images if batch.num_with_image else [at[:0] for at in images],
         answers=_answer_queries(batch),
+        cells=batch.cells,
     ).to(device)
     hidden_BTd = student.model(**_inputs(student, batch), capture=capture, use_cache=False).last_hidden_state
     refuse_without_maps("the student", layers, capture.maps or capture.answer_maps, WITHOUT_MAPS)
@@ -122,6 +124,8 @@ def decode_windows(
         maps_WBNN[:, row, :n, :n] = windows_WNN
         if not sink_mask:
             attended_NN = torch.ones(n, n, dtype=torch.bool, device=device)
+            if stored.cells_X is not None:
+                attended_NN = attended_cells(stored.cells_X.to(device))
             keep_WNN = attended_NN.tril() if matching.codec.causal else attended_NN
         keep_WBNN[:, row, :n, :n] = keep_WNN
     return WindowTargets(maps_WBNN, keep_WBNN, torch.tensor(counts, device=device))
