@@ -80,7 +80,8 @@ class TeacherIdentity:
     @property
     def image_rules(self) -> ImageRules:
         """What is asked of the image tokens of a sample."""
-        return ImageRules(self.family, self.processor, self.settings.map_pooling, self.settings.max_image_tokens)
+        settings, token = self.settings, self.config.image_token_id
+        return ImageRules(self.family, self.processor, token, settings.map_pooling, settings.max_image_tokens)
 
     @property
     def logit_codec(self) -> LogitCodecConfig:

@@ -20,12 +20,14 @@ class ImageRules:
     Attributes:
         family: The teacher's.
         processor: The teacher's.
+        image_token_id: The token that features replace.
         pooling: Tokens along a side of a cell.
         max_tokens: Image tokens of a sample at most; None for any number.
     """
 
     family: Family
     processor: Any
+    image_token_id: int
     pooling: int = 1
     max_tokens: int | None = None
 
@@ -52,5 +54,6 @@ class ImageRules:
             UserError: If it is not.
         """
         if self.pooling > 1:
-            pixels, count = pixels_and_count(self.family, self.processor, [Image.new("RGB", (64, 48), "grey")])
+            picture = Image.new("RGB", (64, 48), "grey")
+            pixels, count = pixels_and_count(self.family, self.processor, [picture], self.image_token_id)
             token_grids(self.family, self.processor, pixels, count, 1)
