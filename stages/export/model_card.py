@@ -34,6 +34,32 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
+_USE_GGUF = """\
+```bash
+llama-server -m {decoder} --mmproj {vision} --jinja{bias}
+```
+
+llama.cpp fits a picture of another size into a square and pads it with grey, as this model's training did not. A
+picture of {size} x {size} pixels it takes as it is, so make it that large first:
+
+```python
+{resize}
+```
+
+Image features and answers differ a little from those of transformers: llama.cpp approximates the GELU by a hyperbolic
+tangent, and reads it from a table of 16 bits on a CPU."""
+
+_RESIZE = """\
+from PIL import Image
+
+Image.open("picture.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.{how}).save("picture.png")"""
+
+_CROP = """\
+from PIL import Image, ImageOps
+
+picture = Image.open("picture.jpg").convert("RGB")
+ImageOps.fit(picture, ({size}, {size}), Image.Resampling.{how}).save("picture.png")"""
+
 STAGE_NAMES = tuple(f"{name}." for name in STAGES)
 
 PostConnector = Literal["folded", "kept", "none"]
@@ -78,6 +104,25 @@ class ExportReport(StrictModel):
     """Time taken."""
 
 
+class GgufFiles(StrictModel):
+    """What llama.cpp needs of a student."""
+
+    decoder: str
+    """Name of the file."""
+    vision: str
+    """Name of the file with the vision tower and the projector."""
+    pre_tokenizer: str
+    """How the vocabulary splits text, by llama.cpp's name."""
+    image_size: int
+    """Width and height of pictures, in pixels."""
+    is_cropped: bool
+    """Whether training cut the middle out of a picture; it was stretched to a square otherwise."""
+    resampling: str
+    """Pillow's name for how pictures were resized."""
+    never_generated: list[int]
+    """Tokens that stand for no text, such as the image token."""
+
+
 @dataclass(frozen=True)
 class StageRecord:
     """One stage of a run folder: its report, and the settings that it was begun with."""
@@ -114,12 +159,22 @@ def model_card(
     history: Sequence[StageRecord],
     names: ModelNames,
     evaluations: Sequence[SuiteResult],
+    files: GgufFiles | None = None,
 ) -> str:
-    """The card in Markdown, with the front matter that the hub reads; `history` is from `read_history`."""
-    parts = [_front_matter(names, history), f"# {name}", _about(names, history), "## Use"]
-    if export.custom_code is not None:
-        parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")
-    parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
+    """The card in Markdown, with the front matter that the hub reads; `history` is from `read_history`.
+
+    It is that of a folder for transformers, or of the GGUF files if there are some.
+    """
+    library = "transformers" if files is None else "gguf"
+    parts = [_front_matter(names, history, library), f"# {name}", _about(names, history), "## Use"]
+    if files is not None:
+        parts.append(_use_of_gguf(files))
+    else:
+        if export.custom_code is not None:
+            code = f"Loading runs `{export.custom_code}` of this folder"
+            parts.append(f"{code}, which needs PyTorch and transformers only.")
+        parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
+        parts += ["### Serving", _serving(export)]
     if export.images is not None:
         parts.append(_reading(export.images))
     if history:
@@ -127,6 +182,26 @@ def model_card(
     if evaluations:
         parts += ["## Evaluation", *map(_evaluation, evaluations)]
     return printable("\n\n".join([*parts, "## Export", _export(export)]) + "\n", keep="\n")
+
+
+def _serving(export: ExportReport) -> str:
+    """What serves a folder for transformers."""
+    if export.custom_code is None:
+        return (
+            f"`{export.model_class}` is a class of transformers, so that servers with support for it load this folder "
+            "without code of its own."
+        )
+    return (
+        f"`{export.model_class}` is defined by this folder: transformers loads it, and servers that run such code. "
+        "llama.cpp does not; for it, `cdp export --format gguf` writes the students of LLaVA 1.5 teachers as GGUF "
+        "files."
+    )
+
+
+def _use_of_gguf(files: GgufFiles) -> str:
+    how = (_CROP if files.is_cropped else _RESIZE).format(size=files.image_size, how=files.resampling)
+    bias = "".join(f" --logit-bias {token}-inf" for token in files.never_generated)
+    return _USE_GGUF.format(decoder=files.decoder, vision=files.vision, bias=bias, size=files.image_size, resize=how)
 
 
 def _reading(images: ImageConfig) -> str:
@@ -142,10 +217,10 @@ def _reading(images: ImageConfig) -> str:
     return f"{exif[images.exif]} {position[images.position]} Transparency was composited on white."
 
 
-def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
+def _front_matter(names: ModelNames, history: Sequence[StageRecord], library: str) -> str:
     # The hub looks these up, so that only its own ids may stand here. JSON is YAML too.
     ids = [model for model in (names.student, names.teacher) if model in names.hub_ids]
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
     lines += [f"base_model: {json.dumps(ids)}"] * bool(ids)
     lines += ["tags: [distillation, compodistill]"] * _is_distilled(history)
     return "\n".join([*lines, "---"])
