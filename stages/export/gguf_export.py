@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from stages.checkpoints.new_folder import check_new, new_folder
 from stages.checkpoints.processors import load_processor
 from stages.evaluation.result import SuiteResult
+from stages.export.card_use import GgufFiles
 from stages.export.export import CARD, REPORT, Dtype, export_student
 from stages.export.gguf_files import check_student, write_decoder, write_vision
 from stages.export.gguf_tokenizer import read_tokenizer
-from stages.export.model_card import ExportReport, GgufFiles, ModelNames, model_card, read_history
+from stages.export.model_card import ExportReport, ModelNames, model_card, read_history
 from stages.student.model.loading import load_multimodal
 from storage.errors import UserError
 from storage.progress import SILENT, Progress

@@ -7,58 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.evaluation.result import SuiteResult, note_on_guessing
+from stages.export.card_use import GgufFiles, use_of_folder, use_of_gguf
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from stages.student.stage_config import STAGES
 from storage.printable import printable
 from storage.samples.image_settings import ImageConfig
 from storage.strict_model import StrictModel
-
-_USE = """\
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
-processor = AutoProcessor.from_pretrained("{name}"{trust})
-picture, question = Image.open("picture.jpg"), "What is in the picture?"
-content = [{{"type": "image", "image": picture}}, {{"type": "text", "text": question}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-).to(model.device, model.dtype)
-output = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```"""
-
-
-_USE_GGUF = """\
-```bash
-llama-server -m {decoder} --mmproj {vision} --jinja{bias}
-```
-
-llama.cpp fits a picture of another size into a square and pads it with grey, as this model's training did not. A
-picture of {size} x {size} pixels it takes as it is, so make it that large first:
-
-```python
-{resize}
-```
-
-Image features and answers differ a little from those of transformers: llama.cpp approximates the GELU by a hyperbolic
-tangent, and reads it from a table of 16 bits on a CPU."""
-
-_RESIZE = """\
-from PIL import Image
-
-Image.open("picture.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.{how}).save("picture.png")"""
-
-_CROP = """\
-from PIL import Image, ImageOps
-
-picture = Image.open("picture.jpg").convert("RGB")
-ImageOps.fit(picture, ({size}, {size}), Image.Resampling.{how}).save("picture.png")"""
 
 STAGE_NAMES = tuple(f"{name}." for name in STAGES)
 
@@ -102,25 +56,6 @@ class ExportReport(StrictModel):
     """Largest of these logits."""
     seconds: float
     """Time taken."""
-
-
-class GgufFiles(StrictModel):
-    """What llama.cpp needs of a student."""
-
-    decoder: str
-    """Name of the file."""
-    vision: str
-    """Name of the file with the vision tower and the projector."""
-    pre_tokenizer: str
-    """How the vocabulary splits text, by llama.cpp's name."""
-    image_size: int
-    """Width and height of pictures, in pixels."""
-    is_cropped: bool
-    """Whether training cut the middle out of a picture; it was stretched to a square otherwise."""
-    resampling: str
-    """Pillow's name for how pictures were resized."""
-    never_generated: list[int]
-    """Tokens that stand for no text, such as the image token."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +102,7 @@ def model_card(
     """
     library = "transformers" if files is None else "gguf"
     parts = [_front_matter(names, history, library), f"# {name}", _about(names, history), "## Use"]
-    if files is not None:
-        parts.append(_use_of_gguf(files))
-    else:
-        if export.custom_code is not None:
-            code = f"Loading runs `{export.custom_code}` of this folder"
-            parts.append(f"{code}, which needs PyTorch and transformers only.")
-        parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
-        parts += ["### Serving", _serving(export)]
+    parts += use_of_folder(name, export.model_class, export.custom_code) if files is None else [use_of_gguf(files)]
     if export.images is not None:
         parts.append(_reading(export.images))
     if history:
@@ -182,26 +110,6 @@ def model_card(
     if evaluations:
         parts += ["## Evaluation", *map(_evaluation, evaluations)]
     return printable("\n\n".join([*parts, "## Export", _export(export)]) + "\n", keep="\n")
-
-
-def _serving(export: ExportReport) -> str:
-    """What serves a folder for transformers."""
-    if export.custom_code is None:
-        return (
-            f"`{export.model_class}` is a class of transformers, so that servers with support for it load this folder "
-            "without code of its own."
-        )
-    return (
-        f"`{export.model_class}` is defined by this folder: transformers loads it, and servers that run such code. "
-        "llama.cpp does not; for it, `cdp export --format gguf` writes the students of LLaVA 1.5 teachers as GGUF "
-        "files."
-    )
-
-
-def _use_of_gguf(files: GgufFiles) -> str:
-    how = (_CROP if files.is_cropped else _RESIZE).format(size=files.image_size, how=files.resampling)
-    bias = "".join(f" --logit-bias {token}-inf" for token in files.never_generated)
-    return _USE_GGUF.format(decoder=files.decoder, vision=files.vision, bias=bias, size=files.image_size, resize=how)
 
 
 def _reading(images: ImageConfig) -> str:
