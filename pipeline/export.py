@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.checkpoints import find_checkpoint
 from pipeline.run_file import read_document
@@ -10,10 +10,13 @@ from stages.checkpoints.processors import hide_loading_bars
 from stages.checkpoints.resolve import in_hub_cache
 from stages.evaluation.result import read_result
 from stages.export.export import Dtype, export_student
+from stages.export.gguf_export import GgufReport, export_gguf
 from stages.export.model_card import ExportReport, ModelNames
 from stages.student.run_folder import RunFolder, StageFolder
 from storage.errors import UserError
 from storage.progress import SILENT, Progress
+
+Format = Literal["huggingface", "gguf"]
 
 
 def export(
@@ -24,8 +27,9 @@ def export(
     dtype: Dtype | None = None,
     teacher: str | None = None,
     evaluations: Sequence[Path] = (),
+    file_format: Format = "huggingface",
     progress: Progress = SILENT,
-) -> ExportReport:
+) -> ExportReport | GgufReport:
     """A self-contained Hugging Face folder of a training run's last student, or of a checkpoint.
 
     Args:
@@ -35,15 +39,20 @@ def export(
         dtype: As of `export_student`.
         teacher: The teacher's name on the card; None takes the name in the run's own run file.
         evaluations: Results of `cdp evaluate`, for the card.
+        file_format: `gguf` writes the files of `export_gguf` instead, always folded.
         progress: Shows the steps.
 
     Raises:
-        UserError: If no stage has finished or the report cannot be read; or as `export_student`.
+        UserError: If no stage has finished or the report cannot be read; or as `export_student` and `export_gguf`.
     """
     hide_loading_bars()
     folder = find_checkpoint(model)
     results = [read_result(path) for path in evaluations]
     names = _names_of(folder, teacher)
+    if file_format == "gguf":
+        if not fold:
+            raise UserError("llama.cpp has no layer for a post-connector that is not folded; leave out --no-fold")
+        return export_gguf(folder, output, dtype=dtype, names=names, evaluations=results, progress=progress)
     return export_student(folder, output, fold=fold, dtype=dtype, names=names, evaluations=results, progress=progress)
 
 

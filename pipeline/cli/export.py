@@ -9,6 +9,7 @@ from pipeline.cli.options import check_and_say_which, output_folder
 from storage.regular_files import refuse_unusable
 
 if TYPE_CHECKING:
+    from stages.export.gguf_export import GgufReport
     from stages.export.model_card import ExportReport
 
 
@@ -21,11 +22,15 @@ def export(
         typer.Option(help="Of the weights; default: as trained, float32 of a training run."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="How the model card names the teacher.")] = None,
+    file_format: Annotated[
+        Literal["huggingface", "gguf"],
+        typer.Option("--format", help="A folder for transformers, or GGUF files for llama.cpp."),
+    ] = "huggingface",
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="Result of `cdp evaluate`, for the card; may be given several times.")
     ] = None,
 ) -> None:
-    """Writes a student as a Hugging Face folder. It has a model card and needs transformers only."""
+    """Writes a student with a model card: a folder that needs transformers only, or GGUF files for llama.cpp."""
     from stages.checkpoints.new_folder import check_new
     from stages.evaluation.result import read_result
 
@@ -41,9 +46,21 @@ def export(
 
     with progress_display() as progress:
         report = export_folder(
-            model, output, fold=fold, dtype=dtype, teacher=teacher, evaluations=evaluations, progress=progress
+            model,
+            output,
+            fold=fold,
+            dtype=dtype,
+            teacher=teacher,
+            evaluations=evaluations,
+            file_format=file_format,
+            progress=progress,
         )
-    _print_report(report, output)
+    from stages.export.gguf_export import GgufReport
+
+    if isinstance(report, GgufReport):
+        _print_gguf(report, output)
+    else:
+        _print_report(report, output)
 
 
 def _print_report(report: "ExportReport", folder: Path) -> None:
@@ -59,6 +76,21 @@ def _print_report(report: "ExportReport", folder: Path) -> None:
         ("post-connector", report.post_connector),
         ("logits", f"{report.logit_error:.2g} off at most{rounded}, the largest is {report.logit_scale:.3g}"),
         ("image token", f"{report.image_token_id}, {report.added_rows} rows added to the vocabulary"),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    print_facts(f"export: {folder}", facts)
+
+
+def _print_gguf(report: "GgufReport", folder: Path) -> None:
+    from pipeline.ui.tables import print_facts, size_text
+
+    student, files = report.student, report.files
+    facts = [
+        ("decoder", files.decoder),
+        ("vision tower", files.vision),
+        ("weights", f"{student.parameters:,} parameters, {student.dtype}, {size_text(report.bytes)}"),
+        ("tokenizer", f"{files.pre_tokenizer}, by llama.cpp's name"),
+        ("logits", f"{student.logit_error:.2g} off at most before llama.cpp, the largest is {student.logit_scale:.3g}"),
         ("time", f"{report.seconds:.1f} s"),
     ]
     print_facts(f"export: {folder}", facts)

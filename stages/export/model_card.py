@@ -7,32 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.evaluation.result import SuiteResult, note_on_guessing
+from stages.export.card_use import GgufFiles, use_of_folder, use_of_gguf
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from stages.student.stage_config import STAGES
 from storage.printable import printable
 from storage.samples.image_settings import ImageConfig
 from storage.strict_model import StrictModel
-
-_USE = """\
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
-processor = AutoProcessor.from_pretrained("{name}"{trust})
-picture, question = Image.open("picture.jpg"), "What is in the picture?"
-content = [{{"type": "image", "image": picture}}, {{"type": "text", "text": question}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-).to(model.device, model.dtype)
-output = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```"""
-
 
 STAGE_NAMES = tuple(f"{name}." for name in STAGES)
 
@@ -114,12 +94,15 @@ def model_card(
     history: Sequence[StageRecord],
     names: ModelNames,
     evaluations: Sequence[SuiteResult],
+    files: GgufFiles | None = None,
 ) -> str:
-    """The card in Markdown, with the front matter that the hub reads; `history` is from `read_history`."""
-    parts = [_front_matter(names, history), f"# {name}", _about(names, history), "## Use"]
-    if export.custom_code is not None:
-        parts.append(f"Loading runs `{export.custom_code}` of this folder, which needs PyTorch and transformers only.")
-    parts.append(_USE.format(name=name, trust=", trust_remote_code=True" if export.custom_code else ""))
+    """The card in Markdown, with the front matter that the hub reads; `history` is from `read_history`.
+
+    It is that of a folder for transformers, or of the GGUF files if there are some.
+    """
+    library = "transformers" if files is None else "gguf"
+    parts = [_front_matter(names, history, library), f"# {name}", _about(names, history), "## Use"]
+    parts += use_of_folder(name, export.model_class, export.custom_code) if files is None else [use_of_gguf(files)]
     if export.images is not None:
         parts.append(_reading(export.images))
     if history:
@@ -142,10 +125,10 @@ def _reading(images: ImageConfig) -> str:
     return f"{exif[images.exif]} {position[images.position]} Transparency was composited on white."
 
 
-def _front_matter(names: ModelNames, history: Sequence[StageRecord]) -> str:
+def _front_matter(names: ModelNames, history: Sequence[StageRecord], library: str) -> str:
     # The hub looks these up, so that only its own ids may stand here. JSON is YAML too.
     ids = [model for model in (names.student, names.teacher) if model in names.hub_ids]
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text"]
     lines += [f"base_model: {json.dumps(ids)}"] * bool(ids)
     lines += ["tags: [distillation, compodistill]"] * _is_distilled(history)
     return "\n".join([*lines, "---"])
