@@ -69,7 +69,7 @@ def parse_record(data: bytes, where: str, *format_versions: int, canonical: bool
         if canonical and "digest" in fields and fields["digest"] not in digests:
             raise CorruptData(f"{where} is damaged: its digest is not that of its content; restore it")
         todo = "upgrade compodistill" if found > max(format_versions) else "make it again with this version"
-        ours = " and ".join(map(str, format_versions))
+        ours = " and ".join(", ".join(map(str, format_versions)).rsplit(", ", 1))
         raise UserError(f"{where} has format version {found}, this version reads {ours}; {todo}")
     if canonical:
         _check_canonical(fields, data, where)

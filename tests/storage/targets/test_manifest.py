@@ -106,7 +106,7 @@ def test_a_store_of_an_earlier_version_is_neither_read_nor_extended(tmp_path, ve
     before = files_of(tmp_path)
     for action in (lambda: TargetStore.open(tmp_path), lambda: create_or_check(store, manifest())):
         with pytest.raises(
-            UserError, match=f"has format version {version}, this version reads 3 and 4 and 5; make it again"
+            UserError, match=f"has format version {version}, this version reads 3, 4 and 5; make it again"
         ):
             action()
     assert files_of(tmp_path) == before
