@@ -30,7 +30,7 @@ def export(
         list[Path] | None, typer.Option(help="Result of `cdp evaluate`, for the card; may be given several times.")
     ] = None,
 ) -> None:
-    """Writes a student with a model card: a folder that needs transformers only, or GGUF files for llama.cpp."""
+    """Writes a student for others. With a model card: a folder that needs transformers only, or GGUF files."""
     from stages.checkpoints.new_folder import check_new
     from stages.evaluation.result import read_result
 
