@@ -68,7 +68,7 @@ def student_layers(
     """
     layers = with_maps(range(num_layers), able)
     if num_matched > len(layers):
-        of_what = "layers" if able is None else "layers with attention maps"
+        of_what = "layers" if len(layers) == num_layers else "layers with attention maps"
         raise UserError(f"the student has {len(layers)} {of_what} but {num_matched} are to be matched; set fewer")
     start = span_layers(num_layers, span).start
     first = min(sum(layer < start for layer in layers), len(layers) - num_matched)

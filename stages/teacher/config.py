@@ -90,7 +90,8 @@ def captured_layers(
     """
     third = visual_understanding_layers(num_layers)
     layers = settings.layers or with_maps(third, able) or tuple(third)
-    passed_over = set(with_maps(range(layers[0], layers[-1] + 1), able)) - set(layers)
+    able_of_decoder = with_maps(range(num_layers), able)
+    passed_over = {layer for layer in able_of_decoder if layers[0] <= layer <= layers[-1]} - {*layers}
     if not 0 <= layers[0] <= layers[-1] < num_layers or passed_over or layers != tuple(sorted({*layers})):
         raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
     num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
