@@ -174,6 +174,7 @@ OTHER_PARSERS = {
     "stages/conversations/template_process.py": "what the process that it started wrote",
     "stages/samples/record_groups.py": "of records that it has just written",
     "stages/samples/sources/json_files.py": "a record that cannot be used has a reason and a place in the ledger",
+    "stages/export/gguf_tokenizer.py": "what the library has just written",
     "stages/student/data/token_names.py": "what the library has just written",
     "stages/teacher/identity.py": "of settings that it has just written",
     "storage/stores/folder_owner.py": "any error is an unknown owner",

@@ -70,11 +70,9 @@ def estimate_by_measurement(
     teacher = load_teacher(settings.model_copy(update={"map_codec": "float16"}), images, gpus_per_worker)
     load_seconds = time.perf_counter() - started
     loading.advance()
-    on_gpu = bool(teacher.gpus)
+    on_gpu, planned = bool(teacher.gpus), plan_blocks(samples.index.num_samples, config)
     held = count_blocks(
-        samples,
-        teacher.encoder,
-        plan_blocks(samples.index.num_samples, config),
+        *(samples, teacher.encoder, planned),
         causal=teacher.identity.codec.causal,
         rules=teacher.identity.image_rules,
         num_kept=max(config.num_measured, 2 * BatchSize(settings.batch_size, on_gpu=on_gpu).value),

@@ -66,7 +66,8 @@ REPEATED = ("shard", "num_samples", "num_tokens", "num_answer_rows", "num_maps",
 LEAVES: dict[str, set[Leaf]] = {
     "manifest": {
         *_leaves_of(Manifest),
-        *_leaves_of(Fingerprint, "fingerprint"),
+        # A store of maps of tokens, as this one, does not have it.
+        *(_leaves_of(Fingerprint, "fingerprint") - {("fingerprint", "map_pooling")}),
         *_leaves_of(MapCodecConfig, "fingerprint", "map_codec"),
         *(leaf for leaf in _leaves_of(LogitCodecConfig, *SETTINGS) if leaf[-1] != "num_tail_samples"),
         (*SETTINGS, "num_draws"),
