@@ -1,7 +1,7 @@
 """Students of a sweep that are trained at the same time, each in a process of its own.
 
 A small student keeps neither a GPU nor the cores of a CPU busy: two threads may train one no faster than one thread
-(`benchmarks/small_steps.py`).
+(docs/training.md#what-a-step-costs).
 """
 
 import logging
