@@ -1,5 +1,7 @@
 """What a model card says of the use of an export: by transformers, or by llama.cpp."""
 
+from collections.abc import Sequence
+
 from storage.strict_model import StrictModel
 
 _USE = """\
@@ -70,19 +72,41 @@ class GgufFiles(StrictModel):
 
 
 def use_of_folder(name: str, model_class: str, custom_code: str | None) -> list[str]:
-    """How transformers loads a folder, and what serves it."""
+    """How transformers loads a folder."""
     if custom_code is None:
-        served = (
-            f"`{model_class}` is a class of transformers, so that servers with support for it load this folder without "
-            "code of its own."
-        )
-        return [_USE.format(name=name, trust=""), "### Serving", served]
-    served = (
-        f"`{model_class}` is defined by this folder: transformers loads it, and servers that run such code. llama.cpp "
-        "does not; for it, `cdp export --format gguf` writes students of LLaVA 1.5 teachers with SigLIP towers."
+        return [f"`{model_class}` is a class of transformers.", _USE.format(name=name, trust="")]
+    code = (
+        f"`{model_class}` is defined by this folder. Loading runs its `{custom_code}`, which needs PyTorch and "
+        "transformers only."
     )
-    code = f"Loading runs `{custom_code}` of this folder, which needs PyTorch and transformers only."
-    return [code, _USE.format(name=name, trust=", trust_remote_code=True"), "### Serving", served]
+    return [code, _USE.format(name=name, trust=", trust_remote_code=True")]
+
+
+def serving(name: str, custom_code: str | None, why_not_vllm: str | None, never_generated: Sequence[int]) -> list[str]:
+    """What serves a folder for transformers, and what does not."""
+    if why_not_vllm is not None:
+        served = [f"vLLM does not serve this model: {why_not_vllm}. Servers that call transformers do."]
+    else:
+        flags = "" if custom_code is None else " --trust-remote-code --model-impl transformers"
+        served = [
+            "vLLM serves it by its Transformers backend, of which it meets the published requirements. vLLM itself was "
+            "not run."
+            if custom_code
+            else "Servers with support for this class load the folder without code of its own.",
+            f"```bash\nvllm serve {name}{flags}\n```",
+        ]
+        if never_generated:
+            bias = ", ".join(f'"{token}": -100' for token in never_generated)
+            served.append(
+                "vLLM does not read `suppress_tokens` of generation_config.json. These tokens stand for no text; a "
+                f'request forbids them by `"logit_bias": {{{bias}}}`.'
+            )
+    if custom_code is not None:
+        served.append(
+            "llama.cpp does not load this folder; `cdp export --format gguf` writes files for it, of students of "
+            "LLaVA 1.5 teachers with SigLIP towers."
+        )
+    return served
 
 
 def use_of_gguf(files: GgufFiles) -> str:

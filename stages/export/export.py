@@ -21,6 +21,7 @@ from stages.checkpoints.weight_files import weight_files
 from stages.conversations.encoder import NO_LIMIT, ConversationEncoder, EncodedConversation
 from stages.evaluation.result import SuiteResult
 from stages.export.model_card import ExportReport, ModelNames, PostConnector, model_card, read_history
+from stages.export.vllm_backend import let_llava_count, why_not_vllm
 from stages.student.model.generation import (
     generation_settings,
     grow_vocabulary,
@@ -80,6 +81,7 @@ def export_student(
     refuse_quantized(read_config(source / "config.json"), source, "an export")
     student, processor = load_multimodal(source), load_processor(source)
     pad_on_the_left(processor.tokenizer)
+    let_llava_count(processor)
     vision_type = getattr(student.config, "teacher_config", student.config).model_type
     probe = ConversationEncoder(processor, student.config.image_token_id, NO_LIMIT).encode_pair(*_PROBE, [_picture()])
     parts, post_connector = _folded(student, fold=fold)
@@ -113,6 +115,8 @@ def export_student(
             added_rows=len(added_ids),
             images=image_settings(exported.config),
             end_token_ids=generation.eos_token_id,
+            never_generated=tuple(sorted(set(generation.suppress_tokens))),
+            why_not_vllm=why_not_vllm(exported, processor),
             logit_error=_difference(found_TV, expected_TV),
             rounding_error=_check_logits(found_TV, expected_TV, unrounded_TV, trained, stored),
             logit_scale=float(expected_TV.abs().max()),
@@ -161,8 +165,9 @@ def _save(model: PreTrainedModel, generation: GenerationConfig, folder: Path) ->
     if isinstance(model, OWN_CLASSES):
         code = Path(getfile(type(model)))
         shutil.copyfile(code, folder / code.name)
-        names = {"AutoConfig": type(model.config).__name__, "AutoModelForImageTextToText": type(model).__name__}
-        model.config.auto_map = {auto: f"{code.stem}.{name}" for auto, name in names.items()}
+        # vLLM makes the model without a head itself, by `AutoModel`.
+        parts = {"AutoConfig": model.config, "AutoModel": model.model, "AutoModelForImageTextToText": model}
+        model.config.auto_map = {auto: f"{code.stem}.{type(part).__name__}" for auto, part in parts.items()}
     for part in (model.config, model.config.get_text_config()):
         # A path of this machine.
         part._name_or_path = ""

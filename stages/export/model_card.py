@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.evaluation.result import SuiteResult, note_on_guessing
-from stages.export.card_use import GgufFiles, use_of_folder, use_of_gguf
+from stages.export.card_use import GgufFiles, serving, use_of_folder, use_of_gguf
 from stages.student.run_folder import StageDescription, StageFolder, StageReport
 from stages.student.stage_config import STAGES
 from storage.printable import printable
@@ -46,6 +46,10 @@ class ExportReport(StrictModel):
     """How pictures were read and placed in training; None where the checkpoint does not say it."""
     end_token_ids: list[int]
     """Tokens that end an answer."""
+    never_generated: tuple[int, ...] = ()
+    """Tokens that stand for no text, such as the image token."""
+    why_not_vllm: str | None = None
+    """Why vLLM's Transformers backend cannot serve a model with `custom_code`; None where it can."""
     logit_error: float
     """Largest difference between logits of the checkpoint and of the exported folder, for one generated picture and
     question. Both are computed in float32, so that it shows the folding and the rounding of weights to `dtype`."""
@@ -102,7 +106,11 @@ def model_card(
     """
     library = "transformers" if files is None else "gguf"
     parts = [_front_matter(names, history, library), f"# {name}", _about(names, history), "## Use"]
-    parts += use_of_folder(name, export.model_class, export.custom_code) if files is None else [use_of_gguf(files)]
+    if files is None:
+        parts += use_of_folder(name, export.model_class, export.custom_code)
+        parts += ["### Serving", *serving(name, export.custom_code, export.why_not_vllm, export.never_generated)]
+    else:
+        parts.append(use_of_gguf(files))
     if export.images is not None:
         parts.append(_reading(export.images))
     if history:

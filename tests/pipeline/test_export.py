@@ -21,6 +21,7 @@ from storage.targets.store import TargetStore
 from tests.checkpoints import draw_random_image
 from tests.conftest import TinyWorld
 from tests.pipeline.processes import run_here
+from tests.stages.export.gguf_students import make_llava
 from tests.suite_runs import suite_run
 
 EVALUATION = SuiteResult(
@@ -218,6 +219,24 @@ def test_without_a_question_chat_reads_questions_until_an_empty_line(
     pieces.clear()
     chat.ask("And now?", pieces.append)
     assert done.out == f"{first}\n{refused}\n{''.join(pieces)}\n"
+
+
+def test_the_command_writes_gguf_files_and_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_llava(tmp_path / "student", "qwen3"), tmp_path / "served"
+    flags = ("--format", "gguf", "--dtype", "float16")
+    done = run_here("export", source, out, *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert done.code == 0, done.err
+    decoder, vision = "served-F16.gguf", "mmproj-served-F16.gguf"
+    assert {path.name for path in out.iterdir()} == {decoder, vision, "README.md", "export.json"}
+    assert all(name in done.out for name in (decoder, vision, "qwen2, by llama.cpp's name"))
+    assert f"llama-server -m {decoder} --mmproj {vision} --jinja" in (out / "README.md").read_text()
+    unfolded = run_here(
+        "export", source, tmp_path / "none", "--format", "gguf", "--no-fold", monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert (unfolded.code, (tmp_path / "none").exists()) == (2, False)
+    assert "leave out --no-fold" in unfolded.err
 
 
 def test_mistakes_are_messages(

@@ -96,6 +96,12 @@ def _add_deepstack(layer: int, _: nn.Module, __: Any, kwargs: Mapping[str, Any],
     return (hidden + more, *output[1:]) if isinstance(output, tuple) else hidden + more
 
 
+def _rows(features: Any) -> Tensor:
+    """`[N, width]` of all images, from one tensor `[..., width]` or several."""
+    parts = [features] if isinstance(features, Tensor) else features
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
 class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
     """Vision tower, projector, post-connector and decoder, without a language modelling head."""
 
@@ -124,23 +130,31 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
             for parameter in self.deepstack_connectors.parameters():
                 nn.init.zeros_(parameter)
 
-    def get_image_features(self, **pixels: Tensor) -> Tensor:
-        """`[N, hidden]`: the teacher's features of all images of the batch, after the post-connector."""
-        return self._carried_features(**pixels)[0]
+    def get_image_features(self, pixel_values: Tensor | None = None, **pixels: Any) -> Any:
+        """The output of the teacher's vision part, its features after the post-connector.
 
-    def _carried_features(self, **pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As `get_image_features`, and of each deepstack level the same after its own connector."""
-        outputs = self.eyes.get_image_features(**pixels, return_dict=True)
+        `pooler_output` has a `[N, hidden]` tensor for each image, or one tensor `[..., hidden]`, as the family has it;
+        `deepstack_features` has `[N, hidden]` of all images for each level.
+        """
+        outputs = self.eyes.get_image_features(**{**pixels, "pixel_values": pixel_values, "return_dict": True})
         features = outputs.pooler_output
-        parts = [features] if isinstance(features, Tensor) else list(features)
-        carried: Tensor = self.post_connector(torch.cat([part.flatten(0, -2) for part in parts]))
-        if not self.config.deepstack:
-            return carried, []
-        levels = zip(self.deepstack_connectors, outputs.deepstack_features, strict=True)
-        return carried, [connector(torch.cat(list(images))) for connector, images in levels]
+        carried = self.post_connector(_rows(features))
+        if isinstance(features, Tensor):
+            outputs.pooler_output = carried.unflatten(0, features.shape[:-1])
+        else:
+            outputs.pooler_output = carried.split([part.shape[:-1].numel() for part in features])
+        if self.config.deepstack:
+            levels = zip(self.deepstack_connectors, outputs.deepstack_features, strict=True)
+            outputs.deepstack_features = [connector(_rows(images)) for connector, images in levels]
+        return outputs
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """As the decoder, with the inputs of the vision part too."""
+        if self.config.deepstack and "attention_instances" in kwargs:
+            raise ValueError(
+                "vLLM puts image features before the decoder only, and this model adds more of them inside it "
+                "(deepstack): answers would be wrong; load it with transformers"
+            )
         given = {name: kwargs.pop(name, None) for name in self.config.pixel_inputs}
         pixels = {name: value for name, value in given.items() if value is not None}
         if inputs_embeds is None:
@@ -149,12 +163,13 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
             if pixels:
-                features, levels = self._carried_features(**pixels)
+                found = self.get_image_features(**pixels)
+                features = _rows(found.pooler_output)
                 if features.shape[0] != int(is_image.sum()):
                     raise ValueError(f"{features.shape[0]} image features for {int(is_image.sum())} image tokens")
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
-                if levels:
-                    kwargs["deepstack"] = DeepstackFeatures(is_image, levels)
+                if self.config.deepstack:
+                    kwargs["deepstack"] = DeepstackFeatures(is_image, found.deepstack_features)
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         if "deepstack" in kwargs and len(kwargs["deepstack"].added) < self.config.deepstack:
             raise ValueError("layers of this decoder are not given the features that they are to add to image tokens")
@@ -172,9 +187,9 @@ class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, **pixels: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor | None = None, **pixels: Any) -> Any:
         """As the model's."""
-        return self.model.get_image_features(**pixels)
+        return self.model.get_image_features(pixel_values, **pixels)
 
     def forward(
         self,
