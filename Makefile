@@ -27,7 +27,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow $(PARALLEL)
+	$(BIN)/python -m pytest -m slow $(PARALLEL) $(TEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

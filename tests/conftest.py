@@ -9,6 +9,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -35,8 +36,21 @@ EXPENSIVE = {
 }
 """Groups of test files that share a session fixture worth making once: how a file of the group asks for it."""
 
+BEGUN = time.monotonic()
 NUM_SAMPLES = 24
 SAMPLES_PER_SHARD = 4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--begin-within", type=float, metavar="MINUTES", help="skip the tests that have not begun by then")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """For a machine with a time limit: what it left out stands in the summary, and what it ran can still fail."""
+    minutes = item.config.getoption("--begin-within")
+    if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"not begun within {minutes:g} minutes")
 
 
 @pytest.hookimpl(optionalhook=True)
