@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,26 @@ import pytest
 from pipeline.extraction.report import ExtractionReport
 from storage.integrity.verify import verify
 from tests.conftest import TinyWorld
-from tests.pipeline.cluster.ray_nodes import nodes
+from tests.pipeline.cluster.ray_nodes import Nodes, nodes
 from tests.pipeline.processes import start_cdp, tree
 from tests.processes import PATIENCE_S, kill, runs_until
+
+
+def num_commits(store: Path) -> int:
+    return len(list((store / "commits").glob("0*.json")))
+
+
+def stop_in_the_middle(driver: "subprocess.Popen[bytes]", cluster: Nodes, store: Path) -> int:
+    """Lets the worker run until it has committed a shard, then stand still with others in hand; returns its number."""
+    assert runs_until(driver, lambda: bool(cluster.workers()) and any(store.glob("teacher*")))
+    (worker,) = cluster.workers()
+    # For moments only: on a busy machine it would be done before this process has seen its first shard.
+    while num_commits(store) == 0:
+        os.kill(worker, signal.SIGCONT)
+        time.sleep(0.02)
+        os.kill(worker, signal.SIGSTOP)
+        assert driver.poll() is None
+    return worker
 
 
 @pytest.mark.slow
@@ -21,7 +40,7 @@ def test_a_lost_node_loses_no_shard_and_one_that_joins_is_used(tiny: TinyWorld, 
     settings = ("--set", "teacher.batch_size=4")
     with nodes("one") as cluster:
         driver = start_cdp("extract-teacher", *places, *settings, "--ray-address", cluster.address, err=err)
-        assert runs_until(driver, lambda: any((store / "commits").glob("*.json"))), err.read_text()
+        stop_in_the_middle(driver, cluster, store)
         # It holds shards that are not committed yet.
         cluster.kill("one")
         cluster.add("two")
@@ -45,19 +64,12 @@ def test_a_node_that_dies_in_the_middle_of_shards_while_another_has_joined_and_w
     store, err = tmp_path / "store", tmp_path / "err.txt"
     places = ("--teacher", tiny.teacher, "--samples", tiny.samples, "--targets", store)
     settings = ("--set", "teacher.batch_size=4")
-
-    def num_commits() -> int:
-        return len(list((store / "commits").glob("0*.json")))
-
     with nodes("one") as cluster:
         driver = start_cdp("extract-teacher", *places, *settings, "--ray-address", cluster.address, err=err)
-        assert runs_until(driver, lambda: num_commits() > 0), err.read_text()
-        # From now on it stands still in the middle of what it has in hand.
-        (worker,) = cluster.workers()
-        os.kill(worker, signal.SIGSTOP)
-        num_before = num_commits()
+        worker = stop_in_the_middle(driver, cluster, store)
+        num_before = num_commits(store)
         cluster.add("two")
-        assert runs_until(driver, lambda: num_commits() > num_before), err.read_text()
+        assert runs_until(driver, lambda: num_commits(store) > num_before), err.read_text()
         cluster.kill("one")
         assert driver.wait(PATIENCE_S) == 0, err.read_text()
     lasting = ("manifest.json", "teacher/", "shards/", "commits/")
