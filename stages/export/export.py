@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from stages.checkpoints.config_files import read_config
 from stages.checkpoints.image_settings import image_settings
@@ -160,7 +161,8 @@ def _save(model: PreTrainedModel, generation: GenerationConfig, folder: Path) ->
     model.generation_config = generation
     if isinstance(model, OWN_CLASSES):
         code = Path(getfile(type(model)))
-        shutil.copyfile(code, folder / code.name)
+        for file in (code, *map(Path, get_relative_import_files(code))):
+            shutil.copyfile(file, folder / file.name)
         names = {"AutoConfig": type(model.config).__name__, "AutoModelForImageTextToText": type(model).__name__}
         model.config.auto_map = {auto: f"{code.stem}.{name}" for auto, name in names.items()}
     for part in (model.config, model.config.get_text_config()):
