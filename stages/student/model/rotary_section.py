@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoints.configs import unfit_named
@@ -62,14 +63,21 @@ def _num_frequencies(decoder: PreTrainedConfig, name: str) -> int:
         raise UserError(f"{kind}: its rotary frequencies depend on the length ({scaling}); {_REMEDY}")
     with torch.device("meta"), unfit_named(name):
         model = AutoModel.from_config(decoder, trust_remote_code=False)
-    if not _layers_take_rotary(model):
-        raise UserError(f"{kind}: its layers do not take one rotary embedding of all positions; {_REMEDY}")
-    # With numbers: on which channels a frequency lies shows in them alone.
-    cos_d, sin_d = (part[0, 0] for part in type(model.rotary_emb)(decoder)(torch.zeros(1), torch.ones(1, 1)))
-    halves = [part_d.chunk(2) for part_d in (cos_d, sin_d)]
-    if len(cos_d) % 2 or not all(torch.equal(first, second) for first, second in halves):
+    cos_sin_d = _at_position_1(model) if _layers_take_rotary(model) else None
+    if cos_sin_d is None:
+        raise UserError(f"{kind}: its layers do not all take one rotary embedding of positions; {_REMEDY}")
+    halves = [part_d.chunk(2) for part_d in cos_sin_d]
+    if not all(torch.equal(*pair) for pair in halves):
         raise UserError(f"{kind}: its rotary embedding is not laid out in two halves, as Llama's is; {_REMEDY}")
-    return len(cos_d) // 2
+    return len(halves[0][0])
+
+
+def _at_position_1(model: PreTrainedModel) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines `[d]`, with numbers, because on which channels a frequency lies shows in them alone."""
+    with suppress(AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        cos, sin = type(model.rotary_emb)(model.config)(torch.zeros(1), torch.ones(1, 1))
+        return cos[0, 0], sin[0, 0]
+    return None
 
 
 def _layers_take_rotary(model: PreTrainedModel) -> bool:
