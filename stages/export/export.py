@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from stages.checkpoints.config_files import read_config
 from stages.checkpoints.image_settings import image_settings
@@ -164,7 +165,8 @@ def _save(model: PreTrainedModel, generation: GenerationConfig, folder: Path) ->
     model.generation_config = generation
     if isinstance(model, OWN_CLASSES):
         code = Path(getfile(type(model)))
-        shutil.copyfile(code, folder / code.name)
+        for file in (code, *map(Path, get_relative_import_files(code))):
+            shutil.copyfile(file, folder / file.name)
         # vLLM makes the model without a head itself, by `AutoModel`.
         parts = {"AutoConfig": model.config, "AutoModel": model.model, "AutoModelForImageTextToText": model}
         model.config.auto_map = {auto: f"{code.stem}.{type(part).__name__}" for auto, part in parts.items()}

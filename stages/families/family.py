@@ -17,6 +17,10 @@ Layout = Literal["square", "sizes", "square_tiles", "tiles_in_rows"]
 processor gives; a square for each tile; or the small whole as a square, then all tiles as one rectangle whose rows end
 with a token."""
 
+RotaryAxes = Literal["in_order", "interleaved"]
+"""How rotary frequencies are shared among the axes of 3D positions: those of time first, then height, then width; or in
+turns."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -41,6 +45,8 @@ class Family:
             model: it can then be a student's decoder.
         marks_with_pixels: whether tokens behind an image, such as its end, get vectors of the vision part too, and only
             in a forward pass that has pixels: what follows an image cannot be computed apart from it.
+        rotary_axes: how the decoder encodes positions of three axes (time, height, width), which the model computes by
+            `get_rope_index` from `image_grid_thw`; None for ordinary positions.
         caps_logits: whether the model caps what its head gives, as `final_logit_softcapping` of its config says.
     """
 
@@ -57,6 +63,7 @@ class Family:
     added_vectors: tuple[str, ...] = ()
     decoder_alone: bool = False
     marks_with_pixels: bool = False
+    rotary_axes: RotaryAxes | None = None
     caps_logits: bool = False
 
     def logits(self, from_head: "Tensor", config: Any) -> "Tensor":

@@ -45,6 +45,7 @@ QWEN2 = Family(
     modality_input="mm_token_type_ids",
     last_linear="visual.merger.mlp.2",
     layout="sizes",
+    rotary_axes="in_order",
 )
 # Qwen3-VL also adds features of earlier vision layers inside its first decoder layers ("deepstack").
 QWEN3 = replace(
@@ -53,10 +54,15 @@ QWEN3 = replace(
     projector_prefixes=("model.visual.merger.", "model.visual.deepstack_merger_list."),
     deepstack=True,
     last_linear=None,
+    rotary_axes="interleaved",
 )
 # Without deepstack again; most layers of the decoder have linear attention.
 QWEN3_5 = replace(
-    QWEN2, model_types=("qwen3_5", "qwen3_5_moe"), last_linear="visual.merger.linear_fc2", decoder_alone=True
+    QWEN2,
+    model_types=("qwen3_5", "qwen3_5_moe"),
+    last_linear="visual.merger.linear_fc2",
+    decoder_alone=True,
+    rotary_axes="interleaved",
 )
 # GLM-4.1V and GLM-4.5V: the tower is another, the inputs are those of Qwen.
 GLM4V = replace(QWEN2, model_types=("glm4v", "glm4v_moe"), last_linear="visual.merger.down_proj")

@@ -117,7 +117,10 @@ class PrefixModel:
         )
         outputs.past_key_values.batch_select_indices(front_of_B)
         behind = [sequence.token_ids[front.num_shared :] for front in fronts for sequence in front.sequences]
-        deltas = getattr(self.model.base_model, "rope_deltas", None)
+        # Of a student, beside what they belong to; a model of the library keeps them itself.
+        deltas = getattr(outputs.past_key_values, "rope_deltas", None)
+        if deltas is None:
+            deltas = getattr(self.model.base_model, "rope_deltas", None)
         front_positions = inputs["attention_mask"].sum(1)
         if deltas is not None:
             front_positions = front_positions + deltas.reshape(-1).to(device)

@@ -1,7 +1,9 @@
 """Builds a student: the teacher's frozen vision tower from the target store, a decoder, a new post-connector (TAF)."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,12 +23,20 @@ from stages.student.model.modeling_compodistill import (
     CompoDistillStudentConfig,
     CompoDistillStudentForConditionalGeneration,
 )
+from stages.student.model.rotary_section import position_settings
 from stages.student.model.student import Student
 from stages.student.student_kind import VISION_PREFIXES, no_decoder, teaching_family
 from storage.errors import FingerprintMismatch, UserError
 
 
-def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_token_id: int | None = None) -> Student:
+def build_student(
+    teacher_folder: Path,
+    decoder: str | Path,
+    seed: int,
+    image_token_id: int | None = None,
+    *,
+    teacher_positions: bool = True,
+) -> Student:
     """A new student in float32 with the teacher's vision tower and projector on a pretrained decoder.
 
     Args:
@@ -34,20 +44,25 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
         decoder: Folder, hub id or GGUF file of a causal language model.
         seed: Decides the post-connector's initial weights.
         image_token_id: None takes the teacher's.
+        teacher_positions: Whether tokens have the teacher's positions where these are 3D.
 
     Raises:
-        UserError: If no student can have such a teacher, or weights are missing in its folder or in the decoder's.
+        UserError: If no student can have such a teacher, the decoder cannot have its positions, or weights are missing
+            in its folder or in the decoder's.
     """
     decoder_folder = resolve_student(decoder)
     teacher_config = load_config(teacher_folder)
     family = teacher_family(teacher_config)
     language_model = load_weights(AutoModelForCausalLM, decoder_folder, dtype=torch.float32)
     _check_head(decoder_folder, language_model)
+    positions = {}
+    if teacher_positions:
+        positions = position_settings(teacher_config, language_model.config, family, str(decoder))
     check_files(teacher_folder)
     tensors = dict(item for path in weight_files(teacher_folder) for item in load_file(path).items())
     # Without numbers first: what the teacher's config asks for may have any size.
     with torch.device("meta"), unfit_named(teacher_folder):
-        planned = _untrained(teacher_config, language_model.config, family, image_token_id)
+        planned = _untrained(teacher_config, language_model.config, family, image_token_id, positions)
     prefix = VISION_PREFIXES[planned.config.model_type]
     taken = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
     shapes = {name: tensor.shape for name, tensor in planned.state_dict().items()}
@@ -61,7 +76,8 @@ def build_student(teacher_folder: Path, decoder: str | Path, seed: int, image_to
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = _untrained(teacher_config, language_model.config, family, image_token_id).to(torch.float32)
+        student = _untrained(teacher_config, language_model.config, family, image_token_id, positions)
+        student = student.to(torch.float32)
     student.model.language_model.load_state_dict(language_model.model.state_dict())
     student.lm_head.load_state_dict(language_model.lm_head.state_dict())
     student.tie_weights()
@@ -144,7 +160,11 @@ def _check_head(folder: Path, language_model: PreTrainedModel) -> None:
 
 
 def _untrained(
-    teacher: PreTrainedConfig, decoder: PreTrainedConfig, family: Family, image_token_id: int | None
+    teacher: PreTrainedConfig,
+    decoder: PreTrainedConfig,
+    family: Family,
+    image_token_id: int | None,
+    positions: Mapping[str, Any],
 ) -> CompoDistillStudentForConditionalGeneration | AnyTeacherStudentForConditionalGeneration:
     """The student's model class for this teacher, with random weights."""
     image_id = teacher.image_token_id if image_token_id is None else image_token_id
@@ -159,6 +179,7 @@ def _untrained(
         pixel_inputs=list(family.pixel_inputs),
         deepstack=deepstack_levels(teacher, family),
         tie_word_embeddings=decoder.tie_word_embeddings,
+        **positions,
     )
     return AnyTeacherStudentForConditionalGeneration(config)
 

@@ -1,9 +1,10 @@
 """The student of a teacher that is no LLaVA 1.5: the teacher's vision part, a post-connector, its own decoder.
 
-Self-contained (torch and transformers only), so that an exported checkpoint can carry it. The vision part (tower and
-projector, with tiles and pooling) is the code of transformers for the teacher. Its image features stand at the image
-tokens. A teacher with deepstack also adds features of earlier vision layers to them, inside its decoder, and so does
-the student.
+Self-contained (torch and transformers only), so that an exported checkpoint can carry it, with `positions_3d.py`. The
+vision part (tower and projector, with tiles and pooling) is the code of transformers for the teacher. Its image
+features stand at the image tokens. A teacher with deepstack also adds features of earlier vision layers to them, inside
+its decoder, and so does the student. Where the teacher's image tokens have positions of three axes, so have the
+student's.
 """
 
 import copy
@@ -17,6 +18,8 @@ from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedConfi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from .positions_3d import Positions3D
+
 
 class AnyTeacherStudentConfig(PreTrainedConfig):
     """The teacher's config for vision tower and projector, the decoder's for the text.
@@ -28,6 +31,9 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
         pixel_inputs: Names of the inputs that go to the vision part.
         deepstack: How many features of earlier vision layers are added to image tokens, one after each of the decoder's
             first layers.
+        mrope_section: How many rotary frequencies turn by the token's position in time, height and width; None has
+            ordinary positions.
+        mrope_interleaved: Whether the axes take turns among the frequencies.
         folded_linear: Name of the projector's last linear layer after the post-connector was folded into it; None
             while there is a post-connector.
         folded_vectors: Names of the vision part's other parameters that then have the decoder's width.
@@ -42,6 +48,8 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
     image_token_id: int = 0
     pixel_inputs: Any = None
     deepstack: int = 0
+    mrope_section: Any = None
+    mrope_interleaved: bool = False
     folded_linear: str | None = None
     folded_vectors: Any = None
     tie_word_embeddings: bool = False
@@ -50,8 +58,15 @@ class AnyTeacherStudentConfig(PreTrainedConfig):
         for name in ("teacher_config", "text_config"):
             part = getattr(self, name)
             if isinstance(part, dict):
+                if name == "text_config" and self.mrope_section is not None:
+                    # The decoder's own class would warn of it; it is put back below.
+                    rope = {key: value for key, value in part["rope_parameters"].items() if key != "mrope_section"}
+                    part = {**part, "rope_parameters": rope}
                 setattr(self, name, AutoConfig.for_model(**part))
         super().__post_init__(**kwargs)
+        if self.mrope_section is not None:
+            # Where servers look for it.
+            self.text_config.rope_parameters["mrope_section"] = self.mrope_section
 
 
 class AnyTeacherStudentPreTrainedModel(PreTrainedModel):
@@ -102,7 +117,7 @@ def _rows(features: Any) -> Tensor:
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
-class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
+class AnyTeacherStudentModel(Positions3D, AnyTeacherStudentPreTrainedModel):
     """Vision tower, projector, post-connector and decoder, without a language modelling head."""
 
     def __init__(self, config: AnyTeacherStudentConfig) -> None:
@@ -124,6 +139,7 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
             self.deepstack_connectors = nn.ModuleList(nn.Linear(from_width, width) for _ in range(config.deepstack))
             for layer, module in enumerate(self.language_model.layers[: config.deepstack]):
                 module.register_forward_hook(partial(_add_deepstack, layer), with_kwargs=True)
+        self.turn_by_positions_3d()
         self.post_init()
         if config.deepstack:
             # A new student begins as one without these features.
@@ -149,7 +165,7 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
         return outputs
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
-        """As the decoder, with the inputs of the vision part too."""
+        """As the decoder, with the inputs of the vision part too; `position_ids` may be `[3, B, T]`."""
         if self.config.deepstack and "attention_instances" in kwargs:
             raise ValueError(
                 "vLLM puts image features before the decoder only, and this model adds more of them inside it "
@@ -170,7 +186,7 @@ class AnyTeacherStudentModel(AnyTeacherStudentPreTrainedModel):
                 inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds.dtype))
                 if self.config.deepstack:
                     kwargs["deepstack"] = DeepstackFeatures(is_image, found.deepstack_features)
-        outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.decoder_outputs(inputs_embeds, {"input_ids": input_ids, **pixels}, kwargs)
         if "deepstack" in kwargs and len(kwargs["deepstack"].added) < self.config.deepstack:
             raise ValueError("layers of this decoder are not given the features that they are to add to image tokens")
         return outputs
@@ -215,6 +231,7 @@ class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in self.config.pixel_inputs:
                 inputs.pop(name, None)
+        self.model.place_tokens(inputs, kwargs.get("attention_mask"))
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -33,8 +33,9 @@ def check_resumable(run: StageRun) -> None:
         return
     # In a stage without an attention loss, it does not matter which layers would be matched.
     wanted = _data(run) | _settings(run.config, run.name, matched=run.stage.matches_layers)
-    # A setting that the folder's version did not have counts as its default.
-    found = {**_settings(TrainConfig(), run.name), **begun.data, **begun.settings}
+    # A setting that the folder's version did not have counts as its default. What positions its student has is known
+    # from the student or from this lack (`StageSetup`).
+    found = {**_settings(TrainConfig(), run.name), "positions": run.config.positions, **begun.data, **begun.settings}
     how, instead = "with other settings", "or use the settings of its run.yaml to resume"
     if "shards" in found:
         how = "while its targets were incomplete, or with other settings"

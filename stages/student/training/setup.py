@@ -1,10 +1,12 @@
 """What a stage starts from: which checkpoint, how it reads the stored samples, what of it learns."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from peft import PeftModel
 
 from stages.attention.capturable_layers import check_maps, layers_with_maps
+from stages.checkpoints.configs import load_config
 from stages.checkpoints.image_settings import note_image_settings
 from stages.checkpoints.resolve import resolve_student
 from stages.conversations.answer_ends import notes_of_ends
@@ -19,6 +21,7 @@ from stages.student.layer_matching import WITHOUT_MAPS, LayerMatching, match_lay
 from stages.student.losses.across_tokenizers import SharedTokens
 from stages.student.model.build import build_student, check_vision_tower
 from stages.student.model.loading import check_weights, load_student
+from stages.student.model.rotary_section import position_settings
 from stages.student.model.student import Student
 from stages.student.model.trainable import prepare_for_stage
 from stages.student.stage_config import StageConfig
@@ -69,11 +72,13 @@ class StageSetup:
         self._saved = run.initial is not None or is_student(self._folder)
         if self._saved and not self._own_vision:
             check_vision_tower(self._folder, spec.teacher_folder)
+        self._teacher_positions, position_notes = _positions(run, spec, self._folder if self._saved else None)
         check_weights(self._folder, bare=not (self._saved or self._own_vision))
         check_temperature(run.name, run.stage, run.targets.store.url, run.targets.manifest.fingerprint)
         stores = [(source.targets.store.url, source.targets.manifest.fingerprint) for source in run.sources]
         check_answers(run.name, run.stage, stores)
         self.notes = [*spec.notes, *_notes_of_ends(run, spec), *notes_of_cuts(run), *notes_of_noise(run)]
+        self.notes += position_notes
         self.matching: LayerMatching | None = None
         if run.stage.matches_layers:
             depth, sink_mask = spec.decoder.num_hidden_layers, run.stage.attention_sink_mask
@@ -103,10 +108,34 @@ class StageSetup:
             student = load_student(self._folder)
         else:
             image_id, teacher = self._spec.reader.image_token_id, run.targets.teacher_folder()
-            student = build_student(teacher, self._folder, run.config.seed, image_token_id=image_id)
+            seed, positions = run.config.seed, self._teacher_positions
+            student = build_student(teacher, self._folder, seed, image_id, teacher_positions=positions)
         note_image_settings(student.config, self._spec.reader.images)
         own = run.config.projector == "trained"
         return student, prepare_for_stage(student, run.stage, run.config.lora, run.config.seed, own_projector=own)
+
+
+def _positions(run: StageRun, spec: ReaderSpec, saved: Path | None) -> tuple[bool, tuple[str, ...]]:
+    """Whether a new student has the teacher's positions; notes, if the stage's student has other ones than asked for.
+
+    Raises:
+        UserError: If its decoder cannot have them.
+    """
+    teacher, wanted = load_config(spec.teacher_folder), run.config.positions == "teacher"
+    if run.config.vision == "own" or spec.reader.family.rotary_axes is None:
+        return wanted, ()
+    kinds = {False: "ordinary positions", True: "the teacher's 3D positions"}
+    if saved is not None:
+        found = load_config(saved).mrope_section is not None
+        kept = f"{saved} has {kinds[found]} and keeps them; train.positions is for new students"
+        return wanted, () if found == wanted else (kept,)
+    begun = run.folder.begun_with()
+    if begun is not None and "positions" not in begun.settings:
+        went_on = f"{run.output} was begun before there was train.positions, and goes on with {kinds[False]}"
+        return False, (went_on,) if wanted else ()
+    if wanted:
+        position_settings(teacher, spec.decoder, spec.reader.family, str(run.decoder))
+    return wanted, ()
 
 
 def _notes_of_rows(source: Source, num_compared: int, num_rows: int) -> tuple[str, ...]:

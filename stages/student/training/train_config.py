@@ -21,6 +21,7 @@ from storage.strict_model import StrictModel
 
 Strategy = Literal["ddp", "fsdp"]
 Tracker = Literal["tensorboard", "wandb"]
+Positions = Literal["teacher", "ordinary"]
 
 
 class DataConfig(StrictModel):
@@ -121,6 +122,10 @@ class TrainConfig(StrictModel):
     projector: Literal["trained", "frozen"] = "trained"
     """With `vision` own: whether the student's projector learns in every stage, or stays as it is. The tower never
     learns."""
+    positions: Positions = "teacher"
+    """Of image tokens in a new student's decoder. `teacher`: as the teacher's, which are 3D (time, height, width) in
+    the families of Qwen-VL and GLM-4V. `ordinary`: one after another, as of text. A student that was saved before, or
+    with `vision` own, keeps those that it has."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     lora: LoraSettings = LoraSettings()

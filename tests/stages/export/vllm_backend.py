@@ -6,6 +6,7 @@ through `get_image_features`, are split into one part a picture, and enter at th
 reports; the decoder is called with embeddings, positions and `attention_instances`; the head is vLLM's own.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -102,6 +103,19 @@ def features_of(model: Any, processor: Any, inputs: dict[str, Tensor], images: l
     return list(rows.split([count * (rows.shape[0] // sum(patches)) for count in patches]))
 
 
+def positions_of(model: Any, ids: Tensor, is_image: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """`[1, T]`, or `[3, 1, T]` where the config of the decoder says that positions are 3D."""
+    if "mrope_section" not in (model.config.get_text_config().rope_parameters or {}):
+        return torch.arange(len(ids))[None]
+    accepted = inspect.signature(model.get_rope_index).parameters
+    given = {"image_grid_thw": inputs["image_grid_thw"], "mm_token_type_ids": is_image.int()[None]}
+    given |= dict.fromkeys(("video_grid_thw", "second_per_grid_ts"))
+    positions, _ = model.get_rope_index(
+        input_ids=ids[None], **{name: value for name, value in given.items() if name in accepted}
+    )
+    return positions[:, 0][:, None].contiguous()
+
+
 def logits_of(folder: str) -> Tensor:
     """`[T, V]` of the question about pictures."""
     model, head = load(folder)
@@ -126,7 +140,7 @@ def logits_of(folder: str) -> Tensor:
         input_ids=None,
         inputs_embeds=embeds[None],
         use_cache=False,
-        position_ids=torch.arange(len(ids))[None],
+        position_ids=positions_of(model, ids, is_image, inputs),
         attention_instances=[causal] * model.config.get_text_config().num_hidden_layers,
         return_dict=False,
     )

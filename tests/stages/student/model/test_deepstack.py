@@ -1,6 +1,6 @@
 """Students of teachers that add features of earlier vision layers to image tokens inside the decoder (Qwen3-VL)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from storage.samples.sample_set import SampleSet
 from storage.streaming.stream import Source, StreamConfig, StreamedSample
 from tests.checkpoints import make_tiny_llava, make_tiny_lm
 from tests.stages.extracted_families import Extracted, eager, processed
+from tests.stages.student.model.rotary_textbook import positions_by_hand, rotary_by_hand, sizes_of
 from tests.storage.builders import target_stream
 
 Extract = Callable[[str], Extracted]
@@ -57,14 +58,17 @@ def given_to_the_teachers_decoder(extracted: Extracted, inputs: dict[str, Tensor
     return seen[0]["inputs_embeds"][is_image], seen[0]["deepstack_visual_embeds"]
 
 
-def textbook(student: Any, ids: Tensor, features: Tensor, levels: list[Tensor]) -> Tensor:
+def textbook(
+    student: Any, ids: Tensor, features: Tensor, levels: list[Tensor], sizes: Sequence[tuple[int, int]]
+) -> Tensor:
     """Last hidden states, layer by layer; `forward` of a layer is called past its hooks."""
     model = student.model.language_model
     at = (ids[0] == student.config.image_token_id).nonzero()[:, 0]
     hidden = model.embed_tokens(ids.masked_fill(ids == student.config.image_token_id, 0))
     hidden[0, at] = student.model.post_connector(features)
     positions = torch.arange(ids.shape[1])[None]
-    rotary = model.rotary_emb(hidden, positions)
+    in_3d = positions_by_hand(ids[0].tolist(), student.config.image_token_id, sizes)
+    rotary = [part[None].float() for part in rotary_by_hand(in_3d, student.config.mrope_section, interleaved=True)]
     for number, layer in enumerate(model.layers):
         hidden = layer.forward(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         if number < len(levels):
@@ -82,8 +86,9 @@ def test_the_first_layers_add_the_teachers_features_to_image_tokens(extracted: E
         with torch.no_grad():
             found = student.model(input_ids=inputs["input_ids"], **pixels, use_cache=False).last_hidden_state
             features, levels = given_to_the_teachers_decoder(extracted, inputs)
-            expected = textbook(student, inputs["input_ids"], features, levels)
-            without = textbook(student, inputs["input_ids"], features, [])
+            sizes = sizes_of(student, inputs)
+            expected = textbook(student, inputs["input_ids"], features, levels, sizes)
+            without = textbook(student, inputs["input_ids"], features, [], sizes)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(without, expected, atol=1e-2)
 
