@@ -234,6 +234,22 @@ class AnyTeacherStudentForConditionalGeneration(AnyTeacherStudentPreTrainedModel
         self.model.place_tokens(inputs, kwargs.get("attention_mask"))
         return inputs
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Of one sample, for beams or several answers: all its pixels again for each, whose rows the library repeats.
+
+        Raises:
+            ValueError: Of several samples with images, as nothing says whose pixels are whose.
+        """
+        given = {name: kwargs.pop(name) for name in self.config.pixel_inputs if kwargs.get(name) is not None}
+        if expand_size > 1 and given and input_ids is not None and len(input_ids) > 1:
+            raise ValueError(f"{expand_size} answers each for {len(input_ids)} samples with images; give one sample")
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs | {name: torch.cat([value] * expand_size) for name, value in given.items()}
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Generation refuses what `forward` does not name; pixel inputs have other names in each family."""
         others = {name: value for name, value in model_kwargs.items() if name not in self.config.pixel_inputs}

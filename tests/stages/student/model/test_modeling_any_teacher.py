@@ -213,3 +213,24 @@ def test_a_stage_trains_on_tiles_and_generates(extract: Extract, tmp_path: Path)
             logits = student(input_ids=expected, **pixels_only(student, inputs), use_cache=False).logits
             expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert out.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "idefics3", "llava_next"])
+def test_each_of_several_answers_to_one_question_sees_all_its_images(
+    model_type: str, extract: Extract, tmp_path: Path
+) -> None:
+    extracted = extract(model_type)
+    student, _ = make_student(extracted, tmp_path)
+    processor = load_processor(extracted.checkpoint)
+    stored = max((stored for stored, *_ in extracted.with_maps), key=lambda stored: len(stored.images))
+    inputs = processed(processor, stored)
+    given = {"input_ids": inputs["input_ids"], **pixels_only(student, inputs)}
+    ids, pixels = student.eval()._expand_inputs_for_generation(expand_size=3, **given)
+    with torch.no_grad():
+        expected = student(**given).logits
+        found = student(input_ids=ids, **pixels).logits
+    torch.testing.assert_close(found, expected.expand(3, -1, -1), atol=1e-5, rtol=1e-4)
+    beams = student.generate(**given, num_beams=2, num_return_sequences=2, max_new_tokens=2, pad_token_id=0)
+    assert beams.shape[0] == 2
+    with pytest.raises(ValueError, match="2 answers each for 3 samples with images; give one sample"):
+        student._expand_inputs_for_generation(expand_size=2, input_ids=ids, **pixels)
