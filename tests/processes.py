@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE_S = 240
+PATIENCE_S = 400
 """How long a test waits for what another process does."""
 
 

@@ -10,6 +10,7 @@ import pytest
 from storage.integrity.verify import verify
 from storage.stores import open_store
 from tests.conftest import TinyWorld
+from tests.processes import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +39,12 @@ def test_two_extractions_at_once_give_the_store_of_one(
             open_store(samples).write(file.name, file.read_bytes())
     both = [_start(tiny, url, samples, tmp_path / f"cache{number}") for number in range(2)]
     for extraction in both:
-        _, said = extraction.communicate(timeout=280)
+        _, said = extraction.communicate(timeout=PATIENCE_S)
         assert extraction.returncode == 0, said
     assert _lasting(url) == _lasting(str(targets))
     assert verify(url, samples).ok
     last = _start(tiny, url, samples, tmp_path / "cache0")
-    _, said = last.communicate(timeout=200)
+    _, said = last.communicate(timeout=PATIENCE_S)
     assert last.returncode == 0, said
     assert list(tmp_path.rglob("*.partial")) == []
     assert _lasting(url) == _lasting(str(targets))
