@@ -125,7 +125,8 @@ def _memory_text(memory: "TeacherMemory") -> str:
 
     needed = "too few, one for each layer," if memory.gpus is None else f"{memory.gpus:,}"
     return (
-        f"{needed} of {size_text(memory.gpu_bytes)}, in batches of {memory.batch_size:,}: weights "
+        f"{needed} of {size_text(memory.gpu_bytes)}, in batches of {memory.batch_size:,} "
+        f"({memory.batches_in_flight:,} in flight): weights "
         f"{size_text(memory.weight_bytes)}, activations {size_text(memory.activation_bytes)} on each, maps "
         f"{size_text(memory.map_bytes)}, caches {size_text(memory.cache_bytes)}; at most "
         f"{size_text(memory.bytes_per_gpu)} on one"

@@ -82,8 +82,9 @@ def print_report(report: "ExtractionReport", targets: str) -> None:
         most = f"; of the worker that waited most {max(waited):.1%}" if len(waited) > 1 else ""
         idle = f"{sum(waited) / len(waited):.1%} of the time since their first batch{most}"
         facts.append(("teachers idle", idle))
-    if (gpus := report.gpus_per_worker) > 1:
-        facts.append(("GPUs idle", f"{1 - 1 / gpus:.0%} at least: of {gpus} that hold a teacher one computes at once"))
+    if idle_gpus := [share for worker in report.per_worker for share in worker.gpu_idle_shares.values()]:
+        mean = sum(idle_gpus) / len(idle_gpus)
+        facts.append(("GPUs idle", f"{mean:.1%} of that time by their own clocks, at most {max(idle_gpus):.1%} of one"))
     if report.failed_tries:
         num_tries = sum(map(len, report.failed_tries.values()))
         facts.append(("failed tries", f"{num_tries:,}, each in reports/extraction.json"))

@@ -16,6 +16,10 @@ class ExtractConfig(StrictModel):
     gpus_per_worker: int = Field(default=1, ge=1)
     """GPUs of one machine that hold one teacher, its layers in a row over them, for a teacher that one GPU cannot hold
     (docs/scale.md#a-teacher-over-several-gpus). Without GPUs 1 is the only choice."""
+    batches_in_flight: int | None = Field(default=None, ge=1, le=64)
+    """Batches that are in one teacher at once, at most, so that none of its GPUs waits for another. Each takes memory.
+    None is one for a teacher on one GPU or a CPU, and one more than GPUs for one over several
+    (docs/scale.md#a-teacher-over-several-gpus)."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries of one shard before it is given up and reported."""
     max_skipped_fraction: float = Field(default=0.0, ge=0, le=1)

@@ -49,6 +49,7 @@ def make_estimate(
             images,
             workers=extract.workers or 1,
             gpus_per_worker=extract.gpus_per_worker,
+            batches_in_flight=extract.batches_in_flight,
             progress=progress,
         )
     make_cpu_deterministic()

@@ -22,6 +22,7 @@ from storage.targets.teacher_assets import TEACHER_RECORD
 
 if TYPE_CHECKING:
     from stages.teacher.config import TeacherConfig
+    from stages.teacher.identity import TeacherIdentity
 
 SHARDS_IN_FLIGHT = 2
 """Shards a worker has at once, each in a thread that calls its `ShardExtractor`."""
@@ -66,7 +67,8 @@ def extract(
         clean_partials(targets)
         committed = committed_shards(targets.list(COMMITS))
         missing = _missing_shards(targets, committed, len(index.shards))
-        for note in identity.notes:
+        notes = (*identity.notes, *in_flight_notes(config, identity))
+        for note in notes:
             progress.message(f"note: {note}")
         tally = ExtractionTally(index, missing, progress)
         threads = threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing), config.gpus_per_worker)
@@ -75,7 +77,9 @@ def extract(
             with raised_on(signal.SIGINT, signal.SIGTERM):
                 outcome = ray_backend.run_tasks(
                     partial(
-                        ShardExtractor, teacher, samples_url, targets_url, manifest, threads, config.gpus_per_worker
+                        ShardExtractor,
+                        *(teacher, samples_url, targets_url, manifest, threads),
+                        *(config.gpus_per_worker, config.batches_in_flight),
                     ),
                     missing or ([] if targets.exists(TEACHER_RECORD) else [TEACHER_ONLY]),
                     ray_backend.TaskLimits(
@@ -95,7 +99,7 @@ def extract(
     committed = committed_shards(targets.list(COMMITS))
     for record in iter_commits(targets, {n: path for n, path in committed.items() if n not in tally.new_shards}):
         tally.count(record)
-    report = make_report(config, len(committed), tally, outcome, identity.notes, time.perf_counter() - started)
+    report = make_report(config, len(committed), tally, outcome, notes, time.perf_counter() - started)
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report
@@ -111,6 +115,15 @@ def as_begun(teacher: "TeacherConfig", targets: Store) -> "TeacherConfig":
         return teacher
     is_reused = Manifest.load(targets).fingerprint.prefix_reuse
     return teacher.model_copy(update={"prefix_reuse": "on" if is_reused else "off"})
+
+
+def in_flight_notes(config: ExtractConfig, teacher: "TeacherIdentity") -> tuple[str, ...]:
+    """Why only one batch is in the teacher, where more were to be."""
+    from stages.teacher.in_flight import kept_between_batches
+
+    is_one = (config.batches_in_flight or config.gpus_per_worker) == 1
+    why = None if is_one else kept_between_batches(teacher.config)
+    return () if why is None else (f"one batch at a time is in the teacher: {why}",)
 
 
 def _interrupted(stop: Interrupted, targets: Store, num_shards: int, num_before: int) -> Interrupted:

@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+from pydantic import Field
+
 from pipeline.cluster.task_queue import FailedTry
 from pipeline.cluster.worker import Outcome, Worker
 from pipeline.extraction.config import ExtractConfig
 from pipeline.extraction.tally import ExtractionTally
-from stages.teacher.timings import waited_share
+from stages.teacher.timings import idle_shares, waited_share
 from storage.errors import TooManySkipped, UserError
 from storage.strict_model import StrictModel
 
@@ -29,6 +31,8 @@ class WorkerReport(StrictModel):
     """Seconds, by what it spent them on; as it says itself, so empty for one that died before its first shard."""
     waited_share: float | None
     """Part of the time since its first forward pass in which its teacher stood idle; None before that."""
+    gpu_idle_shares: dict[str, float] = Field(default_factory=dict)
+    """GPU -> part of that time in which it had nothing to do, by its own clock; empty on a CPU."""
     ended: str
     """Why it ended."""
 
@@ -54,7 +58,7 @@ class ExtractionReport(StrictModel):
     workers: int
     """The most that worked at one time."""
     gpus_per_worker: int = 1
-    """GPUs that held one teacher; of several, one computes at a time."""
+    """GPUs that held one teacher."""
     per_worker: tuple[WorkerReport, ...]
     """Every worker that ever was, those that died included."""
     failed_starts: dict[str, int]
@@ -144,5 +148,6 @@ def _worker_report(worker: Worker) -> WorkerReport:
         failed_tries=worker.num_failures,
         timings=worker.timings,
         waited_share=waited_share(worker.timings),
+        gpu_idle_shares=idle_shares(worker.timings),
         ended=worker.ended,
     )

@@ -43,6 +43,7 @@ class ShardExtractor:
         manifest: Manifest,
         threads: int,
         num_gpus: int = 1,
+        batches_in_flight: int | None = None,
     ) -> None:
         make_cpu_deterministic()
         import torch
@@ -60,7 +61,7 @@ class ShardExtractor:
                 f"the worker on {os.uname().nodename} sees another teacher or data than the driver "
                 f"(differs in: {', '.join(differing)}); give all machines the same files"
             )
-        self.observer = Observer(self.teacher)
+        self.observer = Observer(self.teacher, batches_in_flight=batches_in_flight)
         self._saving_vision = threading.Lock()
 
     def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord | None:

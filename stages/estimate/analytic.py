@@ -12,6 +12,7 @@ from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
 from stages.teacher.config import TeacherConfig
 from stages.teacher.identity import TeacherIdentity, identify_teacher
+from stages.teacher.in_flight import num_in_flight
 from storage.codecs.codec_settings import MapCodecConfig, MapCodecName
 from storage.progress import SILENT, Progress
 from storage.samples.image_settings import DEFAULT_IMAGES, ImageConfig
@@ -38,6 +39,7 @@ def estimate_from_configs(
     *,
     workers: int,
     gpus_per_worker: int = 1,
+    batches_in_flight: int | None = None,
     progress: Progress = SILENT,
 ) -> Estimate:
     """What a whole extraction by `workers` teachers takes, from config and processor of the checkpoint.
@@ -70,12 +72,13 @@ def estimate_from_configs(
     model = empty_model(identity)
     work = forward_work(identity, model, held.per_sample)
     operations = sum(work.values())
+    busy_gpus = min(gpus_per_worker, num_in_flight(identity.config, gpus_per_worker, batches_in_flight))
     speed = f"{config.gpu_tflops:g} TFLOP/s at"
     teacher = TeacherCost(
         device=f"GPU of {speed} {config.efficiency:.0%}",
         gpus_per_worker=gpus_per_worker,
-        memory=(memory := teacher_memory(identity, model, held.per_sample, config)),
-        teacher_seconds_per_sample=operations / (config.gpu_tflops * 1e12 * config.efficiency),
+        memory=(memory := teacher_memory(identity, model, held.per_sample, config, batches_in_flight)),
+        teacher_seconds_per_sample=operations / (config.gpu_tflops * 1e12 * config.efficiency * busy_gpus),
     )
     shares = ", ".join(f"{name} {part / operations:.1%}" for name, part in work.items())
     notes = (
@@ -83,6 +86,8 @@ def estimate_from_configs(
         *memory_notes(memory, gpus_per_worker),
         *saved_notes(identity, held.per_sample),
         f"{operations / 1e12:.3g} TFLOP a sample: {shares}",
+        *[f"of the {gpus_per_worker} GPUs of a teacher {busy_gpus} are taken to compute at once"]
+        * (gpus_per_worker > 1),
         f"{speed} an efficiency of {config.efficiency:.0%} are assumed, not measured",
         "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
         "bytes of answer rows, answer attention and tokens are those before zstd",

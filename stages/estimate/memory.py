@@ -15,6 +15,7 @@ from stages.estimate.sampling import Counts
 from stages.teacher.batching import GPU_FIRST_TRY
 from stages.teacher.forward import LOGIT_ROWS
 from stages.teacher.identity import TeacherIdentity
+from stages.teacher.in_flight import num_in_flight
 from stages.teacher.map_coder import UNCODED_BATCHES
 from stages.teacher.placement import MEMORY_FOR_WEIGHTS
 
@@ -41,26 +42,32 @@ def empty_model(identity: TeacherIdentity) -> PreTrainedModel:
 
 
 def teacher_memory(
-    identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts, config: EstimateConfig
+    identity: TeacherIdentity,
+    model: PreTrainedModel,
+    per_sample: Counts,
+    config: EstimateConfig,
+    batches_in_flight: int | None = None,
 ) -> TeacherMemory:
     """The fewest GPUs of `config.gpu_memory_gb` that hold the teacher, and the largest batch that then fits.
 
-    `model` is `empty_model`. Conversations are as long as `teacher.max_length` allows, images of the average size.
+    `model` is `empty_model`, `batches_in_flight` is as of `num_in_flight`. Conversations are as long as
+    `teacher.max_length` allows, images of the average size.
     """
     memory = round(config.gpu_memory_gb * 1e9)
     asked = identity.settings.batch_size
     num_layers = identity.config.get_text_config().num_hidden_layers
     sizes = [asked] if asked else [2**power for power in range(GPU_FIRST_TRY.bit_length())]
     for gpus in range(1, num_layers + 1):
+        num_batches = num_in_flight(identity.config, gpus, batches_in_flight)
         fitting = [
             found
             for size in sizes
-            if (found := _with_batch(identity, model, per_sample, size, gpus)).bytes_per_gpu <= memory
+            if (found := _with_batch(identity, model, per_sample, size, gpus, num_batches)).bytes_per_gpu <= memory
             and found.bytes_of_weights_per_gpu <= MEMORY_FOR_WEIGHTS * memory
         ]
         if fitting:
             return fitting[-1].model_copy(update={"gpu_bytes": memory})
-    least = _with_batch(identity, model, per_sample, sizes[0], num_layers)
+    least = _with_batch(identity, model, per_sample, sizes[0], num_layers, 1)
     return least.model_copy(update={"gpu_bytes": memory, "gpus": None})
 
 
@@ -74,7 +81,7 @@ def memory_notes(memory: TeacherMemory, gpus_per_worker: int) -> tuple[str, ...]
 
 
 def _with_batch(
-    identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts, batch: int, gpus: int
+    identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts, batch: int, gpus: int, num_batches: int
 ) -> TeacherMemory:
     text, element = identity.config.get_text_config(), identity.dtype.itemsize
     weights, largest = _weight_bytes(identity, model)
@@ -90,18 +97,20 @@ def _with_batch(
     of_image = num_tokens**2 * FLOAT
     # Scores of a block of image queries, their probabilities, and what goes from one to the other.
     blocks = 3 * FLOAT * min(GPU_BLOCK_ENTRIES, text.num_attention_heads * num_tokens * length)
-    maps = (UNCODED_BATCHES + 1) * batch * len(identity.layers) * of_image
+    maps = (UNCODED_BATCHES + num_batches) * batch * len(identity.layers) * of_image
     causal = identity.codec.causal
     coding = of_image * (len(identity.layers) * CODED_LAYERS[causal] + len(identity.windows) * CODED_WINDOWS[causal])
     # One layer's keys and values behind those of the prefixes, besides those of all layers.
-    caches = key_bytes * text.num_hidden_layers if identity.prefix_reuse else 0
+    caches = num_batches * key_bytes * text.num_hidden_layers if identity.prefix_reuse else 0
     share = weights if gpus == 1 else weights // gpus + largest
-    activations = round(max(layer + key_bytes + blocks, logits))
+    # Each batch in flight has streams of its own, and the library keeps what it frees for these.
+    activations = num_batches * round(max(layer + key_bytes + blocks, logits))
     per_gpu = share + activations + maps + coding + caches / gpus + DRIVER_BYTES
     return TeacherMemory(
         gpu_bytes=0,
         gpus=gpus,
         batch_size=batch,
+        batches_in_flight=num_batches,
         weight_bytes=weights,
         activation_bytes=activations,
         map_bytes=round(maps + coding),

@@ -68,11 +68,13 @@ class TeacherMemory(StrictModel):
     """The fewest that hold it with a batch (`extract.gpus_per_worker`); None if a GPU for each layer does not."""
     batch_size: int
     """`teacher.batch_size`, or the largest power of two that fits into so many."""
+    batches_in_flight: int = 1
+    """That are in the teacher at once; all count in what follows."""
     weight_bytes: int
     activation_bytes: int
-    """On each GPU: what a layer, or the coding of answer rows, makes and frees."""
+    """On each GPU: what a layer, or the coding of answer rows, makes and frees, once for each batch in flight."""
     map_bytes: int
-    """Maps of the batches that wait for coding, and their coding; taken to be on one GPU."""
+    """Maps of the batches in flight or waiting for coding, and their coding; taken to be on one GPU."""
     cache_bytes: int
     """Keys and values of prefixes; 0 without `teacher.prefix_reuse`."""
     bytes_of_weights_per_gpu: int
@@ -88,7 +90,7 @@ class TeacherCost(StrictModel):
     threads: int = 1
     """Of each worker, as extraction sets them on this machine."""
     gpus_per_worker: int = 1
-    """GPUs that hold one teacher; one of them computes at a time."""
+    """GPUs that hold one teacher."""
     memory: TeacherMemory | None = None
     """From configs alone."""
     load_seconds: float = 0.0

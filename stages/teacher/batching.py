@@ -5,6 +5,7 @@ Which samples make a batch follows from the shard's content and the batch size, 
 
 import hashlib
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -149,13 +150,16 @@ class BatchSize:
 
     def __init__(self, wanted: int | None, *, on_gpu: bool) -> None:
         self.value = wanted or (GPU_FIRST_TRY if on_gpu else CPU_BATCH)
-        self._may_shrink = wanted is None
+        self.may_shrink = wanted is None
         self._settled = wanted is not None or not on_gpu
+        self._lock = threading.Lock()
 
     def fitted(self, num_samples: int) -> None:
         """A batch went through; the first full one settles the size."""
-        if not self._settled and num_samples >= self.value:
-            self._settled = True
+        with self._lock:
+            is_found = not self._settled and num_samples >= self.value
+            self._settled = self._settled or is_found
+        if is_found:
             logger.info("the teacher runs %d samples at a time, found by trying", self.value)
 
     def shrink(self, num_samples: int) -> None:
@@ -164,7 +168,7 @@ class BatchSize:
         Raises:
             UserError: If the size was set: another one would change the bytes on a GPU.
         """
-        if not self._may_shrink:
+        if not self.may_shrink:
             raise UserError(
                 f"a batch of {num_samples} samples does not fit into the GPU's memory; set teacher.batch_size below "
                 f"{num_samples}, or leave it out to have it found"

@@ -1,5 +1,6 @@
 """Codes attention maps on the teacher's devices, beside its next forward pass."""
 
+import threading
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,23 +18,32 @@ UNCODED_BATCHES = 2  # batches whose uncoded maps may wait, `[L, N, N]` float32 
 
 
 class MapCoder:
-    """Codes the maps of one batch after the other, in a thread of its own or, without `overlap`, in the caller's."""
+    """Codes the maps of one batch after the other, in a thread of its own or, without `overlap`, in the caller's.
+
+    Two shards may each give it batches.
+    """
 
     def __init__(self, teacher: Teacher, timings: Timings, *, overlap: bool) -> None:
         self._teacher, self._timings = teacher, timings
         self._thread = ThreadPoolExecutor(1, "code", adopt_num_threads) if overlap else None
         self._streams = [torch.cuda.Stream(gpu) for gpu in teacher.gpus]  # type: ignore[no-untyped-call]
         self._uncoded: deque[list[Future[EncodedMaps | None]]] = deque()
+        self._lock = threading.Lock()
 
     def submit(self, batch: Collection[tuple[tuple[Tensor, ...], Tensor | None]]) -> list[Future[EncodedMaps | None]]:
         """Codes of each image's maps, which may be of cells of its tokens; None for maps that are not finite."""
-        self.wait(UNCODED_BATCHES - 1)
-        coding = [self._start(*maps) for maps in batch]
-        self._uncoded.append(coding)
+        with self._lock:
+            self._wait(UNCODED_BATCHES - 1)
+            coding = [self._start(*maps) for maps in batch]
+            self._uncoded.append(coding)
         return coding
 
-    def wait(self, num_batches: int = 0) -> None:
-        """Until no more than that many batches hold memory of the teacher's devices."""
+    def wait(self) -> None:
+        """Until no batch holds memory of the teacher's devices."""
+        with self._lock:
+            self._wait(0)
+
+    def _wait(self, num_batches: int) -> None:
         while len(self._uncoded) > num_batches:
             wait(self._uncoded.popleft())
 

@@ -1,28 +1,28 @@
 """What the teacher says of the samples of one shard: tokens, attention maps, answer logits.
 
-Three things go on at once: threads prepare samples (`batching.py`), one batch is in the teacher (`forward.py`), and
-a thread codes the maps of the batch before (`map_coder.py`).
+Three things go on at once: threads prepare samples (`batching.py`), one batch is in the teacher (`forward.py`), or of
+a teacher over several GPUs a few (`in_flight.py`), and a thread codes the maps of the batch before (`map_coder.py`).
 """
 
-import itertools
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Self, TypeGuard, TypeVar
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor
 
 from stages.teacher.batching import BatchSize, LengthBatcher, PreparedSample, SamplePreparer, prefetch
 from stages.teacher.forward import run_teacher
+from stages.teacher.in_flight import num_in_flight
 from stages.teacher.map_coder import MapCoder
 from stages.teacher.num_threads import adopt_num_threads
-from stages.teacher.prefix_batching import PrefixBatch, PrefixBatcher, PrefixGroup
+from stages.teacher.prefix_batching import Batch, PrefixBatch, PrefixBatcher, PrefixGroup
 from stages.teacher.prefix_forward import run_continuations, run_prefixes
 from stages.teacher.prefix_runs import PrefixRuns
+from stages.teacher.runs import Attempt, Passed, run_samples
+from stages.teacher.schedule import Schedule
 from stages.teacher.teacher import Teacher
 from stages.teacher.timings import Timings
 from stages.unusable_sample import Reason
@@ -32,8 +32,6 @@ from storage.targets.commits import SkippedSample
 from storage.targets.sample_targets import SampleTargets
 
 PREPARING_THREADS = 4
-
-_T = TypeVar("_T")
 
 _FAULTS: dict[Reason, str] = {
     "not_finite": "the teacher's attention or logits hold NaN or infinity",
@@ -53,18 +51,30 @@ class ShardObservations:
 class Observer:
     """A teacher at work; several threads may each give it a shard.
 
-    One shard has the teacher at a time. The others prepare their first batch meanwhile, and the shard that had it
-    before codes its last batches and can be written. Without `overlap` one thing is done after the other, in one
-    thread; what comes out is the same.
+    One shard gives batches to the teacher at a time. The others prepare their first batch meanwhile, and the shard that
+    did so before takes and codes its last batches and can be written. Without `overlap` one thing is done after the
+    other, in one thread; what comes out is the same.
     """
 
-    def __init__(self, teacher: Teacher, *, overlap: bool = True, timings: Timings | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        overlap: bool = True,
+        timings: Timings | None = None,
+        batches_in_flight: int | None = None,
+    ) -> None:
+        """`batches_in_flight` are at most in the teacher at once; None is one, or of several GPUs one more than these.
+
+        It is one without `overlap`, or if the model keeps something of each batch until the next.
+        """
         self.teacher = teacher
         self.timings = timings or Timings()
         on_gpu = bool(teacher.gpus)
         self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
         self.coder = MapCoder(teacher, self.timings, overlap=overlap)
-        self._turn = threading.Lock()
+        at_once = num_in_flight(teacher.identity.config, len(teacher.gpus), batches_in_flight) if overlap else 1
+        self.schedule = Schedule(teacher, self.coder, self.timings, at_once)
         self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare", adopt_num_threads) if overlap else None
 
     def __enter__(self) -> Self:
@@ -77,6 +87,7 @@ class Observer:
         """Ends its threads."""
         if self.preparing is not None:
             self.preparing.shutdown(cancel_futures=True)
+        self.schedule.close()
         self.coder.close()
 
     def observe(self, shard: SampleShard, progress: Callable[[int], None] | None = None) -> ShardObservations:
@@ -86,7 +97,7 @@ class Observer:
         tokens cannot change it. What cannot be used is in `skipped` with its reason.
 
         Memory: the coded targets of the shard, a bounded number of batches of prepared samples, and the uncoded maps
-        of a few batches (`map_coder.UNCODED_BATCHES` + 1).
+        of a few batches (`map_coder.UNCODED_BATCHES` and those in flight).
 
         `progress` is called with the number of samples finished since the last call.
 
@@ -95,12 +106,7 @@ class Observer:
         """
         prepare = SamplePreparer(self.teacher.encoder, shard, self.timings, self.teacher.identity.image_rules)
         work = ShardWork(self, prepare, progress)
-        with closing(work.batches(len(shard))) as batches:
-            first = list(itertools.islice(batches, 1))
-            with self._turn:
-                for batch in itertools.chain(first, batches):
-                    work.run(batch)
-                work.run_orphans()
+        self.schedule.run_shard(work, len(shard))
         return work.finish()
 
     def shares_prefix(self, sample: PreparedSample) -> bool:
@@ -118,25 +124,6 @@ class Observer:
         else:
             run_teacher(self.teacher, [sample], ())
 
-    def attempt(self, run: Callable[[], _T], num_samples: int) -> _T | None:
-        """One forward pass; None if its samples do not fit into memory.
-
-        One that is alone is tried once more when nothing else of ours is in memory.
-        """
-        for last in (num_samples > 1, True):
-            try:
-                with self.timings.forward():
-                    return run()
-            except torch.OutOfMemoryError:
-                pass
-            # Here and not in the handler, where the exception still holds the forward pass's tensors.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if last:
-                break
-            self.coder.wait()
-        return None
-
 
 class ShardWork:
     """The state of one shard on its way through the teacher."""
@@ -149,7 +136,12 @@ class ShardWork:
         self._maps: dict[str, Future[EncodedMaps | None]] = {}
         self._seen: dict[int, PreparedSample] = {}
 
-    def batches(self, num_rows: int) -> Generator[list[PreparedSample] | PrefixBatch, None, None]:
+    @property
+    def batch_size(self) -> BatchSize:
+        """Samples of one forward pass."""
+        return self._observer.batch_size
+
+    def batches(self, num_rows: int) -> Generator[Batch, None, None]:
         """The shard's samples in batches; the first in the tar that needs a map becomes its owner."""
         observer, size = self._observer, self._observer.batch_size
         by_length, by_prefix = LengthBatcher(size), PrefixBatcher(size)
@@ -179,18 +171,25 @@ class ShardWork:
         if sample.map_key is not None and self._owners.get(sample.map_key) is sample:
             del self._owners[sample.map_key]
 
-    def run(self, batch: Sequence[PreparedSample] | PrefixBatch) -> None:
-        """Runs what `batches` gives, in parts if it does not fit into memory together."""
+    def passes(self, batch: Batch, attempt: Attempt) -> Iterator[Passed]:
+        """Runs what `batches` gives, in parts if it does not fit into memory together; changes nothing of the shard."""
+        teacher, size = self._observer.teacher, self._observer.batch_size
         if isinstance(batch, PrefixBatch):
-            PrefixRuns(self._observer, self._wants_map, self._code, self._done).run(batch.groups)
-            return
-        waiting = deque(batch)
-        while waiting:
-            part = [waiting.popleft() for _ in range(min(self._observer.batch_size.value, len(waiting)))]
-            if self._run_part(part):
-                self._progress(len(part))
-            else:
-                waiting.extendleft(reversed(part))
+            return PrefixRuns(teacher, size, attempt, self._wants_map).run(batch.groups)
+        return run_samples(teacher, size, attempt, batch, self._is_owner)
+
+    def take(self, batch: Batch, results: Iterable[Passed]) -> None:
+        """Takes what forward passes gave of a batch, which is through then."""
+        for passed in results:
+            self._see(passed)
+            self._code(passed.maps)
+            self._progress(len(passed.samples))
+        for sample in [group.first for group in batch.groups] if isinstance(batch, PrefixBatch) else batch:
+            sample.encoded.pixel_inputs.clear()
+
+    def run(self, batch: Batch) -> None:
+        """Runs a batch and takes what comes of it."""
+        self.take(batch, self.passes(batch, self._observer.schedule.attempt))
 
     def run_alone(self, sample: PreparedSample) -> None:
         """Runs one sample; what is stored of it is what `run` gives."""
@@ -207,8 +206,8 @@ class ShardWork:
                     again = self._prepare(row)
                     assert isinstance(again, PreparedSample)
                     self._owners[key] = again
-                    self._run_part([again])
-                    self._seen[row] = sample
+                    for passed in self.passes([again], self._observer.schedule.attempt):
+                        self._code(passed.maps)
 
     def finish(self) -> ShardObservations:
         """Waits for the coding; rows in tar order, maps numbered by first use."""
@@ -241,40 +240,16 @@ class ShardWork:
         result.skipped.sort(key=lambda skipped: skipped.key)
         return result
 
-    def _run_part(self, part: Sequence[PreparedSample]) -> bool:
-        """One forward pass; False if it must be tried again with fewer samples."""
-        observer = self._observer
-        owners = {sample for sample in part if sample.map_key and self._owners[sample.map_key] is sample}
-        output = observer.attempt(lambda: run_teacher(observer.teacher, part, owners), len(part))
-        if output is None and len(part) > 1:
-            observer.batch_size.shrink(len(part))
-            return False
-        if output is None:
-            part[0].fault = "out_of_memory"
-            self._see(part, [None], [None])
-        else:
-            observer.batch_size.fitted(len(part))
-            self._see(part, output.logits, output.answers)
-            self._code(output.maps)
-        for sample in part:
-            sample.encoded.pixel_inputs.clear()
-        return True
-
     def _wants_map(self, group: PrefixGroup) -> bool:
         """Whether the group's map is taken of it: whatever the batches are, it is that of the map's owner."""
         key = group.first.map_key
         return key is not None and key not in self._maps and self._owners[key] in group.samples
 
-    def _done(
-        self, samples: Sequence[PreparedSample], logits: Sequence[Tensor | None], answers: Sequence[Tensor | None]
-    ) -> None:
-        self._see(samples, logits, answers)
-        self._progress(len(samples))
+    def _is_owner(self, sample: PreparedSample) -> bool:
+        return sample.map_key is not None and self._owners[sample.map_key] is sample
 
-    def _see(
-        self, samples: Sequence[PreparedSample], logits: Sequence[Tensor | None], answers: Sequence[Tensor | None]
-    ) -> None:
-        for sample, logits_RQ, answers_LaN in zip(samples, logits, answers, strict=True):
+    def _see(self, passed: Passed) -> None:
+        for sample, logits_RQ, answers_LaN in zip(passed.samples, passed.logits, passed.answers, strict=True):
             sample.logits_RQ, sample.answer_attention_LaN = logits_RQ, answers_LaN
             if answers_LaN is not None and not bool(torch.isfinite(answers_LaN).all()):
                 sample.fault = "not_finite"
@@ -283,3 +258,5 @@ class ShardWork:
     def _code(self, maps: dict[str, tuple[Tensor, ...]]) -> None:
         with_cells = [(of_layers, self._owners[key].cells_X) for key, of_layers in maps.items()]
         self._maps.update(zip(maps, self._observer.coder.submit(with_cells), strict=True))
+        # The coder lets go of each map when it is coded.
+        maps.clear()

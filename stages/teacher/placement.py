@@ -104,8 +104,9 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def on_streams(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
-    """Inside the block kernels go to these streams, one for each GPU."""
+    """Inside the block the calling thread's kernels go to these streams, one for each GPU."""
     with ExitStack() as entered:
-        for stream in streams:
+        # The GPU of the last that is entered is the current one: the first, as outside.
+        for stream in reversed(streams):
             entered.enter_context(torch.cuda.stream(stream))
         yield

@@ -29,6 +29,15 @@ class PrefixBatch:
     groups: list[PrefixGroup]
 
 
+Batch = list[PreparedSample] | PrefixBatch
+"""Samples of one padded length, or groups."""
+
+
+def num_samples_of(batch: Batch) -> int:
+    """All samples that are run in it."""
+    return sum(len(group.samples) for group in batch.groups) if isinstance(batch, PrefixBatch) else len(batch)
+
+
 class PrefixBatcher:
     """Collects samples with images into groups, and groups by the padded length of their prefix into batches.
 

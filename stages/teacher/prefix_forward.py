@@ -65,16 +65,15 @@ def run_prefixes(
     tokens = [sample.encoded.token_ids[: sample.prefix_length] for sample in firsts]
     pixels = [sample.encoded.pixel_inputs for sample in firsts]
     inputs = _part_inputs(teacher, tokens, firsts[0].padded_prefix, pixels)
-    hidden_PTd = model.model(**inputs, capture=capture, prefix=record, use_cache=False).last_hidden_state
-    # Where images have positions of several dimensions, the model notes by how much the tokens behind them are shifted.
-    shifts = getattr(model.model, "rope_deltas", None)
+    positions, shifts = _positions(teacher, inputs)
+    hidden_PTd = model.model(**inputs, **positions, capture=capture, prefix=record, use_cache=False).last_hidden_state
     answers = None
     if queries is not None:
         answers = [stacked([capture.answer_maps[layer][row] for layer in layers]) for row in range(len(firsts))]
     prefixes = Prefixes(
         record=record,
         hidden_PTd=hidden_PTd if has_answers else None,
-        shifts=[0] * len(firsts) if shifts is None else shifts.flatten().tolist(),
+        shifts=shifts,
         maps=captured_maps(capture, layers, firsts, wanted_maps),
         answers=answers,
     )
@@ -146,6 +145,19 @@ def _part_inputs(
     inputs = batch_inputs(teacher.identity.family, image_token_id, padded, pixels)
     del inputs["attention_mask"]
     return move_inputs(inputs, teacher.device, teacher.model.dtype)
+
+
+def _positions(teacher: Teacher, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+    """Where images have positions of several dimensions, these, and by how much the tokens behind them are shifted.
+
+    The model would work out the same, but keep the shifts of its last batch alone, and others may be in it meanwhile.
+    """
+    find = getattr(teacher.model.model, "get_rope_index", None)
+    if find is None:
+        return {}, [0] * len(inputs["input_ids"])
+    named = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+    position_ids, shifts_P1 = find(**{name: inputs[name] for name in named})
+    return {"position_ids": position_ids}, shifts_P1.flatten().tolist()
 
 
 def _answer_states(

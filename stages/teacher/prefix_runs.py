@@ -1,22 +1,16 @@
 """Groups of conversations through the teacher: their prefixes together, then what follows these, batch by batch."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from stages.teacher.batching import PreparedSample
+from stages.teacher.batching import BatchSize, PreparedSample
 from stages.teacher.prefix_batching import PrefixGroup
 from stages.teacher.prefix_forward import Prefixes, run_continuations, run_prefixes
-
-if TYPE_CHECKING:
-    from stages.teacher.observe import Observer
+from stages.teacher.runs import Attempt, Passed, refused
+from stages.teacher.teacher import Teacher
 
 WantsMap = Callable[[PrefixGroup], bool]
-OnMaps = Callable[[dict[str, tuple[Tensor, ...]]], None]
-OnDone = Callable[[Sequence[PreparedSample], Sequence[Tensor | None], Sequence[Tensor | None]], None]
 
 
 class PrefixRuns:
@@ -26,57 +20,49 @@ class PrefixRuns:
     and what is left of the groups begins again.
     """
 
-    def __init__(self, observer: "Observer", wants_map: WantsMap, on_maps: OnMaps, on_done: OnDone) -> None:
-        """`on_maps` is given the maps that are wanted, `on_done` samples with their records and attention."""
-        self._observer, self._wants_map, self._on_maps, self._on_done = observer, wants_map, on_maps, on_done
+    def __init__(self, teacher: Teacher, size: BatchSize, attempt: Attempt, wants_map: WantsMap) -> None:
+        self._teacher, self._size, self._attempt, self._wants_map = teacher, size, attempt, wants_map
 
-    def run(self, groups: Sequence[PrefixGroup]) -> None:
-        """Runs groups whose prefixes have one padded length; marks samples that do not fit into memory alone."""
+    def run(self, groups: Sequence[PrefixGroup]) -> Iterator[Passed]:
+        """Runs groups whose prefixes have one padded length; what each forward pass gave, maps before samples."""
         waiting = deque(groups)
         while waiting:
-            size = self._observer.batch_size.value
-            part = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-            waiting.extendleft(reversed(self._run_part(part)))
+            part = [waiting.popleft() for _ in range(min(self._size.value, len(waiting)))]
+            left = yield from self._run_part(part)
+            waiting.extendleft(reversed(left))
 
-    def _run_part(self, part: Sequence[PrefixGroup]) -> Sequence[PrefixGroup]:
-        """What is left to do, with a smaller batch size."""
-        observer, firsts = self._observer, [group.first for group in part]
+    def _run_part(self, part: Sequence[PrefixGroup]) -> Generator[Passed, None, Sequence[PrefixGroup]]:
+        """Returns what is left to do, with a smaller batch size."""
+        firsts = [group.first for group in part]
         wanted = [group.first for group in part if self._wants_map(group)]
-        prefixes = observer.attempt(partial(run_prefixes, observer.teacher, firsts, wanted), len(part))
+        prefixes = self._attempt(partial(run_prefixes, self._teacher, firsts, wanted), len(part))
         if prefixes is None and len(part) > 1:
-            observer.batch_size.shrink(len(part))
+            self._size.shrink(len(part))
             return part
         if prefixes is None:
-            self._refuse(part[0].samples)
-            left = []
-        else:
-            self._on_maps(prefixes.maps)
-            prefixes.maps.clear()
-            left = self._run_continuations(part, prefixes)
-            if not left:
-                observer.batch_size.fitted(len(part))
-        still_needed = {group.first for group in left}
-        for first in firsts:
-            if first not in still_needed:
-                first.encoded.pixel_inputs.clear()
+            yield refused(part[0].samples)
+            return []
+        yield Passed([], [], [], dict(prefixes.maps))
+        prefixes.maps.clear()
+        left = yield from self._run_continuations(part, prefixes)
+        if not left:
+            self._size.fitted(len(part))
         return left
 
-    def _run_continuations(self, part: Sequence[PrefixGroup], prefixes: Prefixes) -> list[PrefixGroup]:
+    def _run_continuations(
+        self, part: Sequence[PrefixGroup], prefixes: Prefixes
+    ) -> Generator[Passed, None, Sequence[PrefixGroup]]:
         """As `_run_part`."""
-        observer, done = self._observer, set[PreparedSample]()
+        done = set[PreparedSample]()
         for batch in self._batches(part):
             rows, samples = [row for row, _ in batch], [sample for _, sample in batch]
             together = max(len(part), len(samples))
-            run = partial(run_continuations, observer.teacher, prefixes, rows, samples)
-            found = observer.attempt(run, together)
+            found = self._attempt(partial(run_continuations, self._teacher, prefixes, rows, samples), together)
             if found is None and together > 1:
-                observer.batch_size.shrink(together)
+                self._size.shrink(together)
                 left = ((group.first, [one for one in group.samples if one not in done]) for group in part)
                 return [PrefixGroup(first, samples) for first, samples in left if samples]
-            if found is None:
-                self._refuse(samples)
-            else:
-                self._on_done(samples, *found)
+            yield refused(samples) if found is None else Passed(samples, *found, {})
             done.update(samples)
         return []
 
@@ -86,12 +72,7 @@ class PrefixRuns:
         for row, group in enumerate(part):
             for sample in group.samples:
                 by_length[sample.padded_rest].append((row, sample))
-        size = self._observer.batch_size.value
+        size = self._size.value
         for length in sorted(by_length, reverse=True):
             of_length = by_length[length]
             yield from (of_length[start : start + size] for start in range(0, len(of_length), size))
-
-    def _refuse(self, samples: Sequence[PreparedSample]) -> None:
-        for sample in samples:
-            sample.fault = "out_of_memory"
-        self._on_done(samples, [None] * len(samples), [None] * len(samples))

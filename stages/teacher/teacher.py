@@ -39,9 +39,9 @@ class Teacher:
         return gpus_of(self.model)
 
     def synchronize(self) -> None:
-        """Waits until its GPUs have done what they were given."""
+        """Waits until its GPUs have done what the calling thread gave them, and not for other threads."""
         for gpu in self.gpus:
-            torch.cuda.synchronize(gpu)
+            torch.cuda.current_stream(gpu).synchronize()
 
     def save_vision(self, folder: Path) -> None:
         """Writes all a student needs of the teacher: vision tower, projector, configs and processor."""

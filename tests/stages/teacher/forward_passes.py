@@ -5,6 +5,7 @@ from typing import Any
 
 import stages.teacher.observe
 import stages.teacher.prefix_runs
+import stages.teacher.runs
 from stages.teacher.batching import PreparedSample
 
 Meet = Callable[[Sequence[PreparedSample]], None]
@@ -36,7 +37,8 @@ def before_each_pass(
         meet(batch)
         return behind(teacher, of, rows, batch)
 
-    replace(modules[0], "run_teacher", run_teacher)
+    for module in (stages.teacher.observe, stages.teacher.runs):
+        replace(module, "run_teacher", run_teacher)
     for module in modules:
         replace(module, "run_prefixes", run_prefixes)
         replace(module, "run_continuations", run_continuations)
