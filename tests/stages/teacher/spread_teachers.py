@@ -5,18 +5,26 @@ Its arguments are a file of JSON, `[checkpoint, samples, settings]` by name; it 
 
 import json
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import dispatch_model
 from transformers import PreTrainedModel
 
 from stages.teacher.config import TeacherConfig
+from stages.teacher.in_flight import BatchesInFlight
+from stages.teacher.map_coder import MapCoder
 from stages.teacher.observe import Observer, ShardObservations
 from stages.teacher.teacher import Teacher, load_teacher
 from storage.samples.sample_set import SampleSet
 from tests.pretended_devices import KIND, PretendedDevices, register
+from tests.stages.teacher.test_observe import everything_of
+
+IN_FLIGHT = 4
 
 
 def scattered(model: PreTrainedModel) -> dict[str, int]:
@@ -45,6 +53,45 @@ def seen_on(teacher: Teacher, parts: dict[str, int], samples: Path) -> tuple[Sha
             return observer.observe(shard), devices.crossings
 
 
+def seen_in_flight(teacher: Teacher, samples: Path) -> tuple[ShardObservations, int]:
+    """What a teacher that is spread says with several batches in it, and how many were in it at once."""
+    now, most, lock = set[int](), 0, threading.Lock()
+    met = threading.Event()
+
+    def within(run: Callable[..., Any]) -> Callable[..., Any]:
+        def in_thread(*args: Any) -> Any:
+            # Only the thread that enters the block sees the devices.
+            with PretendedDevices():
+                return run(*args)
+
+        return in_thread
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal most
+        with lock:
+            now.add(threading.get_ident())
+            most = max(most, len(now))
+        if most > 1:
+            met.set()
+        met.wait(10)
+        try:
+            return whole(*args, **kwargs)
+        finally:
+            now.discard(threading.get_ident())
+
+    whole = teacher.model.model.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchesInFlight, "_run", within(BatchesInFlight._run))
+        patch.setattr(MapCoder, "_code", within(MapCoder._code))
+        patch.setattr(teacher.model.model, "forward", forward)
+        with (
+            PretendedDevices(),
+            Observer(teacher, batches_in_flight=IN_FLIGHT) as observer,
+            SampleSet.open(samples).shard(0) as shard,
+        ):
+            return observer.observe(shard), most
+
+
 def compare(teachers: tuple[Teacher, Teacher], samples: Path) -> dict[str, Any]:
     """Whether a teacher says the same, bit by bit, wherever its parts are."""
     one, several = teachers
@@ -53,7 +100,7 @@ def compare(teachers: tuple[Teacher, Teacher], samples: Path) -> dict[str, Any]:
     pairs = list(zip(expected.samples, spread.samples, strict=True))
     attention = [(a.answer_attention_LaN, b.answer_attention_LaN) for a, b in pairs]
     maps = zip(expected.maps, spread.maps, strict=True)
-    return {
+    found = {
         "samples": len(pairs),
         "skipped": [skipped.detail for skipped in spread.skipped],
         "maps": len(spread.maps),
@@ -64,6 +111,11 @@ def compare(teachers: tuple[Teacher, Teacher], samples: Path) -> dict[str, Any]:
         "devices": sorted({str(weight.device) for weight in several.model.parameters()}),
         "crossings": crossings,
     }
+    # Once is enough: most of both ways is the same.
+    if several.identity.settings.prefix_reuse != "off":
+        in_flight, found["most_in_flight"] = seen_in_flight(several, samples)
+        found["in_flight_same"] = everything_of(in_flight) == everything_of(spread)
+    return found
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from stages.teacher.config import PrefixReuse, TeacherConfig
 from stages.teacher.device_turns import DeviceTurns
 from stages.teacher.in_flight import PeakMemory, kept_between_batches, num_in_flight
 from stages.teacher.isolate import run_isolated
-from stages.teacher.observe import Observer, ShardObservations
+from stages.teacher.observe import Observer
 from stages.teacher.teacher import Teacher, load_teacher
 from stages.teacher.timings import Timings, idle_shares
 from storage.errors import UserError
@@ -29,8 +28,8 @@ from tests.processes import PATIENCE_S
 from tests.stages.distilled import TinyData, make_tiny_data
 from tests.stages.extracted_families import LAYERS, make_samples
 from tests.stages.teacher.forward_passes import before_each_pass
-from tests.stages.teacher.test_observe import bytes_of
-from tests.tiny_families import ALL_RECIPES, make_tiny_family
+from tests.stages.teacher.test_observe import everything_of
+from tests.tiny_families import RECIPES, make_tiny_family
 
 NUM_PLACES = 3
 IN_FLIGHT = NUM_PLACES + 1
@@ -54,7 +53,7 @@ def usual(teacher: Teacher, data: TinyData) -> list[object]:
     """With one batch in flight."""
     with Observer(teacher) as observer, opened(data) as shard:
         assert observer.schedule.in_flight.num_batches == 1
-        return everything(observer.observe(shard))
+        return everything_of(observer.observe(shard))
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +73,6 @@ def place_of(layer: nn.Module) -> int:
 
 def opened(data: TinyData, shard: int = 0) -> SampleShard:
     return SampleSet.open(data.samples).shard(shard)
-
-
-def everything(seen: ShardObservations) -> list[object]:
-    attention = [sample.answer_attention_LaN for sample in seen.samples]
-    return [*bytes_of(seen), [None if one is None else one.tolist() for one in attention]]
 
 
 def is_beside() -> bool:
@@ -115,7 +109,7 @@ def test_several_batches_in_flight_give_the_bytes_of_one(
     company = Company(monkeypatch, nothing)
     with Observer(teacher, batches_in_flight=IN_FLIGHT) as observer, opened(data) as shard:
         progress: list[int] = []
-        assert everything(observer.observe(shard, progress.append)) == usual
+        assert everything_of(observer.observe(shard, progress.append)) == usual
         assert sum(progress) == len(shard)
         assert observer.timings.seconds()["forward"] > 0
         assert idle_shares(observer.timings.seconds()) == {}, "a CPU has no clock of its own"
@@ -130,12 +124,12 @@ def test_two_shards_in_flight_give_the_bytes_of_each_though_every_batch_fails_be
             raise RuntimeError("another batch is here")
 
     with Observer(teacher) as observer, opened(data, 1) as shard:
-        other = everything(observer.observe(shard))
+        other = everything_of(observer.observe(shard))
     Company(monkeypatch, meet)
     with Observer(teacher, batches_in_flight=IN_FLIGHT) as observer, ThreadPoolExecutor(2) as threads:
         for _ in range(3):
             with opened(data, 0) as first, opened(data, 1) as second:
-                found = threads.map(lambda shard: everything(observer.observe(shard)), (first, second))
+                found = threads.map(lambda shard: everything_of(observer.observe(shard)), (first, second))
                 assert list(found) == [usual, other]
         assert observer.schedule.in_flight.num_batches == IN_FLIGHT, "this is no matter of memory"
 
@@ -181,10 +175,10 @@ def test_what_does_not_fit_beside_others_and_does_alone_is_not_halved_but_fewer_
     with Observer(teacher, batches_in_flight=2) as observer, opened(data) as shard:
         observer.batch_size = BatchSize(None, on_gpu=True)
         observer.batch_size.value = 4
-        assert everything(observer.observe(shard)) == usual
+        assert everything_of(observer.observe(shard)) == usual
         assert observer.schedule.in_flight.num_batches == 1
         assert observer.batch_size.value == 4
-        assert everything(observer.observe(shard)) == usual
+        assert everything_of(observer.observe(shard)) == usual
 
 
 def test_what_does_not_fit_alone_is_halved_or_refused_if_its_size_was_set_and_as_many_are_in_flight(
@@ -196,7 +190,7 @@ def test_what_does_not_fit_alone_is_halved_or_refused_if_its_size_was_set_and_as
             observer.observe(shard)
         observer.batch_size = BatchSize(None, on_gpu=True)
         observer.batch_size.value = 4
-        assert everything(observer.observe(shard)) == usual
+        assert everything_of(observer.observe(shard)) == usual
         assert (observer.batch_size.value, observer.schedule.in_flight.num_batches) == (1, IN_FLIGHT)
 
 
@@ -227,7 +221,7 @@ def test_batches_are_halved_until_gpus_have_room_for_all_in_flight_and_then_fewe
             observer.batch_size.value = 4
             observer.schedule._has_room = False
             for _ in range(3):
-                assert everything(observer.observe(shard)) == usual
+                assert everything_of(observer.observe(shard)) == usual
             assert (observer.batch_size.value, observer.schedule.in_flight.num_batches) == found
 
 
@@ -242,7 +236,7 @@ def test_a_shard_that_is_interrupted_leaves_no_batch_and_no_thread_behind(
             observer.observe(shard, interrupt)
         with observer.schedule.in_flight.alone():
             pass
-        assert everything(observer.observe(shard)) == usual
+        assert everything_of(observer.observe(shard)) == usual
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("batch")]
     assert not teacher.model.model._forward_pre_hooks
 
@@ -400,13 +394,13 @@ def test_no_family_keeps_more_of_a_batch_than_positions_nobody_reads_and_several
     (tmp_path / "data").mkdir()
     samples = make_samples(tmp_path / "data")
     company = Company(monkeypatch, nothing)
-    for family in ALL_RECIPES:
+    for family in RECIPES:
         checkpoint = str(make_tiny_family(tmp_path / family, family))
         settings = {"checkpoint": checkpoint, "layers": LAYERS, "num_matched": 1, "batch_size": 1}
         teacher = load_teacher(TeacherConfig.model_validate({**settings, "answer_attention": True}))
         with SampleSet.open(samples).shard(0) as shard:
             with Observer(teacher, overlap=False) as observer:
-                expected = everything(observer.observe(shard))
+                expected = everything_of(observer.observe(shard))
                 held = kept(teacher.model)
                 prepare = SamplePreparer(teacher.encoder, shard, observer.timings)
                 for row in range(len(shard)):
@@ -416,5 +410,5 @@ def test_no_family_keeps_more_of_a_batch_than_positions_nobody_reads_and_several
                     assert kept(teacher.model) == held, family
             company.most = 0
             with Observer(teacher, batches_in_flight=IN_FLIGHT) as observer:
-                assert everything(observer.observe(shard)) == expected, family
+                assert everything_of(observer.observe(shard)) == expected, family
             assert company.most > 1

@@ -113,6 +113,12 @@ def bytes_of(seen: ShardObservations) -> list[object]:
     ]
 
 
+def everything_of(seen: ShardObservations) -> list[object]:
+    """Answer attention too, for teachers of which it is stored."""
+    attention = [sample.answer_attention_LaN for sample in seen.samples]
+    return [*bytes_of(seen), [None if one is None else one.tolist() for one in attention]]
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def alone(request: pytest.FixtureRequest, data: TinyData) -> tuple[Teacher, list[object]]:
     """A teacher that sees one sample at a time, and what it saw."""

@@ -90,6 +90,11 @@ def test_layers_on_three_devices_give_the_bytes_of_one(spread: dict[str, Any], w
     assert_same(spread[way])
 
 
+def test_several_batches_in_flight_on_three_devices_give_the_bytes_of_one(spread: dict[str, Any]) -> None:
+    assert spread["on"]["in_flight_same"]
+    assert spread["on"]["most_in_flight"] > 1
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_larger_than_hidden_states_goes_from_device_to_device(spread: dict[str, Any], way: str) -> None:
     sizes = [torch.Size(shape).numel() for shape in spread[way]["crossings"]]
@@ -112,6 +117,7 @@ def test_layers_of_the_older_families_give_on_three_devices_the_bytes_of_one(tmp
     }
     for found in compared(asked, tmp_path).values():
         assert_same(found)
+        assert found.get("in_flight_same", True)
 
 
 @pytest.mark.parametrize("way", WAYS)
