@@ -50,24 +50,26 @@ def teacher_memory(
 ) -> TeacherMemory:
     """The fewest GPUs of `config.gpu_memory_gb` that hold the teacher, and the largest batch that then fits.
 
-    `model` is `empty_model`, `batches_in_flight` is as of `num_in_flight`. Conversations are as long as
-    `teacher.max_length` allows, images of the average size.
+    `model` is `empty_model`, `batches_in_flight` is as of `num_in_flight`; fewer are in flight if no batch fits so often.
+    Conversations are as long as `teacher.max_length` allows, images of the average size.
     """
     memory = round(config.gpu_memory_gb * 1e9)
     asked = identity.settings.batch_size
     num_layers = identity.config.get_text_config().num_hidden_layers
     sizes = [asked] if asked else [2**power for power in range(GPU_FIRST_TRY.bit_length())]
+    weights = _weight_bytes(identity, model)
     for gpus in range(1, num_layers + 1):
-        num_batches = num_in_flight(identity.config, gpus, batches_in_flight)
-        fitting = [
-            found
-            for size in sizes
-            if (found := _with_batch(identity, model, per_sample, size, gpus, num_batches)).bytes_per_gpu <= memory
-            and found.bytes_of_weights_per_gpu <= MEMORY_FOR_WEIGHTS * memory
-        ]
-        if fitting:
-            return fitting[-1].model_copy(update={"gpu_bytes": memory})
-    least = _with_batch(identity, model, per_sample, sizes[0], num_layers, 1)
+        for num_batches in range(num_in_flight(identity.config, gpus, batches_in_flight), 0, -1):
+            fitting = [
+                found
+                for size in sizes
+                if (found := _with_batch(identity, weights, per_sample, size, gpus, num_batches)).bytes_per_gpu
+                <= memory
+                and found.bytes_of_weights_per_gpu <= MEMORY_FOR_WEIGHTS * memory
+            ]
+            if fitting:
+                return fitting[-1].model_copy(update={"gpu_bytes": memory})
+    least = _with_batch(identity, weights, per_sample, sizes[0], num_layers, 1)
     return least.model_copy(update={"gpu_bytes": memory, "gpus": None})
 
 
@@ -81,10 +83,15 @@ def memory_notes(memory: TeacherMemory, gpus_per_worker: int) -> tuple[str, ...]
 
 
 def _with_batch(
-    identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts, batch: int, gpus: int, num_batches: int
+    identity: TeacherIdentity,
+    weight_bytes: tuple[int, int],
+    per_sample: Counts,
+    batch: int,
+    gpus: int,
+    num_batches: int,
 ) -> TeacherMemory:
     text, element = identity.config.get_text_config(), identity.dtype.itemsize
-    weights, largest = _weight_bytes(identity, model)
+    weights, largest = weight_bytes
     length = identity.settings.max_length
     num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -141,8 +141,9 @@ def test_a_second_run_makes_nothing_and_changes_no_byte(
     assert same_targets(store, targets)
     print_report(report, "store")
     assert "GPUs idle" not in capsys.readouterr().out
-    print_report(report.model_copy(update={"gpus_per_worker": 4}), "store")
-    assert "75% at least: of 4 that hold a teacher" in capsys.readouterr().out
+    one = report.per_worker[0].model_copy(update={"gpu_idle_shares": {"cuda:0": 0.125, "cuda:1": 0.25}})
+    print_report(report.model_copy(update={"per_worker": (one,)}), "store")
+    assert "18.8% of that time by their own clocks, at most 25.0% of one" in capsys.readouterr().out
 
 
 def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_sample(

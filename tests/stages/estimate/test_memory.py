@@ -84,9 +84,10 @@ def test_a_teacher_of_72_billion_weights_needs_three_gpus_of_80_gb_two_of_141_an
     assert found[80.0].weight_bytes == pytest.approx(145e9, rel=0.02)
     for size, each in found.items():
         assert each.bytes_of_weights_per_gpu < each.bytes_per_gpu <= each.gpu_bytes == size * 1e9
+    assert [each.batches_in_flight for each in found.values()] == [4, 3, 1]
     fixed = memory_of(large, batch_size=found[80.0].batch_size * 2)
     assert fixed.gpus is not None
-    assert fixed.gpus > 3, "the batch found is the largest that fits"
+    assert fixed.gpus > 3 or fixed.batches_in_flight < 4, "the batch found is the largest that fits in flight"
 
 
 @pytest.mark.slow
