@@ -50,7 +50,7 @@ def teacher_memory(
 ) -> TeacherMemory:
     """The fewest GPUs of `config.gpu_memory_gb` that hold the teacher, and the largest batch that then fits.
 
-    `model` is `empty_model`, `batches_in_flight` is as of `num_in_flight`; fewer are in flight if no batch fits so often.
+    `model` is `empty_model`, `batches_in_flight` is as of `num_in_flight`; fewer are if no batch fits so often.
     Conversations are as long as `teacher.max_length` allows, images of the average size.
     """
     memory = round(config.gpu_memory_gb * 1e9)
