@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 
 class _Started(NamedTuple):
-    """A batch beside others, and the samples of a forward pass when it started."""
+    """A batch beside others, and the samples of a forward pass and batches in flight when it started."""
 
     batch: Batch
-    batch_size: int
+    sizes: tuple[int, int]
 
 
 class Schedule:
@@ -64,8 +64,8 @@ class Schedule:
 
         def again(started: _Started, failed: FailedBeside) -> None:
             logger.warning("a batch failed beside others and runs again alone: %s", failed.why)
-            # With smaller parts than beside others it would fit in any case.
-            is_memory = failed.is_memory and work.batch_size.value == started.batch_size
+            # Since it started, a neighbour that failed with it may have made batches smaller or fewer already.
+            is_memory = failed.is_memory and self._sizes(work) == started.sizes
             self._run_alone(work, started.batch, did_not_fit_beside=is_memory)
 
         with closing(work.batches(num_rows)) as batches, closing(Flight(self.in_flight, run, take, again)) as flight:
@@ -73,13 +73,16 @@ class Schedule:
             with self._turn:
                 for batch in chain(first, batches):
                     if self._has_room and self.in_flight.num_batches > 1:
-                        flight.start(_Started(batch, work.batch_size.value))
+                        flight.start(_Started(batch, self._sizes(work)))
                     else:
                         flight.finish()
                         self._run_alone(work, batch)
             flight.finish()
             with self.in_flight.alone():
                 work.run_orphans()
+
+    def _sizes(self, work: "ShardWork") -> tuple[int, int]:
+        return work.batch_size.value, self.in_flight.num_batches
 
     def attempt(self, run: Callable[[], T], num_samples: int) -> T | None:
         """One forward pass with no other beside it; None if its samples do not fit into memory.

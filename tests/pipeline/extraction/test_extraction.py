@@ -18,11 +18,12 @@ import pipeline.extraction.extract
 from pipeline.cli.extract_teacher import print_report
 from pipeline.cluster.worker import ProgressMarker
 from pipeline.extraction.config import ExtractConfig
-from pipeline.extraction.extract import extract
+from pipeline.extraction.extract import extract, in_flight_notes
 from pipeline.extraction.report import REPORT, ExtractionReport
 from pipeline.extraction.shard_extractor import ShardExtractor
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.config import TeacherConfig
+from stages.teacher.identity import identify_teacher
 from storage.errors import FingerprintMismatch, NoHardLinks, TooManySkipped, UserError
 from storage.integrity.verify import verify
 from storage.progress import SILENT, Progress
@@ -57,7 +58,7 @@ def same_targets(found: Path, expected: Path) -> bool:
 
 
 def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
-    tiny: TinyWorld, targets: Path, tmp_path: Path
+    tiny: TinyWorld, targets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
     returned = run(tiny, store, workers=2)
@@ -75,6 +76,10 @@ def test_the_store_of_an_undisturbed_run_is_whole_and_reports_what_it_holds(
         assert {"forward", "coding", "preparing", "writing"} <= worker.timings.keys()
         assert worker.waited_share is not None
         assert 0 <= worker.waited_share < 1
+        assert worker.gpu_idle_shares == {}, "a CPU has no clock of its own"
+    with_gpus = report.per_worker[0].model_copy(update={"gpu_idle_shares": {"cuda:0": 0.125, "cuda:1": 0.25}})
+    print_report(report.model_copy(update={"per_worker": (with_gpus,)}), "store")
+    assert "18.8% of that time by their own clocks, at most 25.0% of one" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("shards_made_here")
@@ -141,12 +146,9 @@ def test_a_second_run_makes_nothing_and_changes_no_byte(
     assert same_targets(store, targets)
     print_report(report, "store")
     assert "GPUs idle" not in capsys.readouterr().out
-    one = report.per_worker[0].model_copy(update={"gpu_idle_shares": {"cuda:0": 0.125, "cuda:1": 0.25}})
-    print_report(report.model_copy(update={"per_worker": (one,)}), "store")
-    assert "18.8% of that time by their own clocks, at most 25.0% of one" in capsys.readouterr().out
 
 
-def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_sample(
+def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_sample_with_any_number_in_flight(
     tiny: TinyWorld, targets: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -156,12 +158,24 @@ def test_a_resumed_run_makes_what_is_missing_with_equal_bytes_and_counts_every_s
     shutil.rmtree(next((store / "shards").glob("000004-*")))
     (store / "shards/000002.zarr.left.partial").mkdir()
     progress = RecordedProgress()
-    report = run(tiny, store, progress=progress)
+    report = run(tiny, store, progress=progress, batches_in_flight=3)
     assert report.shards_made_now == 2
     whole = progress.named("extract")
     assert whole.total == whole.done == NUM_SAMPLES
     assert "2 shards" in whole.note
     assert same_targets(store, targets)
+
+
+def test_a_note_says_why_one_batch_is_in_a_teacher_that_was_to_have_several(tiny: TinyWorld) -> None:
+    identity = identify_teacher(TeacherConfig(checkpoint=str(tiny.teacher)), on_gpu=False)
+    several = ExtractConfig(gpus_per_worker=2)
+    assert in_flight_notes(several, identity) == ()
+    identity.config.get_text_config().rope_parameters = {"rope_type": "longrope"}
+    (note,) = in_flight_notes(several, identity)
+    assert note.startswith("one batch at a time is in the teacher: its positions (longrope) are scaled by the length")
+    assert in_flight_notes(ExtractConfig(batches_in_flight=3), identity) == (note,)
+    assert in_flight_notes(ExtractConfig(gpus_per_worker=2, batches_in_flight=1), identity) == ()
+    assert in_flight_notes(ExtractConfig(), identity) == ()
 
 
 @pytest.mark.slow

@@ -181,6 +181,22 @@ def test_what_does_not_fit_beside_others_and_does_alone_is_not_halved_but_fewer_
         assert everything_of(observer.observe(shard)) == usual
 
 
+def test_neighbours_that_do_not_fit_together_cost_one_place_in_flight_and_not_one_each(
+    teacher: Teacher, data: TinyData, usual: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[bool] = []
+
+    def meet(_: Sequence[PreparedSample]) -> None:
+        if is_beside() and len(refused) < 2:
+            refused.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    Company(monkeypatch, meet)
+    with Observer(teacher, batches_in_flight=IN_FLIGHT) as observer, opened(data) as shard:
+        assert everything_of(observer.observe(shard)) == usual
+        assert (len(refused), observer.schedule.in_flight.num_batches) == (2, IN_FLIGHT - 1)
+
+
 def test_what_does_not_fit_alone_is_halved_or_refused_if_its_size_was_set_and_as_many_are_in_flight(
     teacher: Teacher, data: TinyData, usual: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
