@@ -82,7 +82,7 @@ def print_report(report: "ExtractionReport", targets: str) -> None:
         most = f"; of the worker that waited most {max(waited):.1%}" if len(waited) > 1 else ""
         idle = f"{sum(waited) / len(waited):.1%} of the time since their first batch{most}"
         facts.append(("teachers idle", idle))
-    if (gpus := report.gpus_per_worker) > 1:
+    if (gpus := report.gpus_per_worker) > 1 and report.tensor_ranks == 1:
         facts.append(("GPUs idle", f"{1 - 1 / gpus:.0%} at least: of {gpus} that hold a teacher one computes at once"))
     if report.failed_tries:
         num_tries = sum(map(len, report.failed_tries.values()))

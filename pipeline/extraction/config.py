@@ -14,8 +14,9 @@ class ExtractConfig(StrictModel):
     """Most teachers that run side by side; None is one for each `gpus_per_worker` GPUs of a machine, or one a core
     without GPUs, that the cluster has at the time, so that nodes that join are used."""
     gpus_per_worker: int = Field(default=1, ge=1)
-    """GPUs of one machine that hold one teacher, its layers in a row over them, for a teacher that one GPU cannot hold
-    (docs/scale.md#a-teacher-over-several-gpus). Without GPUs 1 is the only choice."""
+    """GPUs of one machine that hold one teacher, for a teacher that one GPU cannot hold: its layers in a row over them,
+    or each layer split (`teacher.parallel`, docs/scale.md#a-teacher-over-several-gpus). Without GPUs 1 is the only
+    choice, or with `teacher.parallel: tensor` the number of processes."""
     max_attempts: int = Field(default=3, ge=1)
     """Tries of one shard before it is given up and reported."""
     max_skipped_fraction: float = Field(default=0.0, ge=0, le=1)

@@ -44,11 +44,13 @@ def extract(
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
         TooManySkipped: If more samples are unusable than allowed; all others are stored.
-        UserError: If no node of the cluster has `config.gpus_per_worker` GPUs; if the teacher's template or processor
+        UserError: If no node of the cluster has `config.gpus_per_worker` GPUs; if the teacher cannot be split as
+            `teacher.parallel` asks; if the teacher's template or processor
             takes none of the first samples; or if a shard failed on every attempt, the others are stored.
         Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
     from pipeline.cluster import connection, ray_backend
+    from stages.teacher.config import ranks_of
     from stages.teacher.first_samples import check_first_samples
     from stages.teacher.identity import identify_teacher
 
@@ -56,10 +58,11 @@ def extract(
     samples, targets = SampleSet.open(samples_url), open_store(targets_url)
     index = samples.index
     teacher = as_begun(teacher, targets)
-    check_first_samples(teacher, samples)
+    num_ranks = ranks_of(teacher, config.gpus_per_worker)
+    check_first_samples(teacher, samples, num_ranks)
     with connection.connect(config.ray_address) as cluster:
-        cluster.check_room(config.gpus_per_worker)
-        identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0)
+        cluster.check_room(config.gpus_per_worker, num_ranks)
+        identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0, num_ranks=num_ranks)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
         on_begin(targets)
@@ -69,7 +72,8 @@ def extract(
         for note in identity.notes:
             progress.message(f"note: {note}")
         tally = ExtractionTally(index, missing, progress)
-        threads = threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing), config.gpus_per_worker)
+        cpus = max(cluster.cpus // num_ranks, 1)
+        threads = threads_per_worker(cpus, cluster.gpus, config.workers, len(missing), config.gpus_per_worker)
         try:
             # Here, because ray, too, installs a handler of SIGTERM when it starts.
             with raised_on(signal.SIGINT, signal.SIGTERM):
@@ -83,6 +87,7 @@ def extract(
                         gpus_per_worker=config.gpus_per_worker if cluster.gpus else 0,
                         max_attempts=config.max_attempts,
                         tasks_per_worker=SHARDS_IN_FLIGHT,
+                        cpus_per_worker=1 if cluster.gpus else num_ranks,
                     ),
                     on_progress=tally.advance,
                     on_result=tally.add,
@@ -95,7 +100,8 @@ def extract(
     committed = committed_shards(targets.list(COMMITS))
     for record in iter_commits(targets, {n: path for n, path in committed.items() if n not in tally.new_shards}):
         tally.count(record)
-    report = make_report(config, len(committed), tally, outcome, identity.notes, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    report = make_report(config, len(committed), tally, outcome, identity.notes, seconds, num_ranks)
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from stages.estimate.extrapolate import CodecCost, extrapolate
-from stages.estimate.memory import empty_model, memory_notes, teacher_memory
+from stages.estimate.memory import empty_model, memory_notes, split_notes, teacher_memory
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
 from stages.teacher.config import TeacherConfig
@@ -48,7 +48,8 @@ def estimate_from_configs(
     Raises:
         UserError: If extraction would refuse the teacher.
     """
-    identity = identify_teacher(settings, images, on_gpu=True, with_weights=False)
+    num_ranks = gpus_per_worker if settings.parallel == "tensor" else 1
+    identity = identify_teacher(settings, images, on_gpu=True, with_weights=False, num_ranks=num_ranks)
     encoder = identity.encoder()
     # In maps of cells half of the entries are zeros too, which zstd leaves next to nothing of.
     causal, pooling = identity.family.causal_image_tokens, settings.map_pooling
@@ -83,6 +84,7 @@ def estimate_from_configs(
         *memory_notes(memory, gpus_per_worker),
         *saved_notes(identity, held.per_sample),
         f"{operations / 1e12:.3g} TFLOP a sample: {shares}",
+        *split_notes(settings),
         f"{speed} an efficiency of {config.efficiency:.0%} are assumed, not measured",
         "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
         "bytes of answer rows, answer attention and tokens are those before zstd",

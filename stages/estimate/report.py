@@ -65,7 +65,8 @@ class TeacherMemory(StrictModel):
     gpu_bytes: int
     """Memory of one GPU, as asked."""
     gpus: int | None
-    """The fewest that hold it with a batch (`extract.gpus_per_worker`); None if a GPU for each layer does not."""
+    """The fewest that hold it with a batch (`extract.gpus_per_worker`); None if a GPU for each layer does not, or, with
+    `teacher.parallel` tensor, one for each of the heads of keys and values."""
     batch_size: int
     """`teacher.batch_size`, or the largest power of two that fits into so many."""
     weight_bytes: int
@@ -88,7 +89,7 @@ class TeacherCost(StrictModel):
     threads: int = 1
     """Of each worker, as extraction sets them on this machine."""
     gpus_per_worker: int = 1
-    """GPUs that hold one teacher; one of them computes at a time."""
+    """GPUs that hold one teacher; the time is that of one of them computing at a time."""
     memory: TeacherMemory | None = None
     """From configs alone."""
     load_seconds: float = 0.0

@@ -111,7 +111,7 @@ def test_a_teacher_too_large_for_a_gpu_a_layer_is_said_to_be(large: Path) -> Non
     assert memory_of(large, 3.0).gpus is None
     settings = TeacherConfig(checkpoint=str(large))
     made = estimate_from_configs(settings, None, EstimateConfig(samples=10, gpu_memory_gb=3.0), workers=1)
-    assert any("a GPU for each layer does not hold the teacher" in note for note in made.notes)
+    assert any("the most GPUs that can share the teacher do not hold it" in note for note in made.notes)
     for gpus, is_said in ((1, True), (2, True), (3, False)):
         made = estimate_from_configs(settings, None, EstimateConfig(samples=10), workers=1, gpus_per_worker=gpus)
         assert ("the teacher needs 3 GPUs: set extract.gpus_per_worker=3" in made.notes) == is_said
