@@ -54,16 +54,17 @@ class Ranks:
     """The ranks of one teacher besides this process, which is rank 0."""
 
     def __init__(
-        self, identity: TeacherIdentity, load: Callable[[], PreTrainedModel], module: str = RANK_PROCESS
+        self, identity: TeacherIdentity, load: Callable[[], PreTrainedModel], module: str | None = None
     ) -> None:
         """Does not start them; `load` loads rank 0's part, `module` is what the others run."""
-        self._identity, self._load, self._module = identity, load, module
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._identity, self._load, self._module = identity, load, module or RANK_PROCESS
+        self.processes: list[subprocess.Popen[bytes]] = []
+        """Those that run, rank 1 first."""
         self._is_running = False
         self._too_late = ""
         self._prefixes: weakref.ref[object] | None = None
         """The last prefixes that all ranks hold."""
-        weakref.finalize(self, _end_all, self._processes)
+        weakref.finalize(self, _end_all, self.processes)
 
     def holds(self, prefixes: object) -> bool:
         """Whether the other ranks have what belongs to these prefixes."""
@@ -90,8 +91,8 @@ class Ranks:
         with tempfile.TemporaryDirectory(prefix="cdp-ranks-") as folder:
             store = Path(folder) / "store"
             for rank in range(1, num_ranks):
-                self._processes.append(_start(self._module, rank))
-                write_fields(_messages_to(self._processes[-1]), self._request(rank, store))
+                self.processes.append(_start(self._module, rank))
+                write_fields(_messages_to(self.processes[-1]), self._request(rank, store))
             with self._watched(START_S):
                 self._answers("ready")
                 join(store, 0, num_ranks)
@@ -112,7 +113,7 @@ class Ranks:
         if asked.name != "run_continuations":
             self._prefixes = None
         with self._watched(PASS_S):
-            for process in self._processes:
+            for process in self.processes:
                 write_pass(_messages_to(process), asked)
             yield
             self._answers("done")
@@ -121,7 +122,7 @@ class Ranks:
         """Ends all of them, whatever they do, and this process's part of their group."""
         self._is_running = False
         self._prefixes = None
-        _end_all(self._processes)
+        _end_all(self.processes)
         leave()
 
     def _request(self, rank: int, store: Path) -> dict[str, object]:
@@ -139,7 +140,7 @@ class Ranks:
 
     def _answers(self, expected: str) -> None:
         """Waits until each has said that it is so far."""
-        for rank, process in enumerate(self._processes, 1):
+        for rank, process in enumerate(self.processes, 1):
             answer = read_fields(_answers_of(process))
             if answer is None or answer["state"] != expected:
                 raise self._failure(rank, process, answer)
@@ -180,14 +181,14 @@ class Ranks:
             over.set()
             watcher.join(GRACE_S)
             if not self._is_running:
-                _kill(self._processes)
+                _kill(self.processes)
 
     def _cause(self, error: BaseException) -> Exception | None:
         """What another rank failed of, if this error of rank 0 says no more than that one did."""
         if not isinstance(error, (dist.DistError, BrokenPipeError)) and not _is_of_gloo(error):
             return None
         found = []
-        for rank, process in enumerate(self._processes, 1):
+        for rank, process in enumerate(self.processes, 1):
             pipe = _answers_of(process)
             if not select.select([pipe], [], [], NOTICE_S / 2)[0]:
                 continue  # it waits for others
@@ -199,7 +200,7 @@ class Ranks:
     def _watch(self, over: threading.Event, limit_s: float) -> None:
         """Makes sure that rank 0 leaves the block, in a thread of its own."""
         started = time.monotonic()
-        while all(process.poll() is None for process in self._processes):
+        while all(process.poll() is None for process in self.processes):
             if over.wait(POLL_S):
                 return
             if time.monotonic() > started + limit_s:
@@ -208,7 +209,7 @@ class Ranks:
         # Rank 0 and the others notice by themselves, as a rule, and say more.
         if over.wait(NOTICE_S):
             return
-        _kill(self._processes)
+        _kill(self.processes)
         if torch.cuda.is_available():
             # An operation of NCCL would wait for ever.
             leave()
