@@ -21,6 +21,7 @@ from storage.targets.manifest import MANIFEST_PATH, Manifest, create_or_check
 from storage.targets.teacher_assets import TEACHER_RECORD
 
 if TYPE_CHECKING:
+    from pipeline.cluster.ray_backend import TaskLimits
     from stages.teacher.config import TeacherConfig
 
 SHARDS_IN_FLIGHT = 2
@@ -45,8 +46,8 @@ def extract(
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
         TooManySkipped: If more samples are unusable than allowed; all others are stored.
         UserError: If no node of the cluster has `config.gpus_per_worker` GPUs; if the teacher cannot be split as
-            `teacher.parallel` asks; if the teacher's template or processor
-            takes none of the first samples; or if a shard failed on every attempt, the others are stored.
+            `teacher.parallel` asks, or its template or processor takes none of the first samples; or if a shard failed
+            on every attempt, the others are stored.
         Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
     from pipeline.cluster import connection, ray_backend
@@ -82,13 +83,7 @@ def extract(
                         ShardExtractor, teacher, samples_url, targets_url, manifest, threads, config.gpus_per_worker
                     ),
                     missing or ([] if targets.exists(TEACHER_RECORD) else [TEACHER_ONLY]),
-                    ray_backend.TaskLimits(
-                        num_workers=config.workers,
-                        gpus_per_worker=config.gpus_per_worker if cluster.gpus else 0,
-                        max_attempts=config.max_attempts,
-                        tasks_per_worker=SHARDS_IN_FLIGHT,
-                        cpus_per_worker=1 if cluster.gpus else num_ranks,
-                    ),
+                    _limits(config, num_ranks, has_gpus=cluster.gpus > 0),
                     on_progress=tally.advance,
                     on_result=tally.add,
                     on_workers=tally.show,
@@ -105,6 +100,18 @@ def extract(
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report
+
+
+def _limits(config: ExtractConfig, num_ranks: int, *, has_gpus: bool) -> "TaskLimits":
+    from pipeline.cluster.ray_backend import TaskLimits
+
+    return TaskLimits(
+        num_workers=config.workers,
+        gpus_per_worker=config.gpus_per_worker if has_gpus else 0,
+        max_attempts=config.max_attempts,
+        tasks_per_worker=SHARDS_IN_FLIGHT,
+        cpus_per_worker=1 if has_gpus else num_ranks,
+    )
 
 
 def as_begun(teacher: "TeacherConfig", targets: Store) -> "TeacherConfig":

@@ -51,18 +51,18 @@ def teacher_memory(
     """
     memory = round(config.gpu_memory_gb * 1e9)
     asked = identity.settings.batch_size
-    numbers = possible_numbers(identity)
+    numbers, weights = possible_numbers(identity), _weight_bytes(identity, model)
     sizes = [asked] if asked else [2**power for power in range(GPU_FIRST_TRY.bit_length())]
     for gpus in numbers:
         fitting = [
             found
             for size in sizes
-            if (found := _with_batch(identity, model, per_sample, size, gpus)).bytes_per_gpu <= memory
+            if (found := _with_batch(identity, weights, per_sample, size, gpus)).bytes_per_gpu <= memory
             and found.bytes_of_weights_per_gpu <= MEMORY_FOR_WEIGHTS * memory
         ]
         if fitting:
             return fitting[-1].model_copy(update={"gpu_bytes": memory})
-    least = _with_batch(identity, model, per_sample, sizes[0], numbers[-1])
+    least = _with_batch(identity, weights, per_sample, sizes[0], numbers[-1])
     return least.model_copy(update={"gpu_bytes": memory, "gpus": None})
 
 
@@ -98,10 +98,10 @@ def memory_notes(memory: TeacherMemory, gpus_per_worker: int) -> tuple[str, ...]
 
 
 def _with_batch(
-    identity: TeacherIdentity, model: PreTrainedModel, per_sample: Counts, batch: int, gpus: int
+    identity: TeacherIdentity, held: tuple[int, int, int], per_sample: Counts, batch: int, gpus: int
 ) -> TeacherMemory:
     text, element = identity.config.get_text_config(), identity.dtype.itemsize
-    weights, largest, whole = _weight_bytes(identity, model)
+    weights, largest, whole = held
     length = identity.settings.max_length
     num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -32,13 +32,14 @@ DETAIL_CHARS: Final = 2000
 
 def main() -> None:
     """Works for the rank 0 that started it; ends the process."""
-    threading.Thread(target=_end_without, args=(int(sys.argv[1]),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     messages = sys.stdin.buffer
+    if (request := read_fields(messages)) is None:
+        return
+    threading.Thread(target=_end_without, args=(int(sys.argv[1]),), daemon=True).start()
     try:
-        if (request := read_fields(messages)) is not None:
-            work(request, messages, lambda state: write_fields(answers, {"state": state}))
+        work(request, messages, lambda state: write_fields(answers, {"state": state}))
     except torch.OutOfMemoryError as error:
         _fail(answers, "out_of_memory", error)
     except UserError as error:

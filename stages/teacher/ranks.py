@@ -12,7 +12,6 @@ import os
 import select
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -60,8 +59,9 @@ class Ranks:
         self._identity, self._load, self._module = identity, load, module or RANK_PROCESS
         self.processes: list[subprocess.Popen[bytes]] = []
         """Those that run, rank 1 first."""
+        self._meeting: int | None = None
         self._is_running = False
-        self._too_late = ""
+        self._too_late, self._is_aborted = "", False
         self._prefixes: weakref.ref[object] | None = None
         """The last prefixes that all ranks hold."""
         weakref.finalize(self, _end_all, self.processes)
@@ -88,17 +88,18 @@ class Ranks:
         """
         self.end()
         num_ranks = self._identity.num_ranks
-        with tempfile.TemporaryDirectory(prefix="cdp-ranks-") as folder:
-            store = Path(folder) / "store"
-            for rank in range(1, num_ranks):
-                self.processes.append(_start(self._module, rank))
-                write_fields(_messages_to(self.processes[-1]), self._request(rank, store))
-            with self._watched(START_S):
-                self._answers("ready")
-                join(store, 0, num_ranks)
-                loaded = self._load()
-                self._answers("loaded")
-                self._is_running = True
+        # A file without a name, which is gone with this process however that ends. NCCL may meet there again later.
+        self._meeting = os.memfd_create("cdp-ranks")
+        store = Path(f"/proc/{os.getpid()}/fd/{self._meeting}")
+        self.processes += [_start(self._module) for _ in range(1, num_ranks)]
+        with self._watched(START_S):
+            for rank, process in enumerate(self.processes, 1):
+                write_fields(_messages_to(process), self._request(rank, store))
+            self._answers("ready")
+            join(store, 0, num_ranks)
+            loaded = self._load()
+            self._answers("loaded")
+            self._is_running = True
         return loaded
 
     @contextmanager
@@ -124,6 +125,9 @@ class Ranks:
         self._prefixes = None
         _end_all(self.processes)
         leave()
+        if self._meeting is not None:
+            os.close(self._meeting)
+            self._meeting = None
 
     def _request(self, rank: int, store: Path) -> dict[str, object]:
         """What a rank must know to load its part."""
@@ -167,7 +171,7 @@ class Ranks:
 
         An error that says only that the group is broken is raised as that of the rank which broke it.
         """
-        over, self._too_late = threading.Event(), ""
+        over, self._too_late, self._is_aborted = threading.Event(), "", False
         watcher = threading.Thread(target=self._watch, args=(over, limit_s), daemon=True)
         watcher.start()
         try:
@@ -185,7 +189,8 @@ class Ranks:
 
     def _cause(self, error: BaseException) -> Exception | None:
         """What another rank failed of, if this error of rank 0 says no more than that one did."""
-        if not isinstance(error, (dist.DistError, BrokenPipeError)) and not _is_of_gloo(error):
+        is_of_group = isinstance(error, (dist.DistError, BrokenPipeError)) or _is_of_gloo(error)
+        if not is_of_group and not (self._is_aborted and isinstance(error, Exception)):
             return None
         found = []
         for rank, process in enumerate(self.processes, 1):
@@ -212,20 +217,21 @@ class Ranks:
         _kill(self.processes)
         if torch.cuda.is_available():
             # An operation of NCCL would wait for ever.
+            self._is_aborted = True
             leave()
         if not over.wait(GRACE_S):
             print("rank 0 of a teacher waits for ranks that have ended; the worker ends", file=sys.stderr, flush=True)
             os._exit(1)
 
 
-def _start(module: str, rank: int) -> "subprocess.Popen[bytes]":
+def _start(module: str) -> "subprocess.Popen[bytes]":
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return subprocess.Popen(  # noqa: S603 - a module of ours
         [sys.executable, "-P", "-m", module, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT.anchor,  # our own may be gone: Ray removes those of jobs
-        env={**os.environ, "LOCAL_RANK": str(rank), "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,  # an interrupt at the terminal is not for it
     )
 

@@ -16,7 +16,7 @@ from stages.checkpoints.weights import load_weights
 from stages.conversations.encoder import ConversationEncoder
 from stages.teacher.config import TeacherConfig, ranks_of
 from stages.teacher.identity import TeacherIdentity, identify_teacher
-from stages.teacher.placement import check_fits, execution_device, gpus_of, left_over_refused, over_gpus
+from stages.teacher.placement import check_fits, check_gpus, execution_device, gpus_of, left_over_refused, over_gpus
 from stages.teacher.rank_messages import Pass
 from stages.teacher.ranks import Ranks
 from stages.teacher.tensor_split import split_settings, without_split
@@ -84,7 +84,7 @@ def load_teacher(
     num_ranks = ranks_of(settings, num_gpus)
     if num_ranks > 1:
         if on_gpu:
-            over_gpus(num_ranks)
+            check_gpus(num_ranks)
         identity = identify_teacher(settings, images, on_gpu=on_gpu, num_ranks=num_ranks)
         ranks = Ranks(identity, lambda: _loaded(identity, split_settings(num_ranks)))
         return Teacher(identity, ranks.start(), identity.encoder(), ranks)

@@ -94,6 +94,9 @@ def join(store: Path, rank: int, num_ranks: int) -> None:
 
     What they say stays on this machine.
     """
+    os.environ["LOCAL_RANK"] = str(rank)  # by it the library chooses the GPU
+    # Who watches the ranks ends what hangs (`ranks.py`); this would end the process.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     where: dict[str, Any] = {"backend": "gloo"}
     if "lo" in (name for _, name in socket.if_nameindex()):
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from pipeline.demo.assets import TEACHER
 from pipeline.demo.scenes.dataset import write_dataset
+from stages.estimate.memory import empty_model, teacher_memory
+from stages.estimate.report import EstimateConfig
 from stages.samples.pack import PackConfig, pack_samples
 from stages.teacher.batching import PreparedSample, SamplePreparer
 from stages.teacher.config import PrefixReuse, TeacherConfig
@@ -96,6 +99,17 @@ def assert_same_but_for_roundings(found: ShardObservations, expected: ShardObser
             torch.testing.assert_close(*attention, atol=1e-6, rtol=2**-9)
     assert num_answers > 2
     assert num_other_ids <= 0.01 * num_rows, "ids of tokens that are about as likely may change places"
+
+
+def test_rank_0_holds_the_weights_that_the_estimate_counts(two: Teacher) -> None:
+    held = 0
+    for weight in two.model.parameters():
+        held += (weight.to_local() if isinstance(weight, DTensor) else weight).nbytes
+    model = empty_model(two.identity)
+    counted = teacher_memory(two.identity, model, {"image_tokens": 36.0, "maps": 1.0}, EstimateConfig())
+    assert counted.gpus == 2
+    assert held == pytest.approx(counted.bytes_of_weights_per_gpu, rel=0.02)
+    assert held < 0.8 * counted.weight_bytes
 
 
 @pytest.mark.parametrize("way", ["off", "on"])
