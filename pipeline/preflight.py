@@ -20,7 +20,7 @@ from stages.student.run_folder import RunFolder, StageFolder
 from stages.student.stage_config import DataSource
 from stages.student.store_check import check_answers, check_one_teacher, check_served
 from stages.student.student_kind import check_student, refuse_without_images
-from stages.teacher.config import TeacherConfig, captured_layers
+from stages.teacher.config import TeacherConfig, captured_layers, ranks_of
 from storage.codecs.codec_settings import MapCodecConfig, default_top_k
 from storage.errors import UserError
 from storage.regular_files import refuse_unusable
@@ -69,18 +69,21 @@ def check_extraction(
             be.
         FingerprintMismatch: If the targets there were made with other settings or from other samples.
     """
+    num_ranks = ranks_of(teacher, config.gpus_per_worker)
     store = open_store(targets)
     check_new(store, TARGET_STORE)
     stored = Manifest.load(store) if store.exists(MANIFEST_PATH) else None
     index = check_samples(samples)
     check_teacher(teacher)
     if stored is not None:
-        check_same(store.url, stored, _asked_for(stored, teacher, index, images))
+        check_same(store.url, stored, _asked_for(stored, teacher, index, images, num_ranks))
     if config.ray_address is not None:
         check_address(config.ray_address)
 
 
-def _asked_for(stored: Manifest, teacher: TeacherConfig, index: SampleIndex, images: ImageConfig) -> Manifest:
+def _asked_for(
+    stored: Manifest, teacher: TeacherConfig, index: SampleIndex, images: ImageConfig, num_ranks: int
+) -> Manifest:
     """What would be stored, as far as settings and samples alone decide it; all else as it is stored."""
     fingerprint = stored.fingerprint
     codec = {
@@ -100,6 +103,7 @@ def _asked_for(stored: Manifest, teacher: TeacherConfig, index: SampleIndex, ima
         "map_codec": MapCodecConfig.of_windows(
             teacher.map_codec, fingerprint.windows, causal=fingerprint.map_codec.causal
         ),
+        "tensor_ranks": num_ranks,
         "map_pooling": teacher.map_pooling,
         "max_image_tokens": teacher.max_image_tokens,
     }

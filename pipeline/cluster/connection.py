@@ -30,12 +30,21 @@ class Cluster:
     gpus_of_a_node: int = 0
     """Those of the node that has the most."""
 
-    def check_room(self, gpus_per_worker: int) -> None:
+    def check_room(self, gpus_per_worker: int, num_ranks: int = 1) -> None:
         """Refuses workers that no node has room for, however long they wait.
 
+        Without GPUs a worker may be of `num_ranks` processes, with a core each.
+
         Raises:
-            UserError: If no node has so many GPUs.
+            UserError: If no node has so many GPUs, or there are fewer cores.
         """
+        if num_ranks > 1 and not self.gpus:
+            if num_ranks > self.cpus:
+                raise UserError(
+                    f"a worker of {num_ranks} processes (extract.gpus_per_worker, teacher.parallel: tensor) takes as "
+                    f"many cores, and the cluster has {self.cpus}, and no GPU; set it to fewer, or start a larger node"
+                )
+            return
         if gpus_per_worker > max(self.gpus_of_a_node, 1):
             raise UserError(
                 f"a worker of {gpus_per_worker} GPUs (extract.gpus_per_worker) fits on no node of the cluster: it has "

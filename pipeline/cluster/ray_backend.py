@@ -45,6 +45,8 @@ class TaskLimits:
     tasks_per_worker: int = 1
     """Tasks an actor has in flight; with more than one, its work is called from as many threads, so that it can read
     and write for one task while it computes for another."""
+    cpus_per_worker: int = 1
+    """Cores an actor takes."""
 
 
 def run_tasks(
@@ -103,7 +105,10 @@ class _RayExecutor:
         self._make_worker, self._limits = make_worker, limits
         self._mailbox = new_mailbox()
         self._actor_class = ray.remote(
-            num_cpus=1, num_gpus=limits.gpus_per_worker, max_restarts=0, max_concurrency=limits.tasks_per_worker
+            num_cpus=limits.cpus_per_worker,
+            num_gpus=limits.gpus_per_worker,
+            max_restarts=0,
+            max_concurrency=limits.tasks_per_worker,
         )(_Actor)
 
     def new_actor(self) -> Any:
@@ -140,7 +145,7 @@ class _RayExecutor:
             return self._limits.num_workers
         if self._limits.gpus_per_worker:
             return sum(gpus // self._limits.gpus_per_worker for gpus in gpus_of_nodes())
-        return int(ray.cluster_resources().get("CPU", 0))
+        return int(ray.cluster_resources().get("CPU", 0)) // self._limits.cpus_per_worker
 
     def reports(self) -> list[tuple[int, int]]:
         """What attempts reported since the last call: number of the attempt, units of work."""

@@ -14,8 +14,9 @@ class ExtractConfig(StrictModel):
     """Most teachers that run side by side; None is one for each `gpus_per_worker` GPUs of a machine, or one a core
     without GPUs, that the cluster has at the time, so that nodes that join are used."""
     gpus_per_worker: int = Field(default=1, ge=1)
-    """GPUs of one machine that hold one teacher, its layers in a row over them, for a teacher that one GPU cannot hold
-    (docs/scale.md#a-teacher-over-several-gpus). Without GPUs 1 is the only choice."""
+    """GPUs of one machine that hold one teacher, for a teacher that one GPU cannot hold: its layers in a row over them,
+    or each layer split (`teacher.parallel`, docs/scale.md#a-teacher-over-several-gpus). Without GPUs 1 is the only
+    choice, or with `teacher.parallel: tensor` the number of processes."""
     batches_in_flight: int | None = Field(default=None, ge=1, le=64)
     """Batches that are in one teacher at once, at most, so that none of its GPUs waits for another. Each takes memory.
     None is one for a teacher on one GPU or a CPU, and one more than GPUs for one over several

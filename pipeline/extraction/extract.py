@@ -21,6 +21,7 @@ from storage.targets.manifest import MANIFEST_PATH, Manifest, create_or_check
 from storage.targets.teacher_assets import TEACHER_RECORD
 
 if TYPE_CHECKING:
+    from pipeline.cluster.ray_backend import TaskLimits
     from stages.teacher.config import TeacherConfig
     from stages.teacher.identity import TeacherIdentity
 
@@ -45,11 +46,13 @@ def extract(
     Raises:
         FingerprintMismatch: If the store was made by another teacher, from other data, or with other settings.
         TooManySkipped: If more samples are unusable than allowed; all others are stored.
-        UserError: If no node of the cluster has `config.gpus_per_worker` GPUs; if the teacher's template or processor
-            takes none of the first samples; or if a shard failed on every attempt, the others are stored.
+        UserError: If no node of the cluster has `config.gpus_per_worker` GPUs; if the teacher cannot be split as
+            `teacher.parallel` asks, or its template or processor takes none of the first samples; or if a shard failed
+            on every attempt, the others are stored.
         Interrupted: On Ctrl-C or SIGTERM; says how many shards are stored. No worker is left behind.
     """
     from pipeline.cluster import connection, ray_backend
+    from stages.teacher.config import ranks_of
     from stages.teacher.first_samples import check_first_samples
     from stages.teacher.identity import identify_teacher
 
@@ -57,10 +60,11 @@ def extract(
     samples, targets = SampleSet.open(samples_url), open_store(targets_url)
     index = samples.index
     teacher = as_begun(teacher, targets)
-    check_first_samples(teacher, samples)
+    num_ranks = ranks_of(teacher, config.gpus_per_worker)
+    check_first_samples(teacher, samples, num_ranks)
     with connection.connect(config.ray_address) as cluster:
-        cluster.check_room(config.gpus_per_worker)
-        identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0)
+        cluster.check_room(config.gpus_per_worker, num_ranks)
+        identity = identify_teacher(teacher, images, on_gpu=cluster.gpus > 0, num_ranks=num_ranks)
         manifest = identity.manifest(index.digest, len(index.shards))
         create_or_check(targets, manifest)
         on_begin(targets)
@@ -71,7 +75,8 @@ def extract(
         for note in notes:
             progress.message(f"note: {note}")
         tally = ExtractionTally(index, missing, progress)
-        threads = threads_per_worker(cluster.cpus, cluster.gpus, config.workers, len(missing), config.gpus_per_worker)
+        cpus = max(cluster.cpus // num_ranks, 1)
+        threads = threads_per_worker(cpus, cluster.gpus, config.workers, len(missing), config.gpus_per_worker)
         try:
             # Here, because ray, too, installs a handler of SIGTERM when it starts.
             with raised_on(signal.SIGINT, signal.SIGTERM):
@@ -82,12 +87,7 @@ def extract(
                         *(config.gpus_per_worker, config.batches_in_flight),
                     ),
                     missing or ([] if targets.exists(TEACHER_RECORD) else [TEACHER_ONLY]),
-                    ray_backend.TaskLimits(
-                        num_workers=config.workers,
-                        gpus_per_worker=config.gpus_per_worker if cluster.gpus else 0,
-                        max_attempts=config.max_attempts,
-                        tasks_per_worker=SHARDS_IN_FLIGHT,
-                    ),
+                    _limits(config, num_ranks, has_gpus=cluster.gpus > 0),
                     on_progress=tally.advance,
                     on_result=tally.add,
                     on_workers=tally.show,
@@ -99,10 +99,23 @@ def extract(
     committed = committed_shards(targets.list(COMMITS))
     for record in iter_commits(targets, {n: path for n, path in committed.items() if n not in tally.new_shards}):
         tally.count(record)
-    report = make_report(config, len(committed), tally, outcome, notes, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    report = make_report(config, len(committed), tally, outcome, notes, seconds, num_ranks)
     targets.write(REPORT, report.to_json().encode())
     check_report(report, config, targets.url, manifest.num_shards)
     return report
+
+
+def _limits(config: ExtractConfig, num_ranks: int, *, has_gpus: bool) -> "TaskLimits":
+    from pipeline.cluster.ray_backend import TaskLimits
+
+    return TaskLimits(
+        num_workers=config.workers,
+        gpus_per_worker=config.gpus_per_worker if has_gpus else 0,
+        max_attempts=config.max_attempts,
+        tasks_per_worker=SHARDS_IN_FLIGHT,
+        cpus_per_worker=1 if has_gpus else num_ranks,
+    )
 
 
 def as_begun(teacher: "TeacherConfig", targets: Store) -> "TeacherConfig":
@@ -119,10 +132,10 @@ def as_begun(teacher: "TeacherConfig", targets: Store) -> "TeacherConfig":
 
 def in_flight_notes(config: ExtractConfig, teacher: "TeacherIdentity") -> tuple[str, ...]:
     """Why only one batch is in the teacher, where more were to be."""
-    from stages.teacher.in_flight import kept_between_batches
+    from stages.teacher.in_flight import why_one
 
-    is_one = (config.batches_in_flight or config.gpus_per_worker) == 1
-    why = None if is_one else kept_between_batches(teacher.config)
+    default = 1 if teacher.settings.parallel == "tensor" else config.gpus_per_worker
+    why = None if (config.batches_in_flight or default) == 1 else why_one(teacher)
     return () if why is None else (f"one batch at a time is in the teacher: {why}",)
 
 

@@ -58,7 +58,9 @@ class ExtractionReport(StrictModel):
     workers: int
     """The most that worked at one time."""
     gpus_per_worker: int = 1
-    """GPUs that held one teacher."""
+    """GPUs, or processes without any, that held one teacher."""
+    tensor_ranks: int = 1
+    """Processes over which each of its layers was split."""
     per_worker: tuple[WorkerReport, ...]
     """Every worker that ever was, those that died included."""
     failed_starts: dict[str, int]
@@ -78,6 +80,7 @@ def make_report(
     outcome: Outcome,
     notes: tuple[str, ...],
     seconds: float,
+    num_ranks: int = 1,
 ) -> ExtractionReport:
     """Makes the report of a run that ended; `num_shards` are those that the store holds now."""
     return ExtractionReport(
@@ -95,6 +98,7 @@ def make_report(
         samples_per_s=tally.new_samples / seconds,
         workers=tally.max_workers,
         gpus_per_worker=config.gpus_per_worker,
+        tensor_ranks=num_ranks,
         per_worker=tuple(_worker_report(worker) for worker in outcome.workers),
         failed_starts=outcome.failed_starts,
         failed_tries={shard: tuple(tries) for shard, tries in sorted(outcome.tries.items())},

@@ -31,7 +31,8 @@ def load_weights(
             hold some that no class reads.
         trust_remote_code: whether its configs may name code, which is run.
         settings: for `from_pretrained`; `device_map="meta"` reads headers only. A quantized model is loaded where
-            another `device_map` says, or on the GPU when there is one, and stays there.
+            another `device_map` says, or on the GPU when there is one, and stays there. With `distributed_config` each
+            process of a group loads its part.
 
     Raises:
         UserError: As `load_config`, `check_files` and `load_quantized`; if no model can be built from the config, or a
@@ -51,7 +52,8 @@ def load_weights(
         return load(settings)
     # What the files lack, the library makes in the size that the config says: any size, so without memory first.
     with unfit_named(folder), _without_its_report():
-        checked = load({**settings, "device_map": "meta"})
+        whole = {key: value for key, value in settings.items() if key != "distributed_config"}
+        checked = load({**whole, "device_map": "meta"})
     return checked if settings.get("device_map") == "meta" else load(settings)
 
 

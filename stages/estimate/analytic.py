@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from stages.estimate.extrapolate import CodecCost, extrapolate
-from stages.estimate.memory import empty_model, memory_notes, teacher_memory
+from stages.estimate.memory import empty_model, memory_notes, split_notes, teacher_memory
 from stages.estimate.report import Estimate, EstimateConfig, TeacherCost
 from stages.estimate.sampling import Counts, SetCounts, count_blocks, count_units, plan_blocks
 from stages.teacher.config import TeacherConfig
@@ -50,7 +50,8 @@ def estimate_from_configs(
     Raises:
         UserError: If extraction would refuse the teacher.
     """
-    identity = identify_teacher(settings, images, on_gpu=True, with_weights=False)
+    num_ranks = gpus_per_worker if settings.parallel == "tensor" else 1
+    identity = identify_teacher(settings, images, on_gpu=True, with_weights=False, num_ranks=num_ranks)
     encoder = identity.encoder()
     # In maps of cells half of the entries are zeros too, which zstd leaves next to nothing of.
     causal, pooling = identity.family.causal_image_tokens, settings.map_pooling
@@ -72,7 +73,7 @@ def estimate_from_configs(
     model = empty_model(identity)
     work = forward_work(identity, model, held.per_sample)
     operations = sum(work.values())
-    busy_gpus = min(gpus_per_worker, num_in_flight(identity.config, gpus_per_worker, batches_in_flight))
+    busy_gpus = min(gpus_per_worker, num_in_flight(identity, gpus_per_worker, batches_in_flight))
     speed = f"{config.gpu_tflops:g} TFLOP/s at"
     teacher = TeacherCost(
         device=f"GPU of {speed} {config.efficiency:.0%}",
@@ -88,6 +89,7 @@ def estimate_from_configs(
         f"{operations / 1e12:.3g} TFLOP a sample: {shares}",
         *[f"of the {gpus_per_worker} GPUs of a teacher {busy_gpus} are taken to compute at once"]
         * (gpus_per_worker > 1),
+        *split_notes(settings),
         f"{speed} an efficiency of {config.efficiency:.0%} are assumed, not measured",
         "bytes of maps as measured on synthetic ones of 728 image tokens (benchmarks/results/attention_codes.json)",
         "bytes of answer rows, answer attention and tokens are those before zstd",

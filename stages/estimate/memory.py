@@ -13,11 +13,13 @@ from stages.checkpoints.quantization import bits_per_weight
 from stages.estimate.report import EstimateConfig, TeacherMemory
 from stages.estimate.sampling import Counts
 from stages.teacher.batching import GPU_FIRST_TRY
+from stages.teacher.config import TeacherConfig
 from stages.teacher.forward import LOGIT_ROWS
 from stages.teacher.identity import TeacherIdentity
 from stages.teacher.in_flight import num_in_flight
 from stages.teacher.map_coder import UNCODED_BATCHES
 from stages.teacher.placement import MEMORY_FOR_WEIGHTS
+from stages.teacher.tensor_split import check_split, splits
 
 DRIVER_BYTES = 10**9
 """Of each GPU: context, kernels, and what the allocator cannot use; assumed."""
@@ -55,11 +57,10 @@ def teacher_memory(
     """
     memory = round(config.gpu_memory_gb * 1e9)
     asked = identity.settings.batch_size
-    num_layers = identity.config.get_text_config().num_hidden_layers
+    numbers, weights = possible_numbers(identity), _weight_bytes(identity, model)
     sizes = [asked] if asked else [2**power for power in range(GPU_FIRST_TRY.bit_length())]
-    weights = _weight_bytes(identity, model)
-    for gpus in range(1, num_layers + 1):
-        for num_batches in range(num_in_flight(identity.config, gpus, batches_in_flight), 0, -1):
+    for gpus in numbers:
+        for num_batches in range(num_in_flight(identity, gpus, batches_in_flight), 0, -1):
             fitting = [
                 found
                 for size in sizes
@@ -69,14 +70,36 @@ def teacher_memory(
             ]
             if fitting:
                 return fitting[-1].model_copy(update={"gpu_bytes": memory})
-    least = _with_batch(identity, weights, per_sample, sizes[0], num_layers, 1)
+    least = _with_batch(identity, weights, per_sample, sizes[0], numbers[-1], 1)
     return least.model_copy(update={"gpu_bytes": memory, "gpus": None})
+
+
+def possible_numbers(identity: TeacherIdentity) -> list[int]:
+    """Numbers of GPUs that can hold the teacher, rising: one for each layer at most, or what its heads divide by.
+
+    Raises:
+        UserError: If its layers are to be split and cannot be.
+    """
+    text, settings = identity.config.get_text_config(), identity.settings
+    if settings.parallel == "layers":
+        return list(range(1, text.num_hidden_layers + 1))
+    numbers = splits(text)
+    least = numbers[0] if numbers else 2
+    check_split(identity.config, identity.folder, least, trust_remote_code=settings.trust_remote_code)
+    return numbers
+
+
+def split_notes(settings: TeacherConfig) -> tuple[str, ...]:
+    """What is not counted where each layer is split."""
+    if settings.parallel == "layers":
+        return ()
+    return ("teacher.parallel is tensor: the time is that of one GPU at a time, what several gain was not measured",)
 
 
 def memory_notes(memory: TeacherMemory, gpus_per_worker: int) -> tuple[str, ...]:
     """What is to be set, if `extract.gpus_per_worker` is fewer than the teacher needs."""
     if memory.gpus is None:
-        return ("a GPU for each layer does not hold the teacher with one batch; lower teacher.max_length",)
+        return ("the most GPUs that can share the teacher do not hold it with one batch; lower teacher.max_length",)
     if memory.gpus > gpus_per_worker:
         return (f"the teacher needs {memory.gpus} GPUs: set extract.gpus_per_worker={memory.gpus}",)
     return ()
@@ -84,14 +107,14 @@ def memory_notes(memory: TeacherMemory, gpus_per_worker: int) -> tuple[str, ...]
 
 def _with_batch(
     identity: TeacherIdentity,
-    weight_bytes: tuple[int, int],
+    held: tuple[int, int, int],
     per_sample: Counts,
     batch: int,
     gpus: int,
     num_batches: int,
 ) -> TeacherMemory:
     text, element = identity.config.get_text_config(), identity.dtype.itemsize
-    weights, largest = weight_bytes
+    weights, largest, whole = held
     length = identity.settings.max_length
     num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -109,7 +132,10 @@ def _with_batch(
     coding = of_image * (len(identity.layers) * CODED_LAYERS[causal] + len(identity.windows) * CODED_WINDOWS[causal])
     # One layer's keys and values behind those of the prefixes, besides those of all layers.
     caches = num_batches * key_bytes * text.num_hidden_layers if identity.prefix_reuse else 0
-    share = weights if gpus == 1 else weights // gpus + largest
+    if identity.settings.parallel == "tensor":
+        share = whole + (weights - whole) // gpus
+    else:
+        share = weights if gpus == 1 else weights // gpus + largest
     # Each batch in flight has streams of its own, and the library keeps what it frees for these.
     activations = num_batches * round(max(layer + key_bytes + blocks, logits))
     per_gpu = share + activations + maps + coding + caches / gpus + DRIVER_BYTES
@@ -127,8 +153,8 @@ def _with_batch(
     )
 
 
-def _weight_bytes(identity: TeacherIdentity, model: PreTrainedModel) -> tuple[int, int]:
-    """Of all weights, and of the largest layer of the decoder or embedding, which no two GPUs share."""
+def _weight_bytes(identity: TeacherIdentity, model: PreTrainedModel) -> tuple[int, int, int]:
+    """Of all weights, of the largest layer of the decoder or embedding, and of what is whole where layers are split."""
     bits = bits_per_weight(identity.config)
     kept = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
     decoder = model.get_decoder()
@@ -144,4 +170,6 @@ def _weight_bytes(identity: TeacherIdentity, model: PreTrainedModel) -> tuple[in
 
     parts = [list(layer.parameters()) for layer in decoder.layers]
     parts.append(list(model.get_output_embeddings().parameters()))
-    return size(list(model.parameters())), max(map(size, parts))
+    split = packed | kept
+    whole = [weight for weight in model.parameters() if id(weight) not in split]
+    return size(list(model.parameters())), max(map(size, parts)), size(whole)

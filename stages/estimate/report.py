@@ -65,7 +65,8 @@ class TeacherMemory(StrictModel):
     gpu_bytes: int
     """Memory of one GPU, as asked."""
     gpus: int | None
-    """The fewest that hold it with a batch (`extract.gpus_per_worker`); None if a GPU for each layer does not."""
+    """The fewest that hold it with a batch (`extract.gpus_per_worker`); None if a GPU for each layer does not, or, with
+    `teacher.parallel` tensor, one for each of the heads of keys and values."""
     batch_size: int
     """`teacher.batch_size`, or the largest power of two that fits into so many."""
     batches_in_flight: int = 1

@@ -18,6 +18,7 @@ from storage.strict_model import StrictModel
 from storage.targets.manifest import MAX_POOLING, Cut
 
 PrefixReuse = Literal["auto", "on", "off"]
+Parallel = Literal["layers", "tensor"]
 
 
 class TeacherConfig(StrictModel):
@@ -74,6 +75,11 @@ class TeacherConfig(StrictModel):
     """Whether tokens up to a sample's last image are computed once for all conversations that share them: `auto` where
     the teacher's decoder allows it, and in a store that was begun as it was begun; `on` or not at all; `off` computes
     each conversation as a whole. The two ways differ in roundings (docs/scale.md#the-image-once)."""
+    parallel: Parallel = "layers"
+    """How `extract.gpus_per_worker` GPUs share one teacher: `layers` in a row, which computes what one GPU does;
+    `tensor` splits each layer over as many processes, which all compute at once, and adds what they find. It sums in
+    another order, is part of the store's fingerprint, and is for plain decoders
+    (docs/scale.md#each-layer-over-several-gpus)."""
     trust_remote_code: Annotated[bool, AtResume.MAY_CHANGE] = False
     """Runs Python code that comes with the checkpoint. Only for checkpoints you wrote or read."""
 
@@ -96,3 +102,19 @@ def captured_layers(
         raise UserError(f"layers {list(layers)} are not consecutive layers of a decoder with {num_layers}")
     num_matched = settings.num_matched or min(default_num_matched(num_layers), len(layers))
     return layers, sliding_windows(layers, num_matched)
+
+
+def ranks_of(settings: TeacherConfig, gpus_per_worker: int) -> int:
+    """Processes over which each layer is split; 1 unless that is asked for.
+
+    Raises:
+        UserError: If it is asked for with nothing to split over.
+    """
+    if settings.parallel == "layers":
+        return 1
+    if gpus_per_worker == 1:
+        raise UserError(
+            "teacher.parallel is tensor, which splits each layer of a teacher over several GPUs, and "
+            "extract.gpus_per_worker is 1: set it to 2 or more, or teacher.parallel to layers"
+        )
+    return gpus_per_worker

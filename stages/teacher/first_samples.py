@@ -16,7 +16,7 @@ FIRST_SAMPLES: Final = 16
 """Samples of the first shard that are rendered, until one can be."""
 
 
-def check_first_samples(settings: TeacherConfig, samples: SampleSet) -> None:
+def check_first_samples(settings: TeacherConfig, samples: SampleSet, num_ranks: int = 1) -> None:
     """Refuses a teacher whose processor takes no picture though samples have some, or whose template takes no sample.
 
     Of the samples only the text is rendered, in the process of templates: their images and tokens may end a process,
@@ -25,7 +25,7 @@ def check_first_samples(settings: TeacherConfig, samples: SampleSet) -> None:
     Raises:
         UserError: If it is one; as `identify_teacher` and `ConversationEncoder`.
     """
-    identity = identify_teacher(settings, on_gpu=False, with_weights=False)
+    identity = identify_teacher(settings, on_gpu=False, with_weights=False, num_ranks=num_ranks)
     template = settings.chat_template or f"that of {settings.checkpoint}"
     encoder = ConversationEncoder(identity.processor, identity.config.image_token_id, NO_LIMIT)
     if _hold_images(samples):

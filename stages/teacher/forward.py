@@ -15,7 +15,9 @@ from stages.families.batch import batch_inputs, move_inputs
 from stages.teacher.batching import LENGTH_STEP, PreparedSample
 from stages.teacher.num_threads import adopt_num_threads
 from stages.teacher.placement import stacked
-from stages.teacher.teacher import Teacher
+from stages.teacher.rank_messages import Pass
+from stages.teacher.teacher import Teacher, on_all_ranks
+from stages.teacher.tensor_split import average_heads
 from storage.codecs.answer_logits import AnswerLogitsCodec
 from storage.codecs.tail_samples import row_addresses
 
@@ -35,6 +37,7 @@ class ForwardOutput(NamedTuple):
     answer attention is not wanted."""
 
 
+@on_all_ranks(lambda batch, wanted_maps: Pass("run_teacher", batch, wanted_maps))
 @torch.inference_mode()
 def run_teacher(
     teacher: Teacher, batch: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]
@@ -57,6 +60,7 @@ def run_teacher(
     # The base model, not the one with the head: logits are wanted at answer rows only.
     inputs = model_inputs(teacher, batch)
     hidden_BTd = teacher.model.model(**inputs, capture=capture, use_cache=False).last_hidden_state
+    average_heads(capture, teacher.identity.num_ranks)
     answer_masks = [sample.encoded.answer_mask for sample in batch]
     answers = answer_rows([sample.encoded.token_ids for sample in batch], answer_masks).to(hidden_BTd.device)
     hidden_Rd = hidden_BTd[answers.sequence_R, answers.position_R]

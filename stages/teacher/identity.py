@@ -24,6 +24,7 @@ from stages.families.family import Family
 from stages.families.registry import family_of
 from stages.teacher.config import TeacherConfig, captured_layers
 from stages.teacher.image_rules import ImageRules
+from stages.teacher.tensor_split import check_split
 from storage.codecs.attention_maps import MapCodec
 from storage.codecs.codec_settings import (
     LogitCodecConfig,
@@ -55,6 +56,8 @@ class TeacherIdentity:
     weights: str
     prefix_reuse: bool = False
     """Whether tokens up to a sample's last image are computed once for all samples that share them."""
+    num_ranks: int = 1
+    """Processes over which each of its layers is split."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -70,7 +73,9 @@ class TeacherIdentity:
             "Set teacher.chat_template to a template that writes one after each answer: a jinja file, or the one of "
             "those that come with the package that it was trained on (chatml, llama-3, llava-1.5, mistral)",
         )
-        return quantized + whole + ends
+        is_split = self.num_ranks > 1
+        split = (f"each layer is split over {self.num_ranks} processes, which round unlike one",) if is_split else ()
+        return quantized + split + whole + ends
 
     @property
     def map_codec(self) -> MapCodec:
@@ -137,25 +142,32 @@ class TeacherIdentity:
             capture_version=CAPTURE_VERSION,
             answer_attention=self.settings.answer_attention,
             prefix_reuse=self.prefix_reuse,
+            tensor_ranks=self.num_ranks,
             map_pooling=self.settings.map_pooling,
             max_image_tokens=self.settings.max_image_tokens,
         )
 
 
 def identify_teacher(
-    settings: TeacherConfig, images: ImageConfig = DEFAULT_IMAGES, *, on_gpu: bool, with_weights: bool = True
+    settings: TeacherConfig,
+    images: ImageConfig = DEFAULT_IMAGES,
+    *,
+    on_gpu: bool,
+    with_weights: bool = True,
+    num_ranks: int = 1,
 ) -> TeacherIdentity:
     """Reads config, processor and chat template and digests the weight files.
 
     `images` says how it is shown pictures, `on_gpu` decides what dtype "auto" means. Without weights, as for an
-    estimate, their digest is empty.
+    estimate, their digest is empty. `num_ranks` are the processes over which each layer is split (`config.ranks_of`).
 
     Raises:
         UserError: If checkpoint or chat template cannot be read, its family or layers cannot be used, or it is
-            quantized and a package that loads it is missing.
+            quantized and a package that loads it is missing; if it cannot be split so.
     """
     folder = resolve_checkpoint(settings.checkpoint, with_weights=with_weights)
     config = load_config(folder, trust_remote_code=settings.trust_remote_code)
+    check_split(config, folder, num_ranks, trust_remote_code=settings.trust_remote_code)
     check_packages(config, folder)
     family = family_of(config.model_type)
     num_layers = config.get_text_config().num_hidden_layers
@@ -182,6 +194,7 @@ def identify_teacher(
         dtype=getattr(torch, dtype),
         weights=weights_digest(folder) if with_weights else "",
         prefix_reuse=_reuses_prefix(settings, config, folder),
+        num_ranks=num_ranks,
     )
     identity.image_rules.check()
     return identity

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import torch
 from transformers import PretrainedConfig
 
+from stages.teacher.identity import TeacherIdentity
 from stages.teacher.num_threads import adopt_num_threads
 from stages.teacher.placement import on_streams
 from stages.teacher.teacher import Teacher
@@ -26,14 +27,21 @@ T = TypeVar("T")
 B = TypeVar("B")
 
 
-def num_in_flight(config: PretrainedConfig, num_gpus: int, asked: int | None = None) -> int:
+def num_in_flight(teacher: TeacherIdentity, num_gpus: int, asked: int | None = None) -> int:
     """Batches that are in a model at once: `asked`, or one on each of several GPUs and one that waits for the first.
 
-    It is one where the model keeps something of each batch until the next.
+    It is one where `why_one` has a reason.
     """
-    if kept_between_batches(config) is not None:
+    if why_one(teacher) is not None:
         return 1
     return asked or (num_gpus + 1 if num_gpus > 1 else 1)
+
+
+def why_one(teacher: TeacherIdentity) -> str | None:
+    """Why no second batch can be in a teacher; None if one can."""
+    if teacher.settings.parallel == "tensor":
+        return "the processes that share its layers (teacher.parallel) take part in one forward pass after the other"
+    return kept_between_batches(teacher.config)
 
 
 def kept_between_batches(config: PretrainedConfig) -> str | None:

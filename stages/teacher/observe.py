@@ -73,7 +73,7 @@ class Observer:
         on_gpu = bool(teacher.gpus)
         self.batch_size = BatchSize(teacher.identity.settings.batch_size, on_gpu=on_gpu)
         self.coder = MapCoder(teacher, self.timings, overlap=overlap)
-        at_once = num_in_flight(teacher.identity.config, len(teacher.gpus), batches_in_flight) if overlap else 1
+        at_once = num_in_flight(teacher.identity, len(teacher.gpus), batches_in_flight) if overlap else 1
         self.schedule = Schedule(teacher, self.coder, self.timings, at_once)
         self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "prepare", adopt_num_threads) if overlap else None
 

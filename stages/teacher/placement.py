@@ -29,16 +29,25 @@ def over_gpus(num_gpus: int) -> dict[str, Any]:
     """
     if num_gpus <= 1:
         return {}
-    if (found := torch.cuda.device_count()) < num_gpus:
-        raise UserError(
-            f"this process sees {found} GPUs that torch can use, extract.gpus_per_worker asks for {num_gpus}; set it "
-            "to what a machine has, or mend the driver of this one"
-        )
+    check_gpus(num_gpus)
     free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(num_gpus)}
     return {
         "device_map": "balanced",
         "max_memory": {gpu: int(MEMORY_FOR_WEIGHTS * num_bytes) for gpu, num_bytes in free.items()},
     }
+
+
+def check_gpus(num_gpus: int) -> None:
+    """Refuses to go on with fewer GPUs than asked for.
+
+    Raises:
+        UserError: If this process sees fewer.
+    """
+    if (found := torch.cuda.device_count()) < num_gpus:
+        raise UserError(
+            f"this process sees {found} GPUs that torch can use, extract.gpus_per_worker asks for {num_gpus}; set it "
+            "to what a machine has, or mend the driver of this one"
+        )
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from stages.teacher.batching import PreparedSample
 from stages.teacher.forward import captured_maps, coded_answers
 from stages.teacher.num_threads import adopt_num_threads
 from stages.teacher.placement import stacked
-from stages.teacher.teacher import Teacher
+from stages.teacher.rank_messages import Pass
+from stages.teacher.teacher import Teacher, on_all_ranks
+from stages.teacher.tensor_split import average_heads
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class Prefixes:
     """Map key -> `[N, N]` of each captured layer, not yet coded."""
     answers: list[Tensor] | None
     """Of each prefix `[L, a, N]`, the attention from those rows of each answer that lie in it; None if not wanted."""
+    firsts: Sequence[PreparedSample]
+    """Samples whose prefixes they are."""
 
 
+@on_all_ranks(lambda firsts, wanted_maps: Pass("run_prefixes", firsts, wanted_maps))
 @torch.inference_mode()
 def run_prefixes(
     teacher: Teacher, firsts: Sequence[PreparedSample], wanted_maps: Collection[PreparedSample]
@@ -67,6 +72,7 @@ def run_prefixes(
     inputs = _part_inputs(teacher, tokens, firsts[0].padded_prefix, pixels)
     positions, shifts = _positions(teacher, inputs)
     hidden_PTd = model.model(**inputs, **positions, capture=capture, prefix=record, use_cache=False).last_hidden_state
+    average_heads(capture, teacher.identity.num_ranks)
     answers = None
     if queries is not None:
         answers = [stacked([capture.answer_maps[layer][row] for layer in layers]) for row in range(len(firsts))]
@@ -76,12 +82,14 @@ def run_prefixes(
         shifts=shifts,
         maps=captured_maps(capture, layers, firsts, wanted_maps),
         answers=answers,
+        firsts=firsts,
     )
     teacher.synchronize()
+    if teacher.ranks is not None:
+        teacher.ranks.hold(prefixes)
     return prefixes
 
 
-@torch.inference_mode()
 def run_continuations(
     teacher: Teacher, prefixes: Prefixes, rows: Sequence[int], batch: Sequence[PreparedSample]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -95,6 +103,18 @@ def run_continuations(
     Raises:
         torch.OutOfMemoryError: If they do not fit; nothing of them is kept then.
     """
+    if teacher.ranks is not None and not teacher.ranks.holds(prefixes):
+        # Other processes that were started again have none.
+        run_prefixes(teacher, prefixes.firsts, ())
+        teacher.ranks.hold(prefixes)
+    return _run_continuations(teacher, prefixes, rows, batch)
+
+
+@on_all_ranks(lambda prefixes, rows, batch: Pass("run_continuations", batch, rows=rows))
+@torch.inference_mode()
+def _run_continuations(
+    teacher: Teacher, prefixes: Prefixes, rows: Sequence[int], batch: Sequence[PreparedSample]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
     adopt_num_threads()
     model, layers = teacher.model, teacher.identity.layers
     wants_attention = teacher.identity.settings.answer_attention
@@ -119,6 +139,7 @@ def run_continuations(
         prefix=PrefixContinuation(prefixes.record, rows),
         use_cache=False,
     ).last_hidden_state
+    average_heads(capture, teacher.identity.num_ranks)
     hidden_Rd = _answer_states(prefixes, rows, batch, hidden_Btd)
     logits = coded_answers(teacher, batch, hidden_Rd)
     attention: list[Tensor | None] = [None] * len(batch)

@@ -7,7 +7,9 @@ from storage.errors import FingerprintMismatch, UserError
 from storage.regular_files import read_regular
 from storage.targets.manifest import OTHER_SAMPLES, Fingerprint
 
-MAY_DIFFER = frozenset({"samples", "max_length", "dtype", "answer_attention", "prefix_reuse", "max_image_tokens"})
+MAY_DIFFER = frozenset(
+    {"samples", "max_length", "dtype", "answer_attention", "prefix_reuse", "tensor_ranks", "max_image_tokens"}
+)
 """Of two stores in one mixture; all else that a fingerprint holds decides what a student is or how targets are read.
 Whether answer attention is stored matters only where it is asked for, and is looked at there."""
 

@@ -74,6 +74,9 @@ class Fingerprint(StrictModel):
     prefix_reuse: bool = Field(default=False, exclude_if=operator.not_)
     """Whether what comes up to a sample's last image was computed once for all samples that share it. The field is
     there only where it is true; without it each sample was computed as a whole."""
+    tensor_ranks: int = Field(default=1, ge=1, lt=MAX_LAYERS, exclude_if=lambda number: number == 1)
+    """Processes over which each layer of the teacher was split, which changes the order of sums. The field is there
+    only where it is above 1."""
     map_pooling: int = Field(default=1, ge=1, le=MAX_POOLING, exclude_if=lambda side: side == 1)
     """Image tokens along a side of the cells that maps are of. Only version 5 of the format has the field, above 1."""
     max_image_tokens: int | None = Field(default=None, ge=1, le=1_000_000, exclude_if=lambda limit: limit is None)

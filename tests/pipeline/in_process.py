@@ -11,12 +11,12 @@ from pipeline.cluster.worker import Outcome
 
 
 @contextlib.contextmanager
-def without_ray(threads: int = 1) -> Iterator[None]:
+def without_ray(threads: int = 1, cpus: int = 1) -> Iterator[None]:
     """Inside the block `extract` makes its shards here, `threads` of them at a time."""
 
     @contextlib.contextmanager
     def connect(_: str | None) -> Iterator[connection.Cluster]:
-        yield connection.Cluster(cpus=1, gpus=0)
+        yield connection.Cluster(cpus=cpus, gpus=0)
 
     def run_tasks(make_worker: Any, tasks: list[int], _: ray_backend.TaskLimits, **calls: Any) -> Outcome:
         work = make_worker()

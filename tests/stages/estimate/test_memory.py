@@ -22,10 +22,12 @@ from stages.teacher.placement import MEMORY_FOR_WEIGHTS
 from stages.teacher.prefix_forward import run_prefixes
 from stages.teacher.teacher import load_teacher
 from stages.teacher.timings import Timings
+from storage.errors import UserError
 from storage.samples.sample_set import SampleSet
 from tests.checkpoints import make_tiny_llava
 from tests.processes import PATIENCE_S
 from tests.stages.distilled import TinyData, make_tiny_data
+from tests.tiny_families import make_tiny_family
 
 ONE_IMAGE = {"image_tokens": 576.0, "maps": 1.0}
 LARGE = {
@@ -112,11 +114,31 @@ def test_a_teacher_too_large_for_a_gpu_a_layer_is_said_to_be(large: Path) -> Non
     assert memory_of(large, 3.0).gpus is None
     settings = TeacherConfig(checkpoint=str(large))
     made = estimate_from_configs(settings, None, EstimateConfig(samples=10, gpu_memory_gb=3.0), workers=1)
-    assert any("a GPU for each layer does not hold the teacher" in note for note in made.notes)
+    assert any("the most GPUs that can share the teacher do not hold it" in note for note in made.notes)
     for gpus, is_said in ((1, True), (2, True), (3, False)):
         made = estimate_from_configs(settings, None, EstimateConfig(samples=10), workers=1, gpus_per_worker=gpus)
         assert ("the teacher needs 3 GPUs: set extract.gpus_per_worker=3" in made.notes) == is_said
         assert made.gpus_per_worker == gpus
+
+
+def test_split_layers_share_the_weights_among_a_number_of_gpus_that_divides_their_heads(large: Path) -> None:
+    found = memory_of(large, parallel="tensor")
+    assert found.gpus == 4, "3 would hold it, and do not divide 8 heads of keys and values"
+    assert found.bytes_of_weights_per_gpu == pytest.approx(found.weight_bytes / 4, rel=0.02)
+    assert found.bytes_per_gpu <= 80e9
+    assert memory_of(large, 3.0, parallel="tensor").gpus is None
+    settings = TeacherConfig(checkpoint=str(large), parallel="tensor")
+    made = estimate_from_configs(settings, None, EstimateConfig(samples=10), workers=1)
+    assert "the teacher needs 4 GPUs: set extract.gpus_per_worker=4" in made.notes
+    assert any("what several gain was not measured" in note for note in made.notes)
+    with pytest.raises(UserError, match="do not divide by 3"):
+        estimate_from_configs(settings, None, EstimateConfig(samples=10), workers=1, gpus_per_worker=3)
+
+
+def test_a_teacher_that_cannot_be_split_is_refused_by_the_estimate_too(tmp_path: Path) -> None:
+    settings = TeacherConfig(checkpoint=str(make_tiny_family(tmp_path / "experts", "glm4v_moe")), parallel="tensor")
+    with pytest.raises(UserError, match="its decoder is of type glm4v_moe_text"):
+        estimate_from_configs(settings, None, EstimateConfig(samples=10), workers=1)
 
 
 def test_packed_weights_count_by_their_bits_and_those_that_are_unpacked_as_floats(large: Path) -> None:

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 import stages.teacher.device_turns
+from pipeline.extraction.config import ExtractConfig
+from pipeline.extraction.extract import in_flight_notes
 from stages.teacher.batching import BatchSize, PreparedSample, SamplePreparer
 from stages.teacher.config import PrefixReuse, TeacherConfig
 from stages.teacher.device_turns import DeviceTurns
-from stages.teacher.in_flight import PeakMemory, kept_between_batches, num_in_flight
+from stages.teacher.identity import identify_teacher
+from stages.teacher.in_flight import PeakMemory, kept_between_batches, num_in_flight, why_one
 from stages.teacher.isolate import run_isolated
 from stages.teacher.observe import Observer
 from stages.teacher.teacher import Teacher, load_teacher
@@ -380,16 +382,27 @@ def test_room_is_what_a_gpu_has_left_for_as_many_batches_as_may_be_in_flight(mon
 def test_a_model_that_keeps_something_of_a_batch_has_one_in_flight(
     data: TinyData, rope: dict[str, object], why: str | None
 ) -> None:
-    config = AutoConfig.from_pretrained(data.teacher)
+    teacher = identify_teacher(TeacherConfig(checkpoint=str(data.teacher)), on_gpu=False)
+    config = teacher.config
     assert kept_between_batches(config) is None
     config.text_config.rope_parameters = rope
     assert (why is None) == (kept_between_batches(config) is None)
     assert (why or "") in (kept_between_batches(config) or "")
-    assert [num_in_flight(config, *asked) for asked in ((1,), (4,), (1, 3), (4, 1))] == (
+    assert [num_in_flight(teacher, *asked) for asked in ((1,), (4,), (1, 3), (4, 1))] == (
         [1, 5, 3, 1] if why is None else [1, 1, 1, 1]
     )
     config.text_config.is_causal = False
-    assert num_in_flight(config, 4) == 1
+    assert num_in_flight(teacher, 4) == 1
+
+
+def test_a_teacher_that_is_split_over_processes_has_one_batch_in_flight(data: TinyData) -> None:
+    settings = TeacherConfig(checkpoint=str(data.teacher), parallel="tensor")
+    teacher = identify_teacher(settings, on_gpu=False, num_ranks=2)
+    assert [num_in_flight(teacher, *asked) for asked in ((1,), (2,), (1, 3))] == [1, 1, 1]
+    assert "one forward pass after the other" in (why_one(teacher) or "")
+    assert in_flight_notes(ExtractConfig(gpus_per_worker=2), teacher) == ()
+    (note,) = in_flight_notes(ExtractConfig(gpus_per_worker=2, batches_in_flight=3), teacher)
+    assert note.startswith("one batch at a time is in the teacher: the processes that share its layers")
 
 
 def kept(model: nn.Module) -> dict[str, object]:
