@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from stages.checkpoints.config_files import read_config
@@ -80,9 +80,7 @@ def export_student(
     task = progress.task(f"export {output.name}", total=3, unit="steps")
     task.update(note="loading")
     refuse_quantized(read_config(source / "config.json"), source, "an export")
-    student, processor = load_multimodal(source), load_processor(source)
-    pad_on_the_left(processor.tokenizer)
-    let_llava_count(processor)
+    student, processor = load_multimodal(source), _served_processor(source)
     vision_type = getattr(student.config, "teacher_config", student.config).model_type
     probe = ConversationEncoder(processor, student.config.image_token_id, NO_LIMIT).encode_pair(*_PROBE, [_picture()])
     parts, post_connector = _folded(student, fold=fold)
@@ -100,7 +98,6 @@ def export_student(
         name_video_half(vision_type, staging)
         task.update(done=2, note="comparing")
         exported = load_multimodal(staging)
-        stored = exported.dtype
         found_TV = _logits(exported, probe)
         report = ExportReport(
             # The whole path is private.
@@ -108,7 +105,7 @@ def export_student(
             model_class=type(exported).__name__,
             custom_code=Path(getfile(type(exported))).name if isinstance(exported, OWN_CLASSES) else None,
             post_connector=post_connector,
-            dtype=str(stored).removeprefix("torch."),
+            dtype=str(exported.dtype).removeprefix("torch."),
             trained_dtype=str(trained).removeprefix("torch."),
             parameters=num_parameters,
             bytes=sum(path.stat().st_size for path in weight_files(staging)),
@@ -119,7 +116,7 @@ def export_student(
             never_generated=tuple(sorted(set(generation.suppress_tokens))),
             why_not_vllm=why_not_vllm(exported, processor),
             logit_error=_difference(found_TV, expected_TV),
-            rounding_error=_check_logits(found_TV, expected_TV, unrounded_TV, trained, stored),
+            rounding_error=_check_logits(found_TV, expected_TV, unrounded_TV, trained, exported.dtype),
             logit_scale=float(expected_TV.abs().max()),
             seconds=round(time.perf_counter() - started, 3),
         )
@@ -128,6 +125,14 @@ def export_student(
         (staging / CARD).write_text(card, encoding="utf-8")
     task.update(done=3, note="")
     return report
+
+
+def _served_processor(source: Path) -> ProcessorMixin:
+    """The processor as generation and servers need it."""
+    processor = load_processor(source)
+    pad_on_the_left(processor.tokenizer)
+    let_llava_count(processor)
+    return processor
 
 
 def _folded(student: PreTrainedModel, *, fold: bool) -> tuple[ModelParts, PostConnector]:
