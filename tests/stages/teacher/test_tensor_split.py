@@ -18,7 +18,9 @@ from stages.teacher.ranks import RankLost, Ranks
 from stages.teacher.tensor_split import check_split
 from storage.errors import FingerprintMismatch, UserError
 from storage.samples.image_settings import DEFAULT_IMAGES
+from storage.stores import open_store
 from storage.streaming.source_checks import check_mixable
+from storage.targets.manifest import MANIFEST_PATH, Manifest
 from tests.checkpoints import make_tiny_llava
 from tests.conftest import TinyWorld
 from tests.pipeline.in_process import without_ray
@@ -83,15 +85,17 @@ def test_a_cluster_without_gpus_and_with_too_few_cores_is_refused() -> None:
 
 
 def test_a_store_says_over_how_many_processes_its_teacher_was_split_and_is_as_before_where_it_was_not(
-    llava: Path,
+    llava: Path, tmp_path: Path
 ) -> None:
-    plain, two, four = (
+    plain, two, again = (
         identify_teacher(split(llava), on_gpu=False, num_ranks=number).manifest("samples", 1) for number in (1, 2, 1)
     )
     assert b"tensor" not in plain.to_bytes()
     assert b'"tensor_ranks":2' in two.to_bytes()
-    assert plain == four
+    assert plain == again
     assert two.fingerprint.differences(plain.fingerprint) == ["tensor_ranks"]
+    open_store(tmp_path).write(MANIFEST_PATH, two.to_bytes())
+    assert Manifest.load(open_store(tmp_path)) == two
     check_mixable([("a", plain.fingerprint), ("b", two.fingerprint)])
 
 

@@ -62,7 +62,7 @@ def test_differences_are_names_of_fields():
     assert fingerprint().digest == fingerprint().digest != other.digest
 
 
-SOMETIMES = {"answer_attention", "prefix_reuse", "map_pooling", "max_image_tokens"}
+SOMETIMES = {"answer_attention", "prefix_reuse", "tensor_ranks", "map_pooling", "max_image_tokens"}
 """Fields that are there only where they are not at their default."""
 
 
