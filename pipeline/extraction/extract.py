@@ -81,11 +81,7 @@ def extract(
             # Here, because ray, too, installs a handler of SIGTERM when it starts.
             with raised_on(signal.SIGINT, signal.SIGTERM):
                 outcome = ray_backend.run_tasks(
-                    partial(
-                        ShardExtractor,
-                        *(teacher, samples_url, targets_url, manifest, threads),
-                        *(config.gpus_per_worker, config.batches_in_flight),
-                    ),
+                    partial(ShardExtractor, teacher, samples_url, targets_url, manifest, threads, config),
                     missing or ([] if targets.exists(TEACHER_RECORD) else [TEACHER_ONLY]),
                     _limits(config, num_ranks, has_gpus=cluster.gpus > 0),
                     on_progress=tally.advance,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cluster.task_queue import CRASHES_AT_A_POSITION
 from pipeline.cluster.worker import ProcessUnfit, ProgressMarker
+from pipeline.extraction.config import ExtractConfig
 from pipeline.runtime.cpu_determinism import make_cpu_deterministic, reproducible_threads
 from storage.errors import FingerprintMismatch, disk_errors_named
 from storage.samples.sample_set import SampleSet
@@ -42,8 +43,7 @@ class ShardExtractor:
         targets: str,
         manifest: Manifest,
         threads: int,
-        num_gpus: int = 1,
-        batches_in_flight: int | None = None,
+        config: ExtractConfig = ExtractConfig(),  # noqa: B008 a frozen value
     ) -> None:
         make_cpu_deterministic()
         import torch
@@ -53,7 +53,7 @@ class ShardExtractor:
 
         torch.set_num_threads(threads if torch.cuda.is_available() else reproducible_threads(threads))
         self.samples, self.targets, self.manifest = SampleSet.open(samples), open_store(targets), manifest
-        self.teacher = load_teacher(teacher, manifest.fingerprint.images, num_gpus)
+        self.teacher = load_teacher(teacher, manifest.fingerprint.images, config.gpus_per_worker)
         # A node may hold another version of the checkpoint under the same path.
         own = self.teacher.identity.manifest(self.samples.index.digest, len(self.samples.index.shards))
         if differing := own.fingerprint.differences(manifest.fingerprint):
@@ -61,7 +61,7 @@ class ShardExtractor:
                 f"the worker on {os.uname().nodename} sees another teacher or data than the driver "
                 f"(differs in: {', '.join(differing)}); give all machines the same files"
             )
-        self.observer = Observer(self.teacher, batches_in_flight=batches_in_flight)
+        self.observer = Observer(self.teacher, batches_in_flight=config.batches_in_flight)
         self._saving_vision = threading.Lock()
 
     def __call__(self, shard: int, progress: Callable[[int], None]) -> CommitRecord | None:
