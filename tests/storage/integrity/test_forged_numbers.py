@@ -66,8 +66,8 @@ REPEATED = ("shard", "num_samples", "num_tokens", "num_answer_rows", "num_maps",
 LEAVES: dict[str, set[Leaf]] = {
     "manifest": {
         *_leaves_of(Manifest),
-        # A store of maps of tokens, as this one, does not have it.
-        *(_leaves_of(Fingerprint, "fingerprint") - {("fingerprint", "map_pooling")}),
+        # A store of maps of tokens by a teacher in one process, as this one, does not have them.
+        *(_leaves_of(Fingerprint, "fingerprint") - {("fingerprint", name) for name in ("map_pooling", "tensor_ranks")}),
         *_leaves_of(MapCodecConfig, "fingerprint", "map_codec"),
         *(leaf for leaf in _leaves_of(LogitCodecConfig, *SETTINGS) if leaf[-1] != "num_tail_samples"),
         (*SETTINGS, "num_draws"),
