@@ -98,14 +98,14 @@ def export_student(
         name_video_half(vision_type, staging)
         task.update(done=2, note="comparing")
         exported = load_multimodal(staging)
+        stored = exported.dtype  # before its logits are computed in float32
         found_TV = _logits(exported, probe)
         report = ExportReport(
-            # The whole path is private.
-            source="/".join(source.absolute().parts[-3:]),
+            source="/".join(source.absolute().parts[-3:]),  # the whole path is private
             model_class=type(exported).__name__,
             custom_code=Path(getfile(type(exported))).name if isinstance(exported, OWN_CLASSES) else None,
             post_connector=post_connector,
-            dtype=str(exported.dtype).removeprefix("torch."),
+            dtype=str(stored).removeprefix("torch."),
             trained_dtype=str(trained).removeprefix("torch."),
             parameters=num_parameters,
             bytes=sum(path.stat().st_size for path in weight_files(staging)),
@@ -116,7 +116,7 @@ def export_student(
             never_generated=tuple(sorted(set(generation.suppress_tokens))),
             why_not_vllm=why_not_vllm(exported, processor),
             logit_error=_difference(found_TV, expected_TV),
-            rounding_error=_check_logits(found_TV, expected_TV, unrounded_TV, trained, exported.dtype),
+            rounding_error=_check_logits(found_TV, expected_TV, unrounded_TV, trained, stored),
             logit_scale=float(expected_TV.abs().max()),
             seconds=round(time.perf_counter() - started, 3),
         )
