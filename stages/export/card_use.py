@@ -67,7 +67,7 @@ class GgufFiles(StrictModel):
     """Whether training cut the middle out of a picture; it was stretched to a square otherwise."""
     resampling: str
     """Pillow's name for how pictures were resized."""
-    never_generated: list[int]
+    never_generated: tuple[int, ...]
     """Tokens that stand for no text, such as the image token."""
 
 
@@ -89,8 +89,7 @@ def serving(name: str, custom_code: str | None, why_not_vllm: str | None, never_
     else:
         flags = "" if custom_code is None else " --trust-remote-code --model-impl transformers"
         served = [
-            "vLLM serves it by its Transformers backend, of which it meets the published requirements. vLLM itself was "
-            "not run."
+            "It meets the published requirements of vLLM's Transformers backend. vLLM itself was not run."
             if custom_code
             else "Servers with support for this class load the folder without code of its own.",
             f"```bash\nvllm serve {name}{flags}\n```",

@@ -101,7 +101,6 @@ def _write(
     vision = f"mmproj-{decoder}"
     write_decoder(folder / decoder, name, model, tokenizer, processor.chat_template)
     write_vision(folder / vision, name, model, processor.image_processor)
-    never = sorted({*model.generation_config.suppress_tokens})
     return GgufFiles(
         decoder=decoder,
         vision=vision,
@@ -109,7 +108,7 @@ def _write(
         image_size=size,
         is_cropped=bool(getattr(processor.image_processor, "do_center_crop", False)),
         resampling=Image.Resampling(int(processor.image_processor.resample)).name,
-        never_generated=never,
+        never_generated=student.never_generated,
     )
 
 
